@@ -1,0 +1,45 @@
+"""dlm-fast: fast, exact decoding of diffusion language models on your own GPU.
+
+    model = dlm_fast.load("tiny-full")
+    out = dlm_fast.generate(model, [[{"role": "user", "content": "Add 398 and 904"}]], preset="fast-dllm", max_new_tokens=64)
+    out.text[0], out.nfe[0]
+"""
+
+import importlib.util as _util
+import sys as _sys
+from pathlib import Path as _Path
+
+# In a checkout, the kernels that lie beside this package are the ones that belong to it: a bare checkout runs, and a
+# stale installed copy is never mixed with it. kernels/ itself must not become a package: see dlm_kernels/__init__.py.
+_sibling = _Path(__file__).resolve().parent.parent / "kernels" / "dlm_kernels" / "__init__.py"
+if "dlm_kernels" not in _sys.modules and _sibling.is_file():
+    _spec = _util.spec_from_file_location("dlm_kernels", _sibling, submodule_search_locations=[str(_sibling.parent)])
+    _sys.modules["dlm_kernels"] = _util.module_from_spec(_spec)
+    _spec.loader.exec_module(_sys.modules["dlm_kernels"])
+
+from .diffusion import DiffusionConfig  # noqa: E402
+from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
+from .loading import CheckpointError, load  # noqa: E402
+from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
+from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
+from .presets import PRESETS, Preset  # noqa: E402
+from .version import __version__  # noqa: E402
+
+__all__ = [
+    "PRESETS",
+    "REFERENCE",
+    "CheckpointError",
+    "DecodeError",
+    "DiffusionConfig",
+    "GenerateOutput",
+    "Ops",
+    "PatchHandle",
+    "Preset",
+    "__version__",
+    "explain",
+    "generate",
+    "handle_of",
+    "load",
+    "patch",
+    "triton_ops",
+]

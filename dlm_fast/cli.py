@@ -1,0 +1,239 @@
+"""The command `dlm-fast`: demo, generate, doctor, presets, compile-report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from .version import __version__
+
+OPTION_TYPES = {
+    "block_length": int,
+    "cache": str,
+    "rule": str,
+    "score": str,
+    "threshold": float,
+    "factor": float,
+    "entropy_bound": float,
+    "min_unmask": int,
+    "steps_per_block": int,
+    "stop": str,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dlm-fast", description="Fast, exact decoding of diffusion language models.")
+    parser.add_argument("--version", action="version", version=f"dlm-fast {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--backend", default="auto", help="auto, triton or reference (default: auto)")
+    where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", parents=[common, where], help="watch the embedded models decode, and a small table")
+    demo.add_argument("--per-task", type=int, default=15, help="held-out prompts of each task (default: 15)")
+    demo.add_argument("--seed", type=int, default=0, help="which held-out prompts (default: 0)")
+
+    gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
+    gen.add_argument("--model", required=True, help="checkpoint folder, or tiny-full / tiny-block")
+    source = gen.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    source.add_argument("--input", type=Path, help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}, optional "id"')
+    gen.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
+    gen.add_argument("--restart", action="store_true", help="discard what a broken run left instead of resuming it")
+    gen.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    gen.add_argument("--raw", action="store_true", help="give text prompts as they are, not through the chat template")
+    gen.add_argument("--preset", default=None, help="see `dlm-fast presets`")
+    gen.add_argument("--max-new-tokens", type=int, default=128)
+    gen.add_argument("--min-new-tokens", type=int, default=0)
+    gen.add_argument("--temperature", type=float, default=0.0)
+    gen.add_argument("--seed", type=int, default=0)
+    gen.add_argument("--stop-string", action="append", default=[], help="may be repeated")
+    gen.add_argument("--batch-size", type=int, default=16)
+    gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
+    for name, kind in OPTION_TYPES.items():
+        gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
+    gen.add_argument("--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold")
+
+    commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
+    commands.add_parser("presets", parents=[common], help="the table of decoders")
+    report = commands.add_parser("compile-report", parents=[common], help="compile every kernel for six GPU targets, without a GPU")
+    report.add_argument("--kernel", action="append", default=None, help="only this kernel; may be repeated")
+    report.add_argument("--target", type=int, action="append", default=None, help="only this compute capability, e.g. 90; may be repeated")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    from . import demo
+
+    if args.per_task < 1:
+        raise ValueError(f"--per-task must be at least 1, got {args.per_task}")
+    return demo.run(per_task=args.per_task, seed=args.seed, backend=args.backend, device=args.device, quiet=args.json)
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from . import jobs
+    from .loading import load
+    from .patching import handle_of
+    from .presets import OPTIONS
+
+    if args.input is not None and args.output is None:
+        raise ValueError("--input needs --output")
+    dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if args.dtype not in dtypes:
+        raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {args.dtype!r}")
+    records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input)
+    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device)
+    tokenizer = handle_of(model).tokenizer
+    settings = {
+        "preset": args.preset,
+        "max_new_tokens": args.max_new_tokens,
+        "min_new_tokens": args.min_new_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "stop_strings": args.stop_string,
+        **{name: getattr(args, name) for name in OPTIONS if hasattr(args, name)},
+    }
+    chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
+
+    def wrap(prompt: Any) -> Any:
+        return [{"role": "user", "content": prompt}] if chats and isinstance(prompt, str) else prompt
+
+    if args.output is None:
+        from .generate import generate
+
+        out = generate(model, [wrap(r["prompt"]) for r in records], **settings)
+        results = list(jobs.result_lines(out, 0, records))
+        if not args.json:
+            for result in results:
+                print(result["text"] if result["text"] is not None else result["ids"])
+        return {"results": results, "preset": out.preset.name, "wall_time": out.wall_time}
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("decoding", total=len(records))
+        resumed = jobs.run(
+            model,
+            records,
+            args.output,
+            settings=settings,
+            batch_size=args.batch_size,
+            restart=args.restart,
+            overwrite=args.overwrite,
+            wrap_prompt=wrap,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if not args.json:
+        print(f"{len(records)} results in {args.output}" + (f" ({resumed} from the broken run)" if resumed else ""))
+    return {"output": str(args.output), "records": len(records), "resumed": resumed}
+
+
+def _doctor(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from .loading import load
+    from .patching import explain
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    report: dict[str, Any] = {
+        "dlm_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: version(p) for p in ("torch", "triton", "transformers", "safetensors", "tokenizers", "numpy")},
+        "gpu": None,
+        "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        report["gpu"] = {
+            "name": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    report["embedded"] = {name: explain(load(name, backend=args.backend, device=args.device)) for name in ("tiny-full", "tiny-block")}
+    if not args.json:
+        print(f"dlm-fast {__version__}, Python {report['python']}, {report['platform']}")
+        for package, number in report["packages"].items():
+            print(f"  {package:14}{number or 'not installed'}")
+        gpu = report["gpu"]
+        print(f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}" if gpu else "GPU: none that torch can use")
+        for name, facts in report["embedded"].items():
+            print(f"{name}: {facts['model']} on {facts['device']}, visibility {facts['visibility']}")
+            for op, where in facts["ops"].items():
+                print(f"  {op:16}{where}  ({facts['reason']})")
+    return report
+
+
+def _presets(args: argparse.Namespace) -> dict[str, Any]:
+    from .presets import PRESETS
+
+    rows = [dataclasses.asdict(preset) for preset in PRESETS.values()]
+    if not args.json:
+        for row in rows:
+            print(f"{row['name']:18}{row['visibility']:6} cache {row['cache']:7} rule {row['rule']:10} {row['source']}")
+            print(f"{'':18}{row['exactness']}")
+    return {"presets": rows}
+
+
+def _compile_report(args: argparse.Namespace) -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("compile-report needs the package triton, which is not installed")
+    from dlm_kernels import static
+
+    results = static.report(**({"capabilities": tuple(args.target)} if args.target else {}), kernels=args.kernel)
+    if not args.json:
+        static.print_table(results)
+    broken = static.violations(results)
+    for line in broken:
+        print(f"violation: {line}", file=sys.stderr)
+    report = {"kernels": [static.as_dict(r) for r in results]}
+    if broken:
+        report["violations"] = [str(line) for line in broken]
+    return report
+
+
+COMMANDS = {"demo": _demo, "generate": _generate, "doctor": _doctor, "presets": _presets, "compile-report": _compile_report}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Errors are one line on stderr unless --debug is given."""
+    args = _parser().parse_args(argv)
+    try:
+        report = COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        print("dlm-fast: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"dlm-fast {args.command}: {text}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(report))
+    return 1 if report.get("violations") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""`dlm-fast demo`: the embedded models decode held-out prompts, first before your eyes, then counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from dlm_kernels import RowState
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from .generate import GenerateOutput, generate
+from .loading import load
+from .patching import handle_of
+from .tasks import TASKS, Sample, held_out
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of the demo's table: a model, a preset, and what of the preset is changed."""
+
+    model: str
+    preset: str
+    options: dict[str, Any]
+    note: str
+
+
+RUNS = (
+    Run("tiny-full", "llada", {"block_length": 8}, "one token per step"),
+    Run("tiny-full", "llada", {"block_length": 8, "steps_per_block": 2}, "four tokens per step, no threshold"),
+    Run("tiny-full", "fast-dllm", {"block_length": 8}, "threshold 0.9"),
+    Run("tiny-full", "fast-dllm-dual", {"block_length": 8}, "threshold 0.9, dual cache (approximate)"),
+    Run("tiny-block", "sdar", {}, "one token per step, exact cache"),
+    Run("tiny-block", "llada2", {"threshold": 0.9}, "threshold 0.9, exact cache"),
+)
+
+
+def chat(prompt: str) -> list[dict[str, str]]:
+    """A one-turn chat, the form the embedded models were trained on."""
+    return [{"role": "user", "content": prompt}]
+
+
+def samples(per_task: int, seed: int) -> list[Sample]:
+    """`per_task` held-out prompts of every task."""
+    return [sample for task in TASKS for sample in held_out(task, per_task, seed)]
+
+
+def measure(model: nn.Module, run: Run, prompts: Sequence[Sample], batch_size: int) -> dict[str, Any]:
+    """Decodes `prompts` and averages: exact match, NFE, query tokens, TPF (tokens before EOS / NFE), tokens per second."""
+    outputs: list[GenerateOutput] = []
+    for start in range(0, len(prompts), batch_size):
+        chats = [chat(sample.prompt) for sample in prompts[start : start + batch_size]]
+        outputs.append(generate(model, chats, preset=run.preset, max_new_tokens=MAX_NEW_TOKENS, **run.options))
+    texts = [text for out in outputs for text in out.text]
+    right = [TASKS[sample.task].check(sample.prompt, text) for sample, text in zip(prompts, texts)]
+    nfe = sum(sum(out.nfe) for out in outputs)
+    tokens = sum(len(ids) for out in outputs for ids in out.sequences)
+    seconds = sum(out.wall_time for out in outputs)
+    by_task = {task: [r for sample, r in zip(prompts, right) if sample.task == task] for task in TASKS}
+    return {
+        "model": run.model,
+        "preset": run.preset,
+        "options": run.options,
+        "note": run.note,
+        "exact_match": sum(right) / len(right),
+        "exact_match_by_task": {task: sum(r) / len(r) for task, r in by_task.items() if r},
+        "nfe": nfe / len(right),
+        "query_tokens": sum(sum(out.query_tokens) for out in outputs) / len(right),
+        "tpf": tokens / nfe,
+        "tokens_per_s": tokens / seconds,
+        "prompts": len(right),
+    }
+
+
+def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any], console: Console) -> bool:
+    """Decodes one prompt, live on a terminal, as plain lines elsewhere; returns whether the answer is right."""
+    handle = handle_of(model)
+    tokenizer, diffusion = handle.tokenizer, handle.diffusion
+    console.print(Text.assemble(("prompt  ", "bold"), sample.prompt))
+
+    def render(state: RowState) -> Text:
+        row = state.tokens[0].tolist()
+        steps = state.unmask_step[0].tolist()
+        line = Text()
+        for position, (token, step) in enumerate(zip(row, steps)):
+            if token == diffusion.mask_token_id:
+                line.append("·", style="dim")
+            elif step >= 0:
+                if token in diffusion.eos_token_ids:
+                    break
+                newest = step == int(state.step[0]) - 1
+                line.append(tokenizer.decode([token]), style="bold green" if newest else "")
+        return line
+
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=30) as live:
+
+            def on_step(state: RowState) -> None:
+                live.update(render(state), refresh=True)
+                torch.cuda.synchronize() if state.tokens.is_cuda else None
+
+            out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, on_step=on_step, **options)
+            live.update(Text(out.text[0].strip()), refresh=True)
+    else:
+        out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, **options)
+        console.print(Text.assemble(("answer  ", "bold"), out.text[0].strip()))
+    right = TASKS[sample.task].check(sample.prompt, out.text[0])
+    console.print(f"        {'right' if right else 'wrong'}, {len(out.sequences[0])} tokens in {out.nfe[0]} forwards ({preset})", style="dim")
+    return right
+
+
+def run(*, per_task: int = 15, seed: int = 0, batch_size: int = 64, backend: str = "auto", device: str | None = None, quiet: bool = False) -> dict:
+    """The whole demo. Returns {"decoders": [...]}, one entry per row of the table it prints.
+
+    Args:
+        per_task: held-out prompts of each task that every decoder is counted on. seed: which ones.
+        quiet: nothing but errors on stdout (for --json).
+    """
+    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False, quiet=quiet)
+    models = {name: load(name, backend=backend, device=device) for name in dict.fromkeys(r.model for r in RUNS)}
+    handle = handle_of(models["tiny-full"])
+    console.print(f"ops: {handle.ops.name} ({handle.ops.reason})\n")
+    for task in ("add", "word", "shuffle"):
+        show(models["tiny-full"], held_out(task, 1, seed + 1)[0], "fast-dllm", {"block_length": 8}, console)
+        console.print()
+
+    prompts = samples(per_task, seed)
+    console.print(f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, at most {MAX_NEW_TOKENS} new tokens:")
+    rows = []
+    for decoder in RUNS:
+        with console.status(f"{decoder.model} {decoder.preset}: {decoder.note}"):
+            rows.append(measure(models[decoder.model], decoder, prompts, batch_size))
+    table = Table("model", "decoder", "", box=None, pad_edge=False)
+    for heading in ("exact match", "NFE", "TPF", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["model"],
+            row["preset"],
+            row["note"],
+            f"{row['exact_match']:.1%}",
+            f"{row['nfe']:.1f}",
+            f"{row['tpf']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+        )
+    console.print(table)
+    console.print("NFE: forwards per prompt, refreshes and commits included. TPF: tokens before EOS per forward.", style="dim")
+    return {"decoders": rows}

@@ -1,0 +1,66 @@
+"""What a checkpoint must say about itself to be decoded by diffusion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+VISIBILITIES = ("full", "block")
+ALIGNMENTS = ("abs", "rel")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion part of a model's configuration; the key `dlm` of its config.json.
+
+    Attributes:
+        mask_token_id: id of [MASK].
+        eos_token_ids: ids that end a response.
+        visibility: "full": every position sees every position (LLaDA, Dream). "block": block-causal, a position sees its
+            own block and all earlier ones (SDAR, LLaDA2, D2F); only then is a key/value cache exact.
+        block_length: tokens of a diffusion block the model was trained with; None where any length will do ("full").
+        block_alignment: where blocks begin. "abs": at multiples of block_length (SDAR, LLaDA2). "rel": at the end of the
+            prompt, which is one bidirectional block of its own (D2F).
+    """
+
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    visibility: str
+    block_length: int | None = None
+    block_alignment: str = "rel"
+
+    def __post_init__(self) -> None:
+        def fail(rule: str) -> None:
+            raise ValueError(f"DiffusionConfig: {rule}")
+
+        if not isinstance(self.mask_token_id, int) or self.mask_token_id < 0:
+            fail(f"mask_token_id must be an id >= 0, got mask_token_id={self.mask_token_id!r}")
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        if self.mask_token_id in self.eos_token_ids:
+            fail(f"eos_token_ids must not hold the mask id, got eos_token_ids={self.eos_token_ids}")
+        if self.visibility not in VISIBILITIES:
+            fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={self.visibility!r}")
+        if self.block_alignment not in ALIGNMENTS:
+            fail(f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}")
+        if self.block_length is not None and self.block_length < 1:
+            fail(f"block_length must be at least 1, got block_length={self.block_length}")
+        if self.visibility == "block" and self.block_length is None:
+            fail("visibility 'block' needs a block_length, got block_length=None")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
+        """Reads the `dlm` section of a config.json; unknown keys raise."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = set(values) - known - {"logits_row"}
+        if unknown:
+            raise ValueError(f"DiffusionConfig: unknown keys {sorted(unknown)}; known are {sorted(known)}")
+        if values.get("logits_row", "self") != "self":
+            raise NotImplementedError(
+                f"DiffusionConfig: logits_row must be 'self' (a position predicts itself), got {values['logits_row']!r}; "
+                "models that predict the next position (Dream, Fast-dLLM v2) are not supported yet"
+            )
+        missing = {"mask_token_id", "eos_token_ids", "visibility"} - set(values)
+        if missing:
+            raise ValueError(f"DiffusionConfig: missing keys {sorted(missing)}")
+        return cls(**{name: values[name] for name in known if name in values})

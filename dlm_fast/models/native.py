@@ -1,0 +1,136 @@
+"""Llama, Qwen2 and Qwen3 as transformers ships them, driven through its attention interface and a `Cache` subclass.
+
+No forward is rewritten. The base model is called with one extra keyword, `dlm_step`, which transformers hands through to
+the attention function; there our op stores the window's keys and values and attends, in one call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from dlm_kernels import Window
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from ..cache import KVCache
+from ..ops import Ops
+
+CLASSES = {LlamaForCausalLM: LlamaAttention, Qwen2ForCausalLM: Qwen2Attention, Qwen3ForCausalLM: Qwen3Attention}
+MODEL_TYPES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+ATTENTION_NAME = "dlm_fast"
+
+
+@dataclasses.dataclass
+class Step:
+    """What one forward tells every attention layer.
+
+    Attributes:
+        window: what is computed and what it sees.
+        cache: the static buffers; None = keys and values live for this forward only.
+        ops: the op backend.
+        calls: attention calls served so far, over all forwards that share the list (`PatchHandle.attention_calls`).
+    """
+
+    window: Window
+    cache: KVCache | None
+    ops: Ops
+    calls: list[int]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    dlm_step: Step | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H, D]."""
+    if dlm_step is None:
+        raise RuntimeError("dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load")
+    for name, given in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
+        if given is not None:
+            raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
+    if dropout:
+        raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
+    if query.requires_grad and torch.is_grad_enabled() and dlm_step.ops.name == "triton":
+        raise NotImplementedError("dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'")
+    if key.shape[2] != query.shape[2]:
+        raise NotImplementedError(
+            f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in past_key_values"
+        )
+    layer = dlm_step.cache.layers[module.layer_idx] if dlm_step.cache is not None else None
+    out = dlm_step.ops.block_attention(
+        query,
+        key,
+        value,
+        None if layer is None else layer.keys,
+        None if layer is None else layer.values,
+        dlm_step.window,
+        scale=scaling,
+    )
+    dlm_step.calls[0] += 1
+    return out.transpose(1, 2), None
+
+
+# Registered by name, but without a mask function of the same name: transformers then builds no [L, L] mask at all.
+AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+def verify(model: nn.Module) -> None:
+    """Raises NotImplementedError for a model of a known class that was altered in a way our attention would ignore."""
+    expected = CLASSES[type(model)]
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        module = layer.self_attn
+        if type(module) is not expected or "forward" in module.__dict__:
+            found = type(module).__name__ + (" with a replaced forward" if "forward" in module.__dict__ else "")
+            raise NotImplementedError(f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {found}")
+        if getattr(module, "sliding_window", None) is not None:
+            raise NotImplementedError(f"dlm_fast: layer {index} has sliding_window={module.sliding_window}; only full attention is supported")
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The stack without its head: the module whose forward takes `dlm_step`."""
+    return model.model
+
+
+def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
+    """Buffers for every layer of `model`, in its dtype and on its device."""
+    module = model.model.layers[0].self_attn
+    weight = module.k_proj.weight
+    return KVCache(
+        num_layers=len(model.model.layers),
+        num_kv_heads=model.config.num_key_value_heads,
+        head_dim=module.head_dim,
+        rows=rows,
+        capacity=capacity,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def window_hidden(model: nn.Module, input_ids: Tensor, step: Step) -> Tensor:
+    """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache (the head is not applied)."""
+    out = model.model(
+        input_ids=input_ids,
+        position_ids=step.window.q_pos,
+        past_key_values=step.cache,
+        use_cache=False,
+        dlm_step=step,
+    )
+    return out.last_hidden_state
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [N, V] of the rows [N, d] that a decoder needs."""
+    return model.lm_head(hidden)

@@ -1,0 +1,67 @@
+"""The three device operations a decoder is made of, chosen once: `TRITON` and `REFERENCE` are values, not modes.
+
+A backend that cannot run says so by raising; nothing falls back from one to the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from dlm_kernels import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """One implementation of each op, with the same contract (see `dlm_kernels.reference`).
+
+    Attributes:
+        name: "triton" or "reference".
+        block_attention, confidence, unmask: the ops.
+        reason: why this backend was chosen, for `explain` and `dlm-fast doctor`.
+    """
+
+    name: str
+    block_attention: Callable
+    confidence: Callable
+    unmask: Callable
+    reason: str
+
+
+REFERENCE = Ops("reference", reference.block_attention, reference.confidence, reference.unmask, "asked for by name")
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def triton_ops(reason: str = "asked for by name") -> Ops:
+    """Our Triton kernels. Raises ImportError where Triton is not installed (it has no wheels for this platform)."""
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'")
+    from dlm_kernels import attention, confidence, unmask
+
+    return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, reason)
+
+
+def choose(backend: str | Ops, device: torch.device | str) -> Ops:
+    """The ops for a model on `device`.
+
+    Args:
+        backend: "triton", "reference", an `Ops` of your own, or "auto": Triton on a CUDA device, the plain-torch
+            reference elsewhere (same tokens, slower). `explain` reports what was chosen and why.
+    Raises:
+        ValueError: unknown backend. ImportError: Triton needed and not installed.
+    """
+    if isinstance(backend, Ops):
+        return backend
+    device = torch.device(device)
+    if backend == "auto":
+        if device.type == "cuda":
+            return triton_ops(f"auto: the model is on {device}")
+        return dataclasses.replace(REFERENCE, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device")
+    if backend == "triton":
+        return triton_ops()
+    if backend == "reference":
+        return REFERENCE
+    raise ValueError(f"ops: backend must be one of {', '.join(BACKENDS)} or an Ops, got backend={backend!r}")

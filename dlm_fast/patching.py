@@ -1,0 +1,225 @@
+"""patch and unpatch: verify, bind, restore. Instances only; never a class, never a module global."""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from dlm_kernels import Window
+from torch import Tensor, nn
+
+from . import models
+from .diffusion import DiffusionConfig
+from .models.native import ATTENTION_NAME, Step
+from .ops import Ops, choose
+
+_ATTRIBUTE = "_dlm_fast_patch"
+
+
+class PatchHandle:
+    """A patched model: what the decode loop needs to know about it, and the way back.
+
+    Also a context manager: leaving the block restores the model, whatever happened inside.
+
+    Attributes:
+        model: the patched instance. adapter: its family. ops: the backend in use.
+        diffusion: the model's diffusion configuration, or None (then only plain forwards run).
+        tokenizer: set by `load`.
+    """
+
+    def __init__(self, model: nn.Module, adapter: ModuleType, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.ops = ops
+        self.diffusion = diffusion
+        self.tokenizer: Any = None
+        self.plain_mode = plain_mode
+        self._calls = [0]
+        self._old_config: Any = None
+        self._configured: list[nn.Module] = []
+        self._hook: Any = None
+
+    @property
+    def attention_calls(self) -> int:
+        """Attention calls that ran through our op since the model was patched (one per layer and forward)."""
+        return self._calls[0]
+
+    def step(self, window: Window, cache: Any) -> Step:
+        """The argument of `adapter.window_hidden`."""
+        return Step(window, cache, self.ops, self._calls)
+
+    def unpatch(self) -> None:
+        """Restores the model; a second call raises RuntimeError."""
+        if self.model.__dict__.get(_ATTRIBUTE) is not self:
+            raise RuntimeError("unpatch: this model is not patched by this handle (was it unpatched before?)")
+        self._restore()
+
+    def _bind(self) -> None:
+        base = self.adapter.base_model(self.model)
+        self._old_config = self.model.config
+        # Two models may share one config object; the attention is chosen through it, so this instance gets its own copy.
+        config = copy.copy(self._old_config)
+        config._attn_implementation = ATTENTION_NAME
+        try:
+            for module in self.model.modules():
+                if getattr(module, "config", None) is self._old_config:
+                    module.config = config
+                    self._configured.append(module)
+            self._hook = base.register_forward_pre_hook(self._plain_forward, with_kwargs=True)
+            self.model.__dict__[_ATTRIBUTE] = self
+        except BaseException:
+            self._restore()
+            raise
+
+    def _restore(self) -> None:
+        for module in self._configured:
+            module.config = self._old_config
+        self._configured = []
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.model.__dict__.pop(_ATTRIBUTE, None)
+
+    def _plain_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's visibility."""
+        if kwargs.get("dlm_step") is not None:
+            return args, kwargs
+        kwargs = dict(kwargs)
+        prompt_lengths = kwargs.pop("prompt_lengths", None)
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        embeds = kwargs.get("inputs_embeds")
+        source = input_ids if input_ids is not None else embeds
+        if source is None:
+            raise ValueError("forward: one of input_ids and inputs_embeds must be given")
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        window = plain_window(
+            self.plain_mode,
+            source.shape[:2],
+            source.device,
+            diffusion=self.diffusion,
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=kwargs.get("position_ids"),
+            prompt_lengths=prompt_lengths,
+        )
+        kwargs["dlm_step"] = Step(window, None, self.ops, self._calls)
+        return args, kwargs
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.model.__dict__.get(_ATTRIBUTE) is self:
+            self._restore()
+
+
+def plain_window(
+    mode: str,
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    diffusion: DiffusionConfig | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    prompt_lengths: Tensor | None,
+) -> Window:
+    """The window of a whole sequence without a cache, padding (anywhere) taken from a 2-D `attention_mask`.
+
+    Blocks of a block-causal model count from the first real token ("abs"), or from the end of the prompt ("rel"), which
+    is `prompt_lengths` [B] (real tokens) or else everything before the first mask, the form of every decoder's canvas.
+    """
+    B, L = shape
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise NotImplementedError(f"forward: attention_mask must be [B, L], got shape {tuple(attention_mask.shape)}")
+    if attention_mask is not None and tuple(attention_mask.shape) != (B, L):
+        raise ValueError(f"forward: attention_mask must have shape {(B, L)}, got {tuple(attention_mask.shape)}")
+    if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise NotImplementedError("forward: packed sequences (position_ids that jump, no attention_mask) are not supported")
+    if prompt_lengths is not None and mode != "block":
+        raise ValueError(f"forward: prompt_lengths has a meaning for block-causal models only, this one is {mode!r}")
+
+    int32 = {"dtype": torch.int32, "device": device}
+    live = torch.ones(B, L, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.to(device) != 0
+    index = torch.arange(L, **int32).expand(B, L)
+    place = live.int().cumsum(-1, dtype=torch.int32) - 1  # index among the row's real tokens
+    block = torch.zeros(B, L, **int32)
+    if mode == "block":
+        assert diffusion is not None and diffusion.block_length is not None
+        start = torch.zeros(B, 1, **int32)
+        if diffusion.block_alignment == "rel":
+            if prompt_lengths is None:
+                if input_ids is None:
+                    raise ValueError("forward: a block-causal model aligned to the prompt needs prompt_lengths with inputs_embeds")
+                given = live & (input_ids != diffusion.mask_token_id)
+                # Real tokens before the first mask: those whose running count of masks is still zero.
+                prompt_lengths = (given & ((live & ~given).cumsum(-1) == 0)).sum(-1)
+            start = prompt_lengths.to(**int32).view(B, 1)
+        block = torch.where(place < start, 0, 1 + torch.div(place - start, diffusion.block_length, rounding_mode="floor"))
+    return Window(
+        q_pos=index.contiguous(),
+        q_block=torch.where(live, block, -1).int(),
+        q_len=torch.full((B,), L, **int32),
+        kv_slot=torch.full((B, L), -1, **int32),
+        kv_len=torch.zeros(B, **int32),
+        replaced=torch.zeros(B, 2, **int32),
+        cache_row=torch.arange(B, **int32),
+        mode=mode,
+    )
+
+
+def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> PatchHandle:
+    """Patches `model`; plain forwards see by `plain_mode`. `patch` and `load` differ in that mode only."""
+    adapter = models.adapter_for(model)
+    if _ATTRIBUTE in model.__dict__:
+        raise RuntimeError("patch: this model is already patched; unpatch it first")
+    adapter.verify(model)
+    ops = choose(backend, next(model.parameters()).device)
+    handle = PatchHandle(model, adapter, ops, diffusion, plain_mode)
+    handle._bind()
+    return handle
+
+
+def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend: str | Ops = "auto") -> PatchHandle:
+    """Runs `model`'s attention through our op, and lets `generate` decode it. Returns the handle that undoes it.
+
+    Inside the patch a plain forward keeps the visibility the class has in transformers (causal), and equals the
+    original's logits within rounding. Only this instance changes; other models, even ones that share its config, do not.
+
+    Args:
+        model: a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM with full attention in every layer.
+        diffusion: how the model was trained to be decoded; default: the `dlm` section of its config, if it has one.
+        backend: "auto", "triton", "reference" or an `Ops`.
+    Raises:
+        NotImplementedError: another class, a modified attention module, a sliding window. RuntimeError: patched already.
+    """
+    if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
+        diffusion = DiffusionConfig.from_dict(model.config.dlm)
+    causal = getattr(getattr(model, "config", None), "is_causal", True)
+    return attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
+
+
+def handle_of(model: nn.Module) -> PatchHandle:
+    """The handle of a patched or loaded model. Raises ValueError if it is neither."""
+    handle = model.__dict__.get(_ATTRIBUTE)
+    if handle is None:
+        raise ValueError(f"dlm_fast: {type(model).__name__} is not patched; use dlm_fast.load(path) or dlm_fast.patch(model)")
+    return handle
+
+
+def explain(model: nn.Module) -> dict[str, Any]:
+    """Which op of a patched model runs where, and why, as plain data."""
+    handle = handle_of(model)
+    device = next(model.parameters()).device
+    return {
+        "model": type(model).__name__,
+        "device": str(device),
+        "backend": handle.ops.name,
+        "reason": handle.ops.reason,
+        "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in ("block_attention", "confidence", "unmask")},
+        "plain_forward": handle.plain_mode,
+        "visibility": handle.diffusion.visibility if handle.diffusion else None,
+        "attention_calls": handle.attention_calls,
+    }

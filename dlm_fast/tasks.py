@@ -1,0 +1,294 @@
+"""Seven small synthetic tasks whose answers a program can check.
+
+Each prompt starts with its task's keyword, so the task can be read off the prompt:
+
+    add      Add 398 and 904                -> 8+4+0=12; 9+0+1=10; 3+9+1=13 #### 1302
+    word     Story Tom has 8 apples. ...    -> Tom starts with 8. Tom wins 5, so 8+5=13. ... #### 5
+    kv       Map mint=36 gray=92 Find gray  -> gray=92
+    sort     Sort 52 17 80                  -> 17 52 80
+    calc     Calc 13-9 9+4                  -> 13-9=4 9+4=13
+    reverse  Reverse oak plum mint          -> mint plum oak
+    shuffle  Shuffle oak plum mint          -> any order of the same words
+
+The tasks differ in how far their tokens depend on one another, which is what parallel decoding has to
+respect: `reverse` has one answer known from the start, `add` and `word` are chains, and `shuffle` has many
+answers, so tokens picked independently of one another repeat words.
+
+A sample is held out when crc32 of its content is 0 modulo 50. The content leaves out what does not make a
+sample new (the order of a list to sort, the owner of the apples), so that no reordering of a held-out
+sample is ever trained on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NAMES = ("Tom", "Ann", "Max", "Eva", "Sam", "Lia")
+OBJECTS = ("apples", "coins", "cards", "books", "pens", "shells")
+GAIN_VERBS = ("wins", "finds", "buys")
+LOSS_VERBS = ("loses", "gives", "sells")
+LIST_WORDS = tuple(
+    "mint gray plum oak pink blue rose gold fern moss sand rain leaf lime navy teal "
+    "corn salt fish bird wolf bear frog lamp door ship bell drum kite star moon ring".split()
+)
+KEYWORDS = ("Add", "Story", "Map", "Sort", "Calc", "Reverse", "Shuffle")
+OTHER_WORDS = ("and", "Find", "has", "more", "How", "many", "now", "starts", "with", "so")
+
+# Every word the tasks use; the tokenizer gives each a token of its own.
+WORDS = KEYWORDS + OTHER_WORDS + NAMES + OBJECTS + GAIN_VERBS + LOSS_VERBS + LIST_WORDS
+
+HELD_OUT_MODULUS = 50
+MAX_VALUE = 20  # of every operand and result in word and calc: small enough to know by heart
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with a right answer: for every task but shuffle, the only one."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family of prompts.
+
+    `new_prompt(rng)` draws a prompt, `solve(prompt)` gives its answer, and `content(prompt)` the canonical
+    text that decides between train and held out. `weight` is the task's share of training samples.
+    """
+
+    name: str
+    weight: float
+    new_prompt: Callable[[random.Random], str]
+    solve: Callable[[str], str]
+    content: Callable[[str], str]
+
+    def generate(self, rng: random.Random) -> Sample:
+        """A sample of either split."""
+        prompt = self.new_prompt(rng)
+        return Sample(self.name, prompt, self.solve(prompt))
+
+    def check(self, prompt: str, response: str) -> bool:
+        """Whether `response`, less surrounding whitespace, is the answer to `prompt`."""
+        return response.strip() == self.solve(prompt)
+
+
+@dataclass(frozen=True)
+class ShuffleTask(Task):
+    """The task whose right answers are many: any order of the prompt's words."""
+
+    def generate(self, rng: random.Random) -> Sample:
+        """A sample of either split, its answer drawn uniformly from all orders."""
+        prompt = self.new_prompt(rng)
+        words = prompt.split()[1:]
+        return Sample(self.name, prompt, " ".join(rng.sample(words, len(words))))
+
+    def check(self, prompt: str, response: str) -> bool:
+        """Whether `response` holds the prompt's words, each once, one space apart."""
+        return sorted(response.strip().split(" ")) == sorted(prompt.split()[1:])
+
+
+def is_held_out(sample: Sample) -> bool:
+    """Whether a sample belongs to the held-out split: about one in fifty does."""
+    content = f"{sample.task} {TASKS[sample.task].content(sample.prompt)}"
+    return zlib.crc32(content.encode()) % HELD_OUT_MODULUS == 0
+
+
+def generate_sample(task: str, rng: random.Random, split: str = "train") -> Sample:
+    """A random sample of `task` from `split`, "train" or "held_out"."""
+    if task not in TASKS:
+        raise ValueError(f"tasks: task must be one of {', '.join(TASKS)}, got task={task!r}")
+    if split not in ("train", "held_out"):
+        raise ValueError(f"tasks: split must be 'train' or 'held_out', got split={split!r}")
+    while True:
+        sample = TASKS[task].generate(rng)
+        if is_held_out(sample) == (split == "held_out"):
+            return sample
+
+
+def held_out(task: str, n: int, seed: int = 0) -> list[Sample]:
+    """`n` held-out samples of `task`, no two with the same content; the same ones for the same seed."""
+    if n < 0:
+        raise ValueError(f"tasks: n must be at least 0, got n={n}")
+    rng = random.Random(f"held out {task} {seed}")
+    samples: dict[str, Sample] = {}
+    attempts = 0
+    while len(samples) < n:
+        sample = generate_sample(task, rng, "held_out")
+        samples.setdefault(TASKS[task].content(sample.prompt), sample)
+        attempts += 1
+        # add, word and calc have only some hundreds to thousands of held-out contents.
+        if attempts > 100 * n + 1000:
+            raise ValueError(f"tasks: n must not exceed the held-out contents of {task}, got n={n}")
+    return list(samples.values())
+
+
+# --- add ---
+
+
+def _add_prompt(rng: random.Random) -> str:
+    def operand() -> int:
+        digits = rng.randint(2, 4)
+        return rng.randrange(10 ** (digits - 1), 10**digits)
+
+    return f"Add {operand()} and {operand()}"
+
+
+def _add_operands(prompt: str) -> list[str]:
+    return re.findall(r"\d+", prompt)
+
+
+def _add_solve(prompt: str) -> str:
+    left, right = _add_operands(prompt)
+    width = max(len(left), len(right))
+    carry = 0
+    columns = []
+    for a, b in zip(reversed(left.zfill(width)), reversed(right.zfill(width)), strict=True):
+        total = int(a) + int(b) + carry
+        columns.append(f"{a}+{b}+{carry}={total}")
+        carry = total // 10
+    return f"{'; '.join(columns)} #### {int(left) + int(right)}"
+
+
+def _add_content(prompt: str) -> str:
+    return " ".join(sorted(_add_operands(prompt)))
+
+
+# --- word ---
+
+
+def _word_prompt(rng: random.Random) -> str:
+    name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
+    value = rng.randint(2, MAX_VALUE - 2)
+    sentences = [f"Story {name} has {value} {thing}."]
+    for _ in range(rng.randint(2, 3)):
+        gains = rng.random() < 0.5
+        if value == 0 or value == MAX_VALUE:
+            gains = value == 0
+        if gains:
+            amount = rng.randint(1, MAX_VALUE - value)
+            sentences.append(f"{name} {rng.choice(GAIN_VERBS)} {amount} more.")
+            value += amount
+        else:
+            amount = rng.randint(1, value)
+            sentences.append(f"{name} {rng.choice(LOSS_VERBS)} {amount}.")
+            value -= amount
+    return f"{' '.join(sentences)} How many {thing} now?"
+
+
+def _word_steps(prompt: str) -> tuple[str, int, list[tuple[str, int]]]:
+    """Name, first amount, and the (verb, amount) of each step."""
+    match = re.match(r"Story (\w+) has (\d+)", prompt)
+    if match is None:
+        raise ValueError(f"tasks: prompt must be a word prompt, got prompt={prompt!r}")
+    verbs = "|".join(GAIN_VERBS + LOSS_VERBS)
+    steps = [(verb, int(amount)) for verb, amount in re.findall(rf"({verbs}) (\d+)", prompt)]
+    return match[1], int(match[2]), steps
+
+
+def _word_solve(prompt: str) -> str:
+    name, value, steps = _word_steps(prompt)
+    sentences = [f"{name} starts with {value}."]
+    for verb, amount in steps:
+        sign = "+" if verb in GAIN_VERBS else "-"
+        result = value + amount if sign == "+" else value - amount
+        sentences.append(f"{name} {verb} {amount}, so {value}{sign}{amount}={result}.")
+        value = result
+    return f"{' '.join(sentences)} #### {value}"
+
+
+def _word_content(prompt: str) -> str:
+    """The arithmetic alone: another name or verb does not make a new sample."""
+    _, value, steps = _word_steps(prompt)
+    return f"{value}" + "".join(f"{'+' if verb in GAIN_VERBS else '-'}{amount}" for verb, amount in steps)
+
+
+# --- kv ---
+
+
+def _kv_prompt(rng: random.Random) -> str:
+    keys = rng.sample(LIST_WORDS, rng.randint(5, 12))
+    queries = rng.sample(keys, rng.randint(3, 4))
+    pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
+    return f"Map {pairs} Find {' '.join(queries)}"
+
+
+def _kv_parts(prompt: str) -> tuple[list[str], list[str]]:
+    pairs, queries = prompt.removeprefix("Map ").split(" Find ")
+    return pairs.split(), queries.split()
+
+
+def _kv_solve(prompt: str) -> str:
+    pairs, queries = _kv_parts(prompt)
+    value_of = dict(pair.split("=") for pair in pairs)
+    return " ".join(f"{key}={value_of[key]}" for key in queries)
+
+
+def _kv_content(prompt: str) -> str:
+    pairs, queries = _kv_parts(prompt)
+    return f"{' '.join(sorted(pairs))} ? {' '.join(sorted(queries))}"
+
+
+# --- calc ---
+
+
+def _calc_prompt(rng: random.Random) -> str:
+    facts = []
+    for _ in range(rng.randint(3, 6)):
+        low, high = sorted((rng.randint(0, MAX_VALUE), rng.randint(0, MAX_VALUE)))
+        if rng.random() < 0.5:
+            facts.append(f"{high}-{low}")
+        else:
+            left, right = rng.sample((low, high - low), 2)
+            facts.append(f"{left}+{right}")
+    return f"Calc {' '.join(facts)}"
+
+
+def _calc_solve(prompt: str) -> str:
+    answers = []
+    for fact in prompt.split()[1:]:
+        left, sign, right = re.split(r"([+-])", fact)
+        answers.append(f"{fact}={int(left) + int(sign + right)}")
+    return " ".join(answers)
+
+
+# --- sort, reverse, shuffle ---
+
+
+def _sort_prompt(rng: random.Random) -> str:
+    return "Sort " + " ".join(str(rng.randint(10, 99)) for _ in range(rng.randint(5, 8)))
+
+
+def _words_prompt(keyword: str) -> Callable[[random.Random], str]:
+    return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(5, 8)))}"
+
+
+def _sorted_items(prompt: str) -> str:
+    return " ".join(sorted(prompt.split()[1:]))
+
+
+def _reverse_solve(prompt: str) -> str:
+    return " ".join(reversed(prompt.split()[1:]))
+
+
+def _first_order(prompt: str) -> str:
+    return prompt.split(" ", 1)[1]
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("add", 0.18, _add_prompt, _add_solve, _add_content),
+        Task("word", 0.18, _word_prompt, _word_solve, _word_content),
+        Task("kv", 0.25, _kv_prompt, _kv_solve, _kv_content),
+        Task("sort", 0.12, _sort_prompt, _sorted_items, _sorted_items),
+        Task("calc", 0.18, _calc_prompt, _calc_solve, _sorted_items),
+        Task("reverse", 0.03, _words_prompt("Reverse"), _reverse_solve, _sorted_items),
+        ShuffleTask("shuffle", 0.06, _words_prompt("Shuffle"), _first_order, _sorted_items),
+    )
+}

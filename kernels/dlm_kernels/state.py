@@ -1,0 +1,72 @@
+"""Per-row decode state: a struct of device tensors that `unmask` advances in place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+# What a row needs next. A row that needs another kind of step than the one being run sits it out unchanged.
+WIDE, DENOISE, COMMIT, DONE = 0, 1, 2, 3
+
+# Bits of `RowState.error`.
+ERROR_LOGITS = 1  # a needed row of logits held NaN or +inf, or no token that may be drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class RowState:
+    """Where every row of the batch stands. Only `unmask` (and the loop's set-up) writes it; no field is read by the host
+    inside a step.
+
+    `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current block of row `b` is
+    [block_start[b], block_end[b]). int32 unless said otherwise.
+
+    Attributes:
+        tokens: [B, L] int64 canvas; masked positions hold the mask id.
+        unmask_step: [B, L] the row's own denoise step at which the position was unmasked, -1 = given or still masked.
+        unmask_confidence: [B, L] fp32 probability of the token when it was written; 0 where none was.
+        canvas_len: [B] end of the row's canvas.
+        block_start, block_end: [B] current block.
+        block_masks: [B] masked positions of the current block when it was opened (the quota's m0).
+        block_step: [B] denoise steps taken in the current block.
+        step: [B] denoise steps taken by the row.
+        phase: [B] WIDE, DENOISE, COMMIT or DONE: what the row needs next.
+        nfe: [B] forwards the row took part in, cache refreshes and commits included.
+        query_tokens: [B] positions computed over those forwards.
+        error: [B] error bits; a row with an error is DONE.
+    """
+
+    tokens: Tensor
+    unmask_step: Tensor
+    unmask_confidence: Tensor
+    canvas_len: Tensor
+    block_start: Tensor
+    block_end: Tensor
+    block_masks: Tensor
+    block_step: Tensor
+    step: Tensor
+    phase: Tensor
+    nfe: Tensor
+    query_tokens: Tensor
+    error: Tensor
+
+    def clone(self) -> RowState:
+        return RowState(**{f.name: getattr(self, f.name).clone() for f in dataclasses.fields(self)})
+
+    @classmethod
+    def empty(cls, B: int, L: int, device: torch.device | str) -> RowState:
+        """A state of zeros (no row has a canvas yet), to be filled by the loop."""
+
+        def rows() -> Tensor:
+            return torch.zeros(B, dtype=torch.int32, device=device)
+
+        return cls(
+            tokens=torch.zeros(B, L, dtype=torch.int64, device=device),
+            unmask_step=torch.full((B, L), -1, dtype=torch.int32, device=device),
+            unmask_confidence=torch.zeros(B, L, dtype=torch.float32, device=device),
+            **{name: rows() for name in ROW_FIELDS},
+        )
+
+
+ROW_FIELDS = ("canvas_len", "block_start", "block_end", "block_masks", "block_step", "step", "phase", "nfe", "query_tokens", "error")

@@ -1,0 +1,67 @@
+"""Toy models and tolerances shared by the tests."""
+
+from __future__ import annotations
+
+import dlm_fast
+import torch
+from dlm_fast.patching import attach
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB = 48
+MASK, EOS = 0, 1
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+
+
+def native_model(
+    family: str = "llama", *, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A random transformers model with logits spread widely enough that ties are rare."""
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    config._attn_implementation = "eager"
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = model_class(config).to(dtype).eval()
+    torch.random.set_rng_state(generator_state)
+    return model
+
+
+def toy(
+    visibility: str = "full", *, block_length: int = 4, block_alignment: str = "rel", backend: str = "reference", eos: tuple[int, ...] = (EOS,), **kwargs
+) -> nn.Module:
+    """A random model as `dlm_fast.load` would leave it."""
+    model = native_model(**kwargs)
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=MASK, eos_token_ids=eos, visibility=visibility, block_length=block_length, block_alignment=block_alignment
+    )
+    attach(model, backend=backend, diffusion=diffusion, plain_mode=visibility)
+    return model
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of the given lengths, without mask or EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6) -> None:
+    """Our largest error against float64 is at most `factor` times that of the same computation in plain torch."""
+    theirs = (low_precision.double() - exact).abs().max().item()
+    error = (ours.double() - exact).abs().max().item()
+    bound = factor * theirs + floor * max(1.0, exact.abs().max().item())
+    assert error <= bound, f"error {error:.3g} exceeds {factor} x torch's own {theirs:.3g} (+ floor): {bound:.3g}"
