@@ -133,6 +133,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             args.output,
             settings=settings,
             batch_size=args.batch_size,
+            source={"model": args.model, "dtype": args.dtype, "raw": args.raw},
             restart=args.restart,
             overwrite=args.overwrite,
             wrap_prompt=wrap,

@@ -84,6 +84,7 @@ def run(
     *,
     settings: dict[str, Any],
     batch_size: int,
+    source: dict[str, Any] | None = None,
     restart: bool = False,
     overwrite: bool = False,
     wrap_prompt: Callable[[Any], Any] = lambda prompt: prompt,
@@ -97,6 +98,7 @@ def run(
 
     Args:
         settings: keyword arguments of `generate`. wrap_prompt: applied to each "prompt" (chat templates).
+        source: what else the lines depend on (plain data, e.g. the model's path); a run is resumed only with the same.
     Raises:
         JobError: the output exists, a partial file of other settings. OSError: as the disk says.
     """
@@ -106,7 +108,7 @@ def run(
     if batch_size < 1:
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
     digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
-    header = json.loads(json.dumps({"input": digest, "settings": settings}))
+    header = json.loads(json.dumps({"input": digest, "settings": settings, **(source or {})}))
     done = -1
     if partial.exists() and not restart:
         done = _resume(partial, header)
@@ -129,18 +131,22 @@ def run(
                 stop += 1
             chunk = records[start:stop]
             given = [wrap_prompt(r[kind]) if kind == "prompt" else r[kind] for r in chunk]
-            source = {"prompts": given} if kind == "prompt" else {"canvas": given}
-            out = generate(model, **source, request_ids=range(start, stop), **settings)
+            rows = {"prompts": given} if kind == "prompt" else {"canvas": given}
+            out = generate(model, **rows, request_ids=range(start, stop), **settings)
             write(list(result_lines(out, start, chunk)))
             start = stop
             progress(start, len(records))
     finished = output.with_name(output.name + ".finished")
-    with partial.open("rb") as source_file, finished.open("wb") as target:
-        source_file.readline()
-        while piece := source_file.read(1 << 20):
-            target.write(piece)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(finished, output)
+    try:
+        with partial.open("rb") as source_file, finished.open("wb") as target:
+            source_file.readline()
+            while piece := source_file.read(1 << 20):
+                target.write(piece)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(finished, output)
+    except BaseException:
+        finished.unlink(missing_ok=True)
+        raise
     partial.unlink()
     return resumed

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from dlm_kernels import RowState
+from dlm_kernels.reference.confidence import MAX_BANNED
+from dlm_kernels.reference.unmask import MAX_STOP_IDS
 from dlm_kernels.state import DONE
 from torch import Tensor
 
@@ -37,6 +39,8 @@ def _fail(rule: str) -> None:
 
 def _per_row(name: str, value: Any, B: int, kind: type, low: float) -> list:
     """A scalar for every row, or one value per row; each at least `low`."""
+    if isinstance(value, str) or not (isinstance(value, numbers.Number) or hasattr(value, "__iter__")):
+        raise TypeError(f"generate: {name} must be {'a whole number' if kind is int else 'a number'} or one per row, got {name}={value!r}")
     scalar = isinstance(value, (numbers.Number, Tensor)) and not (isinstance(value, Tensor) and value.dim())
     values = [value] * B if scalar else list(value)
     if len(values) != B:
@@ -106,6 +110,12 @@ def read(
     banned = _ids("banned_token_ids", banned_token_ids, vocab_size)
     if mask_id in eos:
         _fail(f"eos_token_ids must not hold the mask id {mask_id}")
+    if len(eos) > MAX_STOP_IDS:
+        _fail(f"eos_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(eos)}")
+    room = MAX_BANNED - 1 - (len(eos) if any(least) else 0)
+    if len(banned) > room:
+        why = " (an EOS held back by min_new_tokens counts)" if any(least) else ""
+        _fail(f"banned_token_ids must hold at most {room} ids{why}, got {len(banned)}")
 
     canvases, prompt_lengths = [], []
     for b, ids in enumerate(rows):

@@ -31,15 +31,16 @@ NAMES = ("Tom", "Ann", "Max", "Eva", "Sam", "Lia")
 OBJECTS = ("apples", "coins", "cards", "books", "pens", "shells")
 GAIN_VERBS = ("wins", "finds", "buys")
 LOSS_VERBS = ("loses", "gives", "sells")
-LIST_WORDS = tuple(
-    "mint gray plum oak pink blue rose gold fern moss sand rain leaf lime navy teal "
-    "corn salt fish bird wolf bear frog lamp door ship bell drum kite star moon ring".split()
-)
+# Sixteen words to list and look up. A head of 32 dimensions has about 16 that rotary positions leave alone
+# over a prompt's length, so more words would have to share directions, and lookups are learned late as it is.
+LIST_WORDS = tuple("mint gray plum oak pink blue rose gold fern moss sand rain leaf lime navy teal".split())
+# In the vocabulary for prompts of one's own; no task draws them.
+SPARE_WORDS = tuple("corn salt fish bird wolf bear frog lamp door ship bell drum kite star moon ring".split())
 KEYWORDS = ("Add", "Story", "Map", "Sort", "Calc", "Reverse", "Shuffle")
 OTHER_WORDS = ("and", "Find", "has", "more", "How", "many", "now", "starts", "with", "so")
 
 # Every word the tasks use; the tokenizer gives each a token of its own.
-WORDS = KEYWORDS + OTHER_WORDS + NAMES + OBJECTS + GAIN_VERBS + LOSS_VERBS + LIST_WORDS
+WORDS = KEYWORDS + OTHER_WORDS + NAMES + OBJECTS + GAIN_VERBS + LOSS_VERBS + LIST_WORDS + SPARE_WORDS
 
 HELD_OUT_MODULUS = 50
 MAX_VALUE = 20  # of every operand and result in word and calc: small enough to know by heart
@@ -60,6 +61,8 @@ class Task:
 
     `new_prompt(rng)` draws a prompt, `solve(prompt)` gives its answer, and `content(prompt)` the canonical
     text that decides between train and held out. `weight` is the task's share of training samples.
+    `new_easy_prompt` draws a smaller prompt than any that is evaluated: looking a word up among many is
+    learned far sooner with some examples of few.
     """
 
     name: str
@@ -67,24 +70,28 @@ class Task:
     new_prompt: Callable[[random.Random], str]
     solve: Callable[[str], str]
     content: Callable[[str], str]
+    new_easy_prompt: Callable[[random.Random], str] | None = None
 
-    def generate(self, rng: random.Random) -> Sample:
-        """A sample of either split."""
-        prompt = self.new_prompt(rng)
+    def generate(self, rng: random.Random, *, easy: bool = False) -> Sample:
+        """A sample of either split; an easy one if asked for and the task has any."""
+        prompt = self._draw(rng, easy)
         return Sample(self.name, prompt, self.solve(prompt))
 
     def check(self, prompt: str, response: str) -> bool:
         """Whether `response`, less surrounding whitespace, is the answer to `prompt`."""
         return response.strip() == self.solve(prompt)
 
+    def _draw(self, rng: random.Random, easy: bool) -> str:
+        return (self.new_easy_prompt if easy and self.new_easy_prompt else self.new_prompt)(rng)
+
 
 @dataclass(frozen=True)
 class ShuffleTask(Task):
     """The task whose right answers are many: any order of the prompt's words."""
 
-    def generate(self, rng: random.Random) -> Sample:
+    def generate(self, rng: random.Random, *, easy: bool = False) -> Sample:
         """A sample of either split, its answer drawn uniformly from all orders."""
-        prompt = self.new_prompt(rng)
+        prompt = self._draw(rng, easy)
         words = prompt.split()[1:]
         return Sample(self.name, prompt, " ".join(rng.sample(words, len(words))))
 
@@ -99,14 +106,14 @@ def is_held_out(sample: Sample) -> bool:
     return zlib.crc32(content.encode()) % HELD_OUT_MODULUS == 0
 
 
-def generate_sample(task: str, rng: random.Random, split: str = "train") -> Sample:
-    """A random sample of `task` from `split`, "train" or "held_out"."""
+def generate_sample(task: str, rng: random.Random, split: str = "train", *, easy: bool = False) -> Sample:
+    """A random sample of `task` from `split`, "train" or "held_out"; `easy` as in Task."""
     if task not in TASKS:
         raise ValueError(f"tasks: task must be one of {', '.join(TASKS)}, got task={task!r}")
     if split not in ("train", "held_out"):
         raise ValueError(f"tasks: split must be 'train' or 'held_out', got split={split!r}")
     while True:
-        sample = TASKS[task].generate(rng)
+        sample = TASKS[task].generate(rng, easy=easy)
         if is_held_out(sample) == (split == "held_out"):
             return sample
 
@@ -127,8 +134,6 @@ def held_out(task: str, n: int, seed: int = 0) -> list[Sample]:
             raise ValueError(f"tasks: n must not exceed the held-out contents of {task}, got n={n}")
     return list(samples.values())
 
-
-# --- add ---
 
 
 def _add_prompt(rng: random.Random) -> str:
@@ -158,8 +163,6 @@ def _add_solve(prompt: str) -> str:
 def _add_content(prompt: str) -> str:
     return " ".join(sorted(_add_operands(prompt)))
 
-
-# --- word ---
 
 
 def _word_prompt(rng: random.Random) -> str:
@@ -208,12 +211,18 @@ def _word_content(prompt: str) -> str:
     return f"{value}" + "".join(f"{'+' if verb in GAIN_VERBS else '-'}{amount}" for verb, amount in steps)
 
 
-# --- kv ---
-
 
 def _kv_prompt(rng: random.Random) -> str:
     keys = rng.sample(LIST_WORDS, rng.randint(5, 12))
-    queries = rng.sample(keys, rng.randint(3, 4))
+    return _kv_map(rng, keys, rng.sample(keys, rng.randint(3, 4)))
+
+
+def _kv_easy_prompt(rng: random.Random) -> str:
+    keys = rng.sample(LIST_WORDS, rng.randint(2, 4))
+    return _kv_map(rng, keys, rng.sample(keys, len(keys)))
+
+
+def _kv_map(rng: random.Random, keys: list[str], queries: list[str]) -> str:
     pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
     return f"Map {pairs} Find {' '.join(queries)}"
 
@@ -233,8 +242,6 @@ def _kv_content(prompt: str) -> str:
     pairs, queries = _kv_parts(prompt)
     return f"{' '.join(sorted(pairs))} ? {' '.join(sorted(queries))}"
 
-
-# --- calc ---
 
 
 def _calc_prompt(rng: random.Random) -> str:
@@ -257,15 +264,13 @@ def _calc_solve(prompt: str) -> str:
     return " ".join(answers)
 
 
-# --- sort, reverse, shuffle ---
-
 
 def _sort_prompt(rng: random.Random) -> str:
     return "Sort " + " ".join(str(rng.randint(10, 99)) for _ in range(rng.randint(5, 8)))
 
 
-def _words_prompt(keyword: str) -> Callable[[random.Random], str]:
-    return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(5, 8)))}"
+def _words_prompt(keyword: str, least: int, most: int) -> Callable[[random.Random], str]:
+    return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(least, most)))}"
 
 
 def _sorted_items(prompt: str) -> str:
@@ -283,12 +288,12 @@ def _first_order(prompt: str) -> str:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("add", 0.18, _add_prompt, _add_solve, _add_content),
-        Task("word", 0.18, _word_prompt, _word_solve, _word_content),
-        Task("kv", 0.25, _kv_prompt, _kv_solve, _kv_content),
+        Task("add", 0.13, _add_prompt, _add_solve, _add_content),
+        Task("word", 0.12, _word_prompt, _word_solve, _word_content),
+        Task("kv", 0.38, _kv_prompt, _kv_solve, _kv_content, _kv_easy_prompt),
         Task("sort", 0.12, _sort_prompt, _sorted_items, _sorted_items),
-        Task("calc", 0.18, _calc_prompt, _calc_solve, _sorted_items),
-        Task("reverse", 0.03, _words_prompt("Reverse"), _reverse_solve, _sorted_items),
-        ShuffleTask("shuffle", 0.06, _words_prompt("Shuffle"), _first_order, _sorted_items),
+        Task("calc", 0.15, _calc_prompt, _calc_solve, _sorted_items),
+        Task("reverse", 0.04, _words_prompt("Reverse", 5, 8), _reverse_solve, _sorted_items),
+        ShuffleTask("shuffle", 0.06, _words_prompt("Shuffle", 5, 8), _first_order, _sorted_items, _words_prompt("Shuffle", 2, 4)),
     )
 }

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import dlm_fast
 import torch
 from dlm_fast.patching import attach
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB = 48
 MASK, EOS = 0, 1
@@ -20,7 +31,7 @@ def native_model(
     config_class, model_class = FAMILIES[family]
     config = config_class(
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=heads * (32 // heads),  # Llama wants a multiple of the heads
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -65,3 +76,27 @@ def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tenso
     error = (ours.double() - exact).abs().max().item()
     bound = factor * theirs + floor * max(1.0, exact.abs().max().item())
     assert error <= bound, f"error {error:.3g} exceeds {factor} x torch's own {theirs:.3g} (+ floor): {bound:.3g}"
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character: the mask, the EOS, and 46 characters; with a chat template."""
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;#+-=\n"
+    vocabulary = {"[MASK]": MASK, "[EOS]": EOS, **{c: 2 + i for i, c in enumerate(characters)}}
+    assert len(vocabulary) == VOCAB
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", mask_token="[MASK]", clean_up_tokenization_spaces=False)
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}: {% endif %}"
+    return fast
+
+
+def save_toy_checkpoint(path: Path, visibility: str = "full", *, tokenizer: bool = True, **kwargs) -> nn.Module:
+    """Writes a checkpoint folder as `dlm_fast.load` wants it; returns the (unpatched) model that it holds."""
+    model = native_model(**kwargs)
+    section = {"mask_token_id": MASK, "eos_token_ids": [EOS], "visibility": visibility}
+    model.config.dlm = section if visibility == "full" else {**section, "block_length": 4, "block_alignment": "rel"}
+    model.save_pretrained(path)
+    if tokenizer:
+        toy_tokenizer().save_pretrained(path)
+    return model

@@ -1,0 +1,77 @@
+"""What this GPU does at best, measured in the same run: bytes copied, bf16 products, empty launches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+
+from .timing import Budget, Candidate, CudaTimer, Outcome, measure
+
+COPY_BYTES = 1 << 30
+GEMM_SIZE = 8192
+EMPTY_LAUNCHES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Attributes:
+    copy_tb_s: device-to-device copy, bytes read plus bytes written. gemm_tflop_s: bf16 product of random matrices.
+    empty_kernel_us: an empty Triton kernel in a graph of many. empty_graph_us: replay of a graph of one.
+    empty_launch_us: an empty Triton kernel launched by the host.
+    """
+
+    copy_tb_s: float
+    gemm_tflop_s: float
+    empty_kernel_us: float
+    empty_graph_us: float
+    empty_launch_us: float
+
+    def floor_us(self, nbytes: float, flops: float = 0.0) -> float:
+        """Least time of work that moves `nbytes` and multiplies `flops`, each at its ceiling."""
+        return max(nbytes / self.copy_tb_s / 1e6, flops / self.gemm_tflop_s / 1e6)
+
+
+@triton.jit
+def _empty_kernel(pointer):
+    pass
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Raises RuntimeError if one of them cannot be measured: then no share of a ceiling can be reported."""
+    timer, budget = CudaTimer(device), Budget(60, 0)
+    nbytes = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+    elements = nbytes // 2
+    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = _median(measure([Candidate("copy", [lambda: target.copy_(source)])], timer, budget)["copy"])
+    del source, target
+    # Never zeros: a product of zeros runs faster than one of data.
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    gemm = _median(measure([Candidate("gemm", [lambda: a @ b])], timer, budget)["gemm"])
+    pointer = torch.zeros(1, device=device)
+
+    def launch() -> None:
+        _empty_kernel[(1,)](pointer)
+
+    kernels = [
+        Candidate("kernel", [launch] * EMPTY_LAUNCHES),
+        Candidate("graph", [launch]),
+        Candidate("launch", [launch] * EMPTY_LAUNCHES, graph=False),
+    ]
+    times = {name: _median(outcome) for name, outcome in measure(kernels, timer, budget).items()}
+    torch.cuda.empty_cache()
+    return Ceilings(
+        copy_tb_s=2 * 2 * elements / copy / 1e6,
+        gemm_tflop_s=2 * GEMM_SIZE**3 / gemm / 1e6,
+        empty_kernel_us=times["kernel"],
+        empty_graph_us=times["graph"],
+        empty_launch_us=times["launch"],
+    )
+
+
+def _median(outcome: Outcome) -> float:
+    if outcome.stats is None:
+        raise RuntimeError(f"ceilings: {outcome.reason}")
+    return outcome.stats.p50

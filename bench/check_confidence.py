@@ -1,0 +1,184 @@
+"""Is `confidence` its float64 reference, on every group of outputs and every dtype? Does a row depend on the other rows?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from dlm_fast import Ops
+from dlm_kernels import reference
+from dlm_kernels.reference import noise as random_numbers
+from dlm_kernels.reference.confidence import OUTPUTS
+from torch import Tensor
+
+from .checks import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
+
+GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
+IDS = ("token", "second_token", "error")
+# A draw is compared where the two best float64 scores are further apart than any rounding of an fp32 score near 50.
+CLEAR_DRAW = 1e-3
+
+
+def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
+    for dtype in sizes.logits_dtypes:
+        kind = str(dtype).removeprefix("torch.")
+        name = f"{kind} row alone = row in the batch"
+        yield name, partial(rows_are_independent, ops, device, seed, name, max(4, sizes.rows // 4), sizes.vocab, dtype)
+        for outputs in GROUPS:
+            name = f"{kind} V={sizes.vocab} outputs={'+'.join(outputs) or 'none'}"
+            yield name, partial(equals_reference, ops, device, seed, name, sizes.rows, sizes.vocab, dtype, outputs)
+        for V in sizes.vocabs:
+            name = f"{kind} V={V} everything"
+            yield name, partial(equals_reference, ops, device, seed, name, sizes.rows, V, dtype, OUTPUTS, plain=False)
+    if sizes.far:
+        yield "offsets beyond 2^31 elements", partial(far_rows, ops, device, seed)
+
+
+def random_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool) -> dict:
+    """Arguments of one call on the CPU: ragged row list, ties, banned winners, and rows that must end in an error.
+
+    plain: what a decoder passes (one banned id, no temperature, no cap); else every optional argument.
+    """
+    scale = torch.tensor([0.5, 3.0, 12.0])[torch.randint(3, (R, 1), generator=generator)]
+    logits = (torch.randn(R, V, generator=generator) * scale).to(dtype)
+    best = logits.argmax(1)
+    if R >= 8:
+        logits[0] = (torch.randn(V, generator=generator) * 2).round().to(dtype)  # many ties
+        logits[1] = -math.inf
+        logits[2, V // 2] = math.nan
+        logits[3, V - 1] = math.inf
+        logits[4, torch.arange(V) != V - 1] = -math.inf  # one candidate, the last id
+        logits[5] = 0.0
+        logits[6, : V // 2] = torch.finfo(dtype).min if dtype != torch.float16 else -math.inf
+    rows = torch.randperm(R, generator=generator).to(torch.int32)
+    rows = torch.cat([rows, torch.tensor([-1, int(rows[0]), R, -7], dtype=torch.int32)])
+    N = len(rows)
+    call = {"logits": logits, "rows": rows, "outputs": outputs}
+    needed = rows.clamp(0, R - 1).long()
+    if plain:
+        call["banned"] = torch.tensor([int(best[R // 2])])
+    else:
+        # The winner, an id out of the vocabulary, nothing, and some other id, row by row.
+        banned = torch.stack([best[needed], torch.full((N,), V), torch.full((N,), -1), torch.randint(V, (N,), generator=generator)], 1)
+        banned[::3] = -1
+        call["banned"] = banned
+        call["temperature"] = torch.rand(N, generator=generator) + 0.3
+        call["temperature"][-5] = 0.0  # not a temperature: an error of that row
+        call["soft_cap"] = 30.0
+    if "sampled" in outputs:
+        call["sample_temperature"] = torch.rand(N, generator=generator) + 0.2
+        call["sample_temperature"][::4] = 0.0
+        call["seed"] = torch.randint(-(2**62), 2**62, (1,), generator=generator)
+        call["noise"] = torch.randint(-(2**31), 2**31 - 1, (N, 3), generator=generator).to(torch.int32)
+    if "query" in outputs:
+        call["query"] = torch.randint(V, (N,), generator=generator)
+        call["query"][-6] = V
+    return call
+
+
+def on_device(call: dict, device: torch.device, padding: int) -> dict:
+    """The call's tensors on `device`; between the rows of logits lie `padding` NaN, which nobody may read."""
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
+    R, V = call["logits"].shape
+    buffer = torch.full((R, V + padding), math.nan, dtype=call["logits"].dtype, device=device)
+    buffer[:, :V] = moved["logits"]
+    return moved | {"logits": buffer[:, :V]}
+
+
+def equals_reference(
+    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool = True
+) -> None:
+    random = generator(seed, name)
+    # Rows 16-byte aligned, as a model's head makes them, or not at all.
+    aligned = bool(torch.randint(2, (1,), generator=random)) or plain
+    call = on_device(random_call(random, R, V, dtype, outputs, plain), device, -V % 16 + 16 if aligned else 3)
+    before = call["logits"].clone()
+    memory = GuardedMemory()
+    with poisoned(memory):
+        ours = ops.confidence(**call)
+    memory.check()
+    same_bits("logits (an input)", call["logits"], before)
+    compare(ours, call)
+
+
+def compare(ours: reference.Confidence, call: dict) -> None:
+    """Raises Failure unless `ours` is what the reference makes of the call."""
+    low = reference.confidence(**call)
+    exact = reference.confidence(**call | {"logits": call["logits"].double()})
+    fields = ours._asdict()
+    for field, expected in exact._asdict().items():
+        if (fields[field] is None) != (expected is None):
+            raise Failure(f"{field}: {'absent' if fields[field] is None else 'present'}, should be the other way")
+    for field in IDS:
+        if fields[field] is not None:
+            same_bits(field, fields[field], getattr(exact, field))
+    clear = torch.ones_like(ours.token, dtype=torch.bool)
+    if "sampled" in call["outputs"]:
+        clear = clear_draws(call) | (exact.error != 0)
+        if clear.double().mean() < 0.9:
+            raise Failure(f"sampled_token: only {int(clear.sum())} of {len(clear)} draws are clear enough to compare")
+        same_bits("sampled_token", torch.where(clear, ours.sampled_token, 0), torch.where(clear, exact.sampled_token, 0))
+    # A capped logit is cap * tanh(.): fp32 rounds on the scale of the cap, however small the logit.
+    unit = max(1.0, call.get("soft_cap") or 0.0)
+    for field, expected in exact._asdict().items():
+        if expected is None or field in IDS or field == "sampled_token":
+            continue
+        keep = clear if field == "sampled_confidence" else torch.ones_like(clear)
+        of_logits = field in ("logit", "second_logit", "logsumexp")
+        no_worse_than_torch(field, fields[field][keep], getattr(low, field)[keep], expected[keep], unit=unit if of_logits else 1.0)
+
+
+def clear_draws(call: dict) -> Tensor:
+    """[N] bool: the draw cannot hang on rounding (it is greedy, or its two best scores lie apart in float64)."""
+    R, V = call["logits"].shape
+    rows = call["rows"].long()
+    logits = call["logits"][rows.clamp(0, R - 1)].double()
+    if call.get("soft_cap") is not None:
+        logits = torch.where(logits > -math.inf, call["soft_cap"] * torch.tanh(logits / call["soft_cap"]), logits)
+    ids = torch.arange(V, device=logits.device)
+    temperature = call["sample_temperature"].double()
+    key = random_numbers.row_key(call["seed"], call["noise"])
+    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None] + random_numbers.gumbel(key, ids, torch.float64)
+    banned = (ids == call["banned"].expand(len(rows), call["banned"].shape[-1])[..., None]).any(1)
+    best = torch.where(banned | scores.isnan(), -math.inf, scores).topk(min(2, V), dim=1).values
+    gap = best[:, 0] - best[:, -1] if V > 1 else torch.full_like(best[:, 0], math.inf)
+    return (temperature == 0) | (rows < 0) | (rows >= R) | ~(gap <= CLEAR_DRAW)
+
+
+def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype) -> None:
+    """Every row, bit for bit: alone, in the batch, and in the batch turned round."""
+    random = generator(seed, name)
+    call = on_device(random_call(random, R, V, dtype, OUTPUTS, plain=False), device, -V % 16 + 16)
+    N = len(call["rows"])
+    together = ops.confidence(**call)
+
+    def taking(index: Tensor) -> dict:
+        chosen = {k: call[k][index].contiguous() for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query")}
+        return call | chosen
+
+    turned = ops.confidence(**taking(torch.arange(N - 1, -1, -1, device=device)))
+    for field, values in turned._asdict().items():
+        same_bits(f"{field}, batch turned round", values.flip(0), getattr(together, field))
+    for n in range(0, N, max(1, N // 6)):
+        row = int(call["rows"][n])
+        if not 0 <= row < R:
+            continue
+        # Alone also means: in a logits tensor of one row.
+        single = taking(torch.tensor([n], device=device)) | {"logits": call["logits"][row : row + 1], "rows": None}
+        for field, values in ops.confidence(**single)._asdict().items():
+            same_bits(f"{field} of output {n} alone", values, getattr(together, field)[n : n + 1])
+
+
+def far_rows(ops: Ops, device: torch.device, seed: int) -> None:
+    """Rows whose offset does not fit 32 bits. Only the rows that are asked for are filled; the others are never read."""
+    V, dtype = 126464, torch.bfloat16
+    R = 2**31 // V + 40
+    if torch.cuda.mem_get_info(device)[0] < 2 * R * V * 1.2:
+        raise Skip(f"needs {2 * R * V / 1e9:.1f} GB of free device memory")
+    rows = torch.tensor([0, R // 2, R - 3, R - 1], dtype=torch.int32, device=device)
+    logits = torch.empty(R, V, dtype=dtype, device=device)
+    logits[rows.long()] = torch.randn(len(rows), V, generator=generator(seed, "far")).to(device, dtype) * 4
+    here = {"logits": logits[rows.long()].contiguous(), "rows": None, "outputs": ("second", "logsumexp", "entropy")}
+    compare(ops.confidence(**here | {"logits": logits, "rows": rows}), here)

@@ -1,0 +1,188 @@
+"""Whole decodes, Triton against the reference on the same device: random toy models, and the embedded tiny models where present.
+
+Token for token, except where the reference itself decided by a hair: two float32 computations of one model differ in the last
+bits, and a decision between candidates that lie closer than that is nobody's to make. `Watch` measures how close it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import dlm_fast
+import torch
+from dlm_fast import Ops
+from dlm_fast.loading import EMBEDDED, CheckpointError
+from dlm_fast.patching import attach
+from dlm_fast.tasks import TASKS, held_out
+from dlm_kernels import reference
+from dlm_kernels.reference import noise as random_numbers
+from dlm_kernels.reference.unmask import rank_order
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from .checks import Case, Failure, Sizes, Skip, generator
+
+CLEAR = 1e-4  # in logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+VOCAB, MASK, EOS = 200, 0, 1
+# (family, query heads, key/value heads, head dim, preset, options)
+DECODES = (
+    ("qwen3", 4, 1, 16, "sdar-dynamic", {"block_length": 4, "threshold": 0.2}),
+    ("qwen2", 7, 1, 16, "fast-dllm-dual", {"block_length": 5, "threshold": 0.2}),
+    ("llama", 4, 4, 32, "llada", {"block_length": 16}),
+    ("llama", 4, 4, 32, "fast-dllm", {"block_length": 16, "threshold": 0.2}),
+    ("llama", 8, 2, 64, "fast-dllm-prefix", {"block_length": 16, "rule": "factor"}),
+    ("qwen2", 7, 1, 48, "llada", {"block_length": 12, "score": "margin", "rule": "entropy", "entropy_bound": 2.0}),
+    ("qwen2", 14, 2, 64, "fast-dllm", {"block_length": 16, "score": "random", "threshold": 0.5}),
+    ("qwen3", 4, 1, 32, "sdar", {"block_length": 8}),
+    ("qwen3", 8, 2, 128, "llada2", {"block_length": 8, "threshold": 0.2, "score": "neg_entropy"}),
+    ("llama", 4, 4, 32, "llada", {"block_length": 16, "temperature": 0.8}),
+)
+EMBEDDED_DECODES = {"tiny-full": ("fast-dllm", {"block_length": 8}), "tiny-block": ("llada2", {"threshold": 0.9})}
+
+
+def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
+    for family, heads, kv_heads, head_dim, preset, options in DECODES[: sizes.presets]:
+        words = " ".join(f"{name}={value}" for name, value in options.items())
+        name = f"{family} H={heads} H_kv={kv_heads} D={head_dim} {preset} {words}"
+        model = partial(random_model, family, heads, kv_heads, head_dim, options["block_length"], seed, name)
+        yield name, partial(random_decode, ops, device, seed, name, sizes, model, preset, options)
+    if sizes.prompts:
+        for name in EMBEDDED:
+            yield f"{name} {EMBEDDED_DECODES[name][0]}", partial(embedded_decode, ops, device, seed, name, sizes)
+
+
+def random_model(family: str, heads: int, kv_heads: int, head_dim: int, block_length: int, seed: int, name: str) -> nn.Module:
+    """A small float32 model with logits spread widely enough that near-ties are rare, and its diffusion configuration."""
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(seed, name).initial_seed())
+        return model_class(config).float().eval()
+
+
+def random_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, make_model, preset: str, options: dict) -> None:
+    visibility = dlm_fast.PRESETS[preset].visibility
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=visibility, block_length=options["block_length"], block_alignment="abs"
+    )
+    model = make_model().to(device)
+    random = generator(seed, name)
+    lengths = (3, 40, 17, 1)[: max(2, sizes.new_tokens // 12)]
+    prompts = [torch.randint(2, VOCAB, (n,), generator=random).tolist() for n in lengths]
+    outputs = []
+    watch = Watch()
+    for backend in (ops, watch.ops()):
+        with attach(model, backend=backend, diffusion=diffusion, plain_mode=visibility):
+            outputs.append(dlm_fast.generate(model, prompts, preset=preset, max_new_tokens=sizes.new_tokens, seed=seed, **options))
+    compare(*outputs, watch)
+
+
+def embedded_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes) -> None:
+    preset, options = EMBEDDED_DECODES[name]
+    outputs = []
+    watch = Watch()
+    for backend in (ops, watch.ops()):
+        try:
+            model = dlm_fast.load(name, backend=backend, device=device)
+        except CheckpointError as error:
+            raise Skip(str(error)) from error
+        samples = [sample for task in TASKS for sample in held_out(task, sizes.prompts, seed % 1000)]
+        chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
+        outputs.append(dlm_fast.generate(model, chats, preset=preset, max_new_tokens=64, **options))
+    compare(*outputs, watch)
+
+
+def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, watch: Watch) -> None:
+    """Raises Failure unless every clearly decided row has the reference's tokens, steps and NFE, and most rows are clear."""
+    clear = (watch.gap > CLEAR).tolist()
+    for b in range(len(clear)):
+        same = ours.canvas[b].equal(expected.canvas[b]) and ours.unmask_step[b].equal(expected.unmask_step[b]) and ours.nfe[b] == expected.nfe[b]
+        if clear[b] and not same:
+            differ = int((ours.canvas[b] != expected.canvas[b]).sum())
+            raise Failure(
+                f"row {b}: {differ} tokens differ, NFE {ours.nfe[b]} instead of {expected.nfe[b]}, "
+                f"though the closest decision of the reference had a gap of {float(watch.gap[b]):.2g}"
+            )
+    if 2 * sum(clear) < len(clear):
+        raise Failure(f"only {sum(clear)} of {len(clear)} rows were decided clearly enough to compare")
+
+
+class Watch:
+    """The reference ops, recording for every row the smallest gap by which any decision of its decode was taken."""
+
+    def __init__(self) -> None:
+        self.gap: Tensor | None = None  # [B]
+        self._tokens: Tensor | None = None  # [B * lanes] gap between the two best candidates of each position
+
+    def ops(self) -> Ops:
+        return Ops("reference", reference.block_attention, self._confidence, self._unmask, "watched by a check")
+
+    def _confidence(self, logits: Tensor, *, outputs: tuple[str, ...], **arguments) -> reference.Confidence:
+        asked = reference.confidence(logits, outputs=outputs, **arguments)
+        gap = reference.confidence(logits, rows=arguments["rows"], banned=arguments["banned"])
+        self._tokens = gap.logit - gap.second_logit
+        if "sampled" in outputs:
+            ids = torch.arange(logits.shape[1], device=logits.device)
+            temperature = arguments["sample_temperature"].clamp(min=1e-6)[:, None]
+            noise = random_numbers.gumbel(random_numbers.row_key(arguments["seed"], arguments["noise"]), ids)
+            banned = (ids == arguments["banned"].expand(len(logits), -1)[..., None]).any(1)
+            best = torch.where(banned, -math.inf, logits / temperature + noise).topk(2, dim=1).values
+            drawn = arguments["sample_temperature"] > 0
+            self._tokens = torch.where(drawn, best[:, 0] - best[:, 1], self._tokens)
+        self._tokens = torch.where(arguments["rows"] >= 0, self._tokens, math.inf)
+        return asked
+
+    def _unmask(self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, **arguments) -> None:
+        B, W = score.shape
+        lane = state.block_start[:, None] + torch.arange(W, device=score.device)
+        inside = (lane < state.block_end[:, None]) & (arguments["query_len"] > 0)[:, None]
+        lane = lane.clamp(max=state.tokens.shape[1] - 1).long()
+        eligible = inside & (state.tokens.gather(1, lane) == mask_id)
+        reference.unmask(state, rule, score=score, value=value, mask_id=mask_id, **arguments)
+        chosen = eligible & (state.tokens.gather(1, lane) != mask_id)
+        if self.gap is None:
+            self.gap = torch.full((B,), math.inf, device=score.device)
+        if not chosen.any():
+            return
+
+        # The cut between the worst position chosen and the best one left.
+        left = eligible & ~chosen & chosen.any(1, keepdim=True)
+        cut = torch.where(chosen, score, math.inf).amin(1) - torch.where(left, score, -math.inf).amax(1)
+        gaps = [cut]
+        if self._tokens is not None:
+            gaps.append(torch.where(chosen, self._tokens.view(B, W), math.inf).amin(1))
+        # The test that was passed or failed, position by position in rank order.
+        order = rank_order(eligible, score)
+        ranked, real = score.gather(1, order), eligible.gather(1, order)
+        r = torch.arange(1, W + 1, device=score.device)
+        distance = None
+        if rule.passes == "threshold":
+            distance = ranked - value[:, None]
+        elif rule.passes == "factor":
+            distance = ranked - (1 - value[:, None] / (r + 1))
+        elif rule.passes == "entropy":
+            used = torch.where(real, arguments["entropy"].gather(1, order), 0.0)
+            distance = used.cumsum(1) - (0 if rule.inclusive else used) - value[:, None]
+        if distance is not None:
+            first = rule.passes == "entropy" and not rule.inclusive  # its first position always passes
+            gaps.append(torch.where(real & ~((r == 1) & first), distance.abs(), math.inf).amin(1))
+        self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))
+

@@ -1,0 +1,153 @@
+"""From candidates to rows: every shape that is timed becomes rows, also when something fails or the time is up."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .timing import Budget, Candidate, OutOfTime, measure, rotation, short
+
+OURS, AGAIN = "ours", "ours, again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a row times.
+
+    Attributes:
+        candidates: "ours" first. floor_us: least time by the measured ceilings. sets, cold: rotation of the inputs.
+        note: what a reader must know about the shape.
+    """
+
+    candidates: list[Candidate]
+    floor_us: float
+    sets: int
+    cold: bool
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One row of shapes: how to build its work, and roughly how long building and timing takes."""
+
+    op: str
+    model: str
+    label: str
+    build: Callable[[], Work]
+    seconds: float = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One row of the report. `speedup` is this candidate's time over ours: above 1, ours is faster."""
+
+    op: str
+    model: str
+    shape: str
+    candidate: str
+    status: str
+    reason: str = ""
+    p50_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    replays: int | None = None
+    floor_us: float | None = None
+    share: float | None = None
+    speedup: float | None = None
+    noise: float | None = None
+    sets: int | None = None
+    cold: bool | None = None
+    graph: bool | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass
+class Bench:
+    """Where timings run: the device, how a candidate is prepared, and the time there is."""
+
+    device: torch.device
+    prepare: Callable[[Candidate], Callable[[], float]]
+    budget: Budget
+    ceilings: object
+    l2_bytes: int
+    replays: int
+
+    def rotation(self, bytes_per_set: int) -> tuple[int, bool]:
+        return rotation(bytes_per_set, self.l2_bytes)
+
+
+def time_shapes(bench: Bench, shapes: Iterable[Shape], on_rows: Callable[[list[Timing]], None] = lambda rows: None) -> list[Timing]:
+    """Times every shape; what cannot be built or is out of time is a row too."""
+    done: list[Timing] = []
+    for shape in shapes:
+        _clean_up(bench)
+        try:
+            bench.budget.need(shape.seconds, f"{shape.op} {shape.label}")
+            rows = _time(bench, shape)
+        except OutOfTime as reason:
+            rows = [Timing(shape.op, shape.model, shape.label, OURS, "SKIPPED", str(reason))]
+        except Exception as error:  # out of memory while building, for one
+            rows = [Timing(shape.op, shape.model, shape.label, OURS, "FAILED", short(error))]
+        on_rows(rows)
+        done += rows
+    _clean_up(bench)
+    return done
+
+
+def _clean_up(bench: Bench) -> None:
+    """Frees what the last shape held. Forgets what was compiled, too: past 8 shapes of one function torch stops compiling it."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _time(bench: Bench, shape: Shape) -> list[Timing]:
+    work = shape.build()
+    # Ours twice, first and last: the difference is what a difference between two candidates must exceed.
+    again = dataclasses.replace(work.candidates[0], name=AGAIN)
+    outcomes = measure([*work.candidates, again], bench.prepare, bench.budget, bench.replays)
+    ours, repeated = outcomes[work.candidates[0].name].stats, outcomes.pop(AGAIN).stats
+    noise = abs(repeated.p50 / ours.p50 - 1) if ours and repeated else None
+    rows = []
+    for candidate in work.candidates:
+        outcome = outcomes[candidate.name]
+        taken = outcome.stats
+        measured = {}
+        if taken is not None:
+            measured = {
+                "p50_us": taken.p50,
+                "p20_us": taken.p20,
+                "p80_us": taken.p80,
+                "replays": taken.replays,
+                "share": work.floor_us / taken.p50,
+                "speedup": taken.p50 / ours.p50 if ours else None,
+            }
+        rows.append(
+            Timing(
+                shape.op,
+                shape.model,
+                shape.label,
+                candidate.name,
+                outcome.status,
+                outcome.reason,
+                floor_us=work.floor_us,
+                noise=noise,
+                sets=work.sets,
+                cold=work.cold,
+                graph=candidate.graph,
+                note=work.note,
+                **measured,
+            )
+        )
+    return rows
+
+
+def losses(rows: Iterable[Timing]) -> list[Timing]:
+    """The rows in which a baseline is faster than ours by more than the noise."""
+    return [r for r in rows if r.speedup is not None and r.candidate != OURS and not r.candidate.startswith("ours") and r.speedup < 1 - (r.noise or 0)]

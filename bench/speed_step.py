@@ -1,0 +1,171 @@
+"""One denoise step of a model of published shape with random weights: window forward, head, confidence, unmask.
+
+A random model takes the same time as a trained one: every step computes the same shapes, and the state is put back after each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import dlm_fast
+import torch
+from dlm_fast import Ops
+from dlm_fast.generate import Sampling, denoise_step
+from dlm_fast.patching import attach
+from dlm_fast.schedule import open_rows
+from dlm_kernels import RowState
+from dlm_kernels.state import DENOISE
+from torch import Tensor, nn
+
+from .check_decode import FAMILIES
+from .shapes import WINDOW, Model, Shapes
+from .speed import OURS, Bench, Shape, Work
+from .timing import Candidate
+
+PRESET_OF = {"full": "fast-dllm-dual", "block": "llada2"}
+
+
+def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    for model in chosen.models:
+        built: dict[str, nn.Module] = {}  # the weights are shared by all shapes of a model
+        for B, prefix in chosen.steps:
+            label = f"step B={B} prefix={prefix} window={WINDOW}"
+            yield Shape("step", model.name, label, partial(_step, bench, ops, model, B, prefix, built), seconds=20)
+        built.clear()
+
+
+def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
+    """bfloat16 weights (float32 on a CPU), with as many layers as fit next to what a step needs; and a note if those are fewer."""
+    layers, note = model.layers, ""
+    if device.type == "cuda":
+        per_layer = 2 * model.hidden * (2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.intermediate)
+        outside = 2 * 2 * model.vocab * model.hidden + (8 << 30)
+        fit = int((torch.cuda.mem_get_info(device)[0] * 0.9 - outside) // per_layer)
+        if fit < layers:
+            layers, note = fit, f"{fit} of {model.layers} layers: no more fit in this GPU's memory"
+        if layers < 1:
+            raise RuntimeError("not one layer fits in this GPU's memory")
+    config_class, model_class = FAMILIES[model.family]
+    config = config_class(
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=model.eos_id,
+    )
+    config._attn_implementation = "sdpa"
+    with _default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32), device:
+        built = model_class(config).eval()
+    for module in built.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # the published loops see the whole canvas
+    return built.requires_grad_(False), note
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict[str, nn.Module]) -> Work:
+    device = bench.device
+    if "model" not in built:
+        built["model"], built["note"] = random_model(model, device)
+    weights = built["model"]
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=model.mask_id, eos_token_ids=(model.eos_id,), visibility=model.visibility, block_length=WINDOW, block_alignment="abs"
+    )
+    preset = dataclasses.replace(dlm_fast.PRESETS[PRESET_OF[model.visibility]], block_length=WINDOW)
+    canvas = torch.cat([torch.randint(10, model.vocab // 2, (prefix,)), torch.full((WINDOW,), model.mask_id)])
+    plan, opened = open_rows([canvas] * B, preset, diffusion, device)
+    opened.phase.fill_(DENOISE)  # the prefix is in the cache: random numbers
+
+    def rows(value: float, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.full((B,), value, dtype=dtype, device=device)
+
+    sampling = Sampling(
+        temperature=rows(0, torch.float32),
+        seed=torch.zeros(1, dtype=torch.int64, device=device),
+        request=rows(0),
+        banned=torch.tensor([model.mask_id], device=device),
+        eos=torch.tensor([model.eos_id], device=device),
+        no_eos_before=None,
+        value=rows(preset.value, torch.float32),
+        min_unmask=rows(1),
+        steps=rows(WINDOW),
+        block_length=rows(WINDOW),
+        draws=False,
+    )
+
+    def ours(name: str, ops: Ops, graph: bool) -> Candidate:
+        handle = attach(_share(weights), backend=ops, diffusion=diffusion, plain_mode=model.visibility)
+        cache = handle.adapter.new_cache(handle.model, B, plan.capacity)
+        for layer in cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        state = opened.clone()
+
+        def call() -> None:
+            with torch.no_grad():
+                denoise_step(handle, plan, state, sampling, cache, "window")
+
+        return Candidate(name, [call], graph=graph, before=partial(_restore, state, opened))
+
+    published = opened.tokens.clone()
+
+    def loop() -> None:
+        with torch.no_grad():
+            _published_step(weights, published, model.mask_id)
+
+    def restore() -> None:
+        published.copy_(opened.tokens)
+
+    candidates = [
+        ours(OURS, ops, True),
+        ours("ours, launched by the host", ops, False),
+        ours("reference ops, in a graph", dlm_fast.REFERENCE, True),
+        Candidate("whole canvas, no cache, in a graph", [loop], before=restore),
+        Candidate("whole canvas, no cache, launched by the host", [loop], graph=False, before=restore),
+    ]
+    matrices = sum(p.numel() for p in weights.parameters()) - weights.model.embed_tokens.weight.numel()
+    kv_bytes = weights.config.num_hidden_layers * model.kv_bytes(B * (prefix + WINDOW))
+    item = 2 if device.type == "cuda" else 4
+    floor = bench.ceilings.floor_us(item * matrices + kv_bytes, 2 * matrices * B * WINDOW)
+    note = "; ".join(filter(None, [built["note"], "random weights", "no compiled model among the baselines: compiling one does not fit the time"]))
+    return Work(candidates, floor, 1, True, note)
+
+
+def _share(model: nn.Module) -> nn.Module:
+    """Another instance over the same parameters."""
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+
+
+def _restore(state: RowState, opened: RowState) -> None:
+    for field in dataclasses.fields(RowState):
+        getattr(state, field.name).copy_(getattr(opened, field.name))
+
+
+def _published_step(model: nn.Module, tokens: Tensor, mask_id: int) -> None:
+    """One step of the published uncached loop (LLaDA, arXiv:2502.09992): a forward of the whole canvas, the most confident mask written."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    token = logits.argmax(-1)
+    probability = logits.softmax(-1).gather(-1, token[..., None])[..., 0]
+    masked = tokens == mask_id
+    best = torch.where(masked, probability, -torch.inf).argmax(1, keepdim=True)
+    tokens.scatter_(1, best, token.gather(1, best))

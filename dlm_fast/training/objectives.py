@@ -1,0 +1,283 @@
+"""What the two models are asked to predict: canvases, masks, visibility and loss weights.
+
+Both objectives are a weighted mean cross-entropy over masked response tokens, without LLaDA's 1/t: every
+masked token counts alike, so the loss is not the likelihood bound. <eos> after the first counts a tenth,
+for it is easy and there is a lot of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm_fast.training.data import Encoded, SampleStream
+from dlm_fast.training.tokenizer import EOS_ID, MASK_ID, PAD_ID
+
+FILLER_WEIGHT = 0.1  # of <eos> after the first
+LATER_WEIGHT = 0.25  # of masked tokens after the block being denoised
+MIN_RATE = 0.02  # the least masking rate t
+
+
+@dataclass
+class Batch:
+    """One training step's input.
+
+    tokens, position_ids, targets: [B, L] int64. visible: [B or 1, 1, L, L] bool, True where the query row
+    may attend to the key column. weight: [B, L] fp32, 0 where there is no loss. task: [B, L] int64.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    visible: Tensor
+    weight: Tensor
+    task: Tensor
+
+
+def _dump(samples: list[Encoded]) -> list[dict]:
+    return [dataclasses.asdict(sample) for sample in samples]
+
+
+def _load(samples: list[dict]) -> list[Encoded]:
+    return [Encoded(**sample) for sample in samples]
+
+
+
+class FullBatches:
+    """Canvases of one length a batch, the response filled up with <eos>, everything visible.
+
+    A sample takes the shortest canvas that holds it with probability `tight`, else any that does: at
+    decode time the canvas is longer than the answer, so long tails of <eos> must be familiar.
+    Three masked states in four are those a block-by-block decoder meets: blocks before one clean, that one
+    masked at rate t, those after it all masked. The others mask the whole response at rate t (LLaDA,
+    arXiv:2502.09992).
+    """
+
+    canvas_lengths = (64, 96, 128)
+    block_lengths = (4, 8, 16, 32)
+    tight = 0.6
+    semi_autoregressive = 0.75
+
+    def __init__(self, stream: SampleStream, tokens_per_step: int):
+        self._stream = stream
+        self._tokens_per_step = tokens_per_step
+        self._waiting: dict[int, list[Encoded]] = {length: [] for length in self.canvas_lengths}
+
+    def next(self, generator: torch.Generator) -> Batch:
+        """The next batch; `generator` draws its masks."""
+        while True:
+            sample = self._stream.next()
+            needed = len(sample.prompt) + len(sample.answer)
+            fitting = [length for length in self.canvas_lengths if length >= needed]
+            length = fitting[0] if self._stream.random() < self.tight else self._stream.choice(fitting)
+            self._waiting[length].append(sample)
+            if len(self._waiting[length]) >= self._tokens_per_step // length:
+                samples, self._waiting[length] = self._waiting[length], []
+                return full_batch(
+                    samples, length, generator, self.block_lengths, semi_autoregressive=self.semi_autoregressive
+                )
+
+    def state(self) -> str:
+        """The samples waiting for a batch of their canvas length to fill, as JSON."""
+        return json.dumps({length: _dump(samples) for length, samples in self._waiting.items()})
+
+    def load_state(self, text: str) -> None:
+        """Continues where the object that gave `text` stood."""
+        self._waiting = {int(length): _load(samples) for length, samples in json.loads(text).items()}
+
+
+def full_batch(
+    samples: list[Encoded],
+    canvas_length: int,
+    generator: torch.Generator,
+    block_lengths: tuple[int, ...],
+    *,
+    semi_autoregressive: float,
+) -> Batch:
+    """Masks canvases [prompt | answer <eos> <eos> ...] of `canvas_length` tokens; see FullBatches."""
+    rows = len(samples)
+    targets = torch.full((rows, canvas_length), EOS_ID)
+    for row, sample in enumerate(samples):
+        ids = sample.prompt + sample.answer
+        targets[row, : len(ids)] = torch.tensor(ids)
+    prompt_length = torch.tensor([[len(sample.prompt)] for sample in samples])
+    first_eos = prompt_length + torch.tensor([[len(sample.answer) - 1] for sample in samples])
+    position = torch.arange(canvas_length)[None]
+
+    # Stratified, so that every batch covers the whole range of t.
+    rate = (torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)) / rows
+    rate = (MIN_RATE + (1 - MIN_RATE) * rate)[:, None]
+    chosen = torch.rand(rows, canvas_length, generator=generator) < rate
+
+    block_length = torch.tensor(block_lengths)[torch.randint(len(block_lengths), (rows, 1), generator=generator)]
+    # Not past the block of the first <eos>: a decoder stops there.
+    num_blocks = (first_eos - prompt_length) // block_length + 1
+    block = (torch.rand(rows, 1, generator=generator) * num_blocks).long()
+    block_start = prompt_length + block * block_length
+    by_block = torch.rand(rows, 1, generator=generator) < semi_autoregressive
+    later = by_block & (position >= block_start + block_length)
+    candidate = torch.where(by_block, position >= block_start, position >= prompt_length)
+    is_masked = (candidate & chosen) | later
+
+    weight = is_masked.float()
+    weight[later] = LATER_WEIGHT
+    weight[position > first_eos] *= FILLER_WEIGHT
+    task = torch.tensor([[sample.task] for sample in samples]).expand(rows, canvas_length)
+    return Batch(
+        tokens=torch.where(is_masked, MASK_ID, targets),
+        position_ids=position.expand(rows, canvas_length),
+        targets=targets,
+        visible=torch.ones(1, 1, canvas_length, canvas_length, dtype=torch.bool),
+        weight=weight,
+        task=task,
+    )
+
+
+
+class BlockCausalBatches:
+    """Rows of fixed length, each packed with samples laid out as [prompt | clean blocks | noisy copies].
+
+    The response is cut into blocks counted from its own start. Every block of a noisy copy is masked at
+    its own rate and denoised given the prompt and the clean blocks before it, all blocks in one forward
+    (the two-copy layout of BD3-LMs, arXiv:2503.09573). Two noisy copies share one clean copy, which is
+    cheaper than two rows.
+    """
+
+    row_length = 256
+    block_lengths = (8, 16)
+    noisy_copies = 2
+    all_masked = 0.2  # share of blocks that are wholly masked, the state each block starts from
+
+    def __init__(self, stream: SampleStream, tokens_per_step: int):
+        self._stream = stream
+        self._rows = tokens_per_step // self.row_length
+        self._left_over: list[tuple[Encoded, int]] = []
+
+    def next(self, generator: torch.Generator) -> Batch:
+        """The next batch; `generator` draws its masks."""
+        rows: list[list[tuple[Encoded, int]]] = [[] for _ in range(self._rows)]
+        free = [self.row_length] * self._rows
+        pending, self._left_over = self._left_over, []
+        # The sample that fits nowhere opens the next batch: dropping it would make long samples rare.
+        while not self._left_over:
+            if not pending:
+                pending.append((self._stream.next(), self._stream.choice(self.block_lengths)))
+            sample, block_length = pending.pop()
+            needed = block_causal_length(sample, block_length, self.noisy_copies)
+            row = next((row for row in range(self._rows) if free[row] >= needed), None)
+            if row is None:
+                self._left_over.append((sample, block_length))
+            else:
+                rows[row].append((sample, block_length))
+                free[row] -= needed
+        return block_causal_batch(
+            rows, self.row_length, generator, noisy_copies=self.noisy_copies, all_masked=self.all_masked
+        )
+
+    def state(self) -> str:
+        """The sample that opens the next batch, as JSON."""
+        return json.dumps([(dataclasses.asdict(sample), length) for sample, length in self._left_over])
+
+    def load_state(self, text: str) -> None:
+        """Continues where the object that gave `text` stood."""
+        self._left_over = [(Encoded(**sample), length) for sample, length in json.loads(text)]
+
+
+def block_causal_length(sample: Encoded, block_length: int, noisy_copies: int) -> int:
+    """Positions one sample takes in a packed row."""
+    response = -(-len(sample.answer) // block_length) * block_length
+    # No block comes after the last one, so nothing would read its clean copy.
+    return len(sample.prompt) + (response - block_length) + noisy_copies * response
+
+
+def block_causal_visible(segment: Tensor, copy: Tensor, block: Tensor) -> Tensor:
+    """Who sees whom in packed rows: [B, 1, L, L] bool from three [B, L] int64 labels.
+
+    `segment` numbers the samples of a row from 0, -1 being padding; `copy` is 0 for the prompt and the
+    clean response, then 1, 2, ... for the noisy ones; `block` is -1 for the prompt. With one block of
+    prompt p, one clean block c0 and noisy blocks n0 n1 (a digit a position, block_length 1):
+
+        keys       p  c0 n0 n1
+        query p    1  0  0  0
+        query c0   1  1  0  0
+        query n0   1  0  1  0
+        query n1   1  1  0  1
+
+    Padding sees itself only, for a row of no keys at all would give NaN.
+    """
+    query_copy, key_copy = copy[:, :, None], copy[:, None, :]
+    query_block, key_block = block[:, :, None], block[:, None, :]
+    query_segment, key_segment = segment[:, :, None], segment[:, None, :]
+    same_copy = query_copy == key_copy
+    clean_prefix = (key_copy == 0) & (key_block < query_block)
+    visible = clean_prefix | (same_copy & (query_block == key_block))
+    visible &= (query_segment == key_segment) & (query_segment >= 0)
+    return (visible | torch.eye(segment.shape[1], dtype=torch.bool))[:, None]
+
+
+def block_causal_batch(
+    rows: list[list[tuple[Encoded, int]]],
+    row_length: int,
+    generator: torch.Generator,
+    *,
+    noisy_copies: int,
+    all_masked: float,
+) -> Batch:
+    """Packs and masks rows of (sample, block_length); see BlockCausalBatches."""
+    shape = (len(rows), row_length)
+    targets = torch.full(shape, PAD_ID)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    segment = torch.full(shape, -1)
+    copy = torch.zeros(shape, dtype=torch.long)
+    block = torch.zeros(shape, dtype=torch.long)
+    task = torch.zeros(shape, dtype=torch.long)
+    base_weight = torch.zeros(shape)
+    for row, packed in enumerate(rows):
+        start = 0
+        for number, (sample, block_length) in enumerate(packed):
+            prompt_length = len(sample.prompt)
+            response_length = -(-len(sample.answer) // block_length) * block_length
+            filler = response_length - len(sample.answer)
+            response = torch.tensor(sample.answer + [EOS_ID] * filler)
+            response_position = torch.arange(prompt_length, prompt_length + response_length)
+            response_block = torch.arange(response_length) // block_length
+            response_weight = torch.tensor([1.0] * len(sample.answer) + [FILLER_WEIGHT] * filler)
+            clean = response_length - block_length
+
+            end = start + block_causal_length(sample, block_length, noisy_copies)
+            segment[row, start:end] = number
+            task[row, start:end] = sample.task
+            targets[row, start : start + prompt_length] = torch.tensor(sample.prompt)
+            position_ids[row, start : start + prompt_length] = torch.arange(prompt_length)
+            block[row, start : start + prompt_length] = -1
+            start += prompt_length
+            for index, length in enumerate([clean] + [response_length] * noisy_copies):
+                here = slice(start, start + length)
+                targets[row, here] = response[:length]
+                position_ids[row, here] = response_position[:length]
+                block[row, here] = response_block[:length]
+                copy[row, here] = index
+                if index > 0:
+                    base_weight[row, here] = response_weight
+                start += length
+
+    # One rate per (row, segment, copy, block), looked up by each position's labels.
+    labels = (int(segment.max()) + 1, noisy_copies + 1, int(block.max()) + 1)
+    rate_shape = (shape[0], *labels)
+    rate = MIN_RATE + (1 - MIN_RATE) * torch.rand(rate_shape, generator=generator)
+    rate[torch.rand(rate_shape, generator=generator) < all_masked] = 1.0
+    row_index = torch.arange(shape[0])[:, None]
+    rate_here = rate[row_index, segment.clamp(min=0), copy, block.clamp(min=0)]
+    is_masked = (copy > 0) & (torch.rand(shape, generator=generator) < rate_here)
+    return Batch(
+        tokens=torch.where(is_masked, MASK_ID, targets),
+        position_ids=position_ids,
+        targets=targets,
+        visible=block_causal_visible(segment, copy, block),
+        weight=base_weight * is_masked,
+        task=task,
+    )

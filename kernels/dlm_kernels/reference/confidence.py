@@ -1,0 +1,263 @@
+"""Specification of `confidence`: what every needed row of logits says about its token, in one pass over the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from ..state import ERROR_LOGITS
+from . import noise as random_numbers
+
+OUTPUTS = ("second", "logsumexp", "entropy", "sampled", "query")
+MAX_BANNED = 32
+# A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf: between them
+# every intermediate of the one-pass recurrences is finite in fp32.
+LIMIT = 1e30
+# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE infinitely unlikely.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+
+
+class Confidence(NamedTuple):
+    """Statistics of N rows, all [N]; None where the group was not requested. Defined in `confidence`."""
+
+    token: Tensor  # int64
+    logit: Tensor  # fp32, soft-capped, untempered
+    second_token: Tensor | None  # int64, -1 = no second candidate
+    second_logit: Tensor | None
+    logsumexp: Tensor | None
+    entropy: Tensor | None  # nats
+    confidence: Tensor
+    margin: Tensor | None
+    sampled_token: Tensor | None
+    sampled_confidence: Tensor | None
+    query_confidence: Tensor | None
+    error: Tensor  # int32, 0 or ERROR_LOGITS
+
+
+def confidence(
+    logits: Tensor,
+    *,
+    rows: Tensor | None = None,
+    outputs: Sequence[str] = ("second",),
+    banned: Tensor | None = None,
+    temperature: Tensor | None = None,
+    sample_temperature: Tensor | None = None,
+    seed: Tensor | None = None,
+    noise: Tensor | None = None,
+    query: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> Confidence:
+    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, a draw, a query.
+
+        l = soft_cap * tanh(logits / soft_cap), or logits             p = softmax(l / temperature) over all V ids
+        token, second_token = the two allowed ids of highest logits (ties: lowest id); logit, second_logit their l
+        confidence = p[token]        margin = confidence - p[second_token]        entropy = -sum p ln p (nats)
+        sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
+
+    `logsumexp` is of l / temperature. An id is allowed if it is not banned and its logit is above -1e30. Banned ids cannot be
+    token, second_token or sampled_token, but stay in every sum. Everything is computed in fp32 (float64 logits: in float64).
+
+    Args:
+        logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
+        rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N = R.
+        outputs: optional groups, any of `OUTPUTS`; token, logit, confidence and error always come.
+        banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
+        temperature: [N] fp32 of the statistics. None: 1.
+        sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:
+        seed: [1] int64, and
+        noise: [N, 3] int32, the row's (request index, absolute position, own step); see `reference.noise`.
+        query: [N] int64, required for "query": query_confidence = p[query].
+        soft_cap: a constant of the model; None = no cap.
+    Returns:
+        Confidence. A row with an error (error = 1) has token = sampled_token = 0, second_token = -1 and zeros elsewhere, never NaN:
+        its logits hold a NaN or +inf or allow no token, its temperature is not in [1e-6, 1e6] (for sampling: nor
+        0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for ids and zeros
+        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence.
+    Raises:
+        ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.  TypeError: dtypes.
+
+    Cost: R*V elements read once, about 10 bytes written per row and group. Recurrences: one-pass softmax, arXiv:1805.02867.
+    Rules that use it: low confidence, arXiv:2502.09992; margin, arXiv:2502.06768; entropy budget, arXiv:2505.24857.
+    """
+    N = check_arguments(
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap, extra_dtypes=(torch.float64,)
+    )
+    R, V = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    row = torch.arange(R, device=logits.device) if rows is None else rows.to(torch.int64)
+    needed = row != -1
+    present = (row >= 0) & (row < R)
+    raw = torch.zeros(N, V, dtype=dtype, device=logits.device)
+    raw[present] = logits[row[present]].to(dtype)
+    raw = torch.where(raw <= -LIMIT, -math.inf, raw)
+    scale = torch.ones(N, dtype=dtype, device=logits.device) if temperature is None else temperature.to(dtype)
+
+    # Choose by the raw logits: the cap is increasing, and rounding must not make it tie.
+    ids = torch.arange(V, device=logits.device)
+    allowed = ~_is_banned(ids, banned, N) & (raw > -math.inf)
+    error = ~present | torch.isnan(raw).any(1) | (raw >= LIMIT).any(1) | ~allowed.any(1) | ~_is_temperature(scale)
+    if "sampled" in outputs:
+        error |= ~(_is_temperature(sample_temperature) | (sample_temperature == 0))
+    if "query" in outputs:
+        in_vocabulary = (query >= 0) & (query < V)
+        error |= ~in_vocabulary
+    # A failed row is computed as a row of zeros, so that nothing below can be NaN, and overwritten at the end.
+    raw = torch.where(error[:, None], 0.0, raw)
+    allowed = allowed | error[:, None]
+    scale = torch.where(error, 1.0, scale)
+
+    token = _first_largest(raw, allowed)
+    others = allowed & (ids != token[:, None])
+    second_token = torch.where(others.any(1), _first_largest(raw, others), -1)
+
+    capped = raw if soft_cap is None else torch.where(raw == -math.inf, raw, soft_cap * torch.tanh(raw / soft_cap))
+    scaled = capped / scale[:, None]
+    shifted = scaled - scaled.amax(1, keepdim=True)
+    weight = shifted.exp()
+    total = weight.sum(1)
+    # An id of probability 0 has shifted = -inf, and -inf * 0 is NaN: it adds nothing.
+    energy = (weight * torch.where(weight > 0, shifted, 0.0)).sum(1)
+
+    def at(values: Tensor, index: Tensor, absent: float) -> Tensor:
+        return torch.where(index >= 0, values.gather(1, index.clamp(min=0)[:, None])[:, 0], absent)
+
+    best = at(weight, token, 0.0) / total
+    result = Confidence(
+        token=token,
+        logit=at(capped, token, 0.0),
+        second_token=second_token,
+        second_logit=at(capped, second_token, -math.inf),
+        logsumexp=scaled.amax(1) + total.log(),
+        entropy=total.log() - energy / total,
+        confidence=best,
+        margin=best - at(weight, second_token, 0.0) / total,
+        sampled_token=None,
+        sampled_confidence=None,
+        query_confidence=None,
+        error=(error & needed).to(torch.int32) * ERROR_LOGITS,
+    )
+    if "sampled" in outputs:
+        greedy = error | (sample_temperature == 0)
+        inverse = 1 / torch.where(greedy, 1.0, sample_temperature).to(dtype)
+        drawn = capped * inverse[:, None] + random_numbers.gumbel(random_numbers.row_key(seed, noise), ids, dtype)
+        sampled = torch.where(greedy, token, _first_largest(drawn, allowed))
+        result = result._replace(sampled_token=sampled, sampled_confidence=at(weight, sampled, 0.0) / total)
+    if "query" in outputs:
+        result = result._replace(query_confidence=at(weight, torch.where(in_vocabulary, query, 0), 0.0) / total)
+
+    absent = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
+    fields = {}
+    for name, values in result._asdict().items():
+        if values is None or not requested(name, outputs):
+            fields[name] = None
+            continue
+        failed, unneeded = absent.get(name, (0, 0))
+        fields[name] = torch.where(needed, torch.where(error, failed, values), unneeded).to(values.dtype)
+    return Confidence(**fields)
+
+
+_GROUP_OF = {
+    "second_token": "second",
+    "second_logit": "second",
+    "margin": "second",
+    "logsumexp": "logsumexp",
+    "entropy": "entropy",
+    "sampled_token": "sampled",
+    "sampled_confidence": "sampled",
+    "query_confidence": "query",
+}
+
+
+def requested(field: str, outputs: Sequence[str]) -> bool:
+    return field not in _GROUP_OF or _GROUP_OF[field] in outputs
+
+
+def _first_largest(values: Tensor, allowed: Tensor) -> Tensor:
+    """[N] lowest id among the largest allowed values; any id where nothing is allowed."""
+    candidates = torch.where(allowed, values, -math.inf)
+    ids = torch.arange(values.shape[1], device=values.device)
+    largest = allowed & (candidates == candidates.amax(1, keepdim=True))
+    return torch.where(largest, ids, values.shape[1] - 1).amin(1)
+
+
+def _is_banned(ids: Tensor, banned: Tensor | None, N: int) -> Tensor:
+    mask = torch.zeros(N, ids.shape[0], dtype=torch.bool, device=ids.device)
+    if banned is not None:
+        for column in banned.expand(N, banned.shape[-1]).unbind(1):
+            mask |= ids == column[:, None]
+    return mask
+
+
+def _is_temperature(values: Tensor) -> Tensor:
+    return (values >= MIN_TEMPERATURE) & (values <= MAX_TEMPERATURE)
+
+
+def check_arguments(
+    logits: Tensor,
+    rows: Tensor | None,
+    outputs: Sequence[str],
+    banned: Tensor | None,
+    temperature: Tensor | None,
+    sample_temperature: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    query: Tensor | None,
+    soft_cap: float | None,
+    extra_dtypes: tuple[torch.dtype, ...] = (),
+) -> int:
+    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the device."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, *extra_dtypes)
+    if logits.dtype not in dtypes:
+        raise TypeError(f"confidence: logits must be one of {', '.join(map(str, dtypes))}, got {logits.dtype}")
+    if logits.dim() != 2 or not 1 <= logits.shape[1] < 2**30:
+        raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"confidence: logits must have last stride 1, got strides {logits.stride()}")
+    if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(OUTPUTS):
+        raise ValueError(f"confidence: outputs must be distinct names out of {OUTPUTS}, got {outputs!r}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"confidence: soft_cap must be a positive finite number or None, got {soft_cap!r}")
+
+    for group, arguments in (
+        ("sampled", {"sample_temperature": sample_temperature, "seed": seed, "noise": noise}),
+        ("query", {"query": query}),
+    ):
+        for name, value in arguments.items():
+            if (value is not None) != (group in outputs):
+                state = "required" if value is None else "used"
+                raise ValueError(f"confidence: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}")
+
+    N = logits.shape[0]
+    if rows is not None:
+        if rows.dim() != 1:
+            raise ValueError(f"confidence: rows must be [N], got shape {list(rows.shape)}")
+        N = rows.shape[0]
+    for name, value, dtype, shapes in (
+        ("rows", rows, torch.int32, [(N,)]),
+        ("temperature", temperature, torch.float32, [(N,)]),
+        ("sample_temperature", sample_temperature, torch.float32, [(N,)]),
+        ("seed", seed, torch.int64, [(1,)]),
+        ("noise", noise, torch.int32, [(N, 3)]),
+        ("query", query, torch.int64, [(N,)]),
+        ("banned", banned, torch.int64, [] if banned is None else [(banned.shape[-1:].numel(),), (N, banned.shape[-1:].numel())]),
+    ):
+        if value is None:
+            continue
+        if value.dtype != dtype:
+            raise TypeError(f"confidence: {name} must be {dtype}, got {value.dtype}")
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"confidence: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})")
+        if not value.is_contiguous():
+            raise ValueError(f"confidence: {name} must be contiguous, got strides {value.stride()}")
+        if value.device != logits.device:
+            raise ValueError(f"confidence: {name} must be on {logits.device}, got {value.device}")
+    if banned is not None and banned.shape[-1] > MAX_BANNED:
+        raise ValueError(f"confidence: banned must hold at most {MAX_BANNED} ids a row, got K={banned.shape[-1]}")
+    return N
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else f"{value.dtype} {list(value.shape)}"

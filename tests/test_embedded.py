@@ -1,0 +1,96 @@
+"""The two models inside the package: they load, answer, and trade steps for accuracy as a trained model does."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import dlm_fast
+import pytest
+from dlm_fast import cli
+from dlm_fast.tasks import TASKS, held_out
+
+PER_TASK = 5
+
+
+@functools.lru_cache
+def model(name: str):
+    return dlm_fast.load(name, device="cpu")
+
+
+@functools.lru_cache
+def prompts() -> tuple:
+    return tuple(sample for task in TASKS for sample in held_out(task, PER_TASK, seed=11))
+
+
+@functools.lru_cache
+def decode(name: str, preset: str, options: tuple = ()):
+    chats = [[{"role": "user", "content": sample.prompt}] for sample in prompts()]
+    return dlm_fast.generate(model(name), chats, preset=preset, max_new_tokens=64, **dict(options))
+
+
+def exact_match(out) -> float:
+    return sum(TASKS[s.task].check(s.prompt, text) for s, text in zip(prompts(), out.text)) / len(prompts())
+
+
+DECODERS = [
+    ("tiny-full", "llada", (("block_length", 8),)),
+    ("tiny-full", "fast-dllm", (("block_length", 8),)),
+    ("tiny-block", "sdar", ()),
+    ("tiny-block", "llada2", ()),
+]
+
+
+@pytest.mark.parametrize("name, preset, options", DECODERS)
+def test_most_held_out_prompts_are_answered_exactly(name, preset, options):
+    assert exact_match(decode(name, preset, options)) >= 0.7
+
+
+@pytest.mark.parametrize("careful, parallel", [(DECODERS[0], DECODERS[1]), (DECODERS[2], DECODERS[3])])
+def test_a_threshold_saves_forwards_and_keeps_most_answers(careful, parallel):
+    slow, fast = decode(*careful), decode(*parallel)
+    assert sum(fast.nfe) < 0.6 * sum(slow.nfe)
+    assert exact_match(fast) >= exact_match(slow) - 0.15
+
+
+def test_many_tokens_a_step_without_a_threshold_cost_answers():
+    blind = decode("tiny-full", "llada", (("block_length", 8), ("steps_per_block", 1)))
+    assert exact_match(blind) < exact_match(decode(*DECODERS[0])) - 0.15
+
+
+def test_an_easy_task_is_answered():
+    samples = held_out("reverse", 6, seed=3)
+    out = dlm_fast.generate(
+        model("tiny-full"), [[{"role": "user", "content": s.prompt}] for s in samples], preset="fast-dllm", block_length=8, max_new_tokens=24
+    )
+    assert sum(TASKS["reverse"].check(s.prompt, text) for s, text in zip(samples, out.text)) >= 5
+    assert out.finish.count("eos") >= 5
+
+
+def test_the_exact_cache_of_the_block_causal_model_changes_no_token():
+    chats = [[{"role": "user", "content": s.prompt}] for s in prompts()[::6]]
+    cached, recomputed = (
+        dlm_fast.generate(model("tiny-block"), chats, preset="llada2", max_new_tokens=48, cache=cache) for cache in ("commit", "none")
+    )
+    assert cached.text == recomputed.text
+
+
+@pytest.mark.parametrize("name", ["tiny-full", "tiny-block"])
+def test_a_batch_of_prompts_equals_its_rows_alone(name):
+    chats = [[{"role": "user", "content": s.prompt}] for s in prompts()[::9]]
+    batch = dlm_fast.generate(model(name), chats, max_new_tokens=32)
+    alone = [dlm_fast.generate(model(name), [chat], max_new_tokens=32) for chat in chats]
+    assert batch.text == [out.text[0] for out in alone] and batch.nfe == [out.nfe[0] for out in alone]
+
+
+def test_the_doctor_says_where_each_op_runs(capsys):
+    assert cli.main(["doctor", "--json", "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {facts["visibility"] for facts in report["embedded"].values()} == {"full", "block"}
+    assert all(facts["backend"] == "reference" and facts["reason"] for facts in report["embedded"].values())
+
+
+def test_the_demo_prints_its_table_and_one_json_object(capsys):
+    assert cli.main(["demo", "--per-task", "1", "--json", "--device", "cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["decoders"]
+    assert len(rows) == 6 and all(0 <= row["exact_match"] <= 1 and row["nfe"] > 0 for row in rows)

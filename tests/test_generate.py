@@ -1,0 +1,480 @@
+"""The decode loop against its specification: tests/oracles.py, recomputing everything, rows alone, and what bad input must say."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import math
+from pathlib import Path
+
+import decode_cases
+import dlm_fast
+import oracles
+import pytest
+import torch
+from decode_cases import BLOCK_PRESETS, FULL_PRESETS, random_case
+from dlm_fast.generate import _sampling, denoise_step
+from dlm_fast.patching import attach
+from dlm_fast.presets import PRESETS, resolve
+from dlm_fast.requests import read
+from dlm_fast.schedule import open_rows
+from dlm_kernels.reference import Confidence
+from dlm_kernels.state import COMMIT, DENOISE, DONE
+from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy, toy_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+PRESET_NAMES = FULL_PRESETS + BLOCK_PRESETS
+
+
+def toy_for(preset: str, **kwargs):
+    return toy(PRESETS[preset].visibility, **kwargs)
+
+
+def block_of(preset: str, length: int = 4) -> dict:
+    """The block_length option; a block-causal toy has its own already."""
+    return {"block_length": length} if PRESETS[preset].visibility == "full" else {}
+
+
+def tokens(out) -> list[list[int]]:
+    return [row.tolist() for row in out.canvas]
+
+
+def everything(out, row: int) -> tuple:
+    """All that a row's result is, but the time it took."""
+    text = None if out.text is None else out.text[row]
+    tensors = tuple(tuple(t[row].tolist()) for t in (out.sequences, out.canvas, out.unmask_step, out.confidence))
+    return (*tensors, text, out.finish[row], out.nfe[row], out.query_tokens[row], out.tpf[row])
+
+
+# ---- the specification -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_oracles_import_nothing_of_the_project():
+    tree = ast.parse(Path(oracles.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"__future__", "collections.abc", "dataclasses", "math", "torch"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_oracles_forward_equals_the_hugging_face_model(family):
+    spec = decode_cases.ModelSpec(family=family, heads=4, kv_heads=1)
+    ids = random_prompts([13])[0]
+    causal = torch.ones(13, 13, dtype=torch.bool).tril()
+    exact, _ = decode_cases.network(spec).forward(ids, range(13), causal)
+    theirs = decode_cases.build(spec)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(theirs.double(), exact, atol=2e-4, rtol=2e-5)
+
+
+def test_the_cases_cover_what_the_specification_names():
+    cases = [random_case(seed) for seed in range(64)]
+    seen = collections.Counter()
+    for case in cases:
+        preset = resolve(case.preset, case.diffusion.visibility, case.options)
+        length = preset.block_length or case.diffusion.block_length
+        heads = case.model.heads // case.model.kv_heads
+        seen.update({f"preset {case.preset}", f"rule {preset.rule}", f"score {preset.score}", f"stop {preset.stop}", f"GQA {heads}"})
+        seen.update({f"align {case.diffusion.block_alignment}", f"twist {case.model.twist}", f"family {case.model.family}"})
+        seen.update(f"prompt {n - length:+d}" for n in map(len, case.prompts or []) if length and abs(n - length) <= 1)
+        seen.update(f"prompt of {len(p)}" for p in case.prompts or [])
+        seen.update(name for name, has in (("canvas", case.canvas), ("sampled", any(case.temperature))) if has)
+    wanted = [f"preset {p}" for p in PRESET_NAMES] + [f"rule {r}" for r in ("quota", "threshold", "factor", "entropy")]
+    wanted += [f"score {s}" for s in ("confidence", "margin", "neg_entropy", "random")] + ["GQA 1", "GQA 4", "GQA 7"]
+    wanted += ["stop never", "stop after_block", "stop closed", "align abs", "align rel", "twist twins", "twist flat", "prompt of 1"]
+    wanted += ["prompt -1", "prompt +0", "prompt +1", "canvas", "sampled", "family llama", "family qwen2", "family qwen3"]
+    assert not [name for name in wanted if not seen[name]]
+    assert all(case.model.layers >= 2 and len(case) >= 3 for case in cases)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_every_decoder_equals_its_oracle_token_for_token(part):
+    for seed in range(part * 8, part * 8 + 8):
+        case = random_case(seed)
+        out = case.generate()
+        for row in range(len(case)):
+            expected = case.oracle(row)
+            where = f"seed {seed} row {row} {case.preset} {case.options}"
+            assert out.canvas[row].tolist() == expected.tokens, where
+            assert out.unmask_step[row].tolist() == expected.unmask_step, where
+            assert (out.nfe[row], out.query_tokens[row]) == (expected.nfe, expected.query_tokens), where
+            torch.testing.assert_close(out.confidence[row].double(), torch.tensor(expected.confidence).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alignment", ["abs", "rel"])
+@pytest.mark.parametrize("preset", BLOCK_PRESETS)
+def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment):
+    model = toy("block", block_alignment=alignment, block_length=4, layers=3)
+    prompts = random_prompts([1, 3, 4, 5, 11])
+    cached, recomputed = (
+        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, threshold=0.3) for cache in ("commit", "none")
+    )
+    assert tokens(cached) == tokens(recomputed)
+    assert [s.tolist() for s in cached.unmask_step] == [s.tolist() for s in recomputed.unmask_step]
+    assert sum(cached.query_tokens) < sum(recomputed.query_tokens)
+    assert all(c > r for c, r in zip(cached.nfe, recomputed.nfe))  # prefill and commits
+
+
+@pytest.mark.parametrize("temperature", [0.0, [0.0, 0.7, 1.0, 0.3, 1.0]])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_batch_of_unequal_prompts_equals_its_rows_alone(preset, temperature):
+    model = toy_for(preset, heads=7, kv_heads=1, eos=(EOS, 7, 9))
+    prompts, new = random_prompts([1, 3, 4, 5, 14]), [9, 1, 8, 13, 6]
+    settings = {"preset": preset, "seed": 3, "threshold": 0.3, **block_of(preset)}
+    batch = dlm_fast.generate(model, prompts, max_new_tokens=new, temperature=temperature, **settings)
+    for row, prompt in enumerate(prompts):
+        t = temperature[row] if temperature else 0.0
+        alone = dlm_fast.generate(model, [prompt], max_new_tokens=new[row], temperature=t, request_ids=[row], **settings)
+        same, other = everything(alone, 0), everything(batch, row)
+        assert same[:3] == other[:3] and same[4:] == other[4:]
+        assert same[3] == pytest.approx(other[3], abs=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_draw_depends_on_the_seed_and_the_request_only(preset):
+    model, prompts = toy_for(preset), random_prompts([2, 5, 9, 4])
+    settings = {"preset": preset, "temperature": 1.0, "max_new_tokens": 8, **block_of(preset)}
+    first = tokens(dlm_fast.generate(model, prompts, seed=11, request_ids=[40, 41, 42, 43], **settings))
+    again = tokens(dlm_fast.generate(model, prompts[::-1], seed=11, request_ids=[43, 42, 41, 40], **settings))
+    assert first == again[::-1]
+    assert first != tokens(dlm_fast.generate(model, prompts, seed=12, request_ids=[40, 41, 42, 43], **settings))
+    assert first != tokens(dlm_fast.generate(model, prompts, seed=11, request_ids=[50, 51, 52, 53], **settings))
+
+
+def test_draws_follow_the_softmax_of_the_logits():
+    model = toy("full", seed=4)
+    drawn = dlm_fast.generate(model, [[5, 6, 7]] * 600, max_new_tokens=1, temperature=1.0)
+    logits, _ = oracles.Network(model).forward([5, 6, 7, MASK], range(4), torch.ones(4, 4, dtype=torch.bool))
+    p = logits[3].clone().index_fill_(0, torch.tensor(MASK), -math.inf).softmax(-1)
+    counts = torch.tensor([row[3] for row in tokens(drawn)]).bincount(minlength=VOCAB).double()
+    expected = 600 * p
+    likely = expected > 10
+    assert likely.sum() > 3
+    assert ((counts - expected).abs()[likely] < 5 * expected.sqrt()[likely]).all()
+
+
+# ---- shapes of a request -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_an_empty_batch_decodes_to_nothing(preset):
+    out = dlm_fast.generate(toy_for(preset), [], preset=preset)
+    assert (out.sequences, out.canvas, out.finish, out.nfe, out.tpf) == ([], [], [], [], [])
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_canvas_without_masks_costs_nothing(preset):
+    full = random_prompts([7])[0]
+    hole = [*full[:3], MASK, *full[4:]]
+    out = dlm_fast.generate(toy_for(preset), canvas=[full, hole], preset=preset, **block_of(preset))
+    assert out.canvas[0].tolist() == full and out.nfe[0] == out.query_tokens[0] == 0 and out.tpf[0] == 0.0
+    assert out.nfe[1] > 0 and MASK not in out.canvas[1]
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_given_tokens_stay_and_a_given_eos_stops_nothing(preset):
+    canvas = [5, MASK, MASK, EOS, 9, MASK, MASK, MASK, EOS, 8, MASK, 7]
+    out = dlm_fast.generate(toy_for(preset), canvas=[canvas], preset=preset, banned_token_ids=[EOS], **block_of(preset))
+    given = [p for p, token in enumerate(canvas) if token != MASK]
+    assert [out.canvas[0][p].item() for p in given] == [canvas[p] for p in given]
+    assert MASK not in out.canvas[0] and out.finish == ["length"]
+    assert all((out.unmask_step[0][p] == -1) == (p in given) for p in range(len(canvas)))
+    assert out.sequences[0].tolist() == out.canvas[0][1:].tolist()
+
+
+def test_a_canvas_may_be_a_tensor_and_prompts_may_be_tensors():
+    model = toy("full")
+    ids = torch.tensor([[4, 5, MASK], [MASK, 7, 8]])
+    assert tokens(dlm_fast.generate(model, canvas=ids)) == tokens(dlm_fast.generate(model, canvas=ids.tolist()))
+    assert tokens(dlm_fast.generate(model, [torch.tensor([4, 5])], max_new_tokens=2)) == tokens(
+        dlm_fast.generate(model, [[4, 5]], max_new_tokens=2)
+    )
+
+
+def test_prompts_may_be_strings_chats_or_ids():
+    model, tokenizer = toy("full"), toy_tokenizer()
+    chat = [{"role": "user", "content": "hello"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    settings = {"max_new_tokens": 5, "tokenizer": tokenizer}
+    as_ids = dlm_fast.generate(model, [tokenizer(text)["input_ids"], tokenizer("abc")["input_ids"]], **settings)
+    as_given = dlm_fast.generate(model, [chat, "abc"], **settings)
+    assert tokens(as_given) == tokens(as_ids) and as_given.text == as_ids.text
+    assert as_given.text[1] == tokenizer.decode(as_given.sequences[1].tolist(), skip_special_tokens=True)
+
+
+# ---- what ends a row, and what may be drawn ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_banned_ids_and_the_mask_are_never_written(preset):
+    model, prompts = toy_for(preset), random_prompts([3, 6, 1])
+    banned = list(range(2, 30))
+    out = dlm_fast.generate(model, prompts, preset=preset, max_new_tokens=10, banned_token_ids=banned, temperature=[0.0, 1.0, 2.0], **block_of(preset))
+    written = {t for row, prompt in zip(tokens(out), prompts) for t in row[len(prompt) :]}
+    assert written and not written & set(banned)
+    assert all(MASK not in row for row, finish in zip(tokens(out), out.finish) if finish == "length")
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_an_eos_is_not_drawn_before_min_new_tokens(preset):
+    eos = tuple(range(1, 16))
+    model, prompts = toy_for(preset, eos=eos), [[20, 21], [22], [23, 24, 25]]
+    settings = {"preset": preset, "max_new_tokens": 9, **block_of(preset)}
+    free = dlm_fast.generate(model, prompts, **settings)
+    held = dlm_fast.generate(model, prompts, min_new_tokens=[6, 0, 9], **settings)
+    assert min(map(len, free.sequences)) < 6  # the ids end rows early unless they are held back
+    assert len(held.sequences[0]) >= 6 and len(held.sequences[2]) == 9
+    assert everything(held, 1)[:2] == everything(free, 1)[:2]
+    assert held.finish[2] == "length"
+
+
+def test_the_stop_rules_differ_in_cost_and_never_in_text_while_later_tokens_are_unseen():
+    """Block-causal: what follows an EOS cannot change what precedes it."""
+    model = toy("block", eos=tuple(range(1, 8)), block_length=4)
+    prompts = random_prompts([3, 5, 8, 2, 6])
+    outs = {stop: dlm_fast.generate(model, prompts, preset="sdar", stop=stop, max_new_tokens=16) for stop in ("never", "after_block", "closed")}
+    texts = {stop: [s.tolist() for s in out.sequences] for stop, out in outs.items()}
+    assert texts["never"] == texts["after_block"] == texts["closed"]
+    assert outs["closed"].finish.count("eos") >= 3
+    for closed, after, never in zip(outs["closed"].nfe, outs["after_block"].nfe, outs["never"].nfe):
+        assert closed <= after <= never
+    assert sum(outs["closed"].nfe) < sum(outs["after_block"].nfe) < sum(outs["never"].nfe)
+
+
+def test_closed_waits_until_nothing_before_the_eos_is_masked():
+    case = dataclasses.replace(random_case(0, preset="llada"), options={"block_length": 8})
+    stopped_early = 0
+    for seed in range(12):
+        model = toy("full", seed=seed, eos=tuple(range(1, 12)))
+        out = dlm_fast.generate(model, [[40, 41, 42]], max_new_tokens=8, **case.options)
+        row, written = out.canvas[0].tolist()[3:], out.unmask_step[0].tolist()[3:]
+        if out.finish == ["eos"]:
+            end = len(out.sequences[0])
+            assert row[end] in range(1, 12) and MASK not in row[:end]
+            stopped_early += MASK in row
+            # The step that closed the row was its last.
+            assert max(written[: end + 1]) == max(written)
+    assert stopped_early >= 3
+
+
+def test_finish_reasons_and_sequences_stop_before_the_eos():
+    model = toy("full", eos=tuple(range(1, 17)))
+    out = dlm_fast.generate(model, random_prompts([4, 4, 4, 4]), max_new_tokens=6, block_length=1, min_new_tokens=[0, 0, 6, 6])
+    assert out.finish[2:] == ["length", "length"] and "eos" in out.finish[:2]
+    for sequence, canvas, finish in zip(out.sequences, out.canvas, out.finish):
+        assert canvas[4 : 4 + len(sequence)].tolist() == sequence.tolist()
+        assert not set(sequence.tolist()) & set(range(1, 17)) or finish == "length"
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_stop_string_ends_the_row_and_is_cut_off(preset):
+    model, tokenizer = toy_for(preset, eos=()), toy_tokenizer()
+    settings = {"preset": preset, "max_new_tokens": 12, "tokenizer": tokenizer, **block_of(preset, 3)}
+    whole = dlm_fast.generate(model, random_prompts([3, 5]), **settings)
+    stop = whole.text[0][4:6]
+    out = dlm_fast.generate(model, random_prompts([3, 5]), stop_strings=[stop], **settings)
+    cut = whole.text[0].index(stop)
+    assert out.text[0] == whole.text[0][:cut] and out.finish[0] == "stop"
+    assert out.text[0] == tokenizer.decode(out.sequences[0].tolist(), skip_special_tokens=True)
+    assert out.nfe[0] < whole.nfe[0]
+
+
+# ---- what the numbers mean ---------------------------------------------------------------------------------------------------------
+
+
+def test_llada_writes_one_token_a_step_by_descending_confidence_within_a_step_count_of_its_length():
+    out = dlm_fast.generate(toy("full"), random_prompts([5]), preset="llada", max_new_tokens=7)
+    steps = out.unmask_step[0][5:].tolist()
+    assert sorted(steps) == list(range(7)) and out.nfe == [7] and out.query_tokens == [7 * 12]
+    assert out.unmask_step[0][:5].tolist() == [-1] * 5 and out.confidence[0][:5].tolist() == [0.0] * 5
+    assert (out.confidence[0][5:] > 0).all() and out.tpf == [len(out.sequences[0]) / 7]
+
+
+def test_steps_per_block_is_the_number_of_forwards():
+    out = dlm_fast.generate(toy("full", eos=()), random_prompts([5]), preset="llada", block_length=5, steps_per_block=2, max_new_tokens=10)
+    assert out.nfe == [4]
+    assert [out.unmask_step[0].tolist().count(step) for step in range(4)] == [3, 2, 3, 2]
+
+
+def test_forwards_are_counted_by_hand_for_every_cache():
+    full, block, prompt = toy("full", eos=()), toy("block", eos=(), block_length=4), random_prompts([6])
+    settings = {"max_new_tokens": 8, "rule": "quota", "steps_per_block": 2}
+    # 2 blocks of 4, 2 steps each, on a canvas of 14.
+    counted = {p: dlm_fast.generate(full, prompt, preset=p, block_length=4, **settings) for p in FULL_PRESETS}
+    assert [counted[p].nfe[0] for p in FULL_PRESETS] == [4, 4, 4, 4]
+    assert counted["llada"].query_tokens == counted["fast-dllm"].query_tokens == [4 * 14]
+    assert counted["fast-dllm-prefix"].query_tokens == [14 + 8 + 14 + 4]
+    assert counted["fast-dllm-dual"].query_tokens == [14 + 4 + 14 + 4]
+    # Prefill of 6, two blocks of two steps, and one commit between them.
+    committed = dlm_fast.generate(block, prompt, preset="sdar", **settings)
+    assert committed.nfe == [1 + 2 + 1 + 2] and committed.query_tokens == [6 + 2 * 4 + 4 + 2 * 4]
+    # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12, 14).
+    absolute = dlm_fast.generate(toy("block", eos=(), block_length=4, block_alignment="abs"), prompt, preset="sdar", **settings)
+    assert absolute.nfe == [1 + 2 + 1 + 2 + 1 + 2] and absolute.query_tokens == [4 + (2 * 4 + 4) + (2 * 4 + 4) + 2 * 2]
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_every_denoise_step_of_a_row_writes_at_least_one_token(preset):
+    history = []
+
+    def on_step(state):
+        masks = (state.tokens == MASK) & (torch.arange(state.tokens.shape[1]) < state.canvas_len[:, None])
+        history.append((masks.sum(1).tolist(), state.step.tolist(), state.nfe.tolist(), state.phase.tolist()))
+
+    prompts = random_prompts([2, 5, 8, 1])
+    dlm_fast.generate(toy_for(preset), prompts, preset=preset, max_new_tokens=[8, 3, 11, 9], on_step=on_step, **block_of(preset, 3))
+    for (before, steps, nfe, phase), (after, steps_after, nfe_after, _) in zip(history, history[1:]):
+        for row in range(4):
+            assert nfe_after[row] - nfe[row] in (0, 1)
+            if steps_after[row] > steps[row]:
+                assert after[row] < before[row]
+            else:
+                assert after[row] == before[row]
+            if phase[row] == DONE:
+                assert nfe_after[row] == nfe[row]
+    assert all(phase == DONE for phase in history[-1][3])
+
+
+def test_no_row_pays_for_a_commit_that_nothing_follows():
+    phases = []
+    out = dlm_fast.generate(toy("block", eos=()), random_prompts([4, 4]), preset="llada2", max_new_tokens=4, on_step=lambda s: phases.append(s.phase.tolist()))
+    assert all(COMMIT not in step for step in phases) and phases[-1] == [DONE, DONE] and DENOISE in phases[0]
+    assert all(nfe == 1 + int(steps.max()) + 1 for nfe, steps in zip(out.nfe, out.unmask_step))
+
+
+# ---- no host read inside a step ----------------------------------------------------------------------------------------------------
+
+
+def _shapes_of_confidence(logits, *, rows, outputs, banned, **sampling):
+    """`confidence` as shapes: its host reads, if it has any, are its own tests' matter."""
+    N, like = rows.shape[0], {"device": logits.device}
+    ids, floats = torch.zeros(N, dtype=torch.int64, **like), torch.zeros(N, **like)
+    values = {field: floats for field in Confidence._fields}
+    values |= {name: ids for name in ("token", "second_token", "sampled_token")}
+    return Confidence(**{**values, "error": torch.zeros(N, dtype=torch.int32, **like)})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
+    """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
+    visibility = PRESETS[preset].visibility
+    diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility=visibility, block_length=4)
+    chosen = resolve(preset, visibility, block_of(preset))
+    batch = read(
+        diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,
+        min_new_tokens=2, temperature=temperature, seed=0, request_ids=None, stop_strings=(), banned_token_ids=(5,), eos_token_ids=None,
+    )  # fmt: skip
+    plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
+    sampling = _sampling(batch, plan, torch.device("cpu"))
+    ops = dataclasses.replace(dlm_fast.REFERENCE, confidence=_shapes_of_confidence)
+    model = native_model().requires_grad_(False)
+    with FakeTensorMode() as fake:
+        for module in model.modules():
+            for values in (module._parameters, module._buffers):
+                values.update({name: fake.from_tensor(tensor) for name, tensor in values.items() if tensor is not None})
+
+        def to_fake(values):
+            fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
+            return dataclasses.replace(values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)})
+
+        handle = attach(model, backend=ops, diffusion=diffusion, plain_mode=visibility)
+        plan, state, sampling = to_fake(plan), to_fake(state), to_fake(sampling)
+        cache = handle.adapter.new_cache(model, 3, plan.capacity) if plan.capacity else None
+        for kind in ("wide", "window") if plan.wide else ("window",):
+            denoise_step(handle, plan, state, sampling, cache, kind)
+        with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
+            state.phase.tolist()
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------------------
+
+BAD = [
+    ({"preset": "lada"}, ValueError, r"preset must be one of llada, .* got preset='lada'"),
+    ({"preset": "sdar"}, ValueError, r"preset sdar decodes models of visibility 'block', this model is 'full'; use llada"),
+    ({"block_length": 0}, ValueError, r"block_length must be a whole number >= 1 or None, got block_length=0"),
+    ({"block_length": 2.5}, ValueError, r"block_length must be a whole number.*2.5"),
+    ({"steps_per_block": 0}, ValueError, r"steps_per_block must be a whole number >= 1 or None, got steps_per_block=0"),
+    ({"min_unmask": 0}, ValueError, r"min_unmask must be a whole number >= 1.*got min_unmask=0"),
+    ({"threshold": -1.0}, ValueError, r"threshold must be a number >= 0, got threshold=-1.0"),
+    ({"threshold": math.nan}, ValueError, r"threshold must be a number >= 0, got threshold=nan"),
+    ({"factor": "x"}, ValueError, r"factor must be a number >= 0, got factor='x'"),
+    ({"rule": "best"}, ValueError, r"rule must be one of quota, threshold, factor, entropy, got rule='best'"),
+    ({"score": "p"}, ValueError, r"score must be one of .* got score='p'"),
+    ({"stop": "soon"}, ValueError, r"stop must be one of never, after_block, closed, got stop='soon'"),
+    ({"cache": "commit"}, ValueError, r"cache='commit' needs a block-causal model"),
+    ({"rule": "entropy", "score": "random"}, ValueError, r"rule='entropy' needs an order by score, got score='random'"),
+    ({"blocklength": 8}, ValueError, r"unknown options blocklength; preset options are .*block_length"),
+    ({"prompts": [[]]}, ValueError, r"prompts\[0\] must have at least one token, got an empty one"),
+    ({"prompts": [[5], [4, MASK]]}, ValueError, rf"prompts\[1\] must not contain the mask id {MASK}; .* canvas="),
+    ({"prompts": [[VOCAB]]}, ValueError, rf"prompts\[0\] must hold ids in \[0, {VOCAB}\), got {VOCAB}"),
+    ({"prompts": [[-1]]}, ValueError, r"prompts\[0\] must hold ids in .*got -1"),
+    ({"prompts": [[1.5]]}, TypeError, r"prompt must be a string, a chat or token ids, got an item of type float"),
+    ({"prompts": [torch.tensor([1.0])]}, TypeError, r"prompt tensor must be 1-D token ids, got shape \(1,\), torch.float32"),
+    ({"prompts": "hello"}, ValueError, r"prompts must be a list of prompts, got a single str"),
+    ({"prompts": ["hello"]}, ValueError, r"prompts of text need a tokenizer"),
+    ({"prompts": [[{"role": "user", "content": "hi"}]]}, ValueError, r"prompts of chats need a tokenizer with a chat template"),
+    ({"prompts": None}, ValueError, r"exactly one of prompts and canvas must be given"),
+    ({"canvas": [[5, MASK]]}, ValueError, r"exactly one of prompts and canvas must be given"),
+    ({"prompts": None, "canvas": [[]]}, ValueError, r"canvas\[0\] must have at least one token, got an empty one"),
+    ({"max_new_tokens": 0}, ValueError, r"max_new_tokens must be a finite number >= 1, got max_new_tokens=0"),
+    ({"max_new_tokens": 2.0}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=2.0"),
+    ({"max_new_tokens": [3, 4]}, ValueError, r"max_new_tokens must be one value or one per row, got 2 values for 1 rows"),
+    ({"max_new_tokens": 1000}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003"),
+    ({"min_new_tokens": 99}, ValueError, r"min_new_tokens must be at most max_new_tokens, got 99 > 8 in row 0"),
+    ({"temperature": -0.1}, ValueError, r"temperature must be a finite number >= 0, got temperature=-0.1"),
+    ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0, got temperature=nan"),
+    ({"temperature": "hot"}, TypeError, r"temperature must be .*number, got"),
+    ({"seed": -1}, ValueError, r"seed must be a whole number in \[0, 2\^63\), got seed=-1"),
+    ({"seed": 1.5}, ValueError, r"seed must be a whole number .*got seed=1.5"),
+    ({"request_ids": [2**31]}, ValueError, r"request_ids must be below 2\^31, got 2147483648"),
+    ({"stop_strings": "ab"}, TypeError, r"stop_strings must be a list of strings, got the string 'ab'"),
+    ({"stop_strings": [""]}, ValueError, r"stop_strings must be non-empty strings, got \[''\]"),
+    ({"stop_strings": ["ab"]}, ValueError, r"stop_strings need a tokenizer"),
+    ({"banned_token_ids": [VOCAB]}, ValueError, rf"banned_token_ids must hold ids in \[0, {VOCAB}\), got {VOCAB}"),
+    ({"banned_token_ids": ["a"]}, TypeError, r"banned_token_ids must be token ids, got 'a'"),
+    ({"banned_token_ids": list(range(2, 46))}, ValueError, r"banned_token_ids must hold at most 31 ids, got 44"),
+    ({"banned_token_ids": list(range(2, 33)), "min_new_tokens": 1}, ValueError, r"banned_token_ids must hold at most 30 ids .*got 31"),
+    ({"eos_token_ids": [MASK]}, ValueError, rf"eos_token_ids must not hold the mask id {MASK}"),
+    ({"eos_token_ids": list(range(1, 20))}, ValueError, r"eos_token_ids must hold at most 16 ids, got 19"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", BAD, ids=[" ".join(f"{k}={v!r}" for k, v in bad[0].items())[:50] for bad in BAD])
+def test_bad_input_names_argument_rule_and_value(changes, error, message):
+    with pytest.raises(error, match=message):
+        dlm_fast.generate(toy("full"), **{"prompts": [[5, 6, 7]], "max_new_tokens": 8, **changes})
+
+
+def test_a_model_that_is_not_patched_or_has_no_diffusion_configuration_is_refused():
+    model = native_model()
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is not patched; use dlm_fast.load\(path\) or dlm_fast.patch\(model\)"):
+        dlm_fast.generate(model, [[5]])
+    with dlm_fast.patch(model), pytest.raises(ValueError, match=r"no diffusion configuration; pass diffusion="):
+        dlm_fast.generate(model, [[5]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_nan_logits_are_an_error_that_still_carries_the_other_rows(preset, temperature):
+    model = toy_for(preset)
+    poison = 47
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = math.nan
+    settings = {"preset": preset, "max_new_tokens": 6, "temperature": temperature, "banned_token_ids": [poison], **block_of(preset)}
+    prompts = [[5, 6], [7, poison, 8], [9]]
+    with pytest.raises(dlm_fast.DecodeError, match=r"logits must be finite.*got NaN.* in rows \[1\]") as caught:
+        dlm_fast.generate(model, prompts, **settings)
+    assert caught.value.rows == [1]
+    alone = dlm_fast.generate(model, [prompts[0], prompts[2]], request_ids=[0, 2], **settings)
+    assert [tokens(caught.value.output)[b] for b in (0, 2)] == tokens(alone)
+    assert MASK in caught.value.output.canvas[1]
+
+
+def test_a_row_without_a_token_to_draw_is_an_error_not_a_loop():
+    model = toy("full")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0)
+        model.lm_head.weight[MASK] = math.inf
+    with pytest.raises(dlm_fast.DecodeError, match=r"in rows \[0\]"):
+        dlm_fast.generate(model, [[5]], max_new_tokens=2)
