@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"gpu-check: --out {given.out}: {error}", file=sys.stderr)
         return 2
-    from .gpu_check import gpu_check
+    from .gpu_check import cuda_rig, gpu_check
 
-    return gpu_check(given.out, given.seed, given.seconds, given.compile_threads)
+    return gpu_check(cuda_rig(given.compile_threads), given.out, given.seed, given.seconds)
 
 
 if __name__ == "__main__":

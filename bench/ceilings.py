@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 
+from .speed import Ceilings
 from .timing import Budget, Candidate, CudaTimer, Outcome, measure
 
 COPY_BYTES = 1 << 30
 GEMM_SIZE = 8192
 EMPTY_LAUNCHES = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """Attributes:
-    copy_tb_s: device-to-device copy, bytes read plus bytes written. gemm_tflop_s: bf16 product of random matrices.
-    empty_kernel_us: an empty Triton kernel in a graph of many. empty_graph_us: replay of a graph of one.
-    empty_launch_us: an empty Triton kernel launched by the host.
-    """
-
-    copy_tb_s: float
-    gemm_tflop_s: float
-    empty_kernel_us: float
-    empty_graph_us: float
-    empty_launch_us: float
-
-    def floor_us(self, nbytes: float, flops: float = 0.0) -> float:
-        """Least time of work that moves `nbytes` and multiplies `flops`, each at its ceiling."""
-        return max(nbytes / self.copy_tb_s / 1e6, flops / self.gemm_tflop_s / 1e6)
 
 
 @triton.jit

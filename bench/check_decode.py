@@ -47,21 +47,21 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
     for family, heads, kv_heads, head_dim, preset, options in DECODES[: sizes.presets]:
         words = " ".join(f"{name}={value}" for name, value in options.items())
         name = f"{family} H={heads} H_kv={kv_heads} D={head_dim} {preset} {words}"
-        model = partial(random_model, family, heads, kv_heads, head_dim, options["block_length"], seed, name)
+        model = partial(random_model, family, heads, kv_heads, head_dim, sizes.layers, seed, name)
         yield name, partial(random_decode, ops, device, seed, name, sizes, model, preset, options)
     if sizes.prompts:
         for name in EMBEDDED:
             yield f"{name} {EMBEDDED_DECODES[name][0]}", partial(embedded_decode, ops, device, seed, name, sizes)
 
 
-def random_model(family: str, heads: int, kv_heads: int, head_dim: int, block_length: int, seed: int, name: str) -> nn.Module:
-    """A small float32 model with logits spread widely enough that near-ties are rare, and its diffusion configuration."""
+def random_model(family: str, heads: int, kv_heads: int, head_dim: int, layers: int, seed: int, name: str) -> nn.Module:
+    """A small float32 model with logits spread widely enough that near-ties are rare."""
     config_class, model_class = FAMILIES[family]
     config = config_class(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -85,8 +85,7 @@ def random_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: S
     )
     model = make_model().to(device)
     random = generator(seed, name)
-    lengths = (3, 40, 17, 1)[: max(2, sizes.new_tokens // 12)]
-    prompts = [torch.randint(2, VOCAB, (n,), generator=random).tolist() for n in lengths]
+    prompts = [torch.randint(2, VOCAB, (n,), generator=random).tolist() for n in sizes.prompt_lengths]
     outputs = []
     watch = Watch()
     for backend in (ops, watch.ops()):

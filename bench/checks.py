@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Sizes:
         head_dims, groups: every pair is one attention call of the first attention dtype, every third of the others.
         width, prefix: longest window and cached prefix of an attention call.
         canvases: rows of an unmask call. widths: lanes of an unmask call; the first is used for all rules.
-        presets: how many of the decode checks run. new_tokens: canvas of a decode. prompts: per task, embedded models.
+        presets: how many of the decode checks run. layers: of the random models. prompt_lengths, new_tokens: of their decodes.
+        prompts: per task, for the embedded models; 0 = leave them out.
         far: also read and write beyond 2^31 elements. every: of the cases of an op, every n-th runs.
     """
 
@@ -51,6 +52,8 @@ class Sizes:
     canvases: int
     widths: tuple[int, ...]
     presets: int
+    layers: int
+    prompt_lengths: tuple[int, ...]
     new_tokens: int
     prompts: int
     far: bool
@@ -70,6 +73,8 @@ GPU = Sizes(
     canvases=96,
     widths=(32, 33, 100, 200, 1000, 4096, 8192),
     presets=10**9,
+    layers=2,
+    prompt_lengths=(3, 40, 17, 1),
     new_tokens=48,
     prompts=3,
     far=True,
@@ -84,14 +89,16 @@ TOY = Sizes(
     head_dims=(16, 48),
     groups=(1, 7),
     width=9,
-    prefix=530,
+    prefix=40,
     canvases=10,
     widths=(6, 70),
-    presets=2,
-    new_tokens=6,
+    presets=1,
+    layers=1,
+    prompt_lengths=(3, 9),
+    new_tokens=5,
     prompts=0,
     far=False,
-    every=7,
+    every=8,
 )
 
 
@@ -256,10 +263,3 @@ def no_worse_than_torch(
     scale = max(unit, torch.where(finite, exact.abs(), zero).max().item())
     if not error <= factor * theirs + floor * scale:
         raise Failure(f"{name}: error {error:.3g} against float64, torch's own is {theirs:.3g} (allowed {factor} x + {floor * scale:.1g})")
-
-
-def cycle(items: tuple, start: int) -> Iterator:
-    """Endless round trip through `items` from `start`."""
-    while True:
-        yield items[start % len(items)]
-        start += 1

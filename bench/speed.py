@@ -15,6 +15,27 @@ OURS, AGAIN = "ours", "ours, again"
 
 
 @dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What this GPU does at best, measured in the same run.
+
+    Attributes:
+        copy_tb_s: device-to-device copy, bytes read plus bytes written. gemm_tflop_s: bf16 product of random matrices.
+        empty_kernel_us: an empty Triton kernel in a graph of many. empty_graph_us: replay of a graph of one.
+        empty_launch_us: an empty Triton kernel launched by the host.
+    """
+
+    copy_tb_s: float
+    gemm_tflop_s: float
+    empty_kernel_us: float
+    empty_graph_us: float
+    empty_launch_us: float
+
+    def floor_us(self, nbytes: float, flops: float = 0.0) -> float:
+        """Least time of work that moves `nbytes` and multiplies `flops`, each at its ceiling."""
+        return max(nbytes / self.copy_tb_s / 1e6, flops / self.gemm_tflop_s / 1e6)
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """What a row times.
 
@@ -72,7 +93,7 @@ class Bench:
     device: torch.device
     prepare: Callable[[Candidate], Callable[[], float]]
     budget: Budget
-    ceilings: object
+    ceilings: Ceilings
     l2_bytes: int
     replays: int
 

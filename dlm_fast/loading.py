@@ -40,9 +40,11 @@ def check_weights(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"load: {path} has no config.json")
     try:
-        json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"load: {path / 'config.json'} is not readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"load: {path / 'config.json'} must hold a JSON object, got a {type(config).__name__}")
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
@@ -118,6 +120,7 @@ def load(
         dtype=dtype if dtype is not None else "auto",
         use_safetensors=True,
         local_files_only=True,
+        ignore_mismatched_sizes=True,  # reported below, by name, instead of in a table on stderr
         output_loading_info=True,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

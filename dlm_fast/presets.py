@@ -69,7 +69,9 @@ class Preset:
                 fail(f"{name} must be a whole number >= 1 or None, got {name}={value!r}")
         if self.min_unmask is not None and (not isinstance(self.min_unmask, int) or self.min_unmask < 1):
             fail(f"min_unmask must be a whole number >= 1 (every step makes progress) or None, got min_unmask={self.min_unmask!r}")
-        for name, low in (("threshold", 0.0), ("factor", 0.0), ("entropy_bound", 0.0)):
+        # A negative entropy is compared with a negative threshold (dParallel's H <= 0.5 is a threshold of -0.5).
+        least = {"threshold": float("-inf") if self.score == "neg_entropy" else 0.0, "factor": 0.0, "entropy_bound": 0.0}
+        for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value >= low:
                 fail(f"{name} must be a number >= {low:g}, got {name}={value!r}")

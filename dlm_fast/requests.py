@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from dlm_kernels import RowState
-from dlm_kernels.reference.confidence import MAX_BANNED
+from dlm_kernels.reference.confidence import MAX_BANNED, MAX_TEMPERATURE, MIN_TEMPERATURE
 from dlm_kernels.reference.unmask import MAX_STOP_IDS
 from dlm_kernels.state import DONE
 from torch import Tensor
@@ -144,11 +144,15 @@ def read(
     ids = list(range(B)) if request_ids is None else _per_row("request_ids", list(request_ids), B, int, 0)
     if any(i >= 2**31 for i in ids):
         _fail(f"request_ids must be below 2^31, got {max(ids)}")
+    heat = _per_row("temperature", temperature, B, float, 0.0)
+    for t in heat:
+        if t and not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
+            _fail(f"temperature must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got temperature={t:g}")
     return Requests(
         canvases=canvases,
         prompt_lengths=prompt_lengths,
         min_new_tokens=least,
-        temperature=_per_row("temperature", temperature, B, float, 0.0),
+        temperature=heat,
         seed=int(seed),
         request_ids=ids,
         stop_strings=tuple(stop_strings),

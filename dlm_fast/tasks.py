@@ -10,9 +10,9 @@ Each prompt starts with its task's keyword, so the task can be read off the prom
     reverse  Reverse oak plum mint          -> mint plum oak
     shuffle  Shuffle oak plum mint          -> any order of the same words
 
-The tasks differ in how far their tokens depend on one another, which is what parallel decoding has to
-respect: `reverse` has one answer known from the start, `add` and `word` are chains, and `shuffle` has many
-answers, so tokens picked independently of one another repeat words.
+kv asks for its keys in the map's order. The tasks differ in how far their tokens depend on one another,
+which is what parallel decoding has to respect: `reverse` has one answer known from the start, `add` and
+`word` are chains, and `shuffle` has many answers, so tokens picked independently of one another repeat words.
 
 A sample is held out when crc32 of its content is 0 modulo 50. The content leaves out what does not make a
 sample new (the order of a list to sort, the owner of the apples), so that no reordering of a held-out
@@ -214,17 +214,20 @@ def _word_content(prompt: str) -> str:
 
 def _kv_prompt(rng: random.Random) -> str:
     keys = rng.sample(LIST_WORDS, rng.randint(5, 12))
-    return _kv_map(rng, keys, rng.sample(keys, rng.randint(3, 4)))
+    return _kv_map(rng, keys, rng.randint(3, 4))
 
 
 def _kv_easy_prompt(rng: random.Random) -> str:
-    keys = rng.sample(LIST_WORDS, rng.randint(2, 4))
-    return _kv_map(rng, keys, rng.sample(keys, len(keys)))
+    keys = rng.sample(LIST_WORDS, rng.randint(2, 5))
+    return _kv_map(rng, keys, rng.randint(1, min(3, len(keys))))
 
 
-def _kv_map(rng: random.Random, keys: list[str], queries: list[str]) -> str:
+def _kv_map(rng: random.Random, keys: list[str], queries: int) -> str:
     pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
-    return f"Map {pairs} Find {' '.join(queries)}"
+    # Asked for in the map's order. In any order, models this small learn which values are asked for, but in 5,000 steps
+    # not which of them belongs to which key (measured: half right at two queries).
+    asked = sorted(rng.sample(keys, queries), key=keys.index)
+    return f"Map {pairs} Find {' '.join(asked)}"
 
 
 def _kv_parts(prompt: str) -> tuple[list[str], list[str]]:

@@ -155,15 +155,17 @@ def near_tie(case: Case, b: int, ours: dlm_fast.GenerateOutput, step: int, **cha
     return replay.token_margins[step] < LOGIT_BOUND * scale or replay.score_margins[step] < SCORE_BOUND
 
 
-def random_model(rng: random.Random, group: int | None = None, seeds: int = 3) -> ModelSpec:
-    heads, kv_heads = rng.choice(GQA[group if group is not None else rng.choice((1, 4, 7))])
+def random_model(rng: random.Random, small: bool) -> ModelSpec:
+    heads, kv_heads = rng.choice(GQA[rng.choice((1, 4, 7))])
+    if small and kv_heads > 1:
+        heads, kv_heads = (2 * heads // kv_heads, 2) if heads == kv_heads else (heads // kv_heads, 1)
     return ModelSpec(
         family=rng.choice(("llama", "qwen2", "qwen3")),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=rng.choice((16, 32)),
-        layers=rng.choice((2, 2, 3)),
-        seed=rng.randrange(seeds),
+        layers=2 if small else rng.choice((2, 2, 3)),
+        seed=rng.randrange(3),
         sharpness=rng.choice((1.0, 2.0, 4.0)),
         twist=rng.choice(("none", "none", "none", "twins", "flat")),
     )
@@ -179,6 +181,8 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
     if rule == "threshold":
         options["threshold"] = rng.choice((0.15, 0.3, 0.5, 0.8))
         options["score"] = rng.choice(("confidence", "confidence", "margin"))
+        if rng.random() < 0.2:  # dParallel: entropy at most so much
+            options |= {"score": "neg_entropy", "threshold": rng.choice((-2.5, -1.5, -0.5)), "inclusive": True}
     if rule == "factor":
         options["factor"] = rng.choice((0.5, 1.0, 1.7))
     if rule == "entropy":
@@ -194,15 +198,14 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
     return options
 
 
-def random_case(
-    seed: int, *, preset: str | None = None, group: int | None = None, rows: int | None = None, new_tokens: int = 11, seeds: int = 3
-) -> Case:
+def random_case(seed: int, *, preset: str | None = None, rows: int | None = None, small: bool = False) -> Case:
     """A case that depends on its arguments only: every preset and rule, GQA 1, 4 and 7, prompt lengths 1 and block_length +- 1,
-    ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids."""
+    ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids. `small`: few layers, heads and tokens, for the
+    interpreter."""
     rng = random.Random(f"decode {seed}")
     preset = preset or rng.choice(FULL_PRESETS + BLOCK_PRESETS)
     visibility = dlm_fast.PRESETS[preset].visibility
-    block_length = rng.choice((1, 2, 3, 4, 5, 8))
+    block_length = rng.choice((2, 3, 3, 4, 5) if small else (1, 2, 3, 4, 5, 8))
     eos = tuple(sorted({EOS, *rng.sample(range(2, VOCAB), rng.choice((0, 0, 1, 6)))}))
     diffusion = dlm_fast.DiffusionConfig(
         mask_token_id=MASK,
@@ -219,17 +222,17 @@ def random_case(
     if visibility == "block" and rng.random() < 0.15:
         options["cache"] = "none"
     B = rows or rng.choice((3, 4, 5))
-    lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 17)))) for _ in range(B)]
+    lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17)))) for _ in range(B)]
     plain = [token for token in range(2, VOCAB) if token not in eos]
     prompts = [[rng.choice(plain) for _ in range(n)] for n in lengths]
-    new = [rng.randint(1, new_tokens) for _ in range(B)]
+    new = [rng.randint(1, 7 if small else 11) for _ in range(B)]
     canvas = None
     if rng.random() < 0.25:  # infilling: fixed tokens, EOS among them, anywhere
         canvas = [p + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)] for p, n in zip(prompts, new)]
     sampled = rng.random() < 0.35
     return Case(
         seed=seed,
-        model=random_model(rng, group, seeds),
+        model=random_model(rng, small),
         diffusion=diffusion,
         preset=preset,
         options=options,

@@ -25,6 +25,8 @@ STATISTICS = ("second", "logsumexp", "entropy")
 # A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles, one into a single tile.
 LANES = (16, 64, 1024)
 GUARD = 16
+# NumPy, under the interpreter, warns of the infinities and NaNs of hostile rows.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------------
@@ -284,19 +286,18 @@ def test_soft_cap_is_applied_before_the_temperature() -> None:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("V", [2, 97, 1023, 1024, 1025, 4097])
 def test_kernel_equals_reference_across_tiles(V, lanes, device) -> None:
-    if lanes == 16 and V > 1025:
-        lanes = 32
-    logits = torch.randn(4, V, device=device) * 4
-    arguments = everything(4, V, device) | {"banned": torch.randint(-1, V, (4, 2), device=device)}
+    lanes = 128 if V > 1025 and lanes < 1024 else lanes  # the interpreter pays per tile
+    logits = torch.randn(2, V, device=device) * 4
+    arguments = everything(2, V, device, greedy_every=2) | {"banned": torch.randint(-1, V, (2, 2), device=device)}
     arguments["banned"][0] = logits[0].topk(2).indices if V > 2 else -1
     assert_equals_reference(run_kernel(logits, lanes, **arguments), logits, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_kernel_equals_reference_on_a_real_vocabulary(dtype, device) -> None:
-    logits = (torch.randn(4, 126464, device=device) * 3).to(dtype)
-    logits[2, 126463] = 40.0
-    logits[3, 126336] = 40.0
+    logits = (torch.randn(2, 126464, device=device) * 3).to(dtype)
+    logits[0, 126463] = 40.0
+    logits[1, 126336] = 40.0
     arguments = {"outputs": STATISTICS, "banned": torch.tensor([126336], device=device)}
     assert_equals_reference(run_kernel(logits, **arguments), logits, **arguments)
 
@@ -305,7 +306,6 @@ def test_kernel_equals_reference_on_a_real_vocabulary(dtype, device) -> None:
 def test_low_precision_logits_are_upcast_and_never_rounded_to(dtype, device) -> None:
     logits = (torch.randn(3, 1025, device=device) * 4).to(dtype)
     ours = run_kernel(logits, 16, outputs=STATISTICS)
-    assert_identical(ours._replace(token=ours.token), run_kernel(logits, 16, outputs=STATISTICS))
     assert_equals_reference(ours, logits, outputs=STATISTICS)
     assert torch.equal(ours.logit, logits.float().amax(1))
 
@@ -414,13 +414,13 @@ def test_rows_select_repeat_and_skip(device) -> None:
 
 
 def test_a_row_alone_equals_the_row_in_a_batch_bitwise(device) -> None:
-    logits = torch.randn(5, 1000, device=device) * 3
-    arguments = everything(5, 1000, device)
-    together = run_kernel(logits, 16, **arguments)
-    for n in range(5):
+    logits = torch.randn(4, 700, device=device) * 3
+    arguments = everything(4, 700, device)
+    together = run_kernel(logits, 32, **arguments)
+    for n in range(4):
         alone = {name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
         expected = Confidence(*(None if values is None else values[n : n + 1] for values in together))
-        assert_identical(run_kernel(logits[n : n + 1], 16, **alone), expected)
+        assert_identical(run_kernel(logits[n : n + 1], 32, **alone), expected)
 
 
 def test_a_result_does_not_depend_on_what_else_is_requested(device) -> None:
@@ -556,29 +556,31 @@ def draws(N: int, V: int, temperature: float, device: torch.device | str = "cpu"
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_sampling_frequencies_are_the_softmax(temperature) -> None:
-    N, logits = 40000, torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
+    N, logits = 20000, torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     result = reference.confidence(logits.expand(N, 5), banned=torch.tensor([3]), **draws(N, 5, temperature))
     allowed = torch.tensor([0, 1, 2, 4])
     expected = torch.zeros(5).index_copy(0, allowed, torch.softmax(logits[allowed] / temperature, 0))
     frequency = torch.bincount(result.sampled_token, minlength=5) / N
-    assert (frequency - expected).abs().max() < 0.012 and frequency[3] == 0
+    assert (frequency - expected).abs().max() < 0.015 and frequency[3] == 0
 
 
 def test_kernel_samples_what_the_reference_samples(device) -> None:
-    N, V = 100, 97
+    N, V = 40, 97
     logits = torch.randn(N, V, device=device) * 2
     arguments = draws(N, V, 0.8, device) | {"banned": logits.argmax(1)[:, None].contiguous()}
-    ours, exact = run_kernel(logits, 64, **arguments), reference.confidence(logits.double(), **arguments)
-    assert (ours.sampled_token != exact.sampled_token).sum() <= 1  # 1% may be near-ties
-    assert not (ours.sampled_token == arguments["banned"][:, 0]).any()
-    assert ours.sampled_token.unique().numel() > 30
+    ours = run_kernel(logits, 16, **arguments)
+    noise = generator.gumbel(generator.row_key(arguments["seed"], arguments["noise"]), torch.arange(V, device=device), torch.float64)
+    best = (logits.double() / 0.8 + noise).scatter(1, arguments["banned"], -math.inf).topk(2)
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-4
+    assert torch.equal(ours.sampled_token[clear], best.indices[clear, 0]) and clear.sum() >= 0.99 * N
+    assert ours.sampled_token.unique().numel() > 20
 
 
 @pytest.mark.parametrize("lanes", LANES)
 def test_draws_do_not_depend_on_the_tile_or_the_batch(lanes, device) -> None:
-    logits = torch.randn(6, 700, device=device)
-    arguments = everything(6, 700, device)
-    order = torch.tensor([3, 1, 5], device=device)
+    logits = torch.randn(4, 700, device=device)
+    arguments = everything(4, 700, device)
+    order = torch.tensor([3, 1, 0], device=device)
     some = {name: value[order] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
     expected = run_kernel(logits, 128, **arguments).sampled_token[order]
     assert torch.equal(run_kernel(logits, lanes, rows=order.int(), **some).sampled_token, expected)

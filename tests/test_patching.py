@@ -27,8 +27,8 @@ def logits(model, *args, **kwargs) -> torch.Tensor:
 
 
 def own_forward(model, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Logits of the unpatched model, told who sees whom by a 4-D mask."""
-    return logits(model, tokens, attention_mask=visible[:, None])
+    """Logits of the unpatched model, told who sees whom by a 4-D mask (an addend of eager attention)."""
+    return logits(model, tokens, attention_mask=torch.where(visible[:, None], 0.0, -1e9))
 
 
 def blocks_see(block: list[int]) -> torch.Tensor:

@@ -7,8 +7,9 @@ import torch
 
 from dlm_fast.tasks import TASKS, generate_sample
 from dlm_fast.training import checkpoint
+from dlm_fast.training.__main__ import parse
 from dlm_fast.training.data import SampleStream
-from dlm_fast.training.model import KINDS, build_model
+from dlm_fast.training.model import KINDS, build_model, full_from_block_causal
 from dlm_fast.training.objectives import (
     FILLER_WEIGHT,
     LATER_WEIGHT,
@@ -202,6 +203,29 @@ def test_noisy_copy_predicts_as_a_decoder_would():
     torch.testing.assert_close(plain[0, -8:], packed[0, second], atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_full_model_made_from_a_block_causal_one_has_its_queries_keys_and_values():
+    """Up to the size of each query and key, which a Llama has no norm to fix: that is right on average."""
+    source = build_model("block-causal", seed=0).eval()
+    for layer in source.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2.0)
+        torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
+    batch = BlockCausalBatches(SampleStream(4), 1024).next(torch.Generator().manual_seed(0))
+    model = full_from_block_causal(source, batch)
+
+    ours, theirs = model.model.layers[0].self_attn, source.model.layers[0].self_attn
+    hidden = source.model.layers[0].input_layernorm(source.model.embed_tokens(batch.tokens))
+    query = theirs.q_norm(theirs.q_proj(hidden).unflatten(-1, (4, 32)))
+    key = theirs.k_norm(theirs.k_proj(hidden).unflatten(-1, (2, 32))).repeat_interleave(2, dim=2)
+    value = theirs.v_proj(hidden).unflatten(-1, (2, 32)).repeat_interleave(2, dim=2)
+    for wanted, projection in ((query, ours.q_proj), (key, ours.k_proj)):
+        got = projection(hidden).unflatten(-1, (4, 32))
+        torch.testing.assert_close(torch.cosine_similarity(got, wanted, dim=-1), torch.ones(got.shape[:-1]))
+        assert (got.norm(dim=-1) / wanted.norm(dim=-1)).mean((0, 1)).tolist() == pytest.approx([1.0] * 4, rel=0.02)
+    torch.testing.assert_close(ours.v_proj(hidden).unflatten(-1, (4, 32)), value)
+    assert model.config.dlm["visibility"] == "full"
+
+
 def _logits(model, tokens, position_ids, visible):
     output = model(input_ids=tokens, position_ids=position_ids, attention_mask=visible, use_cache=False)
     return output.logits, tokens, visible
@@ -331,6 +355,21 @@ def test_no_sample_is_dropped(batches):
 def test_bad_settings_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run_settings(tmp_path, **changes)
+
+
+def test_command_line_gives_the_settings(tmp_path):
+    arguments = ["--model", "full", "--out", str(tmp_path), "--steps", "7", "--weight", "kv=0.5", "--fp32", "--no-compile"]
+    settings = parse(arguments)
+
+    assert (settings.model, settings.out, settings.steps) == ("full", tmp_path, 7)
+    assert settings.weights == {"kv": 0.5}
+    assert not settings.bf16 and not settings.compile
+    assert parse(arguments[:4]) == Settings("full", tmp_path)
+
+
+def test_only_a_full_model_starts_from_another(tmp_path):
+    with pytest.raises(ValueError, match="init must start a full model .* got model='block-causal'"):
+        Trainer(run_settings(tmp_path, "block-causal", init=tmp_path))
 
 
 def test_unknown_model_and_task_weight_are_named(tmp_path):

@@ -185,8 +185,14 @@ def test_an_unusable_statistic_of_a_lane_that_is_not_masked_does_not_matter():
     assert case.run().error.item() == 0
 
 
-MISFITS = [(DENOISE, "wide", "refresh"), (COMMIT, "wide", "commit"), (WIDE, "window", "refresh"), (COMMIT, "window", "none"), (DONE, "window", "none"),
-           (DONE, "wide", "commit")]  # fmt: skip
+MISFITS = [
+    (DENOISE, "wide", "refresh"),
+    (COMMIT, "wide", "commit"),
+    (WIDE, "window", "refresh"),
+    (COMMIT, "window", "none"),
+    (DONE, "window", "none"),
+    (DONE, "wide", "commit"),
+]
 
 
 @pytest.mark.parametrize("phase, kind, cache", MISFITS)

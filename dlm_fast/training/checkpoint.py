@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,9 +38,12 @@ def save(
 
 def load(path: Path, model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, str]:
     """Loads what `save` wrote into the model and optimizers, in place; returns the metadata."""
-    with safe_open(path, "pt") as checkpoint:
-        metadata = checkpoint.metadata()
-        tensors = {name: checkpoint.get_tensor(name) for name in checkpoint.keys()}
+    # One read: safe_open opens the file again for its tensors, and a run that replaces the file in between
+    # would pair the old header with the new data.
+    content = path.read_bytes()
+    header_length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + header_length]).get("__metadata__", {})
+    tensors = safetensors.torch.load(content)
     model.load_state_dict(_below(tensors, "model."))
     for optimizer_name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}

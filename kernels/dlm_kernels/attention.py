@@ -53,8 +53,8 @@ MMA_SYNC_TILES = {
 }
 # float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
 FLOAT32_TILES = {
-    16: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    32: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    16: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    32: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
     64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     128: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
     256: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),

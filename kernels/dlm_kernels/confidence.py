@@ -86,8 +86,9 @@ def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
 @triton.jit
 def _is_banned(ids, banned_ptr, NUM_BANNED: tl.constexpr):
     banned = ids < 0
-    for k in range(NUM_BANNED):
-        banned |= ids == tl.load(banned_ptr + k)
+    if NUM_BANNED > 0:  # else banned_ptr is None, and even an empty loop is compiled
+        for k in range(NUM_BANNED):
+            banned |= ids == tl.load(banned_ptr + k)
     return banned
 
 
@@ -357,11 +358,11 @@ class Tile:
     num_stages: int = 1
 
 
-# (compute capability, bytes of a logit): tile.
+# (compute capability, bytes of a logit): tile. 8 warps with 4 groups of 8 a thread spill 8 bytes on sm_100 and sm_120.
 TILES = {
-    (capability, itemsize): Tile(lanes=1024, num_warps=8)
-    for capability in (80, 86, 89, 90, 100, 120)
-    for itemsize in (2, 4)
+    **{(capability, itemsize): Tile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90) for itemsize in (2, 4)},
+    **{(capability, 2): Tile(lanes=1024, num_warps=16) for capability in (100, 120)},
+    **{(capability, 4): Tile(lanes=1024, num_warps=8) for capability in (100, 120)},
 }
 
 
@@ -461,7 +462,7 @@ def _tile(logits: Tensor) -> Tile:
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every configuration that a decoder launches on a GPU of this capability: dtypes, sets of outputs, one or no banned id."""
+    """Every configuration that a decoder launches on a GPU of this capability: dtypes and sets of outputs; "bare" has no option."""
     V = 126464
     output_types = {
         "token": "*i64", "logit": "*fp32", "second_token": "*i64", "second_logit": "*fp32", "logsumexp": "*fp32",
@@ -469,6 +470,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         "sampled_confidence": "*fp32", "query_confidence": "*fp32", "error": "*i32",
     }  # fmt: skip
     sets = {
+        "bare": (),
         "second": ("second",),
         "second+logsumexp+entropy": ("second", "logsumexp", "entropy"),
         "sampled": ("sampled",),
@@ -477,12 +479,12 @@ def compile_cases(capability: int) -> list[CompileCase]:
     cases = []
     for itemsize, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
         for name, outputs in sets.items():
-            everything = name == "everything"
+            bare, everything = name == "bare", name == "everything"
             tile, group = TILES[capability, itemsize], 16 // itemsize
             signature = {
                 "logits_ptr": f"*{dtype}",
-                "rows_ptr": "*i32",
-                "banned_ptr": "*i64",
+                "rows_ptr": "constexpr" if bare else "*i32",
+                "banned_ptr": "constexpr" if bare else "*i64",
                 "temperature_ptr": "*fp32" if everything else "constexpr",
                 "sample_temperature_ptr": "*fp32" if "sampled" in outputs else "constexpr",
                 "seed_ptr": "*i64" if "sampled" in outputs else "constexpr",
@@ -497,8 +499,8 @@ def compile_cases(capability: int) -> list[CompileCase]:
             }
             constexprs = {argument: None for argument, type_ in signature.items() if type_ == "constexpr"}
             constexprs |= {
-                "HAS_ROWS": True,
-                "NUM_BANNED": 4 if everything else 1,
+                "HAS_ROWS": not bare,
+                "NUM_BANNED": 0 if bare else 4 if everything else 1,
                 "HAS_TEMPERATURE": everything,
                 "HAS_SOFT_CAP": everything,
                 "SECOND": "second" in outputs,

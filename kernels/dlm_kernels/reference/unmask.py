@@ -252,7 +252,14 @@ def to_fixed(x: Tensor, low: int, high: int, nan: int) -> Tensor:
 
 
 def check_arguments(
-    state: RowState, rule: UnmaskRule, kind: Kind, mask_id: int, stop_ids: Tensor, *, rows: dict[str, Tensor], lanes: dict[str, Tensor | None]
+    state: RowState,
+    rule: UnmaskRule,
+    kind: Kind,
+    mask_id: int,
+    stop_ids: Tensor,
+    *,
+    rows: dict[str, Tensor],
+    lanes: dict[str, Tensor | None],
 ) -> None:
     """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element; shared with the kernel's launcher."""
     if kind not in KINDS:
