@@ -123,8 +123,8 @@ def _clean_up(bench: Bench) -> None:
     """Frees what the last shape held. Forgets what was compiled, too: past 8 shapes of one function torch stops compiling it."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    gc.collect()
     if bench.device.type == "cuda":
+        gc.collect()  # a patched model and its handle refer to each other
         torch.cuda.empty_cache()
 
 

@@ -65,11 +65,13 @@ def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
         eos_token_id=model.eos_id,
     )
     config._attn_implementation = "sdpa"
+    # The published loops see the whole canvas. Said here too, or transformers builds a causal mask, and under capture a dense one.
+    config.is_causal = False
     with _default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32), device:
         built = model_class(config).eval()
     for module in built.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False  # the published loops see the whole canvas
+            module.is_causal = False
     return built.requires_grad_(False), note
 
 

@@ -221,6 +221,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors are one line on stderr unless --debug is given."""
     args = _parser().parse_args(argv)
     try:
+        import transformers
+
+        # Its bar for loading weights would run through ours.
+        transformers.utils.logging.disable_progress_bar()
         report = COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("dlm-fast: interrupted; what was finished is kept", file=sys.stderr)

@@ -93,6 +93,11 @@ class PatchHandle:
         source = input_ids if input_ids is not None else embeds
         if source is None:
             raise ValueError("forward: one of input_ids and inputs_embeds must be given")
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            raise NotImplementedError(
+                f"forward: a plain forward takes no earlier keys, got {past.get_seq_length()} in past_key_values; use use_cache=False"
+            )
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         window = plain_window(
             self.plain_mode,

@@ -33,6 +33,15 @@ CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empt
 FACTS = {"device": "toy", "driver": "unknown", "versions": {"torch": torch.__version__}, "commit": "unknown"}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toy tensors on a busy machine: a second thread is mostly waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def random_case(seed: int, op: str, ops: dlm_fast.Ops, sizes: checks.Sizes = checks.TOY) -> list[checks.Check]:
     """Every check of `op` on data of that seed: what a longer campaign runs."""
     return checks.run(op, gpu_check.CASES[op].cases(ops, CPU, dataclasses.replace(sizes, every=1), seed), CPU)

@@ -75,10 +75,11 @@ def full_from_block_causal(source: Qwen3ForCausalLM, batch: Batch) -> LlamaForCa
     """
     state = source.state_dict()
     sizes: dict[str, Tensor] = {}
+    counted = batch.targets != PAD_ID
 
     def measure(name: str):
         def hook(_, inputs) -> None:
-            sizes[name] = inputs[0].float().pow(2).mean(-1).sqrt().mean((0, 1))
+            sizes[name] = inputs[0].float().pow(2).mean(-1).sqrt()[counted].mean(0)
 
         return hook
 
@@ -87,9 +88,7 @@ def full_from_block_causal(source: Qwen3ForCausalLM, batch: Batch) -> LlamaForCa
         for index, layer in enumerate(source.model.layers)
         for letter in "qk"
     ]
-    source(
-        input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=batch.visible, use_cache=False
-    )
+    source(input_ids=batch.tokens, position_ids=batch.position_ids, attention_mask=batch.visible, use_cache=False)
     for hook in hooks:
         hook.remove()
     for index in range(source.config.num_hidden_layers):

@@ -44,8 +44,8 @@ SM_90_TILES = {
 SM_100_TILES = SM_90_TILES | {128: (Tile(64, 32, 4, 4), Tile(128, 32, 8, 4))}
 # mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
 MMA_SYNC_TILES = {
-    16: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    32: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    16: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 4)),
+    32: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 4)),
     64: (Tile(64, 32, 4, 4), Tile(128, 64, 8, 3)),
     128: (Tile(64, 64, 8, 3), Tile(128, 32, 8, 3)),
     256: (Tile(64, 16, 8, 3), Tile(64, 16, 8, 3)),
@@ -60,7 +60,6 @@ FLOAT32_TILES = {
     256: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     512: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
-
 TILES = {90: SM_90_TILES, 100: SM_100_TILES, 103: SM_100_TILES}
 
 

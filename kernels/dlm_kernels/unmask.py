@@ -18,10 +18,9 @@ from .static import CompileCase
 
 # (BLOCK_W, num_warps): the narrowest tile that holds the lanes is used. One warp needs no barrier; wide tiles are bound by the sort,
 # whose 64-bit keys and partners must stay in registers.
-TILES: tuple[tuple[int, int], ...] = ((32, 1), (64, 1), (128, 2), (256, 4), (1024, 4), (2048, 16), (4096, 16))
-# The widest tile that compiles for all six targets without a spill ("factor" gathers and divides while the sorted keys are held; at
-# 4096 it spills on sm_80 with 16 and with 32 warps).
-MAX_W: dict[str, int] = {"none": 4096, "threshold": 4096, "factor": 2048, "entropy": 4096}
+TILES: tuple[tuple[int, int], ...] = ((32, 1), (128, 2), (256, 4), (1024, 4), (2048, 16))
+# The widest tile that every rule compiles to without a spill on all six targets ("factor" spills at 4096 on sm_80).
+MAX_W = TILES[-1][0]
 # Canvas positions read at once in the search for the next mask; it ends at the first tile that holds one.
 BLOCK_L = 256
 
@@ -324,11 +323,11 @@ def unmask(
     """Write the chosen predictions of every row's current block and move every row to what it needs next, in place, in one launch.
 
     Equal to reference.unmask on every field of `state`, bit for bit; arguments, rules and errors are described there. W may be at
-    most MAX_W[rule.passes]. Nothing depends on the tile width or on the other rows. Traffic: 28 B a lane of the block at most, plus 8 B a
+    most MAX_W. Nothing depends on the tile width or on the other rows. Traffic: 28 B a lane of the block at most, plus 8 B a
     canvas position from the block to the next mask when the block is finished.
 
     Raises:
-        As reference.unmask, and ValueError: W > MAX_W[rule.passes].  RuntimeError: CPU tensors without Triton's interpreter.
+        As reference.unmask, and ValueError: W > MAX_W.  RuntimeError: CPU tensors without Triton's interpreter.
     """
     check_arguments(
         state, rule, kind, mask_id, stop_ids,
@@ -336,8 +335,8 @@ def unmask(
         lanes=dict(pred=pred, score=score, confidence=confidence, rank=rank, entropy=entropy, stat_error=stat_error),
     )  # fmt: skip
     B, W = score.shape
-    if W > MAX_W[rule.passes]:
-        raise ValueError(f"unmask: score [B, W] must have W <= {MAX_W[rule.passes]} for rule.passes {rule.passes!r}, got W={W}")
+    if W > MAX_W:
+        raise ValueError(f"unmask: score [B, W] must have W <= {MAX_W}, got W={W}")
     if B == 0:
         return
     if not score.is_cuda and isinstance(_unmask_kernel, triton.JITFunction):
@@ -372,8 +371,8 @@ def _flags(rule: UnmaskRule, kind: Kind, has_stat_error: bool) -> dict[str, obje
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile with every kind of pass test; the other kinds of step, and a call without stat_error, at the narrowest. Equal for all
-    targets: the tiles do not depend on the GPU."""
+    """Every tile with every pass test, the inclusive ones at the narrowest and widest; the other kinds of step, and a call without
+    stat_error, at the narrowest. Equal for all targets: the tiles do not depend on the GPU."""
     rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "window", UnmaskRule(passes, inclusive, cache="refresh"))
              for passes in PASSES for inclusive in (False, True) if not (inclusive and passes in ("none", "factor"))]  # fmt: skip
     others = [
@@ -386,7 +385,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
     cases = []
     for BLOCK_W, num_warps in TILES:
         for name, kind, rule in rules + others * (BLOCK_W == TILES[0][0]):
-            if BLOCK_W > MAX_W[rule.passes]:
+            if rule.inclusive and BLOCK_W not in (TILES[0][0], MAX_W):
                 continue
             constexprs = _flags(rule, kind, has_stat_error=name != "refresh-trusted")
             constexprs |= dict(LOG_W=BLOCK_W.bit_length() - 1, BLOCK_W=BLOCK_W, BLOCK_L=BLOCK_L)
