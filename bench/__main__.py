@@ -16,8 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they")
     check.add_argument("--out", type=Path, required=True, help="folder for gpu-check.json; made if it does not exist")
     check.add_argument("--seed", type=int, default=None, help="of the random inputs, to repeat a run (default: a fresh one)")
-    check.add_argument("--seconds", type=float, default=450, help="after these, what has not been timed is reported as skipped (default: 450)")
-    check.add_argument("--compile-threads", type=int, default=8, help="threads that compile kernels ahead of the checks; 0 = none (default: 8)")
+    check.add_argument(
+        "--seconds", type=float, default=450, help="after these, what has not been timed is reported as skipped (default: 450)"
+    )
+    check.add_argument(
+        "--compile-threads", type=int, default=8, help="threads that compile kernels ahead of the checks; 0 = none (default: 8)"
+    )
     given = parser.parse_args(arguments)
 
     import torch

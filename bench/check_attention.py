@@ -39,7 +39,9 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         yield "cache offsets beyond 2^31 elements", partial(far_cache, ops, device, seed)
 
 
-def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, dtype: torch.dtype, mode: str, D: int, G: int, cached: bool) -> Case:
+def case(
+    ops: Ops, device: torch.device, sizes: Sizes, seed: int, dtype: torch.dtype, mode: str, D: int, G: int, cached: bool
+) -> Case:
     kind = str(dtype).removeprefix("torch.")
     name = f"{kind} {mode} D={D} G={G} {'cache' if cached else 'no cache'}"
     return name, partial(equals_reference, ops, device, seed, name, sizes, dtype, mode, D, G, cached)
@@ -63,13 +65,17 @@ class Call:
         def copy(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.clone() if dtype is None else tensor.to(dtype, copy=True)
 
-        return dataclasses.replace(self, q=copy(self.q), k=copy(self.k), v=copy(self.v), k_cache=copy(self.k_cache), v_cache=copy(self.v_cache))
+        return dataclasses.replace(
+            self, q=copy(self.q), k=copy(self.k), v=copy(self.v), k_cache=copy(self.k_cache), v_cache=copy(self.v_cache)
+        )
 
     def run(self, op) -> Tensor:
         return op(self.q, self.k, self.v, self.k_cache, self.v_cache, self.window, scale=self.scale)
 
 
-def random_call(random: torch.Generator, sizes: Sizes, dtype: torch.dtype, mode: str, D: int, G: int, cached: bool, device: torch.device) -> Call:
+def random_call(
+    random: torch.Generator, sizes: Sizes, dtype: torch.dtype, mode: str, D: int, G: int, cached: bool, device: torch.device
+) -> Call:
     """Five rows: a long prefix; a row that sits out; one query and no prefix; dead positions and an overlay; a hidden cache.
 
     q, k and v are the transposed views that transformers hands over.
@@ -105,7 +111,9 @@ def random_call(random: torch.Generator, sizes: Sizes, dtype: torch.dtype, mode:
     def int32(values) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int32).contiguous().to(device)
 
-    window = Window(int32(q_pos), int32(q_block), int32(q_len), int32(slot), int32(kv_len), int32(replaced), int32(cache_row), mode)
+    window = Window(
+        int32(q_pos), int32(q_block), int32(q_len), int32(slot), int32(kv_len), int32(replaced), int32(cache_row), mode
+    )
     live = (lane < torch.tensor(q_len)[:, None]) & (q_block >= 0)
 
     def projection(heads: int) -> Tensor:
@@ -125,7 +133,16 @@ def random_call(random: torch.Generator, sizes: Sizes, dtype: torch.dtype, mode:
 
 
 def equals_reference(
-    ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, dtype: torch.dtype, mode: str, D: int, G: int, cached: bool
+    ops: Ops,
+    device: torch.device,
+    seed: int,
+    name: str,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    mode: str,
+    D: int,
+    G: int,
+    cached: bool,
 ) -> None:
     call = random_call(generator(seed, name), sizes, dtype, mode, D, G, cached, device)
     memory, low, exact = GuardedMemory(), call.to(), call.to(torch.float64)
@@ -193,7 +210,9 @@ def far_cache(ops: Ops, device: torch.device, seed: int) -> None:
 
     kv_len = 1000
     lanes = torch.arange(kv_len, kv_len + W, dtype=torch.int32, device=device)[None]
-    window = Window(lanes, torch.zeros_like(lanes), int32([W]), lanes.clone(), int32([kv_len]), int32([[0, 0]]), int32([R - 1]), "full")
+    window = Window(
+        lanes, torch.zeros_like(lanes), int32([W]), lanes.clone(), int32([kv_len]), int32([[0, 0]]), int32([R - 1]), "full"
+    )
     caches = [torch.empty(R, H_kv, S_max, D, dtype=dtype, device=device) for _ in range(2)]
     for cache in caches:
         cache[-1] = normal(H_kv, S_max, D)

@@ -61,7 +61,9 @@ def random_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, 
         call["banned"] = torch.tensor([int(best[R // 2])])
     else:
         # The winner, an id out of the vocabulary, nothing, and some other id, row by row.
-        banned = torch.stack([best[needed], torch.full((N,), V), torch.full((N,), -1), torch.randint(V, (N,), generator=generator)], 1)
+        banned = torch.stack(
+            [best[needed], torch.full((N,), V), torch.full((N,), -1), torch.randint(V, (N,), generator=generator)], 1
+        )
         banned[::3] = -1
         call["banned"] = banned
         call["temperature"] = torch.rand(N, generator=generator) + 0.3
@@ -88,7 +90,15 @@ def on_device(call: dict, device: torch.device, padding: int) -> dict:
 
 
 def equals_reference(
-    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool = True
+    ops: Ops,
+    device: torch.device,
+    seed: int,
+    name: str,
+    R: int,
+    V: int,
+    dtype: torch.dtype,
+    outputs: tuple[str, ...],
+    plain: bool = True,
 ) -> None:
     random = generator(seed, name)
     # Rows 16-byte aligned, as a model's head makes them, or not at all.
@@ -128,7 +138,9 @@ def compare(ours: reference.Confidence, call: dict) -> None:
             continue
         keep = clear if field == "sampled_confidence" else torch.ones_like(clear)
         of_logits = field in ("logit", "second_logit", "logsumexp")
-        no_worse_than_torch(field, fields[field][keep], getattr(low, field)[keep], expected[keep], unit=unit if of_logits else max(1.0, unit / 4))
+        no_worse_than_torch(
+            field, fields[field][keep], getattr(low, field)[keep], expected[keep], unit=unit if of_logits else max(1.0, unit / 4)
+        )
 
 
 def clear_draws(call: dict) -> Tensor:
@@ -156,7 +168,9 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R
     together = ops.confidence(**call)
 
     def taking(index: Tensor) -> dict:
-        chosen = {k: call[k][index].contiguous() for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query")}
+        chosen = {
+            k: call[k][index].contiguous() for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query")
+        }
         return call | chosen
 
     turned = ops.confidence(**taking(torch.arange(N - 1, -1, -1, device=device)))

@@ -25,7 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from .checks import Case, Failure, Sizes, Skip, generator
 
 CLEAR = 1e-4  # in logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 VOCAB, MASK, EOS = 200, 0, 1
 # (family, query heads, key/value heads, head dim, preset, options)
 DECODES = (
@@ -78,10 +82,16 @@ def random_model(family: str, heads: int, kv_heads: int, head_dim: int, layers: 
         return model_class(config).float().eval()
 
 
-def random_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, make_model, preset: str, options: dict) -> None:
+def random_decode(
+    ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, make_model, preset: str, options: dict
+) -> None:
     visibility = dlm_fast.PRESETS[preset].visibility
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=visibility, block_length=options["block_length"], block_alignment="abs"
+        mask_token_id=MASK,
+        eos_token_ids=(EOS,),
+        visibility=visibility,
+        block_length=options["block_length"],
+        block_alignment="abs",
     )
     model = make_model().to(device)
     random = generator(seed, name)
@@ -90,7 +100,9 @@ def random_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: S
     watch = Watch()
     for backend in (ops, watch.ops()):
         with attach(model, backend=backend, diffusion=diffusion, plain_mode=visibility):
-            outputs.append(dlm_fast.generate(model, prompts, preset=preset, max_new_tokens=sizes.new_tokens, seed=seed, **options))
+            outputs.append(
+                dlm_fast.generate(model, prompts, preset=preset, max_new_tokens=sizes.new_tokens, seed=seed, **options)
+            )
     compare(*outputs, watch)
 
 
@@ -113,7 +125,11 @@ def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, wa
     """Raises Failure unless every clearly decided row has the reference's tokens, steps and NFE, and most rows are clear."""
     clear = (watch.gap > CLEAR).tolist()
     for b in range(len(clear)):
-        same = ours.canvas[b].equal(expected.canvas[b]) and ours.unmask_step[b].equal(expected.unmask_step[b]) and ours.nfe[b] == expected.nfe[b]
+        same = (
+            ours.canvas[b].equal(expected.canvas[b])
+            and ours.unmask_step[b].equal(expected.unmask_step[b])
+            and ours.nfe[b] == expected.nfe[b]
+        )
         if clear[b] and not same:
             differ = int((ours.canvas[b] != expected.canvas[b]).sum())
             raise Failure(
@@ -184,4 +200,3 @@ class Watch:
             first = rule.passes == "entropy" and not rule.inclusive  # its first position always passes
             gaps.append(torch.where(real & ~((r == 1) & first), distance.abs(), math.inf).amin(1))
         self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))
-

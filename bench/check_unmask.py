@@ -21,7 +21,9 @@ from torch import Tensor
 from .checks import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
 MASK, STOP_IDS = 3, (1, 2)
-SELECTS = [(p, i, q) for p in PASSES for i in ((False, True) if p in ("threshold", "entropy") else (False,)) for q in (False, True)]
+SELECTS = [
+    (p, i, q) for p in PASSES for i in ((False, True) if p in ("threshold", "entropy") else (False,)) for q in (False, True)
+]
 AFTERS = [(c, s, k) for c in CACHE_OPS for s in STOPS for k in ("window", "wide") if (c, k) != ("none", "wide")]
 
 

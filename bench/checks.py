@@ -127,7 +127,9 @@ def compile_side_by_side(cases: Iterable[Case], threads: int) -> None:
         list(pool.map(attempt, cases))
 
 
-def run(op: str, cases: Iterable[Case], device: torch.device, on_check: Callable[[Check], None] = lambda check: None) -> list[Check]:
+def run(
+    op: str, cases: Iterable[Case], device: torch.device, on_check: Callable[[Check], None] = lambda check: None
+) -> list[Check]:
     """Runs every case to its end; a case that raises becomes a row that says so."""
     done = []
     for name, case in cases:
@@ -238,7 +240,9 @@ def same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
     wrong = (bits(ours) != bits(expected)).nonzero()
     if len(wrong):
         at = tuple(wrong[0].tolist())
-        raise Failure(f"{name}: {len(wrong)} of {ours.numel()} differ, first at {list(at)}: {ours[at].item()} instead of {expected[at].item()}")
+        raise Failure(
+            f"{name}: {len(wrong)} of {ours.numel()} differ, first at {list(at)}: {ours[at].item()} instead of {expected[at].item()}"
+        )
 
 
 def no_worse_than_torch(
@@ -262,4 +266,6 @@ def no_worse_than_torch(
     error = torch.where(finite, (ours - exact).abs(), zero).max().item()
     scale = max(unit, torch.where(finite, exact.abs(), zero).max().item())
     if not error <= factor * theirs + floor * scale:
-        raise Failure(f"{name}: error {error:.3g} against float64, torch's own is {theirs:.3g} (allowed {factor} x + {floor * scale:.1g})")
+        raise Failure(
+            f"{name}: error {error:.3g} against float64, torch's own is {theirs:.3g} (allowed {factor} x + {floor * scale:.1g})"
+        )

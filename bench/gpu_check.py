@@ -14,7 +14,17 @@ import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside
 import torch
 from dlm_fast import Ops
 
-from . import check_attention, check_confidence, check_decode, check_unmask, machine, report, speed_attention, speed_ops, speed_step
+from . import (
+    check_attention,
+    check_confidence,
+    check_decode,
+    check_unmask,
+    machine,
+    report,
+    speed_attention,
+    speed_ops,
+    speed_step,
+)
 from .checks import GPU, OPS, Check, Sizes, compile_side_by_side, run
 from .shapes import GPU_SHAPES, Shapes
 from .speed import OURS, Bench, Ceilings, Timing, time_shapes

@@ -18,7 +18,9 @@ def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
     counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped")}
     verdict = "green" if is_green(checks) else "RED"
     seconds = sum(c.seconds for c in checks)
-    lines = [f"{op:16} {verdict:6} {counts['passed']:4} passed {counts['FAILED']:4} FAILED {counts['skipped']:4} skipped {seconds:7.1f} s"]
+    lines = [
+        f"{op:16} {verdict:6} {counts['passed']:4} passed {counts['FAILED']:4} FAILED {counts['skipped']:4} skipped {seconds:7.1f} s"
+    ]
     lines += [f"    {c.status} {c.name}: {c.detail}" for c in checks if c.status != "passed"]
     return lines
 
@@ -50,7 +52,13 @@ def timing_lines(rows: Sequence[Timing]) -> list[str]:
         if row.status != "ok":
             lines.append(f"  {row.candidate:46}{row.status}: {row.reason}")
             continue
-        cells = (f"{row.p50_us:.4g}", f"{row.p20_us:.4g}", f"{row.p80_us:.4g}", f"{row.share:.2f}", "-" if row.speedup is None else f"{row.speedup:.2f}x")
+        cells = (
+            f"{row.p50_us:.4g}",
+            f"{row.p20_us:.4g}",
+            f"{row.p80_us:.4g}",
+            f"{row.share:.2f}",
+            "-" if row.speedup is None else f"{row.speedup:.2f}x",
+        )
         lines.append(f"  {row.candidate:46}" + "".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS)))
     return lines
 
@@ -59,7 +67,9 @@ def loss_lines(rows: Sequence[Timing]) -> list[str]:
     """The shapes where a baseline beats us, or a line that says there is none among those measured."""
     lost = losses(rows)
     unmeasured = sum(row.status != "ok" for row in rows)
-    lines = [f"{r.op}  {r.model}  {r.shape}: {r.candidate} takes {r.speedup:.2f} of our time" for r in lost] or ["none of the measured rows"]
+    lines = [f"{r.op}  {r.model}  {r.shape}: {r.candidate} takes {r.speedup:.2f} of our time" for r in lost] or [
+        "none of the measured rows"
+    ]
     return [*lines, f"({unmeasured} rows without a time: FAILED or SKIPPED above)"] if unmeasured else lines
 
 
@@ -94,8 +104,13 @@ def document(
         **machine,
         "ceilings": None if ceilings is None else {name: _round(value) for name, value in ceilings.items()},
         "checks": ops,
-        "timings": [{name: _round(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "")} for row in timings],
-        "losses": [{"op": r.op, "model": r.model, "shape": r.shape, "candidate": r.candidate, "speedup": _round(r.speedup)} for r in losses(timings)],
+        "timings": [
+            {name: _round(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "")} for row in timings
+        ],
+        "losses": [
+            {"op": r.op, "model": r.model, "shape": r.shape, "candidate": r.candidate, "speedup": _round(r.speedup)}
+            for r in losses(timings)
+        ],
     }
 
 

@@ -68,4 +68,6 @@ GPU_SHAPES = Shapes(
     batches=(1, 8, 128),
     steps=((1, 1024), (8, 1024)),
 )
-TOY_SHAPES = Shapes(models=TOY_MODELS, decode=((2, 20),), ragged=((2, 20),), prefill=(40,), rows=(4,), batches=(2,), steps=((2, 10),))
+TOY_SHAPES = Shapes(
+    models=TOY_MODELS, decode=((2, 20),), ragged=((2, 20),), prefill=(40,), rows=(4,), batches=(2,), steps=((2, 10),)
+)

@@ -101,7 +101,9 @@ class Bench:
         return rotation(bytes_per_set, self.l2_bytes)
 
 
-def time_shapes(bench: Bench, shapes: Iterable[Shape], on_rows: Callable[[list[Timing]], None] = lambda rows: None) -> list[Timing]:
+def time_shapes(
+    bench: Bench, shapes: Iterable[Shape], on_rows: Callable[[list[Timing]], None] = lambda rows: None
+) -> list[Timing]:
     """Times every shape; what cannot be built or is out of time is a row too."""
     done: list[Timing] = []
     for shape in shapes:
@@ -171,4 +173,8 @@ def _time(bench: Bench, shape: Shape) -> list[Timing]:
 
 def losses(rows: Iterable[Timing]) -> list[Timing]:
     """The rows in which a baseline is faster than ours by more than the noise."""
-    return [r for r in rows if r.speedup is not None and r.candidate != OURS and not r.candidate.startswith("ours") and r.speedup < 1 - (r.noise or 0)]
+    return [
+        r
+        for r in rows
+        if r.speedup is not None and r.candidate != OURS and not r.candidate.startswith("ours") and r.speedup < 1 - (r.noise or 0)
+    ]

@@ -6,6 +6,7 @@ The baselines get their keys ready-made in one contiguous cache: ours stores the
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
@@ -56,7 +57,9 @@ def _int32(bench: Bench, values) -> Tensor:
 
 
 def _projections(bench: Bench, model: Model, B: int, W: int) -> list[Tensor]:
-    return [_normal(bench, B, W, heads, model.head_dim).transpose(1, 2) for heads in (model.heads, model.kv_heads, model.kv_heads)]
+    return [
+        _normal(bench, B, W, heads, model.head_dim).transpose(1, 2) for heads in (model.heads, model.kv_heads, model.kv_heads)
+    ]
 
 
 def _decode(bench: Bench, ops: Ops, model: Model, lengths: list[int]) -> Work:
@@ -169,8 +172,6 @@ def _varlen(bench: Bench, sets: list[_Set], lengths: list[int], options: dict) -
 
 def _known(function, options: dict) -> dict:
     """The options a function takes: `scale` and `enable_gqa` came to varlen_attn after its first release."""
-    import inspect
-
     names = inspect.signature(function).parameters
     missing = [name for name, value in options.items() if name not in names and name == "enable_gqa" and value]
     if missing:

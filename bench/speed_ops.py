@@ -23,7 +23,11 @@ def confidence_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]
             label = f"N={N} V={model.vocab} bf16 second"
             yield Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, torch.bfloat16, ("second",)))
     model, N = chosen.models[0], chosen.rows[-1]
-    for dtype, outputs in ((torch.float32, ("second",)), (torch.bfloat16, ("second", "logsumexp", "entropy")), (torch.bfloat16, ("sampled",))):
+    for dtype, outputs in (
+        (torch.float32, ("second",)),
+        (torch.bfloat16, ("second", "logsumexp", "entropy")),
+        (torch.bfloat16, ("sampled",)),
+    ):
         label = f"N={N} V={model.vocab} {'bf16' if dtype == torch.bfloat16 else 'fp32'} {'+'.join(outputs)}"
         yield Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, dtype, outputs))
 
@@ -140,7 +144,17 @@ def _unmask(bench: Bench, ops: Ops, B: int) -> Work:
     return Work(candidates, bench.ceilings.floor_us(lanes), count, cold, "the loop does not advance blocks or stop rows")
 
 
-def _loop(state: RowState, rule: UnmaskRule, *, pred: Tensor, score: Tensor, confidence: Tensor, mask_id: int, value: Tensor, **_: object) -> None:
+def _loop(
+    state: RowState,
+    rule: UnmaskRule,
+    *,
+    pred: Tensor,
+    score: Tensor,
+    confidence: Tensor,
+    mask_id: int,
+    value: Tensor,
+    **_: object,
+) -> None:
     """Threshold unmasking as decoders written for one row do it: a host loop over rows, and over positions until one fails."""
     for b in range(score.shape[0]):
         start, end = int(state.block_start[b]), int(state.block_end[b])

@@ -20,12 +20,18 @@ from dlm_fast.schedule import open_rows
 from dlm_kernels import RowState
 from dlm_kernels.state import DENOISE
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .check_decode import FAMILIES
 from .shapes import WINDOW, Model, Shapes
 from .speed import OURS, Bench, Shape, Work
 from .timing import Candidate
 
+# transformers' SDPA under another name. For names it knows it makes masks, and a dense one where a graph is captured; the published
+# loops have none: every position sees the whole canvas.
+UNMASKED_SDPA = "bench_sdpa"
+AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
 PRESET_OF = {"full": "fast-dllm-dual", "block": "llada2"}
 
 
@@ -64,14 +70,12 @@ def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
         bos_token_id=None,
         eos_token_id=model.eos_id,
     )
-    config._attn_implementation = "sdpa"
-    # The published loops see the whole canvas. Said here too, or transformers builds a causal mask, and under capture a dense one.
-    config.is_causal = False
+    config._attn_implementation = UNMASKED_SDPA
     with _default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32), device:
         built = model_class(config).eval()
     for module in built.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False
+            module.is_causal = False  # what SDPA goes by without a mask
     return built.requires_grad_(False), note
 
 
@@ -91,7 +95,11 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         built["model"], built["note"] = random_model(model, device)
     weights = built["model"]
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=model.mask_id, eos_token_ids=(model.eos_id,), visibility=model.visibility, block_length=WINDOW, block_alignment="abs"
+        mask_token_id=model.mask_id,
+        eos_token_ids=(model.eos_id,),
+        visibility=model.visibility,
+        block_length=WINDOW,
+        block_alignment="abs",
     )
     preset = dataclasses.replace(dlm_fast.PRESETS[PRESET_OF[model.visibility]], block_length=WINDOW)
     canvas = torch.cat([torch.randint(10, model.vocab // 2, (prefix,)), torch.full((WINDOW,), model.mask_id)])
@@ -149,7 +157,11 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
     kv_bytes = weights.config.num_hidden_layers * model.kv_bytes(B * (prefix + WINDOW))
     item = 2 if device.type == "cuda" else 4
     floor = bench.ceilings.floor_us(item * matrices + kv_bytes, 2 * matrices * B * WINDOW)
-    note = "; ".join(filter(None, [built["note"], "random weights", "no compiled model among the baselines: compiling one does not fit the time"]))
+    note = "; ".join(
+        filter(
+            None, [built["note"], "random weights", "no compiled model among the baselines: compiling one does not fit the time"]
+        )
+    )
     return Work(candidates, floor, 1, True, note)
 
 

@@ -136,7 +136,9 @@ def measure(
             except Exception as error:
                 outcomes[name] = Outcome("FAILED", reason=short(error))
     for name in samplers:
-        outcomes.setdefault(name, Outcome("ok", stats(samples[name])) if samples[name] else Outcome("FAILED", reason="no samples"))
+        outcomes.setdefault(
+            name, Outcome("ok", stats(samples[name])) if samples[name] else Outcome("FAILED", reason="no samples")
+        )
     return {candidate.name: outcomes[candidate.name] for candidate in candidates}
 
 

@@ -209,6 +209,22 @@ def stored_by_the_loop(case: Case) -> tuple[Tensor, Tensor]:
     return buffers
 
 
+def in_a_wider_bucket(case: Case) -> Case:
+    """The same rows in a bucket 32 wider and caches 32 longer, all of it dead and NaN."""
+
+    def widen(tensor: Tensor, dim: int, value: float) -> Tensor:
+        shape = list(tensor.shape)
+        shape[dim] += 32
+        wide = tensor.new_full(shape, value)
+        wide.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        return wide
+
+    new = (widen(tensor, 2, math.nan) for tensor in (case.q, case.k, case.v))
+    buffers = (widen(tensor, 2, math.nan) for tensor in (case.k_buffer, case.v_buffer))
+    columns = {name: widen(getattr(case.window, name), 1, 3) for name in ("q_pos", "q_block", "kv_slot")}
+    return Case(*new, *buffers, dataclasses.replace(case.window, **columns), case.scale)
+
+
 def assert_same_bits(left: Tensor, right: Tensor) -> None:
     """Equal, NaN equal to NaN."""
     torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
@@ -330,20 +346,8 @@ def test_row_alone_equals_row_in_batch(shape: dict, device: torch.device) -> Non
 @pytest.mark.parametrize("G", [1, 7])
 def test_neither_bucket_width_nor_capacity_changes_a_bit(G: int, tile: kernel.Tile, device: torch.device) -> None:
     case = random_case(13, B=2, W=17, H_kv=1, G=G, mode="block", cache=True).to(torch.float32, device)
-    narrow = case.to(torch.float32, device).kernel(tile)
-
-    def widen(tensor: Tensor, dim: int, value: float) -> Tensor:
-        shape = list(tensor.shape)
-        shape[dim] += 32
-        wide = tensor.new_full(shape, value)
-        wide.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-        return wide
-
-    new = (widen(tensor, 2, math.nan) for tensor in (case.q, case.k, case.v))
-    buffers = (widen(tensor, 2, math.nan) for tensor in (case.k_buffer, case.v_buffer))
-    columns = {name: widen(getattr(case.window, name), 1, 3) for name in ("q_pos", "q_block", "kv_slot")}
-    wide = Case(*new, *buffers, dataclasses.replace(case.window, **columns), case.scale).kernel(tile)
-    assert_same_bits(wide[:, :, :17], narrow)
+    wide = in_a_wider_bucket(case).kernel(tile)
+    assert_same_bits(wide[:, :, :17], case.kernel(tile))
     assert not wide[:, :, 17:].any()
 
 
@@ -488,11 +492,26 @@ def test_the_kernel_says_what_it_needs_instead_of_being_wrong(monkeypatch: pytes
         kernel.block_attention(low.q, low.k, low.v, None, None, low.window, scale=1.0)
 
 
-@pytest.mark.gpu("with the shipped tiles, bfloat16 and float16 are within the error bound, and a bucket changes no bit on real tensor cores")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("D, G", [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)])
-def test_shipped_tiles_on_a_gpu(D: int, G: int, dtype: torch.dtype, device: torch.device) -> None:
+SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
+
+
+def shipped_case(D: int, G: int, dtype: torch.dtype, device: torch.device) -> tuple[Case, kernel.Tile]:
     case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode="block", cache=True, SPLIT=512, capacity=1100)
     major, minor = torch.cuda.get_device_capability(device)
-    tile = kernel.tile_for(10 * major + minor, D=D, G=G, dtype=dtype)
-    check_against_the_loop(case.to(dtype).to(torch.float64), dtype, device, tile)
+    return case.to(dtype).to(torch.float64), kernel.tile_for(10 * major + minor, D=D, G=G, dtype=dtype)
+
+
+@pytest.mark.gpu("with the tiles as shipped, bfloat16 and float16 on tensor cores are within the error bound")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, G", SHIPPED)
+def test_shipped_tiles_on_a_gpu(D: int, G: int, dtype: torch.dtype, device: torch.device) -> None:
+    case, tile = shipped_case(D, G, dtype, device)
+    check_against_the_loop(case, dtype, device, tile)
+
+
+@pytest.mark.gpu("on tensor cores too, neither the bucket nor the capacity changes a bit of a row")
+@pytest.mark.parametrize("D, G", SHIPPED)
+def test_shipped_tiles_are_row_invariant_on_a_gpu(D: int, G: int, device: torch.device) -> None:
+    case, tile = shipped_case(D, G, torch.bfloat16, device)
+    case = case.to(torch.bfloat16, device)
+    assert_same_bits(in_a_wider_bucket(case).kernel(tile)[:, :, :33], case.kernel(tile))

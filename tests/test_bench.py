@@ -19,12 +19,14 @@ from dlm_fast import REFERENCE
 ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
     # bench/ is not installed, and the checkout may not be on sys.path.
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")])
+    spec = importlib.util.spec_from_file_location(
+        "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]
+    )
     sys.modules["bench"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["bench"])
 
 from bench import __main__ as command  # noqa: E402
-from bench import check_attention, check_confidence, check_decode, check_unmask, checks, gpu_check, report, timing  # noqa: E402
+from bench import check_attention, check_decode, check_unmask, checks, gpu_check, report, timing  # noqa: E402
 from bench.shapes import TOY_SHAPES  # noqa: E402
 from bench.speed import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes  # noqa: E402
 
@@ -103,7 +105,12 @@ def _of_the_batch(logits, **arguments):
 
 @pytest.mark.parametrize(
     "broken, finding",
-    [(_wrong_token, "token: "), (_rounded_confidence, "confidence: error"), (_unwritten, "NaN"), (_of_the_batch, "confidence, batch turned round")],
+    [
+        (_wrong_token, "token: "),
+        (_rounded_confidence, "confidence: error"),
+        (_unwritten, "NaN"),
+        (_of_the_batch, "confidence, batch turned round"),
+    ],
 )
 def test_a_broken_confidence_is_red(broken, finding: str) -> None:
     sizes = dataclasses.replace(checks.TOY, logits_dtypes=(torch.float32,), vocabs=())
@@ -234,9 +241,21 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
     def out_of_memory() -> Work:
         raise MemoryError("no room")
 
-    work = Work([timing.Candidate("ours", []), timing.Candidate("theirs", []), timing.Candidate("absent", [])], floor_us=5.0, sets=3, cold=True)
+    work = Work(
+        [timing.Candidate("ours", []), timing.Candidate("theirs", []), timing.Candidate("absent", [])],
+        floor_us=5.0,
+        sets=3,
+        cold=True,
+    )
     bench = fake_bench({"ours": [10.0], "ours, again": [11.0], "theirs": [8.0]})
-    rows = time_shapes(bench, [Shape("op", "m", "1", lambda: work), Shape("op", "m", "2", out_of_memory), Shape("op", "m", "3", lambda: work, seconds=99)])
+    rows = time_shapes(
+        bench,
+        [
+            Shape("op", "m", "1", lambda: work),
+            Shape("op", "m", "2", out_of_memory),
+            Shape("op", "m", "3", lambda: work, seconds=99),
+        ],
+    )
     assert [(r.shape, r.candidate, r.status) for r in rows] == [
         ("1", "ours", "ok"), ("1", "theirs", "ok"), ("1", "absent", "FAILED"), ("2", "ours", "FAILED"), ("3", "ours", "SKIPPED"),
     ]  # fmt: skip
@@ -258,7 +277,22 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     assert status == 0 and document == json.loads((tmp_path / "gpu-check.json").read_text())
-    assert {"command", "schema", "ok", "time", "seconds", "seed", "device", "driver", "versions", "commit", "ceilings", "checks", "timings", "losses"} == set(document)
+    assert {
+        "command",
+        "schema",
+        "ok",
+        "time",
+        "seconds",
+        "seed",
+        "device",
+        "driver",
+        "versions",
+        "commit",
+        "ceilings",
+        "checks",
+        "timings",
+        "losses",
+    } == set(document)
     assert document["ok"] is True and document["seed"] == 5 and document["ceilings"] == dataclasses.asdict(CEILINGS)
     assert {op: entry["green"] for op, entry in document["checks"].items()} == dict.fromkeys(checks.OPS, True)
     assert {row["op"] for row in document["timings"]} == set(gpu_check.TIMINGS)
@@ -266,7 +300,9 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
         assert row["status"] in ("ok", "FAILED", "SKIPPED")
         assert ("p50_us" in row and "share" in row) if row["status"] == "ok" else row["reason"]
     # What ours is compared with ran too: a baseline that fails everywhere would make an empty comparison.
-    assert {(r["op"], r["status"]) for r in document["timings"] if r["candidate"] == "ours"} == {(op, "ok") for op in gpu_check.TIMINGS}
+    assert {(r["op"], r["status"]) for r in document["timings"] if r["candidate"] == "ours"} == {
+        (op, "ok") for op in gpu_check.TIMINGS
+    }
     assert lines.index("ceilings, measured now") < lines.index("correctness")
 
 
@@ -279,7 +315,10 @@ def test_a_red_op_is_not_timed_and_exits_1(tmp_path, capsys) -> None:
         "confidence": False, "unmask": True, "block_attention": True, "decode": False,
     }  # fmt: skip
     reasons = {row["op"]: row["reason"] for row in document["timings"]}
-    assert reasons["confidence"] == "correctness of confidence is red" and reasons["step"] == "correctness of confidence, decode is red"
+    assert (
+        reasons["confidence"] == "correctness of confidence is red"
+        and reasons["step"] == "correctness of confidence, decode is red"
+    )
     assert reasons["unmask"].startswith("time budget")
 
 
@@ -296,7 +335,12 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_2(tmp_path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "gpu-check", "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "bench", "gpu-check", "--out", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2 and done.stdout == "" and not out.exists()
     assert done.stderr == "gpu-check: needs a CUDA GPU, and torch sees none here; nothing was measured\n"

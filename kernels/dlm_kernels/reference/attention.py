@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Window
@@ -44,7 +45,7 @@ def block_attention(
         return out.transpose(1, 2)
 
     live = (torch.arange(W, device=q.device) < window.q_len[:, None]) & (window.q_block >= 0)
-    readable = live
+    keys, values, readable = k.clone(), v.clone(), live
     visible = live[:, :, None] & live[:, None, :] & _order_allows(window)
     if k_cache is not None:
         stored = live & (window.kv_slot >= 0)
@@ -53,20 +54,18 @@ def block_attention(
         in_cache = _cache_visible(window, S_max=k_cache.shape[2])
         readable = torch.cat([in_cache, live], 1)
         visible = torch.cat([live[:, :, None] & in_cache[:, None, :], visible], 2)
-        k = torch.cat([k_cache[window.cache_row], k], 2)
-        v = torch.cat([v_cache[window.cache_row], v], 2)
+        keys = torch.cat([k_cache[window.cache_row], k], 2)
+        values = torch.cat([v_cache[window.cache_row], v], 2)
 
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
     H_kv = k.shape[1]
-    grouped_q = q.to(precision).unflatten(1, (H_kv, H // H_kv)).flatten(2, 3)
-    scores = (grouped_q @ k.to(precision).transpose(2, 3) * scale).unflatten(2, (H // H_kv, W))
-    hidden = ~visible[:, None, None]
-    # The second fill turns the NaN row of a query that sees nothing into zeros.
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
-    # Zero times NaN is NaN: what nobody may read must be gone before the product.
-    values = v.to(precision).masked_fill(~readable[:, None, :, None], 0.0)
-    attended = (weights.flatten(2, 3) @ values).unflatten(2, (H // H_kv, W)).flatten(1, 2)
-    out.copy_(attended.transpose(1, 2))
+    # What nobody may read can be NaN, and neither a weight of zero nor a score of -inf would silence it: it must be gone.
+    queries = q.to(precision).masked_fill(~live[:, None, :, None], 0.0).unflatten(1, (H_kv, H // H_kv)).flatten(2, 3)
+    keys, values = (tensor.to(precision).masked_fill_(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
+    mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    attended = attended.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    out.copy_(attended.unflatten(2, (H // H_kv, W)).flatten(1, 2).transpose(1, 2))
     return out.transpose(1, 2)
 
 
