@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 
@@ -21,15 +23,14 @@ def _empty_kernel(pointer):
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Raises RuntimeError if one of them cannot be measured: then no share of a ceiling can be reported."""
     timer, budget = CudaTimer(device), Budget(60, 0)
-    nbytes = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
-    elements = nbytes // 2
+    elements = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8) // 2
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    copy = _median(measure([Candidate("copy", [lambda: target.copy_(source)])], timer, budget)["copy"])
-    del source, target
+    copy = _median(measure([Candidate("copy", [partial(target.copy_, source)])], timer, budget)["copy"])
     # Never zeros: a product of zeros runs faster than one of data.
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    gemm = _median(measure([Candidate("gemm", [lambda: a @ b])], timer, budget)["gemm"])
+    gemm = _median(measure([Candidate("gemm", [partial(torch.matmul, a, b)])], timer, budget)["gemm"])
+    del source, target, a, b
     pointer = torch.zeros(1, device=device)
 
     def launch() -> None:

@@ -151,7 +151,9 @@ def threshold(tau: float, inclusive: bool, kmin: int | Rule = 1) -> Rule:
     return choose
 
 
-def _prefix_or(kmin: int | Rule, candidates: list[Candidate], order: list[int], n: int, margin: float, masks: int, step: int) -> tuple[list[int], float]:
+def _prefix_or(
+    kmin: int | Rule, candidates: list[Candidate], order: list[int], n: int, margin: float, masks: int, step: int
+) -> tuple[list[int], float]:
     if callable(kmin):
         kmin = len(kmin(candidates, masks, step)[0])
     n = max(n, min(kmin, len(order)))

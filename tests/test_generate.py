@@ -209,7 +209,8 @@ def test_prompts_may_be_strings_chats_or_ids():
 def test_banned_ids_and_the_mask_are_never_written(preset):
     model, prompts = toy_for(preset), random_prompts([3, 6, 1])
     banned = list(range(2, 30))
-    out = dlm_fast.generate(model, prompts, preset=preset, max_new_tokens=10, banned_token_ids=banned, temperature=[0.0, 1.0, 2.0], **block_of(preset))
+    settings = {"max_new_tokens": 10, "temperature": [0.0, 1.0, 2.0], **block_of(preset)}
+    out = dlm_fast.generate(model, prompts, preset=preset, banned_token_ids=banned, **settings)
     written = {t for row, prompt in zip(tokens(out), prompts) for t in row[len(prompt) :]}
     assert written and not written & set(banned)
     assert all(MASK not in row for row, finish in zip(tokens(out), out.finish) if finish == "length")
@@ -336,8 +337,8 @@ def test_every_denoise_step_of_a_row_writes_at_least_one_token(preset):
 
 
 def test_no_row_pays_for_a_commit_that_nothing_follows():
-    phases = []
-    out = dlm_fast.generate(toy("block", eos=()), random_prompts([4, 4]), preset="llada2", max_new_tokens=4, on_step=lambda s: phases.append(s.phase.tolist()))
+    model, phases = toy("block", eos=()), []
+    out = dlm_fast.generate(model, random_prompts([4, 4]), preset="llada2", max_new_tokens=4, on_step=lambda s: phases.append(s.phase.tolist()))
     assert all(COMMIT not in step for step in phases) and phases[-1] == [DONE, DONE] and DENOISE in phases[0]
     assert all(nfe == 1 + int(steps.max()) + 1 for nfe, steps in zip(out.nfe, out.unmask_step))
 

@@ -45,9 +45,10 @@ def block_attention(
         return out.transpose(1, 2)
 
     live = (torch.arange(W, device=q.device) < window.q_len[:, None]) & (window.q_block >= 0)
-    keys, values, readable = k.clone(), v.clone(), live
     visible = live[:, :, None] & live[:, None, :] & _order_allows(window)
-    if k_cache is not None:
+    if k_cache is None:
+        keys, values, readable = k.clone(), v.clone(), live
+    else:
         stored = live & (window.kv_slot >= 0)
         _store(k_cache, k, stored, window)
         _store(v_cache, v, stored, window)

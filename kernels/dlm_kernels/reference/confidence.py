@@ -90,8 +90,9 @@ def confidence(
     row = torch.arange(R, device=logits.device) if rows is None else rows.to(torch.int64)
     needed = row != -1
     present = (row >= 0) & (row < R)
-    raw = torch.zeros(N, V, dtype=dtype, device=logits.device)
-    raw[present] = logits[row[present]].to(dtype)
+    # Fixed shapes, no boolean indexing: it would read the device.
+    gathered = logits[row.clamp(0, R - 1)].to(dtype) if R else torch.zeros(N, V, dtype=dtype, device=logits.device)
+    raw = torch.where(present[:, None], gathered, 0.0)
     raw = torch.where(raw <= -LIMIT, -math.inf, raw)
     scale = torch.ones(N, dtype=dtype, device=logits.device) if temperature is None else temperature.to(dtype)
 
