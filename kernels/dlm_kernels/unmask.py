@@ -18,7 +18,7 @@ from .static import CompileCase
 
 # (BLOCK_W, num_warps): the narrowest tile that holds the lanes is used. One warp needs no barrier; wide tiles are bound by the sort,
 # whose 64-bit keys and partners must stay in registers.
-TILES: tuple[tuple[int, int], ...] = ((32, 1), (128, 2), (256, 4), (1024, 4), (2048, 16))
+TILES: tuple[tuple[int, int], ...] = ((32, 1), (128, 4), (256, 4), (1024, 4), (2048, 16))
 # The widest tile that every rule compiles to without a spill on all six targets ("factor" spills at 4096 on sm_80).
 MAX_W = TILES[-1][0]
 # Canvas positions read at once in the search for the next mask; it ends at the first tile that holds one.
