@@ -70,7 +70,7 @@ def random_case(
     SPLIT: int = TOY.SPLIT,
     capacity: int = 80,
 ) -> Case:
-    """A ragged batch in float64 (values exact in float16) where everything that must not be read is NaN."""
+    """A ragged batch in float64 (values exact in float16) where everything that must not be read is NaN or infinite."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     B = B or rng.choice((1, 2, 3))
@@ -121,7 +121,8 @@ def random_case(
             if hidden_slots and rng.random() < 0.7:
                 columns["kv_slot"][b, j] = hidden_slots.pop()
             if dead or j >= q_len[b]:
-                q[b, :, j] = k[b, :, j] = v[b, :, j] = math.nan
+                # Infinity times zero is NaN too, and shows if it is stored over the NaN of a hidden slot.
+                q[b, :, j], k[b, :, j], v[b, :, j] = math.nan, math.inf, math.inf
     window = Window(q_len=q_len, kv_len=kv_len, replaced=replaced, cache_row=cache_row, mode=mode, **columns)
     return Case(q, k, v, k_buffer if cache else None, v_buffer if cache else None, window, rng.choice((D**-0.5, 0.3)))
 
@@ -325,7 +326,7 @@ def test_prefix_lengths_around_split_boundaries(kv_len: int, device: torch.devic
         replaced=torch.tensor([[30, 34]], dtype=torch.int32),
     )
     for new in (case.q, case.k, case.v):
-        new.nan_to_num_(1.0)
+        new.nan_to_num_(1.0, posinf=1.0)
     check_against_the_loop(case, torch.float32, device)
 
 

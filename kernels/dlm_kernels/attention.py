@@ -53,10 +53,10 @@ MMA_SYNC_TILES = {
 }
 # float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
 FLOAT32_TILES = {
-    16: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
-    32: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    16: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+    32: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    128: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     256: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
     512: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
@@ -227,15 +227,15 @@ def _launch(
 
 def compile_cases(capability: int) -> list[CompileCase]:
     """Every tile, and every mode with and without a cache, as the launcher specialises them for aligned strides."""
-    cases = [_attention_case(capability, "bf16", D, 1, "full", True) for D in (32, 64, 128, 256, 512)]
-    cases += [_attention_case(capability, "bf16", D, 4, "full", True) for D in (32, 64, 128)]
+    cases = [_attention_case(capability, "bf16", D, 1, "full", True) for D in (16, 32, 64, 128, 256, 512)]
+    cases += [_attention_case(capability, "bf16", D, 4, "full", True) for D in (16, 32, 64, 128)]
     cases += [_attention_case(capability, "bf16", D, 1, "block", True) for D in (64, 80, 128, 256, 512)]
     cases += [_attention_case(capability, "bf16", D, 7, "block", True) for D in (64, 128)]
     cases += [_attention_case(capability, "bf16", 128, G, "causal", True) for G in (1, 4)]
     cases += [_attention_case(capability, "bf16", 128, G, mode, False) for G, mode in ((1, "full"), (1, "block"), (4, "causal"))]
     cases += [_attention_case(capability, "bf16", 256, 1, "full", False)]
     cases += [_attention_case(capability, "fp16", 128, G, mode, True) for G, mode in ((1, "full"), (7, "block"))]
-    cases += [_attention_case(capability, "fp32", D, 1, "block", True) for D in (32, 64, 128, 256, 512)]
+    cases += [_attention_case(capability, "fp32", D, 1, "block", True) for D in (16, 32, 64, 128, 256, 512)]
     cases += [_combine_case(dtype, D) for dtype, D in (("bf16", 32), ("bf16", 128), ("fp16", 512), ("fp32", 64))]
     return cases
 
