@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from dlm_kernels import RowState
 from rich.console import Console
 from rich.live import Live
@@ -101,11 +100,10 @@ def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any],
         return line
 
     if console.is_terminal:
-        with Live(console=console, refresh_per_second=30) as live:
+        with Live(console=console, auto_refresh=False) as live:
 
             def on_step(state: RowState) -> None:
                 live.update(render(state), refresh=True)
-                torch.cuda.synchronize() if state.tokens.is_cuda else None
 
             out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, on_step=on_step, **options)
             live.update(Text(out.text[0].strip()), refresh=True)
@@ -124,7 +122,9 @@ def run(*, per_task: int = 15, seed: int = 0, batch_size: int = 64, backend: str
         per_task: held-out prompts of each task that every decoder is counted on. seed: which ones.
         quiet: nothing but errors on stdout (for --json).
     """
-    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False, quiet=quiet)
+    stream = sys.stderr if quiet else sys.stdout
+    # Where there is no terminal there is no width to fit: plain lines are not broken.
+    console = Console(file=stream, highlight=False, quiet=quiet, width=None if stream.isatty() else 120)
     models = {name: load(name, backend=backend, device=device) for name in dict.fromkeys(r.model for r in RUNS)}
     handle = handle_of(models["tiny-full"])
     console.print(f"ops: {handle.ops.name} ({handle.ops.reason})\n")

@@ -84,5 +84,5 @@ def test_a_wheel_has_every_source_file(built):
 
 def test_a_wheel_has_the_embedded_checkpoints(built):
     folder = ROOT / "dlm_fast" / "checkpoints"
-    expected = {str(Path("dlm_fast") / path.relative_to(ROOT)) for path in folder.glob("*/*") if path.is_file()}
+    expected = {str(path.relative_to(ROOT)) for path in folder.glob("*/*") if path.is_file()}
     assert {str(Path(file)) for file in built["data"]} == expected
