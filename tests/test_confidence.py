@@ -17,6 +17,7 @@ from dlm_kernels.reference.confidence import OUTPUTS, Confidence
 
 triton = pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
 import dlm_kernels.confidence as kernel  # noqa: E402
+import dlm_kernels.confidence_device as device_code  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 INTEGERS = ("token", "second_token", "error")
@@ -483,9 +484,9 @@ def test_token_bits_equal_the_murmur3_finaliser_in_python_integers() -> None:
 def _bits_kernel(seed_ptr, noise_ptr, bits_ptr, uniform_ptr, V, BLOCK_V: tl.constexpr):
     n = tl.program_id(0)
     ids = tl.arange(0, BLOCK_V)
-    k0, k1 = kernel._noise_key(seed_ptr, noise_ptr, n)
-    tl.store(bits_ptr + n * V + ids, kernel._noise_bits(ids, k0, k1).to(tl.int64), mask=ids < V)
-    tl.store(uniform_ptr + n * V + ids, kernel._uniform(ids, k0, k1), mask=ids < V)
+    k0, k1 = device_code._noise_key(seed_ptr, noise_ptr, n)
+    tl.store(bits_ptr + n * V + ids, device_code._noise_bits(ids, k0, k1).to(tl.int64), mask=ids < V)
+    tl.store(uniform_ptr + n * V + ids, device_code._uniform(ids, k0, k1), mask=ids < V)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF0])
