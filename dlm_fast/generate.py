@@ -36,7 +36,7 @@ class GenerateOutput:
         sequences: generated ids up to and excluding the first EOS (or the stop string's end); 1-D int64.
         text: the same as text; None without a tokenizer.
         canvas: the whole canvas, given tokens included, as the loop left it; 1-D int64.
-        finish: "eos", "stop" (a stop string) or "length".
+        finish: "eos", "stop" (a stop string), "length", or "error" (see DecodeError).
         nfe: forwards the row took part in, prefill, refreshes and commits included.
         query_tokens: positions computed over those forwards.
         tpf: generated tokens before the first EOS / nfe.
@@ -244,7 +244,7 @@ def generate(
     *,
     canvas: Sequence[Any] | Tensor | None = None,
     preset: str | Preset | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
+    max_new_tokens: int | Sequence[int] | None = None,
     min_new_tokens: int | Sequence[int] = 0,
     temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
@@ -265,7 +265,8 @@ def generate(
         preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
         **options: replace the preset's: block_length, cache, rule, threshold, factor, entropy_bound, inclusive, score,
             min_unmask, steps_per_block, stop. Unknown ones raise.
-        max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens.
+        max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens is
+            128 by default, and refused with `canvas`, which says itself where tokens are wanted.
         temperature: per call or per row, 0 = greedy. Draws are a function of (seed, request id, position, step) only.
         request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
             temperature (LLaDA, arXiv:2502.09992).
@@ -356,7 +357,7 @@ def _output(batch: Requests, state: RowState, tokenizer: Any, diffusion: Any, pr
         sequences=[end.ids for end in ends],
         text=[end.text for end in ends] if tokenizer is not None else None,
         canvas=[tokens[b, :n] for b, n in enumerate(lengths)],
-        finish=[end.finish for end in ends],
+        finish=["error" if error else end.finish for end, error in zip(ends, state.error.tolist())],
         nfe=nfe,
         query_tokens=query_tokens,
         tpf=[end.written / n if n else 0.0 for end, n in zip(ends, nfe)],

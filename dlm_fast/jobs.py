@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .generate import GenerateOutput, generate
+from .generate import DecodeError, GenerateOutput, generate
 
 
 class JobError(ValueError):
@@ -100,7 +100,8 @@ def run(
         settings: keyword arguments of `generate`. wrap_prompt: applied to each "prompt" (chat templates).
         source: what else the lines depend on (plain data, e.g. the model's path); a run is resumed only with the same.
     Raises:
-        JobError: the output exists, a partial file of other settings. OSError: as the disk says.
+        JobError: the output exists, a partial file of other settings; or, once the output is complete, rows in it whose
+            logits were unusable (finish "error"). OSError: as the disk says.
     """
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
@@ -131,17 +132,25 @@ def run(
                 stop += 1
             chunk = records[start:stop]
             given = [wrap_prompt(r[kind]) if kind == "prompt" else r[kind] for r in chunk]
-            rows = {"prompts": given} if kind == "prompt" else {"canvas": given}
-            out = generate(model, **rows, request_ids=range(start, stop), **settings)
+            rows = {"prompts": given} if kind == "prompt" else {"canvas": given, "max_new_tokens": None}
+            try:
+                out = generate(model, **{**settings, **rows}, request_ids=range(start, stop))
+            except DecodeError as error:
+                # The rows beside a failed one are good; its own line says finish "error", and the job ends with one.
+                out = error.output
             write(list(result_lines(out, start, chunk)))
             start = stop
             progress(start, len(records))
     finished = output.with_name(output.name + ".finished")
+    failed: list[int] = []
     try:
         with partial.open("rb") as source_file, finished.open("wb") as target:
             source_file.readline()
-            while piece := source_file.read(1 << 20):
-                target.write(piece)
+            for line in source_file:
+                record = json.loads(line)
+                if record["finish"] == "error":
+                    failed.append(record["index"])
+                target.write(line)
             target.flush()
             os.fsync(target.fileno())
         os.replace(finished, output)
@@ -149,4 +158,6 @@ def run(
         finished.unlink(missing_ok=True)
         raise
     partial.unlink()
+    if failed:
+        raise JobError(f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows {failed}")
     return resumed

@@ -104,7 +104,9 @@ def read(
     rows = [encode_prompt(row, tokenizer) for row in given]
     B = len(rows)
     mask_id = diffusion.mask_token_id
-    new = _per_row("max_new_tokens", max_new_tokens, B, int, 1)
+    if canvas is not None and max_new_tokens is not None:
+        _fail(f"max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got max_new_tokens={max_new_tokens!r}")
+    new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
     least = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
     eos = _ids("eos_token_ids", diffusion.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     banned = _ids("banned_token_ids", banned_token_ids, vocab_size)

@@ -95,7 +95,7 @@ class Case:
                 self.prompts,
                 canvas=self.canvas,
                 preset=self.preset,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=self.max_new_tokens if self.canvas is None else None,
                 min_new_tokens=self.min_new_tokens,
                 temperature=self.temperature,
                 seed=self.noise_seed,

@@ -336,6 +336,19 @@ def test_a_nan_model_is_an_error_that_names_the_rows(checkpoint, capsys, monkeyp
     assert "got NaN" in error_of(["generate", "--model", str(checkpoint), "--prompt", "ab", "--device", "cpu"], capsys)
 
 
+def test_a_job_keeps_the_rows_beside_a_failed_one(checkpoint, prompts, tmp_path):
+    model = dlm_fast.load(checkpoint, device="cpu")
+    poison = 47
+    model.model.embed_tokens.weight.data[poison] = float("nan")
+    records = [{"prompt": [5, 6]}, {"prompt": [7, poison]}, {"prompt": [9]}]
+    output = tmp_path / "results.jsonl"
+    settings = {"max_new_tokens": 4, "banned_token_ids": [poison]}
+    with pytest.raises(jobs.JobError, match=r"is complete, but .* were not in rows \[1\]"):
+        jobs.run(model, records, output, settings=settings, batch_size=2)
+    finishes = [json.loads(line)["finish"] for line in output.read_text().splitlines()]
+    assert finishes[1] == "error" and "error" not in (finishes[0], finishes[2]) and len(finishes) == 3
+
+
 # ---- the other commands ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,6 @@ from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS, resolve
 from dlm_fast.requests import read
 from dlm_fast.schedule import open_rows
-from dlm_kernels.reference import Confidence
 from dlm_kernels.state import COMMIT, DENOISE, DONE
 from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy, toy_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -346,15 +345,6 @@ def test_no_row_pays_for_a_commit_that_nothing_follows():
 # ---- no host read inside a step ----------------------------------------------------------------------------------------------------
 
 
-def _shapes_of_confidence(logits, *, rows, outputs, banned, **sampling):
-    """`confidence` as shapes: its host reads, if it has any, are its own tests' matter."""
-    N, like = rows.shape[0], {"device": logits.device}
-    ids, floats = torch.zeros(N, dtype=torch.int64, **like), torch.zeros(N, **like)
-    values = {field: floats for field in Confidence._fields}
-    values |= {name: ids for name in ("token", "second_token", "sampled_token")}
-    return Confidence(**{**values, "error": torch.zeros(N, dtype=torch.int32, **like)})
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
@@ -368,7 +358,6 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
     )  # fmt: skip
     plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
     sampling = _sampling(batch, plan, torch.device("cpu"))
-    ops = dataclasses.replace(dlm_fast.REFERENCE, confidence=_shapes_of_confidence)
     model = native_model().requires_grad_(False)
     with FakeTensorMode() as fake:
         for module in model.modules():
@@ -379,7 +368,7 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
             fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
             return dataclasses.replace(values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)})
 
-        handle = attach(model, backend=ops, diffusion=diffusion, plain_mode=visibility)
+        handle = attach(model, backend="reference", diffusion=diffusion, plain_mode=visibility)
         plan, state, sampling = to_fake(plan), to_fake(state), to_fake(sampling)
         cache = handle.adapter.new_cache(model, 3, plan.capacity) if plan.capacity else None
         for kind in ("wide", "window") if plan.wide else ("window",):
@@ -417,13 +406,14 @@ BAD = [
     ({"prompts": [[{"role": "user", "content": "hi"}]]}, ValueError, r"prompts of chats need a tokenizer with a chat template"),
     ({"prompts": None}, ValueError, r"exactly one of prompts and canvas must be given"),
     ({"canvas": [[5, MASK]]}, ValueError, r"exactly one of prompts and canvas must be given"),
-    ({"prompts": None, "canvas": [[]]}, ValueError, r"canvas\[0\] must have at least one token, got an empty one"),
+    ({"prompts": None, "canvas": [[]], "max_new_tokens": None}, ValueError, r"canvas\[0\] must have at least one token, got an empty one"),
     ({"max_new_tokens": 0}, ValueError, r"max_new_tokens must be a finite number >= 1, got max_new_tokens=0"),
     ({"max_new_tokens": 2.0}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=2.0"),
     ({"max_new_tokens": [3, 4]}, ValueError, r"max_new_tokens must be one value or one per row, got 2 values for 1 rows"),
     ({"max_new_tokens": 1000}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003"),
     ({"min_new_tokens": 99}, ValueError, r"min_new_tokens must be at most max_new_tokens, got 99 > 8 in row 0"),
     ({"temperature": -0.1}, ValueError, r"temperature must be a finite number >= 0, got temperature=-0.1"),
+    ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": 4}, ValueError, r"max_new_tokens goes with prompts.*got max_new_tokens=4"),
     ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0, got temperature=nan"),
     ({"temperature": 1e-9}, ValueError, r"temperature must be 0 or in \[1e-06, 1e\+06\], got temperature=1e-09"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a number or one per row, got temperature='hot'"),

@@ -31,7 +31,7 @@ class Tile:
 
 
 # By padded head dim: the tile for at most two query heads per KV head, and for more. Never by batch, bucket or capacity:
-# wgmma, mma.sync and the warps of a tile may round differently, so a tile that followed the bucket could change bits.
+# wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
 # Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.7.1.
 SM_90_TILES = {
     16: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -44,7 +44,7 @@ SM_90_TILES = {
 SM_100_TILES = SM_90_TILES | {128: (Tile(64, 32, 4, 4), Tile(128, 32, 8, 4))}
 # mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
 MMA_SYNC_TILES = {
-    16: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 4)),
+    16: (Tile(64, 16, 4, 3), Tile(128, 64, 8, 2)),
     32: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 4)),
     64: (Tile(64, 32, 4, 4), Tile(128, 64, 8, 3)),
     128: (Tile(64, 64, 8, 3), Tile(128, 32, 8, 3)),
@@ -227,10 +227,10 @@ def _launch(
 
 def compile_cases(capability: int) -> list[CompileCase]:
     """Every tile, and every mode with and without a cache, as the launcher specialises them for aligned strides."""
-    cases = [_attention_case(capability, "bf16", D, 1, "full", True) for D in (16, 32, 64, 128, 256, 512)]
-    cases += [_attention_case(capability, "bf16", D, 4, "full", True) for D in (16, 32, 64, 128)]
-    cases += [_attention_case(capability, "bf16", D, 1, "block", True) for D in (64, 80, 128, 256, 512)]
-    cases += [_attention_case(capability, "bf16", D, 7, "block", True) for D in (64, 128)]
+    cases = [_attention_case(capability, "bf16", D, 1, "full", True) for D in (32, 64, 128, 256, 512)]
+    cases += [_attention_case(capability, "bf16", D, 4, "full", True) for D in (32, 64, 128)]
+    cases += [_attention_case(capability, "bf16", D, 1, "block", True) for D in (16, 64, 80, 128, 256, 512)]
+    cases += [_attention_case(capability, "bf16", D, 7, "block", True) for D in (16, 64, 128)]
     cases += [_attention_case(capability, "bf16", 128, G, "causal", True) for G in (1, 4)]
     cases += [_attention_case(capability, "bf16", 128, G, mode, False) for G, mode in ((1, "full"), (1, "block"), (4, "causal"))]
     cases += [_attention_case(capability, "bf16", 256, 1, "full", False)]
