@@ -57,8 +57,3 @@ class KVCache(Cache):
             return torch.zeros(shape, dtype=dtype, device=device) if capacity else None
 
         super().__init__(layers=[KVLayer(buffer(), buffer()) for _ in range(num_layers)])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory held."""
-        return sum(t.nbytes for layer in self.layers for t in (layer.keys, layer.values) if t is not None)

@@ -67,6 +67,7 @@ class Sampling:
         banned: [K] int64 ids never drawn. eos: [E] int64. no_eos_before: [B] int32 first position that may hold an EOS,
             None where no row has such a rule.
         value: [B] fp32 of the pass test. min_unmask, steps, block_length: [B] int32.
+        draws: whether any row has a temperature above 0; the only field the host knows.
     """
 
     temperature: Tensor

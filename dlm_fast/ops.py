@@ -1,4 +1,4 @@
-"""The three device operations a decoder is made of, chosen once: `TRITON` and `REFERENCE` are values, not modes.
+"""The three device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a mode.
 
 A backend that cannot run says so by raising; nothing falls back from one to the other.
 """

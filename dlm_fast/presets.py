@@ -28,15 +28,14 @@ class Preset:
             "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
         block_length: positions denoised together; None = the model's own, or the whole generation where it has none.
         rule: which masked positions of the block a step writes.
-            "quota": a fixed number: ceil-balanced over `steps_per_block` steps (LLaDA's num_transfer_tokens).
+            "quota": a fixed number: the block's masks spread over `steps_per_block` steps (LLaDA's num_transfer_tokens).
             "threshold": score > `threshold` (>= if `inclusive`), and at least `min_unmask`, or the quota if None.
             "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
         score: what ranks positions: "confidence" (probability of the drawn token), "margin" (top-1 minus top-2
             probability), "neg_entropy" or "random".
         steps_per_block: of the quota; None = block_length, one token per step.
         stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "never": at the
-            end of the canvas. Text is cut at the first EOS, so they differ in cost only while blocks are independent of
-            what follows.
+            end of the canvas. The text ends at the first EOS under each of them; what differs is the cost.
     """
 
     name: str

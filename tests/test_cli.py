@@ -71,9 +71,6 @@ def break_after(monkeypatch, batches: int, error: BaseException) -> None:
     monkeypatch.setattr(jobs, "generate", generate)
 
 
-# ---- decoding ----------------------------------------------------------------------------------------------------------------------
-
-
 def test_prompts_on_the_command_line_are_answered_on_stdout(checkpoint, capsys):
     argv = ["generate", "--model", str(checkpoint), "--prompt", "abc", "--prompt", "de", "--max-new-tokens", "4", "--device", "cpu"]
     status, out, _ = run([*argv, "--json"], capsys)
@@ -109,9 +106,6 @@ def test_the_output_does_not_depend_on_the_batch_size(command, tmp_path, capsys)
     by_two = output.read_bytes()
     assert run([*command, "--overwrite", "--batch-size", "7"], capsys)[0] == 0
     assert output.read_bytes() == by_two
-
-
-# ---- broken runs -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -265,9 +259,6 @@ def test_an_output_in_a_read_only_folder_is_an_error(command, tmp_path, capsys):
     assert "Permission denied" in error_of(argv, capsys)
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -347,9 +338,6 @@ def test_a_job_keeps_the_rows_beside_a_failed_one(checkpoint, prompts, tmp_path)
         jobs.run(model, records, output, settings=settings, batch_size=2)
     finishes = [json.loads(line)["finish"] for line in output.read_text().splitlines()]
     assert finishes[1] == "error" and "error" not in (finishes[0], finishes[2]) and len(finishes) == 3
-
-
-# ---- the other commands ------------------------------------------------------------------------------------------------------------
 
 
 def test_presets_are_listed(capsys):

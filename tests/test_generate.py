@@ -46,9 +46,6 @@ def everything(out, row: int) -> tuple:
     return (*tensors, text, out.finish[row], out.nfe[row], out.query_tokens[row], out.tpf[row])
 
 
-# ---- the specification -------------------------------------------------------------------------------------------------------------
-
-
 def test_the_oracles_import_nothing_of_the_project():
     tree = ast.parse(Path(oracles.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -152,9 +149,6 @@ def test_draws_follow_the_softmax_of_the_logits():
     assert ((counts - expected).abs()[likely] < 5 * expected.sqrt()[likely]).all()
 
 
-# ---- shapes of a request -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_an_empty_batch_decodes_to_nothing(preset):
     out = dlm_fast.generate(toy_for(preset), [], preset=preset)
@@ -199,9 +193,6 @@ def test_prompts_may_be_strings_chats_or_ids():
     as_given = dlm_fast.generate(model, [chat, "abc"], **settings)
     assert tokens(as_given) == tokens(as_ids) and as_given.text == as_ids.text
     assert as_given.text[1] == tokenizer.decode(as_given.sequences[1].tolist(), skip_special_tokens=True)
-
-
-# ---- what ends a row, and what may be drawn ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -279,9 +270,6 @@ def test_a_stop_string_ends_the_row_and_is_cut_off(preset):
     assert out.nfe[0] < whole.nfe[0]
 
 
-# ---- what the numbers mean ---------------------------------------------------------------------------------------------------------
-
-
 def test_llada_writes_one_token_a_step_by_descending_confidence_within_a_step_count_of_its_length():
     out = dlm_fast.generate(toy("full"), random_prompts([5]), preset="llada", max_new_tokens=7)
     steps = out.unmask_step[0][5:].tolist()
@@ -342,9 +330,6 @@ def test_no_row_pays_for_a_commit_that_nothing_follows():
     assert all(nfe == 1 + int(steps.max()) + 1 for nfe, steps in zip(out.nfe, out.unmask_step))
 
 
-# ---- no host read inside a step ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
@@ -376,8 +361,6 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             state.phase.tolist()
 
-
-# ---- bad input ---------------------------------------------------------------------------------------------------------------------
 
 BAD = [
     ({"preset": "lada"}, ValueError, r"preset must be one of llada, .* got preset='lada'"),
