@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
-from dlm_kernels.window import MODES
+from dlm_kernels.attention import KERNEL_MODES as MODES
 from torch import Tensor
 
 from .checks import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits

@@ -18,7 +18,7 @@ from dlm_fast.patching import attach
 from dlm_fast.tasks import TASKS, held_out
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as random_numbers
-from dlm_kernels.reference.unmask import rank_order
+from dlm_kernels.reference.select import rank_order
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

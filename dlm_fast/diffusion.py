@@ -8,6 +8,7 @@ from typing import Any
 
 VISIBILITIES = ("full", "block")
 ALIGNMENTS = ("abs", "rel")
+LOGITS_ROWS = ("self", "previous")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class DiffusionConfig:
         block_length: tokens of a diffusion block the model was trained with; None where any length will do ("full").
         block_alignment: where blocks begin. "abs": at multiples of block_length (SDAR, LLaDA2). "rel": at the end of the
             prompt, which is one bidirectional block of its own (D2F).
+        logits_row: which position's logits predict a position. "self": its own (LLaDA, SDAR, LLaDA2). "previous": those of the
+            position before it, as in the autoregressive model it was made from (Dream, Fast-dLLM v2); position 0 has its own.
     """
 
     mask_token_id: int
@@ -29,6 +32,7 @@ class DiffusionConfig:
     visibility: str
     block_length: int | None = None
     block_alignment: str = "rel"
+    logits_row: str = "self"
 
     def __post_init__(self) -> None:
         def fail(rule: str) -> None:
@@ -43,6 +47,8 @@ class DiffusionConfig:
             fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={self.visibility!r}")
         if self.block_alignment not in ALIGNMENTS:
             fail(f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}")
+        if self.logits_row not in LOGITS_ROWS:
+            fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={self.logits_row!r}")
         if self.block_length is not None and self.block_length < 1:
             fail(f"block_length must be at least 1, got block_length={self.block_length}")
         if self.visibility == "block" and self.block_length is None:
@@ -52,14 +58,9 @@ class DiffusionConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
         """Reads the `dlm` section of a config.json; unknown keys raise."""
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown = set(values) - known - {"logits_row"}
+        unknown = set(values) - known
         if unknown:
             raise ValueError(f"DiffusionConfig: unknown keys {sorted(unknown)}; known are {sorted(known)}")
-        if values.get("logits_row", "self") != "self":
-            raise NotImplementedError(
-                f"DiffusionConfig: logits_row must be 'self' (a position predicts itself), got {values['logits_row']!r}; "
-                "models that predict the next position (Dream, Fast-dLLM v2) are not supported yet"
-            )
         missing = {"mask_token_id", "eos_token_ids", "visibility"} - set(values)
         if missing:
             raise ValueError(f"DiffusionConfig: missing keys {sorted(missing)}")

@@ -9,14 +9,20 @@ from typing import Any
 
 import torch
 from dlm_kernels import RowState
-from dlm_kernels.reference.noise import uniform_scores
+from dlm_kernels.state import DENOISE, ERROR_LOGITS
 from torch import Tensor, nn
 
 from . import requests
+from .drafts import Drafts
 from .patching import PatchHandle, handle_of
 from .presets import Preset, resolve
 from .requests import Requests
-from .schedule import Plan, lane_positions, open_rows, phase_counts, window_of
+from .schedule import Plan, counts_of, open_rows
+from .statistics import Sampling
+from .step import Decode, denoise_step
+
+# Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
+WIDTH_GRAIN = 32
 
 
 class DecodeError(RuntimeError):
@@ -58,147 +64,34 @@ class GenerateOutput:
     preset: Preset
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Device tensors that decide draws; arguments of every step, so that a captured step serves every request.
-
-    Attributes:
-        temperature: [B] fp32, 0 = greedy. seed: [1] int64. request: [B] int32 index that keys the noise.
-        banned: [K] int64 ids never drawn. eos: [E] int64. no_eos_before: [B] int32 first position that may hold an EOS,
-            None where no row has such a rule.
-        value: [B] fp32 of the pass test. min_unmask, steps, block_length: [B] int32.
-        draws: whether any row has a temperature above 0; the only field the host knows.
-    """
-
-    temperature: Tensor
-    seed: Tensor
-    request: Tensor
-    banned: Tensor
-    eos: Tensor
-    no_eos_before: Tensor | None
-    value: Tensor
-    min_unmask: Tensor
-    steps: Tensor
-    block_length: Tensor
-    draws: bool
-
-
-def denoise_step(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling, cache: Any, kind: str) -> None:
-    """One forward and what follows from it, in place, with no host read: window -> model -> confidence -> unmask.
-
-    Args:
-        kind: "wide" (prefill or refresh) or "window"; rows that need the other kind are left unchanged.
-    """
-    window = window_of(plan, state, kind)
-    input_ids = state.tokens.gather(1, window.q_pos.long())
-    hidden = handle.adapter.window_hidden(handle.model, input_ids, handle.step(window, cache if plan.capacity else None))
-
-    position = lane_positions(plan, state)
-    inside = (position < state.block_end[:, None]) & (window.q_len > 0)[:, None]
-    held = state.tokens.gather(1, position.clamp(max=state.tokens.shape[1] - 1).long())
-    needed = inside & (held == plan.diffusion.mask_token_id)
-    if kind == "wide" and plan.preset.cache == "commit":
-        stats = _no_stats(position)
-    else:
-        stats = _statistics(handle, plan, state, sampling, hidden, window.q_pos, position, needed)
-    handle.ops.unmask(
-        state,
-        plan.preset.unmask_rule(),
-        kind=kind,
-        query_len=window.q_len,
-        value=sampling.value,
-        min_unmask=sampling.min_unmask,
-        steps=sampling.steps,
-        block_length=sampling.block_length,
-        mask_id=plan.diffusion.mask_token_id,
-        stop_ids=sampling.eos,
-        **stats,
-    )
-
-
-def _no_stats(position: Tensor) -> dict[str, Tensor]:
-    """Statistics of a prefill: it writes no token."""
-    none = torch.zeros(position.shape, dtype=torch.float32, device=position.device)
-    return {"pred": torch.zeros_like(position, dtype=torch.int64), "score": none, "confidence": none, "entropy": none}
-
-
-def _statistics(
-    handle: PatchHandle,
-    plan: Plan,
-    state: RowState,
-    sampling: Sampling,
-    hidden: Tensor,
-    q_pos: Tensor,
-    position: Tensor,
-    needed: Tensor,
-) -> dict[str, Tensor]:
-    """pred, score, confidence, ... [B, lanes] of the block's lanes from the window's hidden states [B, W, d]."""
-    B, W, d = hidden.shape
-    lanes = plan.lanes
-    offset = (position - q_pos[:, :1]).clamp(0, W - 1).long()
-    rows_hidden = hidden.gather(1, offset[..., None].expand(B, lanes, d)).flatten(0, 1)
-    logits = handle.adapter.head(handle.model, rows_hidden)
-
-    index = torch.arange(B * lanes, dtype=torch.int32, device=hidden.device)
-    rows = torch.where(needed.flatten(), index, -1).int()
-    banned = sampling.banned
-    if sampling.no_eos_before is not None:
-        too_early = position < sampling.no_eos_before[:, None]
-        not_yet = torch.where(too_early.view(-1, 1), sampling.eos, -1)
-        banned = torch.cat([banned.expand(B * lanes, -1), not_yet], -1)
-    score = plan.preset.score
-    noise = None
-    if sampling.draws or score == "random":
-        noise = torch.stack([sampling.request[:, None].expand_as(position), position, state.step[:, None].expand_as(position)], -1)
-        noise = noise.flatten(0, 1)
-    outputs = (
-        *(("second",) if score == "margin" else ()),
-        *(("entropy",) if score == "neg_entropy" or plan.preset.rule == "entropy" else ()),
-        *(("sampled",) if sampling.draws else ()),
-    )
-    drawn = {}
-    if sampling.draws:
-        drawn = {"sample_temperature": sampling.temperature.repeat_interleave(lanes), "seed": sampling.seed, "noise": noise}
-    stats = handle.ops.confidence(logits, rows=rows, outputs=outputs, banned=banned, **drawn)
-
-    def lanes_of(tensor: Tensor) -> Tensor:
-        return tensor.view(B, lanes)
-
-    token, confidence = (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
-    if score == "margin":
-        ranked = stats.margin
-    elif score == "neg_entropy":
-        ranked = -stats.entropy
-    elif score == "random":
-        ranked = uniform_scores(sampling.seed, noise)
-    else:
-        ranked = confidence
-    result = {"pred": token, "score": ranked, "confidence": confidence, "stat_error": stats.error}
-    if plan.preset.rule == "entropy":
-        result["entropy"] = stats.entropy
-    return {name: lanes_of(tensor) for name, tensor in result.items()}
-
-
 class _Progress:
-    """Which kinds of step rows still need, read by the host from a pinned copy that may be one step old.
+    """What rows still need, read by the host from a pinned copy that may be one step old.
 
     A kind that only wide steps can serve is known to be served as soon as one was launched, so a late count never asks
-    for a second wide forward that nobody needs.
+    for a second wide forward that nobody needs. A pipeline appends one block a step at most: a late width is that much too small.
     """
 
-    def __init__(self, state: RowState, late: int) -> None:
-        self.late = late
+    def __init__(self, decode: Decode, late: int) -> None:
+        self.decode, self.late = decode, late
         self.pending: list[tuple[Tensor, Any]] = []
-        self.wide, self.window = phase_counts(state).tolist()
+        self.wide, self.window, self.widest, self.most, self.drafting = self._count().tolist()
 
-    def record(self, state: RowState, kind: str) -> None:
+    def _count(self) -> Tensor:
+        decode = self.decode
+        counts = counts_of(decode.plan, decode.state, decode.sampling)
+        drafting = torch.zeros_like(counts[:1])
+        if decode.drafts is not None:
+            drafting = ((decode.state.phase == DENOISE) & ~decode.drafts.suspended()).sum().int().view(1)
+        return torch.cat([counts, drafting])
+
+    def record(self, kind: str) -> None:
         if kind == "wide":
             self.window, self.wide = self.window + self.wide, 0
-        counts = phase_counts(state)
+        counts = self._count()
         if counts.device.type != "cuda":
             self.pending.append((counts, None))
             return
-        host = torch.empty(2, dtype=torch.int32, pin_memory=True)
+        host = torch.empty(counts.shape, dtype=torch.int32, pin_memory=True)
         host.copy_(counts, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -209,34 +102,47 @@ class _Progress:
             counts, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
-            self.wide, self.window = counts.tolist()
+            self.wide, self.window, self.widest, self.most, self.drafting = counts.tolist()
         return "wide" if self.wide else "window" if self.window else None
+
+    def bucket(self, kind: str) -> dict[str, int]:
+        """The shape of the next step, where it varies: the narrowest multiple of the block length that holds every row."""
+        plan = self.decode.plan
+        shape = {}
+        if plan.varies:
+            grain, margin = (plan.block_length, plan.block_length * self.late) if plan.preset.pipeline else (WIDTH_GRAIN, 0)
+
+            def up(need: int, most: int) -> int:
+                return max(1, min(-(-(need + margin) // grain) * grain, most))
+
+            if kind == "window":
+                shape["width"] = up(self.widest, plan.window)
+            if plan.preset.pipeline:
+                shape["lanes"] = up(self.most, plan.lanes)
+        if self.decode.drafts is not None and kind == "window" and self.drafting:
+            shape["drafts"] = plan.preset.drafts
+        return shape
 
 
 @torch.no_grad()
-def _decode(
-    handle: PatchHandle,
-    plan: Plan,
-    state: RowState,
-    sampling: Sampling,
-    after_step: Callable[[RowState], None] | None,
-) -> None:
-    """Runs steps until no row needs one. Bounded: every window step writes at least one token of each row, or commits."""
-    B, L = state.tokens.shape
-    cache = handle.adapter.new_cache(handle.model, B, plan.capacity) if plan.capacity else None
+def _decode(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
+    """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
+    plan = decode.plan
     # A wide step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step late.
-    late = int(state.tokens.is_cuda and plan.preset.cache in ("none", "commit") and after_step is None)
-    progress = _Progress(state, late)
-    limit = 4 * L + 4 * B + 8
-    for _ in range(limit * max(1, B)):
+    repeats = plan.preset.cache not in ("none", "commit", "fused", "once") or decode.drafts is not None
+    late = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
+    progress = _Progress(decode, late)
+    blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
+    limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
+    for _ in range(limit + late):
         kind = progress.next_kind()
         if kind is None:
             return
-        denoise_step(handle, plan, state, sampling, cache, kind)
+        denoise_step(decode, kind, **progress.bucket(kind))
         if after_step is not None:
-            after_step(state)
-        progress.record(state, kind)
-    raise AssertionError(f"decode loop made no progress within {limit * max(1, B)} steps")
+            after_step(decode.state)
+        progress.record(kind)
+    raise AssertionError(f"decode loop made no progress within {limit} steps")
 
 
 def generate(
@@ -245,9 +151,12 @@ def generate(
     *,
     canvas: Sequence[Any] | Tensor | None = None,
     preset: str | Preset | None = None,
+    policy: Any = None,
     max_new_tokens: int | Sequence[int] | None = None,
     min_new_tokens: int | Sequence[int] = 0,
     temperature: float | Sequence[float] = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -264,13 +173,15 @@ def generate(
         prompts: a list of strings, chats (lists of {"role", "content"}) or token-id sequences, of any lengths >= 1.
         canvas: instead of prompts: token-id sequences that hold the mask id wherever a token is wanted (infilling).
         preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
-        **options: replace the preset's: block_length, cache, rule, threshold, factor, entropy_bound, inclusive, score,
-            min_unmask, steps_per_block, stop. Unknown ones raise.
+        policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a score),
+            a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
+        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ... Unknown ones raise.
         max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens is
             128 by default, and refused with `canvas`, which says itself where tokens are wanted.
         temperature: per call or per row, 0 = greedy. Draws are a function of (seed, request id, position, step) only.
         request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
-            temperature (LLaDA, arXiv:2502.09992).
+            temperature (LLaDA, arXiv:2502.09992) unless the preset is `tempered`.
+        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the vocabulary.
         stop_strings: a row ends where one appears in its text (excluded). Costs a host read per step.
         banned_token_ids: never drawn, besides the mask id. eos_token_ids: default the model's.
         tokenizer: default the one that `load` found. on_step: called after every step with the state (host reads allowed).
@@ -278,13 +189,15 @@ def generate(
         GenerateOutput.
     Raises:
         ValueError, TypeError: bad arguments, each naming argument, rule and value; nothing is decoded then.
-        DecodeError: logits with NaN; it holds what was decoded.
+        DecodeError: logits with NaN, or a policy that makes no progress; it holds what was decoded.
+        NotImplementedError: the preset needs what the chosen backend does not have.
     """
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError("generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load")
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
-    chosen = resolve(preset, handle.diffusion.visibility, options)
+    chosen = resolve(preset, handle.diffusion.visibility, options, policy)
+    requests.check_support(chosen, handle.diffusion, handle.ops.name)
     batch = requests.read(
         handle.diffusion,
         vocab_size=model.config.vocab_size,
@@ -295,12 +208,16 @@ def generate(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
         request_ids=request_ids,
         stop_strings=stop_strings,
         banned_token_ids=banned_token_ids,
         eos_token_ids=eos_token_ids,
     )
+    if chosen.drafts > 1 and any(t > 0 for t in batch.temperature):
+        raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(batch.temperature):g}")
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)
@@ -314,16 +231,48 @@ def generate(
                 on_step(state)
 
         hook = after_step if stopper is not None or on_step is not None else None
-        _decode(handle, plan, state, _sampling(batch, plan, device), hook)
+        _decode(open_decode(handle, plan, state, _sampling(batch, plan, device)), hook)
     output = _output(batch, state, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
     failed = state.error.nonzero().flatten().tolist()
     if failed:
-        raise DecodeError(
-            f"generate: the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {failed}",
-            output,
-            failed,
-        )
+        raise DecodeError(_failure(state, failed), output, failed)
     return output
+
+
+def _failure(state: RowState, rows: list[int]) -> str:
+    broken = [row for row in rows if int(state.error[row]) & ERROR_LOGITS]
+    stalled = [row for row in rows if row not in broken]
+    said = []
+    if broken:
+        said.append(f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}")
+    if stalled:
+        said.append(f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps in rows {stalled}")
+    return "generate: " + "; ".join(said)
+
+
+def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
+    """Allocates what a decode keeps between steps."""
+    B, lanes = state.tokens.shape[0], plan.lanes
+    weight = handle.model.get_input_embeddings().weight
+    history = None
+    if any("kl" in policy.outputs for policy in plan.preset.policies):
+        V = handle.model.config.vocab_size
+        history = {
+            "logits": torch.zeros(B * lanes, V, dtype=weight.dtype, device=weight.device),
+            "logsumexp": torch.zeros(B * lanes, device=weight.device),
+        }
+    guided = 2 if plan.preset.cfg_scale else 1
+    return Decode(
+        handle=handle,
+        plan=plan,
+        state=state,
+        sampling=sampling,
+        cache=handle.adapter.new_cache(handle.model, guided * B, plan.capacity) if plan.capacity else None,
+        memory=tuple(policy.memory(plan, state) for policy in plan.preset.policies),
+        history=history,
+        last_hidden=torch.zeros(B, weight.shape[1], dtype=weight.dtype, device=weight.device) if plan.previous else None,
+        drafts=Drafts.empty(state, lanes) if plan.preset.drafts > 1 else None,
+    )
 
 
 def _sampling(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
@@ -334,6 +283,26 @@ def _sampling(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
 
     preset = plan.preset
     no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
+    spans = [len(canvas) - start for canvas, start in zip(batch.canvases, plan.first.tolist())]
+    steps = [preset.steps_per_block or (max(1, span) if preset.schedule == "canvas" else plan.block_length) for span in spans]
+    transfer = None
+    if preset.rule in ("schedule", "bernoulli"):
+        transfer = torch.zeros(B, max(steps))
+        for b, S in enumerate(steps):
+            t = torch.linspace(1, preset.schedule_eps, S + 1)
+            transfer[b, :S] = 1 - t[1:] / t[:-1]
+        transfer = transfer.to(device)
+    # A safety net, not a schedule: the bounds of every policy (tests/test_policy_bounds.py) are below it.
+    edits = max((getattr(policy, "max_post_edits", 0) for policy in preset.policies), default=0)
+    a_block = 2 * max(plan.block_length, *steps) + edits + 8
+    max_steps = [a_block * (-(-span // plan.block_length) + 1) for span in spans]
+
+    def masks_at(share: float) -> int | None:
+        """The most masks at which a block of the full length is filled to `share`."""
+        length = plan.block_length
+        return max(m for m in range(length + 1) if (length - m) / length >= share)
+
+    pipeline = preset.pipeline
     return Sampling(
         temperature=rows(batch.temperature, torch.float32),
         seed=torch.tensor([batch.seed], dtype=torch.int64, device=device),
@@ -342,9 +311,16 @@ def _sampling(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
         eos=torch.tensor(batch.eos_token_ids, dtype=torch.int64, device=device),
         no_eos_before=rows(no_eos_before, torch.int32) if any(batch.min_new_tokens) else None,
         value=rows(preset.value, torch.float32),
-        min_unmask=rows(preset.min_unmask or 1, torch.int32),
-        steps=rows(preset.steps_per_block or plan.block_length, torch.int32),
+        min_unmask=rows(1 if preset.min_unmask is None else preset.min_unmask, torch.int32),
+        steps=rows(steps, torch.int32),
         block_length=rows(plan.block_length, torch.int32),
+        max_steps=rows(max_steps, torch.int32),
+        transfer=transfer,
+        append_masks=rows(masks_at(preset.append_threshold), torch.int32) if pipeline else None,
+        activate_masks=rows(masks_at(preset.activate_threshold), torch.int32) if pipeline else None,
+        delay=rows(preset.commit_delay, torch.int32) if preset.cache == "delayed" else None,
+        top_k=batch.top_k,
+        top_p=batch.top_p,
         draws=any(t > 0 for t in batch.temperature),
     )
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BANNED, MAX_TEMPERATURE, MIN_TEMPERATURE
-from dlm_kernels.reference.unmask import MAX_STOP_IDS
+from dlm_kernels.reference.unmask_arguments import MAX_STOP_IDS
 from dlm_kernels.state import DONE
 from torch import Tensor
 
 from .diffusion import DiffusionConfig
+from .presets import Preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Requests:
     prompt_lengths: list[int]
     min_new_tokens: list[int]
     temperature: list[float]
+    top_k: int
+    top_p: float
     seed: int
     request_ids: list[int]
     stop_strings: tuple[str, ...]
@@ -54,6 +57,20 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float) -> list:
             _fail(f"{name} must be a finite number >= {low:g}, got {name}={v}")
         out.append(kind(v))
     return out
+
+
+def check_support(preset: Preset, diffusion: DiffusionConfig, backend: str) -> None:
+    """Raises ValueError where `preset` does not fit the model's rows, NotImplementedError where the backend lacks its attention."""
+    if preset.seed and diffusion.logits_row != "previous":
+        _fail(f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}")
+    if preset.shadow and diffusion.logits_row != "self":
+        _fail(f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}")
+    missing = {"shadow rows": preset.shadow, "scattered positions (kept slots)": preset.cache == "scattered"}
+    for name, wanted in missing.items():
+        if wanted and backend == "triton":
+            raise NotImplementedError(
+                f"generate: preset {preset.name} needs attention over {name}, which the Triton kernel does not have yet; use backend='reference'"
+            )
 
 
 def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
@@ -89,6 +106,8 @@ def read(
     max_new_tokens: Any,
     min_new_tokens: Any,
     temperature: Any,
+    top_k: int,
+    top_p: float,
     seed: int,
     request_ids: Sequence[int] | None,
     stop_strings: Sequence[str],
@@ -150,11 +169,17 @@ def read(
     for t in heat:
         if t and not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
             _fail(f"temperature must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got temperature={t:g}")
+    if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 0:
+        _fail(f"top_k must be a whole number >= 0 (0 = off), got top_k={top_k!r}")
+    if isinstance(top_p, bool) or not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
+        _fail(f"top_p must be a number in (0, 1] (1 = off), got top_p={top_p!r}")
     return Requests(
         canvases=canvases,
         prompt_lengths=prompt_lengths,
         min_new_tokens=least,
         temperature=heat,
+        top_k=int(top_k),
+        top_p=float(top_p),
         seed=int(seed),
         request_ids=ids,
         stop_strings=tuple(stop_strings),

@@ -6,14 +6,21 @@ Everything here after `open_rows` is fixed-shape tensor work on the device; noth
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from dlm_kernels import RowState, Window
+from dlm_kernels.reference.advance import first_masked
+from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
 from torch import Tensor
 
 from .diffusion import DiffusionConfig
 from .presets import Preset
+
+if TYPE_CHECKING:
+    from .statistics import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +31,10 @@ class Plan:
         preset, diffusion: what is decoded, and how.
         block_length: positions of a block. first: [B] where the first block begins; of a prompt-aligned ("rel") model
             that is the end of the prompt, of an "abs" model a multiple of block_length.
-        wide, window: widths of the two kinds of step (see `Window`); wide is 0 where no such step exists.
-        lanes: positions whose statistics a step needs (the longest block).
+        wide, window: widths of the two kinds of step (see `Window`), the largest where they vary; wide is 0 where no such step exists.
+        lanes: positions whose statistics a step needs, the most of them where that varies. whole_row: they start at `first`, not at
+            the block, since a policy looks at all masks of the row.
+        varies: window widths differ from step to step.
         capacity: cache slots per row.
     """
 
@@ -36,7 +45,19 @@ class Plan:
     wide: int
     window: int
     lanes: int
+    whole_row: bool
+    varies: bool
     capacity: int
+
+    @property
+    def previous(self) -> bool:
+        """Whether a position is predicted by the row before it."""
+        return self.diffusion.logits_row == "previous"
+
+    @property
+    def flagged(self) -> bool:
+        """Whether windows are scattered positions, not a range."""
+        return self.preset.cache == "scattered" or self.preset.keep_last or self.preset.scatter_suffix
 
 
 def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig, device: torch.device) -> tuple[Plan, RowState]:
@@ -56,6 +77,8 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
         first_mask.append(int(masked[0]) if len(masked) else len(canvas))
     longest = max((len(c) - f for c, f in zip(canvases, first_mask)), default=0)
     block_length = preset.block_length or diffusion.block_length or max(1, longest)
+    if preset.schedule == "canvas":
+        block_length = max(1, longest)
 
     absolute = diffusion.visibility == "block" and diffusion.block_alignment == "abs"
     for b, canvas in enumerate(canvases):
@@ -65,21 +88,21 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
         state.block_masks[b] = int((canvas[start:end] == mask_id).sum())
         if state.block_masks[b] == 0:
             state.phase[b] = DONE
-        elif preset.cache in ("prefix", "dual") or (preset.cache == "commit" and start > 0):
-            state.phase[b] = WIDE
+        elif preset.cache in ("commit", "fused"):
+            state.phase[b] = WIDE if start > 0 else DENOISE
         else:
-            state.phase[b] = DENOISE
+            state.phase[b] = DENOISE if preset.cache == "none" else WIDE
 
-    lanes = min(block_length, max(1, L))
+    block = min(block_length, max(1, L))
     starts = state.block_start.tolist()
-    if preset.cache == "none":
-        wide, window = 0, L
-    elif preset.cache == "commit":
-        wide, window = max(starts, default=0), lanes
-    elif preset.cache == "dual":
-        wide, window = L, lanes
-    else:
-        wide, window = L, max((len(c) - s for c, s in zip(canvases, starts)), default=0)
+    rest = max((len(c) - s for c, s in zip(canvases, starts)), default=0)
+    before = int(diffusion.logits_row == "previous")
+    wide = {"none": 0, "commit": max(starts, default=0), "fused": max(state.block_end.tolist(), default=0)}.get(preset.cache, L)
+    window = {
+        "none": L, "prefix": rest, "once": rest + before, "commit": block, "fused": rest, "delayed": rest, "scattered": L,
+        "dual": min(block + 2 * preset.vicinity, L),
+    }[preset.cache]  # fmt: skip
+    whole_row = any(policy.reads == "row" for policy in preset.policies)
     state = RowState(**{f.name: getattr(state, f.name).to(device) for f in dataclasses.fields(state)})
     plan = Plan(
         preset=preset,
@@ -87,73 +110,193 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
         block_length=block_length,
         first=state.block_start.clone(),
         wide=wide,
-        window=window,
-        lanes=lanes,
+        window=window + (block if preset.shadow else 0),
+        lanes=max(1, rest) if whole_row or preset.pipeline else block,
+        whole_row=whole_row,
+        varies=preset.pipeline or preset.cache == "scattered",
         capacity=0 if preset.cache == "none" else L,
     )
     return plan, state
 
 
-def window_of(plan: Plan, state: RowState, kind: str) -> Window:
-    """The window that a step of `kind` ("wide" or "window") computes, rows that need another kind sitting it out.
+def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width: int | None = None) -> Window:
+    """The window that a step of `kind` ("wide" or "window") computes, rows that need another kind or a wider one sitting it out.
 
-    Wide: commit presets prefill [0, block_start); the others compute and store the whole canvas (a refresh).
-    Window: none [0, canvas) | prefix [block, end of canvas) | dual and commit [block_start, block_end).
+    width: positions of the bucket; None = the plan's.
     """
     B, L = state.tokens.shape
-    W = plan.wide if kind == "wide" else plan.window
+    W = width or (plan.wide if kind == "wide" else plan.window)
     device = state.tokens.device
-    zero = torch.zeros(B, dtype=torch.int32, device=device)
-    start, end, cache = state.block_start, state.block_end, plan.preset.cache
-    if kind == "wide":
-        takes_part = state.phase == WIDE
-        begin, stop = zero, start if cache == "commit" else state.canvas_len
-        kv_len, replaced = zero, torch.stack([zero, zero], -1)
-    else:
-        takes_part = (state.phase == DENOISE) | (state.phase == COMMIT)
-        begin, stop = start, end
-        kv_len, replaced = start, torch.stack([zero, zero], -1)
-        if cache == "none":
-            # A block-causal model never sees what follows the block, so nothing after it need be computed.
-            begin, stop, kv_len = zero, end if plan.diffusion.visibility == "block" else state.canvas_len, zero
-        elif cache == "prefix":
-            stop = state.canvas_len
-        elif cache == "dual":
-            kv_len, replaced = state.canvas_len, torch.stack([start, end], -1)
-    q_len = torch.where(takes_part, stop - begin, zero)
+    begin, stop, kv_len, replaced = _extent(plan, state, kind)
+    takes_part = _takes_part(state, kind)
     lane = torch.arange(W, dtype=torch.int32, device=device)
-    # Dead lanes of the bucket still index embeddings and RoPE: keep them inside the canvas.
-    q_pos = (begin[:, None] + lane).clamp(max=L - 1)
-    if plan.diffusion.visibility == "block":
-        # One irregular block before the first ("rel": the prompt); blocks of an "abs" model count from position 0.
-        first = plan.first[:, None]
-        if plan.diffusion.block_alignment == "abs":
-            first = first % plan.block_length
-        block = 1 + torch.div(q_pos - first, plan.block_length, rounding_mode="floor")
-        mode = "block"
-        if plan.diffusion.block_alignment == "rel":
-            block = block.clamp(min=0)
+    shadow = plan.preset.shadow and kind == "window"
+    kept = None
+    if plan.flagged:
+        flags = _flags(plan, state, sampling, kind, stop)
+        # Positions in order, those that are computed first.
+        order = (~flags).to(torch.int8).sort(dim=1, stable=True).indices.int()
+        q_len, q_pos = flags.sum(1, dtype=torch.int32), torch.nn.functional.pad(order, (0, max(0, W - L)))[:, :W]
+        if plan.preset.cache == "scattered" and kind == "window":
+            kept = ~flags
     else:
-        block, mode = torch.zeros_like(q_pos), "full"
-    kv_slot = q_pos if cache != "none" else torch.full_like(q_pos, -1)
+        q_len = stop - begin
+        q_pos = begin[:, None] + lane
+    if shadow:
+        # Behind the canvas, the block's positions once more.
+        q_pos = torch.where(lane < q_len[:, None], q_pos, state.block_start[:, None] + lane - q_len[:, None])
+        is_shadow = lane >= q_len[:, None]
+        q_len = q_len + state.block_end - state.block_start
+    q_len = torch.where(takes_part & (q_len <= W), q_len, 0)
+    # Dead lanes of the bucket still index embeddings and RoPE: keep them inside the canvas.
+    q_pos = q_pos.clamp(0, max(L - 1, 0))
+
+    block, mode = torch.zeros_like(q_pos), "full"
+    if plan.diffusion.visibility == "block":
+        block, mode = block_of(plan, q_pos), "block"
+        if plan.preset.causal_commit:
+            # Blocks of one position: causal.
+            block = torch.where((state.phase == DENOISE)[:, None] & (kind == "window"), block, q_pos)
+    if shadow:
+        block, mode = is_shadow.to(torch.int32), "shadow"
+    stores = plan.capacity > 0 and not (plan.preset.cache == "delayed" and kind == "window")
+    kv_slot = torch.where(lane < q_len[:, None], q_pos, -1) if stores else torch.full_like(q_pos, -1)
     return Window(
-        q_pos=q_pos,
-        q_block=block.int(),
-        q_len=q_len,
-        kv_slot=torch.where(lane < q_len[:, None], kv_slot, -1).int(),
-        kv_len=torch.where(takes_part, kv_len, zero),
-        replaced=replaced.int(),
+        q_pos=q_pos.contiguous(),
+        q_block=block.int().contiguous(),
+        q_len=q_len.int(),
+        kv_slot=kv_slot.int(),
+        kv_len=torch.where(takes_part, kv_len, 0).int(),
+        replaced=replaced.int().contiguous(),
         cache_row=torch.arange(B, dtype=torch.int32, device=device),
         mode=mode,
+        kept=None if kept is None else kept.contiguous(),
     )
 
 
-def lane_positions(plan: Plan, state: RowState) -> Tensor:
-    """[B, lanes] absolute positions of the block's lanes (the last ones may lie past the block)."""
-    return state.block_start[:, None] + torch.arange(plan.lanes, dtype=torch.int32, device=state.tokens.device)
+def _takes_part(state: RowState, kind: str) -> Tensor:
+    return state.phase == WIDE if kind == "wide" else (state.phase == DENOISE) | (state.phase == COMMIT)
 
 
-def phase_counts(state: RowState) -> Tensor:
-    """[2] int32 on the device: rows that need a wide step, rows that need a window step."""
+def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row [B]: the range [begin, stop) that a step computes, the cached slots it sees, and those it replaces [B, 2].
+
+    Wide: commit prefills [0, block); fused computes the appended blocks besides; all others compute and store the whole canvas.
+    Window: none [0, canvas) | prefix, once, delayed [block, canvas) | dual, commit [block] | fused [first uncommitted, appended end).
+    """
+    start, end, length = state.block_start, state.block_end, state.canvas_len
+    cache, preset = plan.preset.cache, plan.preset
+    zero = torch.zeros_like(start)
+    nothing = torch.stack([zero, zero], -1)
+    if kind == "wide":
+        return zero, {"commit": start, "fused": end}.get(cache, length), zero, nothing
+    if cache == "none":
+        # A block-causal model never sees what follows the block, so nothing after it need be computed.
+        stop = end if plan.diffusion.visibility == "block" else length
+        if preset.horizon is not None:
+            stop = torch.minimum(end + preset.horizon, length)
+        return zero, stop, zero, nothing
+    if cache == "prefix":
+        stop = length if preset.horizon is None else torch.minimum(end + preset.horizon, length)
+        return start, stop, start, nothing
+    if cache == "once":
+        begin = (start - int(plan.previous)).clamp(min=0)
+        return begin, length, begin, nothing
+    if cache == "delayed":
+        return start, length, start, nothing
+    if cache == "scattered":
+        return zero, length, length, nothing
+    if cache == "dual":
+        begin, stop = (start - preset.vicinity).clamp(min=0), torch.minimum(end + preset.vicinity, length)
+        return begin, stop, length, torch.stack([begin, stop], -1)
+    if preset.sub_block_cache:
+        sub_start, sub_end = sub_block(plan, state)
+        held = state.tokens.gather(1, sub_start.long()[:, None])[:, 0]
+        narrow = (state.phase == DENOISE) & (state.block_step > 0) & (held != plan.diffusion.mask_token_id)
+        begin, stop = torch.where(narrow, sub_start, start), torch.where(narrow, sub_end, end)
+        replaced = torch.where(narrow[:, None], torch.stack([begin, stop], -1), nothing)
+        return begin, stop, torch.where(narrow, end, start), replaced
+    return start, end, start, nothing
+
+
+def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, stop: Tensor) -> Tensor:
+    """[B, L] bool: the positions that a step computes, where they are no range."""
+    B, L = state.tokens.shape
+    preset = plan.preset
+    position = torch.arange(L, dtype=torch.int32, device=state.tokens.device)
+    in_canvas = position < state.canvas_len[:, None]
+    if preset.cache == "scattered":
+        if kind == "wide":
+            return in_canvas
+        # Decoded two steps ago: computed once more after it was written, then reused.
+        decoded = (state.tokens != plan.diffusion.mask_token_id) & (state.unmask_step <= (state.step - 2)[:, None])
+        if plan.previous:
+            # Such a row predicts the next position too: it is done when both are, the canvas's last one alone.
+            after = torch.nn.functional.pad(decoded, (0, 1), value=True)[:, 1:]
+            decoded = decoded & (after | (position == state.canvas_len[:, None] - 1))
+        return in_canvas & ~decoded
+    flags = (position < stop[:, None]) & in_canvas
+    if kind == "window":
+        flags = flags & (position >= state.block_start[:, None]) if preset.cache == "prefix" else flags
+    elif preset.horizon is not None:
+        flags = in_canvas & (position < (state.block_end + preset.horizon)[:, None])
+    if preset.scatter_suffix:
+        distance = (position - state.block_end[:, None]).clamp(min=0).double()
+        z = 4 * distance / max(1, preset.horizon - 1)
+        keep = (1.6 * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)).clamp(max=1)
+        request, place, block = (x.expand(B, L) for x in (sampling.request[:, None], position, state.block_start[:, None]))
+        noise = uniform_scores(sampling.seed, torch.stack([request, place, block], -1).flatten(0, 1)).view(B, L)
+        flags = flags & ((position < state.block_end[:, None]) | (noise < keep))
+    if preset.keep_last:
+        flags = flags | (position == state.canvas_len[:, None] - 1)
+    return flags
+
+
+def block_of(plan: Plan, position: Tensor) -> Tensor:
+    """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks count from 0."""
+    first = plan.first[:, None]
+    if plan.diffusion.block_alignment == "abs":
+        return 1 + torch.div(position - first % plan.block_length, plan.block_length, rounding_mode="floor")
+    return (1 + torch.div(position - first, plan.block_length, rounding_mode="floor")).clamp(min=0)
+
+
+def sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor]:
+    """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are none)."""
+    length = plan.preset.sub_block_length
+    masked = first_masked(state.tokens, state.block_start, state.block_end, plan.diffusion.mask_token_id)
+    masked = torch.minimum(masked, (state.block_end - 1).clamp(min=0))
+    start = state.block_start + (masked - state.block_start) // length * length
+    return start, torch.minimum(start + length, state.block_end)
+
+
+def lane_start(plan: Plan, state: RowState) -> Tensor:
+    """[B] int32 position of every row's first lane."""
+    return plan.first if plan.whole_row else state.block_start
+
+
+def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor | None) -> None:
+    """Turns rows that go on in their block to a WIDE step where the preset or a policy (`more` [B] bool) refreshes the cache."""
+    preset = plan.preset
+    wanted = torch.zeros_like(took_part) if more is None else more
+    if preset.warmup_steps:
+        wanted = wanted | (state.step < preset.warmup_steps)
+    if preset.refresh_interval is not None:
+        counter = state.step if preset.cache == "delayed" else state.block_step
+        wanted = wanted | (counter % preset.refresh_interval == 0)
+    if preset.cache == "scattered":
+        wanted = wanted | ((state.block_step == 1) & (preset.refresh_interval is not None))
+    state.phase.copy_(torch.where(took_part & wanted & (state.phase == DENOISE), WIDE, state.phase))
+
+
+def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
+    """[4] int32 on the device: rows that need a wide step, rows that need a window step, and if widths vary, the widest window and
+    the most lanes that a row needs."""
     wide = state.phase == WIDE
-    return torch.stack([wide.sum(), (~wide & (state.phase != DONE)).sum()]).int()
+    window = ~wide & (state.phase != DONE)
+    widest = most = torch.zeros((), dtype=torch.int32, device=wide.device)
+    if plan.varies and wide.numel():
+        begin, stop, _, _ = _extent(plan, state, "window")
+        need = _flags(plan, state, sampling, "window", stop).sum(1) if plan.flagged else stop - begin
+        widest = torch.where(window, need, 0).amax()
+        most = torch.where(window | wide, state.block_end - state.block_start, 0).amax()
+    return torch.stack([wide.sum(), window.sum(), widest, most]).int()

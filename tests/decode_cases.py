@@ -221,6 +221,8 @@ def random_case(seed: int, *, preset: str | None = None, rows: int | None = None
         options["stop"] = rng.choice(("never", "after_block"))
     if visibility == "block" and rng.random() < 0.15:
         options["cache"] = "none"
+    if dlm_fast.PRESETS[preset].tempered:
+        options["tempered"] = False  # tempered statistics are the transcriptions' (tests/transcriptions)
     B = rows or rng.choice((3, 4, 5))
     lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17)))) for _ in range(B)]
     plain = [token for token in range(2, VOCAB) if token not in eos]

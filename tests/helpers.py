@@ -53,12 +53,24 @@ def native_model(
 
 
 def toy(
-    visibility: str = "full", *, block_length: int = 4, block_alignment: str = "rel", backend: str = "reference", eos: tuple[int, ...] = (EOS,), **kwargs
+    visibility: str = "full",
+    *,
+    block_length: int = 4,
+    block_alignment: str = "rel",
+    logits_row: str = "self",
+    backend: str = "reference",
+    eos: tuple[int, ...] = (EOS,),
+    **kwargs,
 ) -> nn.Module:
     """A random model as `dlm_fast.load` would leave it."""
     model = native_model(**kwargs)
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=eos, visibility=visibility, block_length=block_length, block_alignment=block_alignment
+        mask_token_id=MASK,
+        eos_token_ids=eos,
+        visibility=visibility,
+        block_length=block_length,
+        block_alignment=block_alignment,
+        logits_row=logits_row,
     )
     attach(model, backend=backend, diffusion=diffusion, plain_mode=visibility)
     return model

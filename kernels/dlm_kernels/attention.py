@@ -19,6 +19,10 @@ WORKSPACE_BYTES = 256 * 2**20
 COMBINE_ELEMENTS = 2048
 
 
+# What the kernel can do; the reference also has "shadow", and kept slots.
+KERNEL_MODES = ("full", "causal", "block")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """How one launch cuts the work. BLOCK_N and SPLIT set the order in which a row's keys are summed."""
@@ -82,6 +86,7 @@ def block_attention(
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
         ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given.  TypeError: dtype.
+        NotImplementedError: mode "shadow" or kept slots, which only the reference has.
         RuntimeError: a gradient is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, no two stored
@@ -93,6 +98,9 @@ def block_attention(
     Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
     """
     check_arguments(q, k, v, k_cache, v_cache, window, dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    for name, missing in (("mode 'shadow'", window.mode not in KERNEL_MODES), ("kept slots", window.kept is not None)):
+        if missing:
+            raise NotImplementedError(f"block_attention: the Triton kernel has no {name} yet; reference.block_attention does")
     capability = _capability(q)
     tile = tile_for(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype)
     return _launch(q, k, v, k_cache, v_cache, window, scale=scale, tile=tile)

@@ -12,6 +12,7 @@ WIDE, DENOISE, COMMIT, DONE = 0, 1, 2, 3
 
 # Bits of `RowState.error`.
 ERROR_LOGITS = 1  # a needed row of logits held NaN or +inf, or no token that may be drawn
+ERROR_STALLED = 2  # the row took more denoise steps than its decoder allows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +20,16 @@ class RowState:
     """Where every row of the batch stands. Only `unmask` (and the loop's set-up) writes it; no field is read by the host
     inside a step.
 
-    `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current block of row `b` is
-    [block_start[b], block_end[b]). int32 unless said otherwise.
+    `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
+    [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet committed.
+    int32 unless said otherwise.
 
     Attributes:
         tokens: [B, L] int64 canvas; masked positions hold the mask id.
         unmask_step: [B, L] the row's own denoise step at which the position was unmasked, -1 = given or still masked.
         unmask_confidence: [B, L] fp32 probability of the token when it was written; 0 where none was.
         canvas_len: [B] end of the row's canvas.
-        block_start, block_end: [B] current block.
+        block_start, block_end: [B] current region.
         block_masks: [B] masked positions of the current block when it was opened (the quota's m0).
         block_step: [B] denoise steps taken in the current block.
         step: [B] denoise steps taken by the row.

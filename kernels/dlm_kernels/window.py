@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["full", "causal", "block"]
-MODES: tuple[Mode, ...] = ("full", "causal", "block")
+Mode = Literal["full", "causal", "block", "shadow"]
+MODES: tuple[Mode, ...] = ("full", "causal", "block", "shadow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,15 @@ class Window:
     """Which positions a forward computes, what they see, and where their keys go.
 
     Every decoder is data in these tensors: sub-blocks, pipelines, overlays and padding differ here and nowhere else.
-    All tensors are int32 on the model's device; `W` is the width of the bucket, of which row `b` uses `q_len[b]`.
+    All tensors (but `kept`) are int32 on the model's device; `W` is the width of the bucket, of which row `b` uses `q_len[b]`.
 
     A window position `j` of row `b` is *live* if `j < q_len[b]` and `q_block[b, j] >= 0`. A dead position is attended by
     nobody, its output is zero and its key is not stored. A live query `i` sees
 
-        cached slot s    if  s < kv_len[b]  and not  replaced[b, 0] <= s < replaced[b, 1]            (in every mode)
+        cached slot s    if  s < kv_len[b]  and not  replaced[b, 0] <= s < replaced[b, 1]  and kept[b, s]     (in every mode)
         live window j    if  "full": always | "causal": q_pos[j] <= q_pos[i] | "block": q_block[j] <= q_block[i]
+                         | "shadow": as "block", except that a position never sees its twin of an earlier block (equal q_pos):
+                           a copy of the block with its own q_block then predicts every token from all the others (WINO)
 
     Attributes:
         q_pos: [B, W] absolute positions (RoPE and "causal").
@@ -36,6 +38,8 @@ class Window:
         replaced: [B, 2] half-open range of cache slots hidden by this window (dual cache: its own slots).
         cache_row: [B] row of the cache buffers that belongs to each batch row.
         mode: the predicate inside the window.
+        kept: [B, S_max] bool: cached slots that are not hidden one by one; None = all are kept. Decoders that recompute scattered
+            positions (dKV-Cache) hide those.
     """
 
     q_pos: Tensor
@@ -46,6 +50,7 @@ class Window:
     replaced: Tensor
     cache_row: Tensor
     mode: Mode
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -56,12 +61,18 @@ class Window:
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"Window: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        for field in dataclasses.fields(self):
-            tensor = getattr(self, field.name)
-            if field.name != "mode" and tensor.dtype != torch.int32:
-                raise TypeError(f"Window: {field.name} must be int32, got {tensor.dtype}")
-            if field.name != "mode" and tensor.device != self.q_pos.device:
-                raise ValueError(f"Window: {field.name} must be on {self.q_pos.device}, got {tensor.device}")
+        if self.kept is not None and (self.kept.dtype != torch.bool or self.kept.dim() != 2 or self.kept.shape[0] != B):
+            raise ValueError(f"Window: kept must be [B, S_max] bool with B={B}, got {tuple(self.kept.shape)}, {self.kept.dtype}")
+        for name, tensor in self.tensors().items():
+            if name != "kept" and tensor.dtype != torch.int32:
+                raise TypeError(f"Window: {name} must be int32, got {tensor.dtype}")
+            if tensor.device != self.q_pos.device:
+                raise ValueError(f"Window: {name} must be on {self.q_pos.device}, got {tensor.device}")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
     @property
     def shape(self) -> tuple[int, int]:

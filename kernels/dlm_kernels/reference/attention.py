@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,14 +73,19 @@ def _order_allows(window: Window) -> Tensor:
     if window.mode == "full":
         return torch.ones((), dtype=torch.bool, device=window.q_pos.device)
     order = window.q_pos if window.mode == "causal" else window.q_block
-    return order[:, None, :] <= order[:, :, None]
+    allowed = order[:, None, :] <= order[:, :, None]
+    if window.mode == "shadow":
+        same_position = window.q_pos[:, None, :] == window.q_pos[:, :, None]
+        allowed = allowed & ~(same_position & (window.q_block[:, None, :] < window.q_block[:, :, None]))
+    return allowed
 
 
 def _cache_visible(window: Window, S_max: int) -> Tensor:
     """[B, S_max]: cached slots that every live query of the row sees."""
     slot = torch.arange(S_max, device=window.kv_len.device)
     replaced = (slot >= window.replaced[:, :1]) & (slot < window.replaced[:, 1:])
-    return (slot < window.kv_len[:, None]) & ~replaced
+    visible = (slot < window.kv_len[:, None]) & ~replaced
+    return visible if window.kept is None else visible & window.kept
 
 
 def _store(cache: Tensor, new: Tensor, stored: Tensor, window: Window) -> None:
@@ -143,7 +146,9 @@ def check_arguments(
             raise ValueError(f"{op}: {name} must have last stride 1, got strides {tensor.stride()}")
     if window.q_pos.device != q.device:
         raise ValueError(f"{op}: window must be on {q.device}, got {window.q_pos.device}")
-    for field in dataclasses.fields(window):
-        tensor = getattr(window, field.name)
-        if field.name != "mode" and not tensor.is_contiguous():
-            raise ValueError(f"{op}: window.{field.name} must be contiguous, got strides {tensor.stride()}")
+    if window.kept is not None and (k_cache is None or window.kept.shape[1] != k_cache.shape[2]):
+        slots = None if k_cache is None else k_cache.shape[2]
+        raise ValueError(f"{op}: window.kept must be [B, S_max] with S_max={slots} of the cache, got {tuple(window.kept.shape)}")
+    for name, tensor in window.tensors().items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: window.{name} must be contiguous, got strides {tensor.stride()}")

@@ -11,13 +11,15 @@ from torch import Tensor
 from ..state import ERROR_LOGITS
 from . import noise as random_numbers
 
-OUTPUTS = ("second", "logsumexp", "entropy", "sampled", "query")
-MAX_BANNED = 32
+OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
+MAX_BANNED, MAX_BIAS = 32, 64
 # A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf: between them
 # every intermediate of the one-pass recurrences is finite in fp32.
 LIMIT = 1e30
 # Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE infinitely unlikely.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence finite.
+PREVIOUS_FLOOR = math.log(1e-12)
 
 
 class Confidence(NamedTuple):
@@ -29,6 +31,7 @@ class Confidence(NamedTuple):
     second_logit: Tensor | None
     logsumexp: Tensor | None
     entropy: Tensor | None  # nats
+    kl: Tensor | None  # nats
     confidence: Tensor
     margin: Tensor | None
     sampled_token: Tensor | None
@@ -49,16 +52,22 @@ def confidence(
     noise: Tensor | None = None,
     query: Tensor | None = None,
     soft_cap: float | None = None,
+    bias_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    previous: Tensor | None = None,
+    previous_logsumexp: Tensor | None = None,
 ) -> Confidence:
-    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, a draw, a query.
+    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a query.
 
-        l = soft_cap * tanh(logits / soft_cap), or logits             p = softmax(l / temperature) over all V ids
-        token, second_token = the two allowed ids of highest logits (ties: lowest id); logit, second_logit their l
+        x = logits, plus `bias` at `bias_ids`      l = soft_cap * tanh(x / soft_cap), or x      p = softmax(l / temperature)
+        token, second_token = the two allowed ids of highest x (ties: lowest id); logit, second_logit their l
         confidence = p[token]        margin = confidence - p[second_token]        entropy = -sum p ln p (nats)
+        kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0;   ln p' = (previous, capped) / temperature - previous_logsumexp
         sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
 
-    `logsumexp` is of l / temperature. An id is allowed if it is not banned and its logit is above -1e30. Banned ids cannot be
-    token, second_token or sampled_token, but stay in every sum. Everything is computed in fp32 (float64 logits: in float64).
+    Sums are over all V ids; `logsumexp` is of l / temperature. An id is allowed if it is not banned and its x is above -1e30.
+    Banned ids cannot be token, second_token or sampled_token, but stay in every sum. Everything is computed in fp32 (float64
+    logits: in float64), the sum x too. `previous` gets no bias.
 
     Args:
         logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
@@ -71,32 +80,45 @@ def confidence(
         noise: [N, 3] int32, the row's (request index, absolute position, own step); see `reference.noise`.
         query: [N] int64, required for "query": query_confidence = p[query].
         soft_cap: a constant of the model; None = no cap.
+        bias_ids: [N, K] int64, 1 <= K <= 64, given with bias. Ids outside [0, V), such as -1, bias nothing: what their bias is
+            does not matter. An id that comes twice gets both, one after the other.
+        bias: [N, K] fp32, finite, of any sign.
+        previous: [R, V], dtype and stride rules of the logits; its row r is compared with their row r. Required for "kl", as is:
+        previous_logsumexp: [R] fp32, of previous at the temperature of this call. +inf: there is none, and kl is +inf.
     Returns:
         Confidence. A row with an error (error = 1) has token = sampled_token = 0, second_token = -1 and zeros elsewhere, never NaN:
-        its logits hold a NaN or +inf or allow no token, its temperature is not in [1e-6, 1e6] (for sampling: nor
+        its x holds a NaN or +inf or allows no token, its temperature is not in [1e-6, 1e6] (for sampling: nor
         0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for ids and zeros
-        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence.
+        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence. A kl that is not
+        finite, or whose row of `previous` holds a NaN or +inf, is +inf and no error.
     Raises:
         ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.  TypeError: dtypes.
 
-    Cost: R*V elements read once, about 10 bytes written per row and group. Recurrences: one-pass softmax, arXiv:1805.02867.
-    Rules that use it: low confidence, arXiv:2502.09992; margin, arXiv:2502.06768; entropy budget, arXiv:2505.24857.
+    Cost: R*V elements read once ("kl": twice as many), about 10 bytes written per row and group. Recurrences: one-pass softmax,
+    arXiv:1805.02867. Rules that use it: low confidence, arXiv:2502.09992; margin, arXiv:2502.06768; entropy budget,
+    arXiv:2505.24857; KL stability, arXiv:2511.05664; a bias by past confidence, arXiv:2510.06133.
     """
     N = check_arguments(
-        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap, extra_dtypes=(torch.float64,)
-    )
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        bias_ids, bias, previous, previous_logsumexp, extra_dtypes=(torch.float64,),
+    )  # fmt: skip
     R, V = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = torch.arange(R, device=logits.device) if rows is None else rows.to(torch.int64)
     needed = row != -1
     present = (row >= 0) & (row < R)
-    # Fixed shapes, no boolean indexing: it would read the device.
-    gathered = logits[row.clamp(0, R - 1)].to(dtype) if R else torch.zeros(N, V, dtype=dtype, device=logits.device)
-    raw = torch.where(present[:, None], gathered, 0.0)
+
+    def rows_of(values: Tensor) -> Tensor:
+        """The row of each output, 0 where there is none. Fixed shapes, no boolean indexing: it would read the device."""
+        if not R:
+            return torch.zeros(N, *values.shape[1:], dtype=dtype, device=logits.device)
+        return torch.where(present.view(N, *[1] * (values.dim() - 1)), values[row.clamp(0, R - 1)].to(dtype), 0.0)
+
+    raw = _add_bias(rows_of(logits), bias_ids, bias)
     raw = torch.where(raw <= -LIMIT, -math.inf, raw)
     scale = torch.ones(N, dtype=dtype, device=logits.device) if temperature is None else temperature.to(dtype)
 
-    # Choose by the raw logits: the cap is increasing, and rounding must not make it tie.
+    # Choose by x: the cap is increasing, and rounding must not make it tie.
     ids = torch.arange(V, device=logits.device)
     allowed = ~_is_banned(ids, banned, N) & (raw > -math.inf)
     error = ~present | torch.isnan(raw).any(1) | (raw >= LIMIT).any(1) | ~allowed.any(1) | ~_is_temperature(scale)
@@ -114,7 +136,7 @@ def confidence(
     others = allowed & (ids != token[:, None])
     second_token = torch.where(others.any(1), _first_largest(raw, others), -1)
 
-    capped = raw if soft_cap is None else torch.where(raw == -math.inf, raw, soft_cap * torch.tanh(raw / soft_cap))
+    capped = _cap(raw, soft_cap)
     scaled = capped / scale[:, None]
     shifted = scaled - scaled.amax(1, keepdim=True)
     weight = shifted.exp()
@@ -133,6 +155,7 @@ def confidence(
         second_logit=at(capped, second_token, -math.inf),
         logsumexp=scaled.amax(1) + total.log(),
         entropy=total.log() - energy / total,
+        kl=None,
         confidence=best,
         margin=best - at(weight, second_token, 0.0) / total,
         sampled_token=None,
@@ -140,6 +163,13 @@ def confidence(
         query_confidence=None,
         error=(error & needed).to(torch.int32) * ERROR_LOGITS,
     )
+    if "kl" in outputs:
+        before, before_logsumexp = rows_of(previous), rows_of(previous_logsumexp)
+        usable = ~(torch.isnan(before) | (before >= LIMIT)).any(1) & before_logsumexp.isfinite()
+        log_before = (_cap(before, soft_cap) / scale[:, None] - before_logsumexp[:, None]).clamp(min=PREVIOUS_FLOOR)
+        change = torch.where(weight > 0, shifted - total.log()[:, None] - log_before, 0.0)
+        kl = (weight * change).sum(1) / total
+        result = result._replace(kl=torch.where(usable & kl.isfinite(), kl.clamp(min=0), math.inf))
     if "sampled" in outputs:
         greedy = error | (sample_temperature == 0)
         inverse = 1 / torch.where(greedy, 1.0, sample_temperature).to(dtype)
@@ -166,6 +196,7 @@ _GROUP_OF = {
     "margin": "second",
     "logsumexp": "logsumexp",
     "entropy": "entropy",
+    "kl": "kl",
     "sampled_token": "sampled",
     "sampled_confidence": "sampled",
     "query_confidence": "query",
@@ -192,6 +223,21 @@ def _is_banned(ids: Tensor, banned: Tensor | None, N: int) -> Tensor:
     return mask
 
 
+def _add_bias(values: Tensor, bias_ids: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`values` [N, V] plus the bias. One id of each row at a time, so that the order of the sum of an id's biases is defined."""
+    if bias is None:
+        return values
+    valid = (bias_ids >= 0) & (bias_ids < values.shape[1])
+    index, added = torch.where(valid, bias_ids, 0), torch.where(valid, bias, 0.0).to(values.dtype)
+    for k in range(bias.shape[1]):
+        values = values.scatter_add(1, index[:, k, None], added[:, k, None])
+    return values
+
+
+def _cap(values: Tensor, soft_cap: float | None) -> Tensor:
+    return values if soft_cap is None else torch.where(values <= -LIMIT, -math.inf, soft_cap * torch.tanh(values / soft_cap))
+
+
 def _is_temperature(values: Tensor) -> Tensor:
     return (values >= MIN_TEMPERATURE) & (values <= MAX_TEMPERATURE)
 
@@ -207,6 +253,10 @@ def check_arguments(
     noise: Tensor | None,
     query: Tensor | None,
     soft_cap: float | None,
+    bias_ids: Tensor | None,
+    bias: Tensor | None,
+    previous: Tensor | None,
+    previous_logsumexp: Tensor | None,
     extra_dtypes: tuple[torch.dtype, ...] = (),
 ) -> int:
     """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the device."""
@@ -225,11 +275,27 @@ def check_arguments(
     for group, arguments in (
         ("sampled", {"sample_temperature": sample_temperature, "seed": seed, "noise": noise}),
         ("query", {"query": query}),
+        ("kl", {"previous": previous, "previous_logsumexp": previous_logsumexp}),
     ):
         for name, value in arguments.items():
             if (value is not None) != (group in outputs):
                 state = "required" if value is None else "used"
-                raise ValueError(f"confidence: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}")
+                raise ValueError(
+                    f"confidence: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}"
+                )
+    if (bias_ids is None) != (bias is None):
+        raise ValueError(
+            f"confidence: bias_ids and bias must be given together, got bias_ids={_kind(bias_ids)}, bias={_kind(bias)}"
+        )
+    if previous is not None:
+        if previous.dtype != logits.dtype:
+            raise TypeError(f"confidence: previous must have the logits' dtype {logits.dtype}, got {previous.dtype}")
+        if previous.shape != logits.shape:
+            raise ValueError(f"confidence: previous must have the logits' shape {list(logits.shape)}, got {list(previous.shape)}")
+        if previous.shape[1] > 1 and previous.stride(1) != 1:
+            raise ValueError(f"confidence: previous must have last stride 1, got strides {previous.stride()}")
+        if previous.device != logits.device:
+            raise ValueError(f"confidence: previous must be on {logits.device}, got {previous.device}")
 
     N = logits.shape[0]
     if rows is not None:
@@ -244,19 +310,26 @@ def check_arguments(
         ("noise", noise, torch.int32, [(N, 3)]),
         ("query", query, torch.int64, [(N,)]),
         ("banned", banned, torch.int64, [] if banned is None else [(banned.shape[-1:].numel(),), (N, banned.shape[-1:].numel())]),
+        ("bias_ids", bias_ids, torch.int64, [] if bias_ids is None else [(N, bias_ids.shape[-1:].numel())]),
+        ("bias", bias, torch.float32, [] if bias_ids is None else [tuple(bias_ids.shape)]),
+        ("previous_logsumexp", previous_logsumexp, torch.float32, [(logits.shape[0],)]),
     ):
         if value is None:
             continue
         if value.dtype != dtype:
             raise TypeError(f"confidence: {name} must be {dtype}, got {value.dtype}")
         if tuple(value.shape) not in shapes:
-            raise ValueError(f"confidence: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})")
+            raise ValueError(
+                f"confidence: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})"
+            )
         if not value.is_contiguous():
             raise ValueError(f"confidence: {name} must be contiguous, got strides {value.stride()}")
         if value.device != logits.device:
             raise ValueError(f"confidence: {name} must be on {logits.device}, got {value.device}")
     if banned is not None and banned.shape[-1] > MAX_BANNED:
         raise ValueError(f"confidence: banned must hold at most {MAX_BANNED} ids a row, got K={banned.shape[-1]}")
+    if bias_ids is not None and not 1 <= bias_ids.shape[1] <= MAX_BIAS:
+        raise ValueError(f"confidence: bias_ids must hold 1 to {MAX_BIAS} ids a row, got K={bias_ids.shape[1]}")
     return N
 
 

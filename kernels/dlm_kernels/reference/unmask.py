@@ -1,4 +1,4 @@
-"""`unmask` in plain torch: which masked positions are written, and what the row does next.
+"""`unmask` in plain torch: which positions are written or masked again, and what the row does next.
 
 This is the specification of the kernel and what runs on CPU. Every shape is fixed and no value is read by the host, so it also runs
 under FakeTensorMode. A row's result depends on nothing but that row.
@@ -6,22 +6,14 @@ under FakeTensorMode. A row's result depends on nothing but that row.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ..rules import ENTROPY_SCALE, UnmaskRule
-from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ROW_FIELDS, WIDE, RowState
-
-Kind = Literal["wide", "window"]
-KINDS: tuple[Kind, ...] = ("wide", "window")
-MAX_STOP_IDS = 16
-
-# Fixed-point entropies saturate, so that NaN and inf have a meaning and no sum over a block can overflow int64: 2^48 is 2^24 nats, and
-# 2^14 positions of it still fit an infinite budget.
-FIXED_ENTROPY_MAX = 1 << 48
-FIXED_BUDGET_MAX = 1 << 62
+from ..rules import UnmaskRule
+from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, WIDE, RowState
+from .advance import After, advance_block, advance_pipeline, is_in
+from .select import lowest, quota, select, select_in_blocks
+from .unmask_arguments import Kind, check_arguments
 
 
 def unmask(
@@ -39,260 +31,250 @@ def unmask(
     block_length: Tensor,
     mask_id: int,
     stop_ids: Tensor,
+    lane_start: Tensor | None = None,
     rank: Tensor | None = None,
     entropy: Tensor | None = None,
     stat_error: Tensor | None = None,
-) -> None:
-    """Write the chosen predictions of every row's current block and move every row to what it needs next, in place.
+    allowed: Tensor | None = None,
+    fallback: Tensor | None = None,
+    max_unmask: Tensor | None = None,
+    run_value: Tensor | None = None,
+    edit_value: Tensor | None = None,
+    refill: Tensor | None = None,
+    remask_score: Tensor | None = None,
+    remask_count: Tensor | None = None,
+    remask_value: Tensor | None = None,
+    exits: Tensor | None = None,
+    max_steps: Tensor | None = None,
+    append_masks: Tensor | None = None,
+    activate_masks: Tensor | None = None,
+    delay: Tensor | None = None,
+    seed: Tensor | None = None,
+    seed_confidence: Tensor | None = None,
+) -> Tensor:
+    """Write the chosen predictions of every row's region and move every row to what it needs next, in place.
 
-    Lane j of a row is position block_start + j. A row takes part if query_len > 0 and its phase is what this step is for; every other
-    row is left exactly as it is, counters included:
+    Lane j of a row is position lane_start + j; the region is [block_start, block_end). A row takes part if query_len > 0 and its
+    phase is what this step is for; every other row is left exactly as it is, counters included:
 
-        phase     kind       rule.cache    what happens
-        WIDE      "wide"     "commit"      prefill: nothing is selected; DENOISE, or COMMIT if the block holds no mask
-        WIDE      "wide"     "refresh"     select and write (it is also denoise step 0 of the block)
-        DENOISE   "window"   any           select and write
-        COMMIT    "window"   "commit"      the very next block: DENOISE, or COMMIT again if it holds no mask
+        phase     kind       rule.cache                  what happens
+        WIDE      "wide"     "commit"                    prefill: nothing is selected; DENOISE, or COMMIT if the block holds no mask
+        WIDE      "wide"     all others but "none"       select and write (it is also denoise step 0 of the block or row)
+        DENOISE   "window"   any                         select and write
+        COMMIT    "window"   "commit"                    the very next block: DENOISE, or COMMIT again if it holds no mask
 
-    Select and write: `select` chooses among the masked positions of the block; they receive pred, the row's step and confidence.
-        an eligible lane with stat_error != 0            -> nothing is written, ERROR_LOGITS, DONE
+    A selecting row, in this order:
+        failed      a lane whose statistics are needed has stat_error != 0: ERROR_LOGITS, DONE, nothing is written. So is a row that
+                    has taken max_steps: ERROR_STALLED. Needed are eligible lanes; with rule.edit or remask_score the written lanes of
+                    the region, with `exits` every masked lane.
+        chosen      `select` among the masked, allowed lanes of the region (rule.renoise: all its lanes); rule.edit adds edits
+        exits       an exiting row writes every masked lane of its canvas instead, inside the region or not (renoise: every region lane)
+        write       chosen lanes receive pred, the row's step and confidence; rule.renoise gives the others `refill`
+        remask      rule.remask masks written lanes again; their unmask_step is -1 and their confidence 0
+        fill        rule.stop "fill"
+    and then, for blocks decoded one at a time,
         a written stop token ends the row (rule.stop)    -> DONE; given tokens never stop a row
-        the block still holds masks                      -> DENOISE
+        the block still holds masks, or was edited       -> DENOISE
         no mask after the block                          -> DONE
-        otherwise                                        -> COMMIT ("commit"), or on to the block of the next mask: WIDE ("refresh"),
-                                                            DENOISE ("none"). Blocks lie at block_end + i * block_length.
+        otherwise                                        -> COMMIT ("commit"; the very next block if rule.edit), or on to the block of the
+                                                            next mask: WIDE ("refresh"), DENOISE ("none", "once"). Blocks lie at
+                                                            block_end + i * block_length.
+    or, for a pipeline,
+        a written stop token ends the row, or bars further blocks ("closed", "after_block", "appends": the canvas is cut at block_end)
+        the region's leading blocks that held no mask before this step leave it ("delayed": on a WIDE step, `delay` steps after their
+            last write)
+        the last block holds at most append_masks masks  -> one more block is appended
+        no mask left in the canvas                       -> DONE
+        otherwise                                        -> DENOISE, or WIDE ("delayed", while the region's first block holds no mask)
 
     Args:
         state: read and written in place. 2-D fields may have any row stride.
         kind: the kind of forward just run.
         query_len: [B] int32 positions of the row that the forward computed; 0 = the row sat it out.
-        pred: [B, W] int64 token to write, never mask_id. W >= the longest block; a row whose block is longer than W sits out.
+        pred: [B, W] int64 token to write, never mask_id. A row whose region does not lie in its lanes sits out.
         score: [B, W] fp32, tested by rule.passes. NaN counts as -inf, here and in `rank`.
         confidence: [B, W] fp32, recorded where a token is written.
-        value: [B] fp32 threshold, factor or entropy budget.
+        value: [B] fp32 threshold, factor or entropy budget; for passes "threshold" also [B, W].
         min_unmask: [B] int32 positions to write at least, if not rule.quota; 0 forces none.
         steps: [B] int32 denoise steps of a block, if rule.quota; below 1 counts as 1.
         block_length: [B] int32 length of the blocks to come; below 1 counts as 1.
         mask_id: what a masked position holds.
         stop_ids: [K] int64, K from 0 to 16.
+        lane_start: [B] int32 position of lane 0, None = block_start. A pipeline's is block_start.
         rank: [B, W] fp32, orders the positions; None = score.
-        entropy: [B, W] fp32 nats, for passes="entropy".
+        entropy: [B, W] fp32 nats, for passes "entropy".
         stat_error: [B, W] int32, not 0 = the statistics of the lane are unusable; None = all usable.
-        All [B, W] may have any row stride; lanes that are not masked positions of a block may hold anything.
+        allowed: [B, W] bool lanes that may be chosen; None = all.
+        fallback: [B] int32 positions to write where fewer than min_unmask pass; None = min_unmask.
+        max_unmask: [B] int32 positions chosen at most, the best ones; None = no limit.
+        run_value: [B] fp32, for rule.runs. edit_value: [B] fp32, for rule.edit. refill: [B, W] int64, for rule.renoise.
+        remask_score: [B, W] fp32, for rule.remask. remask_count: [B] int32, for "lowest" and "wino". remask_value: [B] fp32, for "wino".
+        exits: [B] bool rows that write every mask now (early commit); None = none.
+        max_steps: [B] int32 denoise steps that the row may take; None = no limit.
+        append_masks, activate_masks: [B] int32, for pipelines: a block is appended once the last one holds at most so many masks; a
+            block is fully activated once the one before it does. delay: [B] int32, for "delayed".
+        seed: [B] int64, seed_confidence: [B] fp32, for rule.seed: the token of the position after a prefill or commit.
+        All [B, W] may have any row stride; lanes that are not needed may hold anything.
+    Returns:
+        [B, W] bool: lanes written by this step (before any was masked again).
     Raises:
-        TypeError: dtype.  ValueError: shape, device, last stride, K > 16, missing entropy, unknown kind, kind "wide" without a cache.
+        TypeError: dtype.  ValueError: shape, device, last stride, K > 16, an argument that the rule needs or does not use, unknown
+        kind, kind "wide" without a cache.
 
     Low-confidence unmasking: LLaDA, arXiv:2502.09992; the other rules: `UnmaskRule`.
     """
+    optional = dict(
+        lane_start=lane_start, fallback=fallback, max_unmask=max_unmask, run_value=run_value, edit_value=edit_value,
+        remask_count=remask_count, remask_value=remask_value, exits=exits, max_steps=max_steps, append_masks=append_masks,
+        activate_masks=activate_masks, delay=delay, seed=seed, seed_confidence=seed_confidence,
+    )  # fmt: skip
     check_arguments(
         state, rule, kind, mask_id, stop_ids,
-        rows=dict(query_len=query_len, value=value, min_unmask=min_unmask, steps=steps, block_length=block_length),
-        lanes=dict(pred=pred, score=score, confidence=confidence, rank=rank, entropy=entropy, stat_error=stat_error),
+        rows=dict(query_len=query_len, value=value, min_unmask=min_unmask, steps=steps, block_length=block_length, **optional),
+        lanes=dict(pred=pred, score=score, confidence=confidence, rank=rank, entropy=entropy, stat_error=stat_error,
+                   allowed=allowed, refill=refill, remask_score=remask_score),
     )  # fmt: skip
     (B, L), W = state.tokens.shape, score.shape[1]
-    if B == 0:
-        return
     s, position = state, torch.arange(L, device=state.tokens.device)
+    if B == 0:
+        return torch.zeros(B, W, dtype=torch.bool, device=position.device)
+    lane_start = s.block_start if lane_start is None else lane_start
+    length = block_length.clamp(min=1)
 
     # Who takes part, and as what.
-    selects = s.phase == (WIDE if kind == "wide" else DENOISE)
-    prefills = selects if kind == "wide" and rule.cache == "commit" else torch.zeros_like(selects)
-    commits = (s.phase == COMMIT) & (kind == "window" and rule.cache == "commit")
-    selects = selects & ~prefills & (s.block_end - s.block_start <= W)
-    prefills, commits, selects = (rows & (query_len > 0) for rows in (prefills, commits, selects))
+    wide = kind == "wide"
+    fits = (s.block_start >= lane_start) & (s.block_end - lane_start <= W)
+    takes_part = query_len > 0
+    prefills = takes_part & (s.phase == WIDE) & (wide and rule.cache == "commit")
+    commits = takes_part & (s.phase == COMMIT) & (not wide and rule.cache == "commit")
+    selects = takes_part & fits & (s.phase == (WIDE if wide else DENOISE)) & ~prefills
     takes_part = prefills | commits | selects
 
-    # The block of every row, lane by lane. Lanes past the block look at some position of the canvas, and are never eligible.
-    lane = torch.arange(W, device=position.device) + s.block_start[:, None]
-    in_block = lane < s.block_end[:, None]
+    # The row, lane by lane. Lanes past the canvas look at some position of it, and nothing is ever written there.
+    lane = torch.arange(W, device=position.device) + lane_start[:, None]
+    in_canvas = lane < s.canvas_len[:, None]
+    in_region = (lane >= s.block_start[:, None]) & (lane < s.block_end[:, None])
     lane = lane.clamp(0, L - 1)
-    eligible = in_block & (s.tokens.gather(1, lane) == mask_id)
+    held, held_step = s.tokens.gather(1, lane), s.unmask_step.gather(1, lane)
+    masked = in_canvas & (held == mask_id)
+    written = in_region & (held_step >= 0)
+    eligible = in_region & (masked if allowed is None else masked & allowed)
+    if rule.renoise:
+        eligible = in_region
 
-    # An unusable statistic ends the row before anything is written.
-    failed = torch.zeros_like(selects) if stat_error is None else selects & (eligible & (stat_error != 0)).any(1)
+    # An unusable statistic, or a row that should have ended, ends it before anything is written.
+    needed = eligible
+    if rule.edit or remask_score is not None:
+        needed = needed | written
+    if exits is not None:
+        needed = needed | masked
+    broken = torch.zeros_like(selects) if stat_error is None else selects & (needed & (stat_error != 0)).any(1)
+    stalled = torch.zeros_like(selects) if max_steps is None else selects & ~broken & (s.step >= max_steps)
+    failed = broken | stalled
     selects = selects & ~failed
+
+    # What is written.
     kmin = quota(s.block_masks, s.block_step, steps) if rule.quota else min_unmask
-    chosen = select(rule, eligible, score, value, kmin, rank, entropy) & selects[:, None]
-
-    # Write: lanes to canvas, so that no two lanes can write to one position.
-    to_lane = position - s.block_start[:, None]
-    inside = (to_lane >= 0) & (to_lane < W)
-    to_lane = to_lane.clamp(0, W - 1)
-    write = chosen.gather(1, to_lane) & inside
-    tokens = torch.where(write, pred.gather(1, to_lane), s.tokens)
-    unmask_step = torch.where(write, s.step[:, None], s.unmask_step)
-    unmask_confidence = torch.where(write, confidence.gather(1, to_lane), s.unmask_confidence)
-
-    # Is the block finished, and did a token that we wrote stop the row?
-    block_tokens, written = tokens.gather(1, lane), unmask_step.gather(1, lane) >= 0
-    masked = in_block & (block_tokens == mask_id)
-    stop = in_block & written & (block_tokens[:, :, None] == stop_ids).any(2)
-    finished = selects & ~masked.any(1)
-    if rule.stop == "closed":
-        stopped = selects & (stop & (masked.cumsum(1) == 0)).any(1)
+    more = dict(fallback=fallback, max_unmask=max_unmask, run_value=run_value)
+    if rule.pipeline:
+        block_of = (torch.arange(W, device=position.device) // length[:, None]).clamp(max=W - 1).expand(B, W).contiguous()
+        masks_of = _count(block_of, masked & in_region)
+        before = torch.nn.functional.pad(masks_of, (1, 0))[:, :-1]  # what precedes the region is finished
+        active = (before <= activate_masks[:, None]).gather(1, block_of) | (block_of == 0)
+        chosen = select_in_blocks(rule, eligible, score, value, kmin, rank, entropy, block_of=block_of, active=active, **more)
     else:
-        stopped = finished & stop.any(1) & (rule.stop == "after_block")
+        chosen = select(rule, eligible, score, value, kmin, rank, entropy, **more)
+    changed = chosen
+    if rule.edit:
+        changed = changed | (written & (pred != held) & (score > edit_value[:, None]))
+    exiting = torch.zeros_like(selects) if exits is None else exits
+    changed = torch.where(exiting[:, None], in_region if rule.renoise else masked, changed) & selects[:, None]
+    overwritten = in_region & ~changed & (selects & ~exiting)[:, None] if rule.renoise else torch.zeros_like(changed)
+    pred = torch.where(overwritten, refill, pred) if rule.renoise else pred
 
-    # What the row needs next, and where its block then is.
-    next_mask = first_masked(tokens, s.block_end, s.canvas_len, mask_id)
-    exhausted = torch.where(commits, s.block_end, next_mask) >= s.canvas_len
-    done = failed | stopped | ((finished | commits) & exhausted)
-    leaves = finished & ~done
-    to_commit = leaves & (rule.cache == "commit")
-    advances = (leaves & ~to_commit) | (commits & ~done)
+    tokens = _to_canvas(s.tokens, lane_start, changed | overwritten, pred)
+    unmask_step = _to_canvas(s.unmask_step, lane_start, changed, s.step[:, None].expand(B, W))
+    unmask_confidence = _to_canvas(s.unmask_confidence, lane_start, changed, confidence)
 
-    length = block_length.clamp(min=1)
-    skipped = torch.where(commits, 0, (next_mask - s.block_end) // length)
-    start = torch.where(advances, s.block_end + skipped * length, s.block_start)
-    end = torch.where(advances, torch.minimum(start + length, s.canvas_len), s.block_end)
-    masks = torch.where(advances, count_masked(tokens, start, end, mask_id), s.block_masks)
+    # What is masked again.
+    if rule.remask != "none":
+        again = _remasked(rule, changed, written, in_region, masked & in_region, min_unmask, remask_score, remask_count, remask_value)
+        again = again & (selects & ~exiting)[:, None]
+        tokens = _to_canvas(tokens, lane_start, again, torch.full_like(pred, mask_id))
+        unmask_step = _to_canvas(unmask_step, lane_start, again, torch.full_like(held_step, -1))
+        unmask_confidence = _to_canvas(unmask_confidence, lane_start, again, torch.zeros_like(confidence))
 
-    phase = torch.where(takes_part, DENOISE, s.phase)
-    phase = torch.where(advances & (rule.cache == "refresh"), WIDE, phase)
-    phase = torch.where(to_commit | ((prefills | commits) & (masks == 0)), COMMIT, phase)
-    phase = torch.where(done, DONE, phase)
+    in_row = position < s.canvas_len[:, None]
+    if rule.stop == "fill":
+        # What follows the first stop token becomes it; given tokens stay.
+        is_stop = in_row & (unmask_step >= 0) & is_in(tokens, stop_ids)
+        first = torch.where(is_stop, position, L - 1).amin(1, keepdim=True)
+        own = (tokens == mask_id) | (unmask_step >= 0)
+        filled = in_row & own & (position > first) & is_stop.any(1, keepdim=True) & selects[:, None]
+        fresh = filled & (tokens == mask_id)
+        tokens = torch.where(filled, tokens.gather(1, first), tokens)
+        unmask_step = torch.where(fresh, s.step[:, None], unmask_step)
+
+    # What the row needs next, and where its region then is.
+    after = After(tokens, unmask_step, selects, prefills, commits, changed.any(1), exiting)
+    if rule.pipeline:
+        settled = advance_pipeline(rule, s, after, wide, length, mask_id, stop_ids, append_masks, delay)
+    else:
+        settled = advance_block(rule, s, after, length, mask_id, stop_ids, seed)
+    if rule.seed:
+        seeded = settled.pop("seeded")
+        settled["unmask_confidence"] = torch.where(seeded, seed_confidence[:, None], unmask_confidence)
+    settled["phase"] = torch.where(takes_part, settled["phase"], s.phase)
+    settled["phase"] = torch.where(failed, DONE, settled["phase"])
 
     new = dict(
         tokens=tokens,
         unmask_step=unmask_step,
         unmask_confidence=unmask_confidence,
-        block_start=start,
-        block_end=end,
-        block_masks=masks,
-        block_step=torch.where(advances, 0, s.block_step + selects),
         step=s.step + selects,
-        phase=phase,
         nfe=s.nfe + takes_part,
         query_tokens=s.query_tokens + torch.where(takes_part, query_len, 0),
-        error=torch.where(failed, s.error | ERROR_LOGITS, s.error),
+        error=s.error | torch.where(broken, ERROR_LOGITS, 0) | torch.where(stalled, ERROR_STALLED, 0),
     )
-    for name, field in new.items():
+    for name, field in (new | settled).items():
         getattr(state, name).copy_(field)
+    return changed
 
 
-def select(
+def _remasked(
     rule: UnmaskRule,
-    eligible: Tensor,
+    chosen: Tensor,
+    written: Tensor,
+    in_region: Tensor,
+    masked: Tensor,
+    min_unmask: Tensor,
     score: Tensor,
-    value: Tensor,
-    kmin: Tensor,
-    rank: Tensor | None = None,
-    entropy: Tensor | None = None,
+    count: Tensor | None,
+    value: Tensor | None,
 ) -> Tensor:
-    """Which eligible lanes to write, [B, W] bool: all that pass, or the kmin best if fewer pass (at most the eligible ones).
-
-    Best means rank descending, then the lowest lane; -0.0 ties with 0.0, NaN is -inf. `factor` is fp32 with IEEE division. Entropies and
-    their budget are rounded down to 1 / ENTROPY_SCALE nat and summed as integers; an entropy below 0 (rounding) counts as 0, a NaN one
-    as infinite, and nothing passes a NaN budget.
-
-    Args:
-        eligible: [B, W] bool; score, rank, entropy: [B, W] fp32; value: [B] fp32; kmin: [B] int32.
-    """
-    order = rank_order(eligible, score if rank is None else rank)
-    n = eligible.sum(1, keepdim=True)
-    r = torch.arange(1, eligible.shape[1] + 1, device=eligible.device)
-    kmin, value = torch.minimum(kmin[:, None], n), value[:, None]
-    score = torch.where(score.isnan(), -torch.inf, score).gather(1, order)
-
-    if rule.passes == "none":
-        passes = torch.zeros_like(eligible)
-    elif rule.passes == "threshold":
-        passes = (score >= value) if rule.inclusive else (score > value)
-    elif rule.passes == "factor":
-        passes = score >= 1 - value / (r + 1).to(score.dtype)
-    else:
-        used = to_fixed(entropy, 0, FIXED_ENTROPY_MAX, nan=FIXED_ENTROPY_MAX).gather(1, order)
-        used = torch.where(r <= n, used, 0)
-        budget = to_fixed(value, -FIXED_BUDGET_MAX, FIXED_BUDGET_MAX, nan=-FIXED_BUDGET_MAX)
-        total = used.cumsum(1)
-        passes = (total < budget) if rule.inclusive else (total - used <= budget)
-    passes = passes & (r <= n)
-    if rule.passes in ("factor", "entropy"):
-        passes = (~passes).cumsum(1) == 0  # a prefix: it stops at the first failure
-
-    enough = passes.sum(1, keepdim=True) >= kmin
-    chosen = torch.where(enough, passes, r <= kmin)
-    return torch.zeros_like(eligible).scatter(1, order, chosen)
+    """Lanes that a step masks again, [B, W] bool."""
+    chosen = chosen & in_region
+    m = chosen.sum(1)
+    if rule.remask == "lowest":
+        return lowest(written | chosen, score, count)
+    if rule.remask == "saber":
+        n = min_unmask.clamp(min=0)
+        m = torch.maximum(n, m)
+        k = torch.minimum(torch.maximum(n // 2, (m + 7) // 8), m - 1)
+        return lowest(written | chosen, score, torch.where((masked & ~chosen).any(1), k, 0))
+    bad = written & (score < value[:, None])
+    return lowest(bad, score, torch.where(m > 1, count, 0))
 
 
-def rank_order(eligible: Tensor, rank: Tensor) -> Tensor:
-    """Lanes of every row, best first: eligible before the rest, then rank descending (NaN = -inf), then the lowest lane. [B, W] int64"""
-    rank = torch.where(rank.isnan(), -torch.inf, rank)
-    by_rank = rank.sort(dim=1, descending=True, stable=True).indices
-    by_eligible = eligible.gather(1, by_rank).to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-    return by_rank.gather(1, by_eligible)
+def _to_canvas(canvas: Tensor, lane_start: Tensor, write: Tensor, values: Tensor) -> Tensor:
+    """The canvas [B, L] with `values` [B, W] where lanes are to be written. Read by position, so that no two lanes write to one place."""
+    W = write.shape[1]
+    to_lane = torch.arange(canvas.shape[1], device=canvas.device) - lane_start[:, None]
+    inside = (to_lane >= 0) & (to_lane < W)
+    to_lane = to_lane.clamp(0, W - 1).long()
+    return torch.where(write.gather(1, to_lane) & inside, values.gather(1, to_lane), canvas)
 
 
-def quota(block_masks: Tensor, block_step: Tensor, steps: Tensor) -> Tensor:
-    """LLaDA's schedule (its num_transfer_tokens): m0 // S + (i < m0 % S) positions at block step i, at least 1. [B] int32"""
-    steps = steps.clamp(min=1)
-    return (block_masks // steps + (block_step < block_masks % steps)).clamp(min=1).to(torch.int32)
-
-
-def first_masked(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
-    """First masked position of every row in [begin, end), or `end` if there is none. [B] int32"""
-    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-    return torch.where(_masked_in(tokens, begin, end, mask_id), position, end[:, None]).amin(1)
-
-
-def count_masked(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
-    """Masked positions of every row in [begin, end). [B] int32"""
-    return _masked_in(tokens, begin, end, mask_id).sum(1, dtype=torch.int32)
-
-
-def _masked_in(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
-    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
-    return (tokens == mask_id) & (position >= begin[:, None]) & (position < end[:, None])
-
-
-def to_fixed(x: Tensor, low: int, high: int, nan: int) -> Tensor:
-    """floor(x * ENTROPY_SCALE) as int64, at least `low` and at most `high`; NaN gives `nan`."""
-    scaled = (x * ENTROPY_SCALE).floor().nan_to_num(nan=nan, posinf=high, neginf=low)
-    return scaled.clamp(low, high).to(torch.int64)
-
-
-def check_arguments(
-    state: RowState,
-    rule: UnmaskRule,
-    kind: Kind,
-    mask_id: int,
-    stop_ids: Tensor,
-    *,
-    rows: dict[str, Tensor],
-    lanes: dict[str, Tensor | None],
-) -> None:
-    """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element; shared with the kernel's launcher."""
-    if kind not in KINDS:
-        raise ValueError(f"unmask: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
-    if kind == "wide" and rule.cache == "none":
-        raise ValueError("unmask: kind 'wide' needs rule.cache 'commit' or 'refresh' (no row could take part), got rule.cache='none'")
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int):
-        raise TypeError(f"unmask: mask_id must be an int, got {type(mask_id).__name__}")
-    if not 0 <= mask_id < 2**31:
-        raise ValueError(f"unmask: mask_id must be in [0, 2^31), got mask_id={mask_id}")
-    if rule.passes == "entropy" and lanes["entropy"] is None:
-        raise ValueError("unmask: entropy must be given for rule.passes 'entropy', got entropy=None")
-    for name, tensor in (("tokens", state.tokens), ("score", lanes["score"])):
-        if tensor.dim() != 2 or tensor.shape[1] < 1:
-            raise ValueError(f"unmask: {name} must be 2-D and at least one position wide, got shape {tuple(tensor.shape)}")
-    if stop_ids.dim() != 1 or stop_ids.shape[0] > MAX_STOP_IDS:
-        raise ValueError(f"unmask: stop_ids must be [K] with K <= {MAX_STOP_IDS}, got shape {tuple(stop_ids.shape)}")
-
-    (B, L), W, int32 = state.tokens.shape, lanes["score"].shape[1], torch.int32
-    expected = {"tokens": (torch.int64, (B, L)), "unmask_step": (int32, (B, L)), "unmask_confidence": (torch.float32, (B, L))}
-    expected |= {name: (int32, (B,)) for name in (*ROW_FIELDS, *rows)} | {"value": (torch.float32, (B,))}
-    expected |= {name: (torch.float32, (B, W)) for name in lanes}
-    expected |= {"pred": (torch.int64, (B, W)), "stat_error": (int32, (B, W)), "stop_ids": (torch.int64, tuple(stop_ids.shape))}
-    given = {**vars(state), **rows, **lanes, "stop_ids": stop_ids}
-    for name, (dtype, shape) in expected.items():
-        tensor = given[name]
-        if tensor is None and name in ("rank", "entropy", "stat_error"):
-            continue
-        if tensor.dtype != dtype:
-            raise TypeError(f"unmask: {name} must be {dtype}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"unmask: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != state.tokens.device:
-            raise ValueError(f"unmask: {name} must be on {state.tokens.device} like tokens, got {tensor.device}")
-        if shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"unmask: the last dimension of {name} must have stride 1, got strides {tensor.stride()}")
+def _count(block_of: Tensor, flags: Tensor) -> Tensor:
+    """[B, W] int32: flags counted by block."""
+    return torch.zeros(block_of.shape, dtype=torch.int32, device=flags.device).scatter_add(1, block_of, flags.int())

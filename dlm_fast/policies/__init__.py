@@ -1,0 +1,39 @@
+"""Acceleration policies: what modifies a preset's rule, as torch functions on the device.
+
+To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or subclass `Policy` if it needs memory between steps:
+
+    def leftmost_two(view, choice):                        # exactly these positions
+        return view.best(torch.full_like(view.step, 2), score=-view.position.float())
+
+    dlm_fast.generate(model, prompts, preset="llada", policy=leftmost_two)
+"""
+
+from .base import Choice, Function, Policy, View, as_policies
+from .exits import Prophet, Sched
+from .history import ConsistentTrajectory, Credit, KLStability
+from .refresh import EntropyRefresh
+from .revise import Backtrack, JointThreshold, RunningConfidence, Wino
+from .select import AdaptiveThreshold, CertaintyPrior, LearnedFilter, LocalLeap, NearBest
+
+__all__ = [
+    "AdaptiveThreshold",
+    "Backtrack",
+    "CertaintyPrior",
+    "Choice",
+    "ConsistentTrajectory",
+    "Credit",
+    "EntropyRefresh",
+    "Function",
+    "JointThreshold",
+    "KLStability",
+    "LearnedFilter",
+    "LocalLeap",
+    "NearBest",
+    "Policy",
+    "Prophet",
+    "RunningConfidence",
+    "Sched",
+    "View",
+    "Wino",
+    "as_policies",
+]

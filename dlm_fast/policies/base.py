@@ -1,0 +1,242 @@
+"""What a policy sees, what it decides, and how to write one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from dlm_kernels import RowState
+from dlm_kernels.reference.noise import uniform_scores
+from dlm_kernels.reference.select import quota, rank_order
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..schedule import Plan
+    from ..statistics import Sampling
+
+Memory = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """The positions that a step may write, lane by lane [B, W]; the first half of a `View`.
+
+    position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the block (or the
+    pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder wrote.
+    """
+
+    position: Tensor
+    tokens: Tensor
+    masked: Tensor
+    in_region: Tensor
+    eligible: Tensor
+    written: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being `position[:, j]`.
+
+    Statistics hold where they were needed (`Policy.reads`) and are 0 (token -1) elsewhere.
+
+    Attributes:
+        plan, state: what is decoded, and where every row stands, before this step's writes.
+        memory: the policy's own buffers (`Policy.memory`), kept between steps.
+        selects: [B] bool rows that take part in this step; nothing of the others is used.
+        position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the block
+            (or the pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder wrote.
+        token: int64 prediction (drawn if there is a temperature). confidence: its probability. greedy, greedy_confidence: the
+            most likely token and its probability. margin: top-1 minus top-2 probability. gap: top-1 minus top-2 logit. entropy: nats. kl: nats, to the step
+            before. error: int32. None where the policy did not ask for it in `outputs`.
+        block_start, block_end, block_step, step: of the state, [B].
+        restate: statistics again, with a sparse logit bias (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
+        back: fp32 probability of the held token, predicted by the shadow of its position; None without shadow rows.
+        sampling: seeds and request numbers, for `uniform`; steps and block lengths.
+    """
+
+    plan: Plan
+    state: RowState
+    memory: Memory
+    selects: Tensor
+    position: Tensor
+    tokens: Tensor
+    masked: Tensor
+    in_region: Tensor
+    eligible: Tensor
+    written: Tensor
+    token: Tensor
+    confidence: Tensor
+    greedy: Tensor
+    greedy_confidence: Tensor
+    margin: Tensor | None
+    gap: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+    error: Tensor
+    restate: Callable[[Tensor, Tensor], View]
+    sampling: Sampling
+    back: Tensor | None = None
+
+    @property
+    def block_step(self) -> Tensor:
+        return self.state.block_step
+
+    @property
+    def step(self) -> Tensor:
+        return self.state.step
+
+    def uniform(self) -> Tensor:
+        """A number in (0, 1) per lane, fp32 [B, W], that depends on (seed, request, position, the row's step) only."""
+        B, W = self.position.shape
+        request, step = (x[:, None].expand(B, W) for x in (self.sampling.request, self.state.step))
+        return uniform_scores(self.sampling.seed, torch.stack([request, self.position, step], -1).flatten(0, 1)).view(B, W)
+
+    def quota(self) -> Tensor:
+        """[B] int32 positions that the fixed schedule (`steps_per_block`) writes in this step."""
+        return quota(self.state.block_masks, self.state.block_step, self.sampling.steps)
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        """Writes rows of a buffer of `memory` [B, ...], those of this step only, and returns the buffer."""
+        buffer = self.memory[name]
+        buffer.copy_(torch.where(self.selects.view(-1, *[1] * (buffer.dim() - 1)), value, buffer))
+        return buffer
+
+    def best(self, count: Tensor, score: Tensor | None = None, among: Tensor | None = None) -> Tensor:
+        """The `count` [B] best of the eligible lanes (or of `among`), ties to the lowest position. [B, W] bool"""
+        among = self.eligible if among is None else among
+        return places(among, self.confidence if score is None else score) < count[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the `unmask` op is told, lane by lane [B, W] or row by row [B]; see its reference for the meaning of each.
+
+    A policy returns a changed copy: `dataclasses.replace(choice, score=...)`. `exact`: `score` > `value` decides, whatever the
+    preset's rule (`only` sets it).
+    """
+
+    pred: Tensor
+    score: Tensor
+    confidence: Tensor
+    value: Tensor
+    min_unmask: Tensor
+    rank: Tensor | None = None
+    entropy: Tensor | None = None
+    allowed: Tensor | None = None
+    fallback: Tensor | None = None
+    max_unmask: Tensor | None = None
+    run_value: Tensor | None = None
+    edit_value: Tensor | None = None
+    refill: Tensor | None = None
+    remask_score: Tensor | None = None
+    remask_count: Tensor | None = None
+    remask_value: Tensor | None = None
+    exits: Tensor | None = None
+    exact: bool = False
+
+    def only(self, chosen: Tensor, fallback: Tensor | None = None) -> Choice:
+        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32 best."""
+        least = torch.zeros_like(self.min_unmask) if fallback is None else torch.ones_like(self.min_unmask)
+        return dataclasses.replace(
+            self,
+            exact=True,
+            score=chosen.to(torch.float32),
+            value=torch.full_like(least, 0.5, dtype=torch.float32),
+            rank=self.score if self.rank is None else self.rank,
+            min_unmask=least,
+            fallback=fallback,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A rule for what a step writes, in torch functions that run on the device. Subclasses are frozen dataclasses of their numbers.
+
+    Nothing in them may read a tensor on the host or make a shape that depends on values, so that a step can be captured.
+
+    Class attributes:
+        outputs: statistics it needs beyond token and confidence: any of "margin", "gap", "entropy", "kl".
+        reads: whose statistics: "masked" (eligible positions), "region" (also written ones), "row" (masked ones of the canvas).
+        family: what it replaces, to refuse what makes no sense together: "select", "exit", "revise", "edit".
+        remask: how a revising policy masks tokens again (`UnmaskRule.remask`).
+    """
+
+    outputs: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[str] = "masked"
+    family: ClassVar[str] = "select"
+    remask: ClassVar[str] = "none"
+
+    def needed(self, plan: Plan, lanes: Lanes, state: RowState) -> Tensor:
+        """[B, W] bool lanes whose statistics it reads."""
+        if self.reads == "row":
+            return lanes.masked
+        return lanes.eligible | lanes.written if self.reads == "region" else lanes.eligible
+
+    def memory(self, plan: Plan, state: RowState) -> Memory:
+        """Buffers that live as long as the decode; the policy writes them in place."""
+        return {}
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        """The choice of this step, given the one of the preset's rule."""
+        return choice
+
+    def after(self, view: View, choice: Choice, written: Tensor) -> None:
+        """Called when the step has written `written` [B, W] bool; `view.state` is then the new state."""
+
+    def refreshes(self, view: View, choice: Choice, written: Tensor) -> Tensor | None:
+        """[B] bool rows whose cache is to be refreshed next, if they stay in their block; None = no say."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Function(Policy):
+    """A policy that is one torch function `(view, choice) -> choice`.
+
+    It may also return a bool tensor [B, W], exactly the positions to write, or a float tensor [B, W], a new score.
+    """
+
+    function: Callable[[View, Choice], Any]
+    outputs: ClassVar[tuple[str, ...]] = ("margin", "gap", "entropy")
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        result = self.function(view, choice)
+        if isinstance(result, Choice):
+            return result
+        shape = tuple(view.position.shape)
+        if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.dtype not in (torch.bool, torch.float32):
+            got = f"{tuple(result.shape)}, {result.dtype}" if isinstance(result, Tensor) else repr(result)
+            raise TypeError(f"generate: policy must return a Choice or a bool or float32 tensor {shape}, got {got}")
+        return choice.only(result) if result.dtype == torch.bool else dataclasses.replace(choice, score=result)
+
+
+def as_policies(policy: Any) -> tuple[Policy, ...]:
+    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise."""
+    if policy is None:
+        return ()
+    if isinstance(policy, Policy):
+        return (policy,)
+    if isinstance(policy, (list, tuple)):
+        return tuple(p for item in policy for p in as_policies(item))
+    if callable(policy) and not inspect.isclass(policy):
+        return (Function(policy),)
+    raise TypeError(f"generate: policy must be a Policy, a function (view, choice) -> choice, or a list of them, got policy={policy!r}")
+
+
+def places(among: Tensor, score: Tensor) -> Tensor:
+    """The place of every lane in the order of `unmask` (score descending, position ascending), W for lanes not `among`. [B, W] int64"""
+    order = rank_order(among, score)
+    place = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.where(among, place, order.shape[1])
+
+
+def lanes_of(plan: Plan, state: RowState, dtype: torch.dtype, fill: float = 0) -> Tensor:
+    """A buffer [B, W] with one entry per lane."""
+    return torch.full((state.tokens.shape[0], plan.lanes), fill, dtype=dtype, device=state.tokens.device)
+
+
+def rows_of(state: RowState, dtype: torch.dtype, fill: float = 0) -> Tensor:
+    """A buffer [B] with one entry per row."""
+    return torch.full((state.tokens.shape[0],), fill, dtype=dtype, device=state.tokens.device)

@@ -1,0 +1,133 @@
+"""Early commit: once the answer is certain enough, every mask that is left is written at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from dlm_kernels import RowState
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..schedule import Plan
+from .base import Choice, Lanes, Memory, Policy, View, lanes_of, rows_of
+
+ANSWER_LENGTH = 5
+CURVES = ("cosine", "linear", "exponential")
+REDUCTIONS = ("mean", "median", "quantile", "min")
+
+
+def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
+    """The row's place in its fixed schedule: (index of this step, steps in all), [B] float64."""
+    length = view.sampling.block_length
+    blocks = (view.state.canvas_len - view.plan.first + length - 1) // length
+    block = (view.state.block_start - view.plan.first) // length
+    return (block * view.sampling.steps + view.block_step).double(), (blocks * view.sampling.steps).double()
+
+
+def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
+    """One number per row [B] float64 from the gaps `among` [B, W] bool; "median" is the lower one, "quantile" is 0.2, interpolated."""
+    n = among.sum(1)
+    if how == "mean":
+        return torch.where(among, gap.double(), 0.0).sum(1) / n.clamp(min=1)
+    ordered = torch.where(among, gap.double(), math.inf).sort(1).values
+
+    def at(index: Tensor) -> Tensor:
+        return ordered.gather(1, index.clamp(0, ordered.shape[1] - 1).long()[:, None])[:, 0]
+
+    if how == "quantile":
+        place = 0.2 * (n - 1).clamp(min=0).double()
+        low, high = at(place.floor()), at(place.ceil())
+        return low + torch.where(high > low, (high - low) * (place - place.floor()), 0.0)
+    return at((n - 1).clamp(min=0) // 2 if how == "median" else torch.zeros_like(n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prophet(Policy):
+    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet.
+
+    answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of the row.
+    gap_thresholds: for the first third of the schedule, the second, and the rest.
+    """
+
+    answer_start: int | None = None
+    gap_thresholds: tuple[float, float, float] = (7.5, 5.0, 2.5)
+    outputs: ClassVar[tuple[str, ...]] = ("gap",)
+    reads: ClassVar[str] = "row"
+    family: ClassVar[str] = "exit"
+
+    def _answer(self, plan: Plan, lanes: Lanes, canvas_len: Tensor) -> Tensor:
+        if self.answer_start is None:
+            return lanes.masked
+        start = plan.first[:, None] + self.answer_start
+        return (lanes.position >= start) & (lanes.position < start + ANSWER_LENGTH) & (lanes.position < canvas_len[:, None])
+
+    def needed(self, plan: Plan, lanes: Lanes, state: RowState) -> Tensor:
+        return lanes.masked | self._answer(plan, lanes, state.canvas_len)
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        step, steps = scheduled_step(view)
+        u = (step + 1) / steps
+        early, middle, late = self.gap_thresholds
+        threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, middle, late))
+        answer = self._answer(view.plan, view, view.state.canvas_len)
+        return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sched(Policy):
+    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED.
+
+    curve: over u = step / (steps - 1): "cosine", "linear", or "exponential" with `rate`. reduce: what is made of the gaps. With
+    max_change below 1, the predictions must besides have changed in at most that share of positions, for `patience` + 1 steps.
+    """
+
+    curve: str = "cosine"
+    high: float = 7.5
+    low: float = 2.5
+    rate: float = 4.0
+    min_progress: float = 0.0
+    patience: int = 0
+    max_change: float = 0.0
+    reduce: str = "mean"
+    outputs: ClassVar[tuple[str, ...]] = ("gap",)
+    reads: ClassVar[str] = "row"
+    family: ClassVar[str] = "exit"
+
+    def __post_init__(self) -> None:
+        for name, known in (("curve", CURVES), ("reduce", REDUCTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"policy Sched: {name} must be one of {', '.join(known)}, got {name}={getattr(self, name)!r}")
+
+    def memory(self, plan: Plan, state: RowState) -> Memory:
+        return {"predicted": lanes_of(plan, state, torch.int64, -1), "calm": rows_of(state, torch.int32)}
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        step, steps = scheduled_step(view)
+        u = torch.where(steps > 1, step / (steps - 1).clamp(min=1), 1.0)
+        span = self.high - self.low
+        if self.curve == "cosine":
+            threshold = self.low + 0.5 * span * (1 + torch.cos(math.pi * u))
+        elif self.curve == "linear":
+            threshold = self.high - span * u
+        else:
+            threshold = self.low + span * torch.exp(-self.rate * u)
+        threshold = torch.where(steps > 1, threshold, self.low)
+
+        masks = view.masked.sum(1)
+        changed = (view.masked & (view.greedy != view.memory["predicted"])).sum(1).double() / masks.clamp(min=1)
+        changed = torch.where(view.step == 0, 1.0, changed)
+        progress = 1 - masks.double() / view.state.canvas_len
+        moving = progress >= self.min_progress
+        calm = torch.where(moving & (changed <= self.max_change), view.memory["calm"] + 1, 0)
+        view.keep("calm", calm)
+        view.keep("predicted", view.greedy)
+        exits = moving & (reduce_gap(view.gap, view.masked, self.reduce) >= threshold) & (calm > self.patience)
+        return dataclasses.replace(
+            choice,
+            exits=exits,
+            pred=torch.where(exits[:, None], view.greedy, choice.pred),
+            confidence=torch.where(exits[:, None], view.greedy_confidence, choice.confidence),
+        )

@@ -1,0 +1,23 @@
+"""Policies that decide when a stale cache is computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Choice, Policy, View
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyRefresh(Policy):
+    """The cache is refreshed after a step that wrote a token of more than `refresh_entropy` nats. After EntropyCache's idea."""
+
+    refresh_entropy: float = 1.0
+    outputs: ClassVar[tuple[str, ...]] = ("entropy",)
+    family: ClassVar[str] = "refresh"
+
+    def refreshes(self, view: View, choice: Choice, written: Tensor) -> Tensor:
+        return (torch.where(written, view.entropy, 0.0) > self.refresh_entropy).any(1)

@@ -1,0 +1,313 @@
+"""`Preset`: one decoder as a validated row of data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dlm_kernels.rules import Scope, UnmaskRule
+
+from ..policies import Policy
+
+VISIBILITIES = ("full", "block")
+SCHEDULES = ("block", "canvas", "pipeline")
+CACHES = ("none", "prefix", "dual", "once", "scattered", "commit", "fused", "delayed")
+RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli")
+SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
+STOPS = ("never", "after_block", "closed", "all_stop", "appends", "fill")
+
+# What follows a finished block, as the unmask op calls it.
+_CACHE_OPS = {
+    "none": "none", "prefix": "refresh", "dual": "refresh", "once": "once", "scattered": "refresh", "commit": "commit",
+    "fused": "fused", "delayed": "delayed",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One decoder: a validated choice of visibility, schedule, cache operation, unmask rule, policies and stop rule.
+
+    Attributes:
+        name, source: as published.
+        exactness: what its tokens equal, and relative to what; begins with "exact" or "approximate".
+        visibility: the model visibility it decodes ("full" or "block").
+        needs: what it needs beyond an ordinary checkpoint, e.g. weights trained for it; "" = nothing.
+
+        schedule: "block": one block at a time. "canvas": everything is one block (Dream). "pipeline": several blocks at once; the
+            next is appended when the last is filled to `append_threshold`, and must write a token per step when the one before it is
+            filled to `activate_threshold` (D2F).
+        block_length: positions denoised together; None = the model's own, or the whole generation where it has none.
+        sub_block_length: only the leftmost sub-block with masks is written (Fast-dLLM v2); None = no sub-blocks.
+
+        cache: what is kept between forwards.
+            "none": the whole canvas is recomputed (C0).
+            "prefix": at the start of a block, a forward of everything; then keys before the block are kept (C3).
+            "dual": the same, and keys after the block are kept too, the block's own replaced (C3 + C4).
+            "once": a forward of everything at the start of the row; keys of a finished block stay as its last step left them.
+            "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at least two
+                steps ago are not recomputed (dKV-Cache).
+            "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
+            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by a forward of everything,
+                `commit_delay` steps after their last token (C5). Both are a pipeline's.
+        causal_commit: prefill and commit forwards are causal (NBDiff). seed: they predict the token after them.
+        sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
+        horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
+        scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
+        vicinity: with "dual", window steps recompute so many positions on either side of the block too.
+        warmup_steps: so many first steps of a row are forwards of everything. refresh_interval: so is every n-th step of a block
+            (of the row, for "delayed"); None = only its first.
+
+        rule: which masked positions of the block a step writes.
+            "quota": a fixed number: the block's masks spread over `steps_per_block` steps (LLaDA's num_transfer_tokens).
+            "threshold": score > `threshold` (>= if `inclusive`), and at least `min_unmask`, or the quota if None.
+            "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
+            "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in `steps_per_block`
+                steps, at least one unless `strict_reference`. "bernoulli": each position with that probability (Dream).
+        score: what is tested: "confidence" (probability of the drawn token), "margin" (top-1 minus top-2 probability),
+            "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
+        order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
+        run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None = not.
+        steps_per_block: of the quota; None = one token per step. scope: of a pipeline's forced tokens, "each" or "first" block.
+        tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
+        top_k_first: order of generate's filters. suppress_eos: predicted EOS tokens are ranked last.
+        cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
+        policies: what modifies the rule (`dlm_fast.policies`). shadow: a copy of the block verifies it (WINO).
+        drafts: canvases that a step verifies at once (FreeDave); 1 = none.
+        stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop": after a block of
+            nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars further blocks; "fill": it fills the
+            tail. The text ends at the first EOS under each of them; what differs is the cost.
+    """
+
+    name: str
+    source: str
+    exactness: str
+    visibility: str
+    cache: str
+    rule: str
+    needs: str = ""
+    schedule: str = "block"
+    block_length: int | None = None
+    sub_block_length: int | None = None
+    causal_commit: bool = False
+    seed: bool = False
+    sub_block_cache: bool = False
+    horizon: int | None = None
+    keep_last: bool = False
+    scatter_suffix: bool = False
+    vicinity: int = 0
+    warmup_steps: int = 0
+    refresh_interval: int | None = None
+    commit_delay: int = 1
+    append_threshold: float = 1.0
+    activate_threshold: float = 1.0
+    score: str = "confidence"
+    rank: str | None = None
+    order_temperature: float = 0.0
+    threshold: float = 0.9
+    inclusive: bool = False
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+    run_threshold: float | None = None
+    min_unmask: int | None = 1
+    steps_per_block: int | None = None
+    schedule_eps: float = 1e-3
+    strict_reference: bool = False
+    scope: Scope | None = None
+    tempered: bool = False
+    top_k_first: bool = False
+    suppress_eos: bool = False
+    cfg_scale: float = 0.0
+    policies: tuple[Policy, ...] = ()
+    shadow: bool = False
+    drafts: int = 1
+    stop: str = "closed"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def pipeline(self) -> bool:
+        return self.schedule == "pipeline"
+
+    @property
+    def quota(self) -> bool:
+        return self.rule == "quota" or (self.rule in ("threshold", "factor", "entropy") and self.min_unmask is None)
+
+    @property
+    def families(self) -> set[str]:
+        """What its policies replace: "select", "exit", "revise", "edit"."""
+        return {policy.family for policy in self.policies}
+
+    def prefill_rule(self) -> UnmaskRule:
+        """The rule of a prefill, which selects nothing."""
+        return UnmaskRule("none", cache="commit", seed=self.seed, stop=self.stop)
+
+    def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
+        """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
+        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold"}.get(self.rule, self.rule)
+        remask = next((policy.remask for policy in self.policies if policy.family == "revise"), "none")
+        return UnmaskRule(
+            passes="threshold" if exact else passes,
+            inclusive=self.inclusive and not exact and self.rule in ("threshold", "entropy"),
+            quota=self.quota and not exact,
+            pipeline=self.pipeline,
+            scope=(self.scope or "each") if self.pipeline else "row",
+            runs=self.run_threshold is not None and not exact,
+            edit="edit" in self.families,
+            remask=remask,
+            cache=_CACHE_OPS[self.cache],
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+    @property
+    def value(self) -> float:
+        """The number its pass test compares with (unused by "quota")."""
+        return {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound}.get(self.rule, 0.0)
+
+    def options(self) -> dict[str, Any]:
+        """What `generate` may replace: its own fields and its policies' numbers, with their values."""
+        own = {name: getattr(self, name) for name in FIELDS}
+        for policy in self.policies:
+            own |= {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+        return own
+
+    def replace(self, **options: Any) -> Preset:
+        """A copy with some options replaced; an option of a policy reaches every policy that has it."""
+        own = {name: value for name, value in options.items() if name in FIELDS}
+        rest = {name: value for name, value in options.items() if name not in FIELDS}
+        policies = own.pop("policies", self.policies)
+        changed = []
+        for policy in policies:
+            names = {field.name for field in dataclasses.fields(policy)}
+            changed.append(dataclasses.replace(policy, **{name: value for name, value in rest.items() if name in names}))
+        return dataclasses.replace(self, **own, policies=tuple(changed))
+
+
+FIELDS = tuple(
+    field.name for field in dataclasses.fields(Preset) if field.name not in ("name", "source", "exactness", "visibility", "needs", "shadow")
+)
+
+
+def _number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value == value
+
+
+def check(preset: Preset) -> None:
+    """Raises ValueError for a value out of range, and for a combination that makes no sense, saying why."""
+
+    def fail(rule: str) -> None:
+        raise ValueError(f"preset {preset.name}: {rule}")
+
+    p = preset
+    known = {"visibility": VISIBILITIES, "schedule": SCHEDULES, "cache": CACHES, "rule": RULES, "score": SCORES, "stop": STOPS}
+    known |= {"rank": (None, *SCORES), "scope": (None, "each", "first")}
+    for name, values in known.items():
+        if getattr(p, name) not in values:
+            fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={getattr(p, name)!r}")
+    for name in ("block_length", "sub_block_length", "steps_per_block", "refresh_interval"):
+        value = getattr(p, name)
+        if value is not None and not (_number(value, int) and value >= 1):
+            fail(f"{name} must be a whole number >= 1 or None, got {name}={value!r}")
+    for name, least in {"vicinity": 0, "warmup_steps": 0, "commit_delay": 1, "drafts": 1, "horizon": 0}.items():
+        value = getattr(p, name)
+        if not (_number(value, int) and value >= least) and not (name == "horizon" and value is None):
+            fail(f"{name} must be a whole number >= {least}, got {name}={value!r}")
+    if p.min_unmask is not None and not (_number(p.min_unmask, int) and p.min_unmask >= (0 if p.pipeline else 1)):
+        fail(f"min_unmask must be a whole number >= 1 (every step makes progress) or None, got min_unmask={p.min_unmask!r}")
+    # A negative entropy is compared with a negative threshold (dParallel's H <= 0.5 is a threshold of -0.5).
+    least = {"threshold": float("-inf") if p.score == "neg_entropy" else 0.0, "factor": 0.0, "entropy_bound": 0.0, "cfg_scale": 0.0}
+    for name, low in (least | {"order_temperature": 0.0}).items():
+        value = getattr(p, name)
+        if not (_number(value) and value >= low):
+            fail(f"{name} must be a number >= {low:g}, got {name}={value!r}")
+    for name in ("append_threshold", "activate_threshold", "schedule_eps"):
+        value = getattr(p, name)
+        if not (_number(value) and 0 < value <= 1 or value == 0 and name != "schedule_eps"):
+            fail(f"{name} must be a number in [0, 1], got {name}={value!r}")
+    _check_caches(p, fail)
+    _check_rules(p, fail)
+    _check_policies(p, fail)
+
+
+def _check_caches(p: Preset, fail: Any) -> None:
+    if p.cache == "commit" and p.visibility != "block":
+        fail(f"cache='commit' needs a block-causal model (visibility 'block'), got visibility={p.visibility!r}")
+    if p.cache in ("prefix", "dual", "once", "scattered") and p.visibility != "full":
+        fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache='commit'")
+    if (p.cache in ("fused", "delayed")) and not p.pipeline or p.pipeline and p.cache not in ("none", "fused", "delayed"):
+        fail(f"schedule='pipeline' goes with cache 'none', 'fused' or 'delayed', got schedule={p.schedule!r}, cache={p.cache!r}")
+    if p.cache == "delayed" and p.visibility != "full":
+        fail("cache='delayed' approximates full visibility; a block-causal model has an exact one, cache='fused'")
+    if p.schedule == "canvas" and p.cache != "none":
+        fail(f"schedule='canvas' has one block and nothing to keep, got cache={p.cache!r}")
+    if (p.seed or p.causal_commit) and p.cache != "commit":
+        fail(f"seed and causal_commit are parts of cache='commit', got cache={p.cache!r}")
+    if p.sub_block_cache and (p.cache != "commit" or p.sub_block_length is None):
+        fail("sub_block_cache needs cache='commit' and a sub_block_length")
+    if p.vicinity and p.cache != "dual":
+        fail(f"vicinity widens cache='dual', got cache={p.cache!r}")
+    if p.horizon is not None and (p.visibility != "full" or p.cache not in ("none", "prefix") or p.schedule != "block"):
+        fail("horizon cuts what full-visibility blocks look ahead with cache 'none' or 'prefix'")
+    if (p.keep_last or p.scatter_suffix) and p.horizon is None:
+        fail("keep_last and scatter_suffix need a horizon")
+    if (p.warmup_steps or p.refresh_interval) and p.cache not in ("prefix", "dual", "scattered", "delayed"):
+        fail(f"warmup_steps and refresh_interval refresh a cache 'prefix', 'dual', 'scattered' or 'delayed', got cache={p.cache!r}")
+
+
+def _check_rules(p: Preset, fail: Any) -> None:
+    if p.rule == "entropy" and "random" in (p.score, p.rank):
+        fail("rule='entropy' needs an order by score, got score='random'")
+    if p.rule in ("schedule", "bernoulli") and p.schedule != "canvas":
+        fail(f"rule={p.rule!r} is a schedule over the whole canvas, got schedule={p.schedule!r}")
+    if p.rule == "bernoulli" and p.order_temperature:
+        fail("rule='bernoulli' has no order, got an order_temperature")
+    if p.stop in ("appends", "fill") and not p.pipeline:
+        fail(f"stop={p.stop!r} is a pipeline's, got schedule={p.schedule!r}")
+    if p.stop == "all_stop" and p.pipeline:
+        fail("stop='all_stop' ends a row after a block, which a pipeline does not wait for")
+    if p.pipeline:
+        if p.rule != "threshold":
+            fail(f"schedule='pipeline' needs a flat test (rule='threshold'), got rule={p.rule!r}")
+        if p.min_unmask is None or p.sub_block_length is not None or p.run_threshold is not None:
+            fail("schedule='pipeline' goes without min_unmask=None, sub-blocks and run_threshold")
+        if p.scope != "first" and p.min_unmask != 1:
+            fail(f"scope 'each' forces one token per active block, got min_unmask={p.min_unmask}")
+    elif p.scope is not None or p.append_threshold != 1 or p.activate_threshold != 1:
+        fail("scope, append_threshold and activate_threshold are a pipeline's")
+
+
+def _check_policies(p: Preset, fail: Any) -> None:
+    families = [policy.family for policy in p.policies]
+    revising = [family for family in families if family in ("revise", "edit")]
+    if len(revising) > 1:
+        fail("two policies that take tokens back would undo each other")
+    if p.pipeline and p.policies:
+        fail("a pipeline's region moves under the memory of a policy; policies go with schedule 'block' or 'canvas'")
+    if revising and p.cache == "scattered":
+        fail("a token taken back would leave its reused keys behind (cache='scattered')")
+    if revising and p.stop == "closed":
+        fail("stop='closed' may end a row before a token that would still be taken back; use 'after_block'")
+    if revising and (p.sub_block_length is not None or p.run_threshold is not None or p.seed):
+        fail("taking tokens back goes without sub-blocks, run_threshold and seed")
+    if "edit" in families and p.cache not in ("none", "commit"):
+        fail(f"an editing decoder needs keys of its final tokens: cache 'none' or 'commit', got {p.cache!r}")
+    if p.shadow and (p.cache != "none" or p.visibility != "full" or p.horizon is not None):
+        fail("shadow rows go with cache='none' and full visibility")
+    if p.shadow != any(policy.remask == "wino" for policy in p.policies if policy.family == "revise"):
+        fail("shadow rows are WINO's verifier, and it needs them")
+    if p.drafts > 1:
+        if revising:
+            fail("drafts assume that masks only shrink, which a policy that takes tokens back breaks")
+        if "exit" in families:
+            fail("drafts are lossless and an early exit is not")
+        if p.rule != "quota" or p.steps_per_block is not None or p.policies or p.order_temperature or p.score == "random":
+            fail("drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order")
+        if p.cache not in ("dual", "commit") or p.vicinity or p.seed or p.sub_block_length is not None or p.cfg_scale:
+            fail("drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale")
+        if p.refresh_interval or p.warmup_steps:
+            fail("drafts go without refresh_interval and warmup_steps")
+    if p.cfg_scale and (p.pipeline or p.shadow):
+        fail("cfg_scale goes without a pipeline and without shadow rows")
+    if p.cfg_scale and p.visibility != "full":
+        fail("cfg_scale compares with a copy without the prompt, whose keys a block-causal cache does not hold")

@@ -1,0 +1,225 @@
+"""From logits to what a rule needs: predictions, probabilities, margins, entropies; and the choice that a preset's rule makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from dlm_kernels import RowState
+from dlm_kernels.reference.noise import uniform_scores
+from torch import Tensor
+
+from .ops import Ops
+from .policies import Choice, View
+from .policies.base import Lanes
+from .schedule import Plan, sub_block
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Device tensors that decide draws; arguments of every step, so that a captured step serves every request.
+
+    Attributes:
+        temperature: [B] fp32, 0 = greedy. seed: [1] int64. request: [B] int32 index that keys the noise.
+        banned: [K] int64 ids never drawn. eos: [E] int64. no_eos_before: [B] int32 first position that may hold an EOS,
+            None where no row has such a rule.
+        value: [B] fp32 of the pass test. min_unmask, steps, block_length: [B] int32.
+        max_steps: [B] int32 denoise steps after which a row has stalled.
+        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes, None for other rules.
+        append_masks, activate_masks: [B] int32 of a pipeline, else None. delay: [B] int32 of cache "delayed", else None.
+        top_k, top_p: the filters; 0 and 1.0 are off. draws: whether any row has a temperature above 0. The host knows these three.
+    """
+
+    temperature: Tensor
+    seed: Tensor
+    request: Tensor
+    banned: Tensor
+    eos: Tensor
+    no_eos_before: Tensor | None
+    value: Tensor
+    min_unmask: Tensor
+    steps: Tensor
+    block_length: Tensor
+    max_steps: Tensor
+    transfer: Tensor | None
+    append_masks: Tensor | None
+    activate_masks: Tensor | None
+    delay: Tensor | None
+    top_k: int
+    top_p: float
+    draws: bool
+
+
+def lanes_view(plan: Plan, state: RowState, start: Tensor, W: int) -> Lanes:
+    """The positions start .. start + W of every row."""
+    L = state.tokens.shape[1]
+    position = start[:, None] + torch.arange(W, dtype=torch.int32, device=start.device)
+    inside = position.clamp(0, L - 1).long()
+    tokens, unmask_step = state.tokens.gather(1, inside), state.unmask_step.gather(1, inside)
+    masked = (position < state.canvas_len[:, None]) & (tokens == plan.diffusion.mask_token_id)
+    in_region = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
+    return Lanes(position, tokens, masked, in_region, in_region & masked, in_region & (unmask_step >= 0))
+
+
+def measure(
+    ops: Ops,
+    plan: Plan,
+    state: RowState,
+    sampling: Sampling,
+    logits: Tensor,
+    lanes: Lanes,
+    needed: Tensor,
+    *,
+    history: dict[str, Tensor] | None = None,
+    bias: tuple[Tensor, Tensor] | None = None,
+    branches: int = 1,
+) -> dict[str, Tensor | None]:
+    """The statistics of `View`, each [B, W] ([B * branches, W]), from logits [B * branches * W, V] of the lanes.
+
+    history: {"logits", "logsumexp"} of the step before, for KL; replaced by this step's. bias: (ids, values) [B, W, K].
+    """
+    preset = plan.preset
+    N, W = logits.shape[0], lanes.position.shape[1]
+    wanted = {name for policy in preset.policies for name in policy.outputs} | {preset.score, preset.rank}
+    rows = torch.where(needed.flatten(), torch.arange(N, dtype=torch.int32, device=logits.device), -1).int()
+
+    def by_lane(row_values: Tensor) -> Tensor:
+        """[B] -> [N]"""
+        return row_values.repeat_interleave(branches * W)
+
+    position = lanes.position.repeat_interleave(branches, 0)
+    banned = sampling.banned
+    if sampling.no_eos_before is not None:
+        too_early = position < sampling.no_eos_before.repeat_interleave(branches)[:, None]
+        banned = torch.cat([banned.expand(N, -1), torch.where(too_early.view(-1, 1), sampling.eos, -1)], -1)
+    if sampling.top_k or sampling.top_p < 1:
+        logits = filtered(logits, plan, sampling, by_lane(sampling.temperature), banned, needed.flatten())
+
+    outputs = [
+        *(("second",) if wanted & {"margin", "gap"} else ()),
+        *(("entropy",) if wanted & {"entropy", "neg_entropy"} or preset.rule == "entropy" else ()),
+        *(("sampled",) if sampling.draws else ()),
+        *(("logsumexp", "kl") if history is not None else ()),
+    ]
+    more = {}
+    if sampling.draws:
+        noise = torch.stack([by_lane(sampling.request), position.flatten(), by_lane(state.step)], -1)
+        more |= {"sample_temperature": by_lane(sampling.temperature), "seed": sampling.seed, "noise": noise}
+        if preset.tempered:
+            heat = by_lane(sampling.temperature)
+            more["temperature"] = torch.where(heat > 0, heat, 1.0)
+    if bias is not None:
+        more |= {"bias_ids": bias[0].flatten(0, 1), "bias": bias[1].flatten(0, 1)}
+    if history is not None:
+        more |= {"previous": history["logits"], "previous_logsumexp": history["logsumexp"]}
+    stats = ops.confidence(logits, rows=rows, outputs=tuple(outputs), banned=banned, **more)
+    if history is not None:
+        history["logits"].copy_(logits)
+        history["logsumexp"].copy_(stats.logsumexp)
+
+    token, confidence = (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
+    result = {
+        "token": token,
+        "confidence": confidence,
+        "greedy": stats.token,
+        "greedy_confidence": stats.confidence,
+        "margin": stats.margin if "second" in outputs else None,
+        "gap": stats.logit - stats.second_logit if "second" in outputs else None,
+        "entropy": stats.entropy if "entropy" in outputs else None,
+        "kl": stats.kl if history is not None else None,
+        "error": stats.error,
+    }
+    return {name: None if values is None else values.view(-1, W) for name, values in result.items()}
+
+
+def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor, banned: Tensor, needed: Tensor) -> Tensor:
+    """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l). The best allowed id is kept.
+
+    top-p keeps an id if those strictly better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large
+    as the k-th. Plain torch on any backend: it sorts the vocabulary.
+    """
+    N, V = logits.shape
+    work = torch.where(needed[:, None], logits, 0.0)
+    work = work.double() if logits.dtype == torch.float64 else work.float()
+    scaled = work / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    keep = torch.ones_like(scaled, dtype=torch.bool)
+
+    def top_k(keep: Tensor) -> Tensor:
+        if not sampling.top_k or sampling.top_k >= V:
+            return keep
+        least = torch.where(keep, scaled, -torch.inf).topk(sampling.top_k, dim=1).values[:, -1:]
+        return keep & (scaled >= least)
+
+    def top_p(keep: Tensor) -> Tensor:
+        if sampling.top_p >= 1:
+            return keep
+        p, order = torch.where(keep, scaled, -torch.inf).softmax(1).sort(dim=1, descending=True, stable=True)
+        inside = p.cumsum(1) - p <= sampling.top_p
+        return keep & torch.zeros_like(keep).scatter(1, order, inside)
+
+    for step in (top_k, top_p) if plan.preset.top_k_first else (top_p, top_k):
+        keep = step(keep)
+    ids = banned.expand(N, -1)
+    allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device).scatter(1, torch.where(ids < 0, V, ids), False)[:, :V]
+    best = torch.where(allowed, work, -torch.inf).argmax(1, keepdim=True)
+    keep = keep.scatter(1, best, True)
+    return torch.where(keep, work, -torch.inf)
+
+
+def rule_choice(plan: Plan, view: View, *, wide: bool) -> Choice:
+    """What the preset's rule makes of a step, before its policies."""
+    preset, sampling, state = plan.preset, view.sampling, view.state
+    score = scores(preset.score, view)
+    rank = None if preset.rank is None else scores(preset.rank, view)
+    if preset.suppress_eos:
+        is_eos = (view.token[:, :, None] == sampling.eos).any(2)
+        score = torch.where(is_eos, -torch.inf, score)
+        rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
+    value, min_unmask = sampling.value, sampling.min_unmask
+    if sampling.transfer is not None:
+        last = state.step >= sampling.steps - 1
+        share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
+        if preset.rule == "bernoulli":
+            # u < r, as a score above a threshold.
+            score, value = -view.uniform(), -torch.where(last, 1.0, share)
+            min_unmask = torch.zeros_like(min_unmask)
+        else:
+            masks = view.eligible.sum(1)
+            count = (masks.to(torch.float32) * share).floor().to(torch.int32)
+            count = count if preset.strict_reference else count.clamp(min=1)
+            min_unmask = torch.where(last, masks.to(torch.int32), count)
+    if preset.order_temperature:
+        gumbel = -torch.log(-torch.log(view.uniform()))
+        rank = (score if rank is None else rank) / preset.order_temperature + gumbel
+    allowed = None
+    if preset.sub_block_length is not None:
+        start, end = sub_block(plan, state)
+        allowed = (view.position >= start[:, None]) & (view.position < end[:, None])
+    if wide and plan.previous and preset.cache in ("prefix", "dual"):
+        # The block's first position is predicted by the row before it, which later steps do not compute.
+        first = view.eligible & (view.eligible.cumsum(1) == 1)
+        allowed = first if allowed is None else allowed & first
+    return Choice(
+        pred=view.token,
+        score=score,
+        confidence=view.confidence,
+        value=value,
+        min_unmask=min_unmask,
+        rank=rank,
+        entropy=view.entropy if preset.rule == "entropy" else None,
+        allowed=allowed,
+        run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
+    )
+
+
+def scores(name: str, view: View) -> Tensor:
+    """The numbers [B, W] fp32 that a preset's `score` or `rank` names."""
+    if name == "margin":
+        return view.margin
+    if name == "neg_entropy":
+        return -view.entropy
+    if name == "random":
+        return view.uniform()
+    if name == "position":
+        return -view.position.float()
+    return view.confidence

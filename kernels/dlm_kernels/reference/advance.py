@@ -1,0 +1,171 @@
+"""Where a row stands after a step: its region, its phase, and whether a stop token ended it. Part of the specification of `unmask`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rules import UnmaskRule
+from ..state import COMMIT, DENOISE, DONE, WIDE, RowState
+
+
+class After(NamedTuple):
+    """A row after its writes: canvas [B, L] and what happened in it [B]."""
+
+    tokens: Tensor
+    unmask_step: Tensor
+    selects: Tensor
+    prefills: Tensor
+    commits: Tensor
+    changed: Tensor
+    exiting: Tensor
+
+
+def advance_block(
+    rule: UnmaskRule, s: RowState, after: After, length: Tensor, mask_id: int, stop_ids: Tensor, seed: Tensor | None
+) -> dict[str, Tensor]:
+    """Blocks one at a time: the fields of the state that change once the step's tokens are written."""
+    tokens, unmask_step = after.tokens, after.unmask_step
+    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    in_block = (position >= s.block_start[:, None]) & (position < s.block_end[:, None])
+    masked = in_block & (tokens == mask_id)
+    finished = after.selects & ~masked.any(1)
+    if rule.edit:
+        finished = finished & (~after.changed | after.exiting)
+    if rule.renoise:
+        finished = after.selects & after.exiting
+    stopped = _stopped(rule, tokens, unmask_step, in_block, masked, finished, after.selects, stop_ids)
+
+    next_mask = first_masked(tokens, s.block_end, s.canvas_len, mask_id)
+    exhausted = torch.where(after.commits, s.block_end, next_mask) >= s.canvas_len
+    done = stopped | ((finished | after.commits) & exhausted)
+    leaves = finished & ~done
+    to_commit = leaves & (rule.cache == "commit" and not rule.edit)
+    advances = (leaves & ~to_commit) | (after.commits & ~done)
+
+    one_by_one = after.commits | (rule.cache == "commit")
+    skipped = torch.where(one_by_one, 0, (next_mask - s.block_end) // length)
+    start = torch.where(advances, s.block_end + skipped * length, s.block_start)
+    end = torch.where(advances, torch.minimum(start + length, s.canvas_len), s.block_end)
+
+    result = {}
+    if rule.seed:
+        seeded = (position == start[:, None]) & (tokens == mask_id) & (after.prefills | (after.commits & ~done))[:, None]
+        tokens = torch.where(seeded, seed[:, None], tokens)
+        unmask_step = torch.where(seeded, s.step[:, None], unmask_step)
+        result = dict(seeded=seeded, tokens=tokens, unmask_step=unmask_step)
+        # A seed may close the row ("closed"), or fill its block.
+        filled = seeded.any(1) & (count_masked(tokens, start, end, mask_id) == 0)
+        in_next = (position >= start[:, None]) & (position < end[:, None])
+        closes = _stopped(rule, tokens, unmask_step, in_next, in_next & (tokens == mask_id), filled, seeded.any(1), stop_ids)
+        done = done | closes | (filled & (first_masked(tokens, end, s.canvas_len, mask_id) >= s.canvas_len))
+
+    masks = torch.where(advances | after.prefills, count_masked(tokens, start, end, mask_id), s.block_masks)
+    phase = torch.full_like(s.phase, DENOISE)
+    phase = torch.where(advances & (rule.cache == "refresh"), WIDE, phase)
+    opened = after.prefills | after.commits | (advances & (rule.cache == "commit"))
+    phase = torch.where(to_commit | (opened & (masks == 0)), COMMIT, phase)
+    phase = torch.where(done, DONE, phase)
+    step = torch.where(advances, 0, s.block_step + after.selects)
+    return result | dict(block_start=start, block_end=end, block_masks=masks, block_step=step, phase=phase)
+
+
+def advance_pipeline(
+    rule: UnmaskRule,
+    s: RowState,
+    after: After,
+    wide: bool,
+    length: Tensor,
+    mask_id: int,
+    stop_ids: Tensor,
+    append_masks: Tensor,
+    delay: Tensor | None,
+) -> dict[str, Tensor]:
+    """Several blocks at once: commits what was finished before the step, appends at most one block."""
+    tokens, selects = after.tokens, after.selects
+    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    in_region = (position >= s.block_start[:, None]) & (position < s.block_end[:, None])
+    masked = in_region & (tokens == mask_id)
+    # The leading blocks that leave: everything before the first block that held a mask before this step or, for a delayed commit,
+    # was last written fewer than `delay` steps ago.
+    stays = in_region & (s.tokens == mask_id)
+    if rule.cache == "delayed":
+        stays = stays | (in_region & (s.unmask_step >= 0) & (s.unmask_step + delay[:, None] > s.step[:, None]))
+    first = torch.where(stays, position, s.block_end[:, None]).amin(1)
+    # The last block may be short: with nothing left that stays, it leaves too.
+    start = torch.where(first < s.block_end, s.block_start + (first - s.block_start) // length * length, s.block_end)
+    if rule.cache == "delayed" and not wide:
+        start = s.block_start
+    start = torch.where(selects, start, s.block_start)
+
+    # Finished from the region's start on, after this step.
+    open_from = torch.where(masked, position, s.block_end[:, None]).amin(1)
+    closed = in_region & (position < torch.where(
+        open_from < s.block_end, s.block_start + (open_from - s.block_start) // length * length, s.block_end
+    )[:, None])  # fmt: skip
+    is_stop = in_region & (after.unmask_step >= 0) & is_in(tokens, stop_ids)
+    seen = selects & is_stop.any(1)
+    if rule.stop == "closed":
+        stopped = selects & (is_stop & (masked.cumsum(1) == 0)).any(1)
+    else:
+        stopped = selects & (is_stop & closed).any(1) & (rule.stop == "after_block")
+    canvas_len = torch.where(seen & (rule.stop in ("closed", "after_block", "appends")), s.block_end, s.canvas_len)
+
+    tail = s.block_end - 1 - torch.remainder(s.block_end - 1 - s.block_start, length)  # where the last block begins
+    # A filled tail needs no block.
+    appends = selects & ~(seen & (rule.stop == "fill")) & (s.block_end < canvas_len)
+    appends = appends & (count_masked(tokens, tail, s.block_end, mask_id) <= append_masks)
+    end = torch.where(appends, torch.minimum(s.block_end + length, canvas_len), s.block_end)
+    done = selects & (stopped | (count_masked(tokens, s.block_start, canvas_len, mask_id) == 0))
+
+    phase = torch.full_like(s.phase, DENOISE)
+    if rule.cache == "delayed":
+        head_masks = count_masked(tokens, start, torch.minimum(start + length, end), mask_id)
+        phase = torch.where(head_masks == 0, WIDE, phase)
+    phase = torch.where(done, DONE, phase)
+    step = s.block_step + selects
+    return dict(block_start=start, block_end=end, block_step=step, canvas_len=canvas_len, phase=phase)
+
+
+def _stopped(
+    rule: UnmaskRule,
+    tokens: Tensor,
+    unmask_step: Tensor,
+    in_block: Tensor,
+    masked: Tensor,
+    finished: Tensor,
+    rows: Tensor,
+    stop_ids: Tensor,
+) -> Tensor:
+    """[B] bool: did a token that we wrote in the block end the row?"""
+    is_stop = is_in(tokens, stop_ids)
+    stop = in_block & (unmask_step >= 0) & is_stop
+    if rule.stop == "closed":
+        return rows & (stop & (masked.cumsum(1) == 0)).any(1)
+    if rule.stop == "after_block":
+        return rows & finished & stop.any(1)
+    if rule.stop == "all_stop":
+        return rows & finished & stop.any(1) & (is_stop | ~in_block).all(1)
+    return torch.zeros_like(rows)
+
+
+def is_in(tokens: Tensor, ids: Tensor) -> Tensor:
+    return (tokens[:, :, None] == ids).any(2)
+
+
+def first_masked(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
+    """First masked position of every row in [begin, end), or `end` if there is none. [B] int32"""
+    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    return torch.where(_masked_in(tokens, begin, end, mask_id), position, end[:, None]).amin(1)
+
+
+def count_masked(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
+    """Masked positions of every row in [begin, end). [B] int32"""
+    return _masked_in(tokens, begin, end, mask_id).sum(1, dtype=torch.int32)
+
+
+def _masked_in(tokens: Tensor, begin: Tensor, end: Tensor, mask_id: int) -> Tensor:
+    position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    return (tokens == mask_id) & (position >= begin[:, None]) & (position < end[:, None])

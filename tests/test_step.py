@@ -1,0 +1,228 @@
+"""Every preset's denoise step: no host read, one loop for all, policies of one's own, and what makes no sense is refused."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+
+import dlm_fast
+import pytest
+import torch
+from dlm_fast import drafts, generate, policies, presets, schedule, statistics, step
+from dlm_fast.generate import _sampling, open_decode
+from dlm_fast.patching import attach
+from dlm_fast.presets import PRESETS, Preset, resolve
+from dlm_fast.requests import read
+from dlm_fast.schedule import open_rows
+from dlm_fast.step import denoise_step
+from dlm_kernels.state import ERROR_STALLED
+from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Host-side by design: they move tokens between positions.
+HOST_SIDE = ("llada2.2",)
+
+
+def options_of(preset: str, length: int = 4) -> dict:
+    """What a preset needs to run on a toy model."""
+    chosen = PRESETS[preset]
+    options = {"block_length": length} if chosen.visibility == "full" and chosen.schedule != "canvas" else {}
+    options |= {"sub_block_length": 2} if chosen.sub_block_length else {}
+    options |= {"horizon": 3} if chosen.horizon else {}
+    options |= {"head": lambda confidence: 2 * confidence} if preset == "learn2pd" else {}
+    return options
+
+
+def row_of(preset: str) -> str:
+    return "previous" if PRESETS[preset].seed else "self"
+
+
+def model_for(preset: str, **kwargs):
+    return toy(PRESETS[preset].visibility, logits_row=row_of(preset), **kwargs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in HOST_SIDE])
+def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
+    """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
+    chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
+    if chosen.drafts > 1 and temperature:
+        pytest.skip("drafts are greedy")
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(preset)
+    )
+    batch = read(
+        diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,
+        min_new_tokens=2, temperature=temperature, top_k=0, top_p=1.0, seed=0, request_ids=None, stop_strings=(), banned_token_ids=(5,),
+        eos_token_ids=None,
+    )  # fmt: skip
+    plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
+    sampling = _sampling(batch, plan, torch.device("cpu"))
+    model = native_model().requires_grad_(False)
+    with FakeTensorMode() as fake:
+        for module in model.modules():
+            for values in (module._parameters, module._buffers):
+                values.update({name: fake.from_tensor(tensor) for name, tensor in values.items() if tensor is not None})
+
+        def to_fake(values):
+            fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
+            return dataclasses.replace(values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)})
+
+        handle = attach(model, backend="reference", diffusion=diffusion, plain_mode=chosen.visibility)
+        decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
+        for kind in ("wide", "window") if plan.wide else ("window",):
+            denoise_step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
+        with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
+            decode.state.phase.tolist()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_batch_of_unequal_rows_equals_its_rows_alone(preset):
+    model, prompts, new = model_for(preset), random_prompts([3, 6, 1]), [9, 5, 13]
+    together = dlm_fast.generate(model, prompts, max_new_tokens=new, preset=preset, **options_of(preset))
+    for row, (prompt, length) in enumerate(zip(prompts, new)):
+        alone = dlm_fast.generate(model, [prompt], max_new_tokens=length, preset=preset, request_ids=[row], **options_of(preset))
+        assert alone.canvas[0].tolist() == together.canvas[row].tolist()
+        assert (alone.nfe[0], alone.query_tokens[0]) == (together.nfe[row], together.query_tokens[row])
+        assert alone.unmask_step[0].tolist() == together.unmask_step[row].tolist()
+
+
+def test_no_preset_is_named_outside_the_table():
+    """Adding a row touches no code of the loop: none of it asks which preset it runs."""
+    for module in (generate, step, schedule, statistics, drafts):
+        strings = {node.value for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Constant)}
+        assert not strings & set(PRESETS), module.__name__
+
+
+def test_a_preset_of_ones_own_runs_through_the_same_loop():
+    mine = Preset("mine", "here", "exact: nothing is approximated", "full", "none", rule="threshold", threshold=0.2, score="margin", block_length=3)
+    out = dlm_fast.generate(toy(), random_prompts([4]), preset=mine, max_new_tokens=7)
+    assert out.preset == mine and MASK not in out.canvas[0]
+
+
+# Policies of one's own.
+
+
+def test_a_function_may_say_which_positions_are_written():
+    def rightmost(view, choice):
+        return view.best(torch.ones_like(view.step), score=view.position.float())
+
+    out = dlm_fast.generate(toy(eos=()), random_prompts([2, 5]), preset="llada", policy=rightmost, max_new_tokens=5, block_length=5)
+    assert [steps[-5:].tolist() for steps in out.unmask_step] == [[4, 3, 2, 1, 0]] * 2
+
+
+def test_a_function_may_return_a_score():
+    out = dlm_fast.generate(
+        toy(eos=()), random_prompts([3]), preset="llada", policy=lambda view, choice: -view.position.float(), max_new_tokens=5, block_length=5
+    )
+    assert out.unmask_step[0][-5:].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_policy_may_keep_memory_between_steps():
+    @dataclasses.dataclass(frozen=True)
+    class EveryOther(policies.Policy):
+        """Writes in odd steps of the row only."""
+
+        def memory(self, plan, state):
+            return {"calls": torch.zeros(state.tokens.shape[0], dtype=torch.int32)}
+
+        def choose(self, view, choice):
+            calls = view.keep("calls", view.memory["calls"] + 1)
+            return choice.only(view.best((calls % 2 == 0).int()))
+
+    out = dlm_fast.generate(toy(eos=()), random_prompts([3]), preset="llada", policy=EveryOther(), max_new_tokens=4, block_length=4)
+    assert sorted(out.unmask_step[0][-4:].tolist()) == [1, 3, 5, 7] and out.nfe == [8]
+
+
+def test_policies_compose_in_order():
+    def invert(view, choice):
+        return dataclasses.replace(choice, score=-choice.score)
+
+    model, prompts = toy(eos=()), random_prompts([3])
+    plain = dlm_fast.generate(model, prompts, max_new_tokens=6)
+    twice = dlm_fast.generate(model, prompts, max_new_tokens=6, policy=[invert, invert])
+    assert plain.canvas[0].tolist() == twice.canvas[0].tolist()
+
+
+def test_a_policy_that_writes_nothing_raises_and_loses_nothing():
+    def lazy(view, choice):
+        return choice.only(view.eligible & (view.position < 5))
+
+    with pytest.raises(dlm_fast.DecodeError, match=r"a policy must fill its blocks, got no end within max_steps=\d+ denoise steps in rows \[1\]") as error:
+        dlm_fast.generate(toy(eos=()), random_prompts([2, 3]), policy=lazy, max_new_tokens=3, block_length=3)
+    assert error.value.rows == [1] and error.value.output.finish == ["length", "error"]
+    assert (error.value.output.unmask_step[1] >= 0).sum() == 2
+    assert ERROR_STALLED
+
+
+BAD_POLICIES = [
+    (lambda view, choice: None, TypeError, r"policy must return a Choice or a bool or float32 tensor \(1, 3\), got None"),
+    (lambda view, choice: view.eligible[:, :1], TypeError, r"policy must return .* got \(1, 1\), torch.bool"),
+    (7, TypeError, r"policy must be a Policy, a function .* got policy=7"),
+    (policies.Prophet, TypeError, r"policy must be a Policy, a function"),
+]
+
+
+@pytest.mark.parametrize("policy, kind, message", BAD_POLICIES)
+def test_a_wrong_policy_is_named(policy, kind, message):
+    with pytest.raises(kind, match=message):
+        dlm_fast.generate(toy(), random_prompts([2]), policy=policy, max_new_tokens=3, block_length=3)
+
+
+# What makes no sense is refused, with its reason.
+
+NONSENSE = [
+    ("llada", {"cache": "fused"}, "schedule='pipeline' goes with cache"),
+    ("d2f", {"cache": "commit"}, "schedule='pipeline' goes with cache"),
+    ("d2f", {"rule": "quota"}, "needs a flat test"),
+    ("d2f", {"stop": "all_stop"}, "which a pipeline does not wait for"),
+    ("llada", {"stop": "fill"}, "stop='fill' is a pipeline's"),
+    ("llada", {"rule": "schedule"}, "a schedule over the whole canvas"),
+    ("dream", {"cache": "prefix"}, "has one block and nothing to keep"),
+    ("sdar", {"cfg_scale": 1.0}, "whose keys a block-causal cache does not hold"),
+    ("sdar", {"cache": "prefix"}, "a block-causal model has an exact one"),
+    ("rcr", {"stop": "closed"}, "before a token that would still be taken back"),
+    ("rcr", {"cache": "scattered"}, "would leave its reused keys behind"),
+    ("rcr", {"policies": (policies.RunningConfidence(), policies.JointThreshold())}, "would undo each other"),
+    ("freedave", {"policies": policies.RunningConfidence(), "stop": "after_block"}, "assume that masks only shrink"),
+    ("freedave", {"policies": policies.Sched()}, "lossless and an early exit is not"),
+    ("freedave", {"steps_per_block": 2}, "verify a static decoder of one token per step"),
+    ("freedave", {"cache": "none"}, "share the keys outside their block"),
+    ("d2f", {"policies": policies.LocalLeap()}, "moves under the memory of a policy"),
+    ("wino", {"cache": "dual"}, "shadow rows go with cache='none'"),
+    ("fast-dllm", {"vicinity": 4}, "vicinity widens cache='dual'"),
+    ("llada2.1", {"stop": "closed"}, "before a token that would still be taken back"),
+    ("efficient-dlm", {"sub_block_cache": True}, "needs cache='commit' and a sub_block_length"),
+]
+
+
+@pytest.mark.parametrize("preset, options, reason", NONSENSE)
+def test_a_combination_that_makes_no_sense_is_refused_with_its_reason(preset, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        resolve(preset, PRESETS[preset].visibility, options)
+
+
+@pytest.mark.parametrize("preset, row, message", [("nbdiff", "self", "needs logits_row 'previous'"), ("wino", "previous", "needs logits_row 'self'")])
+def test_a_preset_that_does_not_fit_the_models_rows_is_refused(preset, row, message):
+    with pytest.raises(ValueError, match=message):
+        dlm_fast.generate(toy(PRESETS[preset].visibility, logits_row=row), random_prompts([2]), preset=preset)
+
+
+@pytest.mark.parametrize("preset", ["wino", "dkv-cache", "entropy-cache"])
+def test_what_the_triton_attention_lacks_is_named(preset):
+    pytest.importorskip("triton")
+    with pytest.raises(NotImplementedError, match=f"preset {preset} needs attention over .*Triton kernel does not have yet"):
+        dlm_fast.generate(toy(backend="triton"), random_prompts([2]), preset=preset)
+
+
+def test_drafts_refuse_a_temperature():
+    with pytest.raises(ValueError, match=r"drafts are lossless for greedy decoding only, got temperature=0.5"):
+        dlm_fast.generate(toy(), random_prompts([2]), preset="freedave", temperature=0.5)
+
+
+def test_every_preset_says_where_it_is_from_and_what_it_equals():
+    for name, preset in PRESETS.items():
+        assert name == preset.name == name.lower() and " " not in name
+        assert preset.source and preset.exactness.split(":")[0] in ("exact", "approximate")
+        assert presets.describe(preset)["name"] == name
