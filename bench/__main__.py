@@ -1,4 +1,4 @@
-"""`python -m bench gpu-check --out DIR`, from a checkout."""
+"""`python -m bench gpu-check --out DIR` and `python -m bench quality`, from a checkout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument(
         "--compile-threads", type=int, default=8, help="threads that compile kernels ahead of the checks; 0 = none (default: 8)"
     )
+    quality = commands.add_parser("quality", help="exact match against forwards, for every preset on the embedded models (CPU will do)")
+    quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md and .png (default: bench/results)")
+    quality.add_argument("--per-task", type=int, default=100, help="held-out prompts of every task (default: 100)")
+    quality.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
+    quality.add_argument("--batch-size", type=int, default=50, help="prompts decoded together (default: 50)")
+    quality.add_argument("--models", nargs="+", metavar="NAME", default=None, help="embedded models (default: all)")
+    quality.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="presets (default: all)")
+    quality.add_argument("--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from")
     given = parser.parse_args(arguments)
+    if given.command == "quality":
+        return _quality(given)
 
     import torch
 
@@ -40,6 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .gpu_check import cuda_rig, gpu_check
 
     return gpu_check(cuda_rig(given.compile_threads), given.out, given.seed, given.seconds)
+
+
+def _quality(given: argparse.Namespace) -> int:
+    from dlm_fast.presets import PRESETS
+
+    from . import quality
+
+    for name, known in (("models", quality.MODELS), ("presets", tuple(PRESETS))):
+        wrong = [value for value in getattr(given, name) or () if value not in known]
+        if wrong:
+            print(f"quality: --{name} must be among {', '.join(known)}, got {', '.join(wrong)}", file=sys.stderr)
+            return 2
+    if min(given.per_task, given.batch_size) < 1:
+        print("quality: --per-task and --batch-size must be at least 1", file=sys.stderr)
+        return 2
+    document = quality.run(
+        given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size, models=given.models or quality.MODELS,
+        presets=given.presets, earlier=given.earlier,
+    )  # fmt: skip
+    print(quality.table(document))
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from .version import __version__
 
+# Flags for the options that most presets share; --set reaches every other one.
 OPTION_TYPES = {
     "block_length": int,
     "cache": str,
@@ -27,6 +28,17 @@ OPTION_TYPES = {
     "steps_per_block": int,
     "stop": str,
 }
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a JSON number, true, false, null, or a plain word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
     for name, kind in OPTION_TYPES.items():
         gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
+    gen.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all")
+    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely tokens of this mass; 1 = all")
+    gen.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any option of the preset or its policies; may be repeated"
+    )
     gen.add_argument("--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold")
 
     commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
@@ -87,7 +104,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from . import jobs
     from .loading import load
     from .patching import handle_of
-    from .presets import OPTIONS
+    from .presets import FIELDS
 
     if args.input is not None and args.output is None:
         raise ValueError("--input needs --output")
@@ -102,9 +119,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": args.max_new_tokens,
         "min_new_tokens": args.min_new_tokens,
         "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
         "seed": args.seed,
         "stop_strings": args.stop_string,
-        **{name: getattr(args, name) for name in OPTIONS if hasattr(args, name)},
+        **{name: getattr(args, name) for name in FIELDS if hasattr(args, name)},
+        **dict(args.set),
     }
     chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
 
@@ -187,13 +207,17 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(args: argparse.Namespace) -> dict[str, Any]:
-    from .presets import PRESETS
+    from .presets import PRESETS, describe
 
-    rows = [dataclasses.asdict(preset) for preset in PRESETS.values()]
+    rows = [describe(preset) for preset in PRESETS.values()]
     if not args.json:
+        print(f"{'preset':18}{'model':7}{'schedule':10}{'cache':10}{'rule':11}{'policy':22}{'exactness':12} source")
         for row in rows:
-            print(f"{row['name']:18}{row['visibility']:6} cache {row['cache']:7} rule {row['rule']:10} {row['source']}")
-            print(f"{'':18}{row['exactness']}")
+            policy = ", ".join(p["name"] for p in row["policies"]) or ("drafts" if row["drafts"] > 1 else "-")
+            exactness, source = row["exactness"].split(":")[0], row["source"]
+            print(f"{row['name']:18}{row['visibility']:7}{row['schedule']:10}{row['cache']:10}{row['rule']:11}{policy:22}{exactness:12} {source}")
+            if row["needs"]:
+                print(f"{'':18}needs {row['needs']}")
     return {"presets": rows}
 
 

@@ -83,6 +83,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     backend: str | Ops = "auto",
+    rope_scale: float = 1.0,
 ) -> nn.Module:
     """Opens a checkpoint folder as a native transformers model that decodes by diffusion.
 
@@ -94,16 +95,23 @@ def load(
         diffusion: default: the `dlm` section of config.json.
         dtype: of the weights; default: as stored. device: default: "cuda" if there is one, else "cpu".
         backend: "auto", "triton", "reference" or an `Ops`.
+        rope_scale: multiplies the base of the rotary positions, to decode contexts longer than the model was trained on: for LLaDA 4
+            at 8k tokens, 14 at 16k, 31 at 24k, 55 at 32k (LongLLaDA, arXiv:2506.14429). max_position_embeddings is raised with it.
     Raises:
-        CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, missing or unexpected weights, no
+        ValueError: rope_scale below 1. CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, missing or unexpected weights, no
             diffusion configuration. NotImplementedError: an architecture without an adapter.
     """
+    if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
+        raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
     path = checkpoint_path(path)
     check_weights(path)
     config_type = json.loads((path / "config.json").read_text()).get("model_type")
     if config_type not in MODEL_TYPES:
         raise NotImplementedError(f"load: unsupported model_type {config_type!r} in {path}; supported are {', '.join(MODEL_TYPES)}")
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if rope_scale != 1:
+        config.rope_parameters["rope_theta"] *= rope_scale
+        config.max_position_embeddings = int(config.max_position_embeddings * rope_scale)
     if diffusion is None:
         section = getattr(config, "dlm", None)
         if section is None:

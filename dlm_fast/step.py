@@ -79,7 +79,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
             )
             return View(
                 plan=plan, state=state, memory={}, selects=selects, **vars(view_lanes), **measured, sampling=sampling,
-                restate=lambda ids, values: view_with((ids, values)),
+                logits=logits.unflatten(0, (-1, view_lanes.position.shape[1])), restate=lambda ids, values: view_with((ids, values)),
             )  # fmt: skip
 
         view = view_with()

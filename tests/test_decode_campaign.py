@@ -122,7 +122,7 @@ def test_triton_decodes_equal_reference_decodes(part, device):
     assert len(exempt) <= DECODES_A_PART // 100, "\n".join(exempt)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.supported])
 def test_an_empty_batch_launches_nothing(preset, device):
     model = toy(PRESETS[preset].visibility, backend="triton").to(device)
     assert dlm_fast.generate(model, [], preset=preset).sequences == []

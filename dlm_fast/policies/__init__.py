@@ -11,6 +11,7 @@ To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or 
 from .base import Choice, Function, Policy, View, as_policies
 from .exits import Prophet, Sched
 from .history import ConsistentTrajectory, Credit, KLStability
+from .indel import InsertDelete
 from .refresh import EntropyRefresh
 from .revise import Backtrack, JointThreshold, RunningConfidence, Wino
 from .select import AdaptiveThreshold, CertaintyPrior, LearnedFilter, LocalLeap, NearBest
@@ -24,6 +25,7 @@ __all__ = [
     "Credit",
     "EntropyRefresh",
     "Function",
+    "InsertDelete",
     "JointThreshold",
     "KLStability",
     "LearnedFilter",

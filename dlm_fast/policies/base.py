@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..schedule import Plan
     from ..statistics import Sampling
 
-Memory = dict[str, Tensor]
+# Tensors, but for policies that work on the host.
+Memory = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class View:
             before. error: int32. None where the policy did not ask for it in `outputs`.
         block_start, block_end, block_step, step: of the state, [B].
         restate: statistics again, with a sparse logit bias (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
+        logits: [B, W, V] as the model's head gave them (guidance included), for policies that want all of them.
         back: fp32 probability of the held token, predicted by the shadow of its position; None without shadow rows.
         sampling: seeds and request numbers, for `uniform`; steps and block lengths.
     """
@@ -78,6 +80,7 @@ class View:
     error: Tensor
     restate: Callable[[Tensor, Tensor], View]
     sampling: Sampling
+    logits: Tensor
     back: Tensor | None = None
 
     @property

@@ -17,7 +17,7 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
 
     policy: what `generate(policy=...)` was given; it acts after the preset's own policies.
 
-    Raises ValueError for an unknown preset or option, for a combination that makes no sense, and where the preset's visibility is not
+    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or option, for a combination that makes no sense, and where the preset's visibility is not
     the model's.
     """
     if preset is None:
@@ -26,19 +26,17 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got preset={preset!r}")
         preset = PRESETS[preset]
-    if "policies" in overrides:
-        overrides = {**overrides, "policies": as_policies(overrides["policies"])}
-        preset = dataclasses.replace(preset, policies=overrides.pop("policies"), shadow=False)
-    known = preset.options()
-    unknown = sorted(set(overrides) - set(known))
+    policies = (as_policies(overrides["policies"]) if "policies" in overrides else preset.policies) + as_policies(policy)
+    known = {*FIELDS, *(field.name for each in policies for field in dataclasses.fields(each))}
+    unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are {', '.join(known)}")
+        raise ValueError(f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are {', '.join(preset.options())}")
+    if not preset.supported:
+        raise NotImplementedError(f"preset {preset.name} needs {preset.needs}; its rule is UnmaskRule(renoise=True)")
     if preset.visibility != visibility:
         fitting = ", ".join(p.name for p in PRESETS.values() if p.visibility == visibility)
         raise ValueError(f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; use {fitting}")
-    preset = preset.replace(**overrides)
-    extra = as_policies(policy)
-    return dataclasses.replace(preset, policies=preset.policies + extra) if extra else preset
+    return preset.replace(**{**overrides, "policies": policies})
 
 
 def describe(preset: Preset) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..policies import Policy
 VISIBILITIES = ("full", "block")
 SCHEDULES = ("block", "canvas", "pipeline")
 CACHES = ("none", "prefix", "dual", "once", "scattered", "commit", "fused", "delayed")
-RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli")
+RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli", "renoise")
 SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
 STOPS = ("never", "after_block", "closed", "all_stop", "appends", "fill")
 
@@ -63,6 +63,8 @@ class Preset:
             "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
             "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in `steps_per_block`
                 steps, at least one unless `strict_reference`. "bernoulli": each position with that probability (Dream).
+            "renoise": there are no masks: positions within `entropy_bound` receive their tokens, all others new random ones
+                (uniform-noise models; `generate` refuses it until a model family has them).
         score: what is tested: "confidence" (probability of the drawn token), "margin" (top-1 minus top-2 probability),
             "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
         order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
@@ -71,7 +73,7 @@ class Preset:
         tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
         top_k_first: order of generate's filters. suppress_eos: predicted EOS tokens are ranked last.
         cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
-        policies: what modifies the rule (`dlm_fast.policies`). shadow: a copy of the block verifies it (WINO).
+        policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
         stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop": after a block of
             nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars further blocks; "fill": it fills the
@@ -118,7 +120,6 @@ class Preset:
     suppress_eos: bool = False
     cfg_scale: float = 0.0
     policies: tuple[Policy, ...] = ()
-    shadow: bool = False
     drafts: int = 1
     stop: str = "closed"
 
@@ -134,6 +135,11 @@ class Preset:
         return self.rule == "quota" or (self.rule in ("threshold", "factor", "entropy") and self.min_unmask is None)
 
     @property
+    def shadow(self) -> bool:
+        """Whether a copy of the block, its shadow, verifies it (WINO)."""
+        return any(policy.remask == "wino" for policy in self.policies)
+
+    @property
     def families(self) -> set[str]:
         """What its policies replace: "select", "exit", "revise", "edit"."""
         return {policy.family for policy in self.policies}
@@ -144,7 +150,7 @@ class Preset:
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
-        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold"}.get(self.rule, self.rule)
+        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold", "renoise": "entropy"}.get(self.rule, self.rule)
         remask = next((policy.remask for policy in self.policies if policy.family == "revise"), "none")
         return UnmaskRule(
             passes="threshold" if exact else passes,
@@ -154,6 +160,7 @@ class Preset:
             scope=(self.scope or "each") if self.pipeline else "row",
             runs=self.run_threshold is not None and not exact,
             edit="edit" in self.families,
+            renoise=self.rule == "renoise",
             remask=remask,
             cache=_CACHE_OPS[self.cache],
             seed=self.seed,
@@ -163,29 +170,32 @@ class Preset:
     @property
     def value(self) -> float:
         """The number its pass test compares with (unused by "quota")."""
-        return {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound}.get(self.rule, 0.0)
+        return {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound, "renoise": self.entropy_bound}.get(self.rule, 0.0)
+
+    @property
+    def supported(self) -> bool:
+        """Whether `generate` runs it: uniform-noise models have no family yet."""
+        return self.rule != "renoise"
 
     def options(self) -> dict[str, Any]:
         """What `generate` may replace: its own fields and its policies' numbers, with their values."""
         own = {name: getattr(self, name) for name in FIELDS}
         for policy in self.policies:
-            own |= {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+            own |= {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name not in own}
         return own
 
     def replace(self, **options: Any) -> Preset:
         """A copy with some options replaced; an option of a policy reaches every policy that has it."""
         own = {name: value for name, value in options.items() if name in FIELDS}
-        rest = {name: value for name, value in options.items() if name not in FIELDS}
-        policies = own.pop("policies", self.policies)
-        changed = []
-        for policy in policies:
-            names = {field.name for field in dataclasses.fields(policy)}
-            changed.append(dataclasses.replace(policy, **{name: value for name, value in rest.items() if name in names}))
-        return dataclasses.replace(self, **own, policies=tuple(changed))
+        policies = []
+        for policy in own.pop("policies", self.policies):
+            names = {field.name for field in dataclasses.fields(policy)} - set(FIELDS)
+            policies.append(dataclasses.replace(policy, **{name: value for name, value in options.items() if name in names}))
+        return dataclasses.replace(self, **own, policies=tuple(policies))
 
 
 FIELDS = tuple(
-    field.name for field in dataclasses.fields(Preset) if field.name not in ("name", "source", "exactness", "visibility", "needs", "shadow")
+    field.name for field in dataclasses.fields(Preset) if field.name not in ("name", "source", "exactness", "visibility", "needs")
 )
 
 
@@ -294,8 +304,6 @@ def _check_policies(p: Preset, fail: Any) -> None:
         fail(f"an editing decoder needs keys of its final tokens: cache 'none' or 'commit', got {p.cache!r}")
     if p.shadow and (p.cache != "none" or p.visibility != "full" or p.horizon is not None):
         fail("shadow rows go with cache='none' and full visibility")
-    if p.shadow != any(policy.remask == "wino" for policy in p.policies if policy.family == "revise"):
-        fail("shadow rows are WINO's verifier, and it needs them")
     if p.drafts > 1:
         if revising:
             fail("drafts assume that masks only shrink, which a policy that takes tokens back breaks")

@@ -1,0 +1,168 @@
+"""Insert and delete: a block whose tokens move between positions. Plain torch on the host, on every backend; it cannot be captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from dlm_kernels import RowState
+from dlm_kernels.state import COMMIT, DENOISE, DONE
+from torch import Tensor
+
+from .base import Choice, Memory, Policy, View
+
+if TYPE_CHECKING:
+    from ..schedule import Plan
+
+_SAVED = ("block_start", "block_end", "block_masks", "canvas_len")
+
+
+@dataclasses.dataclass
+class _Slot:
+    """One position of the block. original: it was a mask when the block was opened. history: the tokens it has held."""
+
+    token: int
+    given: bool
+    original: bool
+    step: int
+    confidence: float
+    history: set[int]
+
+
+@dataclasses.dataclass
+class _Row:
+    """A row's block while it is edited."""
+
+    slots: list[_Slot]
+    seen: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    updates: int = 0
+    post: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertDelete(Policy):
+    """The joint threshold with two more predictions: DELETE drops its position, SPLIT puts a mask before it. LLaDA2.2.
+
+    A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written tokens above
+    `edit_threshold`. The block is final after `max_post_edits` steps without original masks (0: when the last is written), or after
+    too many updates; a final step writes everything, and no mask, DELETE or SPLIT. Where the block returns to a content it has had,
+    the least certain change avoids the tokens its position has held.
+
+    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text.
+    """
+
+    delete_id: int | None = None
+    split_id: int | None = None
+    edit_threshold: float = 0.0
+    max_post_edits: int = 0
+    reads: ClassVar[str] = "region"
+    family: ClassVar[str] = "edit"
+
+    def memory(self, plan: Plan, state: RowState) -> Memory:
+        if self.delete_id is None or self.split_id is None:
+            raise ValueError("generate: preset llada2.2 needs delete_id= and split_id=, the ids of the model's two commands")
+        return {"rows": {}, "held": {}}
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        state, rows, held = view.state, view.memory["rows"], view.memory["held"]
+        held.clear()
+        for b in view.selects.nonzero().flatten().tolist():
+            start, end = int(state.block_start[b]), int(state.block_end[b])
+            if int(state.block_step[b]) == 0:
+                rows[b] = self._open(view, b, start, end)
+            final, changed = self._step(view, rows[b], b, end - start, float(choice.value[b]))
+            self._write(state, rows[b], b, start)
+            if changed:
+                held[b] = (final, {name: int(getattr(state, name)[b]) for name in _SAVED}, int(state.block_step[b]))
+        nothing = torch.zeros_like(view.eligible)
+        return dataclasses.replace(choice.only(nothing), edit_value=torch.full_like(choice.value, torch.inf))
+
+    def after(self, view: View, choice: Choice, written: Tensor) -> None:
+        # A block without masks looks finished to the op: rows that go on in it, or have yet to commit it, are put back.
+        state = view.state
+        for b, (final, saved, block_step) in view.memory["held"].items():
+            if final and int(state.phase[b]) == DONE:
+                continue
+            for name, value in saved.items():
+                getattr(state, name)[b] = value
+            state.block_step[b] = block_step + 1
+            state.phase[b] = COMMIT if final else DENOISE
+
+    def _open(self, view: View, b: int, start: int, end: int) -> _Row:
+        mask_id = view.plan.diffusion.mask_token_id
+        tokens = view.state.tokens[b, start:end].tolist()
+        return _Row([_Slot(token, token != mask_id, token == mask_id, -1, 0.0, {token}) for token in tokens])
+
+    def _step(self, view: View, row: _Row, b: int, n: int, threshold: float) -> tuple[bool, bool]:
+        """Edits the block by one forward; returns whether it is final now, and whether it changed."""
+        mask_id, slots = view.plan.diffusion.mask_token_id, row.slots
+        commands = {mask_id, self.delete_id, self.split_id}
+        p = view.logits[b, :n].double().softmax(-1)
+        never = set(view.sampling.banned.tolist()) - {mask_id}
+        early = int(view.sampling.no_eos_before[b]) if view.sampling.no_eos_before is not None else 0
+        first = int(view.position[b, 0])
+        late = set(view.sampling.eos.tolist())
+
+        def predict(j: int, avoid: set[int]) -> tuple[int, float]:
+            without = sorted(avoid | never | (late if first + j < early else set()))
+            values = p[j].clone()
+            values[without] = -1.0
+            return int(values.argmax()), float(values.amax().float())
+
+        masks = [j for j, slot in enumerate(slots) if slot.token == mask_id]
+        original = [j for j in masks if slots[j].original]
+        row.updates += 1
+        row.post += not original
+        limit = self.max_post_edits
+        final = (limit > 0 and row.post >= limit) or (limit == 0 and not original) or row.updates > n + limit
+        best = [predict(j, {mask_id} if slots[j].original and slots[j].token == mask_id and not final else set()) for j in range(n)]
+
+        def chosen_masks() -> list[int]:
+            if final or not original:
+                return masks
+            order = sorted(masks, key=lambda j: (-best[j][1], j))
+            least = min(len(masks) - len(original) + 1, len(masks))
+            passing = [j for j in masks if best[j][1] > threshold]
+            return passing if len(passing) >= least else order[:least]
+
+        write = chosen_masks()
+        if limit == 0 and original and set(original) <= set(write):
+            final, write = True, masks
+        edits = [
+            j for j, slot in enumerate(slots)
+            if slot.token != mask_id and not slot.given and best[j][1] > self.edit_threshold and best[j][0] != slot.token
+        ]  # fmt: skip
+        if final:
+            best = [predict(j, commands) if best[j][0] in commands else best[j] for j in range(n)]
+            edits = [j for j in edits if best[j][0] != slots[j].token]
+        changing = sorted({*write, *edits})
+        if not changing:
+            return final, False
+        content = tuple(slot.token for slot in slots)
+        if content in row.seen and not final:
+            least_certain = min(changing, key=lambda j: (best[j][1], j))
+            best[least_certain] = predict(least_certain, slots[least_certain].history)
+        row.seen.add(content)
+        row.slots = self._applied(slots, changing, best, int(view.state.step[b]), mask_id, n)
+        return final, True
+
+    def _applied(self, slots: list[_Slot], changing: list[int], best: list[tuple[int, float]], step: int, mask_id: int, n: int) -> list[_Slot]:
+        result = []
+        for j, slot in enumerate(slots):
+            token, confidence = best[j]
+            if j not in changing:
+                result.append(slot)
+            elif token == self.split_id:
+                result += [_Slot(mask_id, False, False, -1, 0.0, {mask_id}), slot]
+            elif token != self.delete_id:
+                mine = token != mask_id
+                result.append(_Slot(token, False, slot.original, step if mine else -1, confidence if mine else 0.0, {*slot.history, token}))
+        result = result[:n]
+        return result + [_Slot(mask_id, False, False, -1, 0.0, {mask_id}) for _ in range(n - len(result))]
+
+    def _write(self, state: RowState, row: _Row, b: int, start: int) -> None:
+        end = start + len(row.slots)
+        state.tokens[b, start:end] = torch.tensor([slot.token for slot in row.slots])
+        state.unmask_step[b, start:end] = torch.tensor([slot.step for slot in row.slots], dtype=torch.int32)
+        state.unmask_confidence[b, start:end] = torch.tensor([slot.confidence for slot in row.slots])

@@ -1,0 +1,85 @@
+"""Exact means the same tokens as the decoder it is exact to, in float32: on random models, and on held-out prompts of the tiny ones.
+
+The tiny models' decisions are far from ties. Random models are compared in float32 too, where a near-tie may flip; seeds are fixed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dlm_fast
+import pytest
+from dlm_fast.presets import PRESETS
+from dlm_fast.tasks import TASKS, held_out
+from helpers import random_prompts, toy
+
+# (preset, its options, what it equals, options of that one)
+BLOCK = {"block_length": 8}
+PAIRS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+    ("freedave", BLOCK, "llada", BLOCK | {"cache": "dual"}),
+    ("freedave", BLOCK | {"drafts": 2}, "llada", BLOCK | {"cache": "dual"}),
+    ("freedave", BLOCK | {"score": "margin"}, "llada", BLOCK | {"cache": "dual", "score": "margin"}),
+    ("freedave-block", {}, "sdar", {}),
+    ("freedave-block", {"drafts": 3}, "sdar", {"cache": "none"}),
+    ("d2f", {}, "d2f", {"cache": "none"}),
+    ("d2f", {"append_threshold": 0.5, "threshold": 0.5}, "d2f", {"append_threshold": 0.5, "threshold": 0.5, "cache": "none"}),
+    # Blocks that wait for the one before them are blocks one at a time.
+    ("d2f", {"append_threshold": 1.0, "activate_threshold": 1.0}, "llada2", {"threshold": 0.9}),
+    *((name, {}, name, {"cache": "none"}) for name in ("sdar-dynamic", "sdar-sequential", "sdar-entropy", "llada2", "llada2-quota", "efficient-dlm")),
+]
+IDS = [f"{a} {' '.join(f'{k}={v}' for k, v in x.items())}" for a, x, _, _ in PAIRS]
+
+
+def same_text(model, prompts, pair, **more) -> tuple[Any, Any]:
+    preset, options, static, static_options = pair
+    ours = dlm_fast.generate(model, prompts, preset=preset, **options, **more)
+    exact = dlm_fast.generate(model, prompts, preset=static, **static_options, **more)
+    # Behind the first EOS the rows may stop at different places.
+    assert [ids.tolist() for ids in ours.sequences] == [ids.tolist() for ids in exact.sequences]
+    assert ours.finish == exact.finish
+    return ours, exact
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=IDS)
+def test_tokens_are_those_of_the_static_decoder_on_random_models(pair):
+    for seed in range(4):
+        model = toy(PRESETS[pair[0]].visibility, block_length=3 + seed, seed=seed, kv_heads=1 + seed % 2, family=("llama", "qwen3")[seed % 2])
+        same_text(model, random_prompts([2, 7, 5], seed), pair, max_new_tokens=[11, 6, 9])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    return {"full": dlm_fast.load("tiny-full", backend="reference"), "block": dlm_fast.load("tiny-block", backend="reference")}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=IDS)
+def test_tokens_are_those_of_the_static_decoder_on_the_tiny_models(pair, tiny):
+    chats = [[{"role": "user", "content": sample.prompt}] for task in TASKS for sample in held_out(task, 2, seed=11)]
+    ours, exact = same_text(tiny[PRESETS[pair[0]].visibility], chats, pair, max_new_tokens=40)
+    if pair[0].startswith("freedave"):
+        assert sum(ours.nfe) < sum(exact.nfe)
+
+
+def test_drafts_that_are_never_accepted_are_given_up():
+    """A random model agrees with no draft: after the trial, a step computes its window once."""
+    model = toy("block", block_length=4, eos=())
+    out = dlm_fast.generate(model, random_prompts([4]), preset="freedave-block", max_new_tokens=80)
+    drafted = dlm_fast.generate(model, random_prompts([4]), preset="freedave-block", max_new_tokens=12)
+    assert drafted.query_tokens[0] > 4 * drafted.nfe[0]
+    assert out.query_tokens[0] - drafted.query_tokens[0] < 8 * (out.nfe[0] - drafted.nfe[0])
+
+
+def test_a_late_width_of_a_pipeline_still_holds_every_row():
+    """On a GPU the host reads widths one step late and adds a block; the tokens are the same in the wider bucket."""
+    from dlm_fast import generate as loop
+
+    model, prompts = toy("block", eos=()), random_prompts([3, 6, 1])
+    exact = dlm_fast.generate(model, prompts, preset="d2f", append_threshold=0.1, threshold=0.2, max_new_tokens=[9, 14, 5])
+    init = loop._Progress.__init__
+    try:
+        loop._Progress.__init__ = lambda self, decode, late: init(self, decode, 1)
+        late = dlm_fast.generate(model, prompts, preset="d2f", append_threshold=0.1, threshold=0.2, max_new_tokens=[9, 14, 5])
+    finally:
+        loop._Progress.__init__ = init
+    assert [row.tolist() for row in late.canvas] == [row.tolist() for row in exact.canvas]
+    assert (late.nfe, late.query_tokens) == (exact.nfe, exact.query_tokens)
