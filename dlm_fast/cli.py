@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold")
 
     commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
-    commands.add_parser("presets", parents=[common], help="the table of decoders")
+    table = commands.add_parser("presets", parents=[common], help="the table of decoders")
+    table.add_argument("--markdown", action="store_true", help="as the README shows it")
     report = commands.add_parser("compile-report", parents=[common], help="compile every kernel for six GPU targets, without a GPU")
     report.add_argument("--kernel", action="append", default=None, help="only this kernel; may be repeated")
     report.add_argument("--target", type=int, action="append", default=None, help="only this compute capability, e.g. 90; may be repeated")
@@ -207,10 +208,12 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(args: argparse.Namespace) -> dict[str, Any]:
-    from .presets import PRESETS, describe
+    from .presets import PRESETS, describe, markdown
 
     rows = [describe(preset) for preset in PRESETS.values()]
-    if not args.json:
+    if args.markdown and not args.json:
+        print(markdown(), end="")
+    elif not args.json:
         print(f"{'preset':18}{'model':7}{'schedule':10}{'cache':10}{'rule':11}{'policy':22}{'exactness':12} source")
         for row in rows:
             policy = ", ".join(p["name"] for p in row["policies"]) or ("drafts" if row["drafts"] > 1 else "-")

@@ -1,8 +1,8 @@
-"""Lossless self-speculation: a step verifies several canvases, each one token further along the static decoder's path. FreeDave.
+"""Lossless self-speculation: a step verifies several canvases, each one token further along the static decoder's path.
 
 The last accepted forward predicts the whole order of the block. Draft k writes its k + 1 best positions; one forward of all drafts
 tells what the static decoder (one token per step) would have done after each, and the longest agreeing chain is accepted. The tokens
-are therefore those of the static decoder, in fewer forwards of more positions.
+are therefore those of the static decoder, in fewer forwards of more positions. FreeDave, arXiv:2510.00294.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
 
     ready = held = None
     canvases, query_len = state.tokens, window.q_len
-    if drafts > 1:
+    if decode.drafts is not None:
         ready = decode.drafts.ready(state, kind) & selects
         held = decode.drafts.tokens(view_lanes, ready, drafts)
         canvases = _with_lanes(canvases, view_lanes.position, held)
@@ -86,7 +86,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
         if plan.preset.shadow:
             view = dataclasses.replace(view, back=_shadow_confidence(decode, window, hidden, view_lanes, needed))
         if decode.drafts is not None:
-            choice = _accept(decode, view, ready, held, kind, drafts)
+            choice = _accept(decode, view, ready, held)
         else:
             choice = rule_choice(plan, view, wide=kind == "wide")
         for policy, memory in zip(plan.preset.policies, decode.memory):
@@ -228,15 +228,11 @@ def _shadow_confidence(decode: Decode, window: Window, hidden: Tensor, lanes: La
     return stats.query_confidence.view(lanes.position.shape)
 
 
-def _accept(decode: Decode, view: View, ready: Tensor | None, held: Tensor | None, kind: str, drafts: int) -> Choice:
-    """The choice of a step with drafts; one canvas per row is a draft too."""
-    B, W = view.position.shape
-    if held is None:
-        ready = decode.drafts.ready(decode.state, kind) & view.selects
-        held = decode.drafts.tokens(view, ready, 1)
-    score = scores(decode.plan.preset.score, dataclasses.replace(view, position=view.position.repeat_interleave(drafts, 0)))
-    by_branch = (x.view(B, drafts, W) for x in (view.token, score, view.confidence))
-    return decode.drafts.choose(view, ready, view.selects, held, *by_branch, decode.plan.diffusion.mask_token_id)
+def _accept(decode: Decode, view: View, ready: Tensor, held: Tensor) -> Choice:
+    """The choice of a step that verified the drafts `held` [B, D, W]."""
+    score = scores(decode.plan.preset.score, dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)))
+    by_draft = (x.view(held.shape) for x in (view.token, score, view.confidence))
+    return decode.drafts.choose(view, ready, view.selects, held, *by_draft, decode.plan.diffusion.mask_token_id)
 
 
 def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:

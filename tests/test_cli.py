@@ -347,6 +347,17 @@ def test_presets_are_listed(capsys):
     assert [row["name"] for row in report["presets"]] == list(dlm_fast.PRESETS)
 
 
+def test_the_readme_shows_the_table_of_presets(capsys):
+    assert run(["presets", "--markdown"], capsys)[1] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_any_option_of_a_preset_can_be_set(capsys):
+    arguments = ["generate", "--model", "tiny-full", "--prompt", "Sort 3 1", "--preset", "local-leap", "--max-new-tokens", "4", "--json"]
+    status, out, _ = run([*arguments, "--set", "distance=2", "--set", "block_length=2"], capsys)
+    assert status == 0 and len(json.loads(out.splitlines()[-1])["results"]) == 1
+    assert run([*arguments, "--set", "distances=2"], capsys)[0] == 1
+
+
 def test_the_module_runs_as_a_program_and_fails_with_a_status():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "dlm_fast", "generate", "--model", "nowhere", "--prompt", "x"]

@@ -46,7 +46,7 @@ def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Prophet(Policy):
-    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet.
+    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet, arXiv:2508.19982.
 
     answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of the row.
     gap_thresholds: for the first third of the schedule, the second, and the rest.
@@ -78,7 +78,7 @@ class Prophet(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Sched(Policy):
-    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED.
+    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED, arXiv:2512.02892.
 
     curve: over u = step / (steps - 1): "cosine", "linear", or "exponential" with `rate`. reduce: what is made of the gaps. With
     max_change below 1, the predictions must besides have changed in at most that share of positions, for `patience` + 1 steps.

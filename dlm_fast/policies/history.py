@@ -14,9 +14,10 @@ from .base import Choice, Memory, Policy, View, lanes_of
 
 @dataclasses.dataclass(frozen=True)
 class KLStability(Policy):
-    """Writes every confident position whose distribution stood still for `kl_history` steps, or else the schedule's share. KLASS.
+    """Writes every confident position whose distribution stood still for `kl_history` steps, or else the schedule's share.
 
     ready = score > threshold, and KL(p_t || p_{t-1}) < kl_threshold in the last kl_history steps of this block.
+    KLASS, arXiv:2511.05664.
     """
 
     kl_threshold: float = 0.015
@@ -38,7 +39,7 @@ class KLStability(Policy):
 class ConsistentTrajectory(Policy):
     """Writes candidates that stayed on the short list with the same prediction, instead of this step's best. CCD, list form.
 
-    dynamic: all of them (CCD-DS), else as many as the schedule writes.
+    dynamic: all of them (CCD-DS), else as many as the schedule writes. CCD: arXiv:2512.02044.
     """
 
     dynamic: bool = False
@@ -72,7 +73,8 @@ class ConsistentTrajectory(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Credit(Policy):
-    """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding in dInfer, sparse form.
+    """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding (arXiv:2510.06133) in dInfer,
+    sparse form.
 
     C <- credit_decay * C;  C[top-1] += p ** credit_power;  decode from logits + credit_weight * ln(1 + C). Every step touches one
     token per position, so one slot per step of the block holds all of C.

@@ -13,7 +13,10 @@ from .base import Choice, Policy, View
 
 @dataclasses.dataclass(frozen=True)
 class EntropyRefresh(Policy):
-    """The cache is refreshed after a step that wrote a token of more than `refresh_entropy` nats. After EntropyCache's idea."""
+    """The cache is refreshed after a step that wrote a token of more than `refresh_entropy` nats.
+
+    After the idea of EntropyCache, arXiv:2603.18489.
+    """
 
     refresh_entropy: float = 1.0
     outputs: ClassVar[tuple[str, ...]] = ("entropy",)

@@ -16,9 +16,10 @@ from .base import Choice, Memory, Policy, View, lanes_of, rows_of
 
 @dataclasses.dataclass(frozen=True)
 class RunningConfidence(Policy):
-    """Every step writes all masks and takes back the least confident, so that the block fills on a fixed schedule. RCR in MDPO.
+    """Every step writes all masks and takes back the least confident, so that the block fills on a fixed schedule.
 
     After step i of S, ceil(m0 (i + 1) / S) of the block's m0 masks are written; a token keeps the score of the step that wrote it.
+    RCR in MDPO, arXiv:2508.13148.
     """
 
     family: ClassVar[str] = "revise"
@@ -36,7 +37,10 @@ class RunningConfidence(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Backtrack(Policy):
-    """Writes what beats the mean confidence of all earlier writes (at least `min_unmask`), takes back what fell most. Saber."""
+    """Writes what beats the mean confidence of all earlier writes (at least `min_unmask`), takes back what fell most.
+
+    Saber, arXiv:2510.18165.
+    """
 
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "revise"
@@ -71,7 +75,7 @@ class Backtrack(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Wino(Policy):
-    """Wide in, narrow out: writes boldly, and takes back what its context no longer supports. WINO.
+    """Wide in, narrow out: writes boldly, and takes back what its context no longer supports. WINO, arXiv:2507.18578.
 
     A shadow copy of the block predicts every written token from all the others; the lowest of those below verify_threshold are
     masked again, fewer than the step before has written.
@@ -107,7 +111,7 @@ class Wino(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class JointThreshold(Policy):
-    """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1.
+    """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1, arXiv:2602.08676.
 
     A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. repeat_penalty is subtracted from the
     logit of the token before each position.

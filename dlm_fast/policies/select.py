@@ -29,7 +29,7 @@ class NearBest(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveThreshold(Policy):
-    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM."""
+    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM, arXiv:2601.17917."""
 
     alpha: float = 0.3
 
@@ -40,7 +40,10 @@ class AdaptiveThreshold(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LocalLeap(Policy):
-    """Positions within `distance` of a confident one (score >= the threshold) need only `relaxed_threshold`. LocalLeap."""
+    """Positions within `distance` of a confident one (score >= the threshold) need only `relaxed_threshold`.
+
+    LocalLeap, arXiv:2510.07081.
+    """
 
     relaxed_threshold: float = 0.75
     distance: int = 4
@@ -53,9 +56,9 @@ class LocalLeap(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class CertaintyPrior(Policy):
-    """Scores are multiplied by the Gaussian-weighted share of decoded neighbours (`sigma` positions wide). d2Cache.
+    """Scores are multiplied by the Gaussian-weighted share of decoded neighbours (`sigma` positions wide).
 
-    Left of the canvas counts as decoded, right of it as its last position does.
+    Left of the canvas counts as decoded, right of it as its last position does. d2Cache, arXiv:2509.23094.
     """
 
     sigma: float = 10.0
@@ -77,7 +80,9 @@ class CertaintyPrior(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedFilter(Policy):
-    """A learned head says which predictions are already final; the fixed schedule writes its share besides. Learn2PD.
+    """A learned head says which predictions are already final; the fixed schedule writes its share besides.
+
+    Learn2PD, arXiv:2509.25188.
 
     head: (confidence [B, W] fp32, 0 where not eligible) -> [B, W] in [0, 1], on the device. eotp: end-of-text prediction: the row is
     cut after the first accepted position that predicts an EOS, or else after the most confident position that does.

@@ -32,6 +32,11 @@ _D2F = "Wang et al. 2025 (discrete diffusion forcing), arXiv:2508.09192"
 _SDAR = "Cheng et al. 2025 (SDAR), arXiv:2510.06303"
 _LLADA2 = "Bie et al. 2025 (LLaDA2.0), arXiv:2512.15745"
 _DINFER = "Ma et al. 2025 (dInfer), arXiv:2510.08666"
+_CREDIT = "Wang et al. 2025 (CreditDecoding), arXiv:2510.06133"
+_TRACE = "Wang et al. 2025 (TraceRL), arXiv:2509.06949"
+_EB = "Ben-Hamu et al. 2025 (EB-Sampler), arXiv:2505.24857"
+_CCD = "Chen et al. 2025 (CCD), arXiv:2512.02044"
+_FREEDAVE = "Wu and Zhang 2025 (FreeDave), arXiv:2510.00294"
 
 _UNCACHED = "exact: it is the uncached loop"
 _EXACT = "exact: same tokens as recomputing everything"
@@ -87,13 +92,13 @@ _ROWS = (
         score="neg_entropy",
     ),
     Preset(
-        "trado", "Wang et al. 2025 (TraceRL), arXiv:2509.06949", **_BLOCK, **_DRAWN, rule="threshold", threshold=0.9, min_unmask=None
+        "trado", f"{_TRACE}; TraDo", **_BLOCK, **_DRAWN, rule="threshold", threshold=0.9, min_unmask=None
     ),
     Preset("llada2", _LLADA2, **_BLOCK, rule="threshold", threshold=0.95),
     Preset("llada2-quota", f"{_LLADA2}; its Hugging Face loop", **_BLOCK, rule="threshold", threshold=0.95, min_unmask=None),
     Preset(
         "llada2.1",
-        "LLaDA2.1, joint threshold as served by SGLang",
+        "Bie et al. 2026 (LLaDA2.1), arXiv:2602.08676; joint threshold as served by SGLang",
         **_BLOCK,
         rule="threshold",
         threshold=0.5,
@@ -103,7 +108,7 @@ _ROWS = (
     ),
     Preset(
         "llada2.2",
-        "LLaDA2.2, joint threshold with insert and delete as served by SGLang",
+        "LLaDA2.2 technical report, joint threshold with insert and delete: SGLang pull request 31773",
         **_BLOCK,
         rule="threshold",
         threshold=0.5,
@@ -111,12 +116,12 @@ _ROWS = (
         stop="after_block",
         needs="weights trained for insertion and deletion (LLaDA2.2), delete_id= and split_id=; runs on the host",
     ),
-    Preset("nbdiff", "NBDiff, published generator", **_BLOCK, rule="threshold", seed=True, causal_commit=True,
+    Preset("nbdiff", "Tian et al. 2025 (NBDiff), arXiv:2512.06776", **_BLOCK, rule="threshold", seed=True, causal_commit=True,
            needs="a causal prefix and logits_row 'previous'"),
-    Preset("efficient-dlm", "Efficient-DLM, published generator", **_BLOCK, rule="threshold", inclusive=True),
+    Preset("efficient-dlm", "Fu et al. 2025 (Efficient-DLM), arXiv:2512.14067", **_BLOCK, rule="threshold", inclusive=True),
     Preset("dinfer", _DINFER, _DUAL, "full", "dual", **_THRESHOLD, policies=(NearBest(),)),
     Preset("dinfer-hierarchy", _DINFER, _DUAL, "full", "dual", rule="threshold", block_length=32, run_threshold=0.4),
-    Preset("dinfer-credit", _DINFER, _DUAL, "full", "dual", **_THRESHOLD, policies=(Credit(),)),
+    Preset("dinfer-credit", f"{_DINFER}; {_CREDIT}", _DUAL, "full", "dual", **_THRESHOLD, policies=(Credit(),)),
     Preset(
         "dinfer-vicinity",
         _DINFER,
@@ -130,7 +135,7 @@ _ROWS = (
     ),
     Preset(
         "d3llm",
-        "d3LLM, published generator",
+        "Qian et al. 2026 (d3LLM), arXiv:2601.07568",
         "approximate: cached keys are as old as the last forward of everything",
         "full",
         "delayed",
@@ -160,7 +165,7 @@ _ROWS = (
     ),
     Preset(
         "diffusion-gemma",
-        "DiffusionGemma in transformers: entropy-bound renoising",
+        f"DiffusionGemma (Google 2026) in transformers: entropy-bound renoising, {_EB}",
         "exact: same tokens as re-encoding every canvas",
         "full",
         "none",
@@ -173,7 +178,7 @@ _ROWS = (
     ),
     Preset(
         "dllm-var",
-        "dLLM-Var, published generator",
+        "Yang et al. 2025 (dLLM-Var), arXiv:2510.24605",
         "approximate: committed keys have seen the masks of the block after them",
         "full",
         "fused",
@@ -183,35 +188,36 @@ _ROWS = (
         stop="after_block",
         needs="weights trained to end with EOS (dLLM-Var)",
     ),
-    Preset("dllm-rl", "dLLM-RL, published sampler", _PREFIX, "full", "prefix", rule="threshold", threshold=0.95, block_length=32, horizon=128),
+    Preset("dllm-rl", f"{_TRACE}; the sampler of dLLM-RL", _PREFIX, "full", "prefix", rule="threshold", threshold=0.95,
+           block_length=32, horizon=128),
     Preset(
-        "eb-sampler", "Ben-Hamu et al. 2025, arXiv:2505.24857", **_FULL, rule="entropy", score="neg_entropy", block_length=32
+        "eb-sampler", _EB, **_FULL, rule="entropy", score="neg_entropy", block_length=32
     ),
     Preset(
         "klass", "Kim et al. 2025 (KLASS), arXiv:2511.05664", **_FULL, rule="threshold", threshold=0.6, block_length=32,
         policies=(KLStability(),),
     ),
-    Preset("ccd", "CCD, published code; list form", **_FULL, rule="quota", score="neg_entropy", block_length=32,
+    Preset("ccd", f"{_CCD}; list form", **_FULL, rule="quota", score="neg_entropy", block_length=32,
            policies=(ConsistentTrajectory(),)),
-    Preset("ccd-ds", "CCD, published code; list form, dynamic", **_FULL, rule="quota", score="neg_entropy", block_length=32,
+    Preset("ccd-ds", f"{_CCD}; list form, dynamic", **_FULL, rule="quota", score="neg_entropy", block_length=32,
            policies=(ConsistentTrajectory(dynamic=True),)),
     Preset("prophet", "Li et al. 2025 (Prophet), arXiv:2508.19982", _FULL["exactness"], "full", "none", rule="quota", block_length=32,
            policies=(Prophet(),)),
-    Preset("sched", "SchED, published code", **_FULL, rule="quota", block_length=32, policies=(Sched(),)),
+    Preset("sched", "Mohamed et al. 2025 (SchED), arXiv:2512.02892", **_FULL, rule="quota", block_length=32, policies=(Sched(),)),
     Preset("rcr", "He et al. 2025 (MDPO), arXiv:2508.13148", **_FULL, rule="quota", block_length=32, policies=(RunningConfidence(),),
            stop="after_block"),
-    Preset("saber", "Saber, published code", **_FULL, rule="threshold", min_unmask=2, block_length=32, policies=(Backtrack(),),
-           stop="after_block"),
+    Preset("saber", "Dong et al. 2025 (Saber), arXiv:2510.18165", **_FULL, rule="threshold", min_unmask=2, block_length=32,
+           policies=(Backtrack(),), stop="after_block"),
     Preset("wino", "Hong et al. 2025 (WINO), arXiv:2507.18578", **_FULL, rule="threshold", threshold=0.6, block_length=128,
            policies=(Wino(),), stop="after_block"),
-    Preset("local-leap", "LocalLeap, published code", **_FULL, **_THRESHOLD, policies=(LocalLeap(),)),
+    Preset("local-leap", "Kong et al. 2025 (LocalLeap), arXiv:2510.07081", **_FULL, **_THRESHOLD, policies=(LocalLeap(),)),
     Preset("certainty-prior", "Jiang et al. 2025 (d2Cache), arXiv:2509.23094", **_FULL, rule="quota", block_length=32,
            policies=(CertaintyPrior(),)),
-    Preset("learn2pd", "Learn2PD, published code", **_FULL, rule="quota", block_length=32, policies=(LearnedFilter(),),
-           needs="a trained filter, head="),
+    Preset("learn2pd", "Bao et al. 2025 (Learn2PD), arXiv:2509.25188", **_FULL, rule="quota", block_length=32,
+           policies=(LearnedFilter(),), needs="a trained filter, head="),
     Preset(
         "streaming-dllm",
-        "Streaming-dLLM, published code",
+        "Xiao et al. 2026 (Streaming-dLLM), arXiv:2601.17917",
         "approximate: keys before the block are as old as the block, far ones after it are left out",
         "full",
         "prefix",
@@ -250,7 +256,7 @@ _ROWS = (
     ),
     Preset(
         "entropy-cache",
-        "after EntropyCache (abstract only)",
+        "after the abstract of Cheong et al. 2026 (EntropyCache), arXiv:2603.18489",
         "approximate: keys of decoded positions are as old as the last forward of everything",
         "full",
         "scattered",
@@ -260,7 +266,7 @@ _ROWS = (
     ),
     Preset(
         "freedave",
-        "FreeDave, published code",
+        _FREEDAVE,
         "exact: same tokens as one token per step with the dual cache",
         "full",
         "dual",
@@ -268,7 +274,7 @@ _ROWS = (
         block_length=32,
         drafts=4,
     ),
-    Preset("freedave-block", "FreeDave, published code", "exact: same tokens as one token per step", "block", "commit", rule="quota", drafts=8),
+    Preset("freedave-block", _FREEDAVE, "exact: same tokens as one token per step", "block", "commit", rule="quota", drafts=8),
 )
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ROWS}
