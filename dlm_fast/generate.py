@@ -284,7 +284,9 @@ def _sampling(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     preset = plan.preset
     no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
     spans = [len(canvas) - start for canvas, start in zip(batch.canvases, plan.first.tolist())]
-    steps = [preset.steps_per_block or (max(1, span) if preset.schedule == "canvas" else plan.block_length) for span in spans]
+    # Where a row is one block, the batch's longest one must not decide its schedule.
+    whole = preset.schedule == "canvas" or (preset.block_length or plan.diffusion.block_length) is None
+    steps = [preset.steps_per_block or (max(1, span) if whole else plan.block_length) for span in spans]
     transfer = None
     if preset.rule in ("schedule", "bernoulli"):
         transfer = torch.zeros(B, max(steps))

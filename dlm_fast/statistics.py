@@ -92,17 +92,28 @@ def measure(
     if sampling.no_eos_before is not None:
         too_early = position < sampling.no_eos_before.repeat_interleave(branches)[:, None]
         banned = torch.cat([banned.expand(N, -1), torch.where(too_early.view(-1, 1), sampling.eos, -1)], -1)
+    raw = logits
     if sampling.top_k or sampling.top_p < 1:
+        if bias is not None:
+            # A bias changes what the filters keep.
+            ids, values = (x.flatten(0, 1) for x in bias)
+            inside = (ids >= 0) & (ids < logits.shape[1])
+            logits = logits.scatter_add(1, torch.where(inside, ids, 0), torch.where(inside, values, 0.0).to(logits.dtype))
+            bias = None
         logits = filtered(logits, plan, sampling, by_lane(sampling.temperature), banned, needed.flatten())
 
-    outputs = [
-        *(("second",) if wanted & {"margin", "gap"} else ()),
-        *(("entropy",) if wanted & {"entropy", "neg_entropy"} or preset.rule == "entropy" else ()),
-        *(("sampled",) if sampling.draws else ()),
-        *(("logsumexp", "kl") if history is not None else ()),
-    ]
-    more = {}
+    own = []  # of the model's distribution, whatever may be drawn: what early exits and stability look at
+    if wanted & {"margin", "gap"}:
+        own.append("second")
+    own_more = {}
+    if history is not None:
+        own += ["logsumexp", "kl"]
+        own_more = {"previous": history["logits"], "previous_logsumexp": history["logsumexp"]}
+    outputs, more = [], {}
+    if wanted & {"entropy", "neg_entropy"} or preset.rule == "entropy":
+        outputs.append("entropy")
     if sampling.draws:
+        outputs.append("sampled")
         noise = torch.stack([by_lane(sampling.request), position.flatten(), by_lane(state.step)], -1)
         more |= {"sample_temperature": by_lane(sampling.temperature), "seed": sampling.seed, "noise": noise}
         if preset.tempered:
@@ -110,12 +121,16 @@ def measure(
             more["temperature"] = torch.where(heat > 0, heat, 1.0)
     if bias is not None:
         more |= {"bias_ids": bias[0].flatten(0, 1), "bias": bias[1].flatten(0, 1)}
+    # One pass over the vocabulary, unless what is drawn from is another distribution than the model's.
+    apart = bool(own) and (raw is not logits or "temperature" in more)
+    if apart:
+        stats = ops.confidence(logits, rows=rows, outputs=(*outputs, *(("second",) if "margin" in wanted else ())), banned=banned, **more)
+        model_stats = ops.confidence(raw, rows=rows, outputs=tuple(own), banned=banned, **own_more)
+    else:
+        stats = model_stats = ops.confidence(logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more)
     if history is not None:
-        more |= {"previous": history["logits"], "previous_logsumexp": history["logsumexp"]}
-    stats = ops.confidence(logits, rows=rows, outputs=tuple(outputs), banned=banned, **more)
-    if history is not None:
-        history["logits"].copy_(logits)
-        history["logsumexp"].copy_(stats.logsumexp)
+        history["logits"].copy_(raw)
+        history["logsumexp"].copy_(model_stats.logsumexp)
 
     token, confidence = (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
     result = {
@@ -123,10 +138,10 @@ def measure(
         "confidence": confidence,
         "greedy": stats.token,
         "greedy_confidence": stats.confidence,
-        "margin": stats.margin if "second" in outputs else None,
-        "gap": stats.logit - stats.second_logit if "second" in outputs else None,
-        "entropy": stats.entropy if "entropy" in outputs else None,
-        "kl": stats.kl if history is not None else None,
+        "margin": stats.margin,
+        "gap": None if model_stats.second_logit is None else model_stats.logit - model_stats.second_logit,
+        "entropy": stats.entropy,
+        "kl": model_stats.kl if history is not None else None,
         "error": stats.error,
     }
     return {name: None if values is None else values.view(-1, W) for name, values in result.items()}
@@ -166,7 +181,7 @@ def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor
     return torch.where(keep, work, -torch.inf)
 
 
-def rule_choice(plan: Plan, view: View, *, wide: bool) -> Choice:
+def rule_choice(plan: Plan, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, sampling, state = plan.preset, view.sampling, view.state
     score = scores(preset.score, view)
@@ -195,10 +210,6 @@ def rule_choice(plan: Plan, view: View, *, wide: bool) -> Choice:
     if preset.sub_block_length is not None:
         start, end = sub_block(plan, state)
         allowed = (view.position >= start[:, None]) & (view.position < end[:, None])
-    if wide and plan.previous and preset.cache in ("prefix", "dual"):
-        # The block's first position is predicted by the row before it, which later steps do not compute.
-        first = view.eligible & (view.eligible.cumsum(1) == 1)
-        allowed = first if allowed is None else allowed & first
     return Choice(
         pred=view.token,
         score=score,
@@ -209,6 +220,23 @@ def rule_choice(plan: Plan, view: View, *, wide: bool) -> Choice:
         entropy=view.entropy if preset.rule == "entropy" else None,
         allowed=allowed,
         run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
+    )
+
+
+def opening(plan: Plan, view: View, choice: Choice) -> Choice:
+    """The choice of the forward that opens a block's stale cache, where positions are predicted by the row before them.
+
+    It writes the block's first masked position and nothing else: later steps do not compute the row that predicts it.
+    """
+    if not (plan.previous and plan.preset.cache in ("prefix", "dual")):
+        return choice
+    opens = view.state.block_step == 0
+    first = (view.eligible.cumsum(1) == 1) | ~opens[:, None]
+    return dataclasses.replace(
+        choice,
+        allowed=first if choice.allowed is None else choice.allowed & first,
+        min_unmask=torch.where(opens, 1, choice.min_unmask),
+        fallback=None if choice.fallback is None else torch.where(opens, 1, choice.fallback),
     )
 
 

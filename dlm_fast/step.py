@@ -16,7 +16,7 @@ from .patching import PatchHandle
 from .policies import Choice, View
 from .policies.base import Lanes, Memory
 from .schedule import Plan, lane_start, request_refresh, window_of
-from .statistics import Sampling, lanes_view, measure, rule_choice, scores
+from .statistics import Sampling, lanes_view, measure, opening, rule_choice, scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
         held = decode.drafts.tokens(view_lanes, ready, drafts)
         canvases = _with_lanes(canvases, view_lanes.position, held)
         query_len = query_len * torch.where(ready & ~decode.drafts.suspended(), drafts, 1).int()
+    if plan.preset.cfg_scale:
+        query_len = 2 * query_len
     hidden = _forward(decode, window, canvases, drafts)
     first_branch = hidden[: len(canvases)] if plan.preset.cfg_scale else hidden.view(-1, drafts, *hidden.shape[1:])[:, 0]
 
@@ -88,9 +90,11 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
         if decode.drafts is not None:
             choice = _accept(decode, view, ready, held)
         else:
-            choice = rule_choice(plan, view, wide=kind == "wide")
+            choice = rule_choice(plan, view)
         for policy, memory in zip(plan.preset.policies, decode.memory):
             choice = policy.choose(dataclasses.replace(view, memory=memory), choice)
+        if kind == "wide" and decode.drafts is None:
+            choice = opening(plan, view, choice)
         stats["stat_error"] = view.error.view(-1, drafts, view.error.shape[1]).amax(1)
     if plan.preset.seed:
         stats |= _seed(decode, window, first_branch)
@@ -156,6 +160,8 @@ def _forward(decode: Decode, window: Window, canvases: Tensor, drafts: int) -> T
         window = repeat_rows(window, lambda x: torch.cat([x, x]))
         window = dataclasses.replace(window, cache_row=torch.cat([rows, rows + rows.shape[0]]))
     input_ids = canvases.gather(1, window.q_pos.long())
+    if window.mode == "shadow":
+        input_ids = torch.where(window.q_block > 0, plan.diffusion.mask_token_id, input_ids)
     return handle.adapter.window_hidden(handle.model, input_ids, handle.step(window, decode.cache if plan.capacity else None))
 
 

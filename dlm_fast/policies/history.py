@@ -61,13 +61,13 @@ class ConsistentTrajectory(Policy):
 
         listed = view.memory["listed"] & (i > 0)[:, None]
         best = view.best(count, choice.score)
-        agreed = view.best(length, choice.score) & listed & (view.token == view.memory["predicted"])
+        agreed = view.best(length, choice.score) & listed & (view.greedy == view.memory["predicted"])
         plain = (i < self.warmup + 1) | last | ~(best & listed).any(1) | (agreed.sum(1) < count)
         kept = agreed if self.dynamic else view.best(count, choice.score, among=agreed)
         chosen = torch.where(plain[:, None], best, kept)
 
         view.keep("listed", view.best(length, choice.score, among=view.eligible & ~chosen))
-        view.keep("predicted", view.token)
+        view.keep("predicted", view.greedy)
         return choice.only(chosen)
 
 

@@ -130,8 +130,8 @@ class JointThreshold(Policy):
         if self.repeat_penalty:
             before = view.state.tokens.gather(1, (view.position - 1).clamp(min=0).long())
             before = torch.where(view.position > 0, before, -1)[:, :, None]
-            view = view.restate(before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
-            choice = dataclasses.replace(choice, pred=view.token, score=view.confidence, confidence=view.confidence)
+            biased = view.restate(before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
+            choice = dataclasses.replace(choice, pred=biased.token, score=biased.confidence, confidence=biased.confidence)
         full = ~view.eligible.any(1)
         post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)
         settled = full & (post > self.max_post_edits)
