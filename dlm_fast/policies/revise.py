@@ -128,7 +128,8 @@ class JointThreshold(Policy):
 
     def choose(self, view: View, choice: Choice) -> Choice:
         if self.repeat_penalty:
-            before = view.state.tokens.gather(1, (view.position - 1).clamp(min=0).long())
+            L = view.state.tokens.shape[1]
+            before = view.state.tokens.gather(1, (view.position - 1).clamp(0, L - 1).long())
             before = torch.where(view.position > 0, before, -1)[:, :, None]
             biased = view.restate(before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
             choice = dataclasses.replace(choice, pred=biased.token, score=biased.confidence, confidence=biased.confidence)

@@ -41,19 +41,19 @@ class UnmaskRule:
         pipeline: the region of a row holds several blocks, decoded at once; a step may append one.    D2F, arXiv:2508.09192
         scope: what kmin counts over. "row": all eligible positions. "each" (pipelines): a fully activated block in which
             nothing passes writes its best position, other blocks nothing (D2F). "first" (pipelines): as "row", and then the
-            first block with masks writes its best position if nothing was chosen in it (d3LLM).
+            first block with masks writes its best position if nothing was chosen in it (d3LLM, arXiv:2601.07568).
         runs: besides, the best position of every maximal run of adjacent eligible positions is written if its score is
             > `run_value` (dInfer's hierarchy, arXiv:2510.08666).
         edit: besides, a written position whose prediction differs is overwritten if its score is > `edit_value`; the block
-            is finished by a step that writes nothing, whose keys are then final (LLaDA2.1's joint threshold).
+            is finished by a step that writes nothing, whose keys are then final (LLaDA2.1's joint threshold, arXiv:2602.08676).
         renoise: a canvas without masks: every position of the region is eligible, and those not chosen receive `refill`
             (uniform-noise models such as DiffusionGemma). The block is finished by `exits` only.
         remask: after the step's writes, the k positions of lowest `remask_score` are masked again (ties: lowest position).
-            "lowest": k = `remask_count`, among all written positions of the region.               RCR in MDPO
+            "lowest": k = `remask_count`, among all written positions of the region.               RCR in MDPO, arXiv:2508.13148
             "saber": the same positions, k = min(max(n // 2, ceil(m / 8)), m - 1), m = max(n, positions just chosen), n =
-                `min_unmask`; nothing if no mask is left.                                          Saber
+                `min_unmask`; nothing if no mask is left.                                          Saber, arXiv:2510.18165
             "wino": among positions written before this step whose remask_score is < `remask_value`, k = at most
-                `remask_count`, and only if more than one was chosen.                             WINO
+                `remask_count`, and only if more than one was chosen.                             WINO, arXiv:2507.18578
         cache: what follows a finished block. "none": the next block with masks. "refresh": the same, after a WIDE step.
             "commit": a COMMIT step, then the very next block, with or without masks. "once": a WIDE step at the start of the
             row only. Pipelines: "none"; "fused": finished blocks are committed by the next step, whatever else it computes;

@@ -62,6 +62,7 @@ class CompileCase:
         num_warps, num_stages: launch options.
         elements_per_iteration: vocabulary elements that one program consumes in one iteration of its vocabulary loop; None where
             there is no such loop.
+        maxnreg: launch option, registers of a thread at most; None: ptxas decides, and may prefer spills to few programs.
     """
 
     kernel: str
@@ -73,6 +74,7 @@ class CompileCase:
     num_warps: int
     num_stages: int
     elements_per_iteration: int | None = None
+    maxnreg: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,7 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
         raise ValueError(f"compile_case: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability}")
     _check(case)
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=_attributes(case))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # of any stage of Triton's; said again with a name on it

@@ -1,0 +1,203 @@
+"""Every decoder makes progress and ends: bounds on what its steps do to the masks, measured on whole decodes of toy models."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import dlm_fast
+import pytest
+import torch
+from dlm_fast.patching import attach
+from dlm_fast.presets import PRESETS
+from helpers import EOS, MASK, native_model, random_prompts
+
+BLOCK, PROMPTS, NEW = 4, [1, 6], [10, 5]
+
+
+def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
+    """A learned filter that no one trained: it accepts what is more confident than its neighbours together."""
+    around = torch.nn.functional.pad(confidence, (1, 1))
+    return torch.sigmoid(20 * (confidence - around[:, :-2] - around[:, 2:]))
+
+
+# Options with which little passes, and with which much does; a decoder that has no such number runs as it is.
+EAGER_AND_SHY = {
+    "threshold": ({"threshold": 0.1}, {"threshold": 0.999}),
+    "neg_entropy": ({"threshold": -2.5}, {"threshold": -1e-3}),
+    "entropy": ({"entropy_bound": 5.0}, {"entropy_bound": 0.0}),
+    "factor": ({"factor": 3.0}, {"factor": 0.01}),
+    "quota": ({"steps_per_block": 2}, {}),
+    "schedule": ({"steps_per_block": 3}, {"steps_per_block": 40}),
+    "bernoulli": ({"steps_per_block": 3}, {"steps_per_block": 40}),
+}
+EXTRA = {
+    "learn2pd": (
+        {"head": sharp_filter, "accept_threshold": 0.5, "eotp": True},
+        {"head": sharp_filter, "accept_threshold": 0.999},
+    ),
+    "klass": ({"kl_threshold": 10.0, "kl_history": 1}, {"kl_threshold": 1e-9}),
+    "ccd": ({}, {"steps_per_block": 20}),
+    "ccd-ds": ({}, {"steps_per_block": 20}),
+    "prophet": ({"gap_thresholds": (3.0, 1.0, 0.2)}, {"gap_thresholds": (99.0, 99.0, 99.0)}),
+    "sched": ({"high": 2.0, "low": 0.2, "max_change": 0.5}, {"high": 99.0, "low": 99.0}),
+    "rcr": ({"steps_per_block": 3}, {"steps_per_block": 9}),
+    "wino": ({"verify_threshold": 0.99}, {"verify_threshold": 0.5}),
+    "entropy-cache": ({"refresh_entropy": 0.5}, {"refresh_entropy": 9.0}),
+    "llada2.1": ({"edit_threshold": 0.0}, {"edit_threshold": 0.5, "threshold": 0.3}),
+    "streaming-dllm": ({"horizon": 3}, {"horizon": 0}),
+    "dpad": ({"horizon": 7}, {"horizon": 2}),
+}
+# Decoders with a bound of their own; all the others write at least one token a step.
+OWN_BOUND = ("freedave", "freedave-block", "dream-origin", "rcr", "wino", "llada2.1", "llada2.2", "diffusion-gemma")
+PLANNED = (
+    "llada", "dream", "dream-origin", "fast-dllm", "fast-dllm-factor", "fast-dllm-prefix", "fast-dllm-dual", "fast-dllm-v2",
+    "dllm-rl", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "d3llm", "dparallel", "dllm-var", "d2f",
+    "nbdiff", "efficient-dlm", "sdar", "sdar-dynamic", "sdar-sequential", "sdar-entropy", "trado", "llada2", "llada2-quota",
+    "llada2.1", "llada2.2", "eb-sampler", "klass", "ccd", "ccd-ds", "prophet", "sched", "rcr", "wino", "saber", "local-leap",
+    "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache", "learn2pd", "freedave",
+    "freedave-block",
+)  # fmt: skip
+WRITES_EVERY_STEP = [name for name in dict.fromkeys((*PLANNED, *PRESETS)) if name not in OWN_BOUND]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A row after a step: masks in its canvas and in its block, denoise steps, forwards, and its block."""
+
+    masks: int
+    block_masks: int
+    step: int
+    nfe: int
+    block: int
+
+
+@functools.lru_cache(maxsize=16)
+def model_of(visibility: str, alignment: str, logits_row: str):
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=MASK,
+        eos_token_ids=(EOS,),
+        visibility=visibility,
+        block_length=BLOCK,
+        block_alignment=alignment,
+        logits_row=logits_row,
+    )
+    model = native_model(seed=3, heads=2, kv_heads=1)
+    attach(model, backend="reference", diffusion=diffusion, plain_mode=visibility)
+    return model
+
+
+def trace(name: str, options: dict, alignment: str = "rel") -> list[list[Snapshot]]:
+    """Row by row, what every step of a decode left."""
+    if name not in PRESETS:
+        pytest.skip(f"preset {name} does not exist yet; its bound would be checked here")
+    preset = PRESETS[name]
+    absolute = preset.visibility == "block" and alignment == "abs"
+    rows = [[Snapshot(n, -1, 0, 0, p // BLOCK * BLOCK if absolute else p)] for n, p in zip(NEW, PROMPTS)]
+
+    def record(state) -> None:
+        position = torch.arange(state.tokens.shape[1])
+        masked = (state.tokens == MASK) & (position < state.canvas_len[:, None])
+        inside = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
+        numbers = (masked.sum(1), (masked & inside).sum(1), state.step, state.nfe, state.block_start)
+        for row, values in zip(rows, zip(*(n.tolist() for n in numbers))):
+            row.append(Snapshot(*values))
+
+    if preset.visibility == "full" and "block_length" in preset.options() and preset.schedule != "canvas":
+        options = {"block_length": BLOCK, **options}
+    model = model_of(preset.visibility, alignment, "previous" if preset.seed else "self")
+    dlm_fast.generate(model, random_prompts(PROMPTS), max_new_tokens=NEW, preset=name, on_step=record, **options)
+    return rows
+
+
+def variants(name: str) -> list[dict]:
+    """The preset's options: eager, and shy."""
+    if name not in PRESETS:
+        return [{}]
+    preset = PRESETS[name]
+    common = EAGER_AND_SHY["neg_entropy" if preset.rule == "threshold" and preset.score == "neg_entropy" else preset.rule]
+    return [a | b for a, b in zip(common, EXTRA.get(name, ({}, {})))]
+
+
+@pytest.mark.parametrize("name", WRITES_EVERY_STEP)
+def test_every_denoise_step_leaves_fewer_masks(name):
+    for options in variants(name):
+        for row in trace(name, options):
+            for before, after in zip(row, row[1:]):
+                assert after.step == before.step or after.masks < before.masks, options
+            assert row[-1].step <= row[0].masks
+
+
+@pytest.mark.parametrize("drafts", [2, 3, 8])
+@pytest.mark.parametrize("name", ["freedave", "freedave-block"])
+def test_only_the_step_that_opens_a_block_of_drafts_writes_nothing(name, drafts):
+    for row in trace(name, {"drafts": drafts, "stop": "never"}):
+        assert row[-1].masks == 0 and row[-1].step <= row[0].masks
+        for taken in steps_by_block(row).values():
+            assert all(after.masks < before.masks for before, after in zip(taken, taken[1:]))
+
+
+def test_dream_origin_ends_after_its_schedule():
+    for steps in (1, 3, 40):
+        assert all(row[-1].step <= steps for row in trace("dream-origin", {"steps_per_block": steps}))
+
+
+def steps_by_block(row: list[Snapshot]) -> dict[int, list[Snapshot]]:
+    """The denoise steps of a row by the block they worked on: how the block stood after each."""
+    blocks: dict[int, list[Snapshot]] = {}
+    for before, after in zip(row, row[1:]):
+        if after.step > before.step:
+            blocks.setdefault(before.block, []).append(after)
+    return blocks
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
+def test_rcr_fills_a_block_in_its_number_of_steps(steps):
+    for row in trace("rcr", {"steps_per_block": steps, "stop": "never"}):
+        assert row[-1].masks == 0
+        for taken in steps_by_block(row).values():
+            assert len(taken) <= steps
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.05, "verify_threshold": 1.0}, {"threshold": 0.3}, {"threshold": 0.999}])
+def test_wino_writes_more_than_it_takes_back(options):
+    for row in trace("wino", {"block_length": 9, "stop": "never", **options}):
+        assert row[-1].masks == 0
+        left = row[0].masks
+        for taken in steps_by_block(row).values():
+            for number, after in enumerate(taken, 1):
+                assert after.masks <= left - number
+            assert len(taken) <= left - taken[-1].masks <= 9
+            left = taken[-1].masks
+
+
+@pytest.mark.parametrize("alignment", ["abs", "rel"])
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.05}, {"threshold": 0.999, "edit_threshold": 0.3}, {"max_post_edits": 0}])
+def test_joint_threshold_ends_within_its_edits(options, alignment):
+    edits = options.get("max_post_edits", 16)
+    for row in trace("llada2.1", {"stop": "never", **options}, alignment):
+        assert row[-1].masks == 0
+        for taken in steps_by_block(row).values():
+            assert len(taken) <= BLOCK + edits + 1
+
+
+@pytest.mark.parametrize("alignment", ["abs", "rel"])
+def test_insertions_and_deletions_end_within_their_edits(alignment):
+    edits = PRESETS["llada2.2"].options().get("max_post_edits", 16) if "llada2.2" in PRESETS else 0
+    for row in trace("llada2.2", {"stop": "never"}, alignment):
+        blocks = -(-(NEW[0] + PROMPTS[-1]) // BLOCK) + 1
+        assert row[-1].masks == 0 and row[-1].nfe <= 1 + blocks * (BLOCK + edits + 2)
+
+
+@pytest.mark.parametrize("alignment", ["abs", "rel"])
+@pytest.mark.parametrize("name", [name for name in PLANNED if name in PRESETS and PRESETS[name].visibility == "block"])
+def test_a_block_costs_at_most_its_masks_a_commit_and_a_prefill(name, alignment):
+    if name in OWN_BOUND:
+        pytest.skip(f"{name} edits its blocks; its bound is a test of its own")
+    blocks = max(NEW) // BLOCK + 2
+    for row in trace(name, {}, alignment):
+        assert row[-1].nfe <= row[0].masks + blocks + 1
+
+
+def test_every_preset_has_a_bound():
+    assert set(PRESETS) <= set(WRITES_EVERY_STEP) | set(OWN_BOUND)

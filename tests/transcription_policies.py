@@ -1,0 +1,211 @@
+"""The acceleration policies for tests/test_transcriptions.py: what each draws at random, and what answers for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transcription_cases import Decoder, Options, Transcription, only
+
+from transcriptions import blockwise, policies_cache, policies_exit, policies_revise, policies_select, speculation
+from transcriptions.common import Model, Row, Settings
+
+LOW = (0.1, 0.2, 0.3, 0.5, 0.8)
+THRESHOLD = (0.85, "threshold", LOW)
+CACHE = (0.3, "cache", ("prefix", "dual"))
+STEPS = (0.7, "steps_per_block", (None, 1, 2, 3, 5, 7))
+
+
+def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
+    """A learned filter that no one trained: [B, W] -> [B, W]. It looks at the neighbours, so that a shifted lane shows."""
+    around = torch.nn.functional.pad(confidence.double(), (1, 1))
+    return torch.sigmoid(15 * (confidence.double() - 0.3 * around[:, :-2] - 0.5 * around[:, 2:])).float()
+
+
+def transcribed(decode: Callable[..., Row], **more: Any) -> Transcription:
+    """A transcription that takes the options by name; `steps_per_block` it calls `steps`, None being one token per step."""
+
+    def transcribe(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+        o = dict(o)
+        if "steps_per_block" in o:
+            o["steps"] = o.pop("steps_per_block") or o["block_length"]
+        return decode(model, canvas, settings, **o, **more)
+
+    return transcribe
+
+
+def learned(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+    head = o["head"]
+    o = o | {"head": lambda confidence: head(torch.tensor([confidence]))[0].tolist()}
+    return transcribed(policies_select.decode_learn2pd)(model, canvas, settings, o, diffusion)
+
+
+def drafted(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+    row = speculation.decode_freedave(model, canvas, settings, **o)
+    static = blockwise.decode_refreshed(
+        model, canvas, dataclasses.replace(settings, stop="never"), rule="quota", cache="dual", block_length=o["block_length"]
+    )
+    return lossless(row, static)
+
+
+def drafted_blocks(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+    blocks = {"block_length": diffusion.block_length, "alignment": diffusion.block_alignment}
+    row = speculation.decode_freedave_block(model, canvas, settings, **blocks, **o)
+    return lossless(
+        row, blockwise.decode_block_causal(model, canvas, dataclasses.replace(settings, stop="never"), rule="quota", **blocks)
+    )
+
+
+def lossless(row: Row, static: Row) -> Row:
+    """The row, if everything that it wrote is what the static decoder writes there, in at most as many forwards."""
+    assert all(mine in (theirs, row.settings.mask_id) for mine, theirs in zip(row.tokens, static.tokens)), (
+        row.tokens,
+        static.tokens,
+    )
+    assert row.nfe <= static.nfe
+    return row
+
+
+QUOTA = {"steps_per_block": None}
+REVISED = {"stop": "after_block"}
+REVISING: Any = {"stops": ("never", "after_block")}
+
+REGISTRY: dict[str, Decoder] = {
+    "eb-sampler": Decoder(
+        "full",
+        {},
+        only(
+            (0.85, "entropy_bound", (0.3, 1.5, 4.0, 8.0)),
+            (0.4, "score", ("confidence", "margin", "neg_entropy")),
+            (0.2, "min_unmask", (1, 2, 3)),
+            CACHE,
+        ),
+        transcribed(policies_select.decode_eb_sampler),
+    ),
+    "klass": Decoder(
+        "full",
+        QUOTA,
+        only(
+            (0.9, "threshold", (0.05, 0.1, 0.2, 0.4)),
+            (0.9, "kl_threshold", (0.01, 0.1, 0.3, 1.0)),
+            (0.5, "kl_history", (1, 2, 3)),
+            (0.4, "steps_per_block", (2, 3, 5)),
+            CACHE,
+        ),
+        transcribed(policies_select.decode_klass),
+    ),
+    "ccd": Decoder(
+        "full", QUOTA, only((0.6, "steps_per_block", (1, 3, 6, 8, 9)), CACHE), transcribed(policies_select.decode_ccd)
+    ),
+    "ccd-ds": Decoder(
+        "full",
+        QUOTA,
+        only((0.6, "steps_per_block", (1, 3, 6, 8, 9)), CACHE),
+        transcribed(policies_select.decode_ccd, dynamic=True),
+    ),
+    "local-leap": Decoder(
+        "full",
+        {},
+        only(
+            (0.9, "threshold", (0.2, 0.3, 0.5)),
+            (0.9, "relaxed_threshold", (0.05, 0.1, 0.2)),
+            (0.7, "distance", (1, 2, 3)),
+            CACHE,
+        ),
+        transcribed(policies_select.decode_local_leap),
+    ),
+    "certainty-prior": Decoder(
+        "full",
+        QUOTA,
+        only(
+            (0.5, "rule", ("threshold",)),
+            (0.9, "threshold", LOW),
+            (0.3, "inclusive", (True, False)),
+            STEPS,
+            (0.6, "sigma", (0.7, 2.0, 20.0)),
+            CACHE,
+        ),
+        transcribed(policies_select.decode_certainty_prior),
+    ),
+    "learn2pd": Decoder(
+        "full",
+        {**QUOTA, "head": sharp_filter},
+        only((1.0, "head", (sharp_filter,)), (0.8, "accept_threshold", (0.5, 0.7, 0.9)), (0.7, "eotp", (True,)), STEPS),
+        learned,
+    ),
+    "prophet": Decoder(
+        "full",
+        QUOTA,
+        only(
+            (0.9, "gap_thresholds", ((3.0, 1.0, 0.3), (2.0, 2.0, 0.5), (1.5, 0.8, 0.2), (6.0, 4.0, 2.0))),
+            (0.6, "answer_start", (0, 1, 4, 9)),
+            STEPS,
+        ),
+        transcribed(policies_exit.decode_prophet),
+    ),
+    "sched": Decoder(
+        "full",
+        QUOTA,
+        only(
+            (0.9, "high", (1.0, 2.0, 4.0)),
+            (0.9, "low", (0.1, 0.2, 0.5)),
+            (0.6, "curve", ("linear", "cosine", "exponential")),
+            (0.3, "rate", (1.0, 8.0)),
+            (0.6, "reduce", ("mean", "median", "quantile", "min")),
+            (0.4, "min_progress", (0.3, 0.6, 0.9)),
+            (0.4, "patience", (0, 1, 2)),
+            (0.7, "max_change", (0.2, 0.5, 1.0)),
+            STEPS,
+        ),
+        transcribed(policies_exit.decode_sched),
+    ),
+    "rcr": Decoder(
+        "full",
+        {**QUOTA, **REVISED},
+        only(STEPS, (0.3, "score", ("confidence", "margin", "neg_entropy"))),
+        transcribed(policies_revise.decode_rcr),
+        **REVISING,
+    ),
+    "saber": Decoder(
+        "full", REVISED, only((0.5, "min_unmask", (1, 2, 3, 4))), transcribed(policies_revise.decode_saber), **REVISING
+    ),
+    "wino": Decoder(
+        "full",
+        REVISED,
+        only((0.95, "threshold", (0.05, 0.1, 0.2, 0.3)), (0.8, "verify_threshold", (0.1, 0.3, 0.5, 0.7))),
+        transcribed(policies_revise.decode_wino),
+        rows=("self",),
+        block_length=128,
+        **REVISING,
+    ),
+    "streaming-dllm": Decoder(
+        "full",
+        {},
+        only(THRESHOLD, (0.5, "alpha", (0.0, 0.5, 0.9)), (0.9, "horizon", (0, 1, 2, 3, 6)), (0.2, "min_unmask", (1, 2))),
+        transcribed(policies_cache.decode_streaming),
+    ),
+    "dpad": Decoder(
+        "full",
+        {},
+        only(THRESHOLD, (0.9, "horizon", (2, 3, 5, 9, 14)), (0.2, "inclusive", (True, False))),
+        transcribed(policies_cache.decode_dpad),
+    ),
+    "freecache": Decoder(
+        "full", {}, only(THRESHOLD, (0.2, "inclusive", (True, False))), transcribed(policies_cache.decode_freecache)
+    ),
+    "dkv-cache": Decoder(
+        "full", QUOTA, only(STEPS, (0.7, "refresh_interval", (2, 3, 4))), transcribed(policies_cache.decode_dkv_cache)
+    ),
+    "entropy-cache": Decoder(
+        "full",
+        QUOTA,
+        only(STEPS, (0.9, "refresh_entropy", (0.5, 1.0, 2.0, 3.0))),
+        transcribed(policies_cache.decode_entropy_cache),
+    ),
+    "freedave": Decoder("full", {}, only((0.7, "drafts", (2, 3, 6, 8))), drafted, rows=("self",), sampled=False),
+    "freedave-block": Decoder(
+        "block", {"drafts": 8}, only((0.7, "drafts", (2, 3, 6, 8))), drafted_blocks, rows=("self",), sampled=False
+    ),
+}
