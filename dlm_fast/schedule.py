@@ -33,7 +33,7 @@ class Plan:
             that is the end of the prompt, of an "abs" model a multiple of block_length.
         wide, window: widths of the two kinds of step (see `Window`), the largest where they vary; wide is 0 where no such step exists.
         lanes: positions whose statistics a step needs, the most of them where that varies. whole_row: they start at `first`, not at
-            the block, since a policy looks at all masks of the row.
+            the block, since a policy looks at all masks of the row and every step computes them.
         varies: window widths differ from step to step.
         capacity: cache slots per row.
     """
@@ -102,7 +102,9 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
         "none": L, "prefix": rest, "once": rest + before, "commit": block, "fused": rest, "delayed": rest, "scattered": L,
         "dual": min(block + 2 * preset.vicinity, L),
     }[preset.cache]  # fmt: skip
-    whole_row = any(policy.reads == "row" for policy in preset.policies)
+    # Where a step does not compute every mask of the row, a policy that looks at the row sees the block.
+    computes_row = preset.visibility == "full" and preset.cache in ("none", "prefix", "once") and preset.horizon is None
+    whole_row = computes_row and any(policy.reads == "row" for policy in preset.policies)
     state = RowState(**{f.name: getattr(state, f.name).to(device) for f in dataclasses.fields(state)})
     plan = Plan(
         preset=preset,

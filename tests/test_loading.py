@@ -207,3 +207,19 @@ def test_loading_leaves_the_random_state_and_the_folder_alone(folder):
     load(folder)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert sorted(p.name for p in folder.iterdir()) == names
+
+
+def test_rope_scale_stretches_the_rotary_base_and_the_room(folder):
+    plain, scaled = load(folder), load(folder, rope_scale=4.0)
+    assert scaled.config.rope_parameters["rope_theta"] == 4 * plain.config.rope_parameters["rope_theta"]
+    assert scaled.config.max_position_embeddings == 4 * plain.config.max_position_embeddings
+    frequencies, slower = plain.model.rotary_emb.inv_freq, scaled.model.rotary_emb.inv_freq
+    assert frequencies[0] == slower[0] and (slower[1:] < frequencies[1:]).all()
+    tokens = torch.tensor(random_prompts([40]))
+    assert not torch.allclose(plain(tokens).logits, scaled(tokens).logits)
+
+
+@pytest.mark.parametrize("scale", [0.5, float("inf"), float("nan"), "4"])
+def test_a_wrong_rope_scale_is_named(folder, scale):
+    with pytest.raises(ValueError, match="rope_scale must be a finite number >= 1, got rope_scale="):
+        load(folder, rope_scale=scale)

@@ -263,6 +263,7 @@ def test_the_diffusion_configuration_is_read_from_the_config():
         ({"visibility": "block"}, "visibility 'block' needs a block_length, got block_length=None"),
         ({"block_length": 0}, "block_length must be at least 1, got block_length=0"),
         ({"block_alignment": "left"}, "block_alignment must be one of abs, rel, got block_alignment='left'"),
+        ({"logits_row": "next"}, "logits_row must be one of self, previous, got logits_row='next'"),
         ({"blocks": 3}, "unknown keys \\['blocks'\\]"),
     ],
 )
@@ -272,8 +273,7 @@ def test_a_bad_diffusion_configuration_names_rule_and_value(values, message):
         dlm_fast.DiffusionConfig.from_dict({**good, **values})
     with pytest.raises(ValueError, match="missing keys \\['visibility'\\]"):
         dlm_fast.DiffusionConfig.from_dict({"mask_token_id": MASK, "eos_token_ids": [EOS]})
-    with pytest.raises(NotImplementedError, match="logits_row must be 'self'"):
-        dlm_fast.DiffusionConfig.from_dict({**good, "logits_row": "previous"})
+    assert dlm_fast.DiffusionConfig.from_dict({**good, "logits_row": "previous"}).logits_row == "previous"
 
 
 def test_a_patched_model_may_share_the_process_with_a_loaded_one():

@@ -174,6 +174,17 @@ def test_a_wrong_policy_is_named(policy, kind, message):
         dlm_fast.generate(toy(), random_prompts([2]), policy=policy, max_new_tokens=3, block_length=3)
 
 
+def test_an_exit_ends_the_row_where_its_masks_are_computed_and_the_block_elsewhere():
+    eager = policies.Sched(high=0.0, low=0.0, max_change=1.0)
+    for visibility, cache, expected in (("full", "none", [1]), ("full", "prefix", [1]), ("full", "dual", [3]), ("block", "commit", [6])):
+        options = {"block_length": 4} if visibility == "full" else {}
+        out = dlm_fast.generate(
+            toy(visibility, eos=()), random_prompts([3]), preset=None, policies=eager, cache=cache, max_new_tokens=10, **options
+        )
+        assert out.nfe == expected, cache
+        assert MASK not in out.canvas[0]
+
+
 # What makes no sense is refused, with its reason.
 
 NONSENSE = [

@@ -48,6 +48,8 @@ def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
 class Prophet(Policy):
     """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet, arXiv:2508.19982.
 
+    Where a cache leaves later blocks uncomputed (dual, block-causal), an exit finishes the block instead of the row.
+
     answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of the row.
     gap_thresholds: for the first third of the schedule, the second, and the rest.
     """
@@ -58,21 +60,23 @@ class Prophet(Policy):
     reads: ClassVar[str] = "row"
     family: ClassVar[str] = "exit"
 
-    def _answer(self, plan: Plan, lanes: Lanes, canvas_len: Tensor) -> Tensor:
+    def _answer(self, plan: Plan, lanes: Lanes | View, state: RowState) -> Tensor:
         if self.answer_start is None:
             return lanes.masked
         start = plan.first[:, None] + self.answer_start
-        return (lanes.position >= start) & (lanes.position < start + ANSWER_LENGTH) & (lanes.position < canvas_len[:, None])
+        answer = (lanes.position >= start) & (lanes.position < start + ANSWER_LENGTH) & (lanes.position < state.canvas_len[:, None])
+        # With a cache, steps do not compute what lies before the block.
+        return answer if plan.preset.cache == "none" else answer & (lanes.position >= state.block_start[:, None])
 
     def needed(self, plan: Plan, lanes: Lanes, state: RowState) -> Tensor:
-        return lanes.masked | self._answer(plan, lanes, state.canvas_len)
+        return lanes.masked | self._answer(plan, lanes, state)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)
         u = (step + 1) / steps
         early, middle, late = self.gap_thresholds
         threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, middle, late))
-        answer = self._answer(view.plan, view, view.state.canvas_len)
+        answer = self._answer(view.plan, view, view.state)
         return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
 
 
