@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md and .png (default: bench/results)")
     quality.add_argument("--per-task", type=int, default=100, help="held-out prompts of every task (default: 100)")
     quality.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    quality.add_argument("--batch-size", type=int, default=50, help="prompts decoded together (default: 50)")
+    quality.add_argument("--batch-size", type=int, default=25, help="prompts decoded together (default: 25)")
     quality.add_argument("--models", nargs="+", metavar="NAME", default=None, help="embedded models (default: all)")
     quality.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="presets (default: all)")
     quality.add_argument("--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from")

@@ -13,7 +13,7 @@ from functools import partial
 import dlm_fast
 import torch
 from dlm_fast import Ops
-from dlm_fast.loading import EMBEDDED, CheckpointError
+from dlm_fast.loading import CheckpointError
 from dlm_fast.patching import attach
 from dlm_fast.tasks import TASKS, held_out
 from dlm_kernels import reference
@@ -44,7 +44,16 @@ DECODES = (
     ("qwen3", 8, 2, 128, "llada2", {"block_length": 8, "threshold": 0.2, "score": "neg_entropy"}),
     ("llama", 4, 4, 32, "llada", {"block_length": 16, "temperature": 0.8}),
 )
-EMBEDDED_DECODES = {"tiny-full": ("fast-dllm", {"block_length": 8}), "tiny-block": ("llada2", {"threshold": 0.9})}
+EMBEDDED_DECODES = (
+    ("tiny-full", "fast-dllm", {"block_length": 8}),
+    ("tiny-block", "llada2", {"threshold": 0.9}),
+    ("tiny-block", "d2f", {}),
+    ("tiny-block", "freedave-block", {}),
+    ("tiny-full", "local-leap", {"block_length": 8}),
+    ("tiny-full", "klass", {"block_length": 8}),
+    ("tiny-full", "rcr", {"block_length": 8}),
+    ("tiny-full", "sched", {"block_length": 8}),
+)
 
 
 def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
@@ -54,8 +63,8 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         model = partial(random_model, family, heads, kv_heads, head_dim, sizes.layers, seed, name)
         yield name, partial(random_decode, ops, device, seed, name, sizes, model, preset, options)
     if sizes.prompts:
-        for name in EMBEDDED:
-            yield f"{name} {EMBEDDED_DECODES[name][0]}", partial(embedded_decode, ops, device, seed, name, sizes)
+        for name, preset, options in EMBEDDED_DECODES:
+            yield f"{name} {preset}", partial(embedded_decode, ops, device, seed, name, sizes, preset, options)
 
 
 def random_model(family: str, heads: int, kv_heads: int, head_dim: int, layers: int, seed: int, name: str) -> nn.Module:
@@ -106,8 +115,9 @@ def random_decode(
     compare(*outputs, watch)
 
 
-def embedded_decode(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes) -> None:
-    preset, options = EMBEDDED_DECODES[name]
+def embedded_decode(
+    ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, preset: str, options: dict
+) -> None:
     outputs = []
     watch = Watch()
     for backend in (ops, watch.ops()):
@@ -165,38 +175,57 @@ class Watch:
         self._tokens = torch.where(arguments["rows"] >= 0, self._tokens, math.inf)
         return asked
 
-    def _unmask(self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, **arguments) -> None:
+    def _unmask(self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, lane_start: Tensor, **arguments) -> Tensor:
         B, W = score.shape
-        lane = state.block_start[:, None] + torch.arange(W, device=score.device)
-        inside = (lane < state.block_end[:, None]) & (arguments["query_len"] > 0)[:, None]
-        lane = lane.clamp(max=state.tokens.shape[1] - 1).long()
-        eligible = inside & (state.tokens.gather(1, lane) == mask_id)
-        reference.unmask(state, rule, score=score, value=value, mask_id=mask_id, **arguments)
-        chosen = eligible & (state.tokens.gather(1, lane) != mask_id)
+        lane = lane_start[:, None] + torch.arange(W, device=score.device)
+        inside = (lane < state.block_end[:, None]) & (lane >= state.block_start[:, None]) & (arguments["query_len"] > 0)[:, None]
+        eligible = inside & (state.tokens.gather(1, lane.clamp(max=state.tokens.shape[1] - 1).long()) == mask_id)
+        chosen = reference.unmask(state, rule, score=score, value=value, mask_id=mask_id, lane_start=lane_start, **arguments)
+        chosen = chosen & eligible
         if self.gap is None:
             self.gap = torch.full((B,), math.inf, device=score.device)
         if not chosen.any():
-            return
+            return chosen
 
-        # The cut between the worst position chosen and the best one left.
-        left = eligible & ~chosen & chosen.any(1, keepdim=True)
-        cut = torch.where(chosen, score, math.inf).amin(1) - torch.where(left, score, -math.inf).amax(1)
-        gaps = [cut]
-        if self._tokens is not None:
+        rank = score if arguments.get("rank") is None else arguments["rank"]
+        gaps = [self._cut(rule, rank, eligible, chosen, arguments["block_length"])]
+        if self._tokens is not None and self._tokens.numel() == B * W:
             gaps.append(torch.where(chosen, self._tokens.view(B, W), math.inf).amin(1))
         # The test that was passed or failed, position by position in rank order.
-        order = rank_order(eligible, score)
+        order = rank_order(eligible, rank)
         ranked, real = score.gather(1, order), eligible.gather(1, order)
+        bound = value[:, None] if value.dim() == 1 else value.gather(1, order)
         r = torch.arange(1, W + 1, device=score.device)
         distance = None
         if rule.passes == "threshold":
-            distance = ranked - value[:, None]
+            distance = ranked - bound
         elif rule.passes == "factor":
-            distance = ranked - (1 - value[:, None] / (r + 1))
+            distance = ranked - (1 - bound / (r + 1))
         elif rule.passes == "entropy":
             used = torch.where(real, arguments["entropy"].gather(1, order), 0.0)
-            distance = used.cumsum(1) - (0 if rule.inclusive else used) - value[:, None]
+            distance = used.cumsum(1) - (0 if rule.inclusive else used.cummax(1).values) - bound
         if distance is not None:
             first = rule.passes == "entropy" and not rule.inclusive  # its first position always passes
             gaps.append(torch.where(real & ~((r == 1) & first), distance.abs(), math.inf).amin(1))
+        if rule.remask != "none":
+            # Any two scores may decide what is taken back.
+            ordered = torch.where(inside, arguments["remask_score"], math.inf).sort(1).values
+            apart = ordered.diff(dim=1)
+            gaps.append(torch.where(apart > 0, apart, math.inf).nan_to_num(nan=math.inf, posinf=math.inf).amin(1))
         self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))
+        return chosen
+
+    @staticmethod
+    def _cut(rule, rank: Tensor, eligible: Tensor, chosen: Tensor, block_length: Tensor) -> Tensor:
+        """[B] the cut between the worst position chosen and the best one left; in a pipeline, the best two of any block."""
+        if not rule.pipeline:
+            left = eligible & ~chosen & chosen.any(1, keepdim=True)
+            return torch.where(chosen, rank, math.inf).amin(1) - torch.where(left, rank, -math.inf).amax(1)
+        lane = torch.arange(rank.shape[1], device=rank.device)
+        smallest = torch.full_like(rank[:, 0], math.inf)
+        for block in range(-(-rank.shape[1] // int(block_length.min()))):
+            inside = eligible & (lane // block_length[:, None] == block)
+            best = torch.where(inside, rank, -math.inf).topk(min(2, rank.shape[1]), dim=1).values
+            apart = best[:, 0] - best[:, -1]
+            smallest = torch.where(inside.sum(1) > 1, torch.minimum(smallest, apart), smallest)
+        return smallest

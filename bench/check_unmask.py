@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
+from dlm_kernels.reference.unmask_arguments import wanted_arguments
+from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from torch import Tensor
 
@@ -22,35 +23,74 @@ from .checks import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
 MASK, STOP_IDS = 3, (1, 2)
 SELECTS = [
-    (p, i, q) for p in PASSES for i in ((False, True) if p in ("threshold", "entropy") else (False,)) for q in (False, True)
+    {"passes": passes, "inclusive": inclusive, "quota": quota}
+    for passes in PASSES
+    for inclusive in ((False, True) if passes in ("threshold", "entropy") else (False,))
+    for quota in (False, True)
 ]
-AFTERS = [(c, s, k) for c in CACHE_OPS for s in STOPS for k in ("window", "wide") if (c, k) != ("none", "wide")]
+AFTERS = [
+    ({"cache": cache, "stop": stop}, kind)
+    for cache in ("none", "commit", "refresh", "once")
+    for stop in ("never", "after_block", "closed", "all_stop")
+    for kind in ("window", "wide")
+    if (cache, kind) != ("none", "wide")
+]
+# Rules that are more than a way to select and a way to go on.
+VARIANTS = [
+    *(
+        (UnmaskRule(passes, pipeline=True, scope=scope, cache=cache, stop=stop, runs=stop == "never"), kind)
+        for scope in ("each", "first")
+        for passes in (("none", "threshold") if scope == "each" else PASSES)
+        for cache, kind in (("none", "window"), ("fused", "window"), ("delayed", "window"), ("delayed", "wide"))
+        for stop in ("never", "after_block", "closed", "appends", "fill")
+    ),
+    *(
+        (UnmaskRule(passes, remask=remask, quota=passes == "none", runs=passes == "threshold", cache="commit"), "window")
+        for passes in PASSES
+        for remask in ("lowest", "saber", "wino")
+    ),
+    *(
+        (UnmaskRule(passes, edit=True, cache=cache, stop=stop), "window")
+        for passes in PASSES
+        for cache, stop in (("commit", "after_block"), ("refresh", "all_stop"), ("none", "never"))
+    ),
+    *((UnmaskRule(passes, renoise=True, cache=cache, stop="after_block"), "window") for passes in PASSES for cache in ("none", "commit")),
+    *((UnmaskRule("threshold", runs=True, quota=quota, cache="once"), kind) for quota in (False, True) for kind in ("window", "wide")),
+    *(
+        (UnmaskRule("none", cache="commit", seed=True, stop=stop), kind)
+        for stop in ("never", "after_block", "closed", "all_stop")
+        for kind in ("window", "wide")
+    ),
+]
 
 
 def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
     # Each way to select meets every third way to go on, and each way to go on every third way to select.
-    for (n, select), (m, after) in itertools.product(enumerate(SELECTS), enumerate(AFTERS)):
+    for (n, select), (m, (after, kind)) in itertools.product(enumerate(SELECTS), enumerate(AFTERS)):
         if (n + m) % 3 == 0:
-            yield case(ops, device, sizes, seed, sizes.widths[0], select, after)
-    for W, (n, select) in itertools.product(sizes.widths[1:], enumerate(SELECTS)):
-        # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select.
-        if (n + W) % (3 if W <= 256 else 6) == 0:
-            yield case(ops, device, sizes, seed, W, select, AFTERS[(W + 4 * n) % len(AFTERS)])
+            yield case(ops, device, sizes, seed, sizes.widths[0], UnmaskRule(**select, **after), kind)
+    for rule, kind in VARIANTS:
+        yield case(ops, device, sizes, seed, sizes.widths[0], rule, kind)
+    plain = [(UnmaskRule(**select, **AFTERS[4 * n % len(AFTERS)][0]), AFTERS[4 * n % len(AFTERS)][1]) for n, select in enumerate(SELECTS)]
+    for W in sizes.widths[1:]:
+        # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer variants.
+        some = 3 if W <= 256 else 6
+        for n, (rule, kind) in enumerate(plain + VARIANTS[:: 3 * some]):
+            if (n + W) % some == 0 or n >= len(plain):
+                yield case(ops, device, sizes, seed, W, rule, kind)
     name = "row alone = row in the batch"
-    for select, after in zip(SELECTS, AFTERS):
-        rule = rule_of(select, after)
-        yield f"{name} {rule}", partial(rows_are_independent, ops, device, seed, name + str(rule), sizes, rule, after[2])
+    for rule, kind in plain + VARIANTS[::5]:
+        yield f"{name} {words(rule)} {kind}", partial(rows_are_independent, ops, device, seed, name + str(rule), sizes, rule, kind)
 
 
-def rule_of(select: tuple, after: tuple) -> UnmaskRule:
-    passes, inclusive, quota = select
-    return UnmaskRule(passes=passes, inclusive=inclusive, quota=quota, cache=after[0], stop=after[1])
+def words(rule: UnmaskRule) -> str:
+    """The options of the rule that are not the plainest."""
+    given = [(field.name, getattr(rule, field.name)) for field in dataclasses.fields(rule)]
+    return " ".join(name if value is True else f"{name}={value}" for name, value in given if value not in (False, "row") and (name, value) != ("remask", "none"))
 
 
-def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, select: tuple, after: tuple) -> Case:
-    rule, kind = rule_of(select, after), after[2]
-    words = (rule.passes, "inclusive" * rule.inclusive, "quota" * rule.quota, f"cache={rule.cache}", f"stop={rule.stop}", kind)
-    name = f"W={W} " + " ".join(filter(None, words))
+def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: UnmaskRule, kind: str) -> Case:
+    name = f"W={W} {words(rule)} {kind}"
     return name, partial(equals_reference, ops, device, seed, name, sizes.canvases, W, rule, kind)
 
 
@@ -61,16 +101,24 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape or (B,), generator=random, dtype=torch.int32)
 
-    length = integers(1, W + 1)
+    def chance(share: float, *shape: int) -> Tensor:
+        return torch.rand(shape or (B,), generator=random) < share
+
+    def drawn(share: float) -> bool:
+        return bool(chance(share, 1))
+
+    block_length = integers(0, W + 1) if not rule.pipeline else integers(1, max(2, W // 2))
     start = (torch.rand(B, generator=random) * 2 * W).int()
+    # A pipeline's region holds whole blocks, unless the canvas ends in the last.
+    length = integers(1, W + 1) if not rule.pipeline else (W // block_length).clamp(max=integers(1, 6)) * block_length
     end = torch.minimum(start + length, torch.tensor(L, dtype=torch.int32))
-    canvas_len = torch.minimum(end + integers(0, W + 6), torch.tensor(L, dtype=torch.int32))
+    canvas_len = torch.minimum(end + integers(0, W + 6) * (not rule.pipeline or drawn(0.8)), torch.tensor(L, dtype=torch.int32))
     tokens = torch.randint(0, 9, (B, L), generator=random)
     share = torch.tensor([0.0, 0.05, 0.5, 1.0])[integers(0, 4).long()]
     tokens = torch.where(torch.rand(B, L, generator=random) < share[:, None], MASK, tokens)
     position = torch.arange(L)
     in_block = (position >= start[:, None]) & (position < end[:, None])
-    written = in_block & (tokens != MASK) & (torch.rand(B, L, generator=random) < 0.5)
+    written = in_block & (tokens != MASK) & chance(0.5, B, L)
     state = RowState(
         tokens=tokens,
         unmask_step=torch.where(written, integers(0, 5, B, L), -1).int(),
@@ -80,45 +128,98 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
         block_end=end,
         block_masks=integers(0, W + 1),
         block_step=integers(0, W),
-        step=integers(0, 100),
+        step=integers(5, 8 if rule.cache == "delayed" else 100),
         phase=integers(0, 4),
         nfe=integers(0, 100),
         query_tokens=integers(0, 10000),
         error=torch.zeros(B, dtype=torch.int32),
     )
-    # A coarse grid of scores makes ties; NaN counts as -inf.
-    score = torch.randint(0, 12, (B, W), generator=random) / 12
-    fine = torch.rand(B, W, generator=random)
-    score = torch.where(integers(0, 2)[:, None] == 0, score, fine)
-    score[torch.rand(B, W, generator=random) < 0.02] = math.nan
-    score[torch.rand(B, W, generator=random) < 0.02] = -math.inf
+    # Lanes that begin before the block see the end of the one before it; at most as many as the region leaves free.
+    lane_start = start
+    if not rule.pipeline and drawn(0.5):
+        lane_start = start - torch.minimum(torch.minimum(integers(0, W), (W - (end - start)).clamp(min=0)), start)
+    lane = lane_start[:, None] + torch.arange(W)
+    held, held_step = (field.gather(1, lane.clamp(max=L - 1).long()) for field in (tokens, state.unmask_step))
+    in_lane_block = (lane >= start[:, None]) & (lane < end[:, None])
+    allowed = chance(0.8, B, W) if drawn(0.3) else None
+    exits = chance(0.3) if not rule.pipeline and drawn(0.8 if rule.renoise else 0.3) else None
+    needed = in_lane_block & (held == MASK)
+    if allowed is not None:
+        needed = needed & allowed
+    if rule.renoise:
+        needed = in_lane_block
+    if rule.edit or rule.remask != "none":
+        needed = needed | (in_lane_block & (held_step >= 0))
+    if exits is not None:
+        needed = needed | ((lane < canvas_len[:, None]) & (held == MASK))
+
+    def scores() -> Tensor:
+        """A coarse grid makes ties; NaN counts as -inf."""
+        score = torch.where(chance(0.5)[:, None], torch.randint(0, 12, (B, W), generator=random) / 12, torch.rand(B, W, generator=random))
+        score[chance(0.02, B, W)] = math.nan
+        score[chance(0.02, B, W)] = -math.inf
+        return score
+
+    def predictions() -> Tensor:
+        pred = torch.randint(4, 100, (B, W), generator=random)
+        return torch.where(chance(0.1, B, W), STOP_IDS[0], pred)
+
     entropy = torch.rand(B, W, generator=random) * torch.tensor([0.01, 1.0, 9.0])[integers(0, 3, B, 1).long()]
-    entropy[torch.rand(B, W, generator=random) < 0.01] = math.nan
-    pred = torch.randint(4, 100, (B, W), generator=random)
-    pred[torch.rand(B, W, generator=random) < 0.1] = STOP_IDS[0]
-    stat_error = (torch.rand(B, W, generator=random) < 0.1 / W).int()
-    lane = torch.arange(W)
-    needed = (lane < (end - start)[:, None]) & (tokens.gather(1, (start[:, None] + lane).clamp(max=L - 1).long()) == MASK)
-    for values, garbage in ((score, math.nan), (entropy, math.nan), (pred, 2**40), (stat_error, 7)):
+    entropy[chance(0.01, B, W)] = math.nan
+    lanes = {
+        "pred": (predictions(), 2**40),
+        "score": (scores(), math.nan),
+        "confidence": (torch.rand(B, W, generator=random), math.nan),
+        "rank": (scores(), math.inf),
+        "entropy": (entropy, math.nan),
+        "stat_error": (chance(0.1 / W, B, W).int(), 7),
+        "refill": (predictions(), 2**40),
+        "remask_score": (scores(), -math.inf),
+    }
+    for values, garbage in lanes.values():
         values[~needed] = garbage
     value = torch.tensor([0.1, 0.5, 0.9, 7 / 12])[integers(0, 4).long()]
+    if rule.passes == "threshold" and drawn(0.3):
+        value = torch.tensor([0.1, 0.5, 0.9, 7 / 12])[integers(0, 4, B, W).long()]
+    optional = {
+        "rank": lanes["rank"][0] if drawn(0.5) else None,
+        "entropy": lanes["entropy"][0] if rule.passes == "entropy" else None,
+        "allowed": allowed,
+        "lane_start": None if lane_start is start else lane_start,
+        "fallback": integers(0, 5) if drawn(0.3) else None,
+        "max_unmask": integers(0, 5) if drawn(0.3) else None,
+        "exits": exits,
+        "max_steps": integers(50, 200) if drawn(0.3) else None,
+    }
+    ruled = {
+        "run_value": torch.rand(B, generator=random),
+        "edit_value": torch.rand(B, generator=random),
+        "refill": lanes["refill"][0],
+        "remask_score": lanes["remask_score"][0],
+        "remask_count": integers(0, W + 1),
+        "remask_value": torch.rand(B, generator=random),
+        "append_masks": integers(0, W + 1),
+        "activate_masks": integers(0, W + 1),
+        "delay": integers(0, 5),
+        "seed": torch.randint(0, 3, (B,), generator=random),
+        "seed_confidence": torch.rand(B, generator=random),
+    }
     call = {
         "kind": kind,
         "query_len": integers(0, 4) * 8,
-        "pred": pred,
-        "score": score,
-        "confidence": torch.rand(B, W, generator=random),
+        "pred": lanes["pred"][0],
+        "score": lanes["score"][0],
+        "confidence": lanes["confidence"][0],
         "value": value * (W if rule.passes == "entropy" else 1),
         "min_unmask": integers(0, 4),
         "steps": integers(0, W + 2),
-        "block_length": integers(0, W + 1),
+        "block_length": block_length,
         "mask_id": MASK,
         "stop_ids": torch.tensor(STOP_IDS),
-        "rank": torch.rand(B, W, generator=random) if torch.rand(1, generator=random) < 0.5 else None,
-        "entropy": entropy if rule.passes == "entropy" else None,
-        "stat_error": stat_error,
+        "stat_error": lanes["stat_error"][0],
     }
-    return state, call
+    wanted = wanted_arguments(rule)
+    return state, call | optional | {name: values for name, values in ruled.items() if wanted[name]}
 
 
 def moved(call: dict, device: torch.device) -> dict:
@@ -144,13 +245,14 @@ def equals_reference(ops: Ops, device: torch.device, seed: int, name: str, B: in
     memory = GuardedMemory()
     ours, ours_call = guarded_state(state, memory, device), moved(call, device)
     with poisoned(memory):
-        ops.unmask(ours, rule, **ours_call)
+        changed = ops.unmask(ours, rule, **ours_call)
     memory.check()
     for argument, value in call.items():
         if isinstance(value, Tensor):
             same_bits(f"{argument} (an input)", ours_call[argument], value)
-    reference.unmask(state, rule, **call)
+    expected = reference.unmask(state, rule, **call)
     compare_states(ours, state)
+    same_bits("the lanes written", changed, expected)
 
 
 def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, rule: UnmaskRule, kind: str) -> None:
@@ -159,9 +261,11 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, s
     state, call = random_call(generator(seed, name), B, W, rule, kind)
     state, call = RowState(**moved(vars(state), device)), moved(call, device)
     together = state.clone()
-    ops.unmask(together, rule, **call)
+    changed = ops.unmask(together, rule, **call)
     for b in range(B):
-        lanes = int(state.block_end[b] - state.block_start[b])
+        first = state.block_start[b] if call["lane_start"] is None else call["lane_start"][b]
+        # Without exits, no lane behind the block matters; a row whose block does not fit keeps all lanes.
+        lanes = max(1, int(state.block_end[b] - first)) if call["exits"] is None else W
         alone = RowState(**{f.name: getattr(state, f.name)[b : b + 1].clone() for f in dataclasses.fields(state)})
         single = {
             argument: value[b : b + 1, :lanes].contiguous()
@@ -171,6 +275,7 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, s
             else value
             for argument, value in call.items()
         }
-        ops.unmask(alone, rule, **single)
+        changed_alone = ops.unmask(alone, rule, **single)
         expected = RowState(**{f.name: getattr(together, f.name)[b : b + 1] for f in dataclasses.fields(state)})
         compare_states(alone, expected, f", row {b} alone")
+        same_bits(f"the lanes written, row {b} alone", changed_alone, changed[b : b + 1, : changed_alone.shape[1]])

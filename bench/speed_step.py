@@ -14,9 +14,11 @@ from functools import partial
 import dlm_fast
 import torch
 from dlm_fast import Ops
-from dlm_fast.generate import Sampling, denoise_step
+from dlm_fast.generate import open_decode, sampling_of
 from dlm_fast.patching import attach
+from dlm_fast.requests import Requests
 from dlm_fast.schedule import open_rows
+from dlm_fast.step import denoise_step
 from dlm_kernels import RowState
 from dlm_kernels.state import DENOISE
 from torch import Tensor, nn
@@ -106,34 +108,32 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
     plan, opened = open_rows([canvas] * B, preset, diffusion, device)
     opened.phase.fill_(DENOISE)  # the prefix is in the cache: random numbers
 
-    def rows(value: float, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.full((B,), value, dtype=dtype, device=device)
-
-    sampling = Sampling(
-        temperature=rows(0, torch.float32),
-        seed=torch.zeros(1, dtype=torch.int64, device=device),
-        request=rows(0),
-        banned=torch.tensor([model.mask_id], device=device),
-        eos=torch.tensor([model.eos_id], device=device),
-        no_eos_before=None,
-        value=rows(preset.value, torch.float32),
-        min_unmask=rows(1),
-        steps=rows(WINDOW),
-        block_length=rows(WINDOW),
-        draws=False,
+    batch = Requests(
+        canvases=[canvas] * B,
+        prompt_lengths=[prefix] * B,
+        min_new_tokens=[0] * B,
+        temperature=[0.0] * B,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
+        request_ids=[0] * B,
+        stop_strings=(),
+        banned_token_ids=(),
+        eos_token_ids=(model.eos_id,),
     )
+    sampling = sampling_of(batch, plan, device)
 
     def ours(name: str, ops: Ops, graph: bool) -> Candidate:
         handle = attach(_share(weights), backend=ops, diffusion=diffusion, plain_mode=model.visibility)
-        cache = handle.adapter.new_cache(handle.model, B, plan.capacity)
-        for layer in cache.layers:
+        state = opened.clone()
+        decode = open_decode(handle, plan, state, sampling)
+        for layer in decode.cache.layers:
             layer.keys.normal_()
             layer.values.normal_()
-        state = opened.clone()
 
         def call() -> None:
             with torch.no_grad():
-                denoise_step(handle, plan, state, sampling, cache, "window")
+                denoise_step(decode, "window")
 
         return Candidate(name, [call], graph=graph, before=partial(_restore, state, opened))
 

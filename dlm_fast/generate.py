@@ -231,7 +231,7 @@ def generate(
                 on_step(state)
 
         hook = after_step if stopper is not None or on_step is not None else None
-        _decode(open_decode(handle, plan, state, _sampling(batch, plan, device)), hook)
+        _decode(open_decode(handle, plan, state, sampling_of(batch, plan, device)), hook)
     output = _output(batch, state, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
     failed = state.error.nonzero().flatten().tolist()
     if failed:
@@ -275,7 +275,8 @@ def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Samp
     )
 
 
-def _sampling(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
+def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
+    """The device tensors that decide draws, quotas and thresholds of a batch."""
     B = len(batch.canvases)
 
     def rows(values: Any, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ import dataclasses
 
 import torch
 from dlm_kernels import RowState
-from dlm_kernels.reference.noise import uniform_scores
 from torch import Tensor
 
 from .ops import Ops

@@ -243,7 +243,7 @@ def _accept(decode: Decode, view: View, ready: Tensor, held: Tensor) -> Choice:
 
 def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:
     """The most likely token after the window's last position, per row: what opens the next block after a prefill or commit."""
-    plan, sampling = decode.plan, decode.sampling
+    sampling = decode.sampling
     last = (window.q_len - 1).clamp(min=0).long()
     rows_hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
     logits = decode.handle.adapter.head(decode.handle.model, rows_hidden)

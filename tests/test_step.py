@@ -11,7 +11,7 @@ import dlm_fast
 import pytest
 import torch
 from dlm_fast import policies, presets
-from dlm_fast.generate import _sampling, open_decode
+from dlm_fast.generate import open_decode, sampling_of
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS, Preset, resolve
 from dlm_fast.requests import read
@@ -61,7 +61,7 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
         eos_token_ids=None,
     )  # fmt: skip
     plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
-    sampling = _sampling(batch, plan, torch.device("cpu"))
+    sampling = sampling_of(batch, plan, torch.device("cpu"))
     model = native_model().requires_grad_(False)
     with FakeTensorMode() as fake:
         for module in model.modules():

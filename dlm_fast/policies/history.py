@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from dlm_kernels import RowState
-from torch import Tensor
 
 from .base import Choice, Memory, Policy, View, lanes_of
 

@@ -82,12 +82,13 @@ def decode_insert_delete(
     split_id: int,
     threshold: float = 0.5,
     edit_threshold: float = 0.0,
-    max_post_edits: int = 16,
+    max_post_edits: int = 0,
 ) -> Row:
     """JointThreshold with insertions and deletions (LLaDA2.2), greedy: DELETE drops its position, SPLIT puts a mask before what it holds.
 
     What follows in the block moves, is cut at the block's end or padded with masks. Masks that the block did not begin with are
-    introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it changed anything.
+    introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it changed anything, and
+    if a block follows. A content that comes again is left by a token that its weakest change has not held, the present one included.
     """
     row, L, M = Row(canvas, settings), len(canvas), settings.mask_id
     if not row.masked(0, L):
@@ -101,7 +102,8 @@ def decode_insert_delete(
         original = set(row.masked(start, end))
         updates = post = 0
         seen: set[tuple[int, ...]] = set()
-        history: dict[int, set[int]] = {p: set() for p in range(start, end)}
+        history = {p: {row.tokens[p]} for p in range(start, end)}
+        committed = False
         while True:
             logits_of = model.predictor(model.look(row.tokens, range(end), sees=lambda q, k: block(k) <= block(q)))
             row.pay(end - start)
@@ -126,31 +128,34 @@ def decode_insert_delete(
                 writes = passing if len(passing) >= least else ranked[:least]
             if max_post_edits == 0 and set(waiting) <= set(writes):
                 final, writes = True, masks
-            edits = [
-                p
+            edited = {
+                p: pick[p][1] > fp32(edit_threshold) and pick[p][0] != row.tokens[p]
                 for p in range(prompt, end)
-                if row.tokens[p] != M and pick[p][1] > fp32(edit_threshold) and pick[p][0] != row.tokens[p]
-            ]
-            changes = sorted([*writes, *edits])
+                if row.tokens[p] != M
+            }
+            if final:
+                for p in [*writes, *edited]:
+                    if pick[p][0] in (M, delete_id, split_id):
+                        pick[p] = likeliest(logits_of(p), {M, delete_id, split_id, *settings.banned(p)})
+                edited = {p: change and pick[p][0] != row.tokens[p] for p, change in edited.items()}
+            changes = sorted([*writes, *(p for p in edited if edited[p])])
             if not changes:
+                row.step += 1
+                committed = True
                 break
-            for p in changes:
-                if final and pick[p][0] in (M, delete_id, split_id):
-                    pick[p] = likeliest(logits_of(p), {M, delete_id, split_id, *settings.banned(p)})
             if content in seen and not final:
                 weakest = min(changes, key=lambda p: (pick[p][1], p))
                 pick[weakest] = likeliest(logits_of(weakest), history[weakest] | set(settings.banned(weakest)))
             seen.add(content)
-            for p in changes:
-                history[p].add(row.tokens[p])
-            rewrite(row, start, end, {p: pick[p] for p in changes}, original, delete_id, split_id)
+            rewrite(row, start, end, {p: pick[p] for p in changes}, original, history, delete_id, split_id)
             row.step += 1
             if final:
-                if tuple(row.tokens[start:end]) != content:
-                    row.pay(end - start)
+                committed = tuple(row.tokens[start:end]) == content
                 break
         if not row.masked(end, L) or row.closed(start, end):
             return row
+        if not committed:
+            row.pay(end - start)
         start = end
 
 
@@ -162,24 +167,37 @@ def likeliest(logits: Tensor, without: set[int]) -> tuple[int, float]:
 
 
 def rewrite(
-    row: Row, start: int, end: int, picks: dict[int, tuple[int, float]], original: set[int], delete_id: int, split_id: int
+    row: Row,
+    start: int,
+    end: int,
+    picks: dict[int, tuple[int, float]],
+    original: set[int],
+    history: dict[int, set[int]],
+    delete_id: int,
+    split_id: int,
 ) -> None:
-    """Applies the picks to the block: writes, deletions and splits, from left to right."""
-    mask = (row.settings.mask_id, -1, 0.0, False)
+    """Applies the picks to the block: writes, deletions and splits, from left to right. What is known of a position moves with it."""
+    M = row.settings.mask_id
+
+    def introduced() -> tuple:
+        return M, -1, 0.0, False, {M}
+
     cells = []
     for p in range(start, end):
-        here = (row.tokens[p], row.unmask_step[p], row.confidence[p], p in original)
+        here = (row.tokens[p], row.unmask_step[p], row.confidence[p], p in original, history[p])
         token, confidence = picks.get(p, (None, 0.0))
         if token == delete_id:
             continue
         if token == split_id:
-            cells.append(mask)
+            cells.append(introduced())
+        elif token == M:
+            here = (M, -1, 0.0, p in original, history[p] | {M})
         elif token is not None:
-            here = (token, row.step, confidence, p in original)
+            here = (token, row.step, confidence, p in original, history[p] | {token})
         cells.append(here)
-    cells = (cells + [mask] * (end - start))[: end - start]
+    cells = (cells + [introduced() for _ in range(start, end)])[: end - start]
     original.clear()
-    for p, (token, step, confidence, began) in zip(range(start, end), cells):
-        row.tokens[p], row.unmask_step[p], row.confidence[p] = token, step, confidence
+    for p, (token, step, confidence, began, held) in zip(range(start, end), cells):
+        row.tokens[p], row.unmask_step[p], row.confidence[p], history[p] = token, step, confidence, held
         if began:
             original.add(p)
