@@ -69,6 +69,9 @@ def random_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, 
         call["temperature"] = torch.rand(N, generator=generator) + 0.3
         call["temperature"][-5] = 0.0  # not a temperature: an error of that row
         call["soft_cap"] = 30.0
+        # Up and down, some other ids, an id out of the vocabulary, nothing.
+        call["bias_ids"] = torch.cat([torch.randint(V, (N, 3), generator=generator), banned[:, :3]], 1)
+        call["bias"] = torch.randn(N, 6, generator=generator) * 8
     if "sampled" in outputs:
         call["sample_temperature"] = torch.rand(N, generator=generator) + 0.2
         call["sample_temperature"][::4] = 0.0
@@ -77,6 +80,9 @@ def random_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, 
     if "query" in outputs:
         call["query"] = torch.randint(V, (N,), generator=generator)
         call["query"][-6] = V
+    if "kl" in outputs:
+        previous = (logits.float() + torch.randn(R, V, generator=generator) * scale / 4).to(dtype)
+        call["previous"], call["previous_logsumexp"] = previous, previous.float().logsumexp(1)
     return call
 
 
@@ -116,7 +122,7 @@ def equals_reference(
 def compare(ours: reference.Confidence, call: dict) -> None:
     """Raises Failure unless `ours` is what the reference makes of the call."""
     low = reference.confidence(**call)
-    exact = reference.confidence(**call | {"logits": call["logits"].double()})
+    exact = reference.confidence(**call | {name: call[name].double() for name in ("logits", "previous") if name in call})
     fields = ours._asdict()
     for field, expected in exact._asdict().items():
         if (fields[field] is None) != (expected is None):
@@ -148,6 +154,9 @@ def clear_draws(call: dict) -> Tensor:
     R, V = call["logits"].shape
     rows = call["rows"].long()
     logits = call["logits"][rows.clamp(0, R - 1)].double()
+    if "bias" in call:
+        inside = (call["bias_ids"] >= 0) & (call["bias_ids"] < V)
+        logits = logits.scatter_add(1, torch.where(inside, call["bias_ids"], 0), torch.where(inside, call["bias"], 0.0).double())
     if call.get("soft_cap") is not None:
         logits = torch.where(logits > -math.inf, call["soft_cap"] * torch.tanh(logits / call["soft_cap"]), logits)
     ids = torch.arange(V, device=logits.device)
@@ -169,7 +178,8 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R
 
     def taking(index: Tensor) -> dict:
         chosen = {
-            k: call[k][index].contiguous() for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query")
+            k: call[k][index].contiguous()
+            for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query", "bias_ids", "bias")
         }
         return call | chosen
 
@@ -181,7 +191,8 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R
         if not 0 <= row < R:
             continue
         # Alone also means: in a logits tensor of one row.
-        single = taking(torch.tensor([n], device=device)) | {"logits": call["logits"][row : row + 1], "rows": None}
+        own = {name: call[name][row : row + 1] for name in ("logits", "previous", "previous_logsumexp")}
+        single = taking(torch.tensor([n], device=device)) | own | {"rows": None}
         for field, values in ops.confidence(**single)._asdict().items():
             same_bits(f"{field} of output {n} alone", values, getattr(together, field)[n : n + 1])
 

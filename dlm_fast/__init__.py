@@ -17,6 +17,7 @@ if "dlm_kernels" not in _sys.modules and _sibling.is_file():
     _sys.modules["dlm_kernels"] = _util.module_from_spec(_spec)
     _spec.loader.exec_module(_sys.modules["dlm_kernels"])
 
+from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
 from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
 from .loading import CheckpointError, load  # noqa: E402
@@ -41,5 +42,6 @@ __all__ = [
     "handle_of",
     "load",
     "patch",
+    "policies",
     "triton_ops",
 ]

@@ -213,7 +213,7 @@ def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Ten
         return begin, stop, length, torch.stack([begin, stop], -1)
     if preset.sub_block_cache:
         sub_start, sub_end = sub_block(plan, state)
-        held = state.tokens.gather(1, sub_start.long()[:, None])[:, 0]
+        held = state.tokens.gather(1, sub_start.clamp(max=state.tokens.shape[1] - 1).long()[:, None])[:, 0]
         narrow = (state.phase == DENOISE) & (state.block_step > 0) & (held != plan.diffusion.mask_token_id)
         begin, stop = torch.where(narrow, sub_start, start), torch.where(narrow, sub_end, end)
         replaced = torch.where(narrow[:, None], torch.stack([begin, stop], -1), nothing)
@@ -266,7 +266,7 @@ def sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor]:
     """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are none)."""
     length = plan.preset.sub_block_length
     masked = first_masked(state.tokens, state.block_start, state.block_end, plan.diffusion.mask_token_id)
-    masked = torch.minimum(masked, (state.block_end - 1).clamp(min=0))
+    masked = torch.maximum(torch.minimum(masked, state.block_end - 1), state.block_start)
     start = state.block_start + (masked - state.block_start) // length * length
     return start, torch.minimum(start + length, state.block_end)
 

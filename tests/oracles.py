@@ -177,18 +177,19 @@ def factor(f: float, kmin: int | Rule = 1) -> Rule:
 
 
 def entropy_budget(gamma: float, inclusive: bool, kmin: int | Rule = 1) -> Rule:
-    """EB-Sampler: by rank, while the entropies so far (its own excluded; `inclusive`: included) stay within gamma."""
+    """EB-Sampler: by rank, while the entropies so far, the largest of them left out, stay within gamma; `inclusive`: all, below gamma."""
 
     def choose(candidates: list[Candidate], masks: int, step: int) -> tuple[list[int], float]:
-        order, n, used = rank(candidates), 0, 0.0
+        order, n, used, largest = rank(candidates), 0, 0.0, 0.0
         margin = min((_gap(candidates, order, k) for k in range(1, len(order))), default=math.inf)
         for r, i in enumerate(order, 1):
-            spent = used + (candidates[i].entropy if inclusive else 0.0)
+            used, largest = used + candidates[i].entropy, max(largest, candidates[i].entropy)
+            spent = used if inclusive else used - largest
             if spent or gamma:
                 margin = min(margin, abs(spent - gamma))
             if (spent >= gamma) if inclusive else (spent > gamma):
                 break
-            n, used = r, used + candidates[i].entropy
+            n = r
         return _prefix_or(kmin, candidates, order, n, margin, masks, step)
 
     return choose

@@ -23,6 +23,7 @@ import triton.language as tl  # noqa: E402
 INTEGERS = ("token", "second_token", "error")
 FLOATS = ("logit", "second_logit", "logsumexp", "entropy", "confidence", "margin", "sampled_confidence", "query_confidence")
 STATISTICS = ("second", "logsumexp", "entropy")
+WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
 # A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles, one into a single tile.
 LANES = (16, 64, 1024)
 GUARD = 16
@@ -80,7 +81,9 @@ def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tenso
 
 def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
     """Ids and errors exactly, floats by the error bound; `sampled_token` outside near-ties, of which there may be 1%."""
-    low, exact = reference.confidence(logits, **arguments), reference.confidence(logits.double(), **arguments)
+    low = reference.confidence(logits, **arguments)
+    previous = {"previous": arguments["previous"].double()} if arguments.get("previous") is not None else {}
+    exact = reference.confidence(logits.double(), **arguments | previous)
     for name in Confidence._fields:
         assert (getattr(ours, name) is None) == (getattr(low, name) is None), name
     for name in INTEGERS:
@@ -96,14 +99,18 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
         settled = ours.sampled_token == low.sampled_token
     temperature = arguments.get("temperature")
     coldest = temperature.min().item() if temperature is not None and temperature.numel() else 1.0
-    size = logits.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4).max().item() if logits.numel() else 0.0
+    added = [arguments[name] for name in ("bias", "previous") if arguments.get(name) is not None]
+    finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
+    size = sum(values.max().item() for values in finite if values.numel())
     scale = 4 + (size + (arguments.get("soft_cap") or 0)) / coldest
-    for name in FLOATS:
+    for name in (*FLOATS, "kl"):
         values = getattr(ours, name)
         if values is not None:
             assert values.dtype == torch.float32
             keep = settled if name == "sampled_confidence" else slice(None)
-            assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], scale)
+            # Log-probabilities are subtracted, and those of a flat row are as large as its logsumexp.
+            terms = scale + (arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0)
+            assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], terms)
 
 
 def assert_identical(a: Confidence, b: Confidence) -> None:
@@ -115,7 +122,7 @@ def assert_identical(a: Confidence, b: Confidence) -> None:
 
 
 def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
-    """Arguments that request every output, random but for some greedy rows."""
+    """Arguments that request every output but "kl", random but for some greedy rows."""
     sample_temperature = torch.rand(N) + 0.5
     sample_temperature[::greedy_every] = 0
     arguments = {
@@ -125,7 +132,7 @@ def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> d
         "noise": torch.randint(-5, 1000, (N, 3), dtype=torch.int32),
         "query": torch.randint(0, V, (N,)),
     }
-    return {"outputs": OUTPUTS, **{name: value.to(device) for name, value in arguments.items()}}
+    return {"outputs": WITHOUT_KL, **{name: value.to(device) for name, value in arguments.items()}}
 
 
 def random_case(seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, object], int]:
@@ -162,6 +169,14 @@ def random_case(seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, 
         arguments["banned"] = torch.randint(-1, V, (K,) if rng.random() < 0.5 else (N, K))
     if rng.random() < 0.3:
         arguments["soft_cap"] = rng.choice([1.5, 30.0])
+    if rng.random() < 0.5:
+        K = rng.choice([1, 3, 64])
+        arguments["bias_ids"] = torch.randint(-1, V + 1, (N, K))
+        arguments["bias"] = torch.randn(N, K) * 8
+    if "kl" in outputs:
+        previous = torch.randn(R, V) * 2 if rng.random() < 0.5 else logits.float() + 0.1 * torch.randn(R, V)
+        arguments["previous"] = previous.to(dtype)
+        arguments["previous_logsumexp"] = previous.to(dtype).float().logsumexp(1)
     arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     return logits.to(device), {"outputs": outputs, **arguments}, rng.choice(LANES)
 

@@ -1,4 +1,4 @@
-"""Seeded random decodes for tests/test_transcriptions.py: a toy model in float64, a batch of requests, and a transcription's answer to each row.
+"""Seeded random decodes for tests/test_transcriptions.py: a toy model in float64, a batch of requests, a transcription's answer to each.
 
 The model computes in float64 and its logits are rounded to fp32, on both sides; so two correct decoders agree on every token, and no
 near-tie has to be excused. `REGISTRY` says what each name draws at random, and which transcription answers for it.
@@ -104,9 +104,9 @@ class Decoder:
         visibility: of the models it decodes. defaults: what the published decoder fixes, as its specification says.
         draw: options at numbers where a toy model takes every branch.
         transcribe: the answer to one row.
-        rows: the row maps to try, one drawn per case. sampled: whether temperatures above 0 are drawn. infilling: canvases with given tokens
-            anywhere.
-        lengths: of blocks. new: least and most new tokens. stops: stop rules to try. block_length: None = the model or the canvas decides; else the preset's own.
+        rows: the row maps to try, one drawn per case. sampled: whether temperatures above 0 are drawn.
+        infilling: whether canvases with given tokens anywhere are drawn. lengths: of blocks. new: least and most new tokens.
+        stops: stop rules to try. block_length: the preset's own; None = the model or the canvas decides.
         preset: the preset's name where it is not the registered one.
     """
 
@@ -450,7 +450,15 @@ REGISTRY: dict[str, Decoder] = {
     "d2f": Decoder(
         "block",
         {"threshold": 0.9, "append_threshold": 0.1, "activate_threshold": 0.95},
-        plus(scoped, HIGH, SCORE, (0.3, "inclusive", (True, False)), (0.4, "rank", ("margin", "neg_entropy")), *PIPELINE, (0.25, "cache", ("none",))),
+        plus(
+            scoped,
+            HIGH,
+            SCORE,
+            (0.3, "inclusive", (True, False)),
+            (0.4, "rank", ("margin", "neg_entropy")),
+            *PIPELINE,
+            (0.25, "cache", ("none",)),
+        ),
         d2f,
         stops=PIPELINE_STOPS,
         lengths=SHORT,
@@ -459,7 +467,13 @@ REGISTRY: dict[str, Decoder] = {
     "fast-dllm-v2": Decoder(
         "block",
         {"threshold": 0.9, "sub_block_length": 8},
-        only(THRESHOLD, SCORE, (0.85, "sub_block_length", (1, 2, 3, 4)), (0.5, "sub_block_cache", (True, False)), (0.2, "min_unmask", (1, 2))),
+        only(
+            THRESHOLD,
+            SCORE,
+            (0.85, "sub_block_length", (1, 2, 3, 4)),
+            (0.5, "sub_block_cache", (True, False)),
+            (0.2, "min_unmask", (1, 2)),
+        ),
         seeded,
         rows=("previous",),
         lengths=(1, 2, 4, 5, 8, 8),

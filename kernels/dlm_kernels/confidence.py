@@ -17,8 +17,8 @@ from .static import CompileCase
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """LANES x (16 bytes of logits) are consumed a trip. A row's sums depend on the lanes, so the choice looks at the GPU and the
-    dtype and never at the number of rows."""
+    """LANES x (16 bytes of logits) are consumed a trip. A row's sums depend on the lanes and warps, so the choice looks at the GPU,
+    the dtype and the arguments' presence and never at the number of rows."""
 
     lanes: int
     num_warps: int
@@ -33,6 +33,9 @@ TILES = {
     (120, 2): Tile(lanes=512, num_warps=8),
     **{(capability, 4): Tile(lanes=1024, num_warps=8) for capability in (100, 120)},
 }
+# Warps of a call with "kl" or a bias where it differs from the tile's: with 8, the ptxas of Triton 3.6 spills there.
+KL_WARPS = {100: 16}
+BIAS_WARPS = {120: 16}
 
 
 def confidence(
@@ -47,15 +50,26 @@ def confidence(
     noise: Tensor | None = None,
     query: Tensor | None = None,
     soft_cap: float | None = None,
+    bias_ids: Tensor | None = None,
+    bias: Tensor | None = None,
+    previous: Tensor | None = None,
+    previous_logsumexp: Tensor | None = None,
 ) -> Confidence:
-    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, a draw, a query.
+    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a query.
 
     Arguments, results and errors are those of `reference.confidence`, which specifies it; float64 is not accepted. Token ids do
-    not depend on the tile. Floats depend on the GPU's tile in the last bits, and on nothing else: not on the other rows.
+    not depend on the tile. Floats depend on the GPU's tile in the last bits, which on sm_100 is another one with "kl" and on
+    sm_120 with a bias, and on nothing else: not on the other rows.
+
+    Cost: the logits, read once; "kl" reads `previous` beside them, twice the bytes. A bias costs what its ids cost: each of the
+    tiles (`Tile.lanes` x 16 bytes) that hold one compares all its elements with all K ids, the other tiles nothing.
 
     Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: no tile for this GPU.
     """
-    N = check_arguments(logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap)
+    N = check_arguments(
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        bias_ids, bias, previous, previous_logsumexp,
+    )  # fmt: skip
     if logits.device.type == "cpu" and isinstance(_confidence_kernel, JITFunction):
         raise RuntimeError(
             "confidence: logits must be on a GPU, got device=cpu; CPU tensors need TRITON_INTERPRET=1 set before triton is "
@@ -72,6 +86,7 @@ def confidence(
         second_logit=allocate(torch.float32, "second"),
         logsumexp=allocate(torch.float32, "logsumexp"),
         entropy=allocate(torch.float32, "entropy"),
+        kl=allocate(torch.float32, "kl"),
         confidence=allocate(torch.float32),
         margin=allocate(torch.float32, "second"),
         sampled_token=allocate(torch.int64, "sampled"),
@@ -84,7 +99,7 @@ def confidence(
 
     R, V = logits.shape
     num_banned = 0 if banned is None else banned.shape[-1]
-    tile = _tile(logits)
+    tile = _tile(logits, kl="kl" in outputs, biased=bias is not None)
     group = 16 // logits.element_size()
     _confidence_kernel[(N,)](
         logits_ptr=logits,
@@ -95,18 +110,26 @@ def confidence(
         seed_ptr=seed,
         noise_ptr=noise,
         query_ptr=query,
+        bias_ids_ptr=bias_ids,
+        bias_ptr=bias,
+        previous_ptr=previous,
+        previous_logsumexp_ptr=previous_logsumexp,
         **{f"{name}_ptr": values for name, values in result._asdict().items()},
         row_stride=logits.stride(0),
+        previous_stride=None if previous is None else previous.stride(0),
+        num_bias=None if bias is None else bias.shape[1],
         banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
         R=R,
         V=V,
         soft_cap=soft_cap,
         HAS_ROWS=rows is not None,
         NUM_BANNED=num_banned,
+        HAS_BIAS=bias is not None,
         HAS_TEMPERATURE=temperature is not None,
         HAS_SOFT_CAP=soft_cap is not None,
         SECOND="second" in outputs,
         ENTROPY="entropy" in outputs,
+        KL="kl" in outputs,
         SAMPLED="sampled" in outputs,
         QUERY="query" in outputs,
         LANES=tile.lanes,
@@ -118,16 +141,24 @@ def confidence(
     return result
 
 
-def _tile(logits: Tensor) -> Tile:
+def _tile(logits: Tensor, kl: bool, biased: bool) -> Tile:
     capability = 90
     if logits.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(logits.device)
         capability = 10 * major + minor
     try:
-        return TILES[capability, logits.element_size()]
+        return _tile_of(capability, logits.element_size(), kl, biased)
     except KeyError:
         known = ", ".join(f"{c / 10}" for c in sorted({capability for capability, _ in TILES}))
-        raise NotImplementedError(f"confidence: no tile for compute capability {capability / 10}; there are tiles for {known}") from None
+        raise NotImplementedError(
+            f"confidence: no tile for compute capability {capability / 10}; there are tiles for {known}"
+        ) from None
+
+
+def _tile_of(capability: int, itemsize: int, kl: bool, biased: bool) -> Tile:
+    tile = TILES[capability, itemsize]
+    warps = max(tile.num_warps, KL_WARPS.get(capability, 0) * kl, BIAS_WARPS.get(capability, 0) * biased)
+    return dataclasses.replace(tile, num_warps=warps)
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
@@ -135,21 +166,26 @@ def compile_cases(capability: int) -> list[CompileCase]:
     V = 126464
     output_types = {
         "token": "*i64", "logit": "*fp32", "second_token": "*i64", "second_logit": "*fp32", "logsumexp": "*fp32",
-        "entropy": "*fp32", "confidence": "*fp32", "margin": "*fp32", "sampled_token": "*i64",
+        "entropy": "*fp32", "kl": "*fp32", "confidence": "*fp32", "margin": "*fp32", "sampled_token": "*i64",
         "sampled_confidence": "*fp32", "query_confidence": "*fp32", "error": "*i32",
     }  # fmt: skip
     sets = {
         "bare": (),
         "second": ("second",),
         "second+logsumexp+entropy": ("second", "logsumexp", "entropy"),
+        "kl": ("logsumexp", "kl"),
         "sampled": ("sampled",),
+        "bias": ("second", "logsumexp", "entropy"),
         "everything": OUTPUTS,
+        # Without "kl": no decoder has it beside a bias, and with fp32 logits ptxas spills 24 to 70 bytes of the two together.
+        "everything+bias": tuple(name for name in OUTPUTS if name != "kl"),
     }
     cases = []
     for itemsize, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
         for name, outputs in sets.items():
-            bare, everything = name == "bare", name == "everything"
-            tile, group = TILES[capability, itemsize], 16 // itemsize
+            bare, everything = name == "bare", name.startswith("everything")
+            kl, biased = "kl" in outputs, name.endswith("bias")
+            tile, group = _tile_of(capability, itemsize, kl, biased), 16 // itemsize
             signature = {
                 "logits_ptr": f"*{dtype}",
                 "rows_ptr": "constexpr" if bare else "*i32",
@@ -159,9 +195,15 @@ def compile_cases(capability: int) -> list[CompileCase]:
                 "seed_ptr": "*i64" if "sampled" in outputs else "constexpr",
                 "noise_ptr": "*i32" if "sampled" in outputs else "constexpr",
                 "query_ptr": "*i64" if "query" in outputs else "constexpr",
+                "bias_ids_ptr": "*i64" if biased else "constexpr",
+                "bias_ptr": "*fp32" if biased else "constexpr",
+                "previous_ptr": f"*{dtype}" if kl else "constexpr",
+                "previous_logsumexp_ptr": "*fp32" if kl else "constexpr",
                 **{f"{field}_ptr": type_ if requested(field, outputs) else "constexpr" for field, type_ in output_types.items()},
                 "row_stride": "i32",
+                "previous_stride": "i32" if kl else "constexpr",
                 "banned_stride": "i32",
+                "num_bias": "i32" if biased else "constexpr",
                 "R": "i32",
                 "V": "i32",
                 "soft_cap": "fp32" if everything else "constexpr",
@@ -170,10 +212,12 @@ def compile_cases(capability: int) -> list[CompileCase]:
             constexprs |= {
                 "HAS_ROWS": not bare,
                 "NUM_BANNED": 0 if bare else 4 if everything else 1,
+                "HAS_BIAS": biased,
                 "HAS_TEMPERATURE": everything,
                 "HAS_SOFT_CAP": everything,
                 "SECOND": "second" in outputs,
                 "ENTROPY": "entropy" in outputs,
+                "KL": kl,
                 "SAMPLED": "sampled" in outputs,
                 "QUERY": "query" in outputs,
                 "LANES": tile.lanes,
@@ -189,12 +233,14 @@ def compile_cases(capability: int) -> list[CompileCase]:
                     fn=_confidence_kernel,
                     signature={argument: signature[argument] for argument in _confidence_kernel.arg_names},
                     constexprs=constexprs,
-                    divisible_by_16=(*pointers, "row_stride", "V"),
+                    divisible_by_16=(*pointers, "row_stride", *(["previous_stride"] if kl else []), "V"),
                     num_warps=tile.num_warps,
                     num_stages=tile.num_stages,
                     # A draw costs two software logarithms an element (about 80 instructions): it is bound by arithmetic, not
-                    # by memory, and outside the gate of the reduction.
-                    elements_per_iteration=None if "sampled" in outputs else tile.lanes * group,
+                    # by memory, and outside the gate of the reduction. With a bias the loop over whole tiles is the same, but lies
+                    # in a loop over the biased ones, which the count takes for it. "kl" loads two logits for an id: the gate
+                    # is what the memory allows for each.
+                    elements_per_iteration=None if "sampled" in outputs or biased else (1 + kl) * tile.lanes * group,
                 )
             )
     return cases

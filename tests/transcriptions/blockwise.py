@@ -196,7 +196,7 @@ def below_best(row: Row, score: str, threshold: float) -> Rule:
 
 
 def best_of_runs(row: Row, score: str, threshold: float, run_threshold: float) -> Rule:
-    """dInfer's hierarchy: all above the threshold (at least the best), and the best of each run of adjacent masks if above the lower one."""
+    """dInfer's hierarchy: all above the threshold, at least the best; and the best of each run of masks if above the lower one."""
 
     def choose(candidates: list[Stats], opened: int, i: int) -> list[Stats]:
         def value(s: Stats) -> float:

@@ -102,8 +102,8 @@ def decode_sched(
 ) -> Row:
     """C2: the gap of the masked positions' logits against a threshold that falls along the schedule.
 
-    Besides, for more than `patience` steps in a row at most `max_change` of the masked positions changed their likeliest token. An
-    exit writes the likeliest tokens.
+    Besides, for more than `patience` steps in a row at most `max_change` of the masked positions changed their likeliest token.
+    An exit writes the likeliest tokens.
     """
     total, L = scheduled_steps(canvas, settings.mask_id, block_length, steps), len(canvas)
     before: dict[int, int] = {}

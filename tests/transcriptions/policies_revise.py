@@ -118,7 +118,7 @@ def decode_wino(
 
 
 def shadowed(model: Model, row: Row, shadow: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Logits of all positions, and of masks in the shadow of some: they see all but their twin, and each other; none sees them."""
+    """Logits of all positions, and of masks in the shadow of some: they see all but their twin, and each other, unseen."""
     L, n = len(row.tokens), len(shadow)
     visible = torch.zeros(L + n, L + n, dtype=torch.bool)
     visible[:, :L] = True
