@@ -183,8 +183,8 @@ def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor
 def rule_choice(plan: Plan, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, sampling, state = plan.preset, view.sampling, view.state
-    score = scores(preset.score, view)
-    rank = None if preset.rank is None else scores(preset.rank, view)
+    score = view.score(preset.score)
+    rank = None if preset.rank is None else view.score(preset.rank)
     if preset.suppress_eos:
         is_eos = (view.token[:, :, None] == sampling.eos).any(2)
         score = torch.where(is_eos, -torch.inf, score)
@@ -237,16 +237,3 @@ def opening(plan: Plan, view: View, choice: Choice) -> Choice:
         min_unmask=torch.where(opens, 1, choice.min_unmask),
         fallback=None if choice.fallback is None else torch.where(opens, 1, choice.fallback),
     )
-
-
-def scores(name: str, view: View) -> Tensor:
-    """The numbers [B, W] fp32 that a preset's `score` or `rank` names."""
-    if name == "margin":
-        return view.margin
-    if name == "neg_entropy":
-        return -view.entropy
-    if name == "random":
-        return view.uniform()
-    if name == "position":
-        return -view.position.float()
-    return view.confidence

@@ -16,7 +16,7 @@ from .patching import PatchHandle
 from .policies import Choice, View
 from .policies.base import Lanes, Memory
 from .schedule import Plan, lane_start, request_refresh, window_of
-from .statistics import Sampling, lanes_view, measure, opening, rule_choice, scores
+from .statistics import Sampling, lanes_view, measure, opening, rule_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _shadow_confidence(decode: Decode, window: Window, hidden: Tensor, lanes: La
 
 def _accept(decode: Decode, view: View, ready: Tensor, held: Tensor) -> Choice:
     """The choice of a step that verified the drafts `held` [B, D, W]."""
-    score = scores(decode.plan.preset.score, dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)))
+    score = dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)).score(decode.plan.preset.score)
     by_draft = (x.view(held.shape) for x in (view.token, score, view.confidence))
     return decode.drafts.choose(view, ready, view.selects, held, *by_draft, decode.plan.diffusion.mask_token_id)
 

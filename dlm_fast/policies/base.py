@@ -97,6 +97,22 @@ class View:
         request, step = (x[:, None].expand(B, W) for x in (self.sampling.request, self.state.step))
         return uniform_scores(self.sampling.seed, torch.stack([request, self.position, step], -1).flatten(0, 1)).view(B, W)
 
+    def score(self, name: str) -> Tensor:
+        """The numbers [B, W] fp32 that a preset's `score` or `rank` names."""
+        if name == "margin":
+            return self.margin
+        if name == "neg_entropy":
+            return -self.entropy
+        if name == "random":
+            return self.uniform()
+        return -self.position.float() if name == "position" else self.confidence
+
+    def restated(self, choice: Choice, ids: Tensor, bias: Tensor) -> Choice:
+        """The choice by the statistics of biased logits (`restate`)."""
+        biased = self.restate(ids, bias)
+        score = biased.score(self.plan.preset.score)
+        return dataclasses.replace(choice, pred=biased.token, score=score, confidence=biased.confidence)
+
     def quota(self) -> Tensor:
         """[B] int32 positions that the fixed schedule (`steps_per_block`) writes in this step."""
         return quota(self.state.block_masks, self.state.block_step, self.sampling.steps)

@@ -103,7 +103,6 @@ class Credit(Policy):
         credit = torch.where(own, credit + view.greedy_confidence[:, :, None] ** self.credit_power, credit)
         view.keep("ids", ids)
         view.keep("credit", credit)
-        biased = view.restate(ids, self.credit_weight * torch.log1p(credit))
-        return dataclasses.replace(choice, pred=biased.token, score=biased.confidence, confidence=biased.confidence)
+        return view.restated(choice, ids, self.credit_weight * torch.log1p(credit))
 
 

@@ -131,8 +131,7 @@ class JointThreshold(Policy):
             L = view.state.tokens.shape[1]
             before = view.state.tokens.gather(1, (view.position - 1).clamp(0, L - 1).long())
             before = torch.where(view.position > 0, before, -1)[:, :, None]
-            biased = view.restate(before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
-            choice = dataclasses.replace(choice, pred=biased.token, score=biased.confidence, confidence=biased.confidence)
+            choice = view.restated(choice, before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
         full = ~view.eligible.any(1)
         post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)
         settled = full & (post > self.max_post_edits)
