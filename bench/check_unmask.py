@@ -54,8 +54,16 @@ VARIANTS = [
         for passes in PASSES
         for cache, stop in (("commit", "after_block"), ("refresh", "all_stop"), ("none", "never"))
     ),
-    *((UnmaskRule(passes, renoise=True, cache=cache, stop="after_block"), "window") for passes in PASSES for cache in ("none", "commit")),
-    *((UnmaskRule("threshold", runs=True, quota=quota, cache="once"), kind) for quota in (False, True) for kind in ("window", "wide")),
+    *(
+        (UnmaskRule(passes, renoise=True, cache=cache, stop="after_block"), "window")
+        for passes in PASSES
+        for cache in ("none", "commit")
+    ),
+    *(
+        (UnmaskRule("threshold", runs=True, quota=quota, cache="once"), kind)
+        for quota in (False, True)
+        for kind in ("window", "wide")
+    ),
     *(
         (UnmaskRule("none", cache="commit", seed=True, stop=stop), kind)
         for stop in ("never", "after_block", "closed", "all_stop")
@@ -71,7 +79,10 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
             yield case(ops, device, sizes, seed, sizes.widths[0], UnmaskRule(**select, **after), kind)
     for rule, kind in VARIANTS:
         yield case(ops, device, sizes, seed, sizes.widths[0], rule, kind)
-    plain = [(UnmaskRule(**select, **AFTERS[4 * n % len(AFTERS)][0]), AFTERS[4 * n % len(AFTERS)][1]) for n, select in enumerate(SELECTS)]
+    plain = [
+        (UnmaskRule(**select, **AFTERS[4 * n % len(AFTERS)][0]), AFTERS[4 * n % len(AFTERS)][1])
+        for n, select in enumerate(SELECTS)
+    ]
     for W in sizes.widths[1:]:
         # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer variants.
         some = 3 if W <= 256 else 6
@@ -80,13 +91,20 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
                 yield case(ops, device, sizes, seed, W, rule, kind)
     name = "row alone = row in the batch"
     for rule, kind in plain + VARIANTS[::5]:
-        yield f"{name} {words(rule)} {kind}", partial(rows_are_independent, ops, device, seed, name + str(rule), sizes, rule, kind)
+        yield (
+            f"{name} {words(rule)} {kind}",
+            partial(rows_are_independent, ops, device, seed, name + str(rule), sizes, rule, kind),
+        )
 
 
 def words(rule: UnmaskRule) -> str:
     """The options of the rule that are not the plainest."""
     given = [(field.name, getattr(rule, field.name)) for field in dataclasses.fields(rule)]
-    return " ".join(name if value is True else f"{name}={value}" for name, value in given if value not in (False, "row") and (name, value) != ("remask", "none"))
+    return " ".join(
+        name if value is True else f"{name}={value}"
+        for name, value in given
+        if value not in (False, "row") and (name, value) != ("remask", "none")
+    )
 
 
 def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: UnmaskRule, kind: str) -> Case:
@@ -95,7 +113,7 @@ def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: 
 
 
 def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind: str) -> tuple[RowState, dict]:
-    """A batch on the CPU with rows in every phase, blocks of every length up to W, ties, and garbage in every lane nobody needs."""
+    """A batch on the CPU with rows in every phase, blocks of every length up to W, ties, garbage in every lane nobody needs."""
     L = 3 * W + 5
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -155,7 +173,9 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
 
     def scores() -> Tensor:
         """A coarse grid makes ties; NaN counts as -inf."""
-        score = torch.where(chance(0.5)[:, None], torch.randint(0, 12, (B, W), generator=random) / 12, torch.rand(B, W, generator=random))
+        score = torch.where(
+            chance(0.5)[:, None], torch.randint(0, 12, (B, W), generator=random) / 12, torch.rand(B, W, generator=random)
+        )
         score[chance(0.02, B, W)] = math.nan
         score[chance(0.02, B, W)] = -math.inf
         return score

@@ -128,8 +128,10 @@ def measure(
     else:
         stats = model_stats = ops.confidence(logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more)
     if history is not None:
-        history["logits"].copy_(raw)
-        history["logsumexp"].copy_(model_stats.logsumexp)
+        # A row that sits this step out keeps its own: what was computed for it is nobody's.
+        own_rows = needed.flatten()
+        history["logits"].copy_(torch.where(own_rows[:, None], raw, history["logits"]))
+        history["logsumexp"].copy_(torch.where(own_rows, model_stats.logsumexp, history["logsumexp"]))
 
     token, confidence = (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
     result = {

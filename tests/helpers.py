@@ -76,6 +76,22 @@ def toy(
     return model
 
 
+def options_of(preset: str, length: int = 4) -> dict:
+    """What a preset needs to run on a toy model."""
+    chosen = dlm_fast.PRESETS[preset]
+    options = {"block_length": length} if chosen.visibility == "full" and chosen.schedule != "canvas" else {}
+    options |= {"sub_block_length": 2} if chosen.sub_block_length else {}
+    options |= {"horizon": 3} if chosen.horizon else {}
+    options |= {"head": lambda confidence: 2 * confidence} if preset == "learn2pd" else {}
+    options |= {"delete_id": VOCAB - 1, "split_id": VOCAB - 2, "edit_threshold": 0.3} if preset == "llada2.2" else {}
+    return options
+
+
+def row_of(preset: str) -> str:
+    """The logits_row of a model that the preset fits."""
+    return "previous" if dlm_fast.PRESETS[preset].seed else "self"
+
+
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     """Prompts of the given lengths, without mask or EOS."""
     generator = torch.Generator().manual_seed(seed)

@@ -182,11 +182,14 @@ def test_joint_threshold_ends_within_its_edits(options, alignment):
 
 
 @pytest.mark.parametrize("alignment", ["abs", "rel"])
-def test_insertions_and_deletions_end_within_their_edits(alignment):
-    edits = PRESETS["llada2.2"].options().get("max_post_edits", 16) if "llada2.2" in PRESETS else 0
-    for row in trace("llada2.2", {"stop": "never"}, alignment):
-        blocks = -(-(NEW[0] + PROMPTS[-1]) // BLOCK) + 1
-        assert row[-1].masks == 0 and row[-1].nfe <= 1 + blocks * (BLOCK + edits + 2)
+@pytest.mark.parametrize("edits", [0, 3])
+def test_insertions_and_deletions_end_within_their_edits(edits, alignment):
+    for delete_id, split_id in ((2, 3), (15, 31), (10, 22)):
+        commands = {"delete_id": delete_id, "split_id": split_id, "max_post_edits": edits, "stop": "never"}
+        for row in trace("llada2.2", commands, alignment):
+            assert row[-1].masks == 0
+            for taken in steps_by_block(row).values():
+                assert len(taken) <= BLOCK + edits + 2
 
 
 @pytest.mark.parametrize("alignment", ["abs", "rel"])

@@ -18,27 +18,12 @@ from dlm_fast.requests import read
 from dlm_fast.schedule import open_rows
 from dlm_fast.step import denoise_step
 from dlm_kernels.state import ERROR_STALLED
-from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy
+from helpers import EOS, MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Host-side by design: they move tokens between positions.
 HOST_SIDE = ("llada2.2",)
 RUNNABLE = [name for name, preset in PRESETS.items() if preset.supported]
-
-
-def options_of(preset: str, length: int = 4) -> dict:
-    """What a preset needs to run on a toy model."""
-    chosen = PRESETS[preset]
-    options = {"block_length": length} if chosen.visibility == "full" and chosen.schedule != "canvas" else {}
-    options |= {"sub_block_length": 2} if chosen.sub_block_length else {}
-    options |= {"horizon": 3} if chosen.horizon else {}
-    options |= {"head": lambda confidence: 2 * confidence} if preset == "learn2pd" else {}
-    options |= {"delete_id": VOCAB - 1, "split_id": VOCAB - 2, "edit_threshold": 0.3} if preset == "llada2.2" else {}
-    return options
-
-
-def row_of(preset: str) -> str:
-    return "previous" if PRESETS[preset].seed else "self"
 
 
 def model_for(preset: str, **kwargs):

@@ -1,4 +1,4 @@
-"""`unmask` by hand, rule by rule: lanes, edits, renoise, exits, masking again, seeds and pipelines. Both forms must draw the same row."""
+"""`unmask` by hand, rule by rule: lanes, edits, renoise, exits, masking again, seeds and pipelines, in both forms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_STALLED, WIDE
 from dlm_kernels.unmask import unmask
 from unmask_cases import STOP, WRITTEN, drawn, one_row
 
-# One row: canvas, region, phase, what each lane predicts, arguments -> canvas, phase, region. g given, w e r written, # masked, S written
-# stop, s given stop. Scores fall from lane to lane unless given; `kmin` positions are written at least; the row's step is 3.
+# One row: canvas, region, phase, what each lane predicts, arguments -> canvas, phase, region. g given, w e r written, # masked,
+# S written stop, s given stop. Scores fall from lane to lane unless given; kmin is 1 unless given; the row's step is 3.
 FIXED = UnmaskRule("none")
 EDIT, EDIT_COMMIT = (UnmaskRule("none", edit=True, stop="after_block", cache=cache) for cache in ("none", "commit"))
 RENOISE = UnmaskRule("none", renoise=True, stop="never")
@@ -36,15 +36,21 @@ LANES = {
 }  # fmt: skip
 
 EDITS = {
-    "a better prediction replaces a written token": (EDIT, "we##", (0, 4), DENOISE, "reww", dict(edit_value=3.5), "rew#", DENOISE, (0, 4)),
+    "a better prediction replaces a written token": (
+        EDIT, "we##", (0, 4), DENOISE, "reww", dict(edit_value=3.5), "rew#", DENOISE, (0, 4)),
     "equal to edit_value is not above it": (EDIT, "we##", (0, 4), DENOISE, "reww", dict(edit_value=4.0), "wew#", DENOISE, (0, 4)),
     "given tokens are not edited": (EDIT, "ge##", (0, 4), DENOISE, "rrww", dict(edit_value=0.0), "grw#", DENOISE, (0, 4)),
-    "a step that edits does not finish the block": (EDIT, "ww##", (0, 2), DENOISE, "we", dict(edit_value=0.0), "we##", DENOISE, (0, 2)),
-    "a step that fills the block does not finish it": (EDIT, "w###", (0, 2), DENOISE, "we", dict(edit_value=9.0), "we##", DENOISE, (0, 2)),
+    "a step that edits does not finish the block": (
+        EDIT, "ww##", (0, 2), DENOISE, "we", dict(edit_value=0.0), "we##", DENOISE, (0, 2)),
+    "a step that fills the block does not finish it": (
+        EDIT, "w###", (0, 2), DENOISE, "we", dict(edit_value=9.0), "we##", DENOISE, (0, 2)),
     "a step that writes nothing does": (EDIT, "ww##", (0, 2), DENOISE, "ww", dict(edit_value=0.0), "ww##", DENOISE, (2, 4)),
-    "its keys are final: no commit step": (EDIT_COMMIT, "ww##", (0, 2), DENOISE, "ww", dict(edit_value=0.0), "ww##", DENOISE, (2, 4)),
-    "a given block after it is committed": (EDIT_COMMIT, "wwgg#", (0, 2), DENOISE, "ww", dict(edit_value=0.0), "wwgg#", COMMIT, (2, 4)),
-    "an exiting row is not edited, and done": (EDIT, "w###", (0, 4), DENOISE, "eeee", dict(edit_value=0.0, exits=True), "weee", DONE, (0, 4)),
+    "its keys are final: no commit step": (
+        EDIT_COMMIT, "ww##", (0, 2), DENOISE, "ww", dict(edit_value=0.0), "ww##", DENOISE, (2, 4)),
+    "a given block after it is committed": (
+        EDIT_COMMIT, "wwgg#", (0, 2), DENOISE, "ww", dict(edit_value=0.0), "wwgg#", COMMIT, (2, 4)),
+    "an exiting row is not edited, and done": (
+        EDIT, "w###", (0, 4), DENOISE, "eeee", dict(edit_value=0.0, exits=True), "weee", DONE, (0, 4)),
     "every region lane that is not chosen is drawn anew": (
         RENOISE, "wgew##", (0, 4), DENOISE, "rrrr", dict(kmin=2, refill=[3, 3, 4, 3]), "rrre##", DENOISE, (0, 4)),
     "only an exit finishes the block": (
@@ -52,13 +58,17 @@ EDITS = {
 }  # fmt: skip
 REMASKS = {
     "lowest: of what was written, this step included": (
-        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.9, 0.2, 0.5, 0.1], remask_count=2), "w###", DENOISE, (0, 4)),
+        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.9, 0.2, 0.5, 0.1], remask_count=2),
+        "w###", DENOISE, (0, 4)),
     "lowest: ties to the lowest lane": (
-        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.5, 0.5, 0.5, 0.1], remask_count=1), "#ww#", DENOISE, (0, 4)),
+        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.5, 0.5, 0.5, 0.1], remask_count=1),
+        "#ww#", DENOISE, (0, 4)),
     "lowest: NaN is below everything": (
-        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[-9.0, float("nan"), 0.5, 0.1], remask_count=1), "w#w#", DENOISE, (0, 4)),
+        LOWEST, "ww##", (0, 4), DENOISE, "wwww", dict(remask_score=[-9.0, float("nan"), 0.5, 0.1], remask_count=1),
+        "w#w#", DENOISE, (0, 4)),
     "lowest: given tokens stay": (
-        LOWEST, "gw##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.0, 0.9, 0.5, 0.1], remask_count=9), "g###", DENOISE, (0, 4)),
+        LOWEST, "gw##", (0, 4), DENOISE, "wwww", dict(remask_score=[0.0, 0.9, 0.5, 0.1], remask_count=9),
+        "g###", DENOISE, (0, 4)),
     "lowest: a block that is masked again is not finished": (
         LOWEST, "w###", (0, 2), DENOISE, "ww", dict(remask_score=[0.0, 0.5], remask_count=1), "#w##", DENOISE, (0, 2)),
     "lowest: an exiting row keeps all": (
@@ -66,17 +76,24 @@ REMASKS = {
     "saber: one of two": (
         SABER, "w###", (0, 4), DENOISE, "wwww", dict(kmin=2, remask_score=[0.1, 0.5, 0.9, 0.0]), "#ww#", DENOISE, (0, 4)),
     "saber: half of n": (
-        SABER, "w#####", (0, 6), DENOISE, "wwwwww", dict(kmin=4, remask_score=[0.1, 0.5, 0.9, 0.4, 0.3, 0.0]), "#www##", DENOISE, (0, 6)),
+        SABER, "w#####", (0, 6), DENOISE, "wwwwww", dict(kmin=4, remask_score=[0.1, 0.5, 0.9, 0.4, 0.3, 0.0]),
+        "#www##", DENOISE, (0, 6)),
     "saber: none of one": (SABER, "w###", (0, 4), DENOISE, "wwww", dict(kmin=1, remask_score=[0.1] * 4), "ww##", DENOISE, (0, 4)),
-    "saber: none if no mask is left": (SABER, "w##", (0, 3), DENOISE, "www", dict(kmin=2, remask_score=[0.1] * 3), "www", DONE, (0, 3)),
+    "saber: none if no mask is left": (
+        SABER, "w##", (0, 3), DENOISE, "www", dict(kmin=2, remask_score=[0.1] * 3), "www", DONE, (0, 3)),
     "wino: what was written before and scores below remask_value": (
-        WINO, "www##", (0, 5), DENOISE, "wwwww", dict(kmin=2, remask_score=[0.4, 0.5, 0.3, 0.1, 0.1], remask_value=0.5, remask_count=5), "#w#ww",
+        WINO, "www##", (0, 5), DENOISE, "wwwww",
+        dict(kmin=2, remask_score=[0.4, 0.5, 0.3, 0.1, 0.1], remask_value=0.5, remask_count=5),
+        "#w#ww",
         DENOISE, (0, 5)),
     "wino: at most remask_count": (
-        WINO, "www##", (0, 5), DENOISE, "wwwww", dict(kmin=2, remask_score=[0.4, 0.5, 0.3, 0.1, 0.1], remask_value=0.5, remask_count=1), "ww#ww",
+        WINO, "www##", (0, 5), DENOISE, "wwwww",
+        dict(kmin=2, remask_score=[0.4, 0.5, 0.3, 0.1, 0.1], remask_value=0.5, remask_count=1),
+        "ww#ww",
         DENOISE, (0, 5)),
     "wino: nothing if only one was chosen": (
-        WINO, "www##", (0, 5), DENOISE, "wwwww", dict(kmin=1, remask_score=[0.0] * 5, remask_value=0.5, remask_count=5), "wwww#", DENOISE, (0, 5)),
+        WINO, "www##", (0, 5), DENOISE, "wwwww", dict(kmin=1, remask_score=[0.0] * 5, remask_value=0.5, remask_count=5),
+        "wwww#", DENOISE, (0, 5)),
 }  # fmt: skip
 
 SEEDS = {
@@ -91,7 +108,8 @@ SEEDS = {
 
 HALVES = [0.5, 0.6, 0.3, 0.7]  # nothing passes 0.9
 PIPELINES = {
-    "each: the first block is fully activated, a later one waits": (D2F, "######", (0, 4), DENOISE, "wwww", {}, "#w####", DENOISE, (0, 4)),
+    "each: the first block is fully activated, a later one waits": (
+        D2F, "######", (0, 4), DENOISE, "wwww", {}, "#w####", DENOISE, (0, 4)),
     "each: a block is activated by the block before it": (
         D2F, "######", (0, 4), DENOISE, "wwww", dict(activate_masks=2), "#w#w##", DENOISE, (0, 4)),
     "each: activation counts the masks before the step": (
@@ -165,7 +183,9 @@ def test_a_row_that_has_taken_max_steps_fails_and_writes_nothing(op, device):
 
 @OPS
 def test_a_position_masked_again_has_no_step_and_no_confidence(op, device):
-    state, changed = one_row("ww##", (0, 4), DENOISE, LOWEST, "wwww", remask_score=[0.9, 0.2, 0.1, 0.0], remask_count=2).copy(device).run(op)
+    state, changed = (
+        one_row("ww##", (0, 4), DENOISE, LOWEST, "wwww", remask_score=[0.9, 0.2, 0.1, 0.0], remask_count=2).copy(device).run(op)
+    )
     assert state.unmask_step[0].tolist() == [0, -1, -1, -1]
     assert state.unmask_confidence[0].tolist() == [0, 0, 0, 0]
     assert changed[0].tolist() == [False, False, True, False]  # it was written, and masked again at once
@@ -189,7 +209,11 @@ def test_what_renoise_draws_anew_is_not_recorded_as_written(op, device):
 
 @OPS
 def test_a_statistic_of_a_written_lane_is_needed_by_an_editing_rule_only(op, device):
-    for rule, args, error in ((FIXED, {}, 0), (EDIT, dict(edit_value=0.5), 1), (LOWEST, dict(remask_score=[1.0] * 4, remask_count=0), 1)):
+    for rule, args, error in (
+        (FIXED, {}, 0),
+        (EDIT, dict(edit_value=0.5), 1),
+        (LOWEST, dict(remask_score=[1.0] * 4, remask_count=0), 1),
+    ):
         state, _ = one_row("w###", (0, 4), DENOISE, rule, "wwww", stat_error=[1, 0, 0, 0], **args).copy(device).run(op)
         assert state.error.item() == error, rule
 
@@ -215,8 +239,10 @@ def test_a_rule_that_makes_no_sense_is_refused_with_a_reason():
 
 @OPS
 def test_a_pipeline_decodes_its_canvas_block_by_block_with_no_host_decision(op, device):
-    """Two positions a block and a threshold that nothing passes: the classic wave, one forced position a step in every active block."""
-    case = one_row("######", (0, 2), DENOISE, D2F, "wwwwww", **DEFAULTS[D2F] | dict(score=[0.5] * 6, append_masks=1, activate_masks=1)).copy(device)
+    """Two positions a block and a threshold that nothing passes: one forced position a step in every active block."""
+    case = one_row(
+        "######", (0, 2), DENOISE, D2F, "wwwwww", **DEFAULTS[D2F] | dict(score=[0.5] * 6, append_masks=1, activate_masks=1)
+    ).copy(device)
     seen = []
     while case.state.phase.item() == DENOISE:
         case.run(op)

@@ -100,7 +100,7 @@ def unmask(
         block_length: [B] int32 length of the blocks to come; below 1 counts as 1.
         mask_id: what a masked position holds.
         stop_ids: [K] int64, K from 0 to 16.
-        lane_start: [B] int32 position of lane 0, None = block_start. A pipeline's is block_start.
+        lane_start: [B] int32 position of lane 0 (lanes before the canvas are nothing), None = block_start. A pipeline's is block_start.
         rank: [B, W] fp32, orders the positions; None = score.
         entropy: [B, W] fp32 nats, for passes "entropy".
         stat_error: [B, W] int32, not 0 = the statistics of the lane are unusable; None = all usable.
@@ -152,7 +152,7 @@ def unmask(
 
     # The row, lane by lane. Lanes past the canvas look at some position of it, and nothing is ever written there.
     lane = torch.arange(W, device=position.device) + lane_start[:, None]
-    in_canvas = lane < s.canvas_len[:, None]
+    in_canvas = (lane >= 0) & (lane < s.canvas_len[:, None])
     in_region = (lane >= s.block_start[:, None]) & (lane < s.block_end[:, None])
     lane = lane.clamp(0, L - 1)
     held, held_step = s.tokens.gather(1, lane), s.unmask_step.gather(1, lane)

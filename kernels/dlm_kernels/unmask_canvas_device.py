@@ -1,0 +1,90 @@
+"""Device code of `unmask`: what is told from, or written to, a row's canvas outside the lanes of the call, tile by tile."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_masked(tokens_ptr, begin, end, mask_id, BLOCK_L: tl.constexpr):
+    """First masked position in [begin, end), or `end`."""
+    first, tile = end, begin
+    while (tile < end) & (first == end):
+        position = tile + tl.arange(0, BLOCK_L)
+        token = tl.load(tokens_ptr + position, mask=position < end, other=0)
+        first = tl.min(tl.where((position < end) & (token == mask_id), position, end))
+        tile += BLOCK_L
+    return first
+
+
+@triton.jit
+def count_masked(tokens_ptr, begin, end, mask_id, BLOCK_L: tl.constexpr):
+    count = 0
+    for tile in range(begin, end, BLOCK_L):
+        position = tile + tl.arange(0, BLOCK_L)
+        token = tl.load(tokens_ptr + position, mask=position < end, other=0)
+        count += tl.sum(((position < end) & (token == mask_id)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def is_stop_token(token, stop_ids_ptr, K):
+    is_stop = (token == 0) & False
+    for i in range(K):
+        is_stop = is_stop | (token == tl.load(stop_ids_ptr + i))
+    return is_stop
+
+
+@triton.jit
+def first_stop_token(tokens_ptr, unmask_step_ptr, begin, end, none, stop_ids_ptr, K, BLOCK_L: tl.constexpr):
+    """First position in [begin, end) where a stop token was written, or `none`."""
+    first = none
+    for tile in range(begin, end, BLOCK_L):
+        position = tile + tl.arange(0, BLOCK_L)
+        token = tl.load(tokens_ptr + position, mask=position < end, other=0)
+        written = tl.load(unmask_step_ptr + position, mask=position < end, other=-1) >= 0
+        first = tl.minimum(first, tl.min(tl.where(written & is_stop_token(token, stop_ids_ptr, K), position, none)))
+    return first
+
+
+@triton.jit
+def fill(tokens_ptr, unmask_step_ptr, begin, end, token, step, mask_id, BLOCK_L: tl.constexpr):
+    """Every position in [begin, end) that is masked or was written becomes `token`."""
+    for tile in range(begin, end, BLOCK_L):
+        position = tile + tl.arange(0, BLOCK_L)
+        fresh = (tl.load(tokens_ptr + position, mask=position < end, other=0) == mask_id) & (position < end)
+        written = tl.load(unmask_step_ptr + position, mask=position < end, other=-1) >= 0
+        # Each thread stores where it has loaded.
+        tl.store(tokens_ptr + position, token + position.to(tl.int64) * 0, mask=fresh | written)
+        tl.store(unmask_step_ptr + position, step + position * 0, mask=fresh)
+
+
+@triton.jit
+def seed_closes(
+    tokens_ptr, unmask_step_ptr, begin, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """Does `seed`, written to the masked position `begin`, end the row? It is not read: other threads may not see it yet."""
+    first_mask, first_stop, others = end, end, 0
+    for tile in range(begin, end, BLOCK_L):
+        position = tile + tl.arange(0, BLOCK_L)
+        inside = position < end
+        token = tl.load(tokens_ptr + position, mask=inside, other=0)
+        written = tl.load(unmask_step_ptr + position, mask=inside, other=-1) >= 0
+        token = tl.where(position == begin, seed, token)
+        written = written | (position == begin)
+        is_stop = is_stop_token(token, stop_ids_ptr, K)
+        first_mask = tl.minimum(first_mask, tl.min(tl.where(inside & (token == mask_id), position, end)))
+        first_stop = tl.minimum(first_stop, tl.min(tl.where(inside & written & is_stop, position, end)))
+        others += tl.sum((inside & (is_stop == 0)).to(tl.int32))
+    filled = first_mask == end
+    closes = filled & False
+    if STOP == "closed":
+        closes = first_stop < first_mask
+    elif STOP == "after_block":
+        closes = filled & (first_stop < end)
+    elif STOP == "all_stop":
+        closes = filled & (first_stop < end) & (others == 0)
+    if filled & (closes == 0):
+        closes = first_masked(tokens_ptr, end, canvas_len, mask_id, BLOCK_L) >= canvas_len
+    return closes

@@ -1,0 +1,372 @@
+"""Device code of `unmask`: the kernel, which writes the chosen lanes and moves the row on. Specification: reference.unmask.
+
+One program per row. Absent arguments are None, so what a rule does not use is not compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import state as row_state
+from .unmask_canvas_device import count_masked, fill, first_masked, first_stop_token, is_stop_token, seed_closes
+from .unmask_select_device import choose, eligible_lanes, force_in_blocks, masked_again
+
+_WIDE, _DENOISE = tl.constexpr(row_state.WIDE), tl.constexpr(row_state.DENOISE)
+_COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
+_ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
+
+
+@triton.jit
+def _advance_pipeline(
+    position, masked, stays, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length, append_masks, mask_id,
+    tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr,
+    KIND: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Several blocks at once: move the region of the row, and its phase.
+
+    masked: lanes of the region masked after the step, the first at mask_at; stays: lanes that keep their block in the region.
+    stop_at: the first written stop token. mask_at and stop_at are block_end where there is none. No canvas position from
+    masks_end on is masked.
+    """
+    start = block_start
+    if CACHE != "delayed" or KIND == "wide":
+        # The region's leading blocks leave it.
+        first = tl.min(tl.where(stays, position, block_end))
+        start = block_start + (first - block_start) // block_length * block_length
+        start = tl.where(first < block_end, start, block_end)
+    stopped = stop_at < mask_at
+    if STOP == "after_block":
+        whole = block_start + (mask_at - block_start) // block_length * block_length
+        stopped = stop_at < tl.where(mask_at < block_end, whole, block_end)
+    elif STOP != "closed":
+        stopped = stopped & False
+    if STOP == "closed" or STOP == "after_block" or STOP == "appends":
+        canvas_len = tl.where(stop_at < block_end, block_end, canvas_len)
+        masks_end = canvas_len
+        tl.store(canvas_len_ptr, canvas_len)
+    tail = block_end - 1 - (block_end - 1 - block_start) % block_length
+    appends = tl.sum((masked & (position >= tail)).to(tl.int32)) <= append_masks
+    appends = appends & (block_end < canvas_len)
+    if STOP == "fill":
+        appends = appends & (stop_at == block_end)
+    end = tl.where(appends, tl.minimum(block_end + block_length, canvas_len), block_end)
+    done = stopped
+    if mask_at == block_end:
+        done = done | (first_masked(tokens_ptr, block_end, masks_end, mask_id, BLOCK_L) >= masks_end)
+    next_phase = _DENOISE
+    if CACHE == "delayed":
+        head_end = tl.minimum(start + block_length, end)
+        head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
+        head += count_masked(tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+        if head == 0:
+            next_phase = _WIDE
+    if done:
+        next_phase = _DONE
+    tl.store(block_start_ptr, start)
+    tl.store(block_end_ptr, end)
+    return next_phase
+
+
+# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the kernel again.
+@triton.jit(
+    do_not_specialize=(
+        "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride", "confidence_stride",
+        "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride", "refill_stride",
+        "remask_score_stride",
+        "W", "K", "mask_id",
+    )
+)  # fmt: skip
+def unmask_kernel(
+    # state, read and written
+    tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
+    canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
+    phase_ptr, nfe_ptr, query_tokens_ptr, error_ptr,
+    # out
+    changed_ptr,
+    # inputs [B, W]; from rank on None where absent
+    pred_ptr, score_ptr, confidence_ptr, rank_ptr, entropy_ptr, stat_error_ptr, allowed_ptr, refill_ptr, remask_score_ptr,
+    # inputs [B], value also [B, W]; from lane_start on None where absent
+    query_len_ptr, value_ptr, min_unmask_ptr, steps_ptr, block_length_ptr, stop_ids_ptr,
+    lane_start_ptr, fallback_ptr, max_unmask_ptr, run_value_ptr, edit_value_ptr, remask_count_ptr, remask_value_ptr,
+    exits_ptr, max_steps_ptr, append_masks_ptr, activate_masks_ptr, delay_ptr, seed_ptr, seed_confidence_ptr,
+    # row strides
+    tokens_stride, unmask_step_stride, unmask_confidence_stride, pred_stride, score_stride, confidence_stride,
+    value_stride, rank_stride, entropy_stride, stat_error_stride, allowed_stride, refill_stride, remask_score_stride,
+    # sizes and scalars
+    W, K, mask_id,
+    # flags
+    KIND: tl.constexpr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, QUOTA: tl.constexpr, SCOPE: tl.constexpr,
+    RUNS: tl.constexpr, EDIT: tl.constexpr, RENOISE: tl.constexpr, REMASK: tl.constexpr, CACHE: tl.constexpr,
+    SEED: tl.constexpr, STOP: tl.constexpr, VALUE_PER_LANE: tl.constexpr,
+    # tiles
+    LOG_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    PIPELINE: tl.constexpr = SCOPE != "row"
+    row = tl.program_id(0).to(tl.int64)
+    tokens_ptr += row * tokens_stride
+    unmask_step_ptr += row * unmask_step_stride
+    unmask_confidence_ptr += row * unmask_confidence_stride
+    query_len = tl.load(query_len_ptr + row)
+    phase = tl.load(phase_ptr + row)
+    block_start = tl.load(block_start_ptr + row)
+    block_end = tl.load(block_end_ptr + row)
+    lane_start = block_start
+    if lane_start_ptr is not None:
+        lane_start = tl.load(lane_start_ptr + row)
+    # One thread writes these fields for all: not before every warp has read them. The others are loaded where they are used, for
+    # what is kept through the sort costs it registers.
+    tl.debug_barrier()
+
+    # Who takes part, and as what.
+    prefills = (phase == _WIDE) & (KIND == "wide" and CACHE == "commit")
+    commits = (phase == _COMMIT) & (KIND == "window" and CACHE == "commit")
+    selects = (phase == _DENOISE) & (KIND == "window") | (phase == _WIDE) & (KIND == "wide" and CACHE != "commit")
+    selects = selects & (block_end - lane_start <= W)
+    if lane_start_ptr is not None:
+        selects = selects & (block_start >= lane_start)
+
+    lane = tl.arange(0, BLOCK_W)
+    changed = lane < 0
+    if (query_len > 0) & (prefills | commits | selects):
+        tl.store(nfe_ptr + row, tl.load(nfe_ptr + row) + 1)
+        tl.store(query_tokens_ptr + row, tl.load(query_tokens_ptr + row) + query_len)
+        next_phase = _DENOISE
+        # A block opens at `start`; nothing before `known` is masked.
+        opens = prefills | commits
+        start = block_end
+        known = block_end
+        if prefills:
+            start = block_start
+            known = block_start
+        if commits & (block_end >= tl.load(canvas_len_ptr + row)):
+            next_phase = _DONE
+            opens = commits & False
+
+        if selects:
+            position = lane_start + lane
+            in_region = (position >= block_start) & (position < block_end)
+            held_ptr = tokens_ptr + lane_start
+            held_step_ptr = unmask_step_ptr + lane_start
+            score_row = score_ptr + row * score_stride
+            rank_row = score_row
+            if rank_ptr is not None:
+                rank_row = rank_ptr + row * rank_stride
+            allowed_row = None
+            if allowed_ptr is not None:
+                allowed_row = allowed_ptr + row * allowed_stride
+            entropy_row = None
+            if entropy_ptr is not None:
+                entropy_row = entropy_ptr + row * entropy_stride
+            # Lanes looked at: an exiting row writes every mask that it sees.
+            seen = in_region
+            exiting = False
+            if exits_ptr is not None:
+                seen = (position >= 0) & (position < tl.load(canvas_len_ptr + row)) & (lane < W)
+                exiting = tl.load(exits_ptr + row) != 0
+            held = tl.load(held_ptr + lane, mask=seen, other=0)
+            eligible = eligible_lanes(held, in_region, allowed_row, mask_id, RENOISE, False, BLOCK_W)
+            n = tl.sum(eligible.to(tl.int32))
+
+            # An unusable statistic, or a row that should have ended, ends it before anything is written.
+            fault = 0
+            if stat_error_ptr is not None:
+                needed = eligible
+                if EDIT or REMASK != "none":
+                    needed = needed | (tl.load(held_step_ptr + lane, mask=in_region, other=-1) >= 0)
+                if exits_ptr is not None:
+                    needed = needed | (seen & (held == mask_id))
+                stat_error = tl.load(stat_error_ptr + row * stat_error_stride + lane, mask=needed, other=0)
+                fault = tl.max((stat_error != 0).to(tl.int32)) * _ERROR_LOGITS
+            if max_steps_ptr is not None:
+                stalled = (tl.load(step_ptr + row) >= tl.load(max_steps_ptr + row)) & (fault == 0)
+                fault = tl.where(stalled, _ERROR_STALLED, fault)
+            if fault != 0:
+                tl.store(error_ptr + row, tl.load(error_ptr + row) | fault)
+                next_phase = _DONE
+            else:
+                # Which lanes are written.
+                if exiting:
+                    changed = in_region if RENOISE else seen & (held == mask_id)
+                else:
+                    if QUOTA:
+                        S = tl.maximum(tl.load(steps_ptr + row), 1)
+                        block_masks = tl.load(block_masks_ptr + row)
+                        kmin = block_masks // S + (tl.load(block_step_ptr + row) < block_masks % S).to(tl.int32)
+                        kmin = tl.maximum(kmin, 1)
+                    elif SCOPE == "each":
+                        kmin = n * 0
+                    else:
+                        kmin = tl.load(min_unmask_ptr + row)
+                    fallback = kmin
+                    if fallback_ptr is not None:
+                        fallback = tl.load(fallback_ptr + row)
+                    max_unmask = None
+                    if max_unmask_ptr is not None:
+                        max_unmask = tl.load(max_unmask_ptr + row)
+                    run_value = None
+                    if RUNS:
+                        run_value = tl.load(run_value_ptr + row)
+                    changed, eligible, held = choose(
+                        seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value,
+                        held_ptr, allowed_row, value_ptr + row * value_stride, score_row, rank_row, entropy_row, mask_id,
+                        PASSES, INCLUSIVE, VALUE_PER_LANE, RENOISE, RUNS, LOG_W, BLOCK_W,
+                    )  # fmt: skip
+                    if PIPELINE:
+                        block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
+                        changed = force_in_blocks(
+                            changed, eligible, in_region & (held == mask_id), rank_row, block_end - block_start, block_length,
+                            tl.load(activate_masks_ptr + row), SCOPE, BLOCK_W,
+                        )  # fmt: skip
+                held_step = tl.load(held_step_ptr + lane, mask=seen, other=-1, volatile=EDIT or REMASK != "none")
+                written = in_region & (held_step >= 0)
+                pred_row = pred_ptr + row * pred_stride
+                if EDIT:
+                    edit_value = tl.load(edit_value_ptr + row)
+                    if exits_ptr is not None:
+                        edit_value = tl.where(exiting, float("inf"), edit_value)
+                    differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held)
+                    changed = changed | (differs & (tl.load(score_row + lane, mask=written, other=float("-inf")) > edit_value))
+
+                # Which are masked again.
+                if REMASK != "none":
+                    least, count, limit = 0, 0, 0.0
+                    if REMASK == "saber":
+                        least = tl.maximum(tl.load(min_unmask_ptr + row), 0)
+                    else:
+                        count = tl.load(remask_count_ptr + row)
+                    if REMASK == "wino":
+                        limit = tl.load(remask_value_ptr + row)
+                    again = masked_again(
+                        changed & in_region, written, in_region & (held == mask_id), remask_score_ptr + row * remask_score_stride,
+                        least, count, limit, exiting, REMASK, LOG_W, BLOCK_W,
+                    )  # fmt: skip
+
+                # The row as it will be. All that follows is told from these registers: the stores below are other threads' as
+                # well, and nothing orders a load after them.
+                step = tl.load(step_ptr + row)
+                canvas_len = tl.load(canvas_len_ptr + row)
+                token = tl.where(changed, tl.load(pred_row + lane, mask=changed, other=0), held)
+                token_step = tl.where(changed, step, held_step)
+                confidence = tl.load(confidence_ptr + row * confidence_stride + lane, mask=changed, other=0.0)
+                stores_token, stores_step, stores_confidence = changed, changed, changed
+                if RENOISE:
+                    refilled = in_region & (changed == 0)
+                    token = tl.where(refilled, tl.load(refill_ptr + row * refill_stride + lane, mask=refilled, other=0), token)
+                    stores_token = changed | refilled
+                if REMASK != "none":
+                    token = tl.where(again, mask_id, token)
+                    token_step = tl.where(again, -1, token_step)
+                    confidence = tl.where(again, 0.0, confidence)
+                    stores_token, stores_step, stores_confidence = changed | again, changed | again, changed | again
+                stop_at = block_end
+                masks_end = canvas_len
+                if STOP != "never":
+                    is_stop = in_region & is_stop_token(token, stop_ids_ptr, K)
+                    stop_at = tl.min(tl.where(is_stop & (token_step >= 0), position, block_end))
+                if STOP == "fill":
+                    # What follows the row's first written stop token becomes it; no mask is left behind it.
+                    masks_end = tl.minimum(
+                        first_stop_token(tokens_ptr, unmask_step_ptr, 0, block_start, canvas_len, stop_ids_ptr, K, BLOCK_L // 2),
+                        first_stop_token(
+                            tokens_ptr, unmask_step_ptr, block_end, canvas_len, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
+                        ),
+                    )
+                    masks_end = tl.minimum(masks_end, tl.where(stop_at < block_end, stop_at, canvas_len))
+                    filler = tl.sum(tl.where(position == masks_end, token, 0))
+                    if (masks_end < block_start) | (masks_end >= block_end):
+                        filler = tl.load(tokens_ptr + masks_end, mask=masks_end < canvas_len, other=0)
+                    filled = in_region & (position > masks_end) & ((token == mask_id) | (token_step >= 0))
+                    fresh = filled & (token == mask_id)
+                    token = tl.where(filled, filler, token)
+                    token_step = tl.where(fresh, step, token_step)
+                    stores_token, stores_step = changed | filled, changed | fresh
+                    stop_at = tl.min(tl.where((is_stop & (token_step >= 0)) | filled, position, block_end))
+
+                # Write, once every warp has read its part of the row.
+                tl.debug_barrier()
+                tl.store(held_ptr + lane, token, mask=stores_token)
+                tl.store(held_step_ptr + lane, token_step, mask=stores_step)
+                tl.store(unmask_confidence_ptr + lane_start + lane, confidence, mask=stores_confidence)
+                tl.store(step_ptr + row, step + 1)
+                tl.store(block_step_ptr + row, tl.load(block_step_ptr + row) + 1)
+                if STOP == "fill":
+                    fill(tokens_ptr, unmask_step_ptr, masks_end + 1, block_start, filler, step, mask_id, BLOCK_L // 2)
+                    after = tl.maximum(masks_end + 1, block_end)
+                    fill(tokens_ptr, unmask_step_ptr, after, canvas_len, filler, step, mask_id, BLOCK_L // 2)
+
+                masked = in_region & (token == mask_id)
+                mask_at = tl.min(tl.where(masked, position, block_end))
+                if PIPELINE:
+                    stays = in_region & (held == mask_id)
+                    if CACHE == "delayed":
+                        stays = stays | (written & (held_step + tl.load(delay_ptr + row) > step))
+                    next_phase = _advance_pipeline(
+                        position, masked, stays, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
+                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
+                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, KIND, CACHE, STOP, BLOCK_L,
+                    )  # fmt: skip
+                else:
+                    finished = mask_at == block_end
+                    if EDIT:
+                        finished = finished & ((tl.max(changed.to(tl.int32)) == 0) | exiting)
+                    if RENOISE:
+                        finished = (selects & False) | exiting
+                    stopped = stop_at < mask_at
+                    if STOP == "after_block" or STOP == "all_stop":
+                        stopped = finished & (stop_at < block_end)
+                        if STOP == "all_stop":
+                            stopped = stopped & (tl.max((in_region & (is_stop == 0)).to(tl.int32)) == 0)
+                    elif STOP == "never":
+                        stopped = selects & False
+                    # What the row needs next. Behind the block nothing was written but by an exiting row: where it looked, no
+                    # mask is left.
+                    if exits_ptr is not None and not RENOISE:
+                        known = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
+                    if stopped:
+                        next_phase = _DONE
+                    elif finished:
+                        next_mask = first_masked(tokens_ptr, known, canvas_len, mask_id, BLOCK_L)
+                        if next_mask >= canvas_len:
+                            next_phase = _DONE
+                        elif CACHE == "commit" and not EDIT:
+                            next_phase = _COMMIT
+                        else:
+                            if CACHE != "commit":
+                                block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
+                                start = block_end + (next_mask - block_end) // block_length * block_length
+                            opens = finished
+                            if CACHE == "refresh":
+                                next_phase = _WIDE
+
+        if opens:
+            canvas_len = tl.load(canvas_len_ptr + row)
+            end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
+            if prefills:
+                end = block_end
+            else:
+                tl.store(block_step_ptr + row, 0)
+            masks = count_masked(tokens_ptr, tl.maximum(start, known), end, mask_id, BLOCK_L)
+            closes = False
+            if SEED:
+                is_masked = tl.load(tokens_ptr + start, mask=start < canvas_len, other=0) == mask_id
+                if (prefills | commits) & (start < canvas_len) & is_masked:
+                    seed = tl.load(seed_ptr + row)
+                    closes = seed_closes(
+                        tokens_ptr, unmask_step_ptr, start, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP, BLOCK_L
+                    )  # fmt: skip
+                    # One thread writes what the others have just read.
+                    tl.debug_barrier()
+                    tl.store(tokens_ptr + start, seed)
+                    tl.store(unmask_step_ptr + start, tl.load(step_ptr + row))
+                    tl.store(unmask_confidence_ptr + start, tl.load(seed_confidence_ptr + row))
+                    masks -= 1
+            if (CACHE == "commit") & (masks == 0):
+                next_phase = _COMMIT
+            if closes:
+                next_phase = _DONE
+            tl.store(block_start_ptr + row, start)
+            tl.store(block_end_ptr + row, end)
+            tl.store(block_masks_ptr + row, masks)
+        tl.store(phase_ptr + row, next_phase)
+    tl.store(changed_ptr + row * W + lane, changed, mask=lane < W)

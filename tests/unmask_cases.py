@@ -1,0 +1,241 @@
+"""Calls of `unmask` for its tests: one row drawn by hand, random batches under every rule, and how two results are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+
+import torch
+from dlm_kernels import RowState, UnmaskRule, reference
+from dlm_kernels.reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
+from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
+from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
+from torch import Tensor
+from unmask_oracle import fp32, unmask_row
+
+MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
+STATE_FIELDS = tuple(field.name for field in dataclasses.fields(RowState))
+LANES = ("pred", "score", "confidence", *OPTIONAL_LANES)
+ROWS = ("query_len", "value", "min_unmask", "steps", "block_length", *OPTIONAL_ROWS)
+DTYPES = (
+    dict.fromkeys(("query_len", "min_unmask", "steps", "block_length"), torch.int32)
+    | {"pred": torch.int64}
+    | OPTIONAL_LANES
+    | OPTIONAL_ROWS
+)
+
+
+@dataclasses.dataclass
+class Case:
+    state: RowState
+    rule: UnmaskRule
+    args: dict[str, Any]
+
+    def map(self, change) -> Case:
+        """The same call with `change(name, tensor)` in place of every tensor."""
+        state = RowState(**{name: change(name, getattr(self.state, name)) for name in STATE_FIELDS})
+        args = {name: change(name, x) if isinstance(x, Tensor) else x for name, x in self.args.items()}
+        return Case(state, self.rule, args)
+
+    def copy(self, device: torch.device | str = "cpu") -> Case:
+        return self.map(lambda _, x: x.to(device, copy=True))
+
+    def run(self, op=reference.unmask) -> tuple[RowState, Tensor]:
+        """The state, advanced in place, and the lanes written."""
+        return self.state, op(self.state, self.rule, **self.args)
+
+
+def oracle(case: Case) -> tuple[RowState, Tensor]:
+    """What the per-row transcription makes of a copy of the case."""
+    result, args = case.state.clone(), case.args
+    changed = []
+    for b in range(result.tokens.shape[0]):
+        row = {name: getattr(result, name)[b].tolist() for name in STATE_FIELDS}
+        given = {name: args[name][b].tolist() for name in (*LANES, *ROWS) if args.get(name) is not None}
+        changed.append(unmask_row(row, case.rule, args["kind"], given, args["mask_id"], set(args["stop_ids"].tolist())))
+        for name in STATE_FIELDS:
+            getattr(result, name)[b] = torch.tensor(row[name], dtype=getattr(result, name).dtype)
+    return result, torch.tensor(changed, dtype=torch.bool).reshape(args["score"].shape)
+
+
+def assert_same(ours: tuple[RowState, Tensor], expected: tuple[RowState, Tensor], note: object = "") -> None:
+    for name in STATE_FIELDS:
+        a, b = getattr(ours[0], name).cpu(), getattr(expected[0], name).cpu()
+        assert torch.equal(a, b), f"{note}: {name}\n{a}\n{b}"
+    assert torch.equal(ours[1].cpu(), expected[1].cpu()), f"{note}: lanes written\n{ours[1]}\n{expected[1]}"
+
+
+# One row, drawn: g given, w written, # masked, S written stop, s given stop, . past the canvas; lane j predicts pred[j].
+
+TOKEN = {"g": GIVEN, "w": WRITTEN, "#": MASK, "S": STOP, "s": STOP, "e": 3, "r": 4, ".": 0}
+
+
+def one_row(
+    canvas: str, block: tuple[int, int], phase: int, rule: UnmaskRule, pred: str, kmin: int = 1, block_length: int = 4, **args
+) -> Case:
+    """Scores fall from lane to lane, so `kmin` lanes are the first ones; `args` are lists of one row or numbers."""
+    state = RowState.empty(1, len(canvas), "cpu")
+    state.tokens[0] = torch.tensor([TOKEN[c] for c in canvas])
+    state.unmask_step[0] = torch.tensor([0 if c in "wSe" else -1 for c in canvas])
+    fields = dict(
+        canvas_len=len(canvas.split(".")[0]), block_start=block[0], block_end=block[1], phase=phase, step=3, block_step=1
+    )
+    for name, number in fields.items():
+        getattr(state, name)[0] = number
+    state.block_masks[0] = canvas[slice(*block)].count("#")
+    W = len(pred)
+    call = dict(query_len=4, pred=[TOKEN[c] for c in pred], score=list(range(W, 0, -1)), confidence=[0.5] * W, value=0.0,
+                min_unmask=kmin, steps=2, block_length=block_length) | args  # fmt: skip
+    tensors = {
+        name: x if isinstance(x, Tensor) else torch.tensor([x], dtype=DTYPES.get(name, torch.float32)) for name, x in call.items()
+    }
+    return Case(
+        state, rule, dict(kind="wide" if phase == WIDE else "window", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors
+    )
+
+
+def drawn(state: RowState) -> str:
+    """The row's canvas as `one_row` takes it."""
+    letters = {MASK: "#", GIVEN: "g", WRITTEN: "w", STOP: "S", 3: "e", 4: "r"}
+    canvas = "".join(letters[token] for token in state.tokens[0, : state.canvas_len[0]].tolist())
+    return "".join("s" if c == "S" and step < 0 else c for c, step in zip(canvas, state.unmask_step[0].tolist(), strict=False))
+
+
+# Random batches.
+
+
+def random_rule(rng: random.Random) -> UnmaskRule:
+    kind = rng.choice(("plain", "plain", "seed", "edit", "renoise", "remask", "pipeline", "pipeline"))
+    options: dict[str, Any] = dict(inclusive=rng.random() < 0.4, runs=rng.random() < 0.25 and kind != "renoise")
+    passes, caches, stops = PASSES, ["none", "commit", "refresh", "once"], ["never", "after_block", "closed", "all_stop"]
+    if kind == "pipeline":
+        options |= dict(pipeline=True, scope=rng.choice(("each", "first")))
+        passes = ("none", "threshold", "threshold") if options["scope"] == "each" else PASSES
+        caches, stops = ["none", "fused", "delayed", "delayed"], ["never", "after_block", "closed", "appends", "fill", "fill"]
+    elif kind == "renoise":
+        options["renoise"], caches = True, ["none", "commit"]
+    else:
+        options["quota"] = rng.random() < 0.3
+    if kind in ("edit", "renoise"):
+        options["edit"] = kind == "edit"
+        stops.remove("closed")
+    if kind == "remask":
+        options["remask"] = rng.choice(("lowest", "saber", "wino"))
+    if kind == "seed":
+        options["seed"], caches = True, ["commit"]
+    assert set(caches) <= set(CACHE_OPS) and set(stops) <= set(STOPS)
+    return UnmaskRule(rng.choice(passes), cache=rng.choice(caches), stop=rng.choice(stops), **options)
+
+
+def random_case(
+    seed: int, B: int = 3, wide: bool = False, rule: UnmaskRule | None = None, lanes: int | None = None, canvas: int = 256
+) -> Case:
+    """One call with random rows: ties, NaN and -inf scores, infilled canvases, full blocks, errors, rows that sit out.
+    `lanes`: of the call. `wide`: more lanes than one tile, or more canvas than one tile (of `canvas` positions) of a search."""
+    rng = random.Random(seed)
+    rule = random_rule(rng) if rule is None else rule
+    W = lanes or (rng.choice((31, 33, 63, 65, 70)) if wide else rng.choice((1, 2, 3, 5, 8, 12)))
+    L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if wide else rng.randint(W, 4 * W + 6)
+    kind = "wide" if rule.cache != "none" and rng.random() < 0.3 else "window"
+    fitting = {"wide": [WIDE], "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache == "commit")}[kind]
+    stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
+    chances = dict(rank=0.5, stat_error=0.7, allowed=0.25, lane_start=0.4 * (not rule.pipeline), fallback=0.25, max_unmask=0.25,
+                   exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline), max_steps=0.25)  # fmt: skip
+    present = {name for name, chance in chances.items() if rng.random() < chance}
+    present |= {"entropy"} if rule.passes == "entropy" else set()
+    present |= {name for name, wanted in wanted_arguments(rule).items() if wanted}
+    per_lane = rule.passes == "threshold" and rng.random() < 0.25
+    rows = [
+        random_row(rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(WIDE, DONE), rule, present)
+        for _ in range(B)
+    ]
+
+    def gather(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([row[name] for row in rows], dtype=dtype)
+
+    fields = RowState.empty(1, 1, "cpu")
+    state = RowState(**{name: gather(name, getattr(fields, name).dtype) for name in STATE_FIELDS})
+    args: dict[str, Any] = {}
+    for name in (*LANES, *ROWS):
+        if name in present or not (name in OPTIONAL_LANES or name in OPTIONAL_ROWS):
+            args[name] = gather("values" if name == "value" and per_lane else name, DTYPES.get(name, torch.float32))
+    return Case(state, rule, dict(kind=kind, mask_id=MASK, stop_ids=torch.tensor(stops, dtype=torch.int64), **args))
+
+
+def random_region(rng: random.Random, canvas_len: int, W: int, rule: UnmaskRule) -> tuple[int, int, int]:
+    """Begin and end of a region that fits W lanes, and the length of blocks."""
+    if not rule.pipeline:
+        start = rng.choice((0, rng.randint(0, max(0, canvas_len - W)), rng.randrange(canvas_len)))
+        return start, min(canvas_len, start + rng.choice((W, rng.randint(1, W)))), rng.randint(1, W)
+    length = rng.choice((1, 2, 3, 4, W, rng.randint(1, W)))
+    start = rng.choice((0, rng.randrange(canvas_len)))
+    return start, min(canvas_len, start + length * rng.randint(1, max(1, W // length))), length
+
+
+def random_row(
+    rng: random.Random, L: int, W: int, stops: list[int], phase: int, rule: UnmaskRule, present: set[str]
+) -> dict[str, Any]:
+    canvas_len = rng.choice((L, rng.randint(1, L)))
+    start, end, length = random_region(rng, canvas_len, W, rule)
+    step = rng.randrange(3, 9)
+    after = rng.choice((1.0, 1.0, 0.5) if rule.pipeline else (0.0, 0.0, 2 / L, 0.3, 1.0))
+    chances = [rng.choice((0.0, 0.2, 0.7, 1.0)) for _ in range(W)]  # of a mask, block by block
+    tokens, unmask_step = [], []
+    for p in range(L):
+        masked = rng.random() < (chances[(p - start) // length] if start <= p < end else after if p >= end else 0.0)
+        written = not masked and rng.random() < (0.5 if p < end else 0.05)
+        tokens.append(MASK if masked else rng.choice(stops) if stops and rng.random() < 0.1 else rng.randrange(MASK))
+        unmask_step.append(rng.randrange(step) if written else -1)
+    lane_start = start - rng.randint(0, max(0, W - (end - start))) if "lane_start" in present else start
+    coarse, broken = rng.random() < 0.6, rng.random() < 0.08
+    allowed = [rng.random() < 0.8 for _ in range(W)]
+
+    def is_needed(p: int, lane: int) -> bool:
+        """Is anything but garbage allowed in the lane?"""
+        masked, inside = p < canvas_len and tokens[p] == MASK, start <= p < end
+        if inside and (rule.renoise or (masked and (allowed[lane] or "allowed" not in present))):
+            return True
+        if inside and unmask_step[p] >= 0 and (rule.edit or rule.remask != "none"):
+            return True
+        return masked and "exits" in present
+
+    needed = [is_needed(lane_start + j, j) for j in range(W)]
+    masks = tokens[start:end].count(MASK)
+
+    def number() -> float:
+        return rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, -math.inf, math.nan)) if coarse else fp32(rng.random())
+
+    def token() -> int:
+        return rng.choice(stops) if stops and rng.random() < 0.15 else rng.randrange(MASK)
+
+    def lanes(draw, poison) -> list:
+        """Lanes that are not needed may hold anything."""
+        return [draw() if ok else poison for ok in needed]
+
+    def threshold() -> float:
+        return fp32(rng.choice((0.0, 0.25, 0.5, 0.9, 1.0, 2.0, 4.0, -0.5)))
+
+    def entropy() -> float:
+        return rng.choice((0.0, 0.125, 0.25, 0.5, -1e-9, math.nan)) if coarse else fp32(0.3 * rng.random())
+
+    few = (-1, 0, 0, 1, 1, 2, 3, W)
+    return dict(
+        tokens=tokens, unmask_step=unmask_step, unmask_confidence=[0.5 if s >= 0 else 0.0 for s in unmask_step],
+        canvas_len=canvas_len, block_start=start, block_end=end,
+        block_masks=masks + rng.choice((0, 0, rng.randint(0, end - start - masks))),
+        block_step=rng.randrange(5), step=step, phase=phase, nfe=rng.randrange(9), query_tokens=rng.randrange(99), error=0,
+        query_len=0 if rng.random() < 0.12 else rng.randint(1, W), value=threshold(), values=lanes(threshold, math.nan),
+        min_unmask=rng.choice((0, 1, 1, 1, 2, W, W + 5)), steps=rng.choice((0, 1, 2, 3, W, 2 * W + 1)),
+        block_length=length if rule.pipeline or rng.random() < 0.9 else 0,
+        pred=lanes(token, 10**15), score=lanes(number, math.inf), rank=lanes(number, math.inf),
+        confidence=lanes(lambda: fp32(rng.random()), math.nan),
+        entropy=lanes(entropy, math.nan),
+        stat_error=lanes(lambda: int(broken and rng.random() < 0.5), 1), allowed=allowed, refill=lanes(token, 10**15),
+        remask_score=lanes(number, -math.inf), lane_start=lane_start, fallback=rng.choice(few),
+        max_unmask=rng.choice((*few, 2, 3)),
+        run_value=threshold(), edit_value=threshold(), remask_count=rng.choice(few), remask_value=threshold(),
+        exits=rng.random() < 0.3, max_steps=rng.choice((step, step + 1, 99, 99)), append_masks=rng.randint(0, length),
+        activate_masks=rng.randint(0, length), delay=rng.randrange(4), seed=token(), seed_confidence=fp32(rng.random()),
+    )  # fmt: skip
