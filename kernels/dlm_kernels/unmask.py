@@ -125,39 +125,40 @@ def _flags(rule: UnmaskRule, kind: Kind, value_per_lane: bool) -> dict[str, obje
 
 # Optional arguments that a decoder passes at every step.
 USUAL = {"lane_start", "rank", "stat_error", "max_steps"}
-# Rules beyond the pass tests, each with optional arguments that it does not need but may have, and its number of VARIANT_TILES.
-VARIANT_TILES = (TILES[0], TILES[2], TILES[-1])
+# Rules beyond the pass tests, each with optional arguments that it does not need but may have, and its number of VARIANT_TILES
+# (narrower tiles need fewer registers).
+VARIANT_TILES = (TILES[2], TILES[-1])
 VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...], int], ...] = (
-    ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), (), 3),
+    ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), (), 2),
     (
         "pipeline-first",
         "window",
         UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"),
         (),
-        3,
+        2,
     ),
-    ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), (), 2),
-    ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), (), 2),
-    ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), (), 2),
-    ("lowest", "window", UnmaskRule("none", remask="lowest"), (), 2),
-    ("saber", "window", UnmaskRule("threshold", remask="saber"), (), 2),
-    ("wino", "window", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback"), 3),
-    ("renoise", "window", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",), 3),
-    ("exits", "window", UnmaskRule("none", quota=True), ("exits",), 2),
+    ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), (), 1),
+    ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), (), 1),
+    ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), (), 1),
+    ("lowest", "window", UnmaskRule("none", remask="lowest"), (), 1),
+    ("saber", "window", UnmaskRule("threshold", remask="saber"), (), 1),
+    ("wino", "window", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback"), 2),
+    ("renoise", "window", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",), 2),
+    ("exits", "window", UnmaskRule("none", quota=True), ("exits",), 1),
     (
         "per-lane",
         "window",
         UnmaskRule("threshold", cache="refresh", stop="all_stop"),
         ("value", "max_unmask", "fallback", "allowed"),
-        3,
+        2,
     ),
-    ("seed", "window", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), (), 2),
+    ("seed", "window", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), (), 1),
     ("seed-prefill", "wide", UnmaskRule("threshold", cache="commit", seed=True), (), 1),
 )
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile with every pass test, the inclusive ones at the narrowest and widest; the variants at up to three tiles; the
+    """Every tile with every pass test, the inclusive ones at the narrowest and widest; the variants at up to two tiles; the
     other kinds of step, and a call with no optional argument, at the narrowest. Equal for all targets."""
     rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "window", UnmaskRule(passes, inclusive=inclusive, cache="refresh"))
              for passes in PASSES for inclusive in (False, True) if not (inclusive and passes in ("none", "factor"))]  # fmt: skip
