@@ -98,17 +98,20 @@ class InsertDelete(Policy):
         """Edits the block by one forward; returns whether it is final now, and whether it changed."""
         mask_id, slots = view.plan.diffusion.mask_token_id, row.slots
         commands = {mask_id, self.delete_id, self.split_id}
-        p = view.logits[b, :n].double().softmax(-1)
-        never = set(view.sampling.banned.tolist()) - {mask_id}
+        logits = view.logits[b, :n].double()
+        p = logits.softmax(-1)
+        never = set(view.sampling.banned.tolist()[1:])  # the first is the mask, which is a command here
         early = int(view.sampling.no_eos_before[b]) if view.sampling.no_eos_before is not None else 0
         first = int(view.position[b, 0])
         late = set(view.sampling.eos.tolist())
 
         def predict(j: int, avoid: set[int]) -> tuple[int, float]:
             without = sorted(avoid | never | (late if first + j < early else set()))
-            values = p[j].clone()
-            values[without] = -1.0
-            return int(values.argmax()), float(values.amax().float())
+            # By the logits: equal ones may have probabilities that differ in the last bit.
+            values = logits[j].clone()
+            values[without] = -torch.inf
+            token = int(values.argmax())
+            return token, float(p[j, token].float())
 
         masks = [j for j, slot in enumerate(slots) if slot.token == mask_id]
         original = [j for j in masks if slots[j].original]
