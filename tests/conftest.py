@@ -25,8 +25,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
         raise pytest.UsageError("triton was imported before tests/conftest.py turned its interpreter on: set TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Toy tensors: a thread per core of a large machine costs more than it gives.
-torch.set_num_threads(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+# Toy tensors: a second thread costs more than it gives, and on a busy machine many times more.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,6 +28,8 @@ from transcriptions.common import Settings, kept, quota, units
 # The policies are written in a file of their own, on top of the same cases.
 REGISTRY.update(transcription_policies.REGISTRY)
 CASES, DEFAULT_CASES = 200, 20
+# Its specification says nothing of given tokens behind the first mask.
+WITHOUT_INFILLING = ("llada2.2",)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +120,8 @@ def test_campaign_of_a_decoder_against_its_transcription(name, summary):
     counts, wrong = run(name, range(CASES))
     summary[name] = {"counts": dict(sorted(counts.items())), "wrong": wrong}
     assert not wrong, "\n".join(wrong)
-    assert counts["cases"] == CASES and counts["exact ties of tokens"] and counts["exact ties of positions"] and counts["infilling"]
+    assert counts["cases"] == CASES and counts["exact ties of tokens"] and counts["exact ties of positions"]
+    assert counts["infilling"] or name in WITHOUT_INFILLING
     assert counts["ended early"]
 
 
