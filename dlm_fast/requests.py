@@ -61,7 +61,7 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float) -> list:
 
 def check_support(preset: Preset, diffusion: DiffusionConfig, backend: str) -> None:
     """Raises ValueError where `preset` does not fit the model's rows, NotImplementedError where the backend lacks its attention."""
-    if preset.seed and diffusion.logits_row != "previous":
+    if preset.seeded and diffusion.logits_row != "previous":
         _fail(f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}")
     if preset.shadow and diffusion.logits_row != "self":
         _fail(f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}")

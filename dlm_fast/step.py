@@ -96,7 +96,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
         if kind == "wide" and decode.drafts is None:
             choice = opening(plan, view, choice)
         stats["stat_error"] = view.error.view(-1, drafts, view.error.shape[1]).amax(1)
-    if plan.preset.seed:
+    if plan.preset.seeded:
         stats |= _seed(decode, window, first_branch)
     fields = {name: value for name, value in vars(choice).items() if name != "exact" and value is not None}
     written = decode.handle.ops.unmask(

@@ -89,7 +89,7 @@ def options_of(preset: str, length: int = 4) -> dict:
 
 def row_of(preset: str) -> str:
     """The logits_row of a model that the preset fits."""
-    return "previous" if dlm_fast.PRESETS[preset].seed else "self"
+    return "previous" if dlm_fast.PRESETS[preset].seeded else "self"
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -105,7 +105,7 @@ def trace(name: str, options: dict, alignment: str = "rel") -> list[list[Snapsho
 
     if preset.visibility == "full" and "block_length" in preset.options() and preset.schedule != "canvas":
         options = {"block_length": BLOCK, **options}
-    model = model_of(preset.visibility, alignment, "previous" if preset.seed else "self")
+    model = model_of(preset.visibility, alignment, "previous" if preset.seeded else "self")
     dlm_fast.generate(model, random_prompts(PROMPTS), max_new_tokens=NEW, preset=name, on_step=record, **options)
     return rows
 

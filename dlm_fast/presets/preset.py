@@ -49,7 +49,7 @@ class Preset:
             "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
             "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by a forward of everything,
                 `commit_delay` steps after their last token (C5). Both are a pipeline's.
-        causal_commit: prefill and commit forwards are causal (NBDiff). seed: they predict the token after them.
+        causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
         sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
         horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
         scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
@@ -91,7 +91,7 @@ class Preset:
     block_length: int | None = None
     sub_block_length: int | None = None
     causal_commit: bool = False
-    seed: bool = False
+    seeded: bool = False
     sub_block_cache: bool = False
     horizon: int | None = None
     keep_last: bool = False
@@ -146,7 +146,7 @@ class Preset:
 
     def prefill_rule(self) -> UnmaskRule:
         """The rule of a prefill, which selects nothing."""
-        return UnmaskRule("none", cache="commit", seed=self.seed, stop=self.stop)
+        return UnmaskRule("none", cache="commit", seed=self.seeded, stop=self.stop)
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
@@ -163,7 +163,7 @@ class Preset:
             renoise=self.rule == "renoise",
             remask=remask,
             cache=_CACHE_OPS[self.cache],
-            seed=self.seed,
+            seed=self.seeded,
             stop=self.stop,
         )
 
@@ -251,8 +251,8 @@ def _check_caches(p: Preset, fail: Any) -> None:
         fail("cache='delayed' approximates full visibility; a block-causal model has an exact one, cache='fused'")
     if p.schedule == "canvas" and p.cache != "none":
         fail(f"schedule='canvas' has one block and nothing to keep, got cache={p.cache!r}")
-    if (p.seed or p.causal_commit) and p.cache != "commit":
-        fail(f"seed and causal_commit are parts of cache='commit', got cache={p.cache!r}")
+    if (p.seeded or p.causal_commit) and p.cache != "commit":
+        fail(f"seeded and causal_commit are parts of cache='commit', got cache={p.cache!r}")
     if p.sub_block_cache and (p.cache != "commit" or p.sub_block_length is None):
         fail("sub_block_cache needs cache='commit' and a sub_block_length")
     if p.vicinity and p.cache != "dual":
@@ -298,8 +298,8 @@ def _check_policies(p: Preset, fail: Any) -> None:
         fail("a token taken back would leave its reused keys behind (cache='scattered')")
     if revising and p.stop == "closed":
         fail("stop='closed' may end a row before a token that would still be taken back; use 'after_block'")
-    if revising and (p.sub_block_length is not None or p.run_threshold is not None or p.seed):
-        fail("taking tokens back goes without sub-blocks, run_threshold and seed")
+    if revising and (p.sub_block_length is not None or p.run_threshold is not None or p.seeded):
+        fail("taking tokens back goes without sub-blocks, run_threshold and seeds")
     if "edit" in families and p.cache not in ("none", "commit"):
         fail(f"an editing decoder needs keys of its final tokens: cache 'none' or 'commit', got {p.cache!r}")
     if p.shadow and (p.cache != "none" or p.visibility != "full" or p.horizon is not None):
@@ -311,7 +311,7 @@ def _check_policies(p: Preset, fail: Any) -> None:
             fail("drafts are lossless and an early exit is not")
         if p.rule != "quota" or p.steps_per_block is not None or p.policies or p.order_temperature or p.score == "random":
             fail("drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order")
-        if p.cache not in ("dual", "commit") or p.vicinity or p.seed or p.sub_block_length is not None or p.cfg_scale:
+        if p.cache not in ("dual", "commit") or p.vicinity or p.seeded or p.sub_block_length is not None or p.cfg_scale:
             fail("drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale")
         if p.refresh_interval or p.warmup_steps:
             fail("drafts go without refresh_interval and warmup_steps")
