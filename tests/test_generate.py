@@ -335,7 +335,7 @@ BAD = [
     ({"threshold": -1.0}, ValueError, r"threshold must be a number >= 0, got threshold=-1.0"),
     ({"threshold": math.nan}, ValueError, r"threshold must be a number >= 0, got threshold=nan"),
     ({"factor": "x"}, ValueError, r"factor must be a number >= 0, got factor='x'"),
-    ({"rule": "best"}, ValueError, r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, got rule='best'"),
+    ({"rule": "best"}, ValueError, r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, renoise, got rule='best'"),
     ({"score": "p"}, ValueError, r"score must be one of .* got score='p'"),
     ({"stop": "soon"}, ValueError, r"stop must be one of never, after_block, closed, .*got stop='soon'"),
     ({"cache": "commit"}, ValueError, r"cache='commit' needs a block-causal model"),
