@@ -218,6 +218,10 @@ def generate(
     )
     if chosen.drafts > 1 and any(t > 0 for t in batch.temperature):
         raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(batch.temperature):g}")
+    if any(policy.greedy_only for policy in chosen.policies) and (any(batch.temperature) or batch.top_k or batch.top_p < 1):
+        raise ValueError(
+            f"generate: preset {chosen.name} decodes greedily, got temperature={max(batch.temperature):g}, top_k={top_k}, top_p={top_p}"
+        )
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)

@@ -299,6 +299,7 @@ def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
     if plan.varies and wide.numel():
         begin, stop, _, _ = _extent(plan, state, "window")
         need = _flags(plan, state, sampling, "window", stop).sum(1) if plan.flagged else stop - begin
-        widest = torch.where(window, need, 0).amax()
+        # Rows that are still to take their wide step count too: a host that reads this late has them in its next window.
+        widest = torch.where(window | wide, need, 0).amax()
         most = torch.where(window | wide, state.block_end - state.block_start, 0).amax()
     return torch.stack([wide.sum(), window.sum(), widest, most]).int()

@@ -85,9 +85,13 @@ def test_a_late_width_of_a_pipeline_still_holds_every_row(monkeypatch):
     progress = importlib.import_module("dlm_fast.generate")._Progress
     model, prompts = toy("block", eos=()), random_prompts([3, 6, 1])
     options = {"preset": "d2f", "append_threshold": 0.1, "threshold": 0.2, "max_new_tokens": [9, 14, 5]}
+    handle = dlm_fast.handle_of(model)
     exact = dlm_fast.generate(model, prompts, **options)
+    calls = handle.attention_calls
     init = progress.__init__
     monkeypatch.setattr(progress, "__init__", lambda self, decode, late: init(self, decode, 1))
     late = dlm_fast.generate(model, prompts, **options)
+    # One step that nobody needs at the end, and none in which a row finds its bucket too narrow.
+    assert handle.attention_calls - calls == calls + model.config.num_hidden_layers
     assert [row.tolist() for row in late.canvas] == [row.tolist() for row in exact.canvas]
     assert (late.nfe, late.query_tokens) == (exact.nfe, exact.query_tokens)

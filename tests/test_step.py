@@ -17,7 +17,6 @@ from dlm_fast.presets import PRESETS, Preset, resolve
 from dlm_fast.requests import read
 from dlm_fast.schedule import open_rows
 from dlm_fast.step import denoise_step
-from dlm_kernels.state import ERROR_STALLED
 from helpers import EOS, MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -35,8 +34,8 @@ def model_for(preset: str, **kwargs):
 def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
     """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
-    if chosen.drafts > 1 and temperature:
-        pytest.skip("drafts are greedy")
+    if temperature and (chosen.drafts > 1 or any(policy.greedy_only for policy in chosen.policies)):
+        pytest.skip("greedy only")
     diffusion = dlm_fast.DiffusionConfig(
         mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(preset)
     )
@@ -142,7 +141,6 @@ def test_a_policy_that_writes_nothing_raises_and_loses_nothing():
         dlm_fast.generate(toy(eos=()), random_prompts([2, 3]), policy=lazy, max_new_tokens=3, block_length=3)
     assert error.value.rows == [1] and error.value.output.finish == ["length", "error"]
     assert (error.value.output.unmask_step[1] >= 0).sum() == 2
-    assert ERROR_STALLED
 
 
 BAD_POLICIES = [
@@ -225,6 +223,28 @@ def test_a_family_that_is_not_here_yet_is_named():
 def test_drafts_refuse_a_temperature():
     with pytest.raises(ValueError, match=r"drafts are lossless for greedy decoding only, got temperature=0.5"):
         dlm_fast.generate(toy(), random_prompts([2]), preset="freedave", temperature=0.5)
+
+
+@pytest.mark.parametrize("more", [{"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}])
+def test_insert_and_delete_refuse_what_they_would_ignore(more):
+    with pytest.raises(ValueError, match="preset llada2.2 decodes greedily, got temperature="):
+        dlm_fast.generate(toy("block"), random_prompts([2]), preset="llada2.2", **options_of("llada2.2"), **more)
+
+
+@pytest.mark.parametrize(
+    "preset, options, message",
+    [
+        ("learn2pd", {"block_length": 4}, "needs a trained filter, pass head="),
+        ("dinfer-credit", {"block_length": 65}, "needs block_length <= 64, got block_length=65"),
+        ("llada2.2", {}, "needs delete_id= and split_id="),
+    ],
+)
+def test_what_a_policy_lacks_is_named_before_anything_is_decoded(preset, options, message):
+    steps = []
+    model = toy(PRESETS[preset].visibility)
+    with pytest.raises(ValueError, match=message):
+        dlm_fast.generate(model, random_prompts([2]), preset=preset, on_step=steps.append, max_new_tokens=70, **options)
+    assert not steps
 
 
 def test_every_preset_says_where_it_is_from_and_what_it_equals():

@@ -50,8 +50,9 @@ class View:
         position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the block
             (or the pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder wrote.
         token: int64 prediction (drawn if there is a temperature). confidence: its probability. greedy, greedy_confidence: the
-            most likely token and its probability. margin: top-1 minus top-2 probability. gap: top-1 minus top-2 logit. entropy: nats. kl: nats, to the step
-            before. error: int32. None where the policy did not ask for it in `outputs`.
+            most likely token and its probability. margin: top-1 minus top-2 probability. gap: top-1 minus top-2 logit of the
+            model's own distribution, whatever may be drawn. entropy: nats. kl: nats, to the step before. error: int32.
+            None where the policy did not ask for it in `outputs`.
         block_start, block_end, block_step, step: of the state, [B].
         restate: statistics again, with a sparse logit bias (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
         logits: [B, W, V] as the model's head gave them (guidance included), for policies that want all of them.
@@ -179,7 +180,8 @@ class Policy:
     Class attributes:
         outputs: statistics it needs beyond token and confidence: any of "margin", "gap", "entropy", "kl".
         reads: whose statistics: "masked" (eligible positions), "region" (also written ones), "row" (masked ones of the canvas).
-        family: what it replaces, to refuse what makes no sense together: "select", "exit", "revise", "edit".
+        family: what it replaces, to refuse what makes no sense together: "select", "exit", "revise", "edit", "refresh".
+        greedy_only: it makes its own predictions, and refuses a temperature, top_k and top_p.
         remask: how a revising policy masks tokens again (`UnmaskRule.remask`).
     """
 
@@ -187,6 +189,7 @@ class Policy:
     reads: ClassVar[str] = "masked"
     family: ClassVar[str] = "select"
     remask: ClassVar[str] = "none"
+    greedy_only: ClassVar[bool] = False
 
     def needed(self, plan: Plan, lanes: Lanes, state: RowState) -> Tensor:
         """[B, W] bool lanes whose statistics it reads."""

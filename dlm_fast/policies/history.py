@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from dlm_kernels import RowState
+from dlm_kernels.reference.confidence import MAX_BIAS
 
 from .base import Choice, Memory, Policy, View, lanes_of
 
@@ -85,6 +86,8 @@ class Credit(Policy):
 
     def memory(self, plan, state: RowState) -> Memory:
         B, slots = state.tokens.shape[0], plan.block_length
+        if slots > MAX_BIAS:
+            raise ValueError(f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got block_length={slots}")
         device = state.tokens.device
         return {
             "ids": torch.full((B, plan.lanes, slots), -1, dtype=torch.int64, device=device),

@@ -58,6 +58,7 @@ class InsertDelete(Policy):
     max_post_edits: int = 0
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
+    greedy_only: ClassVar[bool] = True
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         if self.delete_id is None or self.split_id is None:

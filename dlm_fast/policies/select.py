@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
+from dlm_kernels import RowState
 from torch import Tensor
 
-from .base import Choice, Policy, View
+from .base import Choice, Memory, Policy, View
+
+if TYPE_CHECKING:
+    from ..schedule import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +96,12 @@ class LearnedFilter(Policy):
     accept_threshold: float = 0.96
     eotp: bool = False
 
-    def choose(self, view: View, choice: Choice) -> Choice:
+    def memory(self, plan: Plan, state: RowState) -> Memory:
         if self.head is None:
             raise ValueError("generate: preset learn2pd needs a trained filter, pass head=callable(confidence [B, W]) -> [B, W]")
+        return {}
+
+    def choose(self, view: View, choice: Choice) -> Choice:
         accepted = view.eligible & (self.head(torch.where(view.eligible, view.confidence, 0.0)) > self.accept_threshold)
         if self.eotp:
             ends = (view.token[:, :, None] == view.sampling.eos).any(2)

@@ -141,7 +141,7 @@ class Preset:
 
     @property
     def families(self) -> set[str]:
-        """What its policies replace: "select", "exit", "revise", "edit"."""
+        """What its policies replace (`Policy.family`)."""
         return {policy.family for policy in self.policies}
 
     def prefill_rule(self) -> UnmaskRule:
@@ -170,7 +170,8 @@ class Preset:
     @property
     def value(self) -> float:
         """The number its pass test compares with (unused by "quota")."""
-        return {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound, "renoise": self.entropy_bound}.get(self.rule, 0.0)
+        numbers = {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound, "renoise": self.entropy_bound}
+        return numbers.get(self.rule, 0.0)
 
     @property
     def supported(self) -> bool:
