@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="without Triton, the attention ker
 import dlm_kernels.attention as kernel  # noqa: E402
 
 # Boundaries at toy size: key tiles of 16, splits of two tiles.
-TOY = kernel.Tile(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1, SPLIT=32)
+TOY = kernel.AttentionTile(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1, SPLIT=32)
 GUARD = 8
 
 
@@ -52,7 +52,7 @@ class Case:
     def reference(self) -> Tensor:
         return reference.block_attention(self.q, self.k, self.v, *self.caches, self.window, scale=self.scale)
 
-    def kernel(self, tile: kernel.Tile = TOY, **private) -> Tensor:
+    def kernel(self, tile: kernel.AttentionTile = TOY, **private) -> Tensor:
         with poisoned_empty():
             return kernel._launch(self.q, self.k, self.v, *self.caches, self.window, scale=self.scale, tile=tile, **private)
 
@@ -239,7 +239,7 @@ def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tenso
     assert error <= bound, f"error {error:.3g} exceeds {factor} x torch's own {theirs:.3g} (+ floor): {bound:.3g}"
 
 
-def check_against_the_loop(case: Case, dtype: torch.dtype, device: torch.device, tile: kernel.Tile = TOY) -> None:
+def check_against_the_loop(case: Case, dtype: torch.dtype, device: torch.device, tile: kernel.AttentionTile = TOY) -> None:
     """The kernel's output within the error bound and its stores exact; also what the campaign runs."""
     ours, low = case.to(dtype, device), case.to(dtype)
     out = ours.kernel(tile)
@@ -345,7 +345,7 @@ def test_row_alone_equals_row_in_batch(shape: dict, device: torch.device) -> Non
 
 @pytest.mark.parametrize("tile", [TOY, dataclasses.replace(TOY, BLOCK_M=64)], ids=["BLOCK_M=16", "BLOCK_M=64"])
 @pytest.mark.parametrize("G", [1, 7])
-def test_neither_bucket_width_nor_capacity_changes_a_bit(G: int, tile: kernel.Tile, device: torch.device) -> None:
+def test_neither_bucket_width_nor_capacity_changes_a_bit(G: int, tile: kernel.AttentionTile, device: torch.device) -> None:
     case = random_case(13, B=2, W=17, H_kv=1, G=G, mode="block", cache=True).to(torch.float32, device)
     wide = in_a_wider_bucket(case).kernel(tile)
     assert_same_bits(wide[:, :, :17], case.kernel(tile))
@@ -408,7 +408,7 @@ def test_the_public_launcher_splits_at_its_own_tile_sizes(kv_len: int, device: t
 def test_the_tile_of_a_model_reaches_every_head_dim() -> None:
     for D in (*range(16, 257, 16), 512):
         for capability in (80, 86, 89, 90, 100, 120):
-            tile = kernel.tile_for(capability, D=D, G=1, dtype=torch.bfloat16)
+            tile = kernel.attention_tile(capability, D=D, G=1, dtype=torch.bfloat16)
             assert tile.SPLIT % tile.BLOCK_N == 0
 
 
@@ -496,10 +496,10 @@ def test_the_kernel_says_what_it_needs_instead_of_being_wrong(monkeypatch: pytes
 SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
 
 
-def shipped_case(D: int, G: int, dtype: torch.dtype, device: torch.device) -> tuple[Case, kernel.Tile]:
+def shipped_case(D: int, G: int, dtype: torch.dtype, device: torch.device) -> tuple[Case, kernel.AttentionTile]:
     case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode="block", cache=True, SPLIT=512, capacity=1100)
     major, minor = torch.cuda.get_device_capability(device)
-    return case.to(dtype).to(torch.float64), kernel.tile_for(10 * major + minor, D=D, G=G, dtype=dtype)
+    return case.to(dtype).to(torch.float64), kernel.attention_tile(10 * major + minor, D=D, G=G, dtype=dtype)
 
 
 @pytest.mark.gpu("with the tiles as shipped, bfloat16 and float16 on tensor cores are within the error bound")

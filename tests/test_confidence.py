@@ -56,12 +56,12 @@ def poisoned_empty() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tile_of(lanes: int) -> Iterator[None]:
-    saved = dict(kernel.TILES)
-    kernel.TILES.update({key: kernel.Tile(lanes=lanes, num_warps=1) for key in saved})
+    saved = dict(kernel.CONFIDENCE_TILES)
+    kernel.CONFIDENCE_TILES.update({key: kernel.ConfidenceTile(lanes=lanes, num_warps=1) for key in saved})
     try:
         yield
     finally:
-        kernel.TILES.update(saved)
+        kernel.CONFIDENCE_TILES.update(saved)
 
 
 def run_kernel(logits: Tensor, lanes: int | None = None, **arguments: object) -> Confidence:

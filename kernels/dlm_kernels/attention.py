@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from .attention_device import _attention_kernel, _combine_kernel
 from .reference.attention import check_arguments
 from .static import CompileCase
+from .tiles import AttentionTile, attention_tile
 from .window import Window
 
 LOG2_E = 1.4426950408889634
@@ -21,50 +20,6 @@ COMBINE_ELEMENTS = 2048
 
 # What the kernel can do; the reference also has "shadow", and kept slots.
 KERNEL_MODES = ("full", "causal", "block")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """How one launch cuts the work. BLOCK_N and SPLIT set the order in which a row's keys are summed."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    SPLIT: int = 512
-
-
-# By padded head dim: the tile for at most two query heads per KV head, and for more. Never by batch, bucket or capacity:
-# wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
-# Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.7.1.
-SM_90_TILES = {
-    16: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    32: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    64: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    128: (Tile(64, 32, 4, 4), Tile(128, 64, 8, 3)),
-    256: (Tile(64, 32, 8, 3), Tile(64, 32, 8, 3)),
-    512: (Tile(32, 16, 8, 3), Tile(32, 16, 8, 3)),
-}
-SM_100_TILES = SM_90_TILES | {128: (Tile(64, 32, 4, 4), Tile(128, 32, 8, 4))}
-# mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
-MMA_SYNC_TILES = {
-    16: (Tile(64, 16, 4, 3), Tile(128, 64, 8, 2)),
-    32: (Tile(64, 32, 4, 2), Tile(128, 32, 8, 4)),
-    64: (Tile(64, 32, 4, 4), Tile(128, 64, 8, 3)),
-    128: (Tile(64, 64, 8, 3), Tile(128, 32, 8, 3)),
-    256: (Tile(64, 16, 8, 3), Tile(64, 16, 8, 3)),
-    512: (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
-}
-# float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
-FLOAT32_TILES = {
-    16: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-    32: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-    64: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-    256: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-    512: (Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-}
-TILES = {90: SM_90_TILES, 100: SM_100_TILES, 103: SM_100_TILES}
 
 
 def block_attention(
@@ -102,14 +57,8 @@ def block_attention(
         if missing:
             raise NotImplementedError(f"block_attention: the Triton kernel has no {name} yet; reference.block_attention does")
     capability = _capability(q)
-    tile = tile_for(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype)
+    tile = attention_tile(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype)
     return _launch(q, k, v, k_cache, v_cache, window, scale=scale, tile=tile)
-
-
-def tile_for(capability: int, *, D: int, G: int, dtype: torch.dtype) -> Tile:
-    """The tile of a model on a GPU; `capability` as in sm_90."""
-    tiles = TILES.get(capability, MMA_SYNC_TILES) if dtype != torch.float32 else FLOAT32_TILES
-    return tiles[triton.next_power_of_2(D)][G > 2]
 
 
 def _capability(q: Tensor) -> int:
@@ -138,7 +87,7 @@ def _launch(
     window: Window,
     *,
     scale: float,
-    tile: Tile,
+    tile: AttentionTile,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """`block_attention` after its checks, for a given tile."""
@@ -250,7 +199,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
 
 def _attention_case(capability: int, dtype: str, D: int, G: int, mode: str, has_cache: bool) -> CompileCase:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tile = tile_for(capability, D=D, G=G, dtype=torch_dtype)
+    tile = attention_tile(capability, D=D, G=G, dtype=torch_dtype)
     BLOCK_D = triton.next_power_of_2(D)
     constexprs = {"G": G, "D": D, "MODE": mode, "HAS_CACHE": has_cache, "SPLIT": tile.SPLIT}
     constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}

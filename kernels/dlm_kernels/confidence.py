@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Sequence
 
 import torch
@@ -13,29 +12,7 @@ from triton.runtime import JITFunction
 from .confidence_device import _confidence_kernel
 from .reference.confidence import OUTPUTS, Confidence, check_arguments, requested
 from .static import CompileCase
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """LANES x (16 bytes of logits) are consumed a trip. A row's sums depend on the lanes and warps, so the choice looks at the GPU,
-    the dtype and the arguments' presence and never at the number of rows."""
-
-    lanes: int
-    num_warps: int
-    num_stages: int = 1
-
-
-# (compute capability, bytes of a logit): tile. On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a thread, on sm_120 also
-# with 16 warps.
-TILES = {
-    **{(capability, itemsize): Tile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90) for itemsize in (2, 4)},
-    (100, 2): Tile(lanes=1024, num_warps=16),
-    (120, 2): Tile(lanes=512, num_warps=8),
-    **{(capability, 4): Tile(lanes=1024, num_warps=8) for capability in (100, 120)},
-}
-# Warps of a call with "kl" or a bias where it differs from the tile's: with 8, the ptxas of Triton 3.6 spills there.
-KL_WARPS = {100: 16}
-BIAS_WARPS = {120: 16}
+from .tiles import CONFIDENCE_TILES, ConfidenceTile, confidence_tile
 
 
 def confidence(
@@ -141,24 +118,18 @@ def confidence(
     return result
 
 
-def _tile(logits: Tensor, kl: bool, biased: bool) -> Tile:
+def _tile(logits: Tensor, kl: bool, biased: bool) -> ConfidenceTile:
     capability = 90
     if logits.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(logits.device)
         capability = 10 * major + minor
     try:
-        return _tile_of(capability, logits.element_size(), kl, biased)
+        return confidence_tile(capability, logits.element_size(), kl, biased)
     except KeyError:
-        known = ", ".join(f"{c / 10}" for c in sorted({capability for capability, _ in TILES}))
+        known = ", ".join(f"{c / 10}" for c in sorted({capability for capability, _ in CONFIDENCE_TILES}))
         raise NotImplementedError(
             f"confidence: no tile for compute capability {capability / 10}; there are tiles for {known}"
         ) from None
-
-
-def _tile_of(capability: int, itemsize: int, kl: bool, biased: bool) -> Tile:
-    tile = TILES[capability, itemsize]
-    warps = max(tile.num_warps, KL_WARPS.get(capability, 0) * kl, BIAS_WARPS.get(capability, 0) * biased)
-    return dataclasses.replace(tile, num_warps=warps)
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
@@ -185,7 +156,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
         for name, outputs in sets.items():
             bare, everything = name == "bare", name.startswith("everything")
             kl, biased = "kl" in outputs, name.endswith("bias")
-            tile, group = _tile_of(capability, itemsize, kl, biased), 16 // itemsize
+            tile, group = confidence_tile(capability, itemsize, kl, biased), 16 // itemsize
             signature = {
                 "logits_ptr": f"*{dtype}",
                 "rows_ptr": "constexpr" if bare else "*i32",

@@ -10,13 +10,11 @@ from .reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, Kind, che
 from .rules import PASSES, UnmaskRule
 from .state import RowState
 from .static import CompileCase
+from .tiles import UNMASK_TILES
 from .unmask_device import unmask_kernel
 
-# (BLOCK_W, num_warps): the narrowest tile that holds the lanes is used. One warp needs no barrier; wide tiles are bound by the
-# sort, whose 64-bit keys and partners must stay in registers.
-TILES: tuple[tuple[int, int], ...] = ((32, 1), (128, 4), (256, 4), (1024, 4), (2048, 16))
 # The widest tile that every rule compiles to without a spill on all six targets ("factor" spills at 4096 on sm_80).
-MAX_W = TILES[-1][0]
+MAX_W = UNMASK_TILES[-1][0]
 # 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas prefers spills
 # to fewer programs at once, and there are only as many programs as rows.
 REGISTERS = 65536
@@ -95,7 +93,7 @@ def unmask(
             "unmask: the Triton kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported, got "
             f"{score.device} tensors; dlm_kernels.reference.unmask runs anywhere"
         )
-    BLOCK_W, num_warps = next(tile for tile in TILES if W <= tile[0])
+    BLOCK_W, num_warps = next(tile for tile in UNMASK_TILES if W <= tile[0])
     given = rows | lanes
     unmask_kernel[(B,)](
         **{f"{name}_ptr": field for name, field in vars(state).items()},
@@ -127,7 +125,7 @@ def _flags(rule: UnmaskRule, kind: Kind, value_per_lane: bool) -> dict[str, obje
 USUAL = {"lane_start", "rank", "stat_error", "max_steps"}
 # Rules beyond the pass tests, each with optional arguments that it does not need but may have, and its number of VARIANT_TILES
 # (narrower tiles need fewer registers).
-VARIANT_TILES = (TILES[2], TILES[-1])
+VARIANT_TILES = (UNMASK_TILES[2], UNMASK_TILES[-1])
 VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...], int], ...] = (
     ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), (), 2),
     (
@@ -168,9 +166,9 @@ def compile_cases(capability: int) -> list[CompileCase]:
         ("refresh-trusted", "wide", UnmaskRule("threshold", cache="refresh", stop="never")),
     ]
     cases: list[CompileCase] = []
-    for tile in TILES:
-        for name, kind, rule in rules + others * (tile == TILES[0]):
-            if not rule.inclusive or tile in (TILES[0], TILES[-1]):
+    for tile in UNMASK_TILES:
+        for name, kind, rule in rules + others * (tile == UNMASK_TILES[0]):
+            if not rule.inclusive or tile in (UNMASK_TILES[0], UNMASK_TILES[-1]):
                 cases.append(_case(name, kind, rule, set() if name == "refresh-trusted" else USUAL, *tile))
     for name, kind, rule, more, count in VARIANTS:
         cases += [_case(name, kind, rule, USUAL | {*more}, *tile) for tile in VARIANT_TILES[:count]]
