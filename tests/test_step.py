@@ -17,6 +17,7 @@ from dlm_fast.presets import PRESETS, Preset, resolve
 from dlm_fast.requests import read
 from dlm_fast.schedule import open_rows
 from dlm_fast.step import denoise_step
+from dlm_kernels import RowState
 from helpers import EOS, MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,15 +30,10 @@ def model_for(preset: str, **kwargs):
     return toy(PRESETS[preset].visibility, logits_row=row_of(preset), **kwargs)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("preset", [name for name in RUNNABLE if name not in HOST_SIDE])
-def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
-    """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
-    chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
-    if temperature and (chosen.drafts > 1 or any(policy.greedy_only for policy in chosen.policies)):
-        pytest.skip("greedy only")
+def opened(chosen: Preset, temperature: float = 0.0):
+    """Three rows on their canvases, before the first step."""
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(preset)
+        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(chosen.name)
     )
     batch = read(
         diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,
@@ -45,7 +41,17 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
         eos_token_ids=None,
     )  # fmt: skip
     plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
-    sampling = sampling_of(batch, plan, torch.device("cpu"))
+    return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("preset", [name for name in RUNNABLE if name not in HOST_SIDE])
+def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
+    """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
+    chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
+    if temperature and (chosen.drafts > 1 or any(policy.greedy_only for policy in chosen.policies)):
+        pytest.skip("greedy only")
+    diffusion, plan, state, sampling = opened(chosen, temperature)
     model = native_model().requires_grad_(False)
     with FakeTensorMode() as fake:
         for module in model.modules():
@@ -62,6 +68,25 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
             denoise_step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()
+
+
+@pytest.mark.parametrize("preset", ["fast-dllm-dual", "d2f", "freedave-block"])
+def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset):
+    chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
+
+    @torch.no_grad()
+    def state_after(step) -> RowState:
+        diffusion, plan, state, sampling = opened(chosen)
+        handle = attach(native_model().requires_grad_(False), backend="reference", diffusion=diffusion, plain_mode=chosen.visibility)
+        decode = open_decode(handle, plan, state, sampling)
+        for kind in ("wide", "window", "window"):
+            step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
+        return state
+
+    torch._dynamo.reset()
+    expected, found = state_after(denoise_step), state_after(torch.compile(denoise_step, backend="aot_eager", fullgraph=True))
+    for field in dataclasses.fields(RowState):
+        assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
 
 
 @pytest.mark.parametrize("preset", RUNNABLE)

@@ -243,6 +243,11 @@ def _shipped(module: str, capability: int) -> tuple[CompileCase, ...]:
     return tuple(importlib.import_module(module).compile_cases(capability))
 
 
+def shipped(kernel: str, capability: int) -> tuple[CompileCase, ...]:
+    """The configurations that the launcher of an op may launch on a GPU of this capability."""
+    return _shipped(KERNEL_MODULES[kernel], capability)
+
+
 def _compile_shipped(task: tuple[str, int, int]) -> CompileResult:
     module, index, capability = task
     return compile_case(_shipped(module, capability)[index], capability)

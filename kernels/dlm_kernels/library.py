@@ -1,0 +1,156 @@
+"""The launchers as PyTorch operators, `torch.ops.dlm_kernels.<name>`, for whatever traces instead of running.
+
+In eager mode a launcher runs as it stands: going through the dispatcher costs the host more than the launch does. Under
+`torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node with a fake implementation and
+a schema that says what it mutates. Both ways run the same code; nothing else differs.
+
+The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`) goes in field by field, and a result
+of optional tensors comes out as the list of those that are there:
+
+    block_attention(q, ..., window, *, scale)  ->  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "dlm_kernels"
+
+_SCALARS = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """One argument of the operator: an argument of the launcher, or one field of an argument that is a dataclass."""
+
+    name: str
+    argument: str
+    field: str | None
+    schema: str
+
+    def of(self, arguments: dict[str, Any]) -> Any:
+        value = arguments[self.argument]
+        return value if self.field is None else getattr(value, self.field)
+
+
+def operator(
+    *, mutates: Sequence[str] = (), fake: Callable[..., Any], present: Callable[..., Sequence[str]] | None = None, result: type | None = None
+) -> Callable[[Callable], Callable]:
+    """Registers a launcher as an operator; what is returned calls the launcher, or the operator where that is being traced.
+
+    Args:
+        mutates: arguments written in place; of a dataclass, all its tensors.
+        fake: called with the launcher's arguments, returns empty tensors like the launcher's.
+        present, result: for a result that is a NamedTuple of optional tensors, its type and the fields that are not None, from
+            the launcher's arguments (without reading tensors).
+    """
+
+    def register(launcher: Callable) -> Callable:
+        hints = typing.get_type_hints(launcher)
+        arguments = inspect.signature(launcher).parameters
+        parameters, dataclass_of = _parameters(arguments, hints, mutates)
+        name = launcher.__name__
+        returns = "Tensor[]" if result is not None else _returns(hints["return"])
+        schema = f"({', '.join(f'{p.schema} {p.name}' for p in parameters)}) -> {returns}"
+        names = tuple(arguments)
+        defaults = {key: p.default for key, p in arguments.items() if p.default is not inspect.Parameter.empty}
+
+        def rebuilt(values: Sequence[Any]) -> dict[str, Any]:
+            flat = dict(zip((p.name for p in parameters), values, strict=True))
+            given = {p.argument: flat[p.name] for p in parameters if p.field is None}
+            for argument, kind in dataclass_of.items():
+                given[argument] = kind(**{p.field: flat[p.name] for p in parameters if p.argument == argument})
+            return given
+
+        def listed(function: Callable) -> Callable:
+            def of_flat(*values: Any) -> Any:
+                given = rebuilt(values)
+                out = function(**given)
+                return out if result is None else [getattr(out, field) for field in present(**given)]
+
+            return of_flat
+
+        mutated = tuple(p.name for p in parameters if "!" in p.schema)
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", listed(launcher), mutates_args=mutated, schema=schema)
+        op.register_fake(listed(fake))
+
+        @functools.wraps(launcher)
+        def dispatched(*positional: Any, **keywords: Any) -> Any:
+            if not (torch.compiler.is_compiling() or _is_traced(positional)):
+                return launcher(*positional, **keywords)
+            given = {**defaults, **dict(zip(names, positional)), **keywords}
+            unknown = [key for key in given if key not in arguments]
+            missing = [key for key in names if key not in given]
+            if unknown or missing or len(positional) > len(names):
+                raise TypeError(f"{name}: missing arguments {missing}, unknown arguments {unknown}, {len(positional)} positional ones")
+            out = getattr(torch.ops.dlm_kernels, name)(*(p.of(given) for p in parameters))
+            return out if result is None else result(**{**dict.fromkeys(result._fields), **dict(zip(present(**given), out))})
+
+        return dispatched
+
+    return register
+
+
+def _is_traced(positional: Sequence[Any]) -> bool:
+    """Is the first tensor a subclass (a FakeTensor, for one)? Only the dispatcher knows what to do with those."""
+    first = positional[0] if positional else None
+    if dataclasses.is_dataclass(first):
+        first = getattr(first, dataclasses.fields(first)[0].name)
+    return isinstance(first, Tensor) and type(first) not in (Tensor, torch.nn.Parameter)
+
+
+def _parameters(
+    arguments: Any, hints: dict[str, Any], mutates: Sequence[str]
+) -> tuple[list[_Parameter], dict[str, type]]:
+    parameters: list[_Parameter] = []
+    dataclass_of: dict[str, type] = {}
+
+    def add(name: str, argument: str, field: str | None, hint: Any) -> None:
+        kind = _schema(hint, name)
+        if argument in mutates and kind.startswith("Tensor"):
+            kind = f"Tensor(a{len(parameters)}!){kind[len('Tensor'):]}"
+        parameters.append(_Parameter(name, argument, field, kind))
+
+    for argument in arguments:
+        hint = hints[argument]
+        if dataclasses.is_dataclass(hint):
+            dataclass_of[argument] = hint
+            fields = typing.get_type_hints(hint)
+            for field in dataclasses.fields(hint):
+                add(f"{argument}_{field.name}", argument, field.name, fields[field.name])
+        else:
+            add(argument, argument, None, hint)
+    return parameters, dataclass_of
+
+
+def _schema(hint: Any, name: str) -> str:
+    """The operator schema's word for a type hint."""
+    if hint in _SCALARS:
+        return _SCALARS[hint]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "str"
+    if origin in (typing.Union, types.UnionType) and len(inner) == 2 and type(None) in inner:
+        return _schema(inner[0] if inner[1] is type(None) else inner[1], name) + "?"
+    if inner == (str,):
+        return "str[]"
+    raise TypeError(f"operator: argument {name} has the type {hint}, which an operator's schema does not have")
+
+
+def _returns(hint: Any) -> str:
+    if hint is Tensor:
+        return "Tensor"
+    if hint is type(None):
+        return "()"
+    if get_origin(hint) is tuple:
+        return f"({', '.join('Tensor' for _ in get_args(hint))})"
+    raise TypeError(f"operator: a launcher returns a tensor, a tuple of tensors or None, got {hint}")
