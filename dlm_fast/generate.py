@@ -190,14 +190,14 @@ def generate(
     Raises:
         ValueError, TypeError: bad arguments, each naming argument, rule and value; nothing is decoded then.
         DecodeError: logits with NaN, or a policy that makes no progress; it holds what was decoded.
-        NotImplementedError: the preset needs what the chosen backend does not have.
+        NotImplementedError: the preset's model family is not here yet.
     """
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError("generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load")
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
     chosen = resolve(preset, handle.diffusion.visibility, options, policy)
-    requests.check_support(chosen, handle.diffusion, handle.ops.name)
+    requests.check_support(chosen, handle.diffusion)
     batch = requests.read(
         handle.diffusion,
         vocab_size=model.config.vocab_size,

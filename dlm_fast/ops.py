@@ -1,4 +1,4 @@
-"""The three device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a mode.
+"""The device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a mode.
 
 A backend that cannot run says so by raising; nothing falls back from one to the other.
 """
@@ -19,7 +19,7 @@ class Ops:
 
     Attributes:
         name: "triton" or "reference".
-        block_attention, confidence, unmask: the ops.
+        block_attention, confidence, unmask: the ops of every decoder. draft_build, verify: those of drafts.
         reason: why this backend was chosen, for `explain` and `dlm-fast doctor`.
     """
 
@@ -27,10 +27,14 @@ class Ops:
     block_attention: Callable
     confidence: Callable
     unmask: Callable
+    draft_build: Callable
+    verify: Callable
     reason: str
 
 
-REFERENCE = Ops("reference", reference.block_attention, reference.confidence, reference.unmask, "asked for by name")
+OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify")
+
+REFERENCE = Ops("reference", *(getattr(reference, name) for name in OP_NAMES), "asked for by name")
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -39,9 +43,9 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
     """Our Triton kernels. Raises ImportError where Triton is not installed (it has no wheels for this platform)."""
     if importlib.util.find_spec("triton") is None:
         raise ImportError("ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'")
-    from dlm_kernels import attention, confidence, unmask
+    from dlm_kernels import attention, confidence, drafts, unmask
 
-    return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, reason)
+    return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, drafts.draft_build, drafts.verify, reason)
 
 
 def choose(backend: str | Ops, device: torch.device | str) -> Ops:

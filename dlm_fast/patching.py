@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import models
 from .diffusion import DiffusionConfig
 from .models.native import ATTENTION_NAME, Step
-from .ops import Ops, choose
+from .ops import OP_NAMES, Ops, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
 
@@ -223,7 +223,7 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "device": str(device),
         "backend": handle.ops.name,
         "reason": handle.ops.reason,
-        "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in ("block_attention", "confidence", "unmask")},
+        "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in OP_NAMES},
         "plain_forward": handle.plain_mode,
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
         "attention_calls": handle.attention_calls,

@@ -59,18 +59,12 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float) -> list:
     return out
 
 
-def check_support(preset: Preset, diffusion: DiffusionConfig, backend: str) -> None:
-    """Raises ValueError where `preset` does not fit the model's rows, NotImplementedError where the backend lacks its attention."""
+def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
+    """Raises ValueError where `preset` does not fit the model's rows."""
     if preset.seeded and diffusion.logits_row != "previous":
         _fail(f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}")
     if preset.shadow and diffusion.logits_row != "self":
         _fail(f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}")
-    missing = {"shadow rows": preset.shadow, "scattered positions (kept slots)": preset.cache == "scattered"}
-    for name, wanted in missing.items():
-        if wanted and backend == "triton":
-            raise NotImplementedError(
-                f"generate: preset {preset.name} needs attention over {name}, which the Triton kernel does not have yet; use backend='reference'"
-            )
 
 
 def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:

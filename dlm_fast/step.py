@@ -59,7 +59,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
     canvases, query_len = state.tokens, window.q_len
     if decode.drafts is not None:
         ready = decode.drafts.ready(state, kind) & selects
-        held = decode.drafts.tokens(view_lanes, ready, drafts)
+        held = decode.drafts.tokens(decode.handle.ops, view_lanes, ready, drafts)
         canvases = _with_lanes(canvases, view_lanes.position, held)
         query_len = query_len * torch.where(ready & ~decode.drafts.suspended(), drafts, 1).int()
     if plan.preset.cfg_scale:
@@ -238,7 +238,8 @@ def _accept(decode: Decode, view: View, ready: Tensor, held: Tensor) -> Choice:
     """The choice of a step that verified the drafts `held` [B, D, W]."""
     score = dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)).score(decode.plan.preset.score)
     by_draft = (x.view(held.shape) for x in (view.token, score, view.confidence))
-    return decode.drafts.choose(view, ready, view.selects, held, *by_draft, decode.plan.diffusion.mask_token_id)
+    mask_id = decode.plan.diffusion.mask_token_id
+    return decode.drafts.choose(decode.handle.ops, view, ready, view.selects, held, *by_draft, mask_id)
 
 
 def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:

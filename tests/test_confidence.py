@@ -2,183 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as generator
-from dlm_kernels.reference.confidence import OUTPUTS, Confidence
+from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
 import dlm_kernels.confidence as kernel  # noqa: E402
-import dlm_kernels.confidence_device as device_code  # noqa: E402
+import dlm_kernels.confidence_row_device as device_code  # noqa: E402
 import triton.language as tl  # noqa: E402
+from confidence_cases import (  # noqa: E402
+    FLOATS,
+    STATISTICS,
+    assert_equals_reference,
+    assert_identical,
+    everything,
+    faster_interpreter,
+    random_case,
+    rows_of,
+    run_kernel,
+)
 
-INTEGERS = ("token", "second_token", "error")
-FLOATS = ("logit", "second_logit", "logsumexp", "entropy", "confidence", "margin", "sampled_confidence", "query_confidence")
-STATISTICS = ("second", "logsumexp", "entropy")
-WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
-# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles, one into a single tile.
+# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts with a program for
+# each part, one across tiles that are parts, one into a single tile.
 LANES = (16, 64, 1024)
-GUARD = 16
 # NumPy, under the interpreter, warns of the infinities and NaNs of hostile rows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-# -- helpers -----------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Inside, `torch.empty` returns poison between two guard zones; leaving checks that no guard was overwritten."""
-    real, buffers = torch.empty, []
-
-    def empty(n: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        poison = math.nan if dtype.is_floating_point else -7777
-        buffers.append(torch.full((n + 2 * GUARD,), poison, dtype=dtype, device=device))
-        return buffers[-1][GUARD : GUARD + n]
-
-    torch.empty = empty
-    try:
+@pytest.fixture(autouse=True)
+def fast():
+    with faster_interpreter():
         yield
-    finally:
-        torch.empty = real
-    for buffer in buffers:
-        guards = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
-        assert (guards.isnan() if buffer.dtype.is_floating_point else guards == -7777).all(), "written outside an output"
-
-
-@contextlib.contextmanager
-def tile_of(lanes: int) -> Iterator[None]:
-    saved = dict(kernel.CONFIDENCE_TILES)
-    kernel.CONFIDENCE_TILES.update({key: kernel.ConfidenceTile(lanes=lanes, num_warps=1) for key in saved})
-    try:
-        yield
-    finally:
-        kernel.CONFIDENCE_TILES.update(saved)
-
-
-def run_kernel(logits: Tensor, lanes: int | None = None, **arguments: object) -> Confidence:
-    with poisoned_empty(), tile_of(lanes) if lanes else contextlib.nullcontext():
-        return kernel.confidence(logits, **arguments)
-
-
-def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tensor, scale: float, factor: float = 2) -> None:
-    """Error at most `factor` times torch's own in fp32, plus rounding: exponents are of size `scale` and carry 24 bits."""
-    finite = exact.isfinite()
-    assert torch.equal(ours[~finite].double(), exact[~finite])
-    error = (ours.double() - exact)[finite].abs()
-    theirs = (low_precision.double() - exact)[finite].abs()
-    bound = factor * theirs + 2**-22 * scale * exact[finite].abs().clamp(min=1)
-    assert (error <= bound).all(), f"error {error.max():.3e}, torch's {theirs.max():.3e}, bound {bound.min():.3e}"
-
-
-def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
-    """Ids and errors exactly, floats by the error bound; `sampled_token` outside near-ties, of which there may be 1%."""
-    low = reference.confidence(logits, **arguments)
-    previous = {"previous": arguments["previous"].double()} if arguments.get("previous") is not None else {}
-    exact = reference.confidence(logits.double(), **arguments | previous)
-    for name in Confidence._fields:
-        assert (getattr(ours, name) is None) == (getattr(low, name) is None), name
-    for name in INTEGERS:
-        if getattr(low, name) is not None:
-            assert getattr(ours, name).dtype == getattr(low, name).dtype
-            assert torch.equal(getattr(ours, name), getattr(low, name)), name
-    settled = torch.ones_like(ours.token, dtype=torch.bool)
-    if low.sampled_token is not None:
-        # Two fp32 reductions of the same scores can only disagree where fp32 and fp64 do, or nearly do.
-        settled = low.sampled_token == exact.sampled_token
-        differs = ours.sampled_token != exact.sampled_token
-        assert (differs & settled).sum() <= 0.01 * settled.numel() and (~settled).sum() <= max(1, 0.01 * settled.numel())
-        settled = ours.sampled_token == low.sampled_token
-    temperature = arguments.get("temperature")
-    coldest = temperature.min().item() if temperature is not None and temperature.numel() else 1.0
-    added = [arguments[name] for name in ("bias", "previous") if arguments.get(name) is not None]
-    finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
-    size = sum(values.max().item() for values in finite if values.numel())
-    scale = 4 + (size + (arguments.get("soft_cap") or 0)) / coldest
-    for name in (*FLOATS, "kl"):
-        values = getattr(ours, name)
-        if values is not None:
-            assert values.dtype == torch.float32
-            keep = settled if name == "sampled_confidence" else slice(None)
-            # Log-probabilities are subtracted, and those of a flat row are as large as its logsumexp.
-            terms = scale + (arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0)
-            assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], terms)
-
-
-def assert_identical(a: Confidence, b: Confidence) -> None:
-    for name in Confidence._fields:
-        left, right = getattr(a, name), getattr(b, name)
-        assert (left is None) == (right is None), name
-        if left is not None:
-            assert torch.equal(left, right), f"{name}: {left.tolist()} is not {right.tolist()}"
-
-
-def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
-    """Arguments that request every output but "kl", random but for some greedy rows."""
-    sample_temperature = torch.rand(N) + 0.5
-    sample_temperature[::greedy_every] = 0
-    arguments = {
-        "temperature": torch.rand(N) + 0.5,
-        "sample_temperature": sample_temperature,
-        "seed": torch.tensor([0x123456789ABCDEF]),
-        "noise": torch.randint(-5, 1000, (N, 3), dtype=torch.int32),
-        "query": torch.randint(0, V, (N,)),
-    }
-    return {"outputs": WITHOUT_KL, **{name: value.to(device) for name, value in arguments.items()}}
-
-
-def random_case(seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, dict[str, object], int]:
-    """Logits, arguments and lanes of one random call: every option, hostile values. For this file and for larger campaigns."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    V = rng.choice([1, 2, 3, 31, 97, 255, 256, 257, 1023, 1025])
-    R = rng.randint(1, 5)
-    dtype = rng.choice([torch.float16, torch.bfloat16, torch.float32])
-    logits = torch.randn(R, V + rng.choice([0, 3])) * rng.choice([0.0, 0.5, 4.0])
-    if rng.random() < 0.5:  # ties
-        logits = logits.round()
-    for _ in range(rng.randint(0, 3)):
-        value = rng.choice([-math.inf, -math.inf, -60000.0, math.inf, math.nan])
-        start = rng.randrange(V)
-        logits[rng.randrange(R), start : start + rng.choice([1, 1, V])] = value
-    logits = logits.to(dtype)[:, :V]
-    N = R
-    arguments: dict[str, object] = {}
-    if rng.random() < 0.5:
-        N = rng.randint(1, 6)
-        arguments["rows"] = torch.tensor([rng.choice([-1, R, *range(R), *range(R)]) for _ in range(N)], dtype=torch.int32)
-    outputs = tuple(name for name in OUTPUTS if rng.random() < 0.6)
-    arguments |= {name: value for name, value in everything(N, V, torch.device("cpu")).items() if name != "outputs"}
-    if "sampled" not in outputs:
-        for name in ("sample_temperature", "seed", "noise"):
-            del arguments[name]
-    if "query" not in outputs:
-        del arguments["query"]
-    if rng.random() < 0.5:
-        del arguments["temperature"]
-    if rng.random() < 0.7:
-        K = rng.choice([1, 2, 5, 32])
-        arguments["banned"] = torch.randint(-1, V, (K,) if rng.random() < 0.5 else (N, K))
-    if rng.random() < 0.3:
-        arguments["soft_cap"] = rng.choice([1.5, 30.0])
-    if rng.random() < 0.5:
-        K = rng.choice([1, 3, 64])
-        arguments["bias_ids"] = torch.randint(-1, V + 1, (N, K))
-        arguments["bias"] = torch.randn(N, K) * 8
-    if "kl" in outputs:
-        previous = torch.randn(R, V) * 2 if rng.random() < 0.5 else logits.float() + 0.1 * torch.randn(R, V)
-        arguments["previous"] = previous.to(dtype)
-        arguments["previous_logsumexp"] = previous.to(dtype).float().logsumexp(1)
-    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    return logits.to(device), {"outputs": outputs, **arguments}, rng.choice(LANES)
 
 
 # -- hand-worked -------------------------------------------------------------------------------------------------------------
@@ -336,8 +194,8 @@ def test_kernel_equals_reference_with_a_soft_cap(soft_cap, device) -> None:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_kernel_equals_reference_on_random_calls(seed, device) -> None:
-    logits, arguments, lanes = random_case(seed, device)
-    assert_equals_reference(run_kernel(logits, lanes, **arguments), logits, **arguments)
+    logits, arguments = random_case(seed, device)
+    assert_equals_reference(run_kernel(logits, LANES[seed % 3], **arguments), logits, **arguments)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -435,8 +293,7 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise(device) -> None:
     together = run_kernel(logits, 32, **arguments)
     for n in range(4):
         alone = {name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
-        expected = Confidence(*(None if values is None else values[n : n + 1] for values in together))
-        assert_identical(run_kernel(logits[n : n + 1], 32, **alone), expected)
+        assert_identical(run_kernel(logits[n : n + 1], 32, **alone), rows_of(together, slice(n, n + 1)))
 
 
 def test_a_result_does_not_depend_on_what_else_is_requested(device) -> None:

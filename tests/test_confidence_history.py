@@ -12,19 +12,28 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
 import dlm_kernels.confidence as kernel  # noqa: E402
-from test_confidence import (  # noqa: E402
-    LANES,
+from confidence_cases import (  # noqa: E402
     STATISTICS,
     assert_equals_reference,
     assert_identical,
-    draws,
     everything,
+    faster_interpreter,
+    rows_of,
     run_kernel,
 )
+from test_confidence import LANES, draws  # noqa: E402
 
 LN2, LN3 = math.log(2), math.log(3)
 GROUP = 4  # fp32 logits of a lane's load
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def fast():
+    with faster_interpreter():
+        yield
+
+
 both = pytest.mark.parametrize("op", [reference.confidence, kernel.confidence], ids=["reference", "kernel"])
 
 
@@ -313,8 +322,7 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise_with_bias_and_kl(device) 
     together = run_kernel(logits, 32, **arguments)
     for n in range(N):
         of_row = {name: value[n : n + 1] for name, value in arguments.items() if isinstance(value, Tensor) and name != "seed"}
-        expected = Confidence(*(values[n : n + 1] for values in together))
-        assert_identical(run_kernel(logits[n : n + 1], 32, **arguments | of_row), expected)
+        assert_identical(run_kernel(logits[n : n + 1], 32, **arguments | of_row), rows_of(together, slice(n, n + 1)))
 
 
 def test_kl_does_not_depend_on_what_else_is_requested(device) -> None:

@@ -281,13 +281,6 @@ def test_a_preset_that_does_not_fit_the_models_rows_is_refused(preset, row, mess
         dlm_fast.generate(toy(PRESETS[preset].visibility, logits_row=row), random_prompts([2]), preset=preset)
 
 
-@pytest.mark.parametrize("preset", ["wino", "dkv-cache", "entropy-cache"])
-def test_what_the_triton_attention_lacks_is_named(preset):
-    pytest.importorskip("triton")
-    with pytest.raises(NotImplementedError, match=f"preset {preset} needs attention over .*Triton kernel does not have yet"):
-        dlm_fast.generate(toy(backend="triton"), random_prompts([2]), preset=preset)
-
-
 def test_a_family_that_is_not_here_yet_is_named():
     with pytest.raises(NotImplementedError, match="preset diffusion-gemma needs a uniform-noise model"):
         dlm_fast.generate(toy(), random_prompts([2]), preset="diffusion-gemma")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import random
 from typing import Any
+from unittest import mock
 
 import torch
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
+from dlm_kernels.tiles import UnmaskTile
 from torch import Tensor
 from unmask_oracle import fp32, unmask_row
 
@@ -239,3 +242,88 @@ def random_row(
         exits=rng.random() < 0.3, max_steps=rng.choice((step, step + 1, 99, 99)), append_masks=rng.randint(0, length),
         activate_masks=rng.randint(0, length), delay=rng.randrange(4), seed=token(), seed_confidence=fp32(rng.random()),
     )  # fmt: skip
+
+
+# Kernel against reference.
+
+
+def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
+    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard zone."""
+    buffers = []
+
+    def embed(name: str, x: Tensor) -> Tensor:
+        guard = True if x.dtype == torch.bool else -777.0 if x.is_floating_point() else -77
+        buffer = torch.full([n + 4 for n in x.shape], guard, dtype=x.dtype, device=x.device)
+        zone = torch.ones_like(buffer, dtype=torch.bool)
+        inner = tuple(slice(2, 2 + n) for n in x.shape)
+        buffer[inner], zone[inner] = x, False
+        buffers.append((name, buffer, zone))
+        return buffer[inner]
+
+    return case.map(embed), buffers
+
+
+class poisoned_outputs:
+    """While active, what `torch.empty` gives holds garbage between guard zones; `check` raises if a guard was written."""
+
+    def __enter__(self) -> poisoned_outputs:
+        self.buffers: list[tuple[Tensor, int]] = []
+        self.patch = mock.patch.object(torch, "empty", self._empty)
+        self.patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.stop()
+
+    def _empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = math.prod(shape)
+        buffer = torch.full((count + 64,), True if dtype == torch.bool else -0x5A5A5A5B, dtype=dtype, device=device)
+        self.buffers.append((buffer, count))
+        return buffer[32 : 32 + count].view(shape)
+
+    def check(self) -> None:
+        for buffer, count in self.buffers:
+            assert (torch.cat([buffer[:32], buffer[32 + count :]]) == buffer[0]).all(), "memory next to an output was written"
+
+
+def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | None = None) -> None:
+    """In memory of its own, on strided rows; nothing else is written. `tile`: in place of the table's."""
+    module = importlib.import_module("dlm_kernels.unmask")
+    expected = case.copy(case.state.tokens.device).run()
+    ours, buffers = guarded(case)
+    inputs = {name: x.clone() for name, x in ours.args.items() if isinstance(x, Tensor)}
+    with mock.patch.object(module, "unmask_tile", (lambda W: tile) if tile else module.unmask_tile), poisoned_outputs() as memory:
+        result = ours.run(module.unmask)
+    memory.check()
+    assert_same(result, expected, f"{note} {case.rule} {case.args['kind']} {tile}")
+    for name, buffer, zone in buffers:
+        assert (buffer[zone] == buffer[0].flatten()[0]).all(), f"{name} was written outside its rows"
+    for name, before in inputs.items():
+        assert torch.equal(before.nan_to_num(), ours.args[name].nan_to_num()), f"the input {name} was written"
+
+
+# A search of the canvas in tiles of so many positions, when the tile is a toy.
+TOY_CANVAS = 16
+
+
+def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
+    """One random call from the seed, checked as `assert_kernel_equals_reference` does; every fourth against the oracle too.
+
+    The rule is the seed's, so many seeds meet every rule. One call in four runs in registers, in the narrowest tile; the others
+    from memory in tiles of 8 or 16 lanes, most of them with a region or a canvas of several tiles.
+    """
+    rng = random.Random(seed)
+    tile = UnmaskTile(32, 1) if seed % 4 == 0 else UnmaskTile(32, 1, rng.choice((8, 16)))
+    BLOCK_T = tile.BLOCK_T or TOY_CANVAS
+    lanes = rng.choice((1, 5, BLOCK_T - 1, BLOCK_T, BLOCK_T + 1, BLOCK_T + 1, 2 * BLOCK_T, 2 * BLOCK_T - 1))
+    case = random_case(seed, B=1 + (seed % 3 == 0), lanes=lanes)
+    if seed % 4 == 1:
+        assert_same(case.copy().run(), oracle(case), f"seed {seed} {case.rule}, the reference")
+    module = importlib.import_module("dlm_kernels.unmask")
+    with mock.patch.object(module, "BLOCK_L", TOY_CANVAS):
+        assert_kernel_equals_reference(case.copy(device), f"seed {seed}", tile)
+    rule = case.rule
+    words = [rule.passes, rule.scope, rule.remask, *(name for name in ("runs", "edit", "renoise", "seed") if getattr(rule, name))]
+    kind = " ".join(word for word in words if word not in ("row", "none") or word == rule.passes)
+    where = "memory" if tile.BLOCK_T else "registers"
+    return {"kind": f"{kind} in {where}", "boundary": max(lanes, case.state.tokens.shape[1]) > BLOCK_T}

@@ -1,15 +1,20 @@
-"""Device code of `confidence`: one program per needed row, one pass over the vocabulary.
+"""Device code of `confidence`: one pass over the vocabulary of each needed row, by one program or by one for every part of it.
 
-The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load), the groups are dealt round-robin to LANES lanes:
+The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load), the groups are dealt round-robin to LANES lanes,
+and PART_TILES tiles make a part:
 
     id = (tile * LANES + lane) * GROUP + element        one tile = one trip of the loop
 
-Each lane keeps four numbers, updated once a group: its largest logit and the tile where it first saw it, and the running sums
-of the softmax and of the entropy ("kl": and of the divergence). Everything else is found after the loop by re-reading a
-*column*, the ids of one lane (about V / LANES of them): which element of the group it was, the runner-up inside the winner's
-lane, and what is left of a lane whose winner is banned. So banned ids, the runner-up and the ids themselves cost nothing in the
-loop. Nor do biases: the loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its
-elements are compared with every biased id, and the loop goes on after it. What is re-read is biased again.
+Each lane keeps its largest logit and the tile where it first saw it, and the running sums of the softmax and of the entropy
+("kl": and of the divergence). Everything else is found after the loop by re-reading a *column*, the ids of one lane: which
+element of the group it was, the runner-up inside the winner's lane, and what is left of a lane whose winner is banned. So banned
+ids, the runner-up, the top k and the ids themselves cost nothing in the loop. Nor do biases: the loop stops at a tile that holds
+a biased id, that tile is read as the incomplete last one is and its elements are compared with every biased id, and the loop goes
+on after it.
+
+Sums start afresh in every part, and a part's are reduced over the lanes before they meet another's (`_merge_sums`), so that a row
+has the same bits whether one program reads all its parts (many rows) or each part has a program (few rows, SPLIT). Largest logits
+are exact and go on from part to part.
 """
 
 from __future__ import annotations
@@ -19,174 +24,31 @@ import math
 import triton
 import triton.language as tl
 
-from .reference.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE, PREVIOUS_FLOOR
-from .state import ERROR_LOGITS
+from .confidence_choice_device import _add_bias, _choose, _store_top, _without_banned
+from .confidence_merge_device import (
+    _DIVERGENCE, _DRAWN, _ENERGY, _IDS, _LARGEST, _PIVOT, _QUERY, _SAMPLED, _SAMPLED_TOKEN, _SECOND, _SECOND_TOKEN, _TOKEN, _TOP,
+    _TOTAL, _VALUES, _field, _store_row, _store_top_of_nothing,
+)  # fmt: skip
+from .confidence_row_device import (
+    _ERROR, _FAR_BELOW, _LIMIT, _LOG2E, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _noise_key, _pivot, _rounded_product,
+    _sampling, _scales, _score,
+)  # fmt: skip
+from .reference.confidence import PREVIOUS_FLOOR
 
-_LIMIT = tl.constexpr(LIMIT)
-_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
-_MAX_TEMPERATURE = tl.constexpr(MAX_TEMPERATURE)
-_ERROR = tl.constexpr(ERROR_LOGITS)
-_LOG2E = tl.constexpr(math.log2(math.e))
-_TWO_LOG2E = tl.constexpr(2 * math.log2(math.e))
-_LN2 = tl.constexpr(math.log(2))
 _FLOOR_LOG2 = tl.constexpr(PREVIOUS_FLOOR * math.log2(math.e))
-_NO_TILE = tl.constexpr(2**30)  # above every tile
 
 
 @triton.jit
-def _fmix32(h):
-    h ^= h >> 16
-    h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
-    h ^= h >> 13
-    h = tl.mul(h, 0xC2B2AE35, sanitize_overflow=False)
-    return h ^ (h >> 16)
-
-
-@triton.jit
-def _noise_key(seed_ptr, noise_ptr, n):
-    """Philox words (k0, k1) of output n; reference.noise.row_key."""
-    address = noise_ptr + n.to(tl.int64) * 3
-    request, position, step = tl.load(address), tl.load(address + 1), tl.load(address + 2)
-    k0, k1, _, _ = tl.philox(tl.load(seed_ptr), request, position, step, tl.zeros_like(step))
-    return k0, k1
-
-
-@triton.jit
-def _noise_bits(ids, k0, k1):
-    """uint32 word of every id; reference.noise.bits."""
-    return _fmix32(tl.add(_fmix32(ids.to(tl.uint32) ^ k0), k1, sanitize_overflow=False))
-
-
-@triton.jit
-def _uniform(ids, k0, k1):
-    """((bits >> 9) + 0.5) * 2^-23; reference.noise.uniform."""
-    # Without a conversion: the bits become the mantissa of 1.x, from which 1 - 2^-24 is subtracted, exactly.
-    one_to_two = ((_noise_bits(ids, k0, k1) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    return one_to_two - 0.999999940395355224609375
-
-
-@triton.jit
-def _gumbel(ids, k0, k1):
-    return -tl.log(-tl.log(_uniform(ids, k0, k1)))
-
-
-@triton.jit
-def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """soft_cap * tanh(x / soft_cap); -inf stays -inf."""
-    if HAS_SOFT_CAP:
-        # 1 - 2 / (e^(2y) + 1): saturates to +-1 where the exponential overflows or vanishes. Off by 2^-23 at most, absolutely.
-        tanh = 1.0 - 2.0 / (tl.exp2(x * tl.div_rn(_TWO_LOG2E, soft_cap)) + 1.0)
-        return tl.where(x <= -_LIMIT, float("-inf"), soft_cap * tanh)
-    else:
-        return x
-
-
-@triton.jit
-def _is_banned(ids, banned_ptr, NUM_BANNED: tl.constexpr):
-    banned = ids < 0
-    if NUM_BANNED > 0:  # else banned_ptr is None, and even an empty loop is compiled
-        for k in range(NUM_BANNED):
-            banned |= ids == tl.load(banned_ptr + k)
-    return banned
-
-
-@triton.jit
-def _column(lane, LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr):
-    """[COLUMN, GROUP] ids of one lane, ascending by row."""
-    tiles = tl.arange(0, COLUMN)
-    return (tiles[:, None] * LANES + lane) * GROUP + tl.arange(0, GROUP)[None, :]
-
-
-@triton.jit
-def _add_bias(x, first, offset, biases, V, HAS_BIAS: tl.constexpr):
-    """Logits of the ids first + offset with their biases, one after the other."""
-    if HAS_BIAS:
-        bias_ids_ptr, bias_ptr, num_bias = biases
-        for k in range(num_bias):
-            biased_id = tl.load(bias_ids_ptr + k)
-            if (biased_id >= 0) & (biased_id < V):  # beyond V the load's -inf must stay
-                x = tl.where(biased_id.to(tl.int32) - first == offset, x + tl.load(bias_ptr + k), x)
-    return x
-
-
-@triton.jit
-def _next_biased_tile(start, biases, V, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """The first tile from `start` on that holds a biased id."""
+def _next_biased_tile(start, biases, end, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """The first tile from `start` on that holds a biased id below `end`."""
     bias_ids_ptr, _, num_bias = biases
-    nearest = tl.full((), _NO_TILE, tl.int32)
+    nearest = tl.full((), _NO_ID, tl.int32)
     for k in range(num_bias):
         biased_id = tl.load(bias_ids_ptr + k)
         biased_tile = (biased_id // (LANES * GROUP)).to(tl.int32)
-        ahead = (biased_id >= 0) & (biased_id < V) & (biased_tile >= start)
+        ahead = (biased_id >= 0) & (biased_id < end) & (biased_tile >= start)
         nearest = tl.where(ahead, tl.minimum(nearest, biased_tile), nearest)
     return nearest
-
-
-@triton.jit
-def _load(logits_ptr, ids, biases, V, HAS_BIAS: tl.constexpr):
-    x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-    return _add_bias(x, 0, ids, biases, V, HAS_BIAS)
-
-
-@triton.jit
-def _first_largest_tile(values, COLUMN: tl.constexpr):
-    """Largest of a [COLUMN, GROUP] column and the lowest tile that holds it."""
-    per_tile = tl.max(values, axis=1)
-    largest = tl.max(per_tile, axis=0)
-    return largest, tl.min(tl.where(per_tile == largest, tl.arange(0, COLUMN), COLUMN), axis=0)
-
-
-@triton.jit
-def _lowest_id(ids, chosen, V):
-    return tl.min(tl.min(tl.where(chosen, ids, V), axis=1), axis=0)
-
-
-@triton.jit
-def _pivot(best, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """What exponents are taken relative to: the largest one so far, rounded down to an integer and finite.
-
-    An integer, so that rescaling is exact and no fused rounding can make two pivots disagree; finite, because a lane may hold
-    nothing but -inf, and -inf - -inf is NaN. -2e36 is below LIMIT / MIN_TEMPERATURE in units of log2.
-    """
-    return tl.maximum(tl.floor(_cap(best, soft_cap, HAS_SOFT_CAP) * scale), -2e36)
-
-
-@triton.jit
-def _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    return tl.fma(_cap(x, soft_cap, HAS_SOFT_CAP), sample_scale, _gumbel(ids, k0, k1))
-
-
-@triton.jit
-def _probability(logit, scale, row_pivot, row_total):
-    return tl.minimum(tl.div_rn(tl.exp2(tl.fma(logit, scale, -row_pivot)), row_total), 1.0)  # not above 1 by rounding
-
-
-@triton.jit
-def _store(pointer, n, value):
-    if pointer is not None:  # requested
-        tl.store(pointer + n, value)
-
-
-@triton.jit
-def _store_row(
-    n, values,
-    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
-):  # fmt: skip
-    """One value to every output that was requested. Pointers one by one: Triton 3.6 takes no tuple that holds a None."""
-    _store(token_ptr, n, values[0])
-    _store(logit_ptr, n, values[1])
-    _store(second_token_ptr, n, values[2])
-    _store(second_logit_ptr, n, values[3])
-    _store(logsumexp_ptr, n, values[4])
-    _store(entropy_ptr, n, values[5])
-    _store(kl_ptr, n, values[6])
-    _store(confidence_ptr, n, values[7])
-    _store(margin_ptr, n, values[8])
-    _store(sampled_token_ptr, n, values[9])
-    _store(sampled_confidence_ptr, n, values[10])
-    _store(query_confidence_ptr, n, values[11])
-    _store(error_ptr, n, values[12])
 
 
 @triton.jit
@@ -196,26 +58,25 @@ def _accumulate(
     LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Every lane's state after one more group of logits, x [LANES, GROUP], and of the previous step's, `before`."""
-    best, best_tile, pivot, total, energy, divergence, drawn, drawn_tile = state
+    best, best_tile, drawn, drawn_tile, pivot, total, energy, divergence = state
     scale, soft_cap, before_shift = scales
     draws, sample_scale, k0, k1 = sampling
     largest = tl.max(x, axis=1)
     best_tile = tl.where(largest > best, tile, best_tile)  # strictly: ties stay with the lowest id
     best = tl.maximum(best, largest)
-    raised = _pivot(best, scale, soft_cap, HAS_SOFT_CAP)
+    raised = tl.maximum(pivot, _pivot(largest, scale, soft_cap, HAS_SOFT_CAP))
     exponent = tl.fma(_cap(x, soft_cap, HAS_SOFT_CAP), scale, -raised[:, None])
     weight = tl.exp2(exponent)  # a NaN stays in `total`, although max drops it
     step = pivot - raised
     decay = tl.exp2(step)
     if ENTROPY:
-        # Where the exponent is -inf the weight is 0, and so it is at -10000: 0 * -inf would be NaN.
-        energy = decay * (energy + step * total) + tl.sum(weight * tl.maximum(exponent, -10000.0), axis=1)
+        energy = decay * (energy + step * total) + tl.sum(weight * tl.maximum(exponent, _FAR_BELOW), axis=1)
     if KL:
         # log2 of the previous step's probability. A NaN must outlive the floor, to be found in the sum.
         log_before = tl.fma(_cap(before, soft_cap, HAS_SOFT_CAP), scale, -before_shift)
         log_before = tl.maximum(log_before, _FLOOR_LOG2, propagate_nan=tl.PropagateNan.ALL)
         # Differences are summed, not two sums subtracted: they are small where the step changed little.
-        change = tl.maximum(exponent, -10000.0) - log_before
+        change = tl.maximum(exponent, _FAR_BELOW) - log_before
         divergence = decay * (divergence + step * total) + tl.sum(weight * change, axis=1)
         # Once infinite, the sum stays so or becomes NaN, whatever weight 0 or decay 0 it meets.
         divergence = tl.where(tl.max(before, axis=1) >= _LIMIT, float("inf"), divergence)
@@ -226,7 +87,7 @@ def _accumulate(
             highest = tl.max(score, axis=1)
             drawn_tile = tl.where(highest > drawn, tile, drawn_tile)
             drawn = tl.maximum(drawn, highest)
-    return best, best_tile, raised, total, energy, divergence, drawn, drawn_tile
+    return best, best_tile, drawn, drawn_tile, raised, total, energy, divergence
 
 
 @triton.jit
@@ -247,48 +108,107 @@ def _whole_tiles(
 
 @triton.jit
 def _one_tile(
-    state, logits_ptr, previous_ptr, tile, biases, V, scales, sampling, elements,
+    state, logits_ptr, previous_ptr, tile, biases, end, scales, sampling, elements,
     HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The state after a tile that is incomplete, empty or biased."""
-    if tile * (LANES * GROUP) < V:
+    if tile * (LANES * GROUP) < end:
         ids = tile * (LANES * GROUP) + elements
-        x = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
         # First ids and offsets apart: the offsets are constants of the machine code, and no register holds the id of an element.
         first = (tile * LANES + tl.arange(0, LANES)[:, None]) * GROUP
-        x = _add_bias(x, first, tl.arange(0, GROUP)[None, :], biases, V, HAS_BIAS)
+        x = _add_bias(x, first, tl.arange(0, GROUP)[None, :], biases, end, HAS_BIAS)
         before = x
         if KL:
-            before = tl.load(previous_ptr + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+            before = tl.load(previous_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
         state = _accumulate(state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP)
     return state
 
 
+@triton.jit
+def _part(
+    bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
+    LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
+    SAMPLED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr,
+):  # fmt: skip
+    """The lanes' largest logits and draws after one more part, and the part's own sums: pivot, total, energy, divergence.
+
+    LAST: this may be the last part, whose last tile may be incomplete.
+    """
+    best, best_tile, drawn, drawn_tile = bests
+    zeros = tl.zeros((LANES,), tl.float32)
+    state = (best, best_tile, drawn, drawn_tile, tl.full((LANES,), _NO_PIVOT, tl.float32), zeros, zeros, zeros)
+    start = part * PART_TILES
+    end = tl.minimum((start + PART_TILES) * (LANES * GROUP), V)
+    whole = end // (LANES * GROUP)
+    if HAS_BIAS:
+        while start * (LANES * GROUP) < end:
+            stop = tl.minimum(_next_biased_tile(start, biases, end, LANES, GROUP), whole)
+            state = _whole_tiles(
+                state, logits_ptr, previous_ptr, start, stop, scales, sampling, elements,
+                HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+            )  # fmt: skip
+            state = _one_tile(
+                state, logits_ptr, previous_ptr, stop, biases, end, scales, sampling, elements,
+                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+            )  # fmt: skip
+            start = stop + 1
+    else:
+        state = _whole_tiles(
+            state, logits_ptr, previous_ptr, start, whole, scales, sampling, elements,
+            HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+        )  # fmt: skip
+        if LAST:
+            state = _one_tile(
+                state, logits_ptr, previous_ptr, whole, biases, end, scales, sampling, elements,
+                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+            )  # fmt: skip
+    best, best_tile, drawn, drawn_tile, pivot, total, energy, divergence = state
+    part_pivot = tl.max(pivot, axis=0)
+    step = tl.maximum(pivot - part_pivot, _FAR_BELOW)
+    decay = tl.exp2(step)
+    part_total = tl.sum(_rounded_product(decay, total), axis=0)
+    part_energy = 0.0
+    if ENTROPY:
+        part_energy = tl.sum(_rounded_product(decay, tl.fma(step, total, energy)), axis=0)
+    part_divergence = 0.0
+    if KL:
+        part_divergence = tl.sum(_rounded_product(decay, tl.fma(step, total, divergence)), axis=0)
+    return (best, best_tile, drawn, drawn_tile), (part_pivot, part_total, part_energy, part_divergence)
+
+
 # R and the stride of `banned` change with the batch: no recompilation for them. Nor for the number of biases: a loop over them
 # that is unrolled takes registers that the tile needs.
-@triton.jit(do_not_specialize=["R", "banned_stride", "num_bias"])
+@triton.jit(do_not_specialize=["R", "banned_stride", "num_bias", "top_k"])
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
     bias_ids_ptr, bias_ptr, previous_ptr, previous_logsumexp_ptr,
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
-    row_stride, previous_stride, banned_stride, num_bias, R, V, soft_cap,
+    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr, top_tokens_ptr, top_logits_ptr,
+    values_ptr, ids_ptr,
+    row_stride, previous_stride, banned_stride, num_bias, top_k, R, V, soft_cap,
     HAS_ROWS: tl.constexpr, NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
-    QUERY: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
+    QUERY: tl.constexpr, HAS_TOP: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr, PART_TILES: tl.constexpr, PARTS: tl.constexpr,
+    LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
+    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs None but for the
+    top k, which then point to the partial ones (int32 ids)."""
     n = tl.program_id(0)
     row = n
     if HAS_ROWS:
         row = tl.load(rows_ptr + n)
         if row == -1:
-            _store_row(
-                n, (-1, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1, 0.0, 0.0, 0),
-                token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-                sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
-            )  # fmt: skip
+            if not SPLIT:
+                _store_row(
+                    n, (-1, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1, 0.0, 0.0, 0),
+                    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+                    margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+                )  # fmt: skip
+                if HAS_TOP:
+                    _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
             return
     error = (row < 0) | (row >= R)
     V = tl.where(error, 0, V)  # a row outside the logits is never read
@@ -306,184 +226,137 @@ def _confidence_kernel(
     if KL:
         before_logsumexp = tl.load(previous_logsumexp_ptr + row, mask=error == 0, other=0.0)
         previous_ptr += row.to(tl.int64) * previous_stride
-
-    temperature = 1.0
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + n)
-        usable = (temperature >= _MIN_TEMPERATURE) & (temperature <= _MAX_TEMPERATURE)
-        error |= usable == 0
-        temperature = tl.where(usable, temperature, 1.0)
-    scale = tl.div_rn(_LOG2E, temperature)  # everything exponential below is in units of log2
-    before_shift = before_logsumexp * _LOG2E
-
-    sample_scale = 0.0
+    temperature, scale, bad = _scales(n, temperature_ptr, HAS_TEMPERATURE)  # everything exponential is in units of log2
+    error |= bad
+    draws, sample_scale, bad = _sampling(n, sample_temperature_ptr, SAMPLED)
+    error |= bad
     k0 = tl.zeros((), tl.uint32)
     k1 = tl.zeros((), tl.uint32)
-    draws = error
     if SAMPLED:
-        sample_temperature = tl.load(sample_temperature_ptr + n)
-        draws = (sample_temperature >= _MIN_TEMPERATURE) & (sample_temperature <= _MAX_TEMPERATURE)
-        error |= (draws | (sample_temperature == 0.0)) == 0
-        sample_scale = tl.div_rn(1.0, tl.where(draws, sample_temperature, 1.0))
         k0, k1 = _noise_key(seed_ptr, noise_ptr, n)
 
-    # One pass over the vocabulary.
-    lanes = tl.arange(0, LANES)
-    elements = lanes[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    best = tl.full((LANES,), float("-inf"), tl.float32)
-    best_tile = tl.zeros((LANES,), tl.int32)
-    pivot = _pivot(best, scale, cap, HAS_SOFT_CAP)
-    total = tl.zeros((LANES,), tl.float32)
-    energy = tl.zeros((LANES,), tl.float32)
-    divergence = tl.zeros((LANES,), tl.float32)
-    drawn = tl.full((LANES,), float("-inf"), tl.float32)
-    drawn_tile = tl.zeros((LANES,), tl.int32)
-    state = (best, best_tile, pivot, total, energy, divergence, drawn, drawn_tile)
-    scales = (scale, cap, before_shift)
+    # One pass over the vocabulary, part by part.
+    scales = (scale, cap, before_logsumexp * _LOG2E)
     sampling = (draws, sample_scale, k0, k1)
-    whole = V // (LANES * GROUP)
-    start = 0
-    if HAS_BIAS:
-        while start * (LANES * GROUP) < V:
-            stop = tl.minimum(_next_biased_tile(start, biases, V, LANES, GROUP), whole)
-            state = _whole_tiles(
-                state, logits_ptr, previous_ptr, start, stop, scales, sampling, elements,
-                HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
-            )  # fmt: skip
-            state = _one_tile(
-                state, logits_ptr, previous_ptr, stop, biases, V, scales, sampling, elements,
-                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
-            )  # fmt: skip
-            start = stop + 1
+    elements = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    nothing = tl.full((LANES,), float("-inf"), tl.float32)
+    first_tile = 0
+    end = V
+    if SPLIT:
+        part = tl.program_id(1)
+        first_tile = part * PART_TILES
+        end = tl.minimum((first_tile + PART_TILES) * (LANES * GROUP), V)
+        tiles = tl.zeros((LANES,), tl.int32) + first_tile
+        bests, sums = _part(
+            (nothing, tiles, nothing, tiles), logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
+            True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+        )  # fmt: skip
+        row_pivot, row_total, row_energy, row_divergence = sums
     else:
-        state = _whole_tiles(
-            state, logits_ptr, previous_ptr, start, whole, scales, sampling, elements,
-            HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+        tiles = tl.zeros((LANES,), tl.int32)
+        bests = (nothing, tiles, nothing, tiles)
+        slot = tl.arange(0, 1 << LOG2_SLOTS)
+        pivots = tl.full((1 << LOG2_SLOTS,), _NO_PIVOT, tl.float32)
+        totals = tl.zeros((1 << LOG2_SLOTS,), tl.float32)
+        energies, divergences = totals, totals
+        # Only the last part can have an incomplete tile, but every part can have biased ones. The last one is apart for the loop
+        # over whole tiles to be all that its loop loads.
+        apart: tl.constexpr = 0 if HAS_BIAS else 1
+        for part in range(PARTS - apart):
+            bests, sums = _part(
+                bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
+                HAS_BIAS, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+            )  # fmt: skip
+            pivots = tl.where(slot == part, sums[0], pivots)
+            totals = tl.where(slot == part, sums[1], totals)
+            energies = tl.where(slot == part, sums[2], energies)
+            divergences = tl.where(slot == part, sums[3], divergences)
+        if not HAS_BIAS:
+            bests, sums = _part(
+                bests, logits_ptr, previous_ptr, PARTS - 1, biases, V, scales, sampling, elements,
+                True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+            )  # fmt: skip
+            pivots = tl.where(slot == PARTS - 1, sums[0], pivots)
+            totals = tl.where(slot == PARTS - 1, sums[1], totals)
+            energies = tl.where(slot == PARTS - 1, sums[2], energies)
+            divergences = tl.where(slot == PARTS - 1, sums[3], divergences)
+        row_pivot, row_total, row_energy, row_divergence = _merge_sums(
+            pivots, totals, energies, divergences, LOG2_SLOTS, ENTROPY, KL
         )  # fmt: skip
-        state = _one_tile(
-            state, logits_ptr, previous_ptr, whole, biases, V, scales, sampling, elements,
-            HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
-        )  # fmt: skip
-    best, best_tile, pivot, total, energy, divergence, drawn, drawn_tile = state
 
-    # Merge the lanes' sums.
-    row_best = tl.max(best, axis=0)
-    row_pivot = _pivot(row_best, scale, cap, HAS_SOFT_CAP)
-    step = pivot - row_pivot
-    decay = tl.exp2(step)
-    row_total = tl.sum(decay * total, axis=0)
-    row_energy = 0.0
-    if ENTROPY:
-        row_energy = tl.sum(decay * (energy + step * total), axis=0)
-    row_divergence = 0.0
-    if KL:
-        row_divergence = tl.sum(decay * (divergence + step * total), axis=0)
-    error |= (row_total != row_total) | (row_best >= _LIMIT)
-
-    # A lane that won with a group that holds a banned id is searched again without the banned ids.
+    # What of it is allowed.
+    row_best = tl.max(bests[0], axis=0)
     if NUM_BANNED > 0:
-        suspect = lanes < 0
-        for k in range(NUM_BANNED):
-            banned_group = tl.load(banned_ptr + k) // GROUP
-            suspect |= best_tile * LANES + lanes == banned_group
-            if SAMPLED:
-                suspect |= drawn_tile * LANES + lanes == banned_group
-        if tl.max(suspect.to(tl.int32), axis=0) > 0:
-            for k in range(NUM_BANNED):
-                banned_id = tl.load(banned_ptr + k)
-                if (banned_id >= 0) & (banned_id < V):
-                    lane = (banned_id.to(tl.int32) // GROUP) % LANES
-                    ids = _column(lane, LANES, GROUP, COLUMN)
-                    x = _load(logits_ptr, ids, biases, V, HAS_BIAS)
-                    banned = _is_banned(ids, banned_ptr, NUM_BANNED)
-                    value, tile = _first_largest_tile(tl.where(banned, float("-inf"), x), COLUMN)
-                    best = tl.where(lanes == lane, value, best)
-                    best_tile = tl.where(lanes == lane, tile, best_tile)
-                    if SAMPLED:
-                        score = _score(x, ids, sample_scale, k0, k1, cap, HAS_SOFT_CAP)
-                        value, tile = _first_largest_tile(tl.where(banned, float("-inf"), score), COLUMN)
-                        drawn = tl.where(lanes == lane, value, drawn)
-                        drawn_tile = tl.where(lanes == lane, tile, drawn_tile)
-
-    # Token: the lowest id of the first lane that holds the largest allowed logit.
-    groups = best_tile * LANES + lanes
-    none: tl.constexpr = COLUMN * LANES  # a group beyond every vocabulary of this column length
-    top = tl.max(best, axis=0)
-    error |= (top > -_LIMIT) == 0
-    top_lane = tl.min(tl.where(best == top, groups, none), axis=0) % LANES
-    ids = _column(top_lane, LANES, GROUP, COLUMN)
-    x = _load(logits_ptr, ids, biases, V, HAS_BIAS)
-    x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
-    token = _lowest_id(ids, x == top, V)
-
-    # Runner-up: the best other lane, or the best other id of the winner's lane.
-    second_token = token
-    second = top
-    if SECOND:
-        others = tl.where(lanes == top_lane, float("-inf"), best)
-        elsewhere = tl.max(others, axis=0)
-        group_ids = tl.min(tl.where(others == elsewhere, groups, none), axis=0) * GROUP + tl.arange(0, GROUP)
-        group_x = _load(logits_ptr, group_ids, biases, V, HAS_BIAS)
-        group_x = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), group_x)
-        x = tl.where(ids == token, float("-inf"), x)
-        second = tl.maximum(elsewhere, tl.max(tl.max(x, axis=1), axis=0))
-        elsewhere_id = tl.min(tl.where(group_x == second, group_ids, V), axis=0)
-        # Where no other lane has anything, the group is any one, the winner's own not excepted.
-        elsewhere_id = tl.where(elsewhere == second, elsewhere_id, V)
-        second_token = tl.minimum(_lowest_id(ids, x == second, V), elsewhere_id)
-        exists = second > -_LIMIT
-        second_token = tl.where(exists, second_token, -1)
-        second = tl.where(exists, second, float("-inf"))
-
-    # Draw: recompute the winning group's scores.
-    sampled_token = token
-    sampled = top
-    if SAMPLED:
-        if draws:
-            highest = tl.max(drawn, axis=0)
-            group = tl.min(tl.where(drawn == highest, drawn_tile * LANES + lanes, none), axis=0)
-            group_ids = group * GROUP + tl.arange(0, GROUP)
-            group_x = _load(logits_ptr, group_ids, biases, V, HAS_BIAS)
-            score = _score(group_x, group_ids, sample_scale, k0, k1, cap, HAS_SOFT_CAP)
-            score = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), score)
-            sampled_token = tl.min(tl.where(score == tl.max(score, axis=0), group_ids, V), axis=0)
-            sampled = tl.max(tl.where(group_ids == sampled_token, group_x, float("-inf")), axis=0)
-
+        bests = _without_banned(
+            bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
+            NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SAMPLED, LANES, GROUP, COLUMN,
+        )  # fmt: skip
+    token, top, second_token, second, sampled_token, sampled, drawn = _choose(
+        bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
+        NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, LANES, GROUP, COLUMN,
+    )  # fmt: skip
     query_logit = top
     if QUERY:
         query = tl.load(query_ptr + n)
-        in_vocabulary = (query >= 0) & (query < V)
-        error |= in_vocabulary == 0
-        query_logit = tl.load(logits_ptr + query, mask=in_vocabulary, other=0.0).to(tl.float32)
-        query_logit = _add_bias(query_logit, 0, query, biases, V, HAS_BIAS)
+        error |= ((query >= 0) & (query < V)) == 0
+        in_part = (query >= first_tile * (LANES * GROUP)) & (query < end)
+        query_logit = tl.load(logits_ptr + query, mask=in_part, other=float("-inf")).to(tl.float32)
+        query_logit = _add_bias(query_logit, 0, query, biases, end, HAS_BIAS)
+        query_logit = tl.where(in_part, query_logit, float("-inf"))
 
-    log_total = tl.log2(row_total)
-    row_max = _cap(row_best, cap, HAS_SOFT_CAP)
-    logsumexp = tl.div_rn(row_max, temperature) + (log_total - tl.fma(row_max, scale, -row_pivot)) * _LN2
-    entropy = tl.maximum((log_total - tl.div_rn(row_energy, row_total)) * _LN2, 0.0)  # not below 0 by rounding
-    kl = 0.0
-    if KL:
-        kl = (tl.div_rn(row_divergence, row_total) - log_total) * _LN2
-        meaningful = (tl.abs(kl) < float("inf")) & (tl.abs(before_logsumexp) < float("inf"))
-        kl = tl.where(meaningful, tl.maximum(kl, 0.0), float("inf"))
+    if SPLIT:
+        part = tl.program_id(1)
+        tl.store(_field(values_ptr, n, _PIVOT, part, _VALUES, PARTS), row_pivot)
+        tl.store(_field(values_ptr, n, _TOTAL, part, _VALUES, PARTS), row_total)
+        tl.store(_field(values_ptr, n, _LARGEST, part, _VALUES, PARTS), row_best)
+        tl.store(_field(values_ptr, n, _TOP, part, _VALUES, PARTS), top)
+        tl.store(_field(ids_ptr, n, _TOKEN, part, _IDS, PARTS), token)
+        if ENTROPY:
+            tl.store(_field(values_ptr, n, _ENERGY, part, _VALUES, PARTS), row_energy)
+        if KL:
+            tl.store(_field(values_ptr, n, _DIVERGENCE, part, _VALUES, PARTS), row_divergence)
+        if SECOND:
+            tl.store(_field(values_ptr, n, _SECOND, part, _VALUES, PARTS), second)
+            tl.store(_field(ids_ptr, n, _SECOND_TOKEN, part, _IDS, PARTS), second_token)
+        if SAMPLED:
+            tl.store(_field(values_ptr, n, _DRAWN, part, _VALUES, PARTS), drawn)
+            tl.store(_field(values_ptr, n, _SAMPLED, part, _VALUES, PARTS), sampled)
+            tl.store(_field(ids_ptr, n, _SAMPLED_TOKEN, part, _IDS, PARTS), sampled_token)
+        if QUERY:
+            tl.store(_field(values_ptr, n, _QUERY, part, _VALUES, PARTS), query_logit)
+        if HAS_TOP:
+            entry = (n.to(tl.int64) * PARTS + part) * top_k
+            _store_top(
+                top_tokens_ptr + entry, top_logits_ptr + entry, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k,
+                cap, NUM_BANNED, HAS_BIAS, False, LANES, GROUP, COLUMN,
+            )  # fmt: skip
+        return
 
-    top = _cap(top, cap, HAS_SOFT_CAP)
-    second = _cap(second, cap, HAS_SOFT_CAP)
-    confidence = _probability(top, scale, row_pivot, row_total)
-    margin = confidence - _probability(second, scale, row_pivot, row_total)
-    sampled_confidence = _probability(_cap(sampled, cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
-    query_confidence = _probability(_cap(query_logit, cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
+    if SECOND:
+        exists = second > -_LIMIT
+        second_token = tl.where(exists, second_token, -1)
+        second = tl.where(exists, second, float("-inf"))
+    error |= (row_total != row_total) | (row_best >= _LIMIT) | ((top > -_LIMIT) == 0)
     if error:
         _store_row(
             n, (0, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, _ERROR),
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-            sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
+        if HAS_TOP:
+            _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
     else:
-        values = (token, top, second_token, second, logsumexp, entropy, kl, confidence, margin, sampled_token, sampled_confidence,
-                  query_confidence, 0)  # fmt: skip
+        merged = (row_pivot, row_total, row_energy, row_divergence, row_best)
+        choices = (token, top, second_token, second, sampled_token, sampled, query_logit)
+        values = _finish(merged, choices, temperature, scale, before_logsumexp, cap, HAS_SOFT_CAP, KL)
         _store_row(
             n, values,
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-            sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
+        if HAS_TOP:
+            entry = n.to(tl.int64) * top_k
+            _store_top(
+                top_tokens_ptr + entry, top_logits_ptr + entry, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k,
+                cap, NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, LANES, GROUP, COLUMN,
+            )  # fmt: skip

@@ -26,7 +26,7 @@ from .static import CompileCase, CompileResult
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "attention": {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "confidence": {"LANES": (256, 512, 1024, 2048), "num_warps": (4, 8, 16), "num_stages": (1,)},
-    "linear_confidence": {"BLOCK_V": (32, 64, 128), "BLOCK_H": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "linear_confidence": {"BLOCK_V": (64, 128, 256), "BLOCK_H": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "unmask": {"num_warps": (1, 2, 4, 8, 16, 32)},
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
@@ -68,6 +68,10 @@ def candidates(case: CompileCase, axes: Mapping[str, Sequence[int]]) -> list[tup
         numbers = dict(zip(axes, values))
         options = {name: numbers[name] for name in LAUNCH_OPTIONS if name in numbers}
         constexprs = case.constexprs | {name: value for name, value in numbers.items() if name not in LAUNCH_OPTIONS}
+        if "LANES" in numbers:  # what one trip consumes, and how many trips a vocabulary takes, follow from it
+            elements = case.elements_per_iteration and case.elements_per_iteration * numbers["LANES"] // case.constexprs["LANES"]
+            constexprs["COLUMN"] = max(1, case.constexprs["COLUMN"] * case.constexprs["LANES"] // numbers["LANES"])
+            options["elements_per_iteration"] = elements
         made.append((numbers, dataclasses.replace(case, constexprs=constexprs, **options)))
     return made
 

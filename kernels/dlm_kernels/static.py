@@ -44,7 +44,7 @@ TENSOR_MEMORY_LIMIT = 512
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # Module of each op. Its `compile_cases(capability)` lists what its launcher may launch.
-KERNEL_MODULES = {name: f"{__package__}.{name}" for name in ("attention", "confidence", "unmask")}
+KERNEL_MODULES = {name: f"{__package__}.{name}" for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class CompileCase:
         num_warps, num_stages: launch options.
         elements_per_iteration: vocabulary elements that one program consumes in one iteration of its vocabulary loop; None where
             there is no such loop.
+        mma: kind of tensor-core instruction that the configuration was designed for ("wgmma"); None: whatever it gets.
         maxnreg: launch option, registers of a thread at most; None: ptxas decides, and may prefer spills to few programs.
     """
 
@@ -75,6 +76,7 @@ class CompileCase:
     num_stages: int
     elements_per_iteration: int | None = None
     maxnreg: int | None = None
+    mma: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CompileResult:
         shared_bytes: shared memory of a program, dynamic and static. From sm_90 on, the static part includes the 1 KiB
             that the system reserves, so the number errs to the safe side.
         tensor_memory: columns (sm_100), else 0.
-        mma: "wgmma", "tcgen05", "mma.sync" or "none".
+        mma: "wgmma", "tcgen05", "mma.sync" or "none". designed_mma: what the case wants it to be, or None.
         instructions_per_element: instructions in the machine's vocabulary loop x threads / elements consumed, or None.
         widest_load: bits of the widest load from global memory by a thread.
         tiles: the case's constexprs named BLOCK_*.
@@ -108,6 +110,7 @@ class CompileResult:
     instructions_per_element: float | None
     widest_load: int
     tiles: dict[str, int]
+    designed_mma: str | None = None
 
 
 def _tool(name: str) -> str:
@@ -223,6 +226,7 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
         instructions_per_element=per_element,
         widest_load=sass.widest_load(instructions),
         tiles={name: value for name, value in case.constexprs.items() if name.startswith("BLOCK_") and isinstance(value, int)},
+        designed_mma=case.mma,
     )
 
 
@@ -305,6 +309,8 @@ def violations(results: Iterable[CompileResult]) -> list[str]:
             found.append(f"{name}: shared memory must be at most {limit} bytes, got {result.shared_bytes}")
         if result.tensor_memory > TENSOR_MEMORY_LIMIT:
             found.append(f"{name}: tensor memory must be at most {TENSOR_MEMORY_LIMIT} columns, got {result.tensor_memory}")
+        if result.designed_mma is not None and result.mma != result.designed_mma:
+            found.append(f"{name}: tensor-core instructions must be {result.designed_mma}, as designed, got {result.mma}")
         per_element = result.instructions_per_element
         if result.target == "sm_90" and per_element is not None and per_element > INSTRUCTIONS_PER_ELEMENT_LIMIT:
             limit = INSTRUCTIONS_PER_ELEMENT_LIMIT

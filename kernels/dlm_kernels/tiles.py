@@ -14,83 +14,195 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTile:
-    """How one launch cuts the work. BLOCK_N and SPLIT set the order in which a row's keys are summed."""
+    """How one launch cuts the work. BLOCK_N, SPLIT and MAX_SPLITS set the order in which a row's keys are summed.
+
+    Attributes:
+        BLOCK_M: (query, head of the group) rows a program. BLOCK_N: keys an iteration. num_warps, num_stages: launch options.
+        SPLIT: slots a split has at least. The fp32 partial results of a split are rows / SPLIT of the bytes of its 16-bit keys and
+            values, written once and read once: with 512, 1/16 (32 rows) to 1/4 (128 rows).
+        MAX_SPLITS: a longer prefix than MAX_SPLITS * SPLIT is cut into splits of two, three, ... times SPLIT.
+        SWAP: keys and head dim, not queries, in the first operand of the products (wgmma wants 64 rows there, and 4 warps).
+        PREFILL_ROWS: a batch row of more query rows (queries times heads of a group) is the prefill kernel's: by then its products
+            take longer than its keys, and partial results would cost more than the keys themselves.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
     SPLIT: int = 512
+    MAX_SPLITS: int = 32
+    SWAP: bool = False
+    PREFILL_ROWS: int = 512
 
 
-# By padded head dim: the tile for at most two query heads per KV head, and for more. Never by batch, bucket or capacity:
-# wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
+# fp32 numbers of a tile that a program of the combine merges.
+COMBINE_ELEMENTS = 2048
+
+# By padded head dim: the tile for at most two query heads per KV head, for more, and for the prefill. Never by batch, bucket or
+# capacity: wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
 # Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.7.1.
 _SM_90_TILES = {
-    16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    64: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3)),
-    128: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 64, 8, 3)),
-    256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
-    512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
+    16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    64: (AttentionTile(32, 64, 4, 3, SWAP=True), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    128: (AttentionTile(32, 64, 4, 3, SWAP=True), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 2)),
+    256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
+    512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
 }
-_SM_100_TILES = _SM_90_TILES | {128: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 32, 8, 4))}
+_SM_100_TILES = {
+    16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    64: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    128: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 32, 8, 4), AttentionTile(128, 64, 8, 3)),
+    256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
+    512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
+}
 # mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
 _MMA_SYNC_TILES = {
-    16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2)),
-    32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4)),
-    64: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 64, 8, 3)),
-    128: (AttentionTile(64, 64, 8, 3), AttentionTile(128, 32, 8, 3)),
-    256: (AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3)),
-    512: (AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2)),
+    16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2), AttentionTile(128, 32, 8, 2)),
+    32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4)),
+    64: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
+    128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3), AttentionTile(128, 32, 8, 2)),
+    256: (AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3)),
+    512: (AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2)),
 }
 # float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
 _FLOAT32_TILES = {
-    16: (AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2)),
-    32: (AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2)),
-    64: (AttentionTile(32, 32, 4, 2), AttentionTile(32, 32, 4, 2)),
-    128: (AttentionTile(16, 16, 4, 2), AttentionTile(16, 16, 4, 2)),
-    256: (AttentionTile(16, 16, 8, 2), AttentionTile(16, 16, 8, 2)),
-    512: (AttentionTile(16, 16, 8, 2), AttentionTile(16, 16, 8, 2)),
+    16: (AttentionTile(16, 32, 4, 2),) * 3,
+    32: (AttentionTile(32, 32, 4, 2),) * 3,
+    64: (AttentionTile(16, 16, 4, 2),) * 3,
+    128: (AttentionTile(16, 16, 4, 2),) * 3,
+    256: (AttentionTile(16, 16, 8, 2),) * 3,
+    512: (AttentionTile(16, 16, 8, 2),) * 3,
 }
 ATTENTION_TILES = {90: _SM_90_TILES, 100: _SM_100_TILES, 103: _SM_100_TILES}
 
 
-def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype) -> AttentionTile:
-    """The tile of a model on a GPU; `capability` as in sm_90."""
-    tiles = ATTENTION_TILES.get(capability, _MMA_SYNC_TILES) if dtype != torch.float32 else _FLOAT32_TILES
-    return tiles[1 << (D - 1).bit_length()][G > 2]
+# What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers.
+_FP8_TILES = {90: {}, 100: {(128, 2): AttentionTile(128, 32, 8, 3)}, 103: {(128, 2): AttentionTile(128, 32, 8, 3)}}
+_FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3)}
+
+
+def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
+    """The tile of a model on a GPU; `capability` as in sm_90, `fp8` of its cache."""
+    return _attention_tile(capability, D, dtype, fp8, int(G > 2))
+
+
+def attention_prefill_tile(capability: int, *, D: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
+    """The tile of the prefill kernel, of which SPLIT, MAX_SPLITS, SWAP and PREFILL_ROWS mean nothing."""
+    return _attention_tile(capability, D, dtype, fp8, 2)
+
+
+def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, place: int) -> AttentionTile:
+    padded = 1 << (D - 1).bit_length()
+    if dtype == torch.float32:
+        return _FLOAT32_TILES[padded][place]
+    tile = ATTENTION_TILES.get(capability, _MMA_SYNC_TILES)[padded][place]
+    return _FP8_TILES.get(capability, _FP8_MMA_SYNC_TILES).get((padded, place), tile) if fp8 else tile
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceTile:
-    """LANES x (16 bytes of logits) are consumed a trip. A row's sums depend on the lanes and warps, so the choice looks at the GPU,
-    the dtype and the arguments' presence and never at the number of rows."""
+    """LANES x (16 bytes of logits) are consumed a trip, PART_TILES (a power of 2) such tiles are a part, whose sums are its own. A
+    row's sums depend on all of it, so the choice looks at the GPU, the dtype and the arguments' presence and never at the number of
+    rows."""
 
     lanes: int
     num_warps: int
     num_stages: int = 1
+    part_tiles: int = 4
+    max_registers: int | None = None
 
 
 # (compute capability, bytes of a logit): tile. On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a thread, on sm_120 also
-# with 16 warps.
+# with 16 warps. Parts are 16,384 ids everywhere: 8 programs a row of LLaDA's or Dream's vocabulary, 256 or more for 32 rows.
 CONFIDENCE_TILES = {
-    **{(capability, itemsize): ConfidenceTile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90) for itemsize in (2, 4)},
-    (100, 2): ConfidenceTile(lanes=1024, num_warps=16),
+    **{(capability, 2): ConfidenceTile(lanes=1024, num_warps=8, part_tiles=2) for capability in (80, 86, 89, 90)},
+    **{(capability, 4): ConfidenceTile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90)},
+    (100, 2): ConfidenceTile(lanes=1024, num_warps=16, part_tiles=2),
     (120, 2): ConfidenceTile(lanes=512, num_warps=8),
     **{(capability, 4): ConfidenceTile(lanes=1024, num_warps=8) for capability in (100, 120)},
 }
 # Warps of a call with "kl" or a bias where it differs from the tile's: with 8, the ptxas of Triton 3.6 spills there.
 _KL_WARPS = {100: 16}
 _BIAS_WARPS = {120: 16}
+# Parts of a row at most: `_merge_kernel` holds a value of each in the registers of one warp.
+CONFIDENCE_PARTS = 32
 
 
 def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool) -> ConfidenceTile:
     tile = CONFIDENCE_TILES[capability, itemsize]
     warps = max(tile.num_warps, _KL_WARPS.get(capability, 0) * kl, _BIAS_WARPS.get(capability, 0) * biased)
-    return dataclasses.replace(tile, num_warps=warps)
+    # Left alone, ptxas spills some of "kl" and of a bias to make room for more programs.
+    return dataclasses.replace(tile, num_warps=warps, max_registers=min(255, 2048 // warps) if kl or biased else None)
 
 
-# (BLOCK_W, num_warps): the narrowest tile that holds the lanes is used. One warp needs no barrier; wide tiles are bound by the
-# sort, whose 64-bit keys and partners must stay in registers.
-UNMASK_TILES: tuple[tuple[int, int], ...] = ((32, 1), (128, 4), (256, 4), (1024, 4), (2048, 16))
+def confidence_parts(V: int, tile: ConfidenceTile, itemsize: int) -> tuple[int, int]:
+    """(tiles of a part, parts) of a vocabulary of V ids. Larger vocabularies than 32 parts hold have larger parts."""
+    return _parts(-(-V * itemsize // (16 * tile.lanes)), tile.part_tiles, CONFIDENCE_PARTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfidenceTile:
+    """BLOCK_M rows x BLOCK_V ids of logits at a time, BLOCK_H of the hidden size a trip; part_tiles (a power of 2) tiles of ids are
+    a part, the work of one program. None of it depends on the number of rows."""
+
+    BLOCK_M: int
+    BLOCK_V: int
+    BLOCK_H: int
+    num_warps: int
+    num_stages: int
+    part_tiles: int
+
+
+# 64 rows: the fewest that wgmma takes, and all of a block of 32 or 64. Parts of 1,024 ids: a program for almost every SM of an H100
+# from the first row on, and partials that are 2% of the logits.
+_LINEAR_TILE = LinearConfidenceTile(BLOCK_M=64, BLOCK_V=64, BLOCK_H=64, num_warps=8, num_stages=4, part_tiles=16)
+_LINEAR_FLOAT32_TILE = LinearConfidenceTile(BLOCK_M=32, BLOCK_V=32, BLOCK_H=32, num_warps=8, num_stages=2, part_tiles=32)
+# Parts of a row at most, as CONFIDENCE_PARTS.
+LINEAR_CONFIDENCE_PARTS = 256
+
+
+def linear_confidence_tile(itemsize: int) -> LinearConfidenceTile:
+    """The tile of a dtype, on every GPU; float32 multiplies without tensor cores."""
+    return _LINEAR_TILE if itemsize == 2 else _LINEAR_FLOAT32_TILE
+
+
+def linear_confidence_parts(V: int, tile: LinearConfidenceTile) -> tuple[int, int]:
+    """(tiles of a part, parts) of a vocabulary of V ids."""
+    return _parts(-(-V // tile.BLOCK_V), tile.part_tiles, LINEAR_CONFIDENCE_PARTS)
+
+
+def _parts(tiles: int, part_tiles: int, most: int) -> tuple[int, int]:
+    while part_tiles * most < tiles:
+        part_tiles *= 2
+    return part_tiles, -(-tiles // part_tiles)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmaskTile:
+    """BLOCK_W lanes of a row, all in registers; or, with BLOCK_T, read again and again from memory in tiles of BLOCK_T lanes."""
+
+    BLOCK_W: int
+    num_warps: int
+    BLOCK_T: int | None = None
+
+
+# The narrowest that holds the lanes is used. One warp needs no barrier; in registers, wide tiles are bound by the sort, whose 64-bit
+# keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 (the entropies), in 128 registers a thread.
+UNMASK_TILES = (
+    UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), UnmaskTile(1024, 4), UnmaskTile(8192, 16, 1024),
+)  # fmt: skip
+
+
+def unmask_tile(W: int) -> UnmaskTile:
+    return next(tile for tile in UNMASK_TILES if W <= tile.BLOCK_W)
+
+
+# (BLOCK_T, num_warps) of `draft_build` and `verify`: lanes read at once; more are read tile by tile.
+DRAFTS_TILES = ((32, 1), (256, 4), (1024, 8))
+
+
+def drafts_tile(W: int) -> tuple[int, int]:
+    return next((tile for tile in DRAFTS_TILES if W <= tile[0]), DRAFTS_TILES[-1])

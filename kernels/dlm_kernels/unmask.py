@@ -1,4 +1,7 @@
-"""`unmask` in one launch: one program per row selects, writes and moves the row on. Specification: reference.unmask."""
+"""`unmask` in one launch: one program per row selects, writes and moves the row on. Specification: reference.unmask.
+
+A region of up to 1,024 lanes stays in registers (unmask_device); a longer one is read tile by tile (unmask_wide_device).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,17 @@ import torch
 import triton
 from torch import Tensor
 
+from . import device
+from .library import operator
 from .reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, Kind, check_arguments, wanted_arguments
 from .rules import PASSES, UnmaskRule
 from .state import RowState
 from .static import CompileCase
-from .tiles import UNMASK_TILES
+from .tiles import UNMASK_TILES, UnmaskTile, unmask_tile
 from .unmask_device import unmask_kernel
+from .unmask_wide_device import unmask_wide_kernel
 
-# The widest tile that every rule compiles to without a spill on all six targets ("factor" spills at 4096 on sm_80).
-MAX_W = UNMASK_TILES[-1][0]
+MAX_W = UNMASK_TILES[-1].BLOCK_W
 # 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas prefers spills
 # to fewer programs at once, and there are only as many programs as rows.
 REGISTERS = 65536
@@ -25,6 +30,11 @@ BLOCK_L = 256
 STRIDED = ("pred", "score", "confidence", "value", "rank", "entropy", "stat_error", "allowed", "refill", "remask_score")
 
 
+def _changed(*, score: Tensor, **_: object) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
+@operator(mutates=("state",), fake=_changed)
 def unmask(
     state: RowState,
     rule: UnmaskRule,
@@ -65,8 +75,9 @@ def unmask(
 
     Equal to reference.unmask on every field of `state` and in what it returns, bit for bit; arguments, rules and errors are
     described there. W may be at most MAX_W. Nothing depends on the tile width or on the other rows. Traffic: 29 B a lane of the
-    region at most (40 B with an optional lane tensor or two), plus 8 B a canvas position from the block to the next mask when the
-    block is finished; rule.stop "fill" reads 12 B of every canvas position.
+    region at most (40 B with an optional lane tensor or two; above 1,024 lanes they are read three to five times, from L2 but for
+    the first), plus 8 B a canvas position from the block to the next mask when the block is finished; rule.stop "fill" reads
+    12 B of every canvas position.
 
     Raises:
         As reference.unmask, and ValueError: W > MAX_W.  RuntimeError: CPU tensors without Triton's interpreter.
@@ -88,14 +99,10 @@ def unmask(
     changed = torch.empty(B, W, dtype=torch.bool, device=score.device)
     if B == 0:
         return changed
-    if not score.is_cuda and isinstance(unmask_kernel, triton.JITFunction):
-        raise RuntimeError(
-            "unmask: the Triton kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported, got "
-            f"{score.device} tensors; dlm_kernels.reference.unmask runs anywhere"
-        )
-    BLOCK_W, num_warps = next(tile for tile in UNMASK_TILES if W <= tile[0])
+    device.capability_of("unmask", score, unmask_kernel)
+    tile = unmask_tile(W)
     given = rows | lanes
-    unmask_kernel[(B,)](
+    arguments = dict(
         **{f"{name}_ptr": field for name, field in vars(state).items()},
         **{f"{name}_ptr": tensor for name, tensor in given.items()},
         changed_ptr=changed, stop_ids_ptr=stop_ids,
@@ -103,10 +110,22 @@ def unmask(
         unmask_confidence_stride=state.unmask_confidence.stride(0),
         **{f"{name}_stride": 0 if given[name] is None else given[name].stride(0) for name in STRIDED},
         W=W, K=stop_ids.shape[0], mask_id=mask_id,
-        **_flags(rule, kind, value.dim() == 2), LOG_W=BLOCK_W.bit_length() - 1, BLOCK_W=BLOCK_W, BLOCK_L=BLOCK_L,
-        num_warps=num_warps, maxnreg=_max_registers(num_warps),
+        **_flags(rule, kind, value.dim() == 2), **_tiles(tile),
+        num_warps=tile.num_warps, maxnreg=_max_registers(tile.num_warps),
     )  # fmt: skip
+    if tile.BLOCK_T is None:
+        unmask_kernel[(B,)](**arguments)
+    else:
+        keys = torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device) if rule.passes == "factor" else None
+        unmask_wide_kernel[(B,)](**arguments, keys_ptr=keys)
     return changed
+
+
+def _tiles(tile: UnmaskTile) -> dict[str, int]:
+    tiles = dict(LOG_W=tile.BLOCK_W.bit_length() - 1, BLOCK_W=tile.BLOCK_W, BLOCK_L=BLOCK_L)
+    if tile.BLOCK_T is not None:
+        tiles |= dict(LOG_T=tile.BLOCK_T.bit_length() - 1, BLOCK_T=tile.BLOCK_T, BLOCK_L=tile.BLOCK_T)
+    return tiles
 
 
 def _max_registers(num_warps: int) -> int:
@@ -123,41 +142,32 @@ def _flags(rule: UnmaskRule, kind: Kind, value_per_lane: bool) -> dict[str, obje
 
 # Optional arguments that a decoder passes at every step.
 USUAL = {"lane_start", "rank", "stat_error", "max_steps"}
-# Rules beyond the pass tests, each with optional arguments that it does not need but may have, and its number of VARIANT_TILES
-# (narrower tiles need fewer registers).
-VARIANT_TILES = (UNMASK_TILES[2], UNMASK_TILES[-1])
-VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...], int], ...] = (
-    ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), (), 2),
-    (
-        "pipeline-first",
-        "window",
-        UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"),
-        (),
-        2,
-    ),
-    ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), (), 1),
-    ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), (), 1),
-    ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), (), 1),
-    ("lowest", "window", UnmaskRule("none", remask="lowest"), (), 1),
-    ("saber", "window", UnmaskRule("threshold", remask="saber"), (), 1),
-    ("wino", "window", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback"), 2),
-    ("renoise", "window", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",), 2),
-    ("exits", "window", UnmaskRule("none", quota=True), ("exits",), 1),
+# Rules beyond the pass tests, each with optional arguments that it does not need but may have.
+VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...]], ...] = (
+    ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), ()),
+    ("pipeline-first", "window", UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
+    ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
+    ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), ("exits",)),
+    ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), ("max_unmask",)),
+    ("lowest", "window", UnmaskRule("none", remask="lowest"), ()),
+    ("saber", "window", UnmaskRule("threshold", remask="saber"), ()),
+    ("wino", "window", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback")),
+    ("renoise", "window", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",)),
+    ("exits", "window", UnmaskRule("none", quota=True), ("exits",)),
     (
         "per-lane",
         "window",
         UnmaskRule("threshold", cache="refresh", stop="all_stop"),
         ("value", "max_unmask", "fallback", "allowed"),
-        2,
     ),
-    ("seed", "window", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), (), 1),
-    ("seed-prefill", "wide", UnmaskRule("threshold", cache="commit", seed=True), (), 1),
+    ("seed", "window", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), ()),
+    ("seed-prefill", "wide", UnmaskRule("threshold", cache="commit", seed=True), ()),
 )
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile with every pass test, the inclusive ones at the narrowest and widest; the variants at up to two tiles; the
-    other kinds of step, and a call with no optional argument, at the narrowest. Equal for all targets."""
+    """Every tile with every pass test, the inclusive ones at the narrowest, and at the widest in registers and in memory, as the
+    variants; the other kinds of step, and a call with no optional argument, at the narrowest. Equal for all targets."""
     rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "window", UnmaskRule(passes, inclusive=inclusive, cache="refresh"))
              for passes in PASSES for inclusive in (False, True) if not (inclusive and passes in ("none", "factor"))]  # fmt: skip
     others = [
@@ -165,38 +175,38 @@ def compile_cases(capability: int) -> list[CompileCase]:
         ("prefill", "wide", UnmaskRule("threshold", cache="commit")),
         ("refresh-trusted", "wide", UnmaskRule("threshold", cache="refresh", stop="never")),
     ]
+    narrowest, widest = UNMASK_TILES[0], UNMASK_TILES[-2:]
     cases: list[CompileCase] = []
     for tile in UNMASK_TILES:
-        for name, kind, rule in rules + others * (tile == UNMASK_TILES[0]):
-            if not rule.inclusive or tile in (UNMASK_TILES[0], UNMASK_TILES[-1]):
-                cases.append(_case(name, kind, rule, set() if name == "refresh-trusted" else USUAL, *tile))
-    for name, kind, rule, more, count in VARIANTS:
-        cases += [_case(name, kind, rule, USUAL | {*more}, *tile) for tile in VARIANT_TILES[:count]]
-    return cases
+        for name, kind, rule in rules + others * (tile == narrowest):
+            if not rule.inclusive or tile in (narrowest, *widest):
+                cases.append(_case(name, kind, rule, set() if name == "refresh-trusted" else USUAL, tile))
+    return cases + [_case(name, kind, rule, USUAL | {*more}, tile) for name, kind, rule, more in VARIANTS for tile in widest]
 
 
-def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], BLOCK_W: int, num_warps: int) -> CompileCase:
+def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], tile: UnmaskTile) -> CompileCase:
+    kernel = unmask_kernel if tile.BLOCK_T is None else unmask_wide_kernel
     given = given | {name for name, wanted in wanted_arguments(rule).items() if wanted}
-    if rule.passes == "entropy":
-        given.add("entropy")
-    constexprs = _flags(rule, kind, "value" in given)
-    constexprs |= {f"{name}_ptr": None for name in (*OPTIONAL_LANES, *OPTIONAL_ROWS) if name not in given}
-    constexprs |= dict(LOG_W=BLOCK_W.bit_length() - 1, BLOCK_W=BLOCK_W, BLOCK_L=BLOCK_L)
+    given |= {"entropy"} if rule.passes == "entropy" else {"keys"} if rule.passes == "factor" else set()
+    constexprs = _flags(rule, kind, "value" in given) | _tiles(tile)
+    optional = (*OPTIONAL_LANES, *OPTIONAL_ROWS, *(("keys",) if tile.BLOCK_T else ()))
+    constexprs |= {f"{name}_ptr": None for name in optional if name not in given}
     types = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
-    dtypes = dict.fromkeys(("tokens", "pred", "stop_ids"), torch.int64) | OPTIONAL_LANES | OPTIONAL_ROWS | {"changed": torch.bool}
+    dtypes = dict.fromkeys(("tokens", "pred", "stop_ids", "keys"), torch.int64)
+    dtypes |= OPTIONAL_LANES | OPTIONAL_ROWS | {"changed": torch.bool}
     dtypes |= dict.fromkeys(("unmask_confidence", "score", "confidence", "value"), torch.float32)
     signature: dict[str, object] = {}
-    for arg in unmask_kernel.arg_names:
+    for arg in kernel.arg_names:
         pointer = types[dtypes.get(arg.removesuffix("_ptr"), torch.int32)]
         signature[arg] = "constexpr" if arg in constexprs else pointer if arg.endswith("_ptr") else "i32"
     return CompileCase(
         kernel="unmask",
-        config=f"{name} BLOCK_W={BLOCK_W} num_warps={num_warps}",
-        fn=unmask_kernel,
+        config=f"{name} BLOCK_W={tile.BLOCK_W} num_warps={tile.num_warps}",
+        fn=kernel,
         signature=signature,
         constexprs=constexprs,
         divisible_by_16=tuple(arg for arg, kind in signature.items() if arg.endswith("_ptr") and kind != "constexpr"),
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
         num_stages=1,
-        maxnreg=_max_registers(num_warps),
+        maxnreg=_max_registers(tile.num_warps),
     )

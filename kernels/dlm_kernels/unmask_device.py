@@ -9,63 +9,12 @@ import triton
 import triton.language as tl
 
 from . import state as row_state
-from .unmask_canvas_device import count_masked, fill, first_masked, first_stop_token, is_stop_token, seed_closes
+from .unmask_canvas_device import fill, first_stop_token, is_stop_token
+from .unmask_row_device import advance_block, advance_pipeline, least, open_block, part_of
 from .unmask_select_device import choose, eligible_lanes, force_in_blocks, masked_again
 
-_WIDE, _DENOISE = tl.constexpr(row_state.WIDE), tl.constexpr(row_state.DENOISE)
-_COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
+_DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
-
-
-@triton.jit
-def _advance_pipeline(
-    position, masked, stays, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length, append_masks, mask_id,
-    tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr,
-    KIND: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """Several blocks at once: move the region of the row, and its phase.
-
-    masked: lanes of the region masked after the step, the first at mask_at; stays: lanes that keep their block in the region.
-    stop_at: the first written stop token. mask_at and stop_at are block_end where there is none. No canvas position from
-    masks_end on is masked.
-    """
-    start = block_start
-    if CACHE != "delayed" or KIND == "wide":
-        # The region's leading blocks leave it.
-        first = tl.min(tl.where(stays, position, block_end))
-        start = block_start + (first - block_start) // block_length * block_length
-        start = tl.where(first < block_end, start, block_end)
-    stopped = stop_at < mask_at
-    if STOP == "after_block":
-        whole = block_start + (mask_at - block_start) // block_length * block_length
-        stopped = stop_at < tl.where(mask_at < block_end, whole, block_end)
-    elif STOP != "closed":
-        stopped = stopped & False
-    if STOP == "closed" or STOP == "after_block" or STOP == "appends":
-        canvas_len = tl.where(stop_at < block_end, block_end, canvas_len)
-        masks_end = canvas_len
-        tl.store(canvas_len_ptr, canvas_len)
-    tail = block_end - 1 - (block_end - 1 - block_start) % block_length
-    appends = tl.sum((masked & (position >= tail)).to(tl.int32)) <= append_masks
-    appends = appends & (block_end < canvas_len)
-    if STOP == "fill":
-        appends = appends & (stop_at == block_end)
-    end = tl.where(appends, tl.minimum(block_end + block_length, canvas_len), block_end)
-    done = stopped
-    if mask_at == block_end:
-        done = done | (first_masked(tokens_ptr, block_end, masks_end, mask_id, BLOCK_L) >= masks_end)
-    next_phase = _DENOISE
-    if CACHE == "delayed":
-        head_end = tl.minimum(start + block_length, end)
-        head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
-        head += count_masked(tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
-        if head == 0:
-            next_phase = _WIDE
-    if done:
-        next_phase = _DONE
-    tl.store(block_start_ptr, start)
-    tl.store(block_end_ptr, end)
-    return next_phase
 
 
 # No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the kernel again.
@@ -118,14 +67,7 @@ def unmask_kernel(
     # what is kept through the sort costs it registers.
     tl.debug_barrier()
 
-    # Who takes part, and as what.
-    prefills = (phase == _WIDE) & (KIND == "wide" and CACHE == "commit")
-    commits = (phase == _COMMIT) & (KIND == "window" and CACHE == "commit")
-    selects = (phase == _DENOISE) & (KIND == "window") | (phase == _WIDE) & (KIND == "wide" and CACHE != "commit")
-    selects = selects & (block_end - lane_start <= W)
-    if lane_start_ptr is not None:
-        selects = selects & (block_start >= lane_start)
-
+    prefills, commits, selects = part_of(phase, block_start, block_end, lane_start, W, KIND, CACHE)
     lane = tl.arange(0, BLOCK_W)
     changed = lane < 0
     if (query_len > 0) & (prefills | commits | selects):
@@ -165,7 +107,7 @@ def unmask_kernel(
                 seen = (position >= 0) & (position < tl.load(canvas_len_ptr + row)) & (lane < W)
                 exiting = tl.load(exits_ptr + row) != 0
             held = tl.load(held_ptr + lane, mask=seen, other=0)
-            eligible = eligible_lanes(held, in_region, allowed_row, mask_id, RENOISE, False, BLOCK_W)
+            eligible = eligible_lanes(lane, held, in_region, allowed_row, mask_id, RENOISE, False)
             n = tl.sum(eligible.to(tl.int32))
 
             # An unusable statistic, or a row that should have ended, ends it before anything is written.
@@ -189,15 +131,7 @@ def unmask_kernel(
                 if exiting:
                     changed = in_region if RENOISE else seen & (held == mask_id)
                 else:
-                    if QUOTA:
-                        S = tl.maximum(tl.load(steps_ptr + row), 1)
-                        block_masks = tl.load(block_masks_ptr + row)
-                        kmin = block_masks // S + (tl.load(block_step_ptr + row) < block_masks % S).to(tl.int32)
-                        kmin = tl.maximum(kmin, 1)
-                    elif SCOPE == "each":
-                        kmin = n * 0
-                    else:
-                        kmin = tl.load(min_unmask_ptr + row)
+                    kmin = least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE)
                     fallback = kmin
                     if fallback_ptr is not None:
                         fallback = tl.load(fallback_ptr + row)
@@ -230,16 +164,9 @@ def unmask_kernel(
 
                 # Which are masked again.
                 if REMASK != "none":
-                    least, count, limit = 0, 0, 0.0
-                    if REMASK == "saber":
-                        least = tl.maximum(tl.load(min_unmask_ptr + row), 0)
-                    else:
-                        count = tl.load(remask_count_ptr + row)
-                    if REMASK == "wino":
-                        limit = tl.load(remask_value_ptr + row)
                     again = masked_again(
                         changed & in_region, written, in_region & (held == mask_id), remask_score_ptr + row * remask_score_stride,
-                        least, count, limit, exiting, REMASK, LOG_W, BLOCK_W,
+                        row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W,
                     )  # fmt: skip
 
                 # The row as it will be. All that follows is told from these registers: the stores below are other threads' as
@@ -301,72 +228,30 @@ def unmask_kernel(
                     stays = in_region & (held == mask_id)
                     if CACHE == "delayed":
                         stays = stays | (written & (held_step + tl.load(delay_ptr + row) > step))
-                    next_phase = _advance_pipeline(
-                        position, masked, stays, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
-                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
-                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, KIND, CACHE, STOP, BLOCK_L,
+                    next_phase = advance_pipeline(
+                        position, masked, tl.min(tl.where(stays, position, block_end)), mask_at, stop_at, masks_end, canvas_len,
+                        block_start, block_end, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row),
+                        mask_id, tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
+                        KIND, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
                 else:
-                    finished = mask_at == block_end
-                    if EDIT:
-                        finished = finished & ((tl.max(changed.to(tl.int32)) == 0) | exiting)
-                    if RENOISE:
-                        finished = (selects & False) | exiting
-                    stopped = stop_at < mask_at
-                    if STOP == "after_block" or STOP == "all_stop":
-                        stopped = finished & (stop_at < block_end)
-                        if STOP == "all_stop":
-                            stopped = stopped & (tl.max((in_region & (is_stop == 0)).to(tl.int32)) == 0)
-                    elif STOP == "never":
-                        stopped = selects & False
-                    # What the row needs next. Behind the block nothing was written but by an exiting row: where it looked, no
-                    # mask is left.
+                    all_stop = True
+                    if STOP == "all_stop":
+                        all_stop = tl.max((in_region & (is_stop == 0)).to(tl.int32)) == 0
+                    # Behind the block nothing was written but by an exiting row: where it looked, no mask is left.
                     if exits_ptr is not None and not RENOISE:
                         known = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
-                    if stopped:
-                        next_phase = _DONE
-                    elif finished:
-                        next_mask = first_masked(tokens_ptr, known, canvas_len, mask_id, BLOCK_L)
-                        if next_mask >= canvas_len:
-                            next_phase = _DONE
-                        elif CACHE == "commit" and not EDIT:
-                            next_phase = _COMMIT
-                        else:
-                            if CACHE != "commit":
-                                block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
-                                start = block_end + (next_mask - block_end) // block_length * block_length
-                            opens = finished
-                            if CACHE == "refresh":
-                                next_phase = _WIDE
+                    next_phase, opens, start = advance_block(
+                        mask_at, stop_at, tl.max(changed.to(tl.int32)), all_stop, exiting, known, block_end, canvas_len,
+                        block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
+                    )  # fmt: skip
 
         if opens:
-            canvas_len = tl.load(canvas_len_ptr + row)
-            end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
-            if prefills:
-                end = block_end
-            else:
-                tl.store(block_step_ptr + row, 0)
-            masks = count_masked(tokens_ptr, tl.maximum(start, known), end, mask_id, BLOCK_L)
-            closes = False
-            if SEED:
-                is_masked = tl.load(tokens_ptr + start, mask=start < canvas_len, other=0) == mask_id
-                if (prefills | commits) & (start < canvas_len) & is_masked:
-                    seed = tl.load(seed_ptr + row)
-                    closes = seed_closes(
-                        tokens_ptr, unmask_step_ptr, start, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP, BLOCK_L
-                    )  # fmt: skip
-                    # One thread writes what the others have just read.
-                    tl.debug_barrier()
-                    tl.store(tokens_ptr + start, seed)
-                    tl.store(unmask_step_ptr + start, tl.load(step_ptr + row))
-                    tl.store(unmask_confidence_ptr + start, tl.load(seed_confidence_ptr + row))
-                    masks -= 1
-            if (CACHE == "commit") & (masks == 0):
-                next_phase = _COMMIT
-            if closes:
-                next_phase = _DONE
-            tl.store(block_start_ptr + row, start)
-            tl.store(block_end_ptr + row, end)
-            tl.store(block_masks_ptr + row, masks)
+            next_phase = open_block(
+                row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
+                tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
+                canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
+                block_length_ptr, stop_ids_ptr, seed_ptr, seed_confidence_ptr, CACHE, SEED, STOP, BLOCK_L,
+            )  # fmt: skip
         tl.store(phase_ptr + row, next_phase)
     tl.store(changed_ptr + row * W + lane, changed, mask=lane < W)

@@ -1,4 +1,4 @@
-"""Device code of `unmask`: which lanes a step writes, and which it masks again. Specification: reference.select.
+"""Device code of `unmask`: which lanes a step writes, and which it masks again, in registers. Specification: reference.select.
 
 Positions are ordered by a bitonic sort of 64-bit keys (order-preserving bits of the rank, then the lane), all different: the
 order is total, so nothing here depends on the tile width, the batch or the number of warps. All sums are integer sums.
@@ -9,23 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reference.select import FIXED_BUDGET_MAX, FIXED_ENTROPY_MAX
+from .reference import select as reference
 from .rules import ENTROPY_SCALE
+from .unmask_row_device import number_masked_again
 
 _ENTROPY_SCALE = tl.constexpr(float(ENTROPY_SCALE))
-_FIXED_ENTROPY_MAX, _FIXED_BUDGET_MAX = tl.constexpr(float(FIXED_ENTROPY_MAX)), tl.constexpr(float(FIXED_BUDGET_MAX))
+FIXED_ENTROPY_MAX = tl.constexpr(float(reference.FIXED_ENTROPY_MAX))
+FIXED_BUDGET_MAX = tl.constexpr(float(reference.FIXED_BUDGET_MAX))
 # Below the bits of every number, -inf included.
-_INELIGIBLE = tl.constexpr(-(2**31))
-_KEY_MIN, _KEY_MAX = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
+INELIGIBLE = tl.constexpr(-(2**31))
+KEY_MIN, KEY_MAX = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 
 
 @triton.jit
-def _no_nan(x):
+def no_nan(x):
     return tl.where(x != x, float("-inf"), x)
 
 
 @triton.jit
-def _ordered_bits(x):
+def ordered_bits(x):
     """int32 that compares as the fp32 (not NaN) does, with -0.0 = 0.0."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
@@ -33,14 +35,14 @@ def _ordered_bits(x):
 
 
 @triton.jit
-def _to_fixed(x, low: tl.constexpr, limit: tl.constexpr, nan: tl.constexpr):
-    """floor(x * 2^24) as int64, saturating at +-limit."""
+def to_scaled(x, low: tl.constexpr, limit: tl.constexpr, nan: tl.constexpr):
+    """floor(x * 2^24), saturating at `low` and `limit`: integers that fp32 holds exactly."""
     scaled = tl.floor(tl.where(x != x, nan / _ENTROPY_SCALE, x) * _ENTROPY_SCALE)
-    return tl.where(scaled > limit, limit, tl.where(scaled < low, low, scaled)).to(tl.int64)
+    return tl.where(scaled > limit, limit, tl.where(scaled < low, low, scaled))
 
 
 @triton.jit
-def _compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: tl.constexpr):
+def compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: tl.constexpr):
     """Order every pair (i, i + DISTANCE): larger first, except in every second run of RUN keys."""
     pairs: tl.constexpr = [BLOCK_W // (2 * DISTANCE), 2, DISTANCE]
     here = tl.reshape(keys, pairs)
@@ -53,61 +55,59 @@ def _compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: 
 
 
 @triton.jit
-def _sort_descending(keys, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
-    for stage in tl.static_range(1, LOG_W + 1):
+def sort_descending(keys, FIRST: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Keys whose runs of 2^(FIRST - 1) are sorted, every second one ascending, from the greatest to the smallest."""
+    for stage in tl.static_range(FIRST, LOG_W + 1):
         for step in tl.static_range(stage):
-            keys = _compare_and_swap(keys, 1 << (stage - 1 - step), 1 << stage, BLOCK_W)
+            keys = compare_and_swap(keys, 1 << (stage - 1 - step), 1 << stage, BLOCK_W)
     return keys
 
 
 @triton.jit
 def _cut(keys, take, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
     """The take-th greatest key; above every key if take is 0 or less. One lane, the usual number, needs no sort."""
-    cut = take.to(tl.int64) * 0 + _KEY_MAX
+    cut = take.to(tl.int64) * 0 + KEY_MAX
     if take == 1:
         cut = tl.max(keys)
     elif take > 1:
-        best = _sort_descending(keys, LOG_W, BLOCK_W)
-        cut = tl.min(tl.where(tl.arange(0, BLOCK_W) < take, best, _KEY_MAX))
+        best = sort_descending(keys, 1, LOG_W, BLOCK_W)
+        cut = tl.min(tl.where(tl.arange(0, BLOCK_W) < take, best, KEY_MAX))
     return cut
 
 
 @triton.jit
-def _keys(candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
+def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
     """One int64 a lane, all different: greater = better (higher rank or, if LOWEST, lower), candidates above the rest."""
-    lane = tl.arange(0, BLOCK_W)
-    rank = _no_nan(tl.load(rank_ptr + lane, mask=candidates, other=0.0))
+    rank = no_nan(tl.load(rank_ptr + lane, mask=candidates, other=0.0))
     if LOWEST:
         rank = -rank
-    bits = tl.where(candidates, _ordered_bits(rank), _INELIGIBLE)
+    bits = tl.where(candidates, ordered_bits(rank), INELIGIBLE)
     return (bits.to(tl.int64) << 32) | (BLOCK_W - 1 - lane)
 
 
 @triton.jit
-def eligible_lanes(held, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr, AGAIN: tl.constexpr, BLOCK_W: tl.constexpr):
+def eligible_lanes(lane, held, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr, AGAIN: tl.constexpr):
     """Lanes that may be chosen. AGAIN: volatile, or the compiler would keep what was read before."""
     eligible = in_region
     if not RENOISE:
         eligible = in_region & (held == mask_id)
         if allowed_ptr is not None:
-            eligible = eligible & (tl.load(allowed_ptr + tl.arange(0, BLOCK_W), mask=in_region, other=0, volatile=AGAIN) != 0)
+            eligible = eligible & (tl.load(allowed_ptr + lane, mask=in_region, other=0, volatile=AGAIN) != 0)
     return eligible
 
 
 @triton.jit
-def _flat_test(
-    eligible, value_ptr, score_ptr,
-    PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr, BLOCK_W: tl.constexpr,
+def flat_test(
+    lane, eligible, value_ptr, score_ptr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr
 ):  # fmt: skip
     """Lanes that pass a test which needs no order."""
     passes = eligible & False
     if PASSES == "threshold":
-        lane = tl.arange(0, BLOCK_W)
         if VALUE_PER_LANE:
             value = tl.load(value_ptr + lane, mask=eligible, other=0.0)
         else:
             value = tl.load(value_ptr)
-        score = _no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
+        score = no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
         passes = eligible & ((score >= value) if INCLUSIVE else (score > value))
     return passes
 
@@ -122,13 +122,13 @@ def _passing_prefix(
     source = BLOCK_W - 1 - (best & 0xFFFFFFFF).to(tl.int32)
     value = tl.load(value_ptr)
     if PASSES == "factor":
-        score = _no_nan(tl.load(score_ptr + source, mask=rank_index < n, other=float("-inf")))
+        score = no_nan(tl.load(score_ptr + source, mask=rank_index < n, other=float("-inf")))
         passes = score >= 1.0 - tl.div_rn(value, (rank_index + 2).to(tl.float32))
         count = tl.min(tl.where(passes & (rank_index < n), n, tl.minimum(rank_index, n)))
     else:
         entropy = tl.load(entropy_ptr + source, mask=rank_index < n, other=0.0)
-        used = _to_fixed(entropy, 0.0, _FIXED_ENTROPY_MAX, _FIXED_ENTROPY_MAX)
-        budget = _to_fixed(value, -_FIXED_BUDGET_MAX, _FIXED_BUDGET_MAX, -_FIXED_BUDGET_MAX)
+        used = to_scaled(entropy, 0.0, FIXED_ENTROPY_MAX, FIXED_ENTROPY_MAX).to(tl.int64)
+        budget = to_scaled(value, -FIXED_BUDGET_MAX, FIXED_BUDGET_MAX, -FIXED_BUDGET_MAX).to(tl.int64)
         # What a prefix spends never falls as it grows, with or without its largest entropy, so the longest that fits is found by
         # halving: a scan of int64 would not fit the registers of wide tiles.
         count = n * 0
@@ -151,46 +151,47 @@ def choose(
     LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """The chosen lanes; the eligible ones and the tokens of the `seen` ones, read again. max_unmask, run_value: may be None."""
+    lane = tl.arange(0, BLOCK_W)
     kmin = tl.minimum(kmin, n)
     fallback = tl.minimum(fallback, n)
     # A flat test that enough lanes pass needs no order, unless only the best of them may be written.
-    count = tl.sum(_flat_test(eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE, BLOCK_W).to(tl.int32))
+    count = tl.sum(flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32))
     enough = count >= kmin
     orders = enough == 0
     candidates = eligible
     if max_unmask is not None:
         orders = orders | (count > max_unmask)
         if PASSES == "threshold":
-            passes = _flat_test(eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE, BLOCK_W)
+            passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE)
             candidates = tl.where(enough, passes, eligible)
     # Chosen is what lies at or above the cut.
     if (PASSES == "factor") | (PASSES == "entropy"):
-        best = _sort_descending(_keys(candidates, rank_ptr, False, BLOCK_W), LOG_W, BLOCK_W)
+        best = sort_descending(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), 1, LOG_W, BLOCK_W)
         take = _passing_prefix(best, n, value_ptr, score_ptr, entropy_ptr, PASSES, INCLUSIVE, LOG_W, BLOCK_W)
         take = tl.where(take >= kmin, take, fallback)
         if max_unmask is not None:
             take = tl.minimum(take, max_unmask)
-        cut = tl.min(tl.where(tl.arange(0, BLOCK_W) < take, best, _KEY_MAX))
+        cut = tl.min(tl.where(lane < take, best, KEY_MAX))
     else:
         take = fallback
         if max_unmask is not None:
             take = tl.minimum(tl.where(enough, count, fallback), max_unmask)
-        cut = n.to(tl.int64) * 0 + _KEY_MAX
+        cut = n.to(tl.int64) * 0 + KEY_MAX
         if orders:
-            cut = _cut(_keys(candidates, rank_ptr, False, BLOCK_W), take, LOG_W, BLOCK_W)
+            cut = _cut(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), take, LOG_W, BLOCK_W)
 
     # Read again rather than kept through the sort, which needs the registers; volatile, or the two reads would be one.
-    held = tl.load(held_ptr + tl.arange(0, BLOCK_W), mask=seen, other=0, volatile=True)
-    eligible = eligible_lanes(held, in_region, allowed_ptr, mask_id, RENOISE, True, BLOCK_W)
-    keys = _keys(eligible, rank_ptr, False, BLOCK_W)
-    passes = _flat_test(eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE, BLOCK_W) & enough
+    held = tl.load(held_ptr + lane, mask=seen, other=0, volatile=True)
+    eligible = eligible_lanes(lane, held, in_region, allowed_ptr, mask_id, RENOISE, True)
+    keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
+    passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE) & enough
     if max_unmask is None:
         chosen = passes | (eligible & (keys >= cut))
     else:
         candidates = (passes | (eligible & (enough == 0))) if PASSES == "threshold" else eligible
         chosen = candidates & ((keys >= cut) | (passes & (orders == 0)))
     if RUNS:
-        score = _no_nan(tl.load(score_ptr + tl.arange(0, BLOCK_W), mask=eligible, other=float("-inf")))
+        score = no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
         chosen = chosen | (_best_of_runs(eligible, keys, BLOCK_W) & (score > run_value))
     return chosen, eligible, held
 
@@ -204,7 +205,7 @@ def _best_of_runs(eligible, keys, BLOCK_W: tl.constexpr):
     while begin < BLOCK_W:
         end = tl.min(tl.where(eligible | (lane < begin), BLOCK_W, lane))
         inside = (lane >= begin) & (lane < end)
-        top = tl.max(tl.where(inside, keys, _KEY_MIN))
+        top = tl.max(tl.where(inside, keys, KEY_MIN))
         best = best | (inside & (keys == top))
         begin = tl.min(tl.where(eligible & (lane >= end), lane, BLOCK_W))
     return best
@@ -216,12 +217,12 @@ def force_in_blocks(
 ):  # fmt: skip
     """The chosen lanes with those that a block must write although nothing in it was chosen. Lane 0 begins the region."""
     lane = tl.arange(0, BLOCK_W)
-    keys = _keys(eligible, rank_ptr, False, BLOCK_W)
+    keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
     if SCOPE == "first":
         begin = tl.min(tl.where(eligible, lane, BLOCK_W)) // block_length * block_length
         inside = eligible & (lane >= begin) & (lane < begin + block_length)
         served = tl.max((chosen & inside).to(tl.int32)) != 0
-        top = tl.max(tl.where(inside, keys, _KEY_MIN))
+        top = tl.max(tl.where(inside, keys, KEY_MIN))
         chosen = chosen | (inside & (keys == top) & (served == 0))
     else:
         # What precedes the region is finished.
@@ -229,7 +230,7 @@ def force_in_blocks(
         for begin in range(0, region_length, block_length):
             inside = (lane >= begin) & (lane < begin + block_length)
             served = tl.max((chosen & inside).to(tl.int32)) != 0
-            top = tl.max(tl.where(inside & eligible, keys, _KEY_MIN))
+            top = tl.max(tl.where(inside & eligible, keys, KEY_MIN))
             forced = (masks_before <= activate_masks) & (served == 0)
             chosen = chosen | (inside & eligible & (keys == top) & forced)
             masks_before = tl.sum((inside & masked).to(tl.int32))
@@ -238,22 +239,25 @@ def force_in_blocks(
 
 @triton.jit
 def masked_again(
-    chosen, written, masked, score_ptr, least, count, limit, exiting,
+    chosen, written, masked, score_ptr, row, least_ptr, count_ptr, limit_ptr, exiting,
     REMASK: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Lanes that a step masks again: those of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the step."""
-    candidates = written | chosen
-    m = tl.sum(chosen.to(tl.int32))
-    k = count
-    if REMASK == "saber":
-        m = tl.maximum(least, m)
-        k = tl.minimum(tl.maximum(least // 2, (m + 7) // 8), m - 1)
-        k = tl.where(tl.max((masked & (chosen == 0)).to(tl.int32)) != 0, k, 0)
-    elif REMASK == "wino":
-        score = tl.load(score_ptr + tl.arange(0, BLOCK_W), mask=written, other=float("inf"))
-        candidates = written & (score < limit)
-        k = tl.where(m > 1, count, 0)
+    lane = tl.arange(0, BLOCK_W)
+    any_left = tl.max((masked & (chosen == 0)).to(tl.int32)) != 0
+    k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, row, least_ptr, count_ptr, REMASK)
     if exiting:
         k = k * 0
-    cut = _cut(_keys(candidates, score_ptr, True, BLOCK_W), k, LOG_W, BLOCK_W)
-    return candidates & (_keys(candidates, score_ptr, True, BLOCK_W) >= cut)
+    candidates = remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK)
+    cut = _cut(keys_of(lane, candidates, score_ptr, True, BLOCK_W), k, LOG_W, BLOCK_W)
+    return candidates & (keys_of(lane, candidates, score_ptr, True, BLOCK_W) >= cut)
+
+
+@triton.jit
+def remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK: tl.constexpr):
+    if REMASK == "wino":
+        score = tl.load(score_ptr + lane, mask=written, other=float("inf"))
+        candidates = written & (score < tl.load(limit_ptr + row))
+    else:
+        candidates = written | chosen
+    return candidates

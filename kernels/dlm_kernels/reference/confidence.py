@@ -10,20 +10,27 @@ from torch import Tensor
 
 from ..state import ERROR_LOGITS
 from . import noise as random_numbers
+from .confidence_arguments import (
+    LIMIT,
+    MAX_BANNED,
+    MAX_BIAS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_TEMPERATURE,
+    OUTPUTS,
+    PREVIOUS_FLOOR,
+    check_arguments,
+    requested,
+)
 
-OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
-MAX_BANNED, MAX_BIAS = 32, 64
-# A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf: between them
-# every intermediate of the one-pass recurrences is finite in fp32.
-LIMIT = 1e30
-# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE infinitely unlikely.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence finite.
-PREVIOUS_FLOOR = math.log(1e-12)
+__all__ = [
+    "LIMIT", "MAX_BANNED", "MAX_BIAS", "MAX_TEMPERATURE", "MAX_TOP_K", "MIN_TEMPERATURE", "OUTPUTS", "PREVIOUS_FLOOR",
+    "Confidence", "check_arguments", "confidence", "requested",
+]  # fmt: skip
 
 
 class Confidence(NamedTuple):
-    """Statistics of N rows, all [N]; None where the group was not requested. Defined in `confidence`."""
+    """Statistics of N rows, [N] but for the last two; None where they were not requested. Defined in `confidence`."""
 
     token: Tensor  # int64
     logit: Tensor  # fp32, soft-capped, untempered
@@ -38,6 +45,8 @@ class Confidence(NamedTuple):
     sampled_confidence: Tensor | None
     query_confidence: Tensor | None
     error: Tensor  # int32, 0 or ERROR_LOGITS
+    top_tokens: Tensor | None = None  # [N, top_k] int64, best first, -1 = no further candidate
+    top_logits: Tensor | None = None  # [N, top_k] fp32, as `logit`
 
 
 def confidence(
@@ -45,6 +54,7 @@ def confidence(
     *,
     rows: Tensor | None = None,
     outputs: Sequence[str] = ("second",),
+    top_k: int = 0,
     banned: Tensor | None = None,
     temperature: Tensor | None = None,
     sample_temperature: Tensor | None = None,
@@ -61,6 +71,7 @@ def confidence(
 
         x = logits, plus `bias` at `bias_ids`      l = soft_cap * tanh(x / soft_cap), or x      p = softmax(l / temperature)
         token, second_token = the two allowed ids of highest x (ties: lowest id); logit, second_logit their l
+        top_tokens = the top_k allowed ids of highest x, best first; top_logits their l
         confidence = p[token]        margin = confidence - p[second_token]        entropy = -sum p ln p (nats)
         kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0;   ln p' = (previous, capped) / temperature - previous_logsumexp
         sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
@@ -73,6 +84,7 @@ def confidence(
         logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
         rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N = R.
         outputs: optional groups, any of `OUTPUTS`; token, logit, confidence and error always come.
+        top_k: 0 to 16, columns of top_tokens and top_logits; 0 = neither.
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
         temperature: [N] fp32 of the statistics. None: 1.
         sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:
@@ -89,8 +101,9 @@ def confidence(
         Confidence. A row with an error (error = 1) has token = sampled_token = 0, second_token = -1 and zeros elsewhere, never NaN:
         its x holds a NaN or +inf or allows no token, its temperature is not in [1e-6, 1e6] (for sampling: nor
         0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for ids and zeros
-        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence. A kl that is not
-        finite, or whose row of `previous` holds a NaN or +inf, is +inf and no error.
+        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence; where candidates are
+        fewer than top_k, top_tokens go on with -1 and top_logits with -inf (-1 and 0 in a row with an error or not needed). A kl
+        that is not finite, or whose row of `previous` holds a NaN or +inf, is +inf and no error.
     Raises:
         ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.  TypeError: dtypes.
 
@@ -99,7 +112,7 @@ def confidence(
     arXiv:2505.24857; KL stability, arXiv:2511.05664; a bias by past confidence, arXiv:2510.06133.
     """
     N = check_arguments(
-        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
         bias_ids, bias, previous, previous_logsumexp, extra_dtypes=(torch.float64,),
     )  # fmt: skip
     R, V = logits.shape
@@ -163,6 +176,14 @@ def confidence(
         query_confidence=None,
         error=(error & needed).to(torch.int32) * ERROR_LOGITS,
     )
+    if top_k:
+        remaining, tokens = allowed, []
+        for _ in range(top_k):
+            tokens.append(torch.where(remaining.any(1), _first_largest(raw, remaining), -1))
+            remaining = remaining & (ids != tokens[-1][:, None])
+        top_tokens = torch.stack(tokens, 1)
+        top_logits = torch.where(top_tokens >= 0, capped.gather(1, top_tokens.clamp(min=0)), -math.inf)
+        result = result._replace(top_tokens=top_tokens, top_logits=top_logits)
     if "kl" in outputs:
         before, before_logsumexp = rows_of(previous), rows_of(previous_logsumexp)
         usable = ~(torch.isnan(before) | (before >= LIMIT)).any(1) & before_logsumexp.isfinite()
@@ -179,32 +200,20 @@ def confidence(
     if "query" in outputs:
         result = result._replace(query_confidence=at(weight, torch.where(in_vocabulary, query, 0), 0.0) / total)
 
-    absent = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
+    absent = {
+        "token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "top_tokens": (-1, -1), "error": (ERROR_LOGITS, 0)
+    }  # fmt: skip
     fields = {}
     for name, values in result._asdict().items():
         if values is None or not requested(name, outputs):
             fields[name] = None
             continue
         failed, unneeded = absent.get(name, (0, 0))
-        fields[name] = torch.where(needed, torch.where(error, failed, values), unneeded).to(values.dtype)
+        shape = (N, *[1] * (values.dim() - 1))
+        fields[name] = torch.where(
+            needed.view(shape), torch.where(error.view(shape), failed, values), unneeded
+        ).to(values.dtype)  # fmt: skip
     return Confidence(**fields)
-
-
-_GROUP_OF = {
-    "second_token": "second",
-    "second_logit": "second",
-    "margin": "second",
-    "logsumexp": "logsumexp",
-    "entropy": "entropy",
-    "kl": "kl",
-    "sampled_token": "sampled",
-    "sampled_confidence": "sampled",
-    "query_confidence": "query",
-}
-
-
-def requested(field: str, outputs: Sequence[str]) -> bool:
-    return field not in _GROUP_OF or _GROUP_OF[field] in outputs
 
 
 def _first_largest(values: Tensor, allowed: Tensor) -> Tensor:
@@ -240,98 +249,3 @@ def _cap(values: Tensor, soft_cap: float | None) -> Tensor:
 
 def _is_temperature(values: Tensor) -> Tensor:
     return (values >= MIN_TEMPERATURE) & (values <= MAX_TEMPERATURE)
-
-
-def check_arguments(
-    logits: Tensor,
-    rows: Tensor | None,
-    outputs: Sequence[str],
-    banned: Tensor | None,
-    temperature: Tensor | None,
-    sample_temperature: Tensor | None,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    query: Tensor | None,
-    soft_cap: float | None,
-    bias_ids: Tensor | None,
-    bias: Tensor | None,
-    previous: Tensor | None,
-    previous_logsumexp: Tensor | None,
-    extra_dtypes: tuple[torch.dtype, ...] = (),
-) -> int:
-    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the device."""
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, *extra_dtypes)
-    if logits.dtype not in dtypes:
-        raise TypeError(f"confidence: logits must be one of {', '.join(map(str, dtypes))}, got {logits.dtype}")
-    if logits.dim() != 2 or not 1 <= logits.shape[1] < 2**30:
-        raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
-    if logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"confidence: logits must have last stride 1, got strides {logits.stride()}")
-    if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(OUTPUTS):
-        raise ValueError(f"confidence: outputs must be distinct names out of {OUTPUTS}, got {outputs!r}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"confidence: soft_cap must be a positive finite number or None, got {soft_cap!r}")
-
-    for group, arguments in (
-        ("sampled", {"sample_temperature": sample_temperature, "seed": seed, "noise": noise}),
-        ("query", {"query": query}),
-        ("kl", {"previous": previous, "previous_logsumexp": previous_logsumexp}),
-    ):
-        for name, value in arguments.items():
-            if (value is not None) != (group in outputs):
-                state = "required" if value is None else "used"
-                raise ValueError(
-                    f"confidence: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}"
-                )
-    if (bias_ids is None) != (bias is None):
-        raise ValueError(
-            f"confidence: bias_ids and bias must be given together, got bias_ids={_kind(bias_ids)}, bias={_kind(bias)}"
-        )
-    if previous is not None:
-        if previous.dtype != logits.dtype:
-            raise TypeError(f"confidence: previous must have the logits' dtype {logits.dtype}, got {previous.dtype}")
-        if previous.shape != logits.shape:
-            raise ValueError(f"confidence: previous must have the logits' shape {list(logits.shape)}, got {list(previous.shape)}")
-        if previous.shape[1] > 1 and previous.stride(1) != 1:
-            raise ValueError(f"confidence: previous must have last stride 1, got strides {previous.stride()}")
-        if previous.device != logits.device:
-            raise ValueError(f"confidence: previous must be on {logits.device}, got {previous.device}")
-
-    N = logits.shape[0]
-    if rows is not None:
-        if rows.dim() != 1:
-            raise ValueError(f"confidence: rows must be [N], got shape {list(rows.shape)}")
-        N = rows.shape[0]
-    for name, value, dtype, shapes in (
-        ("rows", rows, torch.int32, [(N,)]),
-        ("temperature", temperature, torch.float32, [(N,)]),
-        ("sample_temperature", sample_temperature, torch.float32, [(N,)]),
-        ("seed", seed, torch.int64, [(1,)]),
-        ("noise", noise, torch.int32, [(N, 3)]),
-        ("query", query, torch.int64, [(N,)]),
-        ("banned", banned, torch.int64, [] if banned is None else [(banned.shape[-1:].numel(),), (N, banned.shape[-1:].numel())]),
-        ("bias_ids", bias_ids, torch.int64, [] if bias_ids is None else [(N, bias_ids.shape[-1:].numel())]),
-        ("bias", bias, torch.float32, [] if bias_ids is None else [tuple(bias_ids.shape)]),
-        ("previous_logsumexp", previous_logsumexp, torch.float32, [(logits.shape[0],)]),
-    ):
-        if value is None:
-            continue
-        if value.dtype != dtype:
-            raise TypeError(f"confidence: {name} must be {dtype}, got {value.dtype}")
-        if tuple(value.shape) not in shapes:
-            raise ValueError(
-                f"confidence: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})"
-            )
-        if not value.is_contiguous():
-            raise ValueError(f"confidence: {name} must be contiguous, got strides {value.stride()}")
-        if value.device != logits.device:
-            raise ValueError(f"confidence: {name} must be on {logits.device}, got {value.device}")
-    if banned is not None and banned.shape[-1] > MAX_BANNED:
-        raise ValueError(f"confidence: banned must hold at most {MAX_BANNED} ids a row, got K={banned.shape[-1]}")
-    if bias_ids is not None and not 1 <= bias_ids.shape[1] <= MAX_BIAS:
-        raise ValueError(f"confidence: bias_ids must hold 1 to {MAX_BIAS} ids a row, got K={bias_ids.shape[1]}")
-    return N
-
-
-def _kind(value: Tensor | None) -> str:
-    return "None" if value is None else f"{value.dtype} {list(value.shape)}"

@@ -1,0 +1,178 @@
+"""Device code of `confidence` after its pass over the vocabulary: which ids the lanes' largest logits are, and what follows them.
+
+A *column* is the ids of one lane: id = (tile * LANES + lane) * GROUP + element over the tiles. The answers are in few columns,
+which are read again, and biased again: that of the winner, of a lane whose winner is banned, of each of the top k.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .confidence_row_device import _LIMIT, _NO_ID, _cap, _score
+
+
+@triton.jit
+def _is_banned(ids, banned_ptr, NUM_BANNED: tl.constexpr):
+    banned = ids < 0
+    if NUM_BANNED > 0:  # else banned_ptr is None, and even an empty loop is compiled
+        for k in range(NUM_BANNED):
+            banned |= ids == tl.load(banned_ptr + k)
+    return banned
+
+
+@triton.jit
+def _column(lane, first_tile, LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr):
+    """[COLUMN, GROUP] ids of one lane, ascending by row, from a tile on."""
+    tiles = first_tile + tl.arange(0, COLUMN)
+    return (tiles[:, None] * LANES + lane) * GROUP + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def _add_bias(x, first, offset, biases, end, HAS_BIAS: tl.constexpr):
+    """Logits of the ids first + offset with their biases, one after the other."""
+    if HAS_BIAS:
+        bias_ids_ptr, bias_ptr, num_bias = biases
+        for k in range(num_bias):
+            biased_id = tl.load(bias_ids_ptr + k)
+            if (biased_id >= 0) & (biased_id < end):  # beyond the end the load's -inf must stay
+                x = tl.where(biased_id.to(tl.int32) - first == offset, x + tl.load(bias_ptr + k), x)
+    return x
+
+
+@triton.jit
+def _load(logits_ptr, ids, biases, end, HAS_BIAS: tl.constexpr):
+    x = tl.load(logits_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
+    return _add_bias(x, 0, ids, biases, end, HAS_BIAS)
+
+
+@triton.jit
+def _first_largest_tile(values, first_tile, COLUMN: tl.constexpr):
+    """Largest of a [COLUMN, GROUP] column and the lowest tile that holds it."""
+    per_tile = tl.max(values, axis=1)
+    largest = tl.max(per_tile, axis=0)
+    return largest, first_tile + tl.min(tl.where(per_tile == largest, tl.arange(0, COLUMN), COLUMN), axis=0)
+
+
+@triton.jit
+def _lowest_id(ids, chosen):
+    return tl.min(tl.min(tl.where(chosen, ids, _NO_ID), axis=1), axis=0)
+
+
+@triton.jit
+def _without_banned(
+    bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
+    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SAMPLED: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The lanes' largest allowed logits and draws: a lane that won with a group that holds a banned id is searched again."""
+    best, best_tile, drawn, drawn_tile = bests
+    _, soft_cap, _ = scales
+    _, sample_scale, k0, k1 = sampling
+    lanes = tl.arange(0, LANES)
+    suspect = lanes < 0
+    for k in range(NUM_BANNED):
+        banned_group = tl.load(banned_ptr + k) // GROUP
+        suspect |= best_tile * LANES + lanes == banned_group
+        if SAMPLED:
+            suspect |= drawn_tile * LANES + lanes == banned_group
+    if tl.max(suspect.to(tl.int32), axis=0) > 0:
+        for k in range(NUM_BANNED):
+            banned_id = tl.load(banned_ptr + k)
+            if (banned_id >= first_tile * (LANES * GROUP)) & (banned_id < end):
+                lane = (banned_id.to(tl.int32) // GROUP) % LANES
+                ids = _column(lane, first_tile, LANES, GROUP, COLUMN)
+                x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
+                banned = _is_banned(ids, banned_ptr, NUM_BANNED)
+                value, tile = _first_largest_tile(tl.where(banned, float("-inf"), x), first_tile, COLUMN)
+                best = tl.where(lanes == lane, value, best)
+                best_tile = tl.where(lanes == lane, tile, best_tile)
+                if SAMPLED:
+                    score = _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
+                    value, tile = _first_largest_tile(tl.where(banned, float("-inf"), score), first_tile, COLUMN)
+                    drawn = tl.where(lanes == lane, value, drawn)
+                    drawn_tile = tl.where(lanes == lane, tile, drawn_tile)
+    return best, best_tile, drawn, drawn_tile
+
+
+@triton.jit
+def _choose(
+    bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
+    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, SAMPLED: tl.constexpr,
+    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
+):  # fmt: skip
+    """Token, runner-up and draw among the allowed ids of tiles [first_tile, first_tile + COLUMN) below `end`, with their logits
+    and the draw's score. A choice whose logit (score) is -inf is none, and its id means nothing."""
+    best, best_tile, drawn, drawn_tile = bests
+    _, soft_cap, _ = scales
+    draws, sample_scale, k0, k1 = sampling
+    lanes = tl.arange(0, LANES)
+    # Token: the lowest id of the first lane that holds the largest allowed logit.
+    groups = best_tile * LANES + lanes
+    top = tl.max(best, axis=0)
+    top_lane = tl.min(tl.where(best == top, groups, _NO_ID), axis=0) % LANES
+    ids = _column(top_lane, first_tile, LANES, GROUP, COLUMN)
+    x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
+    x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
+    token = _lowest_id(ids, x == top)
+
+    # Runner-up: the best other lane, or the best other id of the winner's lane.
+    second_token = token
+    second = top
+    if SECOND:
+        others = tl.where(lanes == top_lane, float("-inf"), best)
+        elsewhere = tl.max(others, axis=0)
+        group_ids = tl.min(tl.where(others == elsewhere, groups, _NO_ID), axis=0) * GROUP + tl.arange(0, GROUP)
+        group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
+        group_x = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), group_x)
+        x = tl.where(ids == token, float("-inf"), x)
+        second = tl.maximum(elsewhere, tl.max(tl.max(x, axis=1), axis=0))
+        elsewhere_id = tl.min(tl.where(group_x == second, group_ids, _NO_ID), axis=0)
+        # Where no other lane has anything, the group is any one, the winner's own not excepted.
+        elsewhere_id = tl.where(elsewhere == second, elsewhere_id, _NO_ID)
+        second_token = tl.minimum(_lowest_id(ids, x == second), elsewhere_id)
+
+    # Draw: recompute the winning group's scores.
+    sampled_token = token
+    sampled = top
+    highest = top
+    if SAMPLED:
+        if draws:
+            highest = tl.max(drawn, axis=0)
+            group = tl.min(tl.where(drawn == highest, drawn_tile * LANES + lanes, _NO_ID), axis=0)
+            group_ids = group * GROUP + tl.arange(0, GROUP)
+            group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
+            score = _score(group_x, group_ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
+            score = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), score)
+            sampled_token = tl.min(tl.where(score == tl.max(score, axis=0), group_ids, _NO_ID), axis=0)
+            sampled = tl.max(tl.where(group_ids == sampled_token, group_x, float("-inf")), axis=0)
+    return token, top, second_token, second, sampled_token, sampled, highest
+
+
+@triton.jit
+def _store_top(
+    tokens_ptr, top_logits_ptr, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k, soft_cap,
+    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    COLUMN: tl.constexpr,
+):  # fmt: skip
+    """The top_k largest allowed logits, best first: the lane of each is read again for its id and for what it holds below."""
+    best, best_tile, _, _ = bests
+    lanes = tl.arange(0, LANES)
+    top = tl.full((), float("inf"), tl.float32)
+    token = tl.full((), -1, tl.int32)
+    for k in range(top_k):
+        # What was chosen before lies above the last choice, or is equal to it with no higher id.
+        last_top, last_token = top, token
+        top = tl.max(best, axis=0)
+        lane = tl.min(tl.where(best == top, best_tile * LANES + lanes, _NO_ID), axis=0) % LANES
+        ids = _column(lane, first_tile, LANES, GROUP, COLUMN)
+        x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
+        x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
+        x = tl.where((x < last_top) | ((x == last_top) & (ids > last_token)), x, float("-inf"))
+        token = _lowest_id(ids, x == top)
+        exists = top > -_LIMIT
+        tl.store(tokens_ptr + k, tl.where(exists, token, -1).to(tokens_ptr.dtype.element_ty))
+        tl.store(top_logits_ptr + k, tl.where(exists, _cap(top, soft_cap, HAS_SOFT_CAP), float("-inf")))
+        value, tile = _first_largest_tile(tl.where(ids == token, float("-inf"), x), first_tile, COLUMN)
+        best = tl.where(lanes == lane, value, best)
+        best_tile = tl.where(lanes == lane, tile, best_tile)

@@ -1,0 +1,185 @@
+"""The second launch of `confidence` and `linear_confidence`: one small program per row makes the outputs of its parts' partials.
+
+Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no requested
+output needs is neither written nor read. With top-k also [N, PARTS, top_k] of each, best first. Choices are exact, so their
+order is none; sums are merged by `_merge_sums`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .confidence_row_device import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _sampling, _scales
+
+# The fields of a part: its sums, its largest logit of all, then of the allowed ids.
+PARTIAL_VALUES, PARTIAL_IDS = 10, 3
+_VALUES = tl.constexpr(PARTIAL_VALUES)
+_IDS = tl.constexpr(PARTIAL_IDS)
+_PIVOT, _TOTAL, _ENERGY, _DIVERGENCE, _LARGEST, _TOP, _SECOND, _DRAWN, _SAMPLED, _QUERY = map(tl.constexpr, range(10))
+_TOKEN, _SECOND_TOKEN, _SAMPLED_TOKEN = map(tl.constexpr, range(3))
+
+
+@triton.jit
+def _store(pointer, n, value):
+    if pointer is not None:  # requested
+        tl.store(pointer + n, value)
+
+
+@triton.jit
+def _store_row(
+    n, values,
+    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
+    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+):  # fmt: skip
+    """One value to every output that was requested. Pointers one by one: Triton 3.6 takes no tuple that holds a None."""
+    _store(token_ptr, n, values[0])
+    _store(logit_ptr, n, values[1])
+    _store(second_token_ptr, n, values[2])
+    _store(second_logit_ptr, n, values[3])
+    _store(logsumexp_ptr, n, values[4])
+    _store(entropy_ptr, n, values[5])
+    _store(kl_ptr, n, values[6])
+    _store(confidence_ptr, n, values[7])
+    _store(margin_ptr, n, values[8])
+    _store(sampled_token_ptr, n, values[9])
+    _store(sampled_confidence_ptr, n, values[10])
+    _store(query_confidence_ptr, n, values[11])
+    _store(error_ptr, n, values[12])
+
+
+@triton.jit
+def _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k):
+    """The top-k of a row that has none: an error, or not needed."""
+    for k in range(top_k):
+        tl.store(top_tokens_ptr + n.to(tl.int64) * top_k + k, tl.full((), -1, tl.int64))
+        tl.store(top_logits_ptr + n.to(tl.int64) * top_k + k, 0.0)
+
+
+@triton.jit
+def _field(ptr, n, field, part, FIELDS: tl.constexpr, PARTS: tl.constexpr):
+    """Where the partials of output n keep a field of a part (or of each part)."""
+    return ptr + (n.to(tl.int64) * FIELDS + field) * PARTS + part
+
+
+@triton.jit(do_not_specialize=["R", "top_k"])
+def _merge_kernel(
+    values_ptr, ids_ptr, part_top_logits_ptr, part_top_tokens_ptr,
+    rows_ptr, temperature_ptr, sample_temperature_ptr, query_ptr, previous_logsumexp_ptr,
+    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
+    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr, top_tokens_ptr, top_logits_ptr,
+    R, V, soft_cap, top_k,
+    HAS_ROWS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
+    ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr, QUERY: tl.constexpr, TOP_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    row = n
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + n)
+        if row == -1:
+            _store_row(
+                n, (-1, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1, 0.0, 0.0, 0),
+                token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+                margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            )  # fmt: skip
+            if TOP_WIDTH > 0:
+                _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
+            return
+    error = (row < 0) | (row >= R)
+    before_logsumexp = 0.0
+    if KL:
+        before_logsumexp = tl.load(previous_logsumexp_ptr + row, mask=error == 0, other=0.0)
+    temperature, scale, bad = _scales(n, temperature_ptr, HAS_TEMPERATURE)
+    error |= bad
+    draws, _, bad = _sampling(n, sample_temperature_ptr, SAMPLED)
+    error |= bad
+    cap = 0.0
+    if HAS_SOFT_CAP:
+        cap = soft_cap
+
+    slot = tl.arange(0, 1 << LOG2_SLOTS)
+    is_part = slot < PARTS
+    zeros = tl.zeros((1 << LOG2_SLOTS,), tl.float32)
+    pivots = tl.load(_field(values_ptr, n, _PIVOT, slot, _VALUES, PARTS), mask=is_part, other=_NO_PIVOT)
+    totals = tl.load(_field(values_ptr, n, _TOTAL, slot, _VALUES, PARTS), mask=is_part, other=0.0)
+    energies, divergences = zeros, zeros
+    if ENTROPY:
+        energies = tl.load(_field(values_ptr, n, _ENERGY, slot, _VALUES, PARTS), mask=is_part, other=0.0)
+    if KL:
+        divergences = tl.load(_field(values_ptr, n, _DIVERGENCE, slot, _VALUES, PARTS), mask=is_part, other=0.0)
+    largest = tl.load(_field(values_ptr, n, _LARGEST, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+    tops = tl.load(_field(values_ptr, n, _TOP, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+    tokens = tl.load(_field(ids_ptr, n, _TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
+
+    row_pivot, row_total, row_energy, row_divergence = _merge_sums(
+        pivots, totals, energies, divergences, LOG2_SLOTS, ENTROPY, KL
+    )  # fmt: skip
+    row_best = tl.max(largest, axis=0)
+    error |= (row_total != row_total) | (row_best >= _LIMIT)
+
+    top = tl.max(tops, axis=0)
+    error |= (top > -_LIMIT) == 0
+    token = tl.min(tl.where(tops == top, tokens, _NO_ID), axis=0)
+
+    second_token = token
+    second = top
+    if SECOND:
+        seconds = tl.load(_field(values_ptr, n, _SECOND, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+        second_tokens = tl.load(_field(ids_ptr, n, _SECOND_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
+        tops = tl.where(tokens == token, float("-inf"), tops)
+        second = tl.max(tl.maximum(tops, seconds), axis=0)
+        candidates = tl.minimum(tl.where(tops == second, tokens, _NO_ID), tl.where(seconds == second, second_tokens, _NO_ID))
+        exists = second > -_LIMIT
+        second_token = tl.where(exists, tl.min(candidates, axis=0), -1)
+        second = tl.where(exists, second, float("-inf"))
+
+    sampled_token = token
+    sampled = top
+    if SAMPLED:
+        if draws:
+            drawn = tl.load(_field(values_ptr, n, _DRAWN, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+            drawn_logits = tl.load(_field(values_ptr, n, _SAMPLED, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+            drawn_tokens = tl.load(_field(ids_ptr, n, _SAMPLED_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
+            # Ids of different parts differ, so the token is its part's.
+            sampled_token = tl.min(tl.where(drawn == tl.max(drawn, axis=0), drawn_tokens, _NO_ID), axis=0)
+            sampled = tl.max(tl.where(drawn_tokens == sampled_token, drawn_logits, float("-inf")), axis=0)
+
+    query_logit = top
+    if QUERY:
+        query = tl.load(query_ptr + n)
+        error |= ((query >= 0) & (query < V)) == 0
+        # -inf from every part but the query's.
+        queried = tl.load(_field(values_ptr, n, _QUERY, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+        query_logit = tl.max(queried, axis=0)
+
+    if error:
+        _store_row(
+            n, (0, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, _ERROR),
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+        )  # fmt: skip
+        if TOP_WIDTH > 0:
+            _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
+    else:
+        sums = (row_pivot, row_total, row_energy, row_divergence, row_best)
+        choices = (token, top, second_token, second, sampled_token, sampled, query_logit)
+        values = _finish(sums, choices, temperature, scale, before_logsumexp, cap, HAS_SOFT_CAP, KL)
+        _store_row(
+            n, values,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+        )  # fmt: skip
+        if TOP_WIDTH > 0:
+            entry = tl.arange(0, TOP_WIDTH)
+            offset = n.to(tl.int64) * PARTS * top_k + entry
+            logits = tl.load(part_top_logits_ptr + offset, mask=entry < PARTS * top_k, other=float("-inf"))
+            ids = tl.load(part_top_tokens_ptr + offset, mask=entry < PARTS * top_k, other=_NO_ID)
+            for k in range(top_k):
+                logit = tl.max(logits, axis=0)
+                first = tl.min(tl.where(logits == logit, ids, _NO_ID), axis=0)
+                exists = logit > -_LIMIT
+                tl.store(top_tokens_ptr + n.to(tl.int64) * top_k + k, tl.where(exists, first, -1).to(tl.int64))
+                logit = tl.where(exists, _cap(logit, cap, HAS_SOFT_CAP), float("-inf"))
+                tl.store(top_logits_ptr + n.to(tl.int64) * top_k + k, logit)
+                logits = tl.where(ids == first, float("-inf"), logits)

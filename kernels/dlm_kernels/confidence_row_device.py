@@ -1,0 +1,184 @@
+"""What the kernels of `confidence` and `linear_confidence` share for a row: its noise, its scales, its soft cap, and the merge of
+the statistics of the parts that its vocabulary was cut into.
+
+Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program computed all
+parts or each its own. No product feeds a sum that the compiler could fuse it with (`_rounded_product`), so every kernel that
+inlines these functions rounds at the same places.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from .reference.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE
+from .state import ERROR_LOGITS
+
+_LIMIT = tl.constexpr(LIMIT)
+_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
+_MAX_TEMPERATURE = tl.constexpr(MAX_TEMPERATURE)
+_ERROR = tl.constexpr(ERROR_LOGITS)
+_LOG2E = tl.constexpr(math.log2(math.e))
+_TWO_LOG2E = tl.constexpr(2 * math.log2(math.e))
+_LN2 = tl.constexpr(math.log(2))
+# The pivot of what holds nothing but -inf: finite, because -inf - -inf is NaN; below LIMIT / MIN_TEMPERATURE in units of log2.
+_NO_PIVOT = tl.constexpr(-2e36)
+# Stands for an exponent of -inf where it is multiplied by a weight: 2^-10000 is 0 as well, but 0 * -inf would be NaN.
+_FAR_BELOW = tl.constexpr(-10000.0)
+_NO_ID = tl.constexpr(2**30)  # above every id, group and tile
+
+
+@triton.jit
+def _fmix32(h):
+    h ^= h >> 16
+    h = tl.mul(h, 0x85EBCA6B, sanitize_overflow=False)
+    h ^= h >> 13
+    h = tl.mul(h, 0xC2B2AE35, sanitize_overflow=False)
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _noise_key(seed_ptr, noise_ptr, n):
+    """Philox words (k0, k1) of output n (or of each of them); reference.noise.row_key."""
+    address = noise_ptr + n.to(tl.int64) * 3
+    request, position, step = tl.load(address), tl.load(address + 1), tl.load(address + 2)
+    k0, k1, _, _ = tl.philox(tl.load(seed_ptr), request, position, step, tl.zeros_like(step))
+    return k0, k1
+
+
+@triton.jit
+def _noise_bits(ids, k0, k1):
+    """uint32 word of every id; reference.noise.bits."""
+    return _fmix32(tl.add(_fmix32(ids.to(tl.uint32) ^ k0), k1, sanitize_overflow=False))
+
+
+@triton.jit
+def _uniform(ids, k0, k1):
+    """((bits >> 9) + 0.5) * 2^-23; reference.noise.uniform."""
+    # Without a conversion: the bits become the mantissa of 1.x, from which 1 - 2^-24 is subtracted, exactly.
+    one_to_two = ((_noise_bits(ids, k0, k1) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return one_to_two - 0.999999940395355224609375
+
+
+@triton.jit
+def _gumbel(ids, k0, k1):
+    return -tl.log(-tl.log(_uniform(ids, k0, k1)))
+
+
+@triton.jit
+def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
+    """soft_cap * tanh(x / soft_cap); -inf stays -inf."""
+    if HAS_SOFT_CAP:
+        # 1 - 2 / (e^(2y) + 1): saturates to +-1 where the exponential overflows or vanishes. Off by 2^-23 at most, absolutely.
+        tanh = 1.0 - 2.0 / (tl.exp2(x * tl.div_rn(_TWO_LOG2E, soft_cap)) + 1.0)
+        return tl.where(x <= -_LIMIT, float("-inf"), soft_cap * tanh)
+    else:
+        return x
+
+
+@triton.jit
+def _pivot(x, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
+    """What exponents up to that of x are taken relative to: rounded down to an integer, so that rescaling is exact and no fused
+    rounding can make two pivots disagree. -inf for -inf: the caller takes the maximum with a finite one."""
+    return tl.floor(_cap(x, soft_cap, HAS_SOFT_CAP) * scale)
+
+
+@triton.jit
+def _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP: tl.constexpr):
+    return tl.fma(_cap(x, soft_cap, HAS_SOFT_CAP), sample_scale, _gumbel(ids, k0, k1))
+
+
+@triton.jit
+def _scales(n, temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
+    """(temperature, 1 / temperature in units of log2, whether it is none) of output n (or of each of them)."""
+    temperature = 1.0
+    bad = n < 0
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + n)
+        bad = ((temperature >= _MIN_TEMPERATURE) & (temperature <= _MAX_TEMPERATURE)) == 0
+        temperature = tl.where(bad, 1.0, temperature)
+    return temperature, tl.div_rn(_LOG2E, temperature), bad
+
+
+@triton.jit
+def _sampling(n, sample_temperature_ptr, SAMPLED: tl.constexpr):
+    """(whether output n draws, 1 / its sampling temperature, whether that is none)."""
+    draws = n < 0
+    bad = n < 0
+    sample_scale = 1.0
+    if SAMPLED:
+        temperature = tl.load(sample_temperature_ptr + n)
+        draws = (temperature >= _MIN_TEMPERATURE) & (temperature <= _MAX_TEMPERATURE)
+        bad = (draws | (temperature == 0.0)) == 0
+        sample_scale = tl.div_rn(1.0, tl.where(draws, temperature, 1.0))
+    return draws, sample_scale, bad
+
+
+@triton.jit
+def _rounded_product(a, b):
+    """a * b, rounded before anything else happens to it."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def _ordered_sum(values, LOG2_SLOTS: tl.constexpr):
+    """The sum of [2^LOG2_SLOTS] values, neighbours first: an order that no layout and no number of warps can change."""
+    for _ in tl.static_range(LOG2_SLOTS):
+        even, odd = tl.split(tl.reshape(values, (values.shape[0] // 2, 2)))
+        values = even + odd
+    return tl.sum(values, axis=0)
+
+
+@triton.jit
+def _merge_sums(pivots, totals, energies, divergences, LOG2_SLOTS: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr):
+    """The row's (pivot, total, energy, divergence) from its parts'. A slot without a part has _NO_PIVOT and zeros."""
+    row_pivot = tl.max(pivots, axis=0)
+    # Not below _FAR_BELOW, where the decay is 0 already: times a total of a whole part, the distance of two pivots can overflow.
+    step = tl.maximum(pivots - row_pivot, _FAR_BELOW)
+    decay = tl.exp2(step)
+    row_total = _ordered_sum(_rounded_product(decay, totals), LOG2_SLOTS)
+    row_energy = 0.0
+    if ENTROPY:
+        row_energy = _ordered_sum(_rounded_product(decay, tl.fma(step, totals, energies)), LOG2_SLOTS)
+    row_divergence = 0.0
+    if KL:
+        row_divergence = _ordered_sum(_rounded_product(decay, tl.fma(step, totals, divergences)), LOG2_SLOTS)
+    return row_pivot, row_total, row_energy, row_divergence
+
+
+@triton.jit
+def _probability(logit, scale, row_pivot, row_total):
+    return tl.minimum(tl.div_rn(tl.exp2(tl.fma(logit, scale, -row_pivot)), row_total), 1.0)  # not above 1 by rounding
+
+
+@triton.jit
+def _finish(
+    sums, choices, temperature, scale, before_logsumexp, soft_cap, HAS_SOFT_CAP: tl.constexpr, KL: tl.constexpr,
+):  # fmt: skip
+    """The values of every output of a row without an error, in the order of `_store_row`.
+
+    sums: pivot, total, energy, divergence, largest logit of all. choices: token, its logit, the runner-up and its, the drawn
+    token and its, the logit of the query; uncapped.
+    """
+    row_pivot, row_total, row_energy, row_divergence, row_best = sums
+    token, top, second_token, second, sampled_token, sampled, query_logit = choices
+    log_total = tl.log2(row_total)
+    row_max = _cap(row_best, soft_cap, HAS_SOFT_CAP)
+    in_pivot = log_total - tl.fma(row_max, scale, -row_pivot)
+    logsumexp = tl.fma(in_pivot, _LN2, tl.div_rn(row_max, temperature))
+    entropy = tl.maximum((log_total - tl.div_rn(row_energy, row_total)) * _LN2, 0.0)  # not below 0 by rounding
+    kl = 0.0
+    if KL:
+        kl = (tl.div_rn(row_divergence, row_total) - log_total) * _LN2
+        meaningful = (tl.abs(kl) < float("inf")) & (tl.abs(before_logsumexp) < float("inf"))
+        kl = tl.where(meaningful, tl.maximum(kl, 0.0), float("inf"))
+    top = _cap(top, soft_cap, HAS_SOFT_CAP)
+    second = _cap(second, soft_cap, HAS_SOFT_CAP)
+    confidence = _probability(top, scale, row_pivot, row_total)
+    margin = confidence - _probability(second, scale, row_pivot, row_total)
+    sampled_confidence = _probability(_cap(sampled, soft_cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
+    query_confidence = _probability(_cap(query_logit, soft_cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
+    return (token, top, second_token, second, logsumexp, entropy, kl, confidence, margin, sampled_token, sampled_confidence,
+            query_confidence, 0)  # fmt: skip

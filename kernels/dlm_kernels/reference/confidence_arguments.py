@@ -1,0 +1,222 @@
+"""What `confidence` and `linear_confidence` accept: their outputs and limits, and the checks that reference and kernel share."""
+
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
+# Of `linear_confidence`: those that need no second matrix of logits.
+LINEAR_OUTPUTS = tuple(name for name in OUTPUTS if name != "kl")
+MAX_BANNED, MAX_BIAS, MAX_TOP_K = 32, 64, 16
+# A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf: between them
+# every intermediate of the one-pass recurrences is finite in fp32.
+LIMIT = 1e30
+# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE infinitely unlikely.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence finite.
+PREVIOUS_FLOOR = math.log(1e-12)
+
+_GROUP_OF = {
+    "second_token": "second",
+    "second_logit": "second",
+    "margin": "second",
+    "logsumexp": "logsumexp",
+    "entropy": "entropy",
+    "kl": "kl",
+    "sampled_token": "sampled",
+    "sampled_confidence": "sampled",
+    "query_confidence": "query",
+}
+
+
+def requested(field: str, outputs: Sequence[str]) -> bool:
+    """Whether a field of `Confidence` (but for the top k) belongs to a call with these outputs."""
+    return field not in _GROUP_OF or _GROUP_OF[field] in outputs
+
+
+def check_arguments(
+    logits: Tensor,
+    rows: Tensor | None,
+    outputs: Sequence[str],
+    top_k: int,
+    banned: Tensor | None,
+    temperature: Tensor | None,
+    sample_temperature: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    query: Tensor | None,
+    soft_cap: float | None,
+    bias_ids: Tensor | None,
+    bias: Tensor | None,
+    previous: Tensor | None,
+    previous_logsumexp: Tensor | None,
+    extra_dtypes: tuple[torch.dtype, ...] = (),
+) -> int:
+    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the device."""
+    check_matrix("confidence", "logits", logits, "[R, V] with 1 <= V < 2^30", extra_dtypes)
+    if not 1 <= logits.shape[1] < 2**30:
+        raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"confidence: top_k must be an integer from 0 to {MAX_TOP_K}, got {top_k!r}")
+    check_outputs("confidence", outputs, OUTPUTS, soft_cap)
+    _check_groups(
+        "confidence",
+        outputs,
+        sampled={"sample_temperature": sample_temperature, "seed": seed, "noise": noise},
+        query={"query": query},
+        kl={"previous": previous, "previous_logsumexp": previous_logsumexp},
+    )
+    if (bias_ids is None) != (bias is None):
+        raise ValueError(
+            f"confidence: bias_ids and bias must be given together, got bias_ids={_kind(bias_ids)}, bias={_kind(bias)}"
+        )
+    if previous is not None:
+        if previous.dtype != logits.dtype:
+            raise TypeError(f"confidence: previous must have the logits' dtype {logits.dtype}, got {previous.dtype}")
+        if previous.shape != logits.shape:
+            raise ValueError(f"confidence: previous must have the logits' shape {list(logits.shape)}, got {list(previous.shape)}")
+        if previous.shape[1] > 1 and previous.stride(1) != 1:
+            raise ValueError(f"confidence: previous must have last stride 1, got strides {previous.stride()}")
+        if previous.device != logits.device:
+            raise ValueError(f"confidence: previous must be on {logits.device}, got {previous.device}")
+    N = _check_row_tensors("confidence", logits, rows, banned, temperature, sample_temperature, seed, noise, query)
+    _check_tensors(
+        "confidence",
+        logits.device,
+        N,
+        ("bias_ids", bias_ids, torch.int64, [] if bias_ids is None else [(N, bias_ids.shape[-1:].numel())]),
+        ("bias", bias, torch.float32, [] if bias_ids is None else [tuple(bias_ids.shape)]),
+        ("previous_logsumexp", previous_logsumexp, torch.float32, [(logits.shape[0],)]),
+    )
+    if bias_ids is not None and not 1 <= bias_ids.shape[1] <= MAX_BIAS:
+        raise ValueError(f"confidence: bias_ids must hold 1 to {MAX_BIAS} ids a row, got K={bias_ids.shape[1]}")
+    return N
+
+
+def check_linear_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    outputs: Sequence[str],
+    banned: Tensor | None,
+    temperature: Tensor | None,
+    sample_temperature: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    query: Tensor | None,
+    soft_cap: float | None,
+    extra_dtypes: tuple[torch.dtype, ...] = (),
+) -> int:
+    """Raise on a call that `linear_confidence` does not define; returns N. Looks at shapes and dtypes, never at values."""
+    op = "linear_confidence"
+    if not isinstance(outputs, str) and "kl" in outputs:
+        raise ValueError(
+            f"{op}: 'kl' needs the previous step's logits, which this op never writes: use confidence, got outputs={outputs!r}"
+        )
+    check_matrix(op, "hidden", hidden, "[R, H]", extra_dtypes)
+    check_matrix(op, "weight", weight, "[V, H]", extra_dtypes)
+    V, H = weight.shape
+    if not 1 <= V < 2**30 or H < 1 or hidden.shape[1] != H:
+        raise ValueError(
+            f"{op}: hidden must be [R, H] and weight [V, H] with 1 <= V < 2^30 and H >= 1, "
+            f"got shapes {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"{op}: weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    if weight.device != hidden.device:
+        raise ValueError(f"{op}: weight must be on {hidden.device}, got {weight.device}")
+    check_outputs(op, outputs, LINEAR_OUTPUTS, soft_cap)
+    _check_groups(
+        op,
+        outputs,
+        sampled={"sample_temperature": sample_temperature, "seed": seed, "noise": noise},
+        query={"query": query},
+    )
+    return _check_row_tensors(op, hidden, rows, banned, temperature, sample_temperature, seed, noise, query)
+
+
+def check_matrix(op: str, name: str, values: Tensor, shape: str, extra_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `values` is a matrix of a dtype that the op takes, with any row stride and last stride 1."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, *extra_dtypes)
+    if values.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {values.dtype}")
+    if values.dim() != 2:
+        raise ValueError(f"{op}: {name} must be {shape}, got shape {list(values.shape)}")
+    if values.shape[1] > 1 and values.stride(1) != 1:
+        raise ValueError(f"{op}: {name} must have last stride 1, got strides {values.stride()}")
+
+
+def check_outputs(op: str, outputs: Sequence[str], known: Sequence[str], soft_cap: float | None) -> None:
+    """Raise on output groups that the op does not have, and on a cap that is none."""
+    if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(known):
+        raise ValueError(f"{op}: outputs must be distinct names out of {known}, got {outputs!r}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{op}: soft_cap must be a positive finite number or None, got {soft_cap!r}")
+
+
+def _check_groups(op: str, outputs: Sequence[str], **groups: dict[str, Tensor | None]) -> None:
+    for group, arguments in groups.items():
+        for name, value in arguments.items():
+            if (value is not None) != (group in outputs):
+                state = "required" if value is None else "used"
+                raise ValueError(
+                    f"{op}: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}"
+                )
+
+
+def _check_row_tensors(
+    op: str,
+    matrix: Tensor,
+    rows: Tensor | None,
+    banned: Tensor | None,
+    temperature: Tensor | None,
+    sample_temperature: Tensor | None,
+    seed: Tensor | None,
+    noise: Tensor | None,
+    query: Tensor | None,
+) -> int:
+    N = matrix.shape[0]
+    if rows is not None:
+        if rows.dim() != 1:
+            raise ValueError(f"{op}: rows must be [N], got shape {list(rows.shape)}")
+        N = rows.shape[0]
+    K = 0 if banned is None else banned.shape[-1:].numel()
+    _check_tensors(
+        op,
+        matrix.device,
+        N,
+        ("rows", rows, torch.int32, [(N,)]),
+        ("temperature", temperature, torch.float32, [(N,)]),
+        ("sample_temperature", sample_temperature, torch.float32, [(N,)]),
+        ("seed", seed, torch.int64, [(1,)]),
+        ("noise", noise, torch.int32, [(N, 3)]),
+        ("query", query, torch.int64, [(N,)]),
+        ("banned", banned, torch.int64, [(K,), (N, K)]),
+    )
+    if K > MAX_BANNED:
+        raise ValueError(f"{op}: banned must hold at most {MAX_BANNED} ids a row, got K={K}")
+    return N
+
+
+def _check_tensors(
+    op: str, device: torch.device, N: int, *tensors: tuple[str, Tensor | None, torch.dtype, list[tuple[int, ...]]]
+) -> None:
+    for name, value, dtype, shapes in tensors:
+        if value is None:
+            continue
+        if value.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
+        if tuple(value.shape) not in shapes:
+            raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})")
+        if not value.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {value.stride()}")
+        if value.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else f"{value.dtype} {list(value.shape)}"

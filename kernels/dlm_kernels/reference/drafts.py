@@ -1,0 +1,205 @@
+"""Lossless self-speculation in plain torch: `draft_build` makes the canvases that one forward verifies, `verify` accepts them.
+
+The last accepted forward, the source, predicts the whole order of a block. Draft k writes its k + 1 best positions; one
+forward of all drafts tells what the static decoder (one token a step) would have done after each, and the longest agreeing
+chain is accepted. The tokens are therefore those of the static decoder, in fewer forwards of more positions. FreeDave,
+arXiv:2510.00294.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .select import rank_order
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftSource:
+    """What the drafts of every row are made from, and how drafting went so far. `verify` writes it in place.
+
+    token [B, W] int64, score, confidence [B, W] fp32: predictions of the accepted canvas, lane by lane; 2-D fields may have
+    any row stride. tried, accepted [B] int32: steps that verified drafts, and drafts accepted beyond the first.
+    """
+
+    token: Tensor
+    score: Tensor
+    confidence: Tensor
+    tried: Tensor
+    accepted: Tensor
+
+
+class Verified(NamedTuple):
+    """What a step writes, lane by lane [B, W]: `chosen` bool lanes, their token `pred` int64 and its `confidence` fp32."""
+
+    chosen: Tensor
+    pred: Tensor
+    confidence: Tensor
+
+
+def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, *, D: int) -> Tensor:
+    """The held tokens of D canvases a row: draft k is the row with its k + 1 best eligible lanes written, as the source
+    predicts them.
+
+        source's order 2 0 1, D = 2       tokens  # # # g    draft 0  # # c g    draft 1  a # c g
+
+    Best means source.score descending, then the lowest lane; -0.0 ties with 0.0, NaN is -inf.
+
+    Args:
+        source: its token and score are read where a lane is eligible.
+        tokens: [B, W] int64 held tokens of the lanes, W as in `source`.
+        eligible: [B, W] bool lanes that may be written. A draft writes no more than there are.
+        ready: [B] bool rows that have a source; every draft of another row is the row as it is.
+        D: drafts, at least 1.
+    Returns:
+        [B, D, W] int64.
+    Raises:
+        TypeError: dtype. ValueError: shape, device, last stride, D < 1.
+    """
+    check_build(source, tokens, eligible, ready, D)
+    place = _places(eligible, source.score)[:, None]
+    k = torch.arange(D, device=place.device)[:, None]
+    write = (place <= k) & (eligible & ready[:, None])[:, None]
+    return torch.where(write, source.token[:, None], tokens[:, None])
+
+
+def verify(
+    source: DraftSource,
+    held: Tensor,
+    token: Tensor,
+    score: Tensor,
+    confidence: Tensor,
+    *,
+    eligible: Tensor,
+    ready: Tensor,
+    drafting: Tensor,
+    selects: Tensor,
+    mask_id: int,
+) -> Verified:
+    """Accepts the longest chain of drafts and makes its last canvas the next source, in place.
+
+        target_i  draft i with the one lane written that the static decoder writes next: its best masked lane, by the draft's
+                  own scores, receives the draft's own token (nothing if the draft holds no mask)
+        agrees    draft j > i is what the static decoder makes of draft i: target_i = held_j on every lane, and there are
+                  more than j eligible lanes
+        accepted  best = 0; again and again the last draft that agrees with `best`, until there is none
+
+    A ready row writes the best + 1 lanes of the accepted draft, as the source predicted them. The last masked lane needs no forward of
+    its own: the accepted canvas has predicted it, so it is written too. A row without a source writes at most that last lane.
+
+    Args:
+        source: what the drafts were made from. Rows that select get the predictions of their accepted draft (draft 0 without drafts);
+            of rows that draft and select, tried and accepted are counted.
+        held: [B, D, W] int64 from `draft_build`. token int64, score, confidence fp32 [B, D, W]: what the forward of each draft
+            predicts, read in eligible lanes only; scores are ordered as in `draft_build`. The first two strides may be anything.
+        eligible, ready: as given to `draft_build`.
+        drafting: [B] bool rows that may accept more than draft 0, if they are ready.
+        selects: [B] bool rows that take part in this step.
+        mask_id: what a masked lane holds.
+    Returns:
+        `Verified`; pred and confidence hold the predictions of the accepted draft in lanes that are not chosen, eligible or not.
+    Raises:
+        TypeError: dtype. ValueError: shape, device, last stride.
+    """
+    check_verify(source, held, token, score, confidence, eligible, ready, drafting, selects, mask_id)
+    B, D, W = held.shape
+    place = _places(eligible, source.score)
+    left = eligible.sum(1)
+    masked = eligible[:, None] & (held == mask_id)
+    next_lane = _places(masked.flatten(0, 1), score.flatten(0, 1)).view(B, D, W) == 0
+    target = torch.where(next_lane, token, held)
+    drafts = ready & drafting
+    k = torch.arange(D, device=held.device)
+    agrees = (target[:, :, None] == held[:, None]).all(-1)  # [B, draft, later draft]
+    agrees = agrees & (k[None, :] > k[:, None]) & (k < left[:, None])[:, None] & drafts[:, None, None]
+    best = torch.zeros(B, 1, dtype=torch.int64, device=held.device)
+    for _ in range(D - 1):
+        reached = agrees.gather(1, best[:, :, None].expand(B, 1, D))[:, 0]
+        best = torch.maximum(best, torch.where(reached, k, 0).amax(1, keepdim=True))
+
+    def of_best(values: Tensor) -> Tensor:
+        return values.gather(1, best[:, :, None].expand(B, 1, W))[:, 0]
+
+    count = torch.where(ready, best[:, 0] + 1, 0)
+    closes = left - count == 1
+    from_draft = (place < count[:, None]) & eligible
+    result = Verified(
+        chosen=(place < (count + closes)[:, None]) & eligible,
+        pred=torch.where(from_draft, source.token, of_best(token)),
+        confidence=torch.where(from_draft, source.confidence, of_best(confidence)),
+    )
+    counts = drafts & selects
+    source.accepted.add_(torch.where(counts, best[:, 0], 0).int())
+    source.tried.add_(counts.int())
+    for mine, new in ((source.token, token), (source.score, score), (source.confidence, confidence)):
+        mine.copy_(torch.where(selects[:, None], of_best(new), mine))
+    return result
+
+
+def _places(among: Tensor, score: Tensor) -> Tensor:
+    """The place of every lane in the order of `unmask`, W for lanes not `among`. [B, W] int64"""
+    order = rank_order(among, score)
+    place = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return torch.where(among, place, order.shape[1])
+
+
+def check_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, D: int) -> None:
+    """Raise unless `draft_build` can take these; reads no element, shared with the kernel's launcher."""
+    if isinstance(D, bool) or not isinstance(D, int):
+        raise TypeError(f"draft_build: D must be an int, got {type(D).__name__}")
+    if D < 1:
+        raise ValueError(f"draft_build: D must be at least 1, got D={D}")
+    _check("draft_build", source, 2, dict(tokens=(tokens, torch.int64, "BW")), eligible=eligible, ready=ready)
+
+
+def check_verify(
+    source: DraftSource,
+    held: Tensor,
+    token: Tensor,
+    score: Tensor,
+    confidence: Tensor,
+    eligible: Tensor,
+    ready: Tensor,
+    drafting: Tensor,
+    selects: Tensor,
+    mask_id: int,
+) -> None:
+    """Raise unless `verify` can take these; reads no element, shared with the kernel's launcher."""
+    if isinstance(mask_id, bool) or not isinstance(mask_id, int):
+        raise TypeError(f"verify: mask_id must be an int, got {type(mask_id).__name__}")
+    lanes = dict(
+        held=(held, torch.int64, "BDW"),
+        token=(token, torch.int64, "BDW"),
+        score=(score, torch.float32, "BDW"),
+        confidence=(confidence, torch.float32, "BDW"),
+    )
+    _check("verify", source, 3, lanes, eligible=eligible, ready=ready, drafting=drafting, selects=selects)
+
+
+def _check(op: str, source: DraftSource, rank: int, lanes: dict, *, eligible: Tensor, **rows: Tensor) -> None:
+    name, (first, _, _) = next(iter(lanes.items()))
+    if first.dim() != rank or 0 in first.shape[1:]:
+        form = "[B, W]" if rank == 2 else "[B, D, W]"
+        raise ValueError(f"{op}: {name} must be {form} with at least one lane, got shape {tuple(first.shape)}")
+    B, W, D = first.shape[0], first.shape[-1], first.shape[1]
+    shapes = {"B": (B,), "BW": (B, W), "BDW": (B, D, W)}
+    expected = dict(lanes) | {"eligible": (eligible, torch.bool, "BW")} | {key: (x, torch.bool, "B") for key, x in rows.items()}
+    expected |= {
+        "source.token": (source.token, torch.int64, "BW"),
+        "source.score": (source.score, torch.float32, "BW"),
+        "source.confidence": (source.confidence, torch.float32, "BW"),
+        "source.tried": (source.tried, torch.int32, "B"),
+        "source.accepted": (source.accepted, torch.int32, "B"),
+    }
+    for name, (tensor, dtype, form) in expected.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shapes[form]:
+            raise ValueError(f"{op}: {name} must have shape {shapes[form]}, got {tuple(tensor.shape)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} like {next(iter(lanes))}, got {tensor.device}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the last dimension of {name} must have stride 1, got strides {tensor.stride()}")

@@ -1,0 +1,193 @@
+"""Device code of `unmask`: who takes part in a step, and where a row then stands, from scalars. Specification: reference.advance.
+
+Shared by the two kernels, which differ in where they keep a row's lanes: in registers, or in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import state as row_state
+from .unmask_canvas_device import count_masked, first_masked, seed_closes
+
+_WIDE, _DENOISE = tl.constexpr(row_state.WIDE), tl.constexpr(row_state.DENOISE)
+_COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
+
+
+@triton.jit
+def part_of(phase, block_start, block_end, lane_start, W, KIND: tl.constexpr, CACHE: tl.constexpr):
+    """Does the row prefill, commit, or select? At most one of the three."""
+    prefills = (phase == _WIDE) & (KIND == "wide" and CACHE == "commit")
+    commits = (phase == _COMMIT) & (KIND == "window" and CACHE == "commit")
+    selects = (phase == _DENOISE) & (KIND == "window") | (phase == _WIDE) & (KIND == "wide" and CACHE != "commit")
+    selects = selects & (block_end - lane_start <= W) & (block_start >= lane_start)
+    return prefills, commits, selects
+
+
+@triton.jit
+def least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA: tl.constexpr, SCOPE: tl.constexpr):
+    """How many lanes must pass."""
+    if QUOTA:
+        S = tl.maximum(tl.load(steps_ptr + row), 1)
+        block_masks = tl.load(block_masks_ptr + row)
+        kmin = block_masks // S + (tl.load(block_step_ptr + row) < block_masks % S).to(tl.int32)
+        kmin = tl.maximum(kmin, 1)
+    elif SCOPE == "each":
+        kmin = n * 0
+    else:
+        kmin = tl.load(min_unmask_ptr + row)
+    return kmin
+
+
+@triton.jit
+def number_masked_again(chosen, any_left, row, least_ptr, count_ptr, REMASK: tl.constexpr):
+    """How many lanes a step masks again at most. chosen: lanes just written; any_left: does the region still hold a mask?"""
+    if REMASK == "saber":
+        n = tl.maximum(tl.load(least_ptr + row), 0)
+        m = tl.maximum(n, chosen)
+        k = tl.minimum(tl.maximum(n // 2, (m + 7) // 8), m - 1)
+        k = tl.where(any_left, k, 0)
+    elif REMASK == "wino":
+        k = tl.where(chosen > 1, tl.load(count_ptr + row), 0)
+    else:
+        k = tl.load(count_ptr + row)
+    return k
+
+
+@triton.jit
+def advance_pipeline(
+    position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length, append_masks, mask_id,
+    tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr,
+    KIND: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Several blocks at once: move the region of the row, and its phase.
+
+    masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first of them;
+    first: the first position that keeps its block in the region; stop_at: the first written stop token; all three are block_end
+    where there is none. No canvas position from masks_end on is masked.
+    """
+    start = block_start
+    if CACHE != "delayed" or KIND == "wide":
+        # The region's leading blocks leave it.
+        start = block_start + (first - block_start) // block_length * block_length
+        start = tl.where(first < block_end, start, block_end)
+    stopped = stop_at < mask_at
+    if STOP == "after_block":
+        whole = block_start + (mask_at - block_start) // block_length * block_length
+        stopped = stop_at < tl.where(mask_at < block_end, whole, block_end)
+    elif STOP != "closed":
+        stopped = stopped & False
+    if STOP == "closed" or STOP == "after_block" or STOP == "appends":
+        canvas_len = tl.where(stop_at < block_end, block_end, canvas_len)
+        masks_end = canvas_len
+        tl.store(canvas_len_ptr, canvas_len)
+    tail = block_end - 1 - (block_end - 1 - block_start) % block_length
+    if masked is None:
+        tail_masks = count_masked(tokens_ptr, tail, block_end, mask_id, BLOCK_L)
+    else:
+        tail_masks = tl.sum((masked & (position >= tail)).to(tl.int32))
+    appends = (tail_masks <= append_masks) & (block_end < canvas_len)
+    if STOP == "fill":
+        appends = appends & (stop_at == block_end)
+    end = tl.where(appends, tl.minimum(block_end + block_length, canvas_len), block_end)
+    done = stopped
+    if mask_at == block_end:
+        done = done | (first_masked(tokens_ptr, block_end, masks_end, mask_id, BLOCK_L) >= masks_end)
+    next_phase = _DENOISE
+    if CACHE == "delayed":
+        head_end = tl.minimum(start + block_length, end)
+        if masked is None:
+            head = count_masked(tokens_ptr, start, tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+        else:
+            head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
+            head += count_masked(tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+        if head == 0:
+            next_phase = _WIDE
+    if done:
+        next_phase = _DONE
+    tl.store(block_start_ptr, start)
+    tl.store(block_end_ptr, end)
+    return next_phase
+
+
+@triton.jit
+def advance_block(
+    mask_at, stop_at, changed, all_stop, exiting, known, block_end, canvas_len, block_length_ptr, mask_id, tokens_ptr,
+    EDIT: tl.constexpr, RENOISE: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Blocks one at a time: the row's next phase, whether a block opens, and where.
+
+    changed: was a lane written? all_stop: does the block hold nothing but stop tokens? Nothing in [block_end, known) is masked.
+    """
+    next_phase = _DENOISE
+    start = block_end
+    finished = mask_at == block_end
+    if EDIT:
+        finished = finished & ((changed == 0) | exiting)
+    if RENOISE:
+        finished = (finished & False) | exiting
+    stopped = stop_at < mask_at
+    if STOP == "after_block" or STOP == "all_stop":
+        stopped = finished & (stop_at < block_end)
+        if STOP == "all_stop":
+            stopped = stopped & all_stop
+    elif STOP == "never":
+        stopped = stopped & False
+    opens = finished & False
+    if stopped:
+        next_phase = _DONE
+    elif finished:
+        next_mask = first_masked(tokens_ptr, known, canvas_len, mask_id, BLOCK_L)
+        if next_mask >= canvas_len:
+            next_phase = _DONE
+        elif CACHE == "commit" and not EDIT:
+            next_phase = _COMMIT
+        else:
+            if CACHE != "commit":
+                block_length = tl.maximum(tl.load(block_length_ptr), 1)
+                start = block_end + (next_mask - block_end) // block_length * block_length
+            opens = finished
+            if CACHE == "refresh":
+                next_phase = _WIDE
+    return next_phase, opens, start
+
+
+@triton.jit
+def open_block(
+    row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
+    tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
+    canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
+    block_length_ptr, stop_ids_ptr, seed_ptr, seed_confidence_ptr,
+    CACHE: tl.constexpr, SEED: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Open the block at `start`, before `known` of which nothing is masked, and return the row's next phase."""
+    canvas_len = tl.load(canvas_len_ptr + row)
+    end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
+    if prefills:
+        end = block_end
+    else:
+        tl.store(block_step_ptr + row, 0)
+    masks = count_masked(tokens_ptr, tl.maximum(start, known), end, mask_id, BLOCK_L)
+    closes = False
+    if SEED:
+        is_masked = tl.load(tokens_ptr + start, mask=start < canvas_len, other=0) == mask_id
+        if (prefills | commits) & (start < canvas_len) & is_masked:
+            seed = tl.load(seed_ptr + row)
+            closes = seed_closes(
+                tokens_ptr, unmask_step_ptr, start, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP, BLOCK_L
+            )  # fmt: skip
+            # One thread writes what the others have just read.
+            tl.debug_barrier()
+            tl.store(tokens_ptr + start, seed)
+            tl.store(unmask_step_ptr + start, tl.load(step_ptr + row))
+            tl.store(unmask_confidence_ptr + start, tl.load(seed_confidence_ptr + row))
+            masks -= 1
+    if (CACHE == "commit") & (masks == 0):
+        next_phase = _COMMIT
+    if closes:
+        next_phase = _DONE
+    tl.store(block_start_ptr + row, start)
+    tl.store(block_end_ptr + row, end)
+    tl.store(block_masks_ptr + row, masks)
+    return next_phase

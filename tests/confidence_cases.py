@@ -1,0 +1,353 @@
+"""Random calls of `confidence` and `linear_confidence`, the checks that tests and the campaign make of them, and how they are run."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import random
+from collections.abc import Iterator
+
+import dlm_kernels.confidence as kernel
+import dlm_kernels.linear_confidence as linear_kernel
+import torch
+from dlm_kernels import reference
+from dlm_kernels.reference import noise as generator
+from dlm_kernels.reference.confidence import OUTPUTS, Confidence
+from dlm_kernels.reference.confidence_arguments import LINEAR_OUTPUTS
+from dlm_kernels.tiles import ConfidenceTile, LinearConfidenceTile
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+INTEGERS = ("token", "second_token", "error", "top_tokens")
+FLOATS = ("logit", "second_logit", "logsumexp", "entropy", "confidence", "margin", "sampled_confidence", "query_confidence")
+STATISTICS = ("second", "logsumexp", "entropy")
+WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
+GUARD = 16
+# A draw is compared where its two best float64 scores are further apart than any rounding of an fp32 score.
+CLEAR_DRAW = 1e-3
+
+
+# -- running -----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, `torch.empty` returns poison between two guard zones; leaving checks that no guard was overwritten."""
+    real, buffers = torch.empty, []
+
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        poison, size = math.nan if dtype.is_floating_point else -7777, math.prod(shape)
+        buffers.append(torch.full((size + 2 * GUARD,), poison, dtype=dtype, device=device))
+        return buffers[-1][GUARD : GUARD + size].view(shape)
+
+    torch.empty = empty
+    try:
+        yield
+    finally:
+        torch.empty = real
+    for buffer in buffers:
+        guards = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
+        assert (guards.isnan() if buffer.dtype.is_floating_point else guards == -7777).all(), "written outside an output"
+
+
+@contextlib.contextmanager
+def changed(owner: object, **values: object) -> Iterator[None]:
+    saved = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def faster_interpreter() -> Iterator[None]:
+    """The interpreter patches Triton's library anew at every call of a device function; once a launch is enough."""
+    patch_library, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        modules = {id(value) for value in function.__globals__.values() if inspect.ismodule(value)}
+        missing = (modules & {id(interpreter.tl), id(interpreter.tl.core)}) - patched
+        patched.update(missing)
+        return patch_library(function) if missing else None
+
+    def launch_afresh(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    with changed(interpreter, _patch_lang=patch_once), changed(interpreter.GridExecutor, __call__=launch_afresh):
+        yield
+
+
+def toy_tile(lanes: int, part_tiles: int = 4) -> ConfidenceTile:
+    return ConfidenceTile(lanes=lanes, num_warps=1, part_tiles=part_tiles)
+
+
+def run_kernel(
+    logits: Tensor, lanes: int | None = None, *, part_tiles: int | None = None, split: bool | None = None, **arguments: object
+) -> Confidence:
+    """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 lanes are split), its buffers
+    poisoned."""
+    tile = None if lanes is None else toy_tile(lanes, part_tiles or {16: 4, 64: 1}.get(lanes, 2))
+    split = lanes == 16 if lanes is not None and split is None else split
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(faster_interpreter())
+        if tile is not None:
+            stack.enter_context(changed(kernel, _tile=lambda logits, kl, biased: tile))
+        if split is not None:
+            stack.enter_context(changed(kernel, _multiprocessors=lambda device: 2**30 if split else 0))
+        stack.enter_context(poisoned_empty())
+        return kernel.confidence(logits, **arguments)
+
+
+def run_linear(hidden: Tensor, weight: Tensor, tile: LinearConfidenceTile | None = None, **arguments: object) -> Confidence:
+    """`linear_confidence` by a tile (None: what the launcher chooses), its buffers poisoned."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(faster_interpreter())
+        if tile is not None:
+            stack.enter_context(changed(linear_kernel, linear_confidence_tile=lambda itemsize: tile))
+        stack.enter_context(poisoned_empty())
+        return linear_kernel.linear_confidence(hidden, weight, **arguments)
+
+
+class Recorder(TorchDispatchMode):
+    """What a call asks of torch and of Triton, in order; kernels are not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.calls.append(str(function.overloadpacket))
+        return function(*arguments, **(options or {}))
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[str]]:
+    recorder = Recorder()
+    with changed(type(kernel._merge_kernel), run=lambda self, *_, **__: recorder.calls.append(self.fn.__name__)), recorder:
+        yield recorder.calls
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------------
+
+
+def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tensor, scale: float, factor: float = 2) -> None:
+    """Error at most `factor` times torch's own in fp32, plus rounding: exponents are of size `scale` and carry 24 bits."""
+    finite = exact.isfinite()
+    assert torch.equal(ours[~finite].double(), exact[~finite])
+    error = (ours.double() - exact)[finite].abs()
+    theirs = (low_precision.double() - exact)[finite].abs()
+    bound = factor * theirs + 2**-22 * scale * exact[finite].abs().clamp(min=1)
+    assert (error <= bound).all(), f"error {error.max():.3e}, torch's {theirs.max():.3e}, bound {bound.min():.3e}"
+
+
+def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
+    """Ids and errors exactly, floats by the error bound; `sampled_token` where the draw is clear, which nearly all are."""
+    low = reference.confidence(logits, **arguments)
+    previous = {"previous": arguments["previous"].double()} if arguments.get("previous") is not None else {}
+    exact = reference.confidence(logits.double(), **arguments | previous)
+    for name in Confidence._fields:
+        assert (getattr(ours, name) is None) == (getattr(low, name) is None), name
+    for name in INTEGERS:
+        if getattr(low, name) is not None:
+            assert getattr(ours, name).dtype == getattr(low, name).dtype
+            assert torch.equal(getattr(ours, name), getattr(low, name)), name
+    settled = torch.ones_like(ours.token, dtype=torch.bool)
+    if low.sampled_token is not None:
+        settled = clear_draws(logits, arguments) | (low.error != 0)
+        assert (~settled).sum() <= max(1, 0.01 * settled.numel())
+        assert torch.equal(ours.sampled_token[settled], exact.sampled_token[settled]), "sampled_token"
+    temperature = arguments.get("temperature")
+    coldest = temperature.min().item() if temperature is not None and temperature.numel() else 1.0
+    added = [arguments[name] for name in ("bias", "previous") if arguments.get(name) is not None]
+    finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
+    size = sum(values.max().item() for values in finite if values.numel())
+    scale = 4 + (size + (arguments.get("soft_cap") or 0)) / coldest
+    for name in (*FLOATS, "top_logits", "kl"):
+        values = getattr(ours, name)
+        if values is not None:
+            assert values.dtype == torch.float32
+            keep = settled if name == "sampled_confidence" else slice(None)
+            # Log-probabilities are subtracted, and those of a flat row are as large as its logsumexp.
+            terms = scale + (arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0)
+            assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], terms)
+
+
+def clear_draws(logits: Tensor, arguments: dict[str, object]) -> Tensor:
+    """[N] bool: the draw cannot hang on rounding, because it is greedy or its two best scores lie apart in float64."""
+    temperature = arguments["sample_temperature"].double()
+    (R, V), N = logits.shape, len(temperature)
+    rows = arguments.get("rows")
+    rows = torch.arange(R, device=logits.device) if rows is None else rows.long()
+    x = logits[rows.clamp(0, R - 1)].double()
+    if arguments.get("bias") is not None:
+        inside = (arguments["bias_ids"] >= 0) & (arguments["bias_ids"] < V)
+        added = torch.where(inside, arguments["bias"], 0.0).double()
+        x = x.scatter_add(1, torch.where(inside, arguments["bias_ids"], 0), added)
+    x = torch.where(x <= -1e30, -math.inf, x)
+    cap = arguments.get("soft_cap")
+    x = x if cap is None else torch.where(x > -math.inf, cap * torch.tanh(x / cap), x)
+    key = generator.row_key(arguments["seed"], arguments["noise"])
+    scores = x / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    scores = scores + generator.gumbel(key, torch.arange(V, device=logits.device), torch.float64)
+    banned = arguments.get("banned")
+    if banned is not None and banned.shape[-1]:
+        ids = torch.arange(V, device=logits.device)
+        scores = scores.masked_fill((ids == banned.expand(N, banned.shape[-1])[..., None]).any(1), -math.inf)
+    if V == 1:
+        return torch.ones(N, dtype=torch.bool, device=logits.device)
+    best = scores.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).topk(2, dim=1).values
+    return (temperature == 0) | (best[:, 1] == -math.inf) | (best[:, 0] - best[:, 1] > CLEAR_DRAW)
+
+
+def assert_identical(a: Confidence, b: Confidence) -> None:
+    """Bit for bit; NaN would differ from itself, and is no value of any output."""
+    for name in Confidence._fields:
+        left, right = getattr(a, name), getattr(b, name)
+        assert (left is None) == (right is None), name
+        if left is not None:
+            assert torch.equal(left, right), f"{name}: {left.tolist()} is not {right.tolist()}"
+
+
+def rows_of(result: Confidence, rows: slice) -> Confidence:
+    return Confidence(*(None if values is None else values[rows] for values in result))
+
+
+# -- random calls --------------------------------------------------------------------------------------------------------------
+
+
+def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
+    """Arguments that request every output but "kl" and the top k, random but for some greedy rows."""
+    sample_temperature = torch.rand(N) + 0.5
+    sample_temperature[::greedy_every] = 0
+    arguments = {
+        "temperature": torch.rand(N) + 0.5,
+        "sample_temperature": sample_temperature,
+        "seed": torch.tensor([0x123456789ABCDEF]),
+        "noise": torch.randint(-5, 1000, (N, 3), dtype=torch.int32),
+        "query": torch.randint(0, V, (N,)),
+    }
+    return {"outputs": WITHOUT_KL, **{name: value.to(device) for name, value in arguments.items()}}
+
+
+def random_options(rng: random.Random, R: int, V: int, most_rows: int, known: tuple[str, ...]) -> dict[str, object]:
+    """Every option of both ops, each with some chance."""
+    N = R
+    arguments: dict[str, object] = {}
+    if rng.random() < 0.5:
+        N = rng.randint(1, most_rows)
+        arguments["rows"] = torch.tensor([rng.choice([-1, R, *range(R), *range(R)]) for _ in range(N)], dtype=torch.int32)
+    outputs = tuple(name for name in known if rng.random() < 0.6)
+    arguments |= {name: value for name, value in everything(N, V, torch.device("cpu")).items() if name != "outputs"}
+    if "sampled" not in outputs:
+        for name in ("sample_temperature", "seed", "noise"):
+            del arguments[name]
+    if "query" not in outputs:
+        del arguments["query"]
+    if rng.random() < 0.5:
+        del arguments["temperature"]
+    if rng.random() < 0.7:
+        K = rng.choice([1, 2, 5, 32 if V > 1000 else 8])  # the interpreter pays per id
+        arguments["banned"] = torch.randint(-1, V, (K,) if rng.random() < 0.5 else (N, K))
+    if rng.random() < 0.3:
+        arguments["soft_cap"] = rng.choice([1.5, 30.0])
+    return {"outputs": outputs, **arguments}
+
+
+def to_device(arguments: dict[str, object], device: torch.device | str) -> dict[str, object]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def random_case(
+    seed: int,
+    device: torch.device | str = "cpu",
+    vocabularies: tuple[int, ...] = (1, 2, 3, 31, 97, 255, 256, 257, 1023, 1025),
+    most_rows: int = 6,
+) -> tuple[Tensor, dict[str, object]]:
+    """Logits and arguments of one random call of `confidence`: every option, hostile values."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    V = rng.choice(vocabularies)
+    R = rng.randint(1, max(1, most_rows - 1))
+    dtype = rng.choice([torch.float16, torch.bfloat16, torch.float32])
+    logits = torch.randn(R, V + rng.choice([0, 3])) * rng.choice([0.0, 0.5, 4.0])
+    if rng.random() < 0.5:  # ties
+        logits = logits.round()
+    for _ in range(rng.randint(0, 3)):
+        value = rng.choice([-math.inf, -math.inf, -60000.0, math.inf, math.nan])
+        start = rng.randrange(V)
+        logits[rng.randrange(R), start : start + rng.choice([1, 1, V])] = value
+    if rng.random() < 0.2:  # whole parts of -inf before the first logit
+        logits[rng.randrange(R), : V - 1 - rng.randrange(min(V, 3))] = -math.inf
+    logits = logits.to(dtype)[:, :V]
+    arguments = random_options(rng, R, V, most_rows, OUTPUTS)
+    N = len(arguments["rows"]) if "rows" in arguments else R
+    if rng.random() < 0.3:
+        arguments["top_k"] = rng.choice([1, 2, 3])
+    if rng.random() < 0.3:  # of each row some of its best
+        best = torch.nan_to_num(logits.float(), 0, 0, 0).topk(min(V, 4), dim=1).indices
+        own = arguments["rows"].clamp(0, R - 1).long() if "rows" in arguments else torch.arange(R)
+        arguments["banned"] = best[own].contiguous()
+    if rng.random() < 0.4:
+        K = rng.choice([1, 3, 64 if V > 1000 else 5])
+        arguments["bias_ids"] = torch.randint(-1, V + 1, (N, K))
+        arguments["bias"] = torch.randn(N, K) * 8
+    if "kl" in arguments["outputs"]:
+        previous = torch.randn(R, V) * 2 if rng.random() < 0.5 else logits.float() + 0.1 * torch.randn(R, V)
+        arguments["previous"] = previous.to(dtype)
+        arguments["previous_logsumexp"] = previous.to(dtype).float().logsumexp(1)
+    return logits.to(device), to_device(arguments, device)
+
+
+def random_linear_case(
+    seed: int, device: torch.device | str = "cpu", V: int = 97, most_rows: int = 6
+) -> tuple[Tensor, Tensor, dict[str, object]]:
+    """Hidden rows, weights and arguments of one random call of `linear_confidence`. All values are small multiples of 1/4, so every
+    fp32 sum of products is exact in any order, and so are the ids; ties are frequent."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    R, H = rng.randint(1, max(1, most_rows - 1)), rng.choice([1, 7, 16, 33])
+    dtype = rng.choice([torch.float16, torch.float32])
+    hidden, weight = torch.randint(-6, 7, (R, H + rng.choice([0, 5]))) / 4, torch.randint(-6, 7, (V, H + rng.choice([0, 2]))) / 4
+    hidden, weight = hidden.to(dtype)[:, :H], weight.to(dtype)[:, :H]
+    if dtype == torch.float32 and rng.random() < 0.4:  # products that count as -inf, of one row and its first ids
+        weight[:, 0] = hidden[:, 0] = 0.0
+        weight[: rng.randint(1, V), 0], hidden[rng.randrange(R), 0] = -(2.0**60), 2.0**60
+    elif rng.random() < 0.2:
+        hidden[rng.randrange(R), rng.randrange(H)] = rng.choice([math.nan, math.inf])
+    arguments = random_options(rng, R, V, most_rows, LINEAR_OUTPUTS)
+    return hidden.to(device), weight.to(device), to_device(arguments, device)
+
+
+def run_case(seed: int, device: torch.device) -> dict[str, object]:
+    """One case of the campaign: a random call by a toy tile, against the float64 reference. Vocabularies are off by at most one from
+    a tile or a few parts. Of `confidence`, one program a row, one a part, or both and then bit for bit the same."""
+    rng = random.Random(seed + 2**32)
+    if rng.random() < 0.3:
+        tile = LinearConfidenceTile(*rng.choice([(2, 16, 16), (4, 8, 32), (4, 16, 16)]), 1, 1, rng.choice([1, 2]))
+        part = tile.BLOCK_V * tile.part_tiles
+        V = max(1, rng.choice([tile.BLOCK_V, part, part, 2 * part, 2 * part]) + rng.choice([-1, 0, 1]))
+        hidden, weight, arguments = random_linear_case(seed, device, V, most_rows=tile.BLOCK_M + 1)
+        result = run_linear(hidden, weight, tile, **arguments)
+        logits = hidden.float() @ weight.float().T
+        assert_equals_reference(result, logits, **arguments)
+        return {"kind": "linear", "boundary": V > tile.BLOCK_V}
+    form = rng.choice(["unsplit", "unsplit", "split", "split", "both"])
+    lanes, part_tiles = rng.choice([(4, 1), (4, 2), (16, 1), (64, 1)])
+    # Parts of fp32 logits; those of fp16 and bf16 are twice as wide, and the vocabulary is then off a part's middle or end.
+    V = max(1, 4 * lanes * part_tiles * rng.choice([1, 2, 3, 4]) + rng.choice([-1, 0, 1]))
+    logits, arguments = random_case(seed, device, (V,), most_rows=2)
+    width = lanes * 16 // logits.element_size()
+    forms = {"unsplit": [False], "split": [True], "both": [False, True]}[form]
+    results = [run_kernel(logits, lanes, part_tiles=part_tiles, split=split, **arguments) for split in forms]
+    if form == "both":
+        assert_identical(*results)
+    assert_equals_reference(results[0], logits, **arguments)
+    options = [name for name in ("kl", "sampled") if name in arguments["outputs"]]
+    options += [name for name in ("bias", "top_k") if name in arguments]
+    return {"kind": " ".join([form, *options]), "boundary": V > width}

@@ -1,0 +1,249 @@
+"""Calls of `draft_build` and `verify` for their tests, an oracle in Python numbers, and one random case checked from end to
+end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import Any
+from unittest import mock
+
+import torch
+from dlm_kernels import drafts, reference
+from dlm_kernels.reference import DraftSource
+from torch import Tensor
+
+MASK = 7
+FIELDS = tuple(field.name for field in dataclasses.fields(DraftSource))
+LANES = ("held", "token", "score", "confidence")
+
+
+@dataclasses.dataclass
+class Case:
+    """The lanes of a step and its drafts: what `draft_build` and then `verify` are given."""
+
+    source: DraftSource
+    tokens: Tensor
+    eligible: Tensor
+    ready: Tensor
+    drafting: Tensor
+    selects: Tensor
+    held: Tensor
+    token: Tensor
+    score: Tensor
+    confidence: Tensor
+
+    def map(self, change) -> Case:
+        """The same case with `change(name, tensor)` in place of every tensor."""
+        source = DraftSource(**{name: change(f"source.{name}", getattr(self.source, name)) for name in FIELDS})
+        return Case(source, **{f.name: change(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)[1:]})
+
+    def copy(self, device: torch.device | str = "cpu") -> Case:
+        return self.map(lambda _, x: x.to(device, copy=True))
+
+    def build(self, op=reference.draft_build) -> Tensor:
+        return op(self.source, self.tokens, self.eligible, self.ready, D=self.held.shape[1])
+
+    def verify(self, op=reference.verify):
+        """What is written; the source is advanced in place."""
+        return op(
+            self.source, self.held, self.token, self.score, self.confidence,
+            eligible=self.eligible, ready=self.ready, drafting=self.drafting, selects=self.selects, mask_id=MASK,
+        )  # fmt: skip
+
+
+# One row at a time, in Python numbers.
+
+
+def best_first(lanes: list[int], score: list[float]) -> list[int]:
+    return sorted(lanes, key=lambda j: (math.inf if math.isnan(score[j]) else -score[j], j))
+
+
+def build_row(row: dict[str, Any], D: int) -> list[list[int]]:
+    order = best_first([j for j, ok in enumerate(row["eligible"]) if ok], row["source.score"]) if row["ready"] else []
+    return [[row["source.token"][j] if j in order[: k + 1] else token for j, token in enumerate(row["tokens"])] for k in range(D)]
+
+
+def verify_row(row: dict[str, Any]) -> tuple[list[bool], list[int], list[float]]:
+    """Advances the row's source."""
+    held, eligible = row["held"], [j for j, ok in enumerate(row["eligible"]) if ok]
+    best, drafts_too = 0, row["ready"] and row["drafting"]
+    while drafts_too:
+        target = list(held[best])
+        for j in best_first([j for j in eligible if target[j] == MASK], row["score"][best])[:1]:
+            target[j] = row["token"][best][j]
+        agree = [j for j in range(best + 1, min(len(held), len(eligible))) if held[j] == target]
+        if not agree:
+            break
+        best = agree[-1]
+    order = best_first(eligible, row["source.score"])
+    count = best + 1 if row["ready"] else 0
+    chosen = order[: count + (len(order) - count == 1)]
+    pred, confidence = list(row["token"][best]), list(row["confidence"][best])
+    for j in order[:count]:
+        pred[j], confidence[j] = row["source.token"][j], row["source.confidence"][j]
+    if row["selects"]:
+        for name in ("token", "score", "confidence"):
+            row[f"source.{name}"] = list(row[name][best])
+        if drafts_too:
+            row["source.tried"] += 1
+            row["source.accepted"] += best
+    return [j in chosen for j in range(len(held[0]))], pred, confidence
+
+
+def rows_of(case: Case) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{} for _ in range(case.held.shape[0])]
+    case.map(lambda name, x: [rows[b].__setitem__(name, x[b].tolist()) for b in range(len(rows))])
+    return rows
+
+
+# Random cases.
+
+
+def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = None) -> Case:
+    """Drafts that the forward often agrees with, ties, NaN and -inf, rows without a source, lanes that nobody reads poisoned."""
+    rng = random.Random(seed)
+    W = rng.choice((1, 2, 3, 5, 8, 15, 16, 17, 31, 33)) if W is None else W
+    D = rng.choice((1, 2, 2, 3, 3, 5)) if D is None else D
+    rows: list[dict[str, Any]] = []
+    for _ in range(B):
+        coarse, share = rng.random() < 0.6, rng.choice((0.0, 0.3, 0.7, 1.0, 1.0))
+
+        def number() -> float:
+            return rng.choice((0.0, -0.0, 0.25, 0.5, -math.inf, math.nan)) if coarse else rng.random()
+
+        def lanes(draw, poison) -> list:
+            return [draw() if ok else poison for ok in eligible]
+
+        eligible = [rng.random() < share for _ in range(W)]
+        tokens = [MASK if ok else rng.randrange(MASK + 1) for ok in eligible]
+        row = {
+            "tokens": tokens, "eligible": eligible, "ready": rng.random() < 0.8, "drafting": rng.random() < 0.8,
+            "selects": rng.random() < 0.8, "source.token": lanes(lambda: rng.randrange(MASK), 10**15),
+            "source.score": lanes(number, math.inf), "source.confidence": [rng.random() for _ in range(W)],
+            "source.tried": rng.randrange(9), "source.accepted": rng.randrange(9),
+        }  # fmt: skip
+        row["held"] = build_row(row, D)
+        order = best_first([j for j, ok in enumerate(eligible) if ok], row["source.score"])
+        agreeing, everywhere = rng.choice((0, D, D, rng.randint(0, D))), rng.random()
+        for name, draw in (("token", lambda: rng.randrange(MASK)), ("score", number), ("confidence", rng.random)):
+            row[name] = [lanes(draw, 10**15 if name == "token" else math.inf) for _ in range(D)]
+        for k in range(D):
+            for j in order[k + 1 : k + 2] if k < agreeing else order if everywhere < 0.05 else ():
+                row["token"][k][j] = row["source.token"][j]
+                row["score"][k][j] = 2.0 if j == order[min(k + 1, len(order) - 1)] else 1.0
+        rows.append(row)
+
+    def gather(name: str) -> Tensor:
+        kind = dict.fromkeys(("token", "tokens", "held"), torch.int64) | dict.fromkeys(("score", "confidence"), torch.float32)
+        dtype = kind.get(name.split(".")[-1], torch.int32 if name.startswith("source.") else torch.bool)
+        return torch.tensor([row[name] for row in rows], dtype=dtype)
+
+    source = DraftSource(**{name: gather(f"source.{name}") for name in FIELDS})
+    return Case(source, **{f.name: gather(f.name) for f in dataclasses.fields(Case)[1:]})
+
+
+# Comparisons, and memory that tells who wrote to it.
+
+
+def same(name: str, ours: Tensor, expected: Tensor) -> None:
+    a, b = ours.cpu(), expected.cpu()
+    assert a.dtype == b.dtype and a.shape == b.shape, name
+    assert torch.equal(a, b) or torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)), f"{name}\n{a}\n{b}"
+
+
+def same_sources(ours: DraftSource, expected: DraftSource) -> None:
+    for name in FIELDS:
+        same(f"source.{name}", getattr(ours, name), getattr(expected, name))
+
+
+def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
+    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard zone."""
+    buffers = []
+
+    def embed(name: str, x: Tensor) -> Tensor:
+        guard = True if x.dtype == torch.bool else -777
+        sizes = [n + 4 for n in x.shape] if x.dim() > 1 else [x.shape[0] + 4]
+        buffer = torch.full(sizes, guard, dtype=x.dtype, device=x.device)
+        zone = torch.ones_like(buffer, dtype=torch.bool)
+        inner = tuple(slice(2, 2 + n) for n in x.shape)
+        buffer[inner], zone[inner] = x, False
+        buffers.append((name, buffer, zone))
+        return buffer[inner]
+
+    return case.map(embed), buffers
+
+
+class Poisoned:
+    """While active, what the launchers allocate holds garbage between guard zones; `check` raises if a guard was written."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = math.prod(shape)
+        garbage = True if dtype == torch.bool else float("nan") if dtype.is_floating_point else -0x5A5A5A5B
+        buffer = torch.full((count + 64,), garbage, dtype=dtype, device=device)
+        self.buffers.append((buffer, count))
+        return buffer[32 : 32 + count].view(shape)
+
+    def __enter__(self) -> Poisoned:
+        self.patch = mock.patch.object(torch, "empty", self.empty)
+        self.patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patch.stop()
+
+    def check(self) -> None:
+        for buffer, count in self.buffers:
+            guards = torch.cat([buffer[:32], buffer[32 + count :]])
+            intact = guards.isnan() if guards.is_floating_point() else guards == buffer[0]
+            assert intact.all(), "memory next to an output was written"
+
+
+def check_kernels(case: Case, tile: tuple[int, int] | None = None) -> None:
+    """Both kernels equal their references on the case, in memory of their own, and write nothing else. `tile`: for the
+    table's."""
+    expected = case.copy()
+    built, verified = expected.build(), expected.verify()
+    ours, buffers = guarded(case)
+    inputs = ours.copy()
+    choose = mock.patch.object(drafts, "drafts_tile", (lambda W: tile) if tile else drafts.drafts_tile)
+    with choose, Poisoned() as memory:
+        held = ours.build(drafts.draft_build)
+        result = ours.verify(drafts.verify)
+    memory.check()
+    same("held", held, built)
+    for name, a, b in zip(result._fields, result, verified, strict=True):
+        same(name, a, b)
+    same_sources(ours.source, expected.source)
+    for field in dataclasses.fields(case)[1:]:
+        same(f"the input {field.name}", getattr(ours, field.name), getattr(inputs, field.name))
+    for name, buffer, zone in buffers:
+        assert (buffer[zone] == buffer.flatten()[0]).all(), f"{name} was written outside its rows"
+
+
+def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
+    """One random case from the seed, checked as `check_kernels` does, in tiles of 16 lanes; every third against the oracle
+    too."""
+    W = random.Random(seed).choice((5, 16, 17, 17, 24, 31, 32))
+    case = random_case(seed, B=2 - (seed % 3 > 0), W=W)
+    if seed % 3 == 0:
+        check_oracle(case)
+    check_kernels(case.copy(device), (16, 1))
+    return {"kind": f"D={case.held.shape[1]}", "boundary": W > 16}
+
+
+def check_oracle(case: Case) -> None:
+    """The references equal the per-row transcription."""
+    rows, D = rows_of(case), case.held.shape[1]
+    assert case.build().tolist() == [build_row(row, D) for row in rows]
+    ours = case.copy()
+    verified, written = ours.verify(), [verify_row(row) for row in rows]
+    for name, x, at in zip(verified._fields, verified, range(3), strict=True):
+        same(name, x, torch.tensor([row[at] for row in written], dtype=x.dtype))
+    for name in FIELDS:
+        field = getattr(ours.source, name)
+        same(f"source.{name}", field, torch.tensor([row[f"source.{name}"] for row in rows], dtype=field.dtype))

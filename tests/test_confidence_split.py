@@ -1,0 +1,289 @@
+"""`confidence` by one program a row and by one a part of it: the same bits. And its top k, and what a call launches and allocates."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dlm_kernels import reference
+from torch import Tensor
+
+pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
+import dlm_kernels.confidence as kernel  # noqa: E402
+from confidence_cases import (  # noqa: E402
+    OUTPUTS,
+    STATISTICS,
+    assert_equals_reference,
+    assert_identical,
+    changed,
+    everything,
+    faster_interpreter,
+    random_case,
+    recorded,
+    rows_of,
+    run_kernel,
+    toy_tile,
+)
+from dlm_kernels.tiles import CONFIDENCE_PARTS, CONFIDENCE_TILES, confidence_parts  # noqa: E402
+
+LANES, PART_TILES = 4, 2
+TILE = 4 * LANES  # fp32 ids
+PART = TILE * PART_TILES
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+both = pytest.mark.parametrize("op", [reference.confidence, kernel.confidence], ids=["reference", "kernel"])
+forms = pytest.mark.parametrize("split", [False, True], ids=["unsplit", "split"])
+
+
+@pytest.fixture(autouse=True)
+def fast():
+    with faster_interpreter():
+        yield
+
+
+def run(logits: Tensor, split: bool, **arguments: object) -> reference.Confidence:
+    return run_kernel(logits, LANES, part_tiles=PART_TILES, split=split, **arguments)
+
+
+def both_forms(logits: Tensor, **arguments: object) -> reference.Confidence:
+    """The result of the split form, which is that of the unsplit one bit for bit."""
+    unsplit, split = run(logits, False, **arguments), run(logits, True, **arguments)
+    assert_identical(unsplit, split)
+    return split
+
+
+# -- equal bits, and equal to the reference ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART, 2 * PART + 1, PART + TILE - 1, PART + TILE + 1])
+def test_split_equals_unsplit_bitwise_and_the_reference_off_by_one_from_every_boundary(V, device):
+    logits = torch.randn(2, V, device=device) * 4
+    arguments = everything(2, V, device, greedy_every=2) | {"top_k": 3, "banned": torch.randint(-1, V, (2, 2), device=device)}
+    arguments["banned"][0] = logits[0].topk(2).indices
+    arguments |= {"outputs": OUTPUTS, "previous": logits + torch.randn(2, V, device=device), "soft_cap": 20.0}
+    arguments["previous_logsumexp"] = arguments["previous"].logsumexp(1)
+    arguments |= {"bias_ids": torch.randint(-1, V, (2, 3), device=device), "bias": torch.randn(2, 3, device=device) * 4}
+    assert_equals_reference(both_forms(logits, **arguments), logits, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_split_equals_unsplit_bitwise_on_random_calls(seed, device):
+    logits, arguments = random_case(seed, device, vocabularies=(97, 127, 128, 129, 161), most_rows=3)
+    assert_equals_reference(both_forms(logits, **arguments), logits, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_shipped_tile_splits_a_real_vocabulary_without_changing_a_bit(dtype, device):
+    logits = (torch.randn(1, 126464, device=device) * 3).to(dtype)
+    logits[0, 126463] = 40.0
+    arguments = {"outputs": STATISTICS, "banned": torch.tensor([126336], device=device)}
+    unsplit, split = (run_kernel(logits, split=split, **arguments) for split in (False, True))
+    assert_identical(unsplit, split)
+    assert_equals_reference(split, logits, **arguments)
+
+
+@forms
+def test_a_row_alone_equals_the_row_in_a_batch_bitwise(split, device):
+    V, N = 3 * PART + 5, 3
+    logits = torch.randn(N, V, device=device) * 3
+    arguments = everything(N, V, device)
+    together = run(logits, split, top_k=2, **arguments)
+    for n in range(N):
+        alone = {name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
+        # Alone by the other form: what the number of rows decides.
+        assert_identical(run(logits[n : n + 1], not split, top_k=2, **alone), rows_of(together, slice(n, n + 1)))
+
+
+@forms
+def test_pivots_far_apart_do_not_overflow_where_parts_meet(split, device):
+    """2e36 times the 32 or more that an equal part sums to is beyond fp32, times a weight of 0."""
+    logits = torch.full((2, 3 * PART), -9e29, device=device)
+    logits[0, PART : 2 * PART] = 9e29
+    logits[1, -1] = 9e29
+    arguments = {"outputs": STATISTICS, "temperature": torch.full((2,), 1e-6, device=device)}
+    result = run(logits, split, **arguments)
+    assert result.error.tolist() == [0, 0] and result.token.tolist() == [PART, 3 * PART - 1]
+    assert result.entropy.tolist() == pytest.approx([math.log(PART), 0.0])
+    assert result.confidence.tolist() == pytest.approx([1 / PART, 1.0])
+
+
+# -- hostile rows --------------------------------------------------------------------------------------------------------------
+
+
+@forms
+def test_parts_of_minus_infinity_first_last_and_alone_change_nothing(split, device):
+    V = 3 * PART
+    logits = torch.full((4, V), -math.inf, device=device)
+    logits[0, 2 * PART + 1 :] = torch.arange(PART - 1.0, device=device)
+    logits[1, :5] = torch.arange(5.0, device=device)
+    logits[2, PART + 3] = -500.0
+    result = run(logits, split, outputs=STATISTICS, top_k=2)
+    assert result.token.tolist() == [V - 1, 4, PART + 3, 0] and result.second_token.tolist() == [V - 2, 3, -1, -1]
+    assert result.error.tolist() == [0, 0, 0, 1]
+    assert_equals_reference(result, logits, outputs=STATISTICS, top_k=2)
+
+
+@forms
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_logit_in_any_part_is_an_error_of_its_row(value, split, device):
+    logits = torch.randn(4, 3 * PART, device=device)
+    for row, where in enumerate((0, PART, 3 * PART - 1)):
+        logits[row, where] = value
+    result = run(logits, split, banned=torch.tensor([0, PART], device=device), top_k=2)
+    assert result.error.tolist() == [1, 1, 1, 0] and result.top_tokens[:3].unique().tolist() == [-1]
+
+
+@forms
+def test_banned_winners_of_every_part_leave_the_next_ones(split, device):
+    V = 4 * PART
+    logits = torch.zeros(1, V, device=device)
+    first = torch.arange(0, V, PART, device=device) + 7
+    logits[0, first], logits[0, first + 1] = 9.0, torch.tensor([1.0, 2.0, 4.0, 3.0], device=device)
+    arguments = {"outputs": STATISTICS, "banned": first, "top_k": 5}
+    result = run(logits, split, **arguments)
+    assert result.top_tokens.tolist() == [[*(first + 1)[[2, 3, 1, 0]].tolist(), 0]]
+    assert_equals_reference(result, logits, **arguments)
+
+
+@forms
+def test_ties_across_parts_go_to_the_lowest_ids(split, device):
+    logits = torch.zeros(3, 3 * PART, device=device)
+    logits[0, [PART - 1, PART, 2 * PART]] = 2.0
+    logits[1, [2 * PART, 2 * PART + 5]] = 2.0
+    result = run(logits, split, top_k=4)
+    assert result.token.tolist() == [PART - 1, 2 * PART, 0] and result.second_token.tolist() == [PART, 2 * PART + 5, 1]
+    assert result.top_tokens.tolist() == [[PART - 1, PART, 2 * PART, 0], [2 * PART, 2 * PART + 5, 0, 1], [0, 1, 2, 3]]
+
+
+@forms
+def test_rows_that_are_not_needed_or_not_there_are_not_read(split, device):
+    logits = torch.full((2, 2 * PART), math.nan, device=device)
+    logits[1] = 0.0
+    rows = torch.tensor([-1, 1, 5], dtype=torch.int32, device=device)
+    arguments = everything(3, 2 * PART, device) | {"top_k": 2}
+    result = run(logits, split, rows=rows, **arguments)
+    assert result.error.tolist() == [0, 0, 1] and result.token.tolist() == [-1, 0, 0]
+    assert result.top_tokens.tolist() == [[-1, -1], [0, 1], [-1, -1]] and result.top_logits.abs().sum() == 0
+
+
+# -- the top k -----------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_the_top_k_by_hand(op, device):
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, -math.inf], [-math.inf, -math.inf, 2.0, -math.inf, -math.inf]], device=device)
+    result = op(logits, outputs=(), top_k=3, banned=torch.tensor([0], device=device))
+    assert result.top_tokens.tolist() == [[1, 3, 2], [2, -1, -1]]
+    assert result.top_logits.tolist() == [[3, 3, 1], [2, -math.inf, -math.inf]]
+    assert result.top_tokens.dtype == torch.int64 and result.top_logits.dtype == torch.float32
+    assert result.second_token is None and op(logits).top_tokens is None
+
+
+@forms
+def test_the_top_16_equal_a_sort(split, device):
+    logits = (torch.randn(2, 3 * PART + 1, device=device) * 2).round()  # many ties
+    result = run(logits, split, top_k=16, outputs=("second",))
+    assert torch.equal(result.top_tokens, logits.sort(dim=1, descending=True, stable=True).indices[:, :16])
+    assert torch.equal(result.top_tokens[:, 0], result.token) and torch.equal(result.top_tokens[:, 1], result.second_token)
+
+
+@forms
+def test_the_top_k_have_the_bias_and_the_cap(split, device):
+    logits = torch.randn(1, 3 * PART, device=device)
+    ids = torch.tensor([[PART, 5, 5]], device=device)
+    arguments = {"bias_ids": ids, "bias": torch.tensor([[9.0, 4.0, 4.0]], device=device), "soft_cap": 6.0, "top_k": 4}
+    result = run(logits, split, **arguments)
+    assert sorted(result.top_tokens[0, :2].tolist()) == [5, PART] and result.top_logits.max() < 6
+    assert_equals_reference(result, logits, **arguments)
+
+
+@both
+@pytest.mark.parametrize("top_k", [-1, 17, 2.0, True])
+def test_a_top_k_that_is_not_defined_is_refused(op, top_k):
+    with pytest.raises(ValueError, match="confidence: top_k must be an integer from 0 to 16, got"):
+        op(torch.zeros(2, 3), top_k=top_k)
+
+
+# -- parts and launches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [1, 50257, 126464, 151936, 262144, 2**30 - 1])
+def test_parts_cover_a_vocabulary_and_are_at_most_32(V):
+    for (_, itemsize), tile in CONFIDENCE_TILES.items():
+        part_tiles, parts = confidence_parts(V, tile, itemsize)
+        part = part_tiles * tile.lanes * 16 // itemsize
+        assert (parts - 1) * part < V <= parts * part and parts <= CONFIDENCE_PARTS
+        assert part_tiles & (part_tiles - 1) == 0 and (part == 16384 or V > 32 * 16384)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocations(top_k, device):
+    programs = kernel.PROGRAMS_PER_SM * kernel._multiprocessors(device)
+    with changed(kernel, _tile=lambda *_, **__: toy_tile(LANES, PART_TILES)):
+        for N, V, split in ((programs, PART + 1, False), (programs - 1, PART, False), (programs - 1, PART + 1, True)):
+            logits = torch.zeros(N, V, device=device)
+            with recorded() as calls:
+                kernel.confidence(logits, outputs=("second", "entropy"), top_k=top_k)
+            # token, logit, second_token, second_logit, entropy, confidence, margin, error; the top k; each also of the parts
+            results, partials = 8 + 2 * bool(top_k), (2 + 2 * bool(top_k)) * split
+            expected = ["aten.empty"] * (results + partials) + ["_confidence_kernel"] + ["_merge_kernel"] * split
+            assert calls == expected, (N, V)
+
+
+def test_no_rows_launch_nothing(device):
+    logits = torch.zeros(0, 10, device=device)
+    with recorded() as calls:
+        result = kernel.confidence(logits, top_k=2)
+    assert set(calls) == {"aten.empty"} and result.top_tokens.shape == (0, 2)
+
+
+# -- the same order in machine code ----------------------------------------------------------------------------------------------
+
+COMPILE = """
+import collections, json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dlm_kernels.confidence import compile_cases
+from dlm_kernels.static import _attributes
+
+def sums(ttgir):
+    layouts = dict(re.findall(r"^(#\\w+) = (.*)$", ttgir, re.M))
+    found = set()
+    for body, operand in re.findall(r'"tt.reduce"(.*?)\\}\\) : \\((tensor<.*?>)\\) ->', ttgir, re.S):
+        for name in sorted(layouts, key=len, reverse=True):
+            operand = operand.replace(name, layouts[name])
+        if "arith.addf" in body and not operand.startswith("tensor<1x"):
+            found.add(operand)
+    return sorted(found)
+
+def arithmetic(ptx):
+    loop = max(re.split(r"^\\$L__BB\\d+_\\d+:", ptx, flags=re.M), key=lambda block: block.count("ex2."))
+    return sorted(collections.Counter(re.findall(r"\\b((?:fma|mul|add|sub|ex2|max)\\.[\\w.]*f32)", loop)).items())
+
+cases = {case.config: case for case in compile_cases(90)}
+for dtype in ("bf16", "fp32"):
+    for config in (f"{dtype} second+logsumexp+entropy", f"{dtype} second+logsumexp+entropy split"):
+        case = cases[config]
+        source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=_attributes(case))
+        options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+        print(json.dumps([sums(code["ttgir"]), arithmetic(code["ptx"])]))
+"""
+
+
+def test_both_forms_compile_to_sums_over_the_same_layouts_and_to_the_same_arithmetic_in_the_loop():
+    """The interpreter adds in one order whatever is compiled. On a GPU a sum over lanes follows its layout, and the compiler fuses."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), str(root), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert found[0] == found[1] and found[2] == found[3]
+    assert all(len(sums) == 2 and sum(count for _, count in arithmetic) > 100 for sums, arithmetic in found)
