@@ -1,4 +1,4 @@
-"""`python -m bench gpu-check --out DIR` and `python -m bench quality`, from a checkout."""
+"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, sanitize, compare, gates, quality."""
 
 from __future__ import annotations
 
@@ -8,15 +8,61 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-
 RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parent.parent
+
+
+class UsageError(ValueError):
+    """The command cannot run as asked; the message says which option and which rule."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 every check is green, 1 one is red, 2 it could not run at all."""
+    """Exit status: 0 all is well, 1 something measured or checked is not, 2 it could not run at all."""
     parser = argparse.ArgumentParser(prog="python -m bench")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    check = commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they")
+    _kernels_options(commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table"))
+    _gpu_check_options(commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they"))
+    _sanitize_options(commands.add_parser("sanitize", help="the kernels' checks under compute-sanitizer"))
+    _compare_options(commands.add_parser("compare", help="two result files, row by row"))
+    gates = commands.add_parser("gates", help="what the kernels are held to, judged from a result file")
+    gates.add_argument("result", type=Path, metavar="RESULT.json")
+    _quality_options(commands.add_parser("quality", help="exact match against forwards of every preset on the embedded models"))
+    target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
+    target.add_argument("--seed", type=int, required=True)
+    target.add_argument("--plain-memory", action="store_true")
+    given = parser.parse_args(arguments)
+    run = {
+        "kernels": _kernels,
+        "gpu-check": _gpu_check,
+        "sanitize": _sanitize,
+        "sanitize-target": _sanitize_target,
+        "compare": _compare,
+        "gates": _gates,
+        "quality": _quality,
+    }[given.command]
+    try:
+        return run(given)
+    except UsageError as error:
+        print(f"{given.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _kernels_options(kernels: argparse.ArgumentParser) -> None:
+    kernels.add_argument("--out", type=Path, default=None, help="folder for JSON and plots; made if it does not exist")
+    kernels.add_argument("--models", nargs="+", metavar="NAME", default=None, help="models (default: all)")
+    kernels.add_argument("--ops", nargs="+", metavar="NAME", default=None, help="what is timed (default: all)")
+    kernels.add_argument("--seed", type=int, default=None, help="of the checks' inputs, to repeat a run (default: a fresh one)")
+    kernels.add_argument("--seconds", type=float, default=7200, help="what is not timed by then is SKIPPED (default: 7200)")
+    kernels.add_argument("--no-plots", action="store_true", help="JSON only")
+    kernels.add_argument("--without-gpu", action="store_true", help="the static table and floors, also where there is a GPU")
+    static = kernels.add_argument_group("without a GPU")
+    static.add_argument("--targets", nargs="+", metavar="90", default=[], help="compute capabilities (default: all six)")
+    static.add_argument("--kernels", nargs="+", metavar="NAME", default=[], help="compiled kernels (default: those of --ops)")
+    static.add_argument("--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)")
+    static.add_argument("--no-static", action="store_true", help="floors only: the whole table takes minutes")
+
+
+def _gpu_check_options(check: argparse.ArgumentParser) -> None:
     check.add_argument("--out", type=Path, required=True, help="folder for gpu-check.json; made if it does not exist")
     check.add_argument("--seed", type=int, default=None, help="of the random inputs, to repeat a run (default: a fresh one)")
     check.add_argument(
@@ -25,34 +71,155 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument(
         "--compile-threads", type=int, default=8, help="threads that compile kernels ahead of the checks; 0 = none (default: 8)"
     )
-    quality = commands.add_parser("quality", help="exact match against forwards, for every preset on the embedded models (CPU will do)")
-    quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md and .png (default: bench/results)")
+
+
+def _sanitize_options(sanitize: argparse.ArgumentParser) -> None:
+    tools = "memcheck, racecheck, initcheck, synccheck"
+    sanitize.add_argument("--tool", action="append", metavar="NAME", help=f"of {tools}; may be repeated (default: all)")
+    sanitize.add_argument("--out", type=Path, default=None, help="folder for sanitize.json and the tools' logs (default: none)")
+    sanitize.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+
+
+def _compare_options(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("a", type=Path, metavar="A.json")
+    compare.add_argument("b", type=Path, metavar="B.json")
+    compare.add_argument("--tolerance", type=float, default=0.05, help="slower: beyond its noise and this share (default: 0.05)")
+    compare.add_argument("--across-devices", action="store_true", help="ratios even if device, driver or versions differ")
+
+
+def _quality_options(quality: argparse.ArgumentParser) -> None:
+    quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md, .png (default: bench/results)")
     quality.add_argument("--per-task", type=int, default=100, help="held-out prompts of every task (default: 100)")
     quality.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
     quality.add_argument("--batch-size", type=int, default=25, help="prompts decoded together (default: 25)")
     quality.add_argument("--models", nargs="+", metavar="NAME", default=None, help="embedded models (default: all)")
     quality.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="presets (default: all)")
-    quality.add_argument("--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from")
-    given = parser.parse_args(arguments)
-    if given.command == "quality":
-        return _quality(given)
+    quality.add_argument(
+        "--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from"
+    )
 
+
+def _need_cuda() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        print("gpu-check: needs a CUDA GPU, and torch sees none here; nothing was measured", file=sys.stderr)
-        return 2
+        raise UsageError("needs a CUDA GPU, and torch sees none here; nothing was measured")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("gpu-check: unset TRITON_INTERPRET: it would run the kernels on the CPU", file=sys.stderr)
-        return 2
+        raise UsageError("unset TRITON_INTERPRET: it would run the kernels on the CPU")
+
+
+def _make(folder: Path | None) -> None:
     try:
-        given.out.mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"gpu-check: --out {given.out}: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(f"--out {folder}: {error}") from None
+
+
+def _gpu_check(given: argparse.Namespace) -> int:
+    _need_cuda()
+    _make(given.out)
     from .gpu_check import cuda_rig, gpu_check
 
     return gpu_check(cuda_rig(given.compile_threads), given.out, given.seed, given.seconds)
+
+
+def _kernels(given: argparse.Namespace) -> int:
+    import torch
+
+    from . import gpu_check, static_table, sweep
+
+    try:
+        shapes, ops = sweep.choose(given.models, given.ops)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not given.without_gpu and torch.cuda.is_available():
+        table = {"--targets": given.targets, "--kernels": given.kernels, "--jobs": given.jobs, "--no-static": given.no_static}
+        wrong = [name for name, value in table.items() if value]
+        if wrong:
+            raise UsageError(f"{', '.join(wrong)}: of the form without a GPU; add --without-gpu, or leave it out")
+        _need_cuda()
+        plots = given.out is not None and not given.no_plots
+        if plots and not sweep.has_matplotlib():
+            raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
+        _make(given.out)
+        rig = gpu_check.cuda_rig(compile_threads=8, shapes=shapes, compile_seconds=sweep.COMPILE_SECONDS)
+        return sweep.measured(rig, given.out, ops, given.seed, given.seconds, plots)
+    if given.no_static and (given.targets or given.kernels or given.jobs):
+        raise UsageError("--no-static leaves out the table that --targets, --kernels and --jobs are of")
+    if given.jobs is not None and given.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {given.jobs}")
+    _make(given.out)
+    try:
+        return sweep.computed(given.out, shapes, ops, given.targets, given.kernels, given.jobs, not given.no_static)
+    except static_table.StaticError as error:
+        raise UsageError(str(error)) from None
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from . import compare
+
+    if given.tolerance < 0:
+        raise UsageError(f"--tolerance must be at least 0, got {given.tolerance:g}")
+    try:
+        found = compare.compare(compare.load(given.a), compare.load(given.b))
+    except compare.ResultError as error:
+        raise UsageError(str(error)) from None
+    lines, status = compare.report(found, given.tolerance, given.across_devices)
+    print("\n".join(lines))
+    return status
+
+
+def _gates(given: argparse.Namespace) -> int:
+    from . import compare, gates
+
+    try:
+        judged = gates.evaluate(compare.load(given.result))
+    except compare.ResultError as error:
+        raise UsageError(str(error)) from None
+    print("\n".join(gates.lines(judged)))
+    return 1 if any(gate.verdict == gates.MISSED for gate in judged) else 0
+
+
+def _sanitize(given: argparse.Namespace) -> int:
+    import torch
+
+    from . import machine, report, sanitize
+
+    tools = given.tool or list(sanitize.TOOLS)
+    wrong = [tool for tool in tools if tool not in sanitize.TOOLS]
+    if wrong:
+        raise UsageError(f"--tool must be among {', '.join(sanitize.TOOLS)}, got {', '.join(wrong)}")
+    _need_cuda()
+    try:
+        sanitizer = sanitize.find()
+    except sanitize.SanitizeError as error:
+        raise UsageError(str(error)) from None
+    _make(given.out)
+    facts = machine.device_facts(torch.device("cuda", torch.cuda.current_device()))
+    facts |= {"versions": machine.versions(), "commit": machine.commit()}
+    kernels, verdicts = sanitize.kernel_names(), []
+    print(f"{facts['device']}, driver {facts['driver']}, commit {facts['commit']}; kernels: {', '.join(kernels)}", flush=True)
+    for tool in dict.fromkeys(tools):
+        log = None if given.out is None else given.out / f"sanitize-{tool}.log"
+        verdict = sanitize.run(sanitizer, tool, kernels, given.seed, log, ROOT)
+        verdicts.append(verdict)
+        outcome = "clean" if verdict.ok else f"RED: {verdict.reason}"
+        outcome += f" ({verdict.elsewhere} reports in other kernels)" if verdict.elsewhere else ""
+        print(f"{tool:10} {outcome}", flush=True)
+    result = sanitize.document(verdicts, facts, given.seed, report.SCHEMA)
+    line = report.dumps(result)
+    if given.out is not None:
+        (given.out / "sanitize.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return 0 if result["ok"] else 1
+
+
+def _sanitize_target(given: argparse.Namespace) -> int:
+    _need_cuda()
+    from .sanitize import check_target
+
+    return check_target(given.seed, given.plain_memory)
 
 
 def _quality(given: argparse.Namespace) -> int:
@@ -63,11 +230,9 @@ def _quality(given: argparse.Namespace) -> int:
     for name, known in (("models", quality.MODELS), ("presets", tuple(PRESETS))):
         wrong = [value for value in getattr(given, name) or () if value not in known]
         if wrong:
-            print(f"quality: --{name} must be among {', '.join(known)}, got {', '.join(wrong)}", file=sys.stderr)
-            return 2
+            raise UsageError(f"--{name} must be among {', '.join(known)}, got {', '.join(wrong)}")
     if min(given.per_task, given.batch_size) < 1:
-        print("quality: --per-task and --batch-size must be at least 1", file=sys.stderr)
-        return 2
+        raise UsageError("--per-task and --batch-size must be at least 1")
     document = quality.run(
         given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size, models=given.models or quality.MODELS,
         presets=given.presets, earlier=given.earlier,

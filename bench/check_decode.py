@@ -6,6 +6,7 @@ bits, and a decision between candidates that lie closer than that is nobody's to
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import dlm_fast
 import torch
 from dlm_fast import Ops
 from dlm_fast.loading import CheckpointError
+from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.tasks import TASKS, held_out
 from dlm_kernels import reference
@@ -158,7 +160,7 @@ class Watch:
         self._tokens: Tensor | None = None  # [B * lanes] gap between the two best candidates of each position
 
     def ops(self) -> Ops:
-        return Ops("reference", reference.block_attention, self._confidence, self._unmask, "watched by a check")
+        return dataclasses.replace(REFERENCE, confidence=self._confidence, unmask=self._unmask, reason="watched by a check")
 
     def _confidence(self, logits: Tensor, *, outputs: tuple[str, ...], **arguments) -> reference.Confidence:
         asked = reference.confidence(logits, outputs=outputs, **arguments)

@@ -1,4 +1,5 @@
-"""Is `unmask` its reference, bit for bit, under every rule and in every phase? Does a row depend on the other rows?
+"""Are `unmask`, `draft_build` and `verify` their references, bit for bit, under every rule and in every phase? Does a row
+depend on the other rows?
 
 There is no float64 form: the reference decides by comparisons and integer sums only, so it is exact. It runs on the CPU.
 """
@@ -12,16 +13,22 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
+from dlm_kernels.reference import DraftSource
 from dlm_kernels.reference.unmask_arguments import wanted_arguments
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from torch import Tensor
 
+from dlm_fast import Ops
+
 from .checks import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
 MASK, STOP_IDS = 3, (1, 2)
+# Lanes of calls that are read from memory; too slow for the interpreter, whose tests have their own.
+WIDER, WIDER_CANVASES = (1025, 4097, 8192), 16
+# Drafts and lanes.
+DRAFTS = ((1, 32), (4, 32), (8, 33), (3, 1100))
 SELECTS = [
     {"passes": passes, "inclusive": inclusive, "quota": quota}
     for passes in PASSES
@@ -83,12 +90,16 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         (UnmaskRule(**select, **AFTERS[4 * n % len(AFTERS)][0]), AFTERS[4 * n % len(AFTERS)][1])
         for n, select in enumerate(SELECTS)
     ]
-    for W in sizes.widths[1:]:
+    wider = dataclasses.replace(sizes, canvases=WIDER_CANVASES)
+    for W in (*sizes.widths[1:], *(WIDER if device.type == "cuda" else ())):
         # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer variants.
         some = 3 if W <= 256 else 6
         for n, (rule, kind) in enumerate(plain + VARIANTS[:: 3 * some]):
             if (n + W) % some == 0 or n >= len(plain):
-                yield case(ops, device, sizes, seed, W, rule, kind)
+                yield case(ops, device, wider if W in WIDER else sizes, seed, W, rule, kind)
+    for D, W in DRAFTS:
+        name = f"drafts D={D} W={W}"
+        yield name, partial(drafts_equal_reference, ops, device, seed, name, sizes.canvases, D, W)
     name = "row alone = row in the batch"
     for rule, kind in plain + VARIANTS[::5]:
         yield (
@@ -299,3 +310,40 @@ def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, s
         expected = RowState(**{f.name: getattr(together, f.name)[b : b + 1] for f in dataclasses.fields(state)})
         compare_states(alone, expected, f", row {b} alone")
         same_bits(f"the lanes written, row {b} alone", changed_alone, changed[b : b + 1, : changed_alone.shape[1]])
+
+
+def drafts_equal_reference(ops: Ops, device: torch.device, seed: int, name: str, B: int, D: int, W: int) -> None:
+    """Drafts of rows that agree with them for a while: both ops, on memory between guard zones."""
+    random = generator(seed, name)
+
+    def chance(share: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=random) < share
+
+    eligible = chance(0.5, B, W)
+    tokens = torch.where(eligible, MASK, torch.randint(4, 9, (B, W), generator=random))
+    source = DraftSource(
+        token=torch.randint(4, 9, (B, W), generator=random),
+        score=torch.randint(0, W, (B, W), generator=random) / W,
+        confidence=torch.rand(B, W, generator=random),
+        tried=torch.zeros(B, dtype=torch.int32),
+        accepted=torch.zeros(B, dtype=torch.int32),
+    )
+    flags = {"ready": chance(0.9, B), "drafting": chance(0.9, B), "selects": chance(0.9, B)}
+    by_draft = {
+        "token": torch.where(chance(0.1, B, D, W), 9, source.token[:, None]),
+        "score": torch.where(chance(0.02, B, D, W), math.nan, source.score[:, None]),
+        "confidence": torch.rand(B, D, W, generator=random),
+    }
+    memory = GuardedMemory()
+    ours = DraftSource(**{key: memory.copy(x.to(device)) for key, x in vars(source).items()})
+    on_device = {key: x.to(device) for key, x in {"eligible": eligible, **flags, **by_draft}.items()}
+    with poisoned(memory):
+        held = ops.draft_build(ours, tokens.to(device), on_device["eligible"], on_device["ready"], D=D)
+        written = ops.verify(ours, held, **on_device, mask_id=MASK)
+    memory.check()
+    same_bits("held", held, reference.draft_build(source, tokens, eligible, flags["ready"], D=D))
+    expected = reference.verify(source, held.cpu(), **by_draft, eligible=eligible, **flags, mask_id=MASK)
+    for key, value in expected._asdict().items():
+        same_bits(key, getattr(written, key), value)
+    for key, value in vars(source).items():
+        same_bits(f"source.{key}", getattr(ours, key), value)

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .checks import OPS, Check
+from .checks import Check
 from .speed import Timing, losses
 
-SCHEMA = 1
+SCHEMA = 2  # of every result file; `compare` and `gates` read this one only
 
 
 def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
@@ -75,6 +75,7 @@ def loss_lines(rows: Sequence[Timing]) -> list[str]:
 
 def document(
     *,
+    command: str,
     machine: dict[str, Any],
     seed: int,
     started: str,
@@ -83,11 +84,11 @@ def document(
     checks: dict[str, list[Check]],
     timings: Sequence[Timing],
 ) -> dict[str, Any]:
-    """The whole result as plain data; `ok` is what the exit status says."""
+    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was checked is green."""
     ops = {
         op: {
             "green": is_green(done),
-            "seconds": _round(sum(c.seconds for c in done)),
+            "seconds": rounded(sum(c.seconds for c in done)),
             "passed": [c.name for c in done if c.status == "passed"],
             "failed": {c.name: c.detail for c in done if c.status == "FAILED"},
             "skipped": {c.name: c.detail for c in done if c.status == "skipped"},
@@ -95,26 +96,29 @@ def document(
         for op, done in checks.items()
     }
     return {
-        "command": "gpu-check",
+        "command": command,
         "schema": SCHEMA,
-        "ok": all(op in ops and ops[op]["green"] for op in OPS),
+        "measured": True,
+        "ok": bool(ops) and all(entry["green"] for entry in ops.values()),
         "time": started,
-        "seconds": _round(seconds),
+        "seconds": rounded(seconds),
         "seed": seed,
         **machine,
-        "ceilings": None if ceilings is None else {name: _round(value) for name, value in ceilings.items()},
+        "ceilings": None if ceilings is None else {name: rounded(value) for name, value in ceilings.items()},
         "checks": ops,
         "timings": [
-            {name: _round(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "")} for row in timings
+            {name: rounded(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "", {})}
+            for row in timings
         ],
         "losses": [
-            {"op": r.op, "model": r.model, "shape": r.shape, "candidate": r.candidate, "speedup": _round(r.speedup)}
+            {"op": r.op, "model": r.model, "shape": r.shape, "candidate": r.candidate, "speedup": rounded(r.speedup)}
             for r in losses(timings)
         ],
     }
 
 
-def _round(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Five digits of a float: more are noise, and every one is stored."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-WINDOW = 32  # positions denoised together
-
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A published architecture; `family` is the transformers class it is loaded into.
+    """A published architecture, or one kind of its attention layers.
 
-    visibility: what its decoder lets a position see.
+    Attributes:
+        family: what `check_decode.FAMILIES` builds it from for the denoise step; None = a mixture of experts, which has no such
+            row, and no `intermediate` here.
+        visibility: what its decoder lets a window position see. prefill: the same of a window without a cache.
+        window: positions denoised together. reach: cached positions that its layers see at most; None = all.
+        soft_cap: of its logits. has_head: rows of logits are timed for it (False for a second kind of layers of one model).
     """
 
     name: str
-    family: str
+    family: str | None
     visibility: str
     layers: int
     hidden: int
@@ -26,17 +29,41 @@ class Model:
     vocab: int
     mask_id: int
     eos_id: int
+    window: int = 32
+    reach: int | None = None
+    prefill: str = ""
+    soft_cap: float | None = None
+    has_head: bool = True
 
-    def kv_bytes(self, positions: int) -> int:
-        """Keys and values of one layer, bf16."""
-        return 2 * 2 * self.kv_heads * self.head_dim * positions
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def prefill_visibility(self) -> str:
+        return self.prefill or self.visibility
+
+    def prefix(self, positions: int) -> int:
+        """How much of a prefix its layers see."""
+        return positions if self.reach is None else min(positions, self.reach)
 
 
-MODELS = (
-    Model("LLaDA-8B", "llama", "full", 32, 4096, 12288, 32, 32, 128, 126464, 126336, 126081),
-    Model("Dream-7B", "qwen2", "full", 28, 3584, 18944, 28, 4, 128, 152064, 151666, 151643),
-    Model("SDAR-8B", "qwen3", "block", 36, 4096, 12288, 32, 8, 128, 151936, 151669, 151643),
+LLADA = Model("LLaDA-8B", "llama", "full", 32, 4096, 12288, 32, 32, 128, 126464, 126336, 126081)
+DREAM = Model("Dream-7B", "qwen2", "full", 28, 3584, 18944, 28, 4, 128, 152064, 151666, 151643)
+SDAR_4B = Model("SDAR-4B", "qwen3", "block", 36, 2560, 9728, 32, 8, 128, 151936, 151669, 151643)
+SDAR_8B = Model("SDAR-8B", "qwen3", "block", 36, 4096, 12288, 32, 8, 128, 151936, 151669, 151643)
+LLADA2_MINI = Model("LLaDA2-mini", None, "block", 20, 2048, 0, 16, 4, 128, 157184, 156895, 156892)
+# No mask token: its canvas starts from random ids. A sliding layer shows each query the last 1,023 cached positions and the
+# canvas.
+DIFFUSION_GEMMA = Model(
+    "DiffusionGemma-sliding", None, "full", 25, 2816, 0, 16, 8, 256, 262144, 0, 1,
+    window=256, reach=1023, prefill="causal", soft_cap=30.0,
+)  # fmt: skip
+DIFFUSION_GEMMA_FULL = dataclasses.replace(
+    DIFFUSION_GEMMA, name="DiffusionGemma-full", layers=5, kv_heads=2, head_dim=512, reach=None, has_head=False
 )
+MODELS = (LLADA, DREAM, SDAR_4B, SDAR_8B, LLADA2_MINI, DIFFUSION_GEMMA, DIFFUSION_GEMMA_FULL)
 TOY_MODELS = (Model("toy", "qwen2", "full", 1, 32, 48, 4, 2, 16, 600, 0, 1),)
 
 
@@ -46,28 +73,55 @@ class Shapes:
 
     Attributes:
         decode: (B, prefix) of decode attention with equal lengths. ragged: (B, longest prefix), lengths spread evenly.
-        prefill: lengths of one window without a cache. rows: logits rows of confidence. batches: of unmask and its width.
-        steps: (B, prefix) of the denoise step.
+        prefill: lengths of one window without a cache. forms: (B, prefix) of the paged, fp8 and shadow forms of attention.
+        rows: logits rows of confidence, and whether its variants (fp32, more outputs) are timed for every model. linear_rows: of
+            linear_confidence. batches: (B, lanes) of unmask. steps: (B, prefix) of the denoise step.
     """
 
     models: tuple[Model, ...]
     decode: tuple[tuple[int, int], ...]
     ragged: tuple[tuple[int, int], ...]
     prefill: tuple[int, ...]
+    forms: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
-    batches: tuple[int, ...]
+    linear_rows: tuple[int, ...]
+    batches: tuple[tuple[int, int], ...]
     steps: tuple[tuple[int, int], ...]
+    variants: bool = False
 
 
-GPU_SHAPES = Shapes(
-    models=MODELS,
+# What fits the eight minutes of gpu-check: three models, and few lengths.
+CHECK_SHAPES = Shapes(
+    models=(LLADA, DREAM, SDAR_8B),
     decode=((1, 1024), (1, 4096), (1, 32768), (8, 1024), (8, 4096), (32, 1024)),
     ragged=((8, 8192),),
     prefill=(4096,),
+    forms=((8, 4096),),
     rows=(32, 256, 1024),
-    batches=(1, 8, 128),
+    linear_rows=(128,),
+    batches=((1, 32), (8, 32), (128, 32)),
     steps=((1, 1024), (8, 1024)),
 )
+SWEEP_SHAPES = Shapes(
+    models=MODELS,
+    decode=((1, 1024), (1, 4096), (1, 32768), (8, 1024), (8, 4096), (8, 32768), (32, 1024), (32, 4096)),
+    ragged=((8, 8192), (32, 4096)),
+    prefill=(1024, 4096, 16384),
+    forms=((1, 4096), (8, 4096), (8, 32768)),
+    rows=(32, 128, 256, 1024),
+    linear_rows=(32, 128, 1024, 4096),
+    batches=((1, 32), (8, 32), (32, 32), (128, 32), (8, 256), (8, 2048), (8, 8192)),
+    steps=((1, 1024), (1, 8192), (8, 1024), (32, 1024)),
+    variants=True,
+)
 TOY_SHAPES = Shapes(
-    models=TOY_MODELS, decode=((2, 20),), ragged=((2, 20),), prefill=(40,), rows=(4,), batches=(2,), steps=((2, 10),)
+    models=TOY_MODELS,
+    decode=((2, 20),),
+    ragged=((2, 20),),
+    prefill=(40,),
+    forms=((2, 20),),
+    rows=(4,),
+    linear_rows=(4,),
+    batches=((2, 32),),
+    steps=((2, 10),),
 )

@@ -7,8 +7,11 @@ import gc
 import sys
 from collections.abc import Callable, Iterable
 
+from typing import Any
+
 import torch
 
+from .floors import Cost
 from .timing import Budget, Candidate, OutOfTime, measure, rotation, short
 
 OURS, AGAIN = "ours", "ours, again"
@@ -30,9 +33,9 @@ class Ceilings:
     empty_graph_us: float
     empty_launch_us: float
 
-    def floor_us(self, nbytes: float, flops: float = 0.0) -> float:
-        """Least time of work that moves `nbytes` and multiplies `flops`, each at its ceiling."""
-        return max(nbytes / self.copy_tb_s / 1e6, flops / self.gemm_tflop_s / 1e6)
+    def floor_us(self, cost: Cost) -> float:
+        """Least time of that work, every part of it at its ceiling."""
+        return cost.floor_us(self.copy_tb_s, self.gemm_tflop_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,31 +43,38 @@ class Work:
     """What a row times.
 
     Attributes:
-        candidates: "ours" first. floor_us: least time by the measured ceilings. sets, cold: rotation of the inputs.
-        note: what a reader must know about the shape.
+        candidates: "ours" first. cost: what no implementation can do without. sets, cold: rotation of the inputs.
+        note: what a reader must know about the shape. check: raises if ours is wrong here, for ops whose checks do not cover it.
     """
 
     candidates: list[Candidate]
-    floor_us: float
+    cost: Cost
     sets: int
     cold: bool
     note: str = ""
+    check: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One row of shapes: how to build its work, and roughly how long building and timing takes."""
+    """One row of shapes: how to build its work, and roughly how long building and timing takes.
+
+    Attributes:
+        cost: of `Work`, known without building it. facts: the shape as data, for the gates.
+    """
 
     op: str
     model: str
     label: str
     build: Callable[[], Work]
+    cost: Cost
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One row of the report. `speedup` is this candidate's time over ours: above 1, ours is faster."""
+    """One row of the report. `speedup`: this candidate's time over ours; above 1, ours is faster. `facts`: the shape as data."""
 
     op: str
     model: str
@@ -83,6 +93,9 @@ class Timing:
     sets: int | None = None
     cold: bool | None = None
     graph: bool | None = None
+    nbytes: float | None = None
+    flops: float | None = None
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
 
 
@@ -112,9 +125,9 @@ def time_shapes(
             bench.budget.need(shape.seconds, f"{shape.op} {shape.label}")
             rows = _time(bench, shape)
         except OutOfTime as reason:
-            rows = [Timing(shape.op, shape.model, shape.label, OURS, "SKIPPED", str(reason))]
-        except Exception as error:  # out of memory while building, for one
-            rows = [Timing(shape.op, shape.model, shape.label, OURS, "FAILED", short(error))]
+            rows = [Timing(shape.op, shape.model, shape.label, OURS, "SKIPPED", str(reason), facts=shape.facts)]
+        except Exception as error:  # out of memory while building, or a wrong result
+            rows = [Timing(shape.op, shape.model, shape.label, OURS, "FAILED", short(error), facts=shape.facts)]
         on_rows(rows)
         done += rows
     _clean_up(bench)
@@ -132,6 +145,9 @@ def _clean_up(bench: Bench) -> None:
 
 def _time(bench: Bench, shape: Shape) -> list[Timing]:
     work = shape.build()
+    if work.check is not None:
+        work.check()
+    floor_us = bench.ceilings.floor_us(work.cost)
     # Ours twice, first and last: the difference is what a difference between two candidates must exceed.
     again = dataclasses.replace(work.candidates[0], name=AGAIN)
     outcomes = measure([*work.candidates, again], bench.prepare, bench.budget, bench.replays)
@@ -148,7 +164,7 @@ def _time(bench: Bench, shape: Shape) -> list[Timing]:
                 "p20_us": taken.p20,
                 "p80_us": taken.p80,
                 "replays": taken.replays,
-                "share": work.floor_us / taken.p50,
+                "share": floor_us / taken.p50,
                 "speedup": taken.p50 / ours.p50 if ours else None,
             }
         rows.append(
@@ -159,11 +175,14 @@ def _time(bench: Bench, shape: Shape) -> list[Timing]:
                 candidate.name,
                 outcome.status,
                 outcome.reason,
-                floor_us=work.floor_us,
+                floor_us=floor_us,
                 noise=noise,
                 sets=work.sets,
                 cold=work.cold,
                 graph=candidate.graph,
+                nbytes=work.cost.nbytes,
+                flops=work.cost.flops,
+                facts=shape.facts,
                 note=work.note,
                 **measured,
             )

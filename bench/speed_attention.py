@@ -17,27 +17,56 @@ from dlm_kernels import Window
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .shapes import WINDOW, Model, Shapes
+from . import floors
+from .shapes import Model, Shapes
 from .speed import OURS, Bench, Shape, Work
 from .timing import Candidate
 
 
-def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+def decode_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    """A window over cached prefixes of one length. A layer that sees only part of a prefix is timed once for all longer ones."""
     for model in chosen.models:
-        for B, prefix in chosen.decode:
-            label = f"decode B={B} prefix={prefix} window={WINDOW}"
-            yield Shape("block_attention", model.name, label, partial(_decode, bench, ops, model, [prefix] * B))
-        for B, prefix in chosen.ragged:
+        for B, prefix in dict.fromkeys((B, model.prefix(prefix)) for B, prefix in chosen.decode):
+            yield _decode_shape(bench, ops, model, [prefix] * B, f"prefix={prefix}")
+
+
+def ragged_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    """The same, prefixes of evenly spread lengths."""
+    for model in chosen.models:
+        for B, prefix in dict.fromkeys((B, model.prefix(prefix)) for B, prefix in chosen.ragged):
             lengths = [prefix * (b + 1) // B for b in range(B)]
-            label = f"decode B={B} prefix={lengths[0]}..{prefix} window={WINDOW}"
-            yield Shape("block_attention", model.name, label, partial(_decode, bench, ops, model, lengths))
+            yield _decode_shape(bench, ops, model, lengths, f"prefix={lengths[0]}..{prefix}")
+
+
+def prefill_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    """One window of L positions and no cache. Left out where a layer sees less than L: no such predicate is a kernel's."""
+    for model in chosen.models:
         for L in chosen.prefill:
-            label = f"prefill B=1 L={L} {model.visibility}"
-            yield Shape("block_attention", model.name, label, partial(_prefill, bench, ops, model, L))
+            if model.prefix(L) < L - 1:
+                continue
+            cost = floors.prefill(model, L)
+            facts = {"kind": "prefill", "L": L, "G": model.group, "D": model.head_dim, "visibility": model.prefill_visibility}
+            label = f"prefill B=1 L={L} {model.prefill_visibility}"
+            yield Shape("attention-prefill", model.name, label, partial(_prefill, bench, ops, model, L, cost), cost, facts)
+
+
+def _decode_shape(bench: Bench, ops: Ops, model: Model, lengths: list[int], prefix: str) -> Shape:
+    B, W, cost = len(lengths), model.window, floors.decode(model, lengths)
+    equal = len(set(lengths)) == 1
+    facts = {"kind": "decode", "B": B, "W": W, "prefix": max(lengths), "equal": equal, "G": model.group, "D": model.head_dim}
+    facts |= {"kv_heads": model.kv_heads, "kv_bytes": floors.kv_bytes(model, sum(lengths) + B * W)}
+    op, label = f"attention-{'decode' if equal else 'ragged'}", f"decode B={B} {prefix} window={W}"
+    return Shape(op, model.name, label, partial(_decode, bench, ops, model, lengths, cost), cost, facts)
+
+
+# Candidates that the gates look for by name.
+UNSPLIT = "ours, unsplit"
+DENSE = "ours, everything visible"
+FLEX = "FlexAttention, compiled"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Set:
+class Inputs:
     """One set of inputs. keys, values: what baselines attend over, the window's own included."""
 
     q: Tensor
@@ -47,96 +76,112 @@ class _Set:
     values: Tensor
 
 
-def _normal(bench: Bench, *shape: int) -> Tensor:
+def normal(bench: Bench, *shape: int) -> Tensor:
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     return torch.randn(*shape, dtype=dtype, device=bench.device)
 
 
-def _int32(bench: Bench, values) -> Tensor:
+def int32(bench: Bench, values) -> Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=bench.device).contiguous()
 
 
-def _projections(bench: Bench, model: Model, B: int, W: int) -> list[Tensor]:
+def projections(bench: Bench, model: Model, B: int, W: int) -> list[Tensor]:
     return [
-        _normal(bench, B, W, heads, model.head_dim).transpose(1, 2) for heads in (model.heads, model.kv_heads, model.kv_heads)
+        normal(bench, B, W, heads, model.head_dim).transpose(1, 2) for heads in (model.heads, model.kv_heads, model.kv_heads)
     ]
 
 
-def _decode(bench: Bench, ops: Ops, model: Model, lengths: list[int]) -> Work:
-    B, D, W = len(lengths), model.head_dim, WINDOW
+def _decode(bench: Bench, ops: Ops, model: Model, lengths: list[int], cost: floors.Cost) -> Work:
+    B, D, W = len(lengths), model.head_dim, model.window
     S = max(lengths) + W
-    kv_bytes = model.kv_bytes(sum(lengths) + B * W)
-    io_bytes = 2 * B * W * D * (2 * model.heads) + 2 * model.kv_bytes(B * W)  # q, out; the window's keys read and stored
-    count, cold = bench.rotation(kv_bytes)
+    count, cold = bench.rotation(int(cost.nbytes))
     sets = []
     for _ in range(count):
-        caches = [_normal(bench, B, model.kv_heads, S, D) for _ in range(2)]
-        sets.append(_Set(*_projections(bench, model, B, W), *caches))
-    kv_len = _int32(bench, lengths)
-    lane = torch.arange(W, dtype=torch.int32, device=bench.device)
-    position = (kv_len[:, None] + lane).contiguous()
-    window = Window(
-        q_pos=position,
-        q_block=torch.zeros_like(position),
-        q_len=_int32(bench, [W] * B),
-        kv_slot=position.clone(),
-        kv_len=kv_len,
-        replaced=_int32(bench, [[0, 0]] * B),
-        cache_row=_int32(bench, range(B)),
-        mode="full",
-    )
+        caches = [normal(bench, B, model.kv_heads, S, D) for _ in range(2)]
+        sets.append(Inputs(*projections(bench, model, B, W), *caches))
+    window = after_prefix(bench, lengths, W)
+    kv_len = window.kv_len
     scale = D**-0.5
     ours = [partial(ops.block_attention, s.q, s.k, s.v, s.keys, s.values, window, scale=scale) for s in sets]
     for call in ours:
         call()  # the caches now hold the window's keys, and the baselines compute the same thing
     candidates = [Candidate(OURS, ours)]
+    if B == 1 and ops.name == "triton":
+        candidates.append(Candidate(UNSPLIT, [partial(unsplit, s, window, scale) for s in sets]))
     gqa = {"enable_gqa": model.heads != model.kv_heads, "scale": scale}
     if len(set(lengths)) == 1:
-        candidates.append(Candidate("SDPA flash, no mask", [_sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
+        candidates.append(Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
     mask = (torch.arange(S, device=bench.device) < (kv_len[:, None] + W))[:, None, None].expand(B, 1, W, S)
-    candidates.append(Candidate("SDPA, mask", [_sdpa(s, None, mask, gqa) for s in sets]))
-    candidates.append(Candidate("SDPA cuDNN, mask", [_sdpa(s, SDPBackend.CUDNN_ATTENTION, mask, gqa) for s in sets]))
-    candidates.append(_varlen(bench, sets, lengths, gqa))
-    candidates.append(_flex(bench, sets, B, W, S, lambda b, h, i, j: j < kv_len[b] + W, gqa))
-    return Work(candidates, bench.ceilings.floor_us(kv_bytes + io_bytes, _flops(model, W, sum(lengths) + B * W)), count, cold)
+    candidates.append(Candidate("SDPA, mask", [sdpa(s, None, mask, gqa) for s in sets]))
+    candidates.append(Candidate("SDPA cuDNN, mask", [sdpa(s, SDPBackend.CUDNN_ATTENTION, mask, gqa) for s in sets]))
+    candidates.append(_varlen(bench, sets, lengths, W, gqa))
+    candidates.append(flex(bench, sets, B, W, S, lambda b, h, i, j: j < kv_len[b] + W, gqa))
+    return Work(candidates, cost, count, cold)
 
 
-def _prefill(bench: Bench, ops: Ops, model: Model, L: int) -> Work:
-    D, scale = model.head_dim, model.head_dim**-0.5
-    nbytes = 2 * L * D * 2 * (model.heads + model.kv_heads)
-    count, cold = bench.rotation(nbytes)
-    sets = [_Set(q, k, v, k, v) for q, k, v in (_projections(bench, model, 1, L) for _ in range(count))]
+def after_prefix(bench: Bench, lengths: list[int], W: int) -> Window:
+    """W new positions behind cached prefixes of these lengths, stored behind them, in one block."""
+    kv_len = int32(bench, lengths)
+    position = (kv_len[:, None] + torch.arange(W, dtype=torch.int32, device=bench.device)).contiguous()
+    return Window(
+        q_pos=position,
+        q_block=torch.zeros_like(position),
+        q_len=int32(bench, [W] * len(lengths)),
+        kv_slot=position.clone(),
+        kv_len=kv_len,
+        replaced=int32(bench, [[0, 0]] * len(lengths)),
+        cache_row=int32(bench, range(len(lengths))),
+        mode="full",
+    )
+
+
+def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
+    """Our kernel with the whole prefix in one split: what splitting is measured against."""
+    from dlm_kernels import attention
+    from dlm_kernels.tiles import attention_tile
+
+    major, minor = torch.cuda.get_device_capability(s.q.device) if s.q.is_cuda else (8, 0)
+    tile = attention_tile(10 * major + minor, D=s.q.shape[3], G=s.q.shape[1] // s.k.shape[1], dtype=s.q.dtype)
+    return attention._launch(
+        s.q, s.k, s.v, s.keys, s.values, window, scale=scale, tile=dataclasses.replace(tile, MAX_SPLITS=1)
+    )  # fmt: skip
+
+
+def _prefill(bench: Bench, ops: Ops, model: Model, L: int, cost: floors.Cost) -> Work:
+    scale = model.head_dim**-0.5
+    count, cold = bench.rotation(int(cost.nbytes))
+    sets = [Inputs(q, k, v, k, v) for q, k, v in (projections(bench, model, 1, L) for _ in range(count))]
     position = torch.arange(L, dtype=torch.int32, device=bench.device)[None].contiguous()
-    block = torch.div(position, WINDOW, rounding_mode="floor").int()
+    block = torch.div(position, model.window, rounding_mode="floor").int()
     none = torch.full_like(position, -1)
-    zero = _int32(bench, [0])
-    window = Window(position, block, _int32(bench, [L]), none, zero, _int32(bench, [[0, 0]]), zero.clone(), model.visibility)
+    zero = int32(bench, [0])
+    visibility, W = model.prefill_visibility, model.window
+    window = Window(position, block, int32(bench, [L]), none, zero, int32(bench, [[0, 0]]), zero.clone(), visibility)
 
     def calls(window: Window) -> list:
         return [partial(ops.block_attention, s.q, s.k, s.v, None, None, window, scale=scale) for s in sets]
 
     gqa = {"enable_gqa": model.heads != model.kv_heads, "scale": scale}
-    pairs = L * L
-    candidates = [Candidate(OURS, calls(window))]
-    if model.visibility == "block":
-        blocks = -(-L // WINDOW)
-        pairs = sum(min(WINDOW, L - n * WINDOW) * min((n + 1) * WINDOW, L) for n in range(blocks))
-        candidates.append(Candidate("ours, everything visible", calls(dataclasses.replace(window, mode="full"))))
-        mask = (block[0][None, :] <= block[0][:, None])[None, None]
-        candidates.append(Candidate("SDPA, mask", [_sdpa(s, None, mask, gqa) for s in sets]))
-        candidates.append(_flex(bench, sets, 1, L, L, lambda b, h, i, j: j // WINDOW <= i // WINDOW, gqa))
+    candidates, note = [Candidate(OURS, calls(window))], ""
+    if visibility == "full":
+        candidates.append(Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
+        candidates.append(Candidate("SDPA cuDNN, no mask", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, gqa) for s in sets]))
+        return Work(candidates, cost, count, cold)
+    candidates.append(Candidate(DENSE, calls(dataclasses.replace(window, mode="full"))))
+    if visibility == "causal":
+        causal = gqa | {"is_causal": True}
+        candidates.append(Candidate("SDPA flash, causal", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, causal) for s in sets]))
+        candidates.append(Candidate("SDPA cuDNN, causal", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, causal) for s in sets]))
+        candidates.append(flex(bench, sets, 1, L, L, lambda b, h, i, j: j <= i, gqa))
     else:
-        candidates.append(Candidate("SDPA flash, no mask", [_sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
-        candidates.append(Candidate("SDPA cuDNN, no mask", [_sdpa(s, SDPBackend.CUDNN_ATTENTION, None, gqa) for s in sets]))
-    note = "" if model.visibility == "full" else "SDPA flash has no such mask; 'everything visible' computes more pairs"
-    return Work(candidates, bench.ceilings.floor_us(nbytes, 4 * model.heads * D * pairs), count, cold, note)
+        mask = (block[0][None, :] <= block[0][:, None])[None, None]
+        candidates.append(Candidate("SDPA, mask", [sdpa(s, None, mask, gqa) for s in sets]))
+        candidates.append(flex(bench, sets, 1, L, L, lambda b, h, i, j: j // W <= i // W, gqa))
+        note = f"SDPA flash has no such mask; '{DENSE}' computes more pairs"
+    return Work(candidates, cost, count, cold, note)
 
 
-def _flops(model: Model, W: int, keys: int) -> float:
-    return 4 * model.heads * model.head_dim * W * keys
-
-
-def _sdpa(s: _Set, backend: SDPBackend | None, mask: Tensor | None, options: dict):
+def sdpa(s: Inputs, backend: SDPBackend | None, mask: Tensor | None, options: dict):
     def call() -> Tensor:
         if backend is None:
             return F.scaled_dot_product_attention(s.q, s.keys, s.values, attn_mask=mask, **options)
@@ -146,11 +191,11 @@ def _sdpa(s: _Set, backend: SDPBackend | None, mask: Tensor | None, options: dic
     return call
 
 
-def _varlen(bench: Bench, sets: list[_Set], lengths: list[int], options: dict) -> Candidate:
+def _varlen(bench: Bench, sets: list[Inputs], lengths: list[int], W: int, options: dict) -> Candidate:
     """torch.nn.attention.varlen over keys packed beforehand; a torch without it fails in the row."""
-    B, W = len(lengths), WINDOW
+    B = len(lengths)
     ends = torch.tensor([n + W for n in lengths], device=bench.device)
-    cu_q = _int32(bench, [W * b for b in range(B + 1)])
+    cu_q = int32(bench, [W * b for b in range(B + 1)])
     cu_k = F.pad(ends.cumsum(0), (1, 0)).int()
 
     def pack(keys: Tensor) -> Tensor:
@@ -179,11 +224,11 @@ def _known(function, options: dict) -> dict:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _flex(bench: Bench, sets: list[_Set], B: int, W: int, S: int, visible, options: dict) -> Candidate:
+def flex(bench: Bench, sets: list[Inputs], B: int, W: int, S: int, visible, options: dict) -> Candidate:
     """FlexAttention compiled for this shape; its block mask is built beforehand, once."""
     state: dict = {}
 
-    def call(s: _Set) -> Tensor:
+    def call(s: Inputs) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         if not state:
@@ -191,4 +236,4 @@ def _flex(bench: Bench, sets: list[_Set], B: int, W: int, S: int, visible, optio
             state["op"] = torch.compile(flex_attention, dynamic=False)
         return state["op"](s.q, s.keys, s.values, block_mask=state["mask"], **options)
 
-    return Candidate("FlexAttention, compiled", [partial(call, s) for s in sets], compiles=True)
+    return Candidate(FLEX, [partial(call, s) for s in sets], compiles=True)

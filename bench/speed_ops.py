@@ -12,38 +12,65 @@ from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.state import DENOISE
 from torch import Tensor
 
-from .shapes import WINDOW, Model, Shapes
+from . import floors
+from .shapes import Model, Shapes
 from .speed import OURS, Bench, Shape, Work
 from .timing import Candidate
 
 
+# (dtype, outputs) of `confidence`; the first is what most decoders ask for, the others are variants.
+CALLS: tuple[tuple[torch.dtype, tuple[str, ...]], ...] = (
+    (torch.bfloat16, ("second",)),
+    (torch.bfloat16, ("second", "logsumexp", "entropy")),
+    (torch.float32, ("second",)),
+    (torch.bfloat16, ("sampled",)),
+    (torch.bfloat16, ("logsumexp", "kl")),
+)
+
+
 def confidence_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    for model in chosen.models:
+    """Every number of rows for every vocabulary; the variants at the largest, for the first model or for all."""
+    models = [model for model in chosen.models if model.has_head]
+    for model in models:
         for N in chosen.rows:
-            label = f"N={N} V={model.vocab} bf16 second"
-            yield Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, torch.bfloat16, ("second",)))
-    model, N = chosen.models[0], chosen.rows[-1]
-    for dtype, outputs in (
-        (torch.float32, ("second",)),
-        (torch.bfloat16, ("second", "logsumexp", "entropy")),
-        (torch.bfloat16, ("sampled",)),
-    ):
-        label = f"N={N} V={model.vocab} {'bf16' if dtype == torch.bfloat16 else 'fp32'} {'+'.join(outputs)}"
-        yield Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, dtype, outputs))
+            yield _confidence_shape(bench, ops, model, N, *CALLS[0])
+    for model in models if chosen.variants else models[:1]:
+        for dtype, outputs in CALLS[1:]:
+            yield _confidence_shape(bench, ops, model, chosen.rows[-1], dtype, outputs)
 
 
-def _softmax_gather(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _confidence_shape(bench: Bench, ops: Ops, model: Model, N: int, dtype: torch.dtype, outputs: tuple[str, ...]) -> Shape:
+    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    label = f"N={N} V={model.vocab} {kind} {'+'.join(outputs)}" + (f" cap={model.soft_cap:g}" if model.soft_cap else "")
+    cost = floors.confidence(N, model.vocab, dtype.itemsize, "kl" in outputs)
+    facts = {"kind": "confidence", "N": N, "V": model.vocab, "dtype": kind, "outputs": list(outputs)}
+    return Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, dtype, outputs, cost), cost, facts)
+
+
+def _cap(logits: Tensor, soft_cap: float | None) -> Tensor:
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def _softmax_gather(logits: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    logits = _cap(logits, soft_cap)
     token = logits.argmax(-1)
     return token, logits.float().softmax(-1).gather(-1, token[:, None])
 
 
-def _softmax_gather_float64(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_gather_float64(logits: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    logits = _cap(logits, soft_cap)
     token = logits.argmax(-1)
     return token, logits.double().softmax(-1).gather(-1, token[:, None])
 
 
-def _softmax_topk(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(logits.float().softmax(-1).topk(2, dim=-1))
+def _softmax_topk(logits: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    return tuple(_cap(logits, soft_cap).float().softmax(-1).topk(2, dim=-1))
+
+
+# Candidates that the gates look for by name.
+EAGER = "argmax + softmax + gather"
+FLOAT64 = "argmax + softmax + gather, float64"
+LOOP = "loop over rows, launched by the host"
 
 
 class _Compiled:
@@ -53,73 +80,82 @@ class _Compiled:
         self.function = function
         self.compiled: Callable | None = None
 
-    def __call__(self, *arguments: Tensor) -> object:
+    def __call__(self, *arguments: object) -> object:
         if self.compiled is None:
             self.compiled = torch.compile(self.function, dynamic=False)
         return self.compiled(*arguments)
 
 
-def _confidence(bench: Bench, ops: Ops, model: Model, N: int, dtype: torch.dtype, outputs: tuple[str, ...]) -> Work:
+def _confidence(
+    bench: Bench, ops: Ops, model: Model, N: int, dtype: torch.dtype, outputs: tuple[str, ...], cost: floors.Cost
+) -> Work:
     V, device = model.vocab, bench.device
-    nbytes = N * V * dtype.itemsize
-    count, cold = bench.rotation(nbytes)
+    count, cold = bench.rotation(int(cost.nbytes))
     sets = [(torch.randn(N, V, device=device) * 4).to(dtype) for _ in range(count)]
     rows = torch.arange(N, dtype=torch.int32, device=device)
     arguments: dict = {"rows": rows, "outputs": outputs, "banned": torch.tensor([model.mask_id], device=device)}
+    if model.soft_cap is not None:
+        arguments["soft_cap"] = model.soft_cap
+    if "kl" in outputs:
+        previous = (sets[0].float() + torch.randn(N, V, device=device)).to(dtype)
+        arguments["previous"], arguments["previous_logsumexp"] = previous, _cap(previous.float(), model.soft_cap).logsumexp(1)
     if "sampled" in outputs:
         arguments["sample_temperature"] = torch.ones(N, device=device)
         arguments["seed"] = torch.zeros(1, dtype=torch.int64, device=device)
         arguments["noise"] = torch.stack([rows, rows, rows], 1)
 
-    def calls(function: Callable[[Tensor], object]) -> list[Callable[[], object]]:
-        return [partial(function, logits) for logits in sets]
+    def calls(function: Callable[..., object]) -> list[Callable[[], object]]:
+        return [partial(function, logits, model.soft_cap) for logits in sets]
 
     candidates = [
         Candidate(OURS, [partial(ops.confidence, logits, **arguments) for logits in sets]),
-        Candidate("argmax + softmax + gather", calls(_softmax_gather)),
-        Candidate("argmax + softmax + gather, compiled", calls(_Compiled(_softmax_gather)), compiles=True),
-        Candidate("argmax + softmax + gather, float64", calls(_softmax_gather_float64)),
+        Candidate(EAGER, calls(_softmax_gather)),
+        Candidate(f"{EAGER}, compiled", calls(_Compiled(_softmax_gather)), compiles=True),
+        Candidate(FLOAT64, calls(_softmax_gather_float64)),
         Candidate("softmax + topk(2)", calls(_softmax_topk)),
         Candidate("softmax + topk(2), compiled", calls(_Compiled(_softmax_topk)), compiles=True),
     ]
     note = "" if "second" in outputs and len(outputs) == 1 else "the baselines compute less"
-    return Work(candidates, bench.ceilings.floor_us(nbytes), count, cold, note)
+    return Work(candidates, cost, count, cold, note)
 
 
 RULE = UnmaskRule(passes="threshold")
 THRESHOLD = 0.9
+PROMPT = 1024  # positions of the canvas before the block
+LOOP_LANES = 4096  # B x lanes
 
 
 def unmask_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    for B in chosen.batches:
-        label = f"B={B} lanes={WINDOW} canvas=1056 threshold"
-        yield Shape("unmask", "any", label, partial(_unmask, bench, ops, B), seconds=5)
+    for B, lanes in chosen.batches:
+        cost, facts = floors.unmask(B, lanes), {"kind": "unmask", "B": B, "lanes": lanes}
+        label = f"B={B} lanes={lanes} canvas={PROMPT + lanes} threshold"
+        yield Shape("unmask", "any", label, partial(_unmask, bench, ops, B, lanes, cost), cost, facts, seconds=5)
 
 
-def _open_state(B: int, device: torch.device) -> RowState:
-    """Rows in the second of two blocks, half of it masked."""
-    state = RowState.empty(B, 1056, device)
+def _open_state(B: int, lanes: int, device: torch.device) -> RowState:
+    """Rows in their last block, half of it masked."""
+    end = PROMPT + lanes
+    state = RowState.empty(B, end, device)
     state.tokens.random_(4, 1000)
-    state.tokens[:, -WINDOW:] = torch.where(torch.rand(B, WINDOW, device=device) < 0.5, 0, state.tokens[:, -WINDOW:])
-    state.canvas_len.fill_(1056)
-    state.block_start.fill_(1056 - WINDOW)
-    state.block_end.fill_(1056)
-    state.block_masks.fill_(WINDOW)
+    state.tokens[:, -lanes:] = torch.where(torch.rand(B, lanes, device=device) < 0.5, 0, state.tokens[:, -lanes:])
+    state.canvas_len.fill_(end)
+    state.block_start.fill_(PROMPT)
+    state.block_end.fill_(end)
+    state.block_masks.fill_(lanes)
     state.phase.fill_(DENOISE)
     return state
 
 
-def _unmask(bench: Bench, ops: Ops, B: int) -> Work:
+def _unmask(bench: Bench, ops: Ops, B: int, lanes: int, cost: floors.Cost) -> Work:
     device = bench.device
-    lanes = 28 * B * WINDOW
-    count, cold = bench.rotation(lanes)
-    templates = [_open_state(B, device) for _ in range(count)]
+    count, cold = bench.rotation(int(cost.nbytes))
+    templates = [_open_state(B, lanes, device) for _ in range(count)]
     inputs = []
     for _ in range(count):
-        score = torch.rand(B, WINDOW, device=device)
-        counts = {"query_len": WINDOW, "min_unmask": 1, "steps": WINDOW, "block_length": WINDOW}
+        score = torch.rand(B, lanes, device=device)
+        counts = {"query_len": lanes, "min_unmask": 1, "steps": lanes, "block_length": lanes}
         rows = {name: torch.full((B,), value, dtype=torch.int32, device=device) for name, value in counts.items()}
-        rows |= {"pred": torch.randint(4, 1000, (B, WINDOW), device=device), "score": score, "confidence": score}
+        rows |= {"pred": torch.randint(4, 1000, (B, lanes), device=device), "score": score, "confidence": score}
         rows |= {"value": torch.full((B,), THRESHOLD, device=device), "stop_ids": torch.tensor([1], device=device)}
         inputs.append(rows)
 
@@ -138,10 +174,13 @@ def _unmask(bench: Bench, ops: Ops, B: int) -> Work:
         candidate(OURS, ops.unmask),
         candidate("reference, in a graph", reference.unmask),
         candidate("reference, launched by the host", reference.unmask, graph=False),
-        # Bound by the host, milliseconds a row: one set of inputs is enough, and more would take minutes.
-        candidate("loop over rows, launched by the host", _loop, graph=False, sets=1),
     ]
-    return Work(candidates, bench.ceilings.floor_us(lanes), count, cold, "the loop does not advance blocks or stop rows")
+    note = f"the loop over rows is timed up to {LOOP_LANES} lanes: it takes a host round trip a position"
+    if B * lanes <= LOOP_LANES:
+        # Bound by the host, milliseconds a row: one set of inputs is enough, and more would take minutes.
+        candidates.append(candidate(LOOP, _loop, graph=False, sets=1))
+        note = "the loop does not advance blocks or stop rows"
+    return Work(candidates, cost, count, cold, note)
 
 
 def _loop(

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from . import floors
 from .check_decode import FAMILIES
-from .shapes import WINDOW, Model, Shapes
+from .shapes import Model, Shapes
 from .speed import OURS, Bench, Shape, Work
 from .timing import Candidate
 
@@ -34,15 +35,21 @@ from .timing import Candidate
 # loops have none: every position sees the whole canvas.
 UNMASKED_SDPA = "bench_sdpa"
 AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
+PUBLISHED = "whole canvas, no cache, launched by the host"  # a candidate that the gates look for by name
+FEWER_LAYERS = "layers: no more fit in this GPU's memory"
 PRESET_OF = {"full": "fast-dllm-dual", "block": "llada2"}
 
 
 def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    """Dense models only: a mixture of experts is bound by which experts its tokens choose, and random weights choose at random."""
     for model in chosen.models:
+        if model.family is None:
+            continue
         built: dict[str, nn.Module] = {}  # the weights are shared by all shapes of a model
         for B, prefix in chosen.steps:
-            label = f"step B={B} prefix={prefix} window={WINDOW}"
-            yield Shape("step", model.name, label, partial(_step, bench, ops, model, B, prefix, built), seconds=20)
+            cost, facts = floors.step(model, B, prefix), {"kind": "step", "B": B, "prefix": prefix, "W": model.window}
+            label = f"step B={B} prefix={prefix} window={model.window}"
+            yield Shape("step", model.name, label, partial(_step, bench, ops, model, B, prefix, built), cost, facts, seconds=20)
         built.clear()
 
 
@@ -54,7 +61,7 @@ def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
         outside = 2 * 2 * model.vocab * model.hidden + (8 << 30)
         fit = int((torch.cuda.mem_get_info(device)[0] * 0.9 - outside) // per_layer)
         if fit < layers:
-            layers, note = fit, f"{fit} of {model.layers} layers: no more fit in this GPU's memory"
+            layers, note = fit, f"{fit} of {model.layers} {FEWER_LAYERS}"
         if layers < 1:
             raise RuntimeError("not one layer fits in this GPU's memory")
     config_class, model_class = FAMILIES[model.family]
@@ -66,7 +73,7 @@ def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
         num_attention_heads=model.heads,
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
-        max_position_embeddings=4096,
+        max_position_embeddings=40960,
         tie_word_embeddings=False,
         pad_token_id=None,
         bos_token_id=None,
@@ -100,11 +107,11 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         mask_token_id=model.mask_id,
         eos_token_ids=(model.eos_id,),
         visibility=model.visibility,
-        block_length=WINDOW,
+        block_length=model.window,
         block_alignment="abs",
     )
-    preset = dataclasses.replace(dlm_fast.PRESETS[PRESET_OF[model.visibility]], block_length=WINDOW)
-    canvas = torch.cat([torch.randint(10, model.vocab // 2, (prefix,)), torch.full((WINDOW,), model.mask_id)])
+    preset = dataclasses.replace(dlm_fast.PRESETS[PRESET_OF[model.visibility]], block_length=model.window)
+    canvas = torch.cat([torch.randint(10, model.vocab // 2, (prefix,)), torch.full((model.window,), model.mask_id)])
     plan, opened = open_rows([canvas] * B, preset, diffusion, device)
     opened.phase.fill_(DENOISE)  # the prefix is in the cache: random numbers
 
@@ -123,13 +130,16 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
     )
     sampling = sampling_of(batch, plan, device)
 
+    cached: list[tuple[Tensor, Tensor]] = []  # one cache for all candidates: several would not fit at large batches
+
     def ours(name: str, ops: Ops, graph: bool) -> Candidate:
         handle = attach(_share(weights), backend=ops, diffusion=diffusion, plain_mode=model.visibility)
         state = opened.clone()
         decode = open_decode(handle, plan, state, sampling)
-        for layer in decode.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
+        for number, layer in enumerate(decode.cache.layers):
+            if number == len(cached):
+                cached.append((layer.keys.normal_(), layer.values.normal_()))
+            layer.keys, layer.values = cached[number]
 
         def call() -> None:
             with torch.no_grad():
@@ -151,18 +161,15 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         ours("ours, launched by the host", ops, False),
         ours("reference ops, in a graph", dlm_fast.REFERENCE, True),
         Candidate("whole canvas, no cache, in a graph", [loop], before=restore),
-        Candidate("whole canvas, no cache, launched by the host", [loop], graph=False, before=restore),
+        Candidate(PUBLISHED, [loop], graph=False, before=restore),
     ]
-    matrices = sum(p.numel() for p in weights.parameters()) - weights.model.embed_tokens.weight.numel()
-    kv_bytes = weights.config.num_hidden_layers * model.kv_bytes(B * (prefix + WINDOW))
-    item = 2 if device.type == "cuda" else 4
-    floor = bench.ceilings.floor_us(item * matrices + kv_bytes, 2 * matrices * B * WINDOW)
+    cost = floors.step(model, B, prefix, weights.config.num_hidden_layers)
     note = "; ".join(
         filter(
             None, [built["note"], "random weights", "no compiled model among the baselines: compiling one does not fit the time"]
         )
     )
-    return Work(candidates, floor, 1, True, note)
+    return Work(candidates, cost, 1, True, note)
 
 
 def _share(model: nn.Module) -> nn.Module:

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import dlm_fast
 import pytest
 import torch
+from bench_module import ROOT  # first: it makes `bench` importable
 from dlm_fast import REFERENCE
 
-ROOT = Path(__file__).resolve().parent.parent
-if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
-    # bench/ is not installed, and the checkout may not be on sys.path.
-    spec = importlib.util.spec_from_file_location(
-        "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]
-    )
-    sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["bench"])
-
-from bench import __main__ as command  # noqa: E402
-from bench import check_attention, check_decode, check_unmask, checks, gpu_check, report, timing  # noqa: E402
-from bench.shapes import TOY_SHAPES  # noqa: E402
-from bench.speed import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes  # noqa: E402
+from bench import __main__ as command
+from bench import check_attention, check_decode, check_unmask, checks, gpu_check, report, timing
+from bench.floors import cost
+from bench.shapes import TOY_SHAPES
+from bench.speed import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -241,9 +232,12 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
     def out_of_memory() -> Work:
         raise MemoryError("no room")
 
+    def wrong() -> None:
+        raise checks.Failure("out: error 1")
+
     work = Work(
         [timing.Candidate("ours", []), timing.Candidate("theirs", []), timing.Candidate("absent", [])],
-        floor_us=5.0,
+        cost=cost(10e6),
         sets=3,
         cold=True,
     )
@@ -251,16 +245,18 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
     rows = time_shapes(
         bench,
         [
-            Shape("op", "m", "1", lambda: work),
-            Shape("op", "m", "2", out_of_memory),
-            Shape("op", "m", "3", lambda: work, seconds=99),
+            Shape("op", "m", "1", lambda: work, work.cost),
+            Shape("op", "m", "2", out_of_memory, work.cost),
+            Shape("op", "m", "3", lambda: work, work.cost, seconds=99),
+            Shape("op", "m", "4", lambda: dataclasses.replace(work, check=wrong), work.cost),
         ],
     )
     assert [(r.shape, r.candidate, r.status) for r in rows] == [
         ("1", "ours", "ok"), ("1", "theirs", "ok"), ("1", "absent", "FAILED"), ("2", "ours", "FAILED"), ("3", "ours", "SKIPPED"),
+        ("4", "ours", "FAILED"),
     ]  # fmt: skip
     assert rows[1].share == pytest.approx(0.625) and rows[1].speedup == pytest.approx(0.8) and rows[1].noise == pytest.approx(0.1)
-    assert rows[3].reason == "MemoryError: no room"
+    assert rows[3].reason == "MemoryError: no room" and rows[5].reason == "Failure: out: error 1"
     assert losses(rows) == [rows[1]]
 
 
@@ -280,6 +276,7 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
     assert {
         "command",
         "schema",
+        "measured",
         "ok",
         "time",
         "seconds",

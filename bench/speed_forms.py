@@ -1,0 +1,166 @@
+"""The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, drafts, a sliding window.
+
+Each is checked against its reference at the shape that is timed, before it is timed. A paged or fp8 cache is compared with our
+own contiguous bf16 cache too: what the form costs, or saves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from dlm_fast import Ops
+from dlm_kernels import Window, reference
+from torch import Tensor
+
+from . import floors
+from .checks import no_worse_than_torch
+from .shapes import Model, Shapes
+from .speed import OURS, Bench, Shape, Work
+from .speed_attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa
+from .timing import Candidate
+
+PAGE_SIZE = 64
+FORMS = ("paged", "fp8", "shadow", "kept", "branch", "sliding")
+TWICE = ("shadow", "branch")  # the window holds two copies of the block
+CONTIGUOUS = "ours, contiguous bf16 cache"
+
+
+def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
+    for model in chosen.models:
+        for form in FORMS:
+            if form == "sliding" and model.reach is None:
+                continue
+            reach = model.prefix if form != "sliding" else int  # a sliding window is given all of the prefix, and reads its end
+            for B, prefix in dict.fromkeys((B, reach(prefix)) for B, prefix in chosen.forms):
+                W = model.window * (2 if form in TWICE else 1)
+                cost = floors.decode(model, [model.prefix(prefix)] * B, W, 1 if form == "fp8" else 2)
+                facts = {"kind": "form", "form": form, "B": B, "W": W, "prefix": prefix, "G": model.group, "D": model.head_dim}
+                label = f"decode B={B} prefix={prefix} window={W} {form}"
+                build = partial(_form, bench, ops, model, B, prefix, form, cost)
+                yield Shape("attention-forms", model.name, label, build, cost, facts, seconds=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of `block_attention`: inputs, and its options by name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    window: Window
+    options: dict[str, Any]
+
+    def run(self, op) -> Tensor:
+        return op(self.q, self.k, self.v, self.k_cache, self.v_cache, self.window, **self.options)
+
+    def row(self, b: int, dtype: torch.dtype | None = None) -> Call:
+        """Row b alone, the caches copied; q, k, v and the caches in another dtype, but for an fp8 cache, which stays one."""
+        alone = {name: tensor[b : b + 1].contiguous() for name, tensor in self.window.tensors().items() if name != "page_table"}
+        q, k, v = (tensor[b : b + 1] if dtype is None else tensor[b : b + 1].to(dtype) for tensor in (self.q, self.k, self.v))
+        stored = None if "k_scale" in self.options else dtype
+        caches = (tensor.clone() if stored is None else tensor.to(stored) for tensor in (self.k_cache, self.v_cache))
+        return Call(q, k, v, *caches, dataclasses.replace(self.window, **alone), self.options)
+
+
+def check(call: Call, op) -> None:
+    """Raises Failure unless the first row of the call is what the reference makes of it. Rows do not depend on each other."""
+    alone, exact = call.row(0), call.row(0, torch.float64)  # before the op writes anything
+    ours = call.run(op)[:1]
+    no_worse_than_torch("out", ours, alone.run(reference.block_attention), exact.run(reference.block_attention))
+
+
+def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, cost: floors.Cost) -> Work:
+    D, W = model.head_dim, model.window * (2 if form in TWICE else 1)
+    S = -(-(prefix + W) // PAGE_SIZE) * PAGE_SIZE
+    count, cold = bench.rotation(int(cost.nbytes))
+    window = after_prefix(bench, [prefix] * B, W)
+    visible = torch.ones(B, W, prefix + W, dtype=torch.bool, device=bench.device)
+    options = {"scale": D**-0.5}
+    if form == "shadow":
+        window = _shadow(window)
+        visible[:, :, prefix:] = _shadow_sees(window)
+    if form == "branch":
+        window = _two_drafts(window)
+        visible[:, :, prefix:] = window.q_branch[:, :, None] == window.q_branch[:, None, :]
+    if form == "sliding":
+        options["sliding_window"] = model.reach + 1
+        visible[:, :, : max(0, prefix - model.reach)] = False
+    if form == "kept":
+        kept = torch.rand(B, S, device=bench.device) < 0.75
+        window = dataclasses.replace(window, kept=kept)
+        visible[:, :, :prefix] = kept[:, None, :prefix]
+    sets = []
+    for _ in range(count):
+        keys, values = (normal(bench, B, model.kv_heads, S, D) for _ in range(2))
+        sets.append(Inputs(*projections(bench, model, B, W), keys, values))
+
+    contiguous = [Call(s.q, s.k, s.v, s.keys, s.values, window, options) for s in sets]
+    calls = [_variant(bench, call, form) for call in contiguous]
+    for call in contiguous:
+        call.run(ops.block_attention)  # stores the window's keys, which the baselines find in place
+    candidates = [Candidate(OURS, [partial(call.run, ops.block_attention) for call in calls])]
+    if form in ("paged", "fp8"):
+        candidates.append(Candidate(CONTIGUOUS, [partial(call.run, ops.block_attention) for call in contiguous]))
+    gqa = {"scale": D**-0.5, "enable_gqa": model.heads != model.kv_heads}
+    plain = [Inputs(s.q, s.k, s.v, s.keys[:, :, : prefix + W], s.values[:, :, : prefix + W]) for s in sets]
+    candidates.append(Candidate("SDPA, mask", [sdpa(s, None, visible[:, None], gqa) for s in plain]))
+    candidates.append(flex(bench, plain, B, W, prefix + W, lambda b, h, i, j: visible[b, i, j], gqa))
+    note = "the baselines read a contiguous bf16 cache" if form in ("paged", "fp8") else ""
+    return Work(candidates, cost, count, cold, note, partial(check, calls[0], ops.block_attention))
+
+
+def _shadow(window: Window) -> Window:
+    """The first half of the window once more in the second, as the next block: its copies predict every token from the others."""
+    half = window.shape[1] // 2
+    position, slot = window.q_pos.clone(), window.kv_slot.clone()
+    position[:, half:], slot[:, half:] = position[:, :half], -1
+    block = torch.zeros_like(position)
+    block[:, half:] = 1
+    return dataclasses.replace(window, q_pos=position, q_block=block, kv_slot=slot, mode="shadow")
+
+
+def _two_drafts(window: Window) -> Window:
+    """The first half of the window and its second, at the same positions: two drafts over one prefix."""
+    W = window.shape[1]
+    position, slot = window.q_pos.clone(), window.kv_slot.clone()
+    position[:, W // 2 :], slot[:, W // 2 :] = position[:, : W // 2], -1
+    branch = torch.zeros_like(position)
+    branch[:, W // 2 :] = 1
+    return dataclasses.replace(window, q_pos=position, kv_slot=slot, q_branch=branch)
+
+
+def _shadow_sees(window: Window) -> Tensor:
+    """[B, W, W]: what the shadow predicate shows a query of the window itself."""
+    position, block = window.q_pos, window.q_block
+    earlier = block[:, None, :] < block[:, :, None]
+    twin = position[:, None, :] == position[:, :, None]
+    return (block[:, None, :] <= block[:, :, None]) & ~(twin & earlier)
+
+
+def _variant(bench: Bench, call: Call, form: str) -> Call:
+    """The same call on a cache of that form."""
+    if form == "paged":
+        B, H_kv, S, D = call.k_cache.shape
+        per_row = S // PAGE_SIZE
+        order = torch.randperm(B * per_row, device=bench.device)
+        # The first page is never in its place: there a kernel that ignored the table would be right.
+        order = torch.where(order[0] == 0, order.roll(1), order)
+        window = dataclasses.replace(call.window, page_table=int32(bench, order.view(B, per_row)))
+
+        def pages(cache: Tensor) -> Tensor:
+            by_page = cache.view(B, H_kv, per_row, PAGE_SIZE, D).transpose(1, 2).reshape(B * per_row, H_kv, PAGE_SIZE, D)
+            return torch.empty_like(by_page).index_copy_(0, order, by_page)
+
+        return dataclasses.replace(call, k_cache=pages(call.k_cache), v_cache=pages(call.v_cache), window=window)
+    if form == "fp8":
+        # Normal values lie well inside the range of e4m3 at this scale.
+        unit = torch.full((call.k_cache.shape[1],), 1 / 64, device=bench.device)
+        caches = {name: (getattr(call, name) * 64).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+        return dataclasses.replace(call, **caches, options=call.options | {"k_scale": unit, "v_scale": unit.clone()})
+    return call
