@@ -123,11 +123,9 @@ def test_triton_decodes_equal_reference_decodes(part, device):
 
 
 RUNNABLE = [name for name, preset in PRESETS.items() if preset.supported]
-# Their attention has no Triton form yet (test_step.py), or they work on the host whatever the backend.
-REFERENCE_ONLY = ("wino", "dkv-cache", "entropy-cache")
 
 
-@pytest.mark.parametrize("preset", [name for name in RUNNABLE if name not in REFERENCE_ONLY])
+@pytest.mark.parametrize("preset", RUNNABLE)
 def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
     options = {**options_of(preset, 2), "threshold": -2.5 if PRESETS[preset].score == "neg_entropy" else 0.2}
     options |= {"max_post_edits": 1} if preset == "llada2.1" else {"drafts": 2} if PRESETS[preset].drafts > 1 else {}
@@ -141,7 +139,7 @@ def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
     assert (ours.nfe, ours.query_tokens, ours.finish) == (expected.nfe, expected.query_tokens, expected.finish)
 
 
-@pytest.mark.parametrize("preset", [name for name in RUNNABLE if name not in REFERENCE_ONLY])
+@pytest.mark.parametrize("preset", RUNNABLE)
 def test_an_empty_batch_launches_nothing(preset, device):
     model = toy(PRESETS[preset].visibility, logits_row=row_of(preset), backend="triton").to(device)
     assert dlm_fast.generate(model, [], preset=preset).sequences == []

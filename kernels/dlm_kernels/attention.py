@@ -1,4 +1,4 @@
-"""`block_attention` in Triton: its launcher, its tiles, and the configurations that must compile."""
+"""`block_attention` in Triton: its launcher. Device code: attention_device.py and its neighbours; tiles: tiles.py."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ import torch
 import triton
 from torch import Tensor
 
-from .attention_device import _attention_kernel, _combine_kernel
-from .reference.attention import check_arguments
-from .static import CompileCase
-from .tiles import AttentionTile, attention_tile
+from . import device
+from .attention_cases import compile_cases
+from .attention_combine_device import _combine_kernel
+from .attention_device import _attention_kernel
+from .attention_prefill_device import _prefill_kernel
+from .library import operator
+from .reference.attention import capacity, check_arguments
+from .tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
 from .window import Window
 
+__all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
+
 LOG2_E = 1.4426950408889634
-# Partial results are fp32 [splits + 1, rows, D] per KV head; a long window is processed in groups of query tiles to bound them.
-WORKSPACE_BYTES = 256 * 2**20
-COMBINE_ELEMENTS = 2048
+# Partial results are fp32 [splits, rows, D] per KV head; beyond this, several groups of query tiles take turns in the workspace.
+WORKSPACE_BYTES = 512 * 2**20
 
 
-# What the kernel can do; the reference also has "shadow", and kept slots.
-KERNEL_MODES = ("full", "causal", "block")
+def _fake(q: Tensor, **_: object) -> Tensor:
+    B, H, W, D = q.shape
+    return q.new_empty(B, W, H, D).transpose(1, 2)
 
 
+@operator(mutates=("k_cache", "v_cache"), fake=_fake)
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, window: Window, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    window: Window,
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and values.
 
@@ -33,49 +50,51 @@ def block_attention(
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16; any strides, the last one 1.
         k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
-        k_cache, v_cache: [R, H_kv, S_max, D], dtype of q, written in place. Both None: nothing is stored, no cached key is
-            visible, and kv_slot, kv_len, replaced and cache_row are ignored.
+        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
+            Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k.
+        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
+            to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
+            The window's own keys are attended as they come.
+        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all are.
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given.  TypeError: dtype.
-        NotImplementedError: mode "shadow" or kept slots, which only the reference has.
+        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, sliding_window < 1, scales
+            without an fp8 cache or the other way round.  TypeError: dtype.
         RuntimeError: a gradient is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, no two stored
-    positions sharing a slot, and every stored slot hidden from all rows that read the same cache row.
+    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
+    positions sharing a slot, and every stored slot hidden from all rows that read it.
 
-    The cached prefix is read in splits of a fixed length whose partial results are added in order, so a row's result has the
-    same bits alone or in a batch, in any bucket that holds it and at any capacity. One launch without a cache, two with one;
-    a long window takes several pairs, so that the workspace stays near 256 MiB.
+    The visible prefix is read in splits, cut by the row's own length, whose partial results are added in order; a row of many
+    queries (more than the tile's PREFILL_ROWS of them times H / H_kv) is walked by one program a query tile instead. Both
+    depend on the row alone, so its result has the same bits alone or in a batch, in any bucket that holds it and at any capacity.
+    Launches: one; one more (the combine) if the capacity, or the sliding window, has room for several splits; one more (the prefill)
+    if W has room for a row of many queries. Beyond 512 MiB of workspace, which is at most PREFILL_ROWS / SPLIT times what B rows of
+    a 16-bit cache take, groups of query tiles take turns in it, two launches each.
     Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
     """
-    check_arguments(q, k, v, k_cache, v_cache, window, dtypes=(torch.float32, torch.bfloat16, torch.float16))
-    for name, missing in (("mode 'shadow'", window.mode not in KERNEL_MODES), ("kept slots", window.kept is not None)):
-        if missing:
-            raise NotImplementedError(f"block_attention: the Triton kernel has no {name} yet; reference.block_attention does")
-    capability = _capability(q)
-    tile = attention_tile(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype)
-    return _launch(q, k, v, k_cache, v_cache, window, scale=scale, tile=tile)
+    check_arguments(
+        q, k, v, k_cache, v_cache, window,
+        k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    )  # fmt: skip
+    capability, D, G = _capability(q), q.shape[3], q.shape[1] // k.shape[1]
+    tile = attention_tile(capability, D=D, G=G, dtype=q.dtype, fp8=k_scale is not None)
+    prefill = attention_prefill_tile(capability, D=D, dtype=q.dtype, fp8=k_scale is not None)
+    options = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale, "sliding_window": sliding_window}
+    return _launch(q, k, v, k_cache, v_cache, window, **options, tile=tile, prefill=prefill)
 
 
 def _capability(q: Tensor) -> int:
-    """Compute capability of q's GPU; of CPU tensors under the interpreter, an arbitrary one."""
-    if q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        return 10 * major + minor
-    if isinstance(_attention_kernel, triton.runtime.JITFunction):
-        raise RuntimeError(
-            f"block_attention: q is on {q.device}; the Triton kernel needs a CUDA GPU, or TRITON_INTERPRET=1 set before "
-            "dlm_kernels is imported. dlm_kernels.reference.attention runs anywhere."
-        )
-    if q.dtype == torch.bfloat16:
+    """Compute capability of q's GPU; under the interpreter, what it stands for."""
+    capability = device.capability_of("block_attention", q, _attention_kernel)
+    if not q.is_cuda and q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.runtime.JITFunction):
         raise RuntimeError(
             "block_attention: q is bfloat16, whose products Triton's interpreter gets wrong (triton #11585): use float16 or float32"
         )
-    return 80
+    return capability
 
 
 def _launch(
@@ -87,12 +106,18 @@ def _launch(
     window: Window,
     *,
     scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    sliding_window: int | None = None,
     tile: AttentionTile,
+    prefill: AttentionTile | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
-    """`block_attention` after its checks, for a given tile."""
+    """`block_attention` after its checks, for a given tile and prefill tile (None: the same, not swapped)."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
-        raise RuntimeError("block_attention: has no backward, got q, k or v with requires_grad=True; call it under torch.no_grad()")
+        raise RuntimeError(
+            "block_attention: has no backward, got q, k or v with requires_grad=True; call it under torch.no_grad()"
+        )
     B, H, W, D = q.shape
     H_kv = k.shape[1]
     G = H // H_kv
@@ -101,137 +126,113 @@ def _launch(
     if out.numel() == 0:
         return out.transpose(1, 2)
 
-    # Without a cache the window is the only split and the attention kernel writes the output itself.
-    num_splits = triton.cdiv(k_cache.shape[2], tile.SPLIT) if has_cache else 0
-    query_tiles = triton.cdiv(W * G, tile.BLOCK_M)
-    tiles_at_once = query_tiles
-    partial_acc = partial_max = partial_sum = None
-    if has_cache:
-        rows_per_tile = B * H_kv * (num_splits + 1) * tile.BLOCK_M
-        tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
-        rows = rows_per_tile * tiles_at_once
-        partial_acc = torch.empty(rows, D, dtype=torch.float32, device=q.device)
-        partial_max = torch.empty(rows, dtype=torch.float32, device=q.device)
-        partial_sum = torch.empty(rows, dtype=torch.float32, device=q.device)
-    BLOCK_D = triton.next_power_of_2(D)
-    BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
-
+    # What both forms are told. Of an fp8 cache, the kernels handle the bytes.
+    kept, page_table = (window.kept, window.page_table) if has_cache else (None, None)
+    S_max = capacity(k_cache, window) if has_cache else 0
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    common = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "k_scale_ptr": k_scale,
+        "v_scale_ptr": v_scale,
+        "q_pos_ptr": window.q_pos,
+        "q_block_ptr": window.q_block,
+        "q_branch_ptr": window.q_branch,
+        "q_len_ptr": window.q_len,
+        "kv_slot_ptr": window.kv_slot,
+        "kv_len_ptr": window.kv_len,
+        "replaced_ptr": window.replaced,
+        "kept_ptr": None if kept is None else kept.view(torch.uint8),
+        "page_table_ptr": page_table,
+        "cache_row_ptr": window.cache_row,
+        "out_ptr": out,
+        "q_strides": q.stride()[:3],
+        "k_strides": k.stride()[:3],
+        "v_strides": v.stride()[:3],
+        "k_cache_strides": k_cache.stride()[:3] if has_cache else (0, 0, 0),
+        "v_cache_strides": v_cache.stride()[:3] if has_cache else (0, 0, 0),
+        "W": W,
+        "H_KV": H_kv,
+        "S_MAX": S_max,
+        "num_pages": 0 if page_table is None else page_table.shape[1],
+        "sliding_window": sliding_window if has_cache else None,
+        "longest": tile.PREFILL_ROWS,
+        "scale_log2": scale * LOG2_E,
+        "G": G,
+        "D": D,
+        "MODE": window.mode,
+        "HAS_CACHE": has_cache,
+        "PAGE": 0 if page_table is None else k_cache.shape[2],
+        "BLOCK_D": triton.next_power_of_2(D),
+    }
     with torch.cuda.device_of(q):
-        for first_tile in range(0, query_tiles, tiles_at_once):
-            num_tiles = min(tiles_at_once, query_tiles - first_tile)
-            _attention_kernel[(B * H_kv * num_tiles, num_splits + 1)](
-                q_ptr=q,
-                k_ptr=k,
-                v_ptr=v,
-                k_cache_ptr=k_cache,
-                v_cache_ptr=v_cache,
-                q_pos_ptr=window.q_pos,
-                q_block_ptr=window.q_block,
-                q_len_ptr=window.q_len,
-                kv_slot_ptr=window.kv_slot,
-                kv_len_ptr=window.kv_len,
-                replaced_ptr=window.replaced,
-                cache_row_ptr=window.cache_row,
-                out_ptr=out,
-                partial_acc_ptr=partial_acc,
-                partial_max_ptr=partial_max,
-                partial_sum_ptr=partial_sum,
-                q_strides=q.stride()[:3],
-                k_strides=k.stride()[:3],
-                v_strides=v.stride()[:3],
-                k_cache_strides=k_cache.stride()[:3] if has_cache else (0, 0, 0),
-                v_cache_strides=v_cache.stride()[:3] if has_cache else (0, 0, 0),
-                W=W,
-                H_KV=H_kv,
-                num_splits=num_splits,
-                first_tile=first_tile,
+        if W * G > tile.PREFILL_ROWS:
+            prefill = prefill or tile
+            num_tiles = triton.cdiv(W * G, prefill.BLOCK_M)
+            _prefill_kernel[(B * H_kv * num_tiles,)](
+                **common,
                 num_tiles=num_tiles,
-                scale_log2=scale * LOG2_E,
-                G=G,
-                D=D,
-                MODE=window.mode,
-                HAS_CACHE=has_cache,
-                SPLIT=tile.SPLIT,
-                BLOCK_M=tile.BLOCK_M,
-                BLOCK_N=tile.BLOCK_N,
-                BLOCK_D=BLOCK_D,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                BLOCK_M=prefill.BLOCK_M,
+                BLOCK_N=prefill.BLOCK_N,
+                num_warps=prefill.num_warps,
+                num_stages=prefill.num_stages,
+                maxnreg=prefill.max_registers,
             )
-            if has_cache:
-                _combine_kernel[(B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),)](
-                    partial_acc_ptr=partial_acc,
-                    partial_max_ptr=partial_max,
-                    partial_sum_ptr=partial_sum,
-                    q_len_ptr=window.q_len,
-                    kv_len_ptr=window.kv_len,
-                    out_ptr=out,
-                    W=W,
-                    H_KV=H_kv,
-                    num_splits=num_splits,
-                    first_row=first_tile * tile.BLOCK_M,
-                    num_rows=num_tiles * tile.BLOCK_M,
-                    G=G,
-                    D=D,
-                    SPLIT=tile.SPLIT,
-                    BLOCK_R=BLOCK_R,
-                    BLOCK_D=BLOCK_D,
-                    num_warps=4,
-                    num_stages=1,
-                )
+        _launch_splits(common, tile, workspace_bytes, B=B, S_max=S_max)
     return out.transpose(1, 2)
 
 
-def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile, and every mode with and without a cache, as the launcher specialises them for aligned strides."""
-    cases = [_attention_case(capability, "bf16", D, 1, "full", True) for D in (32, 64, 128, 256, 512)]
-    cases += [_attention_case(capability, "bf16", D, 4, "full", True) for D in (32, 64, 128)]
-    cases += [_attention_case(capability, "bf16", D, 1, "block", True) for D in (16, 64, 80, 128, 256, 512)]
-    cases += [_attention_case(capability, "bf16", D, 7, "block", True) for D in (16, 64, 128)]
-    cases += [_attention_case(capability, "bf16", 128, G, "causal", True) for G in (1, 4)]
-    cases += [_attention_case(capability, "bf16", 128, G, mode, False) for G, mode in ((1, "full"), (1, "block"), (4, "causal"))]
-    cases += [_attention_case(capability, "bf16", 256, 1, "full", False)]
-    cases += [_attention_case(capability, "fp16", 128, G, mode, True) for G, mode in ((1, "full"), (7, "block"))]
-    cases += [_attention_case(capability, "fp32", D, 1, "block", True) for D in (16, 32, 64, 128, 256, 512)]
-    cases += [_combine_case(dtype, D) for dtype, D in (("bf16", 32), ("bf16", 128), ("fp16", 512), ("fp32", 64))]
-    return cases
+def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_bytes: int, *, B: int, S_max: int) -> None:
+    """The split form and its combine, on the first PREFILL_ROWS query rows of the bucket: a row that has more is not theirs."""
+    q, H_kv, G, D, BLOCK_D = (common[name] for name in ("q_ptr", "H_KV", "G", "D", "BLOCK_D"))
+    query_tiles = triton.cdiv(min(common["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
+    # As many splits as a row can have: a sliding window leaves few slots to cut, which need not begin at a key tile.
+    visible = S_max
+    if common["sliding_window"] is not None:
+        visible = min(S_max, common["sliding_window"] - 1 + tile.BLOCK_N)
+    num_splits = max(1, min(tile.MAX_SPLITS, triton.cdiv(visible, tile.SPLIT)))
+    rows_per_tile = B * H_kv * num_splits * tile.BLOCK_M
+    tiles_at_once = query_tiles
+    if num_splits > 1:
+        tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
+    partial_acc = partial_max = partial_sum = None
+    if common["HAS_CACHE"]:
+        # Empty if nobody has several splits: the kernel is the same one for every capacity, and does not look at it.
+        rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
+        partial_acc = torch.empty(rows, D, dtype=torch.float32, device=q.device)
+        partial_max = torch.empty(rows, dtype=torch.float32, device=q.device)
+        partial_sum = torch.empty(rows, dtype=torch.float32, device=q.device)
+    partials = {"partial_acc_ptr": partial_acc, "partial_max_ptr": partial_max, "partial_sum_ptr": partial_sum}
+    plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
+    shared = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr", "W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")
+    BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
 
-
-def _attention_case(capability: int, dtype: str, D: int, G: int, mode: str, has_cache: bool) -> CompileCase:
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    tile = attention_tile(capability, D=D, G=G, dtype=torch_dtype)
-    BLOCK_D = triton.next_power_of_2(D)
-    constexprs = {"G": G, "D": D, "MODE": mode, "HAS_CACHE": has_cache, "SPLIT": tile.SPLIT}
-    constexprs |= {"BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
-    if not has_cache:
-        absent = ("k_cache_ptr", "v_cache_ptr", "partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr")
-        constexprs |= dict.fromkeys(absent)
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr"), f"*{dtype}")
-    pointers |= dict.fromkeys(("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr"), "*fp32")
-    config = f"{dtype} D={D} G={G} {mode} {'cache' if has_cache else 'no cache'} {tile.BLOCK_M}x{tile.BLOCK_N}"
-    return _case(_attention_kernel, config, pointers, constexprs, num_warps=tile.num_warps, num_stages=tile.num_stages)
-
-
-def _combine_case(dtype: str, D: int) -> CompileCase:
-    BLOCK_D = triton.next_power_of_2(D)
-    constexprs = {"G": 4, "D": D, "SPLIT": 512, "BLOCK_R": min(16, COMBINE_ELEMENTS // BLOCK_D), "BLOCK_D": BLOCK_D}
-    pointers = dict.fromkeys(("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"}
-    return _case(_combine_kernel, f"{dtype} D={D}", pointers, constexprs, num_warps=4, num_stages=1)
-
-
-def _case(fn, config: str, pointers: dict[str, str], constexprs: dict[str, object], *, num_warps: int, num_stages: int) -> CompileCase:
-    signature: dict[str, object] = {}
-    aligned: list[str] = []
-    for name in fn.arg_names:
-        if name in constexprs:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name, "*i32")
-            aligned.append(name)
-        elif name.endswith("_strides"):
-            signature[name] = ("i32", "i32", "i32")
-            aligned += [f"{name}.{dim}" for dim in range(3)]
-        else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
-    kernel = {_attention_kernel: "attention", _combine_kernel: "attention combine"}[fn]
-    return CompileCase(kernel, config, fn, signature, constexprs, tuple(aligned), num_warps, num_stages)
+    for first_tile in range(0, query_tiles, tiles_at_once):
+        num_tiles = min(tiles_at_once, query_tiles - first_tile)
+        _attention_kernel[(B * H_kv * num_tiles, num_splits)](
+            **common,
+            **partials,
+            **plan,
+            first_tile=first_tile,
+            num_tiles=num_tiles,
+            SWAP=tile.SWAP,
+            BLOCK_M=tile.BLOCK_M,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
+        )
+        if num_splits > 1:
+            _combine_kernel[(B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),)](
+                **{name: common[name] for name in shared},
+                **partials,
+                **plan,
+                first_row=first_tile * tile.BLOCK_M,
+                num_rows=num_tiles * tile.BLOCK_M,
+                BLOCK_R=BLOCK_R,
+                num_warps=4,
+                num_stages=1,
+            )

@@ -51,6 +51,7 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
         D=D,
         BLOCK_T=BLOCK_T,
         num_warps=num_warps,
+        num_stages=1,
     )
     return held
 
@@ -129,6 +130,7 @@ def verify(
         mask_id=mask_id,
         BLOCK_T=BLOCK_T,
         num_warps=num_warps,
+        num_stages=1,
     )
     return result
 
@@ -142,7 +144,7 @@ def _case(kernel: triton.JITFunction, BLOCK_T: int, num_warps: int) -> CompileCa
     dtypes = dict.fromkeys(("source_token_ptr", "tokens_ptr", "held_ptr", "token_ptr", "pred_ptr"), "*i64")
     dtypes |= dict.fromkeys(("source_score_ptr", "source_confidence_ptr", "score_ptr", "confidence_ptr", "certain_ptr"), "*fp32")
     dtypes |= dict.fromkeys(("tried_ptr", "accepted_ptr"), "*i32") | {"BLOCK_T": "constexpr"}
-    signature = {arg: dtypes.get(arg, "*i1" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
+    signature = {arg: dtypes.get(arg, "*u1" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
     return CompileCase(
         kernel=kernel.__name__.removesuffix("_kernel"),
         config=f"BLOCK_T={BLOCK_T} num_warps={num_warps}",

@@ -24,6 +24,7 @@ class AttentionTile:
         SWAP: keys and head dim, not queries, in the first operand of the products (wgmma wants 64 rows there, and 4 warps).
         PREFILL_ROWS: a batch row of more query rows (queries times heads of a group) is the prefill kernel's: by then its products
             take longer than its keys, and partial results would cost more than the keys themselves.
+        max_registers: launch option; None leaves the number to ptxas, which for some small tiles prefers spills to fewer programs.
     """
 
     BLOCK_M: int
@@ -34,6 +35,7 @@ class AttentionTile:
     MAX_SPLITS: int = 32
     SWAP: bool = False
     PREFILL_ROWS: int = 512
+    max_registers: int | None = None
 
 
 # fp32 numbers of a tile that a program of the combine merges.
@@ -41,7 +43,7 @@ COMBINE_ELEMENTS = 2048
 
 # By padded head dim: the tile for at most two query heads per KV head, for more, and for the prefill. Never by batch, bucket or
 # capacity: wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
-# Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.7.1.
+# Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.6.0 and 3.7.1.
 _SM_90_TILES = {
     16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
@@ -61,27 +63,32 @@ _SM_100_TILES = {
 # mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
 _MMA_SYNC_TILES = {
     16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2), AttentionTile(128, 32, 8, 2)),
-    32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4)),
-    64: (AttentionTile(64, 32, 4, 4), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
-    128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3), AttentionTile(128, 32, 8, 2)),
+    32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4, max_registers=255)),
+    64: (AttentionTile(64, 32, 4, 4, max_registers=255), AttentionTile(128, 64, 8, 3), AttentionTile(128, 32, 8, 3)),
+    128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3), AttentionTile(64, 64, 8, 2)),
     256: (AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3)),
     512: (AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2)),
 }
+_SM_80_TILES = _MMA_SYNC_TILES | {128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))}
 # float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
 _FLOAT32_TILES = {
-    16: (AttentionTile(16, 32, 4, 2),) * 3,
-    32: (AttentionTile(32, 32, 4, 2),) * 3,
-    64: (AttentionTile(16, 16, 4, 2),) * 3,
-    128: (AttentionTile(16, 16, 4, 2),) * 3,
+    16: (AttentionTile(16, 32, 4, 2, max_registers=255),) * 3,
+    32: (AttentionTile(16, 32, 4, 2, max_registers=255),) * 3,
+    64: (AttentionTile(16, 16, 4, 2, max_registers=255),) * 3,
+    128: (AttentionTile(16, 16, 4, 2, max_registers=255),) * 3,
     256: (AttentionTile(16, 16, 8, 2),) * 3,
     512: (AttentionTile(16, 16, 8, 2),) * 3,
 }
-ATTENTION_TILES = {90: _SM_90_TILES, 100: _SM_100_TILES, 103: _SM_100_TILES}
+ATTENTION_TILES = {80: _SM_80_TILES, 90: _SM_90_TILES, 100: _SM_100_TILES, 103: _SM_100_TILES}
 
 
 # What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers.
-_FP8_TILES = {90: {}, 100: {(128, 2): AttentionTile(128, 32, 8, 3)}, 103: {(128, 2): AttentionTile(128, 32, 8, 3)}}
-_FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3)}
+_FP8_TILES = {
+    90: {},
+    100: {(128, 2): AttentionTile(128, 32, 8, 3)},
+    103: {(128, 2): AttentionTile(128, 32, 8, 3)},
+}
+_FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3), (128, 2): AttentionTile(64, 32, 8, 3)}
 
 
 def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
@@ -191,9 +198,7 @@ class UnmaskTile:
 
 # The narrowest that holds the lanes is used. One warp needs no barrier; in registers, wide tiles are bound by the sort, whose 64-bit
 # keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 (the entropies), in 128 registers a thread.
-UNMASK_TILES = (
-    UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), UnmaskTile(1024, 4), UnmaskTile(8192, 16, 1024),
-)  # fmt: skip
+UNMASK_TILES = (UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), UnmaskTile(8192, 16, 1024))
 
 
 def unmask_tile(W: int) -> UnmaskTile:

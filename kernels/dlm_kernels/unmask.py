@@ -1,6 +1,6 @@
 """`unmask` in one launch: one program per row selects, writes and moves the row on. Specification: reference.unmask.
 
-A region of up to 1,024 lanes stays in registers (unmask_device); a longer one is read tile by tile (unmask_wide_device).
+A region of up to 256 lanes stays in registers (unmask_device); a longer one is read tile by tile (unmask_wide_device).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def unmask(
 
     Equal to reference.unmask on every field of `state` and in what it returns, bit for bit; arguments, rules and errors are
     described there. W may be at most MAX_W. Nothing depends on the tile width or on the other rows. Traffic: 29 B a lane of the
-    region at most (40 B with an optional lane tensor or two; above 1,024 lanes they are read three to five times, from L2 but for
+    region at most (40 B with an optional lane tensor or two; above 256 lanes they are read three to five times, from L2 but for
     the first), plus 8 B a canvas position from the block to the next mask when the block is finished; rule.stop "fill" reads
     12 B of every canvas position.
 
@@ -111,7 +111,7 @@ def unmask(
         **{f"{name}_stride": 0 if given[name] is None else given[name].stride(0) for name in STRIDED},
         W=W, K=stop_ids.shape[0], mask_id=mask_id,
         **_flags(rule, kind, value.dim() == 2), **_tiles(tile),
-        num_warps=tile.num_warps, maxnreg=_max_registers(tile.num_warps),
+        num_warps=tile.num_warps, num_stages=1, maxnreg=_max_registers(tile.num_warps),
     )  # fmt: skip
     if tile.BLOCK_T is None:
         unmask_kernel[(B,)](**arguments)
@@ -191,7 +191,7 @@ def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], tile: Unmask
     constexprs = _flags(rule, kind, "value" in given) | _tiles(tile)
     optional = (*OPTIONAL_LANES, *OPTIONAL_ROWS, *(("keys",) if tile.BLOCK_T else ()))
     constexprs |= {f"{name}_ptr": None for name in optional if name not in given}
-    types = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*i1"}
+    types = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.bool: "*u1"}
     dtypes = dict.fromkeys(("tokens", "pred", "stop_ids", "keys"), torch.int64)
     dtypes |= OPTIONAL_LANES | OPTIONAL_ROWS | {"changed": torch.bool}
     dtypes |= dict.fromkeys(("unmask_confidence", "score", "confidence", "value"), torch.float32)

@@ -9,10 +9,22 @@ from torch import Tensor
 from ..window import Window
 
 HEAD_DIMS = (*range(16, 257, 16), 512)
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, window: Window, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    window: Window,
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and values.
 
@@ -22,45 +34,52 @@ def block_attention(
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16 (here also float64); any strides, the last one 1.
         k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
-        k_cache, v_cache: [R, H_kv, S_max, D], dtype of q, written in place. Both None: nothing is stored, no cached key is
-            visible, and kv_slot, kv_len, replaced and cache_row are ignored.
+        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
+            Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k.
+        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
+            to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
+            The window's own keys are attended as they come.
+        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all are.
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given.  TypeError: dtype.
+        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, sliding_window < 1, scales
+            without an fp8 cache or the other way round.  TypeError: dtype.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, no two stored
-    positions sharing a slot, and every stored slot hidden from all rows that read the same cache row. What lies in hidden
-    slots and dead positions is irrelevant, NaN included; a live key must be finite even for queries that do not see it.
+    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
+    positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden slots and dead
+    positions is irrelevant, NaN included; a live key must be finite even for queries that do not see it.
     Scores, softmax and the sum over values are float32 (float64 for float64) and the result is rounded once.
     """
-    check_arguments(q, k, v, k_cache, v_cache, window, dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_arguments(
+        q, k, v, k_cache, v_cache, window, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes
+    )
     B, H, W, D = q.shape
     out = q.new_empty(B, W, H, D)
     if out.numel() == 0:
         return out.transpose(1, 2)
 
+    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
     live = (torch.arange(W, device=q.device) < window.q_len[:, None]) & (window.q_block >= 0)
-    visible = live[:, :, None] & live[:, None, :] & _order_allows(window)
-    if k_cache is None:
-        keys, values, readable = k.clone(), v.clone(), live
-    else:
+    visible = live[:, :, None] & live[:, None, :] & _window_allows(window)
+    keys, values, readable = k.to(precision), v.to(precision), live
+    if k_cache is not None:
         stored = live & (window.kv_slot >= 0)
-        _store(k_cache, k, stored, window)
-        _store(v_cache, v, stored, window)
-        in_cache = _cache_visible(window, S_max=k_cache.shape[2])
+        _store(k_cache, k, k_scale, stored, window)
+        _store(v_cache, v, v_scale, stored, window)
+        in_cache = _cache_visible(window, S_max=capacity(k_cache, window), sliding_window=sliding_window)
         readable = torch.cat([in_cache, live], 1)
         visible = torch.cat([live[:, :, None] & in_cache[:, None, :], visible], 2)
-        keys = torch.cat([k_cache[window.cache_row], k], 2)
-        values = torch.cat([v_cache[window.cache_row], v], 2)
+        keys = torch.cat([_read(k_cache, k_scale, in_cache, window, precision), keys], 2)
+        values = torch.cat([_read(v_cache, v_scale, in_cache, window, precision), values], 2)
 
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
     H_kv = k.shape[1]
     # What nobody may read can be NaN, and neither a weight of zero nor a score of -inf would silence it: it must be gone.
     queries = q.to(precision).masked_fill(~live[:, None, :, None], 0.0).unflatten(1, (H_kv, H // H_kv)).flatten(2, 3)
-    keys, values = (tensor.to(precision).masked_fill_(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
+    keys, values = (tensor.masked_fill(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
     mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     attended = attended.masked_fill(~mask.any(-1, keepdim=True), 0.0)
@@ -68,45 +87,96 @@ def block_attention(
     return out.transpose(1, 2)
 
 
-def _order_allows(window: Window) -> Tensor:
+def capacity(k_cache: Tensor, window: Window) -> int:
+    """S_max: how many slots a row of the cache has."""
+    return k_cache.shape[2] * (1 if window.page_table is None else window.page_table.shape[1])
+
+
+def _window_allows(window: Window) -> Tensor:
     """[B, W, W] (or broadcastable): may query i (dim 1) look at position j (dim 2), both being live."""
-    if window.mode == "full":
-        return torch.ones((), dtype=torch.bool, device=window.q_pos.device)
-    order = window.q_pos if window.mode == "causal" else window.q_block
-    allowed = order[:, None, :] <= order[:, :, None]
+    allowed = torch.ones((), dtype=torch.bool, device=window.q_pos.device)
+    if window.mode != "full":
+        order = window.q_pos if window.mode == "causal" else window.q_block
+        allowed = order[:, None, :] <= order[:, :, None]
     if window.mode == "shadow":
         same_position = window.q_pos[:, None, :] == window.q_pos[:, :, None]
         allowed = allowed & ~(same_position & (window.q_block[:, None, :] < window.q_block[:, :, None]))
+    if window.q_branch is not None:
+        branch = window.q_branch
+        allowed = allowed & ((branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] < 0))
     return allowed
 
 
-def _cache_visible(window: Window, S_max: int) -> Tensor:
+def _cache_visible(window: Window, S_max: int, sliding_window: int | None) -> Tensor:
     """[B, S_max]: cached slots that every live query of the row sees."""
     slot = torch.arange(S_max, device=window.kv_len.device)
     replaced = (slot >= window.replaced[:, :1]) & (slot < window.replaced[:, 1:])
     visible = (slot < window.kv_len[:, None]) & ~replaced
+    if sliding_window is not None:
+        visible = visible & (slot > window.kv_len[:, None] - sliding_window)
     return visible if window.kept is None else visible & window.kept
 
 
-def _store(cache: Tensor, new: Tensor, stored: Tensor, window: Window) -> None:
+def _place(row: Tensor, slot: Tensor, cache: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """(first index, third index) of `slot` of cache row `row` in the cache: itself, or its page and the place in it."""
+    row, slot = row.long(), slot.long()
+    if window.page_table is None:
+        return row, slot
+    page_size = cache.shape[2]
+    return window.page_table[row, slot // page_size].long(), slot % page_size
+
+
+def _read(cache: Tensor, scale: Tensor | None, visible: Tensor, window: Window, precision: torch.dtype) -> Tensor:
+    """[B, H_kv, S_max, D] of the rows' slots in `precision`; what is not visible may be anything."""
+    B, S_max = visible.shape
+    # A page that holds nothing visible may have any number in the table.
+    slot = torch.arange(S_max, device=cache.device).expand(B, S_max)
+    first, third = _place(window.cache_row[:, None].expand(B, S_max), slot, cache, window)
+    if window.page_table is not None:
+        first = torch.where(visible, first, 0)
+    # Eight-bit floats have no gather: their bytes do.
+    stored = cache if scale is None else cache.view(torch.uint8)
+    read = stored[first, :, third].transpose(1, 2)
+    return read.to(precision) if scale is None else read.view(FP8).to(precision) * scale.to(precision)[:, None, None]
+
+
+def to_fp8(value: Tensor, scale: Tensor) -> Tensor:
+    """What an fp8 cache stores of [N, H_kv, D] keys or values: value / scale, saturating; `scale` is [H_kv]."""
+    return (value.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def _store(cache: Tensor, new: Tensor, scale: Tensor | None, stored: Tensor, window: Window) -> None:
     """Writes the stored positions of `new` [B, H_kv, W, D] into `cache`, in place and with a fixed number of writes.
 
     A position that is not stored repeats the write of one that is: same place, same value, so the order of the duplicates
-    does not matter. If nothing at all is stored, every write puts back what slot 0 of some row already holds.
+    does not matter. If nothing at all is stored, every write puts back what slot 0 of the first row, or page, already holds.
     """
     B, W = stored.shape
     if cache.numel() == 0:
         return
     position = torch.arange(B * W, device=new.device)
     source = torch.where(stored.flatten(), position, stored.flatten().int().argmax())
-    row = window.cache_row[source // W].long()
-    slot = window.kv_slot.flatten()[source].clamp_min(0).long()
+    slot = torch.where(stored.any(), window.kv_slot.flatten()[source], 0)
+    first, third = _place(window.cache_row[source // W], slot, cache, window)
+    first = torch.where(stored.any(), first, 0)
     value = new.transpose(1, 2)[source // W, source % W]
-    cache[row, :, slot] = torch.where(stored.any(), value, cache[row, :, slot])
+    if scale is not None:
+        value, cache = to_fp8(value, scale).view(torch.uint8), cache.view(torch.uint8)
+    cache[first, :, third] = torch.where(stored.any(), value, cache[first, :, third])
 
 
 def check_arguments(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, window: Window, *, dtypes: tuple[torch.dtype, ...]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    window: Window,
+    *,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    sliding_window: int | None,
+    dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """Raises what `block_attention` documents; reads shapes, strides, dtypes and devices only."""
     op = "block_attention"
@@ -130,25 +200,63 @@ def check_arguments(
     if q.dtype not in dtypes:
         raise TypeError(f"{op}: q must be one of {', '.join(str(dtype) for dtype in dtypes)}, got {q.dtype}")
 
+    if sliding_window is not None:
+        if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+            raise TypeError(f"{op}: sliding_window must be an int or None, got {type(sliding_window).__name__}")
+        if not 1 <= sliding_window < 2**31:
+            raise ValueError(f"{op}: sliding_window must be in [1, 2^31), got {sliding_window}")
+
     tensors = {"q": q, "k": k, "v": v}
     if k_cache is not None:
         tensors |= {"k_cache": k_cache, "v_cache": v_cache}
-        if k_cache.dim() != 4 or (k_cache.shape[1], k_cache.shape[3]) != (H_kv, D):
-            raise ValueError(f"{op}: k_cache must be [R, H_kv, S_max, D] with H_kv={H_kv}, D={D}, got {tuple(k_cache.shape)}")
-        if v_cache.shape != k_cache.shape:
-            raise ValueError(f"{op}: v_cache must have the shape of k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+        _check_caches(op, k_cache, v_cache, window, H_kv=H_kv, D=D)
+    _check_scales(op, k_cache, k_scale, v_scale, H_kv=H_kv, device=q.device)
     for name, tensor in tensors.items():
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+        dtype = FP8 if name.endswith("cache") and k_scale is not None else q.dtype
+        if tensor.dtype != dtype:
+            expected = f"the dtype of q, {dtype}" if dtype == q.dtype else f"dtype {dtype}, as there are scales"
+            raise TypeError(f"{op}: {name} must have {expected}, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{op}: {name} must be on {q.device}, got {tensor.device}")
         if tensor.stride(3) != 1:
             raise ValueError(f"{op}: {name} must have last stride 1, got strides {tensor.stride()}")
     if window.q_pos.device != q.device:
         raise ValueError(f"{op}: window must be on {q.device}, got {window.q_pos.device}")
-    if window.kept is not None and (k_cache is None or window.kept.shape[1] != k_cache.shape[2]):
-        slots = None if k_cache is None else k_cache.shape[2]
+    slots = None if k_cache is None else capacity(k_cache, window)
+    if window.kept is not None and window.kept.shape[1] != slots:
         raise ValueError(f"{op}: window.kept must be [B, S_max] with S_max={slots} of the cache, got {tuple(window.kept.shape)}")
     for name, tensor in window.tensors().items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: window.{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _check_caches(op: str, k_cache: Tensor, v_cache: Tensor, window: Window, *, H_kv: int, D: int) -> None:
+    if k_cache.dim() != 4 or (k_cache.shape[1], k_cache.shape[3]) != (H_kv, D):
+        axes = "[R, H_kv, S_max, D]" if window.page_table is None else "[num_pages, H_kv, page_size, D]"
+        raise ValueError(f"{op}: k_cache must be {axes} with H_kv={H_kv}, D={D}, got {tuple(k_cache.shape)}")
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"{op}: v_cache must have the shape of k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+    page_size = k_cache.shape[2]
+    if window.page_table is not None and (page_size < 16 or page_size & (page_size - 1)):
+        raise ValueError(f"{op}: page_size, dim 2 of k_cache, must be a power of two >= 16, got {page_size}")
+
+
+def _check_scales(
+    op: str, k_cache: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, *, H_kv: int, device: torch.device
+) -> None:
+    is_fp8 = k_cache is not None and k_cache.dtype == FP8
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if (scale is not None) != is_fp8:
+            cache = "no cache" if k_cache is None else f"a cache of {k_cache.dtype}"
+            given = f"no {name}" if scale is None else f"{name} {tuple(scale.shape)}"
+            raise ValueError(f"{op}: {name} must be given with a cache of {FP8} and with no other, got {given} and {cache}")
+        if scale is None:
+            continue
+        if tuple(scale.shape) != (H_kv,) or not scale.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be contiguous [H_kv] with H_kv={H_kv}, got {tuple(scale.shape)}, strides {scale.stride()}"
+            )
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{op}: {name} must be torch.float32, got {scale.dtype}")
+        if scale.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {scale.device}")

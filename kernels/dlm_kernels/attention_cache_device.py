@@ -1,0 +1,178 @@
+"""Device code of `block_attention`, the cache's side: which slots a row sees, where a slot lies, how a key gets there and back.
+
+A cache is [rows, H_kv, S_max, D] or, with a page table, [pages, H_kv, PAGE, D]: then slot s lies in page table[s // PAGE] at
+s % PAGE. Its elements are those of q, or e4m3 bytes with one float32 scale a head. The bytes are taken apart and put together
+with integer operations, on every target the same: sm_80 and sm_86 have no conversion, and the interpreter's is no reference.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Keys copied to the cache per iteration: enough to fill the copy's loads, few enough to cost no registers.
+STORE_N = tl.constexpr(16)
+# What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, whose bias is larger by 8.
+E4M3_UNIT = tl.constexpr(256.0)
+
+
+@triton.jit
+def _tile_mask(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mask of a [rows, BLOCK_D] tile: the rows that are kept, and no column of the padding to a power of two."""
+    mask = rows[:, None]
+    if D != BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return mask
+
+
+@triton.jit
+def _load_tile(ptr, offset, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] at `offset` [rows] of a tensor whose last stride is 1; rows not kept and the padding are zero. None: all kept."""
+    pointers = ptr + offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    if keep is not None:
+        return tl.load(pointers, mask=_tile_mask(keep, D, BLOCK_D), other=0)
+    elif D != BLOCK_D:
+        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _decode_e4m3(byte):
+    """value / E4M3_UNIT in float16, exactly, subnormals included. The NaN byte, which no finite key becomes, is read as 480."""
+    wide = byte.to(tl.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _encode_e4m3(value):
+    """The e4m3 byte nearest to a float32, ties to the even one; beyond +-448 that of +-448; NaN stays NaN."""
+    bits = value.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    clipped = tl.where(size > 0x43E00000, 0x43E00000, size)  # 448
+    # From 2^-6 on: drop 20 bits of the mantissa, rebias the exponent from 127 to 7; a carry runs into the exponent, as it should.
+    normal = ((clipped + 0x7FFFF + ((clipped >> 20) & 1)) >> 20) - 960
+    # Below, e4m3 counts in steps of 2^-9; adding 2^23 makes float32 count, and round, in units.
+    counted = clipped.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
+    code = tl.where(clipped >= 0x3C800000, normal, counted.to(tl.uint32, bitcast=True) - 0x4B000000)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _first_visible(kv_len, sliding_window):
+    """First cached slot that the sliding window leaves visible; with a sliding window of n, the last n - 1 slots are."""
+    first = kv_len * 0
+    if sliding_window is not None:
+        first = tl.maximum(kv_len - sliding_window + 1, 0)
+    return first
+
+
+@triton.jit
+def _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, sliding_window):
+    """Which cached slots the row sees."""
+    visible = (slot < kv_len) & ((slot < replaced_start) | (slot >= replaced_end))
+    if sliding_window is not None:
+        visible = visible & (slot >= first)
+    if kept_ptr is not None:
+        visible = visible & (tl.load(kept_ptr + slot, mask=slot < kv_len, other=0) != 0)
+    return visible
+
+
+@triton.jit
+def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N):
+    """How a row's visible prefix is cut: (where the first split starts, slots a split, number of splits, at least 1).
+
+    It looks at nothing but the row's own length. Long prefixes get longer splits instead of more: the partial results are
+    fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
+    """
+    base = _first_visible(kv_len, sliding_window) // BLOCK_N * BLOCK_N
+    span = kv_len - base
+    length = SPLIT * tl.maximum(tl.cdiv(span, SPLIT * MAX_SPLITS), 1)
+    return base, length, tl.maximum(tl.cdiv(span, length), 1)
+
+
+@triton.jit
+def _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N):
+    """(first, number) of the key tiles of a split [begin, end) that are replaced as a whole: they are passed over.
+
+    That changes no bit, as a hidden tile adds exact zeros. A split that has no other tile leaves no partial result.
+    """
+    tiles_end = tl.cdiv(end, BLOCK_N)
+    gap = tl.minimum(tl.maximum(tl.cdiv(replaced_start, BLOCK_N), begin // BLOCK_N), tiles_end)
+    gap_end = tl.where(replaced_end < kv_len, replaced_end // BLOCK_N, tiles_end)
+    return gap, tl.maximum(tl.minimum(gap_end, tiles_end) - gap, 0)
+
+
+@triton.jit
+def _cache_base(ptr, strides, cache_row, head, PAGE: tl.constexpr):
+    """Where the slots of one KV head begin; in a paged cache, where those of page 0 do."""
+    base = ptr + head * strides[1]
+    if PAGE == 0:
+        base += cache_row * strides[0]
+    return base
+
+
+@triton.jit
+def _tile_pages(table_ptr, start, slot, visible, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of a tile of slots: one for all if a tile, which starts at a multiple of BLOCK_N, never crosses pages."""
+    page = 0
+    if PAGE >= BLOCK_N:
+        page = tl.load(table_ptr + start // PAGE).to(tl.int64)
+    elif PAGE != 0:
+        if visible is None:
+            page = tl.load(table_ptr + slot // PAGE).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + slot // PAGE, mask=visible, other=0).to(tl.int64)
+    return page
+
+
+@triton.jit
+def _slot_offset(slot, page, strides, PAGE: tl.constexpr):
+    if PAGE == 0:
+        return slot.to(tl.int64) * strides[2]
+    else:
+        return (slot % PAGE).to(tl.int64) * strides[2] + page * strides[0]
+
+
+@triton.jit
+def _load_cached(
+    base, slot, page, strides, visible, dtype: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[slots, BLOCK_D] in q's dtype; of an e4m3 cache, in units of E4M3_UNIT times the head's scale."""
+    tile = _load_tile(base, _slot_offset(slot, page, strides, PAGE), visible, D, BLOCK_D)
+    if tile.dtype == tl.uint8:
+        tile = _decode_e4m3(tile).to(dtype)
+    return tile
+
+
+@triton.jit
+def _store_keys(
+    base,
+    new_ptr,
+    scale_ptr,
+    slot_ptr,
+    block_ptr,
+    table_ptr,
+    strides,
+    new_stride_w,
+    first,
+    last,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Copies the stored ones among window positions [first, last) of one KV head to their cache slots."""
+    columns = tl.arange(0, BLOCK_D)
+    for start in range(first, last, STORE_N):
+        j = start + tl.arange(0, STORE_N)
+        slot = tl.load(slot_ptr + j, mask=j < last, other=-1)
+        stored = (slot >= 0) & (tl.load(block_ptr + j, mask=j < last, other=-1) >= 0)
+        new = _load_tile(new_ptr, j.to(tl.int64) * new_stride_w, stored, D, BLOCK_D)
+        if scale_ptr is not None:
+            new = _encode_e4m3(tl.div_rn(new.to(tl.float32), tl.load(scale_ptr)))
+        page = 0
+        if PAGE != 0:
+            page = tl.load(table_ptr + slot // PAGE, mask=stored, other=0).to(tl.int64)
+        offset = _slot_offset(slot, page, strides, PAGE)
+        tl.store(base + offset[:, None] + columns[None, :], new, mask=_tile_mask(stored, D, BLOCK_D))

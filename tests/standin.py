@@ -1,0 +1,106 @@
+"""Triton's launch path without a GPU: a driver that is not there, and launches that are recorded instead of made.
+
+What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what would be compiled is what is recorded.
+For processes of their own, without TRITON_INTERPRET: see tests/test_launch.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from dlm_kernels.static import CompileCase
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One machine code: what Triton distinguishes. aligned: paths of arguments that are known multiples of 16."""
+
+    function: str
+    signature: tuple[tuple[str, object], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: frozenset[str]
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: its machine code and its grid."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+
+
+class StandIn:
+    """As much of a Triton driver as a launch asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def _name(function: JITFunction, path: tuple[int, ...]) -> str:
+    return ".".join([function.arg_names[path[0]], *map(str, path[1:])])
+
+
+def variant_of(function: JITFunction, signature, constants, attributes, options) -> Variant:
+    """From what Triton is about to compile. `constants` and `attributes` are keyed by place, as Triton keys them."""
+    return Variant(
+        function.__name__,
+        tuple((name, kind) for name, kind in signature.items()),
+        tuple(sorted((_name(function, path), value) for path, value in constants.items())),
+        frozenset(_name(function, path) for path, attribute in attributes.items() if ["tt.divisibility", 16] in attribute),
+        options["num_warps"],
+        options["num_stages"],
+        options["maxnreg"],
+    )
+
+
+def variant_of_case(case: CompileCase) -> Variant:
+    """The machine code that the static report compiles for a case."""
+    places = {name: (case.fn.arg_names.index(name),) for name in case.constexprs}
+    return Variant(
+        case.fn.__name__,
+        tuple((name, case.signature[name]) for name in case.fn.arg_names),
+        tuple(sorted((_name(case.fn, places[name]), value) for name, value in case.constexprs.items())),
+        frozenset(case.divisible_by_16),
+        case.num_warps,
+        case.num_stages,
+        case.maxnreg,
+    )
+
+
+def record(capability: int) -> list[Launch]:
+    """From now on no kernel is compiled or launched; the list grows by what would have been."""
+    launches: list[Launch] = []
+    made: list[Variant] = []
+    driver.set_active(StandIn(capability))
+    run = JITFunction.run
+
+    def compile_nothing(self, key, signature, device, constants, options, attributes, warmup):
+        made.append(variant_of(self, signature, constants, attributes, vars(options)))
+
+    def run_nothing(self, *args, grid, warmup, **kwargs):
+        run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(made.pop(), tuple(grid)))
+
+    JITFunction._do_compile = compile_nothing
+    JITFunction.run = run_nothing
+    assert triton.runtime.driver.active.get_current_target().arch == capability
+    return launches

@@ -1,0 +1,162 @@
+"""What the launchers launch, as a GPU would see it: Triton's own specialisation of real calls, recorded without a GPU.
+
+Two promises. The configurations that the static report compiles are those that decoders launch, argument types and alignment included. And lengths,
+batches and buckets make no new machine code: a decode compiles at its first step and not again.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="these tests go through Triton's launch path")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PRELUDE = """
+import dataclasses, json, sys
+sys.path.insert(0, {tests!r})
+from standin import record, variant_of_case
+launches = record(90)
+
+import torch
+from dlm_kernels import RowState, UnmaskRule, Window, attention, confidence, device, drafts, linear_confidence, reference, static, unmask
+device.capability_of = lambda op, tensor, kernel: 90
+
+# Numbers that follow from the vocabulary: the report compiles one vocabulary.
+OF_THE_VOCABULARY = ("PARTS", "LOG2_SLOTS", "COLUMN", "TOP_WIDTH")
+
+
+def known(variant):
+    return dataclasses.replace(variant, constants=tuple(item for item in variant.constants if item[0] not in OF_THE_VOCABULARY))
+
+
+SHIPPED = {{
+    known(variant_of_case(case)): f"{{case.kernel}} {{case.config}}" for op in static.KERNEL_MODULES for case in static.shipped(op, 90)
+}}
+
+
+def int32(values):
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+def attend(B, W, H, H_kv, D, S_max, mode, kv_len=5, dtype=torch.bfloat16, **options):
+    q, k, v = (torch.zeros(B, W, heads, D, dtype=dtype).transpose(1, 2) for heads in (H, H_kv, H_kv))
+    caches = [torch.zeros(B, H_kv, S_max, D, dtype=dtype) if S_max else None for _ in range(2)]
+    lane = torch.arange(W, dtype=torch.int32).expand(B, W).contiguous()
+    window = Window(
+        q_pos=lane, q_block=torch.zeros_like(lane), q_len=int32([W] * B), kv_slot=lane + kv_len, kv_len=int32([kv_len] * B),
+        replaced=int32([[0, 0]] * B), cache_row=int32(range(B)), mode=mode,
+    )
+    attention.block_attention(q, k, v, *caches, window, scale=D**-0.5, **options)
+
+
+def reduce(N, V, dtype=torch.bfloat16, **options):
+    logits = torch.zeros(N, V, dtype=dtype)
+    confidence.confidence(logits, rows=torch.arange(N, dtype=torch.int32), banned=torch.tensor([3]), **options)
+
+
+def head(N, dtype=torch.bfloat16):
+    hidden, weight = torch.zeros(N, 64, dtype=dtype), torch.zeros(126464, 64, dtype=dtype)
+    rows, banned = torch.arange(N, dtype=torch.int32), torch.tensor([3])
+    linear_confidence.linear_confidence(hidden, weight, rows=rows, banned=banned, outputs=("second", "logsumexp", "entropy"))
+
+
+def draft(B, D, W):
+    lanes = torch.zeros(B, W, dtype=torch.int64), torch.zeros(B, W), torch.zeros(B, W)
+    source = reference.DraftSource(*lanes, int32([0] * B), int32([0] * B))
+    eligible, rows = torch.zeros(B, W, dtype=torch.bool), torch.zeros(B, dtype=torch.bool)
+    held = drafts.draft_build(source, lanes[0], eligible, rows, D=D)
+    scores = torch.zeros(B, D, W)
+    drafts.verify(source, held, held, scores, scores, eligible=eligible, ready=rows, drafting=rows, selects=rows, mask_id=9)
+
+
+def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="window"):
+    state = RowState.empty(B, L, "cpu")
+    rows = int32([1] * B)
+    unmask.unmask(
+        state, rule, kind=kind, query_len=rows, pred=torch.zeros(B, W, dtype=torch.int64), score=torch.zeros(B, W),
+        confidence=torch.zeros(B, W), value=torch.zeros(B), min_unmask=rows, steps=rows, block_length=rows, mask_id=9,
+        stop_ids=torch.tensor([8]), lane_start=rows, rank=torch.zeros(B, W), stat_error=torch.zeros(B, W, dtype=torch.int32), max_steps=rows,
+    )
+
+
+def finish():
+    variants = {{}}
+    for launch in launches:
+        variants.setdefault(launch.variant, []).append(launch.grid)
+    print(json.dumps([[variant.function, SHIPPED.get(known(variant)), grids] for variant, grids in variants.items()]))
+"""
+
+
+def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
+    """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask for."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    path = folder / "calls.py"
+    path.write_text(PRELUDE.format(tests=str(ROOT / "tests")) + script + "\nfinish()\n")
+    run = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [tuple(item) for item in json.loads(run.stdout.splitlines()[-1])]
+
+
+# LLaDA-8B, Dream-7B, SDAR-8B, LLaDA2-mini; DiffusionGemma's two kinds of layer.
+MODELS = """
+for H, H_kv, D in ((32, 32, 128), (28, 4, 128), (32, 8, 128), (16, 4, 128), (16, 8, 256), (16, 2, 512)):
+    attend(2, 32, H, H_kv, D, 1024, "full")
+for V in (126464, 152064, 151936, 157184, 262144):
+    for options in ({"outputs": ("second",)}, {"outputs": ("second", "logsumexp", "entropy")}):
+        reduce(64, V, **options)
+        reduce(600, V, **options)
+for W in (32, 64, 256, 2000):
+    write(4, 4096, W)
+    draft(4, 3, W)
+head(64)
+"""
+
+
+def test_what_the_models_decoders_launch_is_what_the_static_report_compiles(tmp_path):
+    found = variants(MODELS, tmp_path)
+    assert [function for function, shipped, _ in found if shipped is None] == []
+    assert {shipped.split()[0] for _, shipped, _ in found} == {"attention", "confidence", "linear_confidence", "unmask", "draft_build", "verify"}
+
+
+LENGTHS = """
+for B in (1, 3):
+    for W in (1, 16, 33):
+        for S_max, kv_len in ((16, 0), (48, 1), (1040, 700), (4112, 4000)):
+            attend(B, W, 8, 2, 128, S_max, "block", kv_len)
+for N in (1, 16, 40, 300):
+    reduce(N, 126464, outputs=("second",))
+for B, L, W in ((1, 40, 4), (3, 1000, 32), (16, 33, 32)):
+    write(B, L, W)
+    draft(B, 2, W)
+for N in (1, 16, 40):
+    head(N)
+"""
+
+
+def test_lengths_batches_and_buckets_make_no_new_machine_code(tmp_path):
+    functions = collections.Counter(function for function, _, _ in variants(LENGTHS, tmp_path))
+    assert functions.pop("_confidence_kernel") == 2  # split, and not
+    assert functions.pop("_merge_kernel") == 2  # of the logits' parts, and of the head's
+    assert set(functions.values()) == {1}, functions
+
+
+PREFILL = """
+attend(1, 700, 8, 2, 128, 4096, "block", 0)
+attend(1, 700, 8, 2, 128, 0, "full")
+attend(1, 32, 8, 2, 128, 4096, "block", 0)
+"""
+
+
+def test_grids_follow_the_shapes(tmp_path):
+    found = {function: grids for function, _, grids in variants(PREFILL, tmp_path)}
+    assert set(found) == {"_prefill_kernel", "_attention_kernel", "_combine_kernel"}
+    assert all(len(grid) <= 3 and all(size >= 1 for size in grid) for grids in found.values() for grid in grids)

@@ -1,0 +1,228 @@
+"""The launchers as PyTorch operators: what tracing sees is what eager does, mutation included."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton", reason="the operators run Triton kernels")
+
+from dlm_kernels import RowState, UnmaskRule, Window  # noqa: E402
+from dlm_kernels.attention import block_attention  # noqa: E402
+from dlm_kernels.confidence import confidence  # noqa: E402
+from dlm_kernels.drafts import draft_build, verify  # noqa: E402
+from dlm_kernels.library import operator  # noqa: E402
+from dlm_kernels.linear_confidence import linear_confidence  # noqa: E402
+from dlm_kernels.unmask import unmask  # noqa: E402
+
+from helpers import toy  # noqa: E402
+
+OPS = torch.ops.dlm_kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def window_of(q_len: list[int], W: int, device, **fields) -> Window:
+    """A window of W positions behind four cached ones."""
+    B = len(q_len)
+
+    def int32(values) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.int32, device=device)
+
+    lane = torch.arange(W, dtype=torch.int32, device=device).expand(B, W)
+    fields = {"mode": "block"} | fields
+    return Window(
+        q_pos=(lane + 4).contiguous(), q_block=(lane // 2).contiguous(), q_len=int32(q_len), kv_slot=(lane + 4).contiguous(),
+        kv_len=int32([4] * B), replaced=int32([[0, 0]] * B), cache_row=int32(range(B)), **fields,
+    )  # fmt: skip
+
+
+def attention_call(device, **fields):
+    B, H, H_kv, W, D = 2, 4, 2, 5, 16
+    q = torch.randn(B, W, H, D, device=device).transpose(1, 2)
+    k, v = (torch.randn(B, W, H_kv, D, device=device).transpose(1, 2) for _ in range(2))
+    caches = [torch.randn(B, H_kv, 16, D, device=device) for _ in range(2)]
+    return q, k, v, *caches, window_of([5, 3], W, device, **fields)
+
+
+def unmask_call(device):
+    B, L, W = 2, 12, 4
+    state = RowState.empty(B, L, device)
+    state.tokens.fill_(9)
+    for name, value in {"canvas_len": L, "block_end": W, "block_masks": W, "phase": 1}.items():
+        getattr(state, name).fill_(value)
+    int32 = {"dtype": torch.int32, "device": device}
+    given = {
+        "kind": "window",
+        "query_len": torch.full((B,), W, **int32),
+        "pred": torch.randint(0, 8, (B, W), device=device),
+        "score": torch.rand(B, W, device=device),
+        "confidence": torch.rand(B, W, device=device),
+        "value": torch.full((B,), 0.5, device=device),
+        "min_unmask": torch.ones(B, **int32),
+        "steps": torch.full((B,), 4, **int32),
+        "block_length": torch.full((B,), W, **int32),
+        "mask_id": 9,
+        "stop_ids": torch.tensor([8], device=device),
+    }
+    return state, UnmaskRule("threshold"), given
+
+
+def flat(*values) -> list:
+    """Operator arguments: dataclasses field by field."""
+    out = []
+    for value in values:
+        out += [getattr(value, f.name) for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [value]
+    return out
+
+
+def mutated(op) -> list[str]:
+    return [argument.name for argument in op.default._schema.arguments if argument.alias_info is not None]
+
+
+def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
+    assert mutated(OPS.block_attention) == ["k_cache", "v_cache"]
+    assert mutated(OPS.confidence) == mutated(OPS.linear_confidence) == mutated(OPS.draft_build) == []
+    assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
+    assert mutated(OPS.verify)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mode": "full"}, {"q_branch": True}])
+def test_opcheck_of_block_attention(device, fields):
+    if "q_branch" in fields:
+        fields = {"q_branch": torch.tensor([[0, 0, 1, 1, -1]] * 2, dtype=torch.int32, device=device)}
+    torch.library.opcheck(OPS.block_attention.default, (*flat(*attention_call(device, **fields)), 0.25, None, None, None))
+
+
+@pytest.mark.parametrize("outputs", [(), ("second", "logsumexp", "entropy")])
+def test_opcheck_of_confidence(device, outputs):
+    logits = torch.randn(3, 70, device=device)
+    op = OPS.confidence.default
+    rows = torch.tensor([2, -1], dtype=torch.int32, device=device)
+    given = {"logits": logits, "rows": rows, "outputs": list(outputs), "banned": torch.tensor([5], device=device), "top_k": 2}
+    torch.library.opcheck(op, tuple(given.get(argument.name) for argument in op._schema.arguments))
+
+
+def test_opcheck_of_linear_confidence(device):
+    op = OPS.linear_confidence.default
+    given = {"hidden": torch.randn(3, 32, device=device), "weight": torch.randn(70, 32, device=device), "outputs": ["second"]}
+    torch.library.opcheck(op, tuple(given.get(argument.name, 0 if str(argument.type) == "int" else None) for argument in op._schema.arguments))
+
+
+def test_opcheck_of_unmask(device):
+    state, rule, given = unmask_call(device)
+    op = OPS.unmask.default
+    rest = [given.get(argument.name) for argument in op._schema.arguments[len(flat(state, rule)):]]
+    torch.library.opcheck(op, (*flat(state, rule), *rest))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_attention_equals_eager_and_stores_the_same_keys(device, backend):
+    def layer(q, k, v, k_cache, v_cache, window):
+        return block_attention(2 * q, k, v, k_cache, v_cache, window, scale=0.25) + 1
+
+    q, k, v, k_cache, v_cache, window = attention_call(device)
+    caches = k_cache.clone(), v_cache.clone()
+    expected = layer(q, k, v, k_cache, v_cache, window)
+    found = torch.compile(layer, backend=backend, fullgraph=True)(q, k, v, *caches, window)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+    assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
+
+
+def test_compiled_confidence_equals_eager_at_every_number_of_rows_with_one_graph(device):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(logits):
+        found = confidence(logits, outputs=("second", "entropy"))
+        return found.token + 1, found.entropy * 2, found.kl
+
+    compiled = torch.compile(step, backend=counting, fullgraph=True, dynamic=True)
+    for N in (2, 3, 7):
+        logits = torch.randn(N, 70, device=device)
+        for ours, eager in zip(compiled(logits), step(logits)):
+            assert ours is eager is None or torch.equal(ours, eager)
+    assert len(graphs) == 1
+
+
+def test_compiled_unmask_advances_the_same_state(device):
+    state, rule, given = unmask_call(device)
+    other = state.clone()
+
+    def step(state, given):
+        return ~unmask(state, rule, **given)
+
+    expected = step(state, given)
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(other, given)
+    assert torch.equal(found, expected)
+    for field in dataclasses.fields(RowState):
+        assert torch.equal(getattr(other, field.name), getattr(state, field.name)), field.name
+    assert not torch.equal(state.tokens, torch.full_like(state.tokens, 9))
+
+
+def test_a_patched_model_compiles_to_one_graph_with_its_logits(device):
+    model = toy("block", backend="triton")
+    ids = torch.randint(0, 20, (2, 9), device=device)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+
+
+def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):
+    given = attention_call(device)
+    real = block_attention(*given, scale=0.25)
+    logits = torch.randn(3, 70, device=device)
+    stats = confidence(logits, outputs=("second",))
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        *tensors, window = given
+        fake_window = Window(**{
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in ((f.name, getattr(window, f.name)) for f in dataclasses.fields(Window))
+        })  # fmt: skip
+        fake = block_attention(*(mode.from_tensor(tensor) for tensor in tensors), fake_window, scale=0.25)
+        fake_stats = confidence(mode.from_tensor(logits), outputs=("second",))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+    for name, value in stats._asdict().items():
+        other = getattr(fake_stats, name)
+        assert (value is None) == (other is None), name
+        assert value is None or (other.shape, other.dtype) == (value.shape, value.dtype), name
+
+
+def test_a_compiled_call_raises_what_an_eager_one_does(device):
+    q, k, v, k_cache, v_cache, window = attention_call(device)
+    with pytest.raises(Exception, match="block_attention: k_cache and v_cache must be given together"):
+        torch.compile(lambda q: block_attention(q, k, v, k_cache, None, window, scale=1.0), backend="eager", fullgraph=True)(q)
+
+
+def test_a_launcher_whose_arguments_no_schema_has_is_refused():
+    def launcher(x: torch.Tensor, table: dict[str, int]) -> torch.Tensor:
+        return x
+
+    with pytest.raises(TypeError, match="operator: argument table has the type dict"):
+        operator(fake=launcher)(launcher)
+
+
+@pytest.mark.gpu("a captured step replays, and inductor compiles around the operators without a graph break")
+def test_cuda_graphs_and_inductor(device):
+    q, k, v, k_cache, v_cache, window = attention_call(device)
+
+    def layer(q):
+        return block_attention(q, k, v, k_cache, v_cache, window, scale=0.25) * 2
+
+    expected = layer(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(q)
+    graph.replay()
+    assert torch.equal(captured, expected)
+    assert torch.equal(torch.compile(layer, fullgraph=True)(q), expected)
