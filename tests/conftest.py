@@ -29,6 +29,37 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 torch.set_num_threads(1)
 
 
+def patch_the_language_once() -> None:
+    """Halves the interpreter's time: it looks for every builtin of triton.language again at each call of each device function, though
+    a launch has patched them all. Here a launch patches a module once; what is patched, and how, is the interpreter's."""
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return  # another version's interpreter, as it is
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_lang(function):
+        modules = {id(value) for value in function.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core}
+        if modules and modules <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(modules)
+        return patch(function)
+
+    def launch(self, *args, **kwargs):
+        patched.clear()
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_the_language_once()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign-summary", type=Path, default=None, help="where a campaign of decodes writes its summary (JSON)")
 

@@ -12,7 +12,6 @@ at that step; at most 1% of the rows may be. Exact ties are no exemption: their 
 from __future__ import annotations
 
 import collections
-import inspect
 import json
 import random
 from collections.abc import Iterator
@@ -46,26 +45,6 @@ def first_difference(ours: dlm_fast.GenerateOutput, theirs: dlm_fast.GenerateOut
         if (a, x) != (b, y)
     ]
     return min(steps, default=None)
-
-
-@pytest.fixture(autouse=True)
-def faster_interpreter(monkeypatch):
-    """Triton's interpreter patches its library anew at every call of a device function; once a launch is enough, and twice as fast."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch_library, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patch_once(function):
-        modules = {value.__name__ for value in function.__globals__.values() if inspect.ismodule(value)}
-        missing = (modules & {interpreter.tl.__name__, interpreter.tl.core.__name__}) - patched
-        patched.update(missing)
-        return patch_library(function) if missing else None
-
-    def launch_afresh(self, *args, **kwargs):
-        patched.clear()
-        return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
 
 
 def run_part(part: int, device: str) -> tuple[collections.Counter, list[str], list[str]]:

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton's wheels are for Linux; nothing is compiled elsewhere")
 
 from dlm_kernels import sass  # noqa: E402
-from dlm_kernels.static import CAPABILITIES, CompileResult, table, violations  # noqa: E402
+from dlm_kernels.static import CompileResult, table, violations  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -281,17 +281,22 @@ def test_the_table_has_a_line_for_every_result(toys):
     assert "128-bit" in lines[1]
 
 
+# wgmma and 227 KiB of shared memory; mma.sync and 99.
+TARGETS = (90, 86)
+
+
 @pytest.fixture(scope="module")
 def shipped() -> list[CompileResult]:
-    result = run(["-m", "dlm_kernels.static", "--json", "--jobs", "2"], check=False)
+    # All six targets take a quarter of an hour: .ci/run does that, under two versions of Triton.
+    result = run(["-m", "dlm_kernels.static", "--json", "--jobs", "2", *(f"--target={target}" for target in TARGETS)], check=False)
     assert result.stdout, result.stderr
     return [CompileResult(**fields) for fields in json.loads(result.stdout.splitlines()[-1])["kernels"]]
 
 
-def test_every_shipped_configuration_compiles_for_six_targets_without_spills(shipped):
+def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spills(shipped):
     assert violations(shipped) == []
-    targets = {f"sm_{capability}" for capability in CAPABILITIES}
-    for op in ("attention", "confidence", "unmask"):
+    targets = {f"sm_{capability}" for capability in TARGETS}
+    for op in ("attention", "prefill", "combine", "confidence", "linear_confidence", "unmask", "draft_build", "verify"):
         assert {result.target for result in shipped if op in result.kernel} == targets, op
     large = [result for result in shipped if "attention" in result.kernel and result.tiles.get("BLOCK_M", 0) >= 64]
     assert {result.mma for result in large if result.target == "sm_90"} == {"wgmma"}
