@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the operators run Triton kernels")
 
-from dlm_kernels import RowState, UnmaskRule, Window  # noqa: E402
+from dlm_kernels import RowState, UnmaskRule, Window, reference  # noqa: E402
 from dlm_kernels.attention import block_attention  # noqa: E402
 from dlm_kernels.confidence import confidence  # noqa: E402
 from dlm_kernels.drafts import draft_build, verify  # noqa: E402
@@ -90,7 +90,7 @@ def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
     assert mutated(OPS.block_attention) == ["k_cache", "v_cache"]
     assert mutated(OPS.confidence) == mutated(OPS.linear_confidence) == mutated(OPS.draft_build) == []
     assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
-    assert mutated(OPS.verify)
+    assert mutated(OPS.verify) == [f"source_{field.name}" for field in dataclasses.fields(reference.DraftSource)]
 
 
 @pytest.mark.parametrize("fields", [{}, {"mode": "full"}, {"q_branch": True}])
@@ -113,6 +113,18 @@ def test_opcheck_of_linear_confidence(device):
     op = OPS.linear_confidence.default
     given = {"hidden": torch.randn(3, 32, device=device), "weight": torch.randn(70, 32, device=device), "outputs": ["second"]}
     torch.library.opcheck(op, tuple(given.get(argument.name, 0 if str(argument.type) == "int" else None) for argument in op._schema.arguments))
+
+
+def test_opcheck_of_drafts(device):
+    B, D, W = 2, 3, 5
+    lanes = torch.randint(0, 9, (B, W), device=device)
+    counts = [torch.zeros(B, dtype=torch.int32, device=device) for _ in range(2)]
+    source = reference.DraftSource(lanes.clone(), torch.rand(B, W, device=device), torch.rand(B, W, device=device), *counts)
+    eligible, rows = torch.rand(B, W, device=device) < 0.5, torch.ones(B, dtype=torch.bool, device=device)
+    torch.library.opcheck(OPS.draft_build.default, (*flat(source), lanes, eligible, rows, D))
+    held = torch.randint(0, 9, (B, D, W), device=device)
+    scores = [torch.rand(B, D, W, device=device) for _ in range(2)]
+    torch.library.opcheck(OPS.verify.default, (*flat(source), held, held + 1, *scores, eligible, rows, rows, rows, 0))
 
 
 def test_opcheck_of_unmask(device):

@@ -47,10 +47,20 @@ def opened(chosen: Preset, temperature: float = 0.0):
     return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("preset", [name for name in RUNNABLE if name not in HOST_SIDE])
-def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
+ON_THE_DEVICE = [name for name in RUNNABLE if name not in HOST_SIDE]
+
+
+@pytest.mark.parametrize(
+    "preset, temperature, backend",
+    [
+        *((name, temperature, "reference") for name in ON_THE_DEVICE for temperature in (0.0, 1.0)),
+        *((name, 0.0, "triton") for name in ("fast-dllm-dual", "d2f", "wino", "dkv-cache", "freedave-block")),
+    ],
+)
+def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
     """FakeTensorMode has no values to read: item, tolist, bool, nonzero and boolean indexing raise."""
+    if backend == "triton":
+        pytest.importorskip("triton")
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
     if temperature and (chosen.drafts > 1 or any(policy.greedy_only for policy in chosen.policies)):
         pytest.skip("greedy only")
@@ -65,7 +75,7 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature):
             fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
             return dataclasses.replace(values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)})
 
-        handle = attach(model, backend="reference", diffusion=diffusion, plain_mode=chosen.visibility)
+        handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
         for kind in ("wide", "window") if plan.wide else ("window",):
             denoise_step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
@@ -119,14 +129,18 @@ def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_lau
     assert counter.outside < 100
 
 
-@pytest.mark.parametrize("preset", ["fast-dllm-dual", "d2f", "freedave-block"])
-def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset):
+@pytest.mark.parametrize(
+    "preset, backend", [("fast-dllm-dual", "reference"), ("d2f", "reference"), ("d2f", "triton"), ("freedave-block", "triton")]
+)
+def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
 
     @torch.no_grad()
     def state_after(step) -> RowState:
         diffusion, plan, state, sampling = opened(chosen)
-        handle = attach(native_model().requires_grad_(False), backend="reference", diffusion=diffusion, plain_mode=chosen.visibility)
+        handle = attach(native_model().requires_grad_(False), backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, plan, state, sampling)
         for kind in ("wide", "window", "window"):
             step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)

@@ -66,7 +66,7 @@ def _verified(held: Tensor, **_: object) -> Verified:
     )
 
 
-@operator(mutates=("source",), fake=_verified, present=lambda **_: Verified._fields, result=Verified)
+@operator(mutates=("source",), fake=_verified, result=Verified)
 def verify(
     source: DraftSource,
     held: Tensor,

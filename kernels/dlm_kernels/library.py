@@ -43,15 +43,20 @@ class _Parameter:
 
 
 def operator(
-    *, mutates: Sequence[str] = (), fake: Callable[..., Any], present: Callable[..., Sequence[str]] | None = None, result: type | None = None
+    *,
+    mutates: Sequence[str] = (),
+    fake: Callable[..., Any],
+    result: type | None = None,
+    present: Callable[..., Sequence[str]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Registers a launcher as an operator; what is returned calls the launcher, or the operator where that is being traced.
 
     Args:
         mutates: arguments written in place; of a dataclass, all its tensors.
         fake: called with the launcher's arguments, returns empty tensors like the launcher's.
-        present, result: for a result that is a NamedTuple of optional tensors, its type and the fields that are not None, from
-            the launcher's arguments (without reading tensors).
+        result: type of a result that is a NamedTuple of tensors.
+        present: of a NamedTuple of optional tensors, the fields that are not None, from the launcher's arguments (without reading
+            tensors). Such an operator must not mutate: functionalization takes no list of tensors then.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -59,7 +64,8 @@ def operator(
         arguments = inspect.signature(launcher).parameters
         parameters, dataclass_of = _parameters(arguments, hints, mutates)
         name = launcher.__name__
-        returns = "Tensor[]" if result is not None else _returns(hints["return"])
+        fields = present or (lambda **_: result._fields)
+        returns = _returns(hints["return"]) if result is None else "Tensor[]" if present else _tuple_of(len(result._fields))
         schema = f"({', '.join(f'{p.schema} {p.name}' for p in parameters)}) -> {returns}"
         names = tuple(arguments)
         defaults = {key: p.default for key, p in arguments.items() if p.default is not inspect.Parameter.empty}
@@ -75,7 +81,9 @@ def operator(
             def of_flat(*values: Any) -> Any:
                 given = rebuilt(values)
                 out = function(**given)
-                return out if result is None else [getattr(out, field) for field in present(**given)]
+                if result is None:
+                    return out
+                return [getattr(out, field) for field in fields(**given)] if present else tuple(out)
 
             return of_flat
 
@@ -93,7 +101,7 @@ def operator(
             if unknown or missing or len(positional) > len(names):
                 raise TypeError(f"{name}: missing arguments {missing}, unknown arguments {unknown}, {len(positional)} positional ones")
             out = getattr(torch.ops.dlm_kernels, name)(*(p.of(given) for p in parameters))
-            return out if result is None else result(**{**dict.fromkeys(result._fields), **dict(zip(present(**given), out))})
+            return out if result is None else result(**{**dict.fromkeys(result._fields), **dict(zip(fields(**given), out))})
 
         return dispatched
 
@@ -151,6 +159,8 @@ def _returns(hint: Any) -> str:
         return "Tensor"
     if hint is type(None):
         return "()"
-    if get_origin(hint) is tuple:
-        return f"({', '.join('Tensor' for _ in get_args(hint))})"
-    raise TypeError(f"operator: a launcher returns a tensor, a tuple of tensors or None, got {hint}")
+    raise TypeError(f"operator: a launcher returns a tensor, None, or a NamedTuple given as result, got {hint}")
+
+
+def _tuple_of(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})"
