@@ -6,7 +6,6 @@ A region of up to 256 lanes stays in registers (unmask_device); a longer one is 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from . import device
