@@ -46,7 +46,12 @@ def _fits(inside, used, limit, INCLUSIVE: tl.constexpr):
         fits = tl.sum(inside.to(tl.int32)) <= limit
     else:
         prefix = tl.where(inside, used, 0.0)
-        spent = tl.sum(prefix.to(tl.int64))
+        # 16 bits of the 49 at a time: lanes of int64 would not fit into the registers beside `bits` and `used`.
+        high = tl.floor(prefix * 2.0**-32)
+        rest = prefix - high * 2.0**32
+        middle = tl.floor(rest * 2.0**-16)
+        low = tl.sum((rest - middle * 2.0**16).to(tl.int32))
+        spent = (tl.sum(high.to(tl.int32)).to(tl.int64) << 32) + (tl.sum(middle.to(tl.int32)).to(tl.int64) << 16) + low
         if not INCLUSIVE:
             spent -= tl.max(prefix).to(tl.int64)
         fits = (spent < limit) if INCLUSIVE else (spent <= limit)
