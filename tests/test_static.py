@@ -298,5 +298,7 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
     targets = {f"sm_{capability}" for capability in TARGETS}
     for op in ("attention", "prefill", "combine", "confidence", "linear_confidence", "unmask", "draft_build", "verify"):
         assert {result.target for result in shipped if op in result.kernel} == targets, op
+    streams = ("attention", "attention prefill", "attention combine", "confidence", "linear_confidence")
+    assert {result.widest_load for result in shipped if result.kernel in streams} == {128}
     large = [result for result in shipped if "attention" in result.kernel and result.tiles.get("BLOCK_M", 0) >= 64]
     assert {result.mma for result in large if result.target == "sm_90"} == {"wgmma"}
