@@ -38,7 +38,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "accelerate", "peft"],
+        "train": ["accelerate", "peft", "matplotlib"],
         "bench": ["matplotlib", "pytest-benchmark"],
     },
     classifiers=[

@@ -1,18 +1,22 @@
-"""Seven small synthetic tasks whose answers a program can check.
+"""Nine small synthetic tasks whose answers a program can check.
 
 Each prompt starts with its task's keyword, so the task can be read off the prompt:
 
     add      Add 398 and 904                -> 8+4+0=12; 9+0+1=10; 3+9+1=13 #### 1302
     word     Story Tom has 8 apples. ...    -> Tom starts with 8. Tom wins 5, so 8+5=13. ... #### 5
+    trace    Run z=13; j=z-8; t=j-1; t?     -> z=13; j=13-8=5; t=5-1=4 #### 4
     kv       Map mint=36 gray=92 Find gray  -> gray=92
     sort     Sort 52 17 80                  -> 17 52 80
+    sudoku   Sudoku 1.3. ..12 .... 432.     -> 1234 3412 2143 4321
     calc     Calc 13-9 9+4                  -> 13-9=4 9+4=13
     reverse  Reverse oak plum mint          -> mint plum oak
     shuffle  Shuffle oak plum mint          -> any order of the same words
 
-kv asks for its keys in the map's order. The tasks differ in how far their tokens depend on one another,
+The tasks differ in how far their tokens depend on one another,
 which is what parallel decoding has to respect: `reverse` has one answer known from the start, `add` and
 `word` are chains, and `shuffle` has many answers, so tokens picked independently of one another repeat words.
+
+Prompts of sudoku are held out, not grids: there are only 288.
 
 A sample is held out when crc32 of its content is 0 modulo 50. The content leaves out what does not make a
 sample new (the order of a list to sort, the owner of the apples), so that no reordering of a held-out
@@ -21,6 +25,8 @@ sample is ever trained on.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import re
 import zlib
@@ -36,14 +42,17 @@ LOSS_VERBS = ("loses", "gives", "sells")
 LIST_WORDS = tuple("mint gray plum oak pink blue rose gold fern moss sand rain leaf lime navy teal".split())
 # In the vocabulary for prompts of one's own; no task draws them.
 SPARE_WORDS = tuple("corn salt fish bird wolf bear frog lamp door ship bell drum kite star moon ring".split())
-KEYWORDS = ("Add", "Story", "Map", "Sort", "Calc", "Reverse", "Shuffle")
+KEYWORDS = ("Add", "Story", "Map", "Sort", "Calc", "Reverse", "Shuffle", "Run", "Sudoku")
 OTHER_WORDS = ("and", "Find", "has", "more", "How", "many", "now", "starts", "with", "so")
 
 # Every word the tasks use; the tokenizer gives each a token of its own.
 WORDS = KEYWORDS + OTHER_WORDS + NAMES + OBJECTS + GAIN_VERBS + LOSS_VERBS + LIST_WORDS + SPARE_WORDS
 
+VARIABLES = "abcdjkmnptxyz"  # of trace; single characters
+
 HELD_OUT_MODULUS = 50
-MAX_VALUE = 20  # of every operand and result in word and calc: small enough to know by heart
+MAX_VALUE = 20  # of every operand and result in word, trace and calc: small enough to know by heart
+CHAINED = 0.8  # share of trace's assignments that read the variable before them, not any earlier one
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,44 @@ def _word_content(prompt: str) -> str:
 
 
 
+def _trace_prompt(rng: random.Random) -> str:
+    count = rng.randint(3, 5)
+    names = rng.sample(VARIABLES, count)
+    values = [rng.randint(1, MAX_VALUE - 1)]
+    statements = [f"{names[0]}={values[0]}"]
+    for index in range(1, count):
+        source = index - 1 if rng.random() < CHAINED else rng.randrange(index)
+        value = values[source]
+        if value == 0 or (value < MAX_VALUE and rng.random() < 0.5):
+            amount = rng.randint(1, MAX_VALUE - value)
+            statements.append(f"{names[index]}={names[source]}+{amount}")
+            values.append(value + amount)
+        else:
+            amount = rng.randint(1, value)
+            statements.append(f"{names[index]}={names[source]}-{amount}")
+            values.append(value - amount)
+    return f"Run {'; '.join(statements)}; {names[-1]}?"
+
+
+def _trace_solve(prompt: str) -> str:
+    *statements, query = prompt.removeprefix("Run ").split("; ")
+    values: dict[str, int] = {}
+    lines = []
+    for statement in statements:
+        name, expression = statement.split("=")
+        source, sign, amount = re.fullmatch(r"(?:([a-z])([+-]))?(\d+)", expression).groups()
+        values[name] = int(amount) if source is None else values[source] + int(sign + amount)
+        lines.append(f"{name}={amount}" if source is None else f"{name}={values[source]}{sign}{amount}={values[name]}")
+    return f"{'; '.join(lines)} #### {values[query[0]]}"
+
+
+def _trace_content(prompt: str) -> str:
+    """The statements with their variables numbered: other names do not make a new sample."""
+    number: dict[str, str] = {}
+    return re.sub(r"[a-z]", lambda match: number.setdefault(match[0], f"v{len(number)}"), prompt.removeprefix("Run "))
+
+
+
 def _kv_prompt(rng: random.Random) -> str:
     keys = rng.sample(LIST_WORDS, rng.randint(5, 12))
     return _kv_map(rng, keys, rng.randint(3, 4))
@@ -224,10 +271,7 @@ def _kv_easy_prompt(rng: random.Random) -> str:
 
 def _kv_map(rng: random.Random, keys: list[str], queries: int) -> str:
     pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
-    # Asked for in the map's order. In any order, models this small learn which values are asked for, but in 5,000 steps
-    # not which of them belongs to which key (measured: half right at two queries).
-    asked = sorted(rng.sample(keys, queries), key=keys.index)
-    return f"Map {pairs} Find {' '.join(asked)}"
+    return f"Map {pairs} Find {' '.join(rng.sample(keys, queries))}"
 
 
 def _kv_parts(prompt: str) -> tuple[list[str], list[str]]:
@@ -272,6 +316,53 @@ def _sort_prompt(rng: random.Random) -> str:
     return "Sort " + " ".join(str(rng.randint(10, 99)) for _ in range(rng.randint(5, 8)))
 
 
+@functools.cache
+def _grids() -> tuple[str, ...]:
+    """All 288 solutions of the 4x4 sudoku, row by row."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    found = []
+    for grid in itertools.product(rows, repeat=4):
+        columns_differ = all(len(set(column)) == 4 for column in zip(*grid))
+        if columns_differ and all(len(set(grid[r][c : c + 2] + grid[r + 1][c : c + 2])) == 4 for r in (0, 2) for c in (0, 2)):
+            found.append("".join(grid))
+    return tuple(found)
+
+
+@functools.cache
+def _grids_with(cell: int, digit: str) -> int:
+    """The grids that have `digit` in `cell`, a bit each."""
+    return sum(1 << number for number, grid in enumerate(_grids()) if grid[cell] == digit)
+
+
+def _sudoku_fits(cells: str) -> int:
+    """The grids that agree with `cells`, 16 digits or dots, a bit each."""
+    fits = (1 << len(_grids())) - 1
+    for cell, digit in enumerate(cells):
+        if digit != ".":
+            fits &= _grids_with(cell, digit)
+    return fits
+
+
+def _sudoku_rows(cells: str) -> str:
+    return " ".join(cells[start : start + 4] for start in range(0, 16, 4))
+
+
+def _sudoku_prompt(rng: random.Random) -> str:
+    """Five to nine cells are empty, and one grid alone fits."""
+    while True:
+        cells = list(rng.choice(_grids()))
+        for cell in rng.sample(range(16), rng.randint(5, 9)):
+            cells[cell] = "."
+        if _sudoku_fits("".join(cells)).bit_count() == 1:
+            return f"Sudoku {_sudoku_rows(''.join(cells))}"
+
+
+def _sudoku_solve(prompt: str) -> str:
+    fits = _sudoku_fits("".join(prompt.split()[1:]))
+    return _sudoku_rows(_grids()[fits.bit_length() - 1])
+
+
+
 def _words_prompt(keyword: str, least: int, most: int) -> Callable[[random.Random], str]:
     return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(least, most)))}"
 
@@ -291,12 +382,14 @@ def _first_order(prompt: str) -> str:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("add", 0.13, _add_prompt, _add_solve, _add_content),
-        Task("word", 0.12, _word_prompt, _word_solve, _word_content),
-        Task("kv", 0.38, _kv_prompt, _kv_solve, _kv_content, _kv_easy_prompt),
+        Task("add", 0.10, _add_prompt, _add_solve, _add_content),
+        Task("word", 0.09, _word_prompt, _word_solve, _word_content),
+        Task("trace", 0.13, _trace_prompt, _trace_solve, _trace_content),
+        Task("kv", 0.28, _kv_prompt, _kv_solve, _kv_content, _kv_easy_prompt),
         Task("sort", 0.12, _sort_prompt, _sorted_items, _sorted_items),
-        Task("calc", 0.15, _calc_prompt, _calc_solve, _sorted_items),
-        Task("reverse", 0.04, _words_prompt("Reverse", 5, 8), _reverse_solve, _sorted_items),
+        Task("sudoku", 0.08, _sudoku_prompt, _sudoku_solve, _first_order),
+        Task("calc", 0.11, _calc_prompt, _calc_solve, _sorted_items),
+        Task("reverse", 0.03, _words_prompt("Reverse", 5, 8), _reverse_solve, _sorted_items),
         ShuffleTask("shuffle", 0.06, _words_prompt("Shuffle", 5, 8), _first_order, _sorted_items, _words_prompt("Shuffle", 2, 4)),
     )
 }

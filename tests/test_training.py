@@ -1,5 +1,6 @@
 """The training package: tokenizer, masks, checkpoints, and that a short run learns and resumes exactly."""
 
+import json
 import random
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 
 from dlm_fast.tasks import TASKS, generate_sample
 from dlm_fast.training import checkpoint
-from dlm_fast.training.__main__ import parse
+from dlm_fast.training.__main__ import build_parser, main
 from dlm_fast.training.data import SampleStream
-from dlm_fast.training.model import KINDS, build_model, full_from_block_causal
+from dlm_fast.training.model import build_model
 from dlm_fast.training.objectives import (
     FILLER_WEIGHT,
     LATER_WEIGHT,
@@ -29,7 +30,7 @@ from dlm_fast.training.tokenizer import (
     build_tokenizer,
     prompt_text,
 )
-from dlm_fast.training.train import Settings, Trainer, learning_rate_scale, token_losses
+from dlm_fast.training.train import Settings, Trainer, learning_rate_scale, settings_of, token_losses
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def tokenizer():
     return build_tokenizer()
 
 
-def run_settings(tmp_path, model="full", **changes) -> Settings:
+def run_settings(tmp_path, **changes) -> Settings:
     small = dict(steps=20, tokens_per_step=512, compile=False, bf16=False, warmup=5, seed=5)
-    return Settings(model, tmp_path / model, **small | changes)
+    return Settings(tmp_path / "run", **small | changes)
 
 
 
@@ -172,9 +173,8 @@ def test_block_causal_rows_hold_the_sample_at_its_own_positions():
         assert torch.equal(batch.weight[0, here] > 0, masked)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_later_token_changes_an_earlier_logit_only_where_it_is_visible(kind):
-    model = build_model(kind, seed=0).eval()
+def test_a_later_token_changes_an_earlier_logit_only_where_it_is_visible():
+    model = build_model(seed=0).eval()
     tokens = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[0, 20] = 7
@@ -188,7 +188,7 @@ def test_a_later_token_changes_an_earlier_logit_only_where_it_is_visible(kind):
 
 def test_noisy_copy_predicts_as_a_decoder_would():
     """A block's logits in the two-copy layout equal those of a plain canvas holding the same tokens."""
-    model = build_model("block-causal", seed=0).eval()
+    model = build_model(seed=0).eval()
     sample = next(sample for sample in iter(SampleStream(3).next, None) if len(sample.answer) > 16)
     batch = block_causal_batch([[(sample, 8)]], 256, torch.Generator().manual_seed(0), noisy_copies=1, all_masked=0.2)
     packed, _, _ = _logits(model, batch.tokens, batch.position_ids, batch.visible)
@@ -203,27 +203,20 @@ def test_noisy_copy_predicts_as_a_decoder_would():
     torch.testing.assert_close(plain[0, -8:], packed[0, second], atol=1e-5, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_full_model_made_from_a_block_causal_one_has_its_queries_keys_and_values():
-    """Up to the size of each query and key, which a Llama has no norm to fix: that is right on average."""
-    source = build_model("block-causal", seed=0).eval()
-    for layer in source.model.layers:
-        torch.nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2.0)
-        torch.nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2.0)
-    batch = BlockCausalBatches(SampleStream(4), 1024).next(torch.Generator().manual_seed(0))
-    model = full_from_block_causal(source, batch)
+def test_an_isolated_prompt_sees_itself_and_the_response_everything():
+    stream = SampleStream(4)
+    samples = [sample for sample in (stream.next() for _ in range(50)) if len(sample.prompt + sample.answer) <= 64]
+    drawn = dict(block_lengths=(8,), semi_autoregressive=0.5)
+    batch = full_batch(samples, 64, torch.Generator().manual_seed(0), **drawn, prompt_isolated=True)
 
-    ours, theirs = model.model.layers[0].self_attn, source.model.layers[0].self_attn
-    hidden = source.model.layers[0].input_layernorm(source.model.embed_tokens(batch.tokens[batch.targets != PAD_ID]))
-    query = theirs.q_norm(theirs.q_proj(hidden).unflatten(-1, (4, 32)))
-    key = theirs.k_norm(theirs.k_proj(hidden).unflatten(-1, (2, 32))).repeat_interleave(2, dim=1)
-    value = theirs.v_proj(hidden).unflatten(-1, (2, 32)).repeat_interleave(2, dim=1)
-    for wanted, projection in ((query, ours.q_proj), (key, ours.k_proj)):
-        got = projection(hidden).unflatten(-1, (4, 32))
-        torch.testing.assert_close(torch.cosine_similarity(got, wanted, dim=-1), torch.ones(got.shape[:-1]))
-        assert (got.norm(dim=-1) / wanted.norm(dim=-1)).mean(0).tolist() == pytest.approx([1.0] * 4, rel=0.02)
-    torch.testing.assert_close(ours.v_proj(hidden).unflatten(-1, (4, 32)), value)
-    assert model.config.dlm["visibility"] == "full"
+    for row, sample in enumerate(samples):
+        prompt_length = len(sample.prompt)
+        expected = torch.ones(64, 64, dtype=torch.bool)
+        expected[:prompt_length, prompt_length:] = False
+        assert torch.equal(batch.visible[row, 0], expected)
+    plain = full_batch(samples, 64, torch.Generator().manual_seed(0), **drawn)
+    assert plain.visible.all()
+    assert torch.equal(plain.tokens, batch.tokens)
 
 
 def _logits(model, tokens, position_ids, visible):
@@ -232,24 +225,25 @@ def _logits(model, tokens, position_ids, visible):
 
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_short_run_lowers_the_loss(tmp_path, kind):
-    trainer = Trainer(run_settings(tmp_path, kind, steps=40))
+@pytest.mark.parametrize("block_causal", [0.0, 1.0])
+def test_a_short_run_lowers_the_loss(tmp_path, block_causal):
+    trainer = Trainer(run_settings(tmp_path, steps=40, block_causal=block_causal))
     losses = [trainer.train_step() for _ in range(20)]
 
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, kind):
-    whole = Trainer(run_settings(tmp_path / "whole", kind))
+@pytest.mark.parametrize("block_causal", [0.0, 0.3, 1.0])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, block_causal):
+    kind = dict(block_causal=block_causal)
+    whole = Trainer(run_settings(tmp_path / "whole", **kind))
     for _ in range(8):
         whole.train_step()
-    first = Trainer(run_settings(tmp_path / "parts", kind))
+    first = Trainer(run_settings(tmp_path / "parts", **kind))
     for _ in range(4):
         first.train_step()
     first.save()
-    second = Trainer(run_settings(tmp_path / "parts", kind, resume=True))
+    second = Trainer(run_settings(tmp_path / "parts", **kind, resume=True))
     for _ in range(4):
         second.train_step()
 
@@ -262,13 +256,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, k
 def test_a_finished_run_exports_a_folder_that_transformers_loads(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = run_settings(tmp_path, "block-causal", steps=2, log_every=1)
+    settings = run_settings(tmp_path, steps=2, log_every=1, prompt_isolated=True)
     trainer = Trainer(settings)
     trainer.run()
 
     loaded = AutoModelForCausalLM.from_pretrained(settings.out, dtype="auto")
     assert loaded.config.dlm["mask_token_id"] == MASK_ID
-    assert loaded.config.dlm["visibility"] == "block"
+    assert (loaded.config.dlm["visibility"], loaded.config.dlm["prompt_isolated"]) == ("full", True)
     assert loaded.generation_config.eos_token_id == EOS_ID
     assert len(AutoTokenizer.from_pretrained(settings.out)) == VOCAB_SIZE
     for name, tensor in trainer.model.state_dict().items():
@@ -300,8 +294,28 @@ def test_a_run_does_not_overwrite_another_unless_resumed(tmp_path):
 
     with pytest.raises(FileExistsError, match="must hold no checkpoint unless resuming"):
         Trainer(run_settings(tmp_path))
-    with pytest.raises(ValueError, match="got model='full', seed=6"):
+    with pytest.raises(ValueError, match="seed must be the checkpoint's, 5, got seed=6"):
         Trainer(run_settings(tmp_path, seed=6, resume=True))
+
+
+def test_a_run_forks_into_both_visibilities_where_the_block_causal_steps_end(tmp_path):
+    """Isolating the prompt changes nothing before, so the two models share these steps."""
+    whole = Trainer(run_settings(tmp_path / "whole", block_causal=0.2, prompt_isolated=True))
+    for _ in range(6):
+        whole.train_step()
+    trunk = Trainer(run_settings(tmp_path / "fork", block_causal=0.2))
+    for _ in range(4):
+        trunk.train_step()
+    trunk.save()
+    fork = Trainer(run_settings(tmp_path / "fork", block_causal=0.2, prompt_isolated=True, resume=True))
+    for _ in range(2):
+        fork.train_step()
+
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, fork.model.state_dict()[name]), name
+    fork.save()
+    with pytest.raises(ValueError, match="prompt_isolated must be the checkpoint's, true, got prompt_isolated=False"):
+        Trainer(run_settings(tmp_path / "fork", block_causal=0.2, resume=True))
 
 
 def test_learning_rate_rises_holds_and_falls_to_zero():
@@ -315,7 +329,7 @@ def test_learning_rate_rises_holds_and_falls_to_zero():
 
 def test_loss_counts_each_weighted_token(tmp_path):
     trainer = Trainer(run_settings(tmp_path))
-    batch = trainer.batches.next(torch.Generator().manual_seed(0))
+    batch = trainer.batches["full"].next(torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss, cross_entropy, is_right = token_losses(trainer.model, batch, bf16=False)
         logits, _, _ = _logits(trainer.model, batch.tokens, batch.position_ids, batch.visible)
@@ -349,6 +363,7 @@ def test_no_sample_is_dropped(batches):
         (dict(steps=0), "training: steps must be positive, got steps=0"),
         (dict(threads=0), "training: threads must be positive, got threads=0"),
         (dict(decay=0.0), "training: decay must be in .0, 1., got decay=0.0"),
+        (dict(block_causal=1.5), "block_causal must be in .0, 1., got block_causal=1.5"),
         (dict(tokens_per_step=64), "tokens_per_step must be at least one row of 256, got tokens_per_step=64"),
     ],
 )
@@ -358,22 +373,26 @@ def test_bad_settings_are_named(tmp_path, changes, message):
 
 
 def test_command_line_gives_the_settings(tmp_path):
-    arguments = ["--model", "full", "--out", str(tmp_path), "--steps", "7", "--weight", "kv=0.5", "--fp32", "--no-compile"]
-    settings = parse(arguments)
+    arguments = ["pretrain", "--out", str(tmp_path), "--steps", "7", "--weight", "kv=0.5", "--fp32", "--no-compile"]
+    settings = settings_of(build_parser().parse_args(arguments))
 
-    assert (settings.model, settings.out, settings.steps) == ("full", tmp_path, 7)
+    assert (settings.out, settings.steps) == (tmp_path, 7)
     assert settings.weights == {"kv": 0.5}
     assert not settings.bf16 and not settings.compile
-    assert parse(arguments[:4]) == Settings("full", tmp_path)
+    assert settings_of(build_parser().parse_args(arguments[:3])) == Settings(tmp_path)
 
 
-def test_only_a_full_model_starts_from_another(tmp_path):
-    with pytest.raises(ValueError, match="init must start a full model .* got model='block-causal'"):
-        Trainer(run_settings(tmp_path, "block-causal", init=tmp_path))
-
-
-def test_unknown_model_and_task_weight_are_named(tmp_path):
-    with pytest.raises(ValueError, match="model must be one of full, block-causal, got model='causal'"):
-        run_settings(tmp_path, model="causal")
+def test_unknown_task_weight_is_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="weight must name one of .* got .'chess'"):
         Trainer(run_settings(tmp_path, weights={"chess": 1.0}))
+    assert main(["pretrain", "--out", str(tmp_path), "--weight", "chess=1"]) == 1
+    assert "weight must name one of" in capsys.readouterr().err
+
+
+def test_written_samples_are_the_streams(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    assert main(["samples", "--out", str(path), "--n", "20", "--seed", "3"]) == 0
+
+    stream = SampleStream(3)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(stream.next_sample()) for _ in range(20)]
+    assert main(["samples", "--out", str(path), "--n", "0"]) == 1

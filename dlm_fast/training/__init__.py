@@ -1,9 +1,9 @@
-"""Training of the two tiny models that the demo and the benchmarks decode, on a CPU.
+"""Training: the tiny models inside the package, D2F's asymmetric distillation of any supported model, and learned policies.
 
-    python -m dlm_fast.training --model block-causal --out runs/block --steps 8000
-    python -m dlm_fast.training --model full --out runs/full --init runs/block --steps 3600 --muon-lr 0.005 --decay 0.9
+    python -m dlm_fast.training pretrain --out runs/full --threads 2
+    python -m dlm_fast.training samples --out runs/samples.jsonl --n 150000
+    python -m dlm_fast.training distill --model runs/full --data runs/samples.jsonl --out runs/block --block-length 8
+    python -m dlm_fast.training policy --kind filter --model runs/full --out runs/filter.safetensors
 
-The full model starts from the block-causal one, whose objective gets several times as many predictions out
-of a forward. Each run ends with a folder that transformers loads; until then, --resume goes on from the
-last checkpoint.
+Every run ends with safetensors; pretraining and distillation go on from their last checkpoint with --resume.
 """

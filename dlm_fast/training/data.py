@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
-from dlm_fast.tasks import TASKS, generate_sample
+from dlm_fast.tasks import TASKS, Sample, generate_sample
 from dlm_fast.training.tokenizer import answer_text, build_tokenizer, prompt_text
 
 TASK_NAMES = tuple(TASKS)
@@ -41,12 +43,16 @@ class SampleStream:
         self._shares = [shares[name] for name in TASK_NAMES]
         self._encode = build_tokenizer().backend_tokenizer.encode
 
+    def next_sample(self) -> Sample:
+        """The next sample of the stream, as text."""
+        (task,) = self._rng.choices(TASK_NAMES, self._shares)
+        return generate_sample(task, self._rng, easy=self._rng.random() < self._easy)
+
     def next(self) -> Encoded:
         """The next sample of the stream."""
-        (task,) = self._rng.choices(range(len(TASK_NAMES)), self._shares)
-        sample = generate_sample(TASK_NAMES[task], self._rng, easy=self._rng.random() < self._easy)
+        sample = self.next_sample()
         prompt = self._encode(prompt_text(sample.prompt)).ids
-        return Encoded(task, prompt, self._encode(answer_text(sample.answer)).ids)
+        return Encoded(TASK_NAMES.index(sample.task), prompt, self._encode(answer_text(sample.answer)).ids)
 
     def random(self) -> float:
         """A uniform number in [0, 1) from the stream's own generator, for choices about its samples."""
@@ -64,3 +70,21 @@ class SampleStream:
         """Continues where the stream that gave `text` stood."""
         version, internal, gauss = json.loads(text)
         self._rng.setstate((version, tuple(internal), gauss))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m dlm_fast.training samples`."""
+    parser.add_argument("--out", type=Path, required=True, help="file to write: {task, prompt, answer} lines")
+    parser.add_argument("--n", type=int, required=True, help="samples")
+    parser.add_argument("--seed", type=int, default=0, help="which samples")
+    parser.add_argument("--easy", type=float, default=0.0, help="share of easy samples, in tasks that have them")
+
+
+def run(values: argparse.Namespace) -> None:
+    """`python -m dlm_fast.training samples`."""
+    if values.n < 1:
+        raise ValueError(f"samples: n must be positive, got n={values.n}")
+    stream = SampleStream(values.seed, easy=values.easy)
+    with open(values.out, "w", encoding="utf-8") as file:
+        for _ in range(values.n):
+            file.write(json.dumps(vars(stream.next_sample())) + "\n")

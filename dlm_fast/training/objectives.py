@@ -48,7 +48,8 @@ def _load(samples: list[dict]) -> list[Encoded]:
 
 
 class FullBatches:
-    """Canvases of one length a batch, the response filled up with <eos>, everything visible.
+    """Canvases of one length a batch, the response filled up with <eos>, everything visible, but for an isolated prompt, which
+    sees itself alone.
 
     A sample takes the shortest canvas that holds it with probability `tight`, else any that does: at
     decode time the canvas is longer than the answer, so long tails of <eos> must be familiar.
@@ -57,14 +58,15 @@ class FullBatches:
     arXiv:2502.09992).
     """
 
-    canvas_lengths = (64, 96, 128)
+    canvas_lengths = (48, 64, 80, 96, 128)
     block_lengths = (4, 8, 16, 32)
-    tight = 0.6
+    tight = 0.7
     semi_autoregressive = 0.75
 
-    def __init__(self, stream: SampleStream, tokens_per_step: int):
+    def __init__(self, stream: SampleStream, tokens_per_step: int, *, prompt_isolated: bool = False):
         self._stream = stream
         self._tokens_per_step = tokens_per_step
+        self._prompt_isolated = prompt_isolated
         self._waiting: dict[int, list[Encoded]] = {length: [] for length in self.canvas_lengths}
 
     def next(self, generator: torch.Generator) -> Batch:
@@ -78,7 +80,12 @@ class FullBatches:
             if len(self._waiting[length]) >= self._tokens_per_step // length:
                 samples, self._waiting[length] = self._waiting[length], []
                 return full_batch(
-                    samples, length, generator, self.block_lengths, semi_autoregressive=self.semi_autoregressive
+                    samples,
+                    length,
+                    generator,
+                    self.block_lengths,
+                    semi_autoregressive=self.semi_autoregressive,
+                    prompt_isolated=self._prompt_isolated,
                 )
 
     def state(self) -> str:
@@ -97,6 +104,7 @@ def full_batch(
     block_lengths: tuple[int, ...],
     *,
     semi_autoregressive: float,
+    prompt_isolated: bool = False,
 ) -> Batch:
     """Masks canvases [prompt | answer <eos> <eos> ...] of `canvas_length` tokens; see FullBatches."""
     rows = len(samples)
@@ -127,11 +135,13 @@ def full_batch(
     weight[later] = LATER_WEIGHT
     weight[position > first_eos] *= FILLER_WEIGHT
     task = torch.tensor([[sample.task] for sample in samples]).expand(rows, canvas_length)
+    in_prompt = position < prompt_length
+    visible = in_prompt[:, None, :] | ~in_prompt[:, :, None] if prompt_isolated else torch.ones(1, canvas_length, canvas_length, dtype=torch.bool)
     return Batch(
         tokens=torch.where(is_masked, MASK_ID, targets),
         position_ids=position.expand(rows, canvas_length),
         targets=targets,
-        visible=torch.ones(1, 1, canvas_length, canvas_length, dtype=torch.bool),
+        visible=visible[:, None],
         weight=weight,
         task=task,
     )

@@ -1,7 +1,13 @@
-"""Trains one tiny model on a CPU in about an hour: Muon and AdamW, constant rate then linear to zero."""
+"""Pretrains a tiny full-attention model on a CPU in about an hour: Muon and AdamW, constant rate then linear to zero.
+
+The block-causal objective gets several times as many predictions out of a forward, so it comes first; then the model is taught
+to see the whole canvas. Masks alone make the difference: the weights are one network's.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -12,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from dlm_fast.training import checkpoint
 from dlm_fast.training.data import TASK_NAMES, SampleStream
-from dlm_fast.training.model import KINDS, build_model, export, full_from_block_causal
+from dlm_fast.training.model import build_model, export
 from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -29,13 +34,15 @@ class Settings:
 
     The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share
     of `steps`; changing `steps` on resume therefore costs nothing before the fall has begun. `minutes`
-    stops a run early with a checkpoint and leaves the schedule alone. The bf16 and compiled variants round
+    stops a run early with a checkpoint and leaves the schedule alone. The first `block_causal` share of the steps trains the
+    block-causal objective, the others full attention, of which `prompt_isolated` hides the response from the prompt. The bf16 and compiled variants round
     differently, so a run is reproducible only with the same settings and thread count.
     """
 
-    model: str
     out: Path
-    steps: int = 6000
+    prompt_isolated: bool = False
+    steps: int = 10000
+    block_causal: float = 0.6
     seed: int = 0
     tokens_per_step: int = 4096
     muon_lr: float = 0.006
@@ -50,12 +57,9 @@ class Settings:
     log_every: int = 50
     resume: bool = False
     easy: float = 0.4
-    init: Path | None = None
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.model not in KINDS:
-            raise ValueError(f"training: model must be one of {', '.join(KINDS)}, got model={self.model!r}")
         for name in ("steps", "threads", "log_every", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training: {name} must be positive, got {name}={getattr(self, name)}")
@@ -65,6 +69,13 @@ class Settings:
             )
         if not 0 < self.decay <= 1:
             raise ValueError(f"training: decay must be in (0, 1], got decay={self.decay}")
+        if not 0 <= self.block_causal <= 1:
+            raise ValueError(f"training: block_causal must be in [0, 1], got block_causal={self.block_causal}")
+
+    @property
+    def block_causal_steps(self) -> int:
+        """Steps of the block-causal objective, which come first."""
+        return round(self.block_causal * self.steps)
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
@@ -111,11 +122,13 @@ class Trainer:
         self.settings = settings
         self.step = 0
         self.loss_average: float | None = None
-        self.model = self._first_model()
+        self.model = build_model(seed=settings.seed, prompt_isolated=settings.prompt_isolated)
         self.optimizers = build_optimizers(self.model, settings)
         self.stream = SampleStream(settings.seed, settings.weights, easy=settings.easy)
-        batches = FullBatches if settings.model == "full" else BlockCausalBatches
-        self.batches = batches(self.stream, settings.tokens_per_step)
+        self.batches = {
+            "block-causal": BlockCausalBatches(self.stream, settings.tokens_per_step),
+            "full": FullBatches(self.stream, settings.tokens_per_step, prompt_isolated=settings.prompt_isolated),
+        }
         self.checkpoint_path = settings.out / CHECKPOINT_NAME
         if settings.resume:
             self._load()
@@ -126,47 +139,39 @@ class Trainer:
             self._losses = torch.compile(token_losses, dynamic=False)
         self._task_sums = torch.zeros(3, len(TASK_NAMES))
 
-    def _first_model(self) -> PreTrainedModel:
-        settings = self.settings
-        if settings.init is None or settings.resume:
-            return build_model(settings.model, seed=settings.seed)
-        if settings.model != "full":
-            raise ValueError(f"training: init must start a full model from a block-causal one, got model={settings.model!r}")
-        source = build_model("block-causal", seed=settings.seed)
-        checkpoint.load(settings.init / CHECKPOINT_NAME, source, {})
-        batch = BlockCausalBatches(SampleStream(settings.seed), settings.tokens_per_step).next(torch.Generator().manual_seed(0))
-        return full_from_block_causal(source, batch)
-
     def save(self) -> None:
         """Writes the checkpoint: weights, optimizers, step and data stream."""
         metadata = {
-            "model": self.settings.model,
+            "prompt_isolated": json.dumps(self.settings.prompt_isolated),
             "seed": str(self.settings.seed),
             "step": str(self.step),
             "loss_average": json.dumps(self.loss_average),
             "stream": self.stream.state(),
-            "batches": self.batches.state(),
+            "batches": json.dumps({name: batches.state() for name, batches in self.batches.items()}),
         }
         checkpoint.save(self.checkpoint_path, self.model, self.optimizers, metadata)
 
     def _load(self) -> None:
         metadata = checkpoint.load(self.checkpoint_path, self.model, self.optimizers)
-        if metadata["model"] != self.settings.model or metadata["seed"] != str(self.settings.seed):
-            raise ValueError(
-                f"training: model and seed must be the checkpoint's, {metadata['model']} and {metadata['seed']}, "
-                f"got model={self.settings.model!r}, seed={self.settings.seed}"
-            )
         self.step = int(metadata["step"])
+        # A block-causal prompt is isolated anyway: a run forks into its two endings where that objective ends.
+        forks = self.step <= self.settings.block_causal_steps
+        for name in ("seed",) if forks else ("seed", "prompt_isolated"):
+            value = getattr(self.settings, name)
+            if json.loads(metadata[name]) != value:
+                raise ValueError(f"training: {name} must be the checkpoint's, {metadata[name]}, got {name}={value}")
         self.loss_average = json.loads(metadata["loss_average"])
         self.stream.load_state(metadata["stream"])
-        self.batches.load_state(metadata["batches"])
+        for name, state in json.loads(metadata["batches"]).items():
+            self.batches[name].load_state(state)
 
     def train_step(self) -> float:
         """One optimizer step; returns its loss."""
         settings = self.settings
         # Masks are seeded by the step, so that resuming needs no generator state.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
-        batch = self.batches.next(generator)
+        objective = "block-causal" if self.step < settings.block_causal_steps else "full"
+        batch = self.batches[objective].next(generator)
         scale = learning_rate_scale(self.step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
         for name, peak in (("muon", settings.muon_lr), ("adamw", settings.adam_lr)):
             for group in self.optimizers[name].param_groups:
@@ -207,7 +212,7 @@ class Trainer:
         settings = self.settings
         settings.out.mkdir(parents=True, exist_ok=True)
         started = last_saved = time.monotonic()
-        with tqdm(total=settings.steps, initial=self.step, desc=settings.model, mininterval=5) as progress:
+        with tqdm(total=settings.steps, initial=self.step, desc="pretraining", mininterval=5) as progress:
             while self.step < settings.steps:
                 self.train_step()
                 progress.update()
@@ -223,3 +228,48 @@ class Trainer:
         self.save()
         if self.step >= settings.steps:
             export(self.model, settings.out)
+
+
+def _task_weight(text: str) -> tuple[str, float]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"must be TASK=WEIGHT, got {text!r}")
+    return name, float(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m dlm_fast.training pretrain`."""
+    add, default = parser.add_argument, Settings
+    add("--out", type=Path, required=True, help="folder for checkpoint, log and trained model")
+    add("--prompt-isolated", action="store_true", help="the prompt does not see the response")
+    add("--steps", type=int, default=default.steps, help="length of the schedule")
+    add("--block-causal", type=float, default=default.block_causal, help="share of steps, the first, that train block-causally")
+    add("--seed", type=int, default=default.seed, help="of weights, samples and masks")
+    add("--tokens-per-step", type=int, default=default.tokens_per_step, help="positions in one batch")
+    add("--muon-lr", type=float, default=default.muon_lr, help="peak rate of hidden matrices")
+    add("--adam-lr", type=float, default=default.adam_lr, help="peak rate of all else")
+    add("--warmup", type=int, default=default.warmup, help="steps over which the rate rises")
+    add("--decay", type=float, default=default.decay, help="share of steps the rate falls over")
+    add("--easy", type=float, default=default.easy, help="share of easy samples, in tasks that have them")
+    add("--threads", type=int, default=default.threads, help="CPU threads")
+    add("--minutes", type=float, help="stop after this long, keeping the schedule; resume later")
+    add("--checkpoint-minutes", type=float, default=default.checkpoint_minutes, help="time between checkpoints")
+    add("--log-every", type=int, default=default.log_every, help="steps between lines of the log")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add("--fp32", dest="bf16", action="store_false", help="no bf16 autocast")
+    add("--no-compile", dest="compile", action="store_false", help="run eagerly")
+    add(
+        "--weight", dest="weights", type=_task_weight, action="append", default=[], metavar="TASK=WEIGHT",
+        help="a task's share of samples, instead of its own; may be repeated",
+    )  # fmt: skip
+
+
+def settings_of(values: argparse.Namespace) -> Settings:
+    """Settings from parsed arguments."""
+    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(Settings)}
+    return Settings(**given | {"weights": dict(values.weights)})
+
+
+def run(values: argparse.Namespace) -> None:
+    """`python -m dlm_fast.training pretrain`."""
+    Trainer(settings_of(values)).run()
