@@ -41,7 +41,7 @@ class Settings:
 
     out: Path
     prompt_isolated: bool = False
-    steps: int = 10000
+    steps: int = 8000
     block_causal: float = 0.6
     seed: int = 0
     tokens_per_step: int = 4096
