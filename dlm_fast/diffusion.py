@@ -25,6 +25,13 @@ class DiffusionConfig:
             prompt, which is one bidirectional block of its own (D2F).
         logits_row: which position's logits predict a position. "self": its own (LLaDA, SDAR, LLaDA2). "previous": those of the
             position before it, as in the autoregressive model it was made from (Dream, Fast-dLLM v2); position 0 has its own.
+        prompt_isolated: with visibility "full": the prompt, which is everything before the first mask, sees itself only, and every
+            position of the response sees everything; of a canvas to fill in, what follows the first mask is response, given or not.
+            A decoder with a cache then computes the prompt once per row, and those keys are exact for good. Exact by that are the
+            first block of a cache "prefix", "once" (freecache) and "delayed", which recompute all of the response in it, and, where
+            the response is one block (block_length >= max_new_tokens), every cache but "scattered". All else is approximate as with
+            any model of full visibility: keys of earlier blocks ("prefix", "once", "delayed", "fused"), of later ones too ("dual"),
+            and of decoded positions within a block ("scattered") are older than what they have seen.
     """
 
     mask_token_id: int
@@ -33,6 +40,7 @@ class DiffusionConfig:
     block_length: int | None = None
     block_alignment: str = "rel"
     logits_row: str = "self"
+    prompt_isolated: bool = False
 
     def __post_init__(self) -> None:
         def fail(rule: str) -> None:
@@ -53,6 +61,17 @@ class DiffusionConfig:
             fail(f"block_length must be at least 1, got block_length={self.block_length}")
         if self.visibility == "block" and self.block_length is None:
             fail("visibility 'block' needs a block_length, got block_length=None")
+        if not isinstance(self.prompt_isolated, bool):
+            fail(f"prompt_isolated must be true or false, got prompt_isolated={self.prompt_isolated!r}")
+        if self.prompt_isolated and self.visibility != "full":
+            fail(f"prompt_isolated goes with visibility 'full', got visibility={self.visibility!r}")
+        if self.prompt_isolated and self.block_alignment != "rel":
+            fail(f"prompt_isolated goes with block_alignment 'rel', got block_alignment={self.block_alignment!r}")
+
+    @property
+    def plain_mode(self) -> str:
+        """How a forward that is no decoder's sees (`model(input_ids)`): "full", "block" or "isolated"."""
+        return "isolated" if self.prompt_isolated else self.visibility
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:

@@ -26,7 +26,7 @@ class CheckpointError(ValueError):
 
 
 def checkpoint_path(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model ("tiny-full", "tiny-block") or of a checkpoint on disk."""
+    """The folder of an embedded model (`EMBEDDED`) or of a checkpoint on disk."""
     path = Path(name_or_path)
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)
@@ -88,10 +88,10 @@ def load(
     """Opens a checkpoint folder as a native transformers model that decodes by diffusion.
 
     The model also answers a plain `model(input_ids, attention_mask=...)`, with its family's own visibility
-    (bidirectional or block-causal), never causal. Its `PatchHandle`, with the tokenizer, is `handle_of(model)`.
+    (bidirectional, with or without an isolated prompt, or block-causal), never causal. Its `PatchHandle`, with the tokenizer, is `handle_of(model)`.
 
     Args:
-        path: a folder (config.json, *.safetensors, tokenizer.json), or "tiny-full" / "tiny-block", the embedded models.
+        path: a folder (config.json, *.safetensors, tokenizer.json), or the name of an embedded model, e.g. "tiny-full" (`EMBEDDED`).
         diffusion: default: the `dlm` section of config.json.
         dtype: of the weights; default: as stored. device: default: "cuda" if there is one, else "cpu".
         backend: "auto", "triton", "reference" or an `Ops`.
@@ -135,6 +135,6 @@ def load(
         if report.get(kind):
             raise CheckpointError(f"load: {path} has {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:8]}")
     model = model.to(device).eval()
-    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.visibility)
+    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.plain_mode)
     handle.tokenizer = load_tokenizer(path)
     return model

@@ -135,6 +135,7 @@ def plain_window(
 
     Blocks of a block-causal model count from the first real token ("abs"), or from the end of the prompt ("rel"), which
     is `prompt_lengths` [B] (real tokens) or else everything before the first mask, the form of every decoder's canvas.
+    "isolated": that prompt sees itself, everything after it sees everything.
     """
     B, L = shape
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -143,26 +144,30 @@ def plain_window(
         raise ValueError(f"forward: attention_mask must have shape {(B, L)}, got {tuple(attention_mask.shape)}")
     if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) != 1).any()):
         raise NotImplementedError("forward: packed sequences (position_ids that jump, no attention_mask) are not supported")
-    if prompt_lengths is not None and mode != "block":
-        raise ValueError(f"forward: prompt_lengths has a meaning for block-causal models only, this one is {mode!r}")
+    if prompt_lengths is not None and mode not in ("block", "isolated"):
+        raise ValueError(
+            "forward: prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, "
+            f"this one is {mode!r}"
+        )
 
     int32 = {"dtype": torch.int32, "device": device}
     live = torch.ones(B, L, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.to(device) != 0
     index = torch.arange(L, **int32).expand(B, L)
     place = live.int().cumsum(-1, dtype=torch.int32) - 1  # index among the row's real tokens
     block = torch.zeros(B, L, **int32)
-    if mode == "block":
-        assert diffusion is not None and diffusion.block_length is not None
+    if mode in ("block", "isolated"):
+        assert diffusion is not None and (mode == "isolated" or diffusion.block_length is not None)
         start = torch.zeros(B, 1, **int32)
         if diffusion.block_alignment == "rel":
             if prompt_lengths is None:
                 if input_ids is None:
-                    raise ValueError("forward: a block-causal model aligned to the prompt needs prompt_lengths with inputs_embeds")
+                    raise ValueError("forward: a model that treats the prompt differently needs prompt_lengths with inputs_embeds")
                 given = live & (input_ids != diffusion.mask_token_id)
                 # Real tokens before the first mask: those whose running count of masks is still zero.
                 prompt_lengths = (given & ((live & ~given).cumsum(-1) == 0)).sum(-1)
             start = prompt_lengths.to(**int32).view(B, 1)
-        block = torch.where(place < start, 0, 1 + torch.div(place - start, diffusion.block_length, rounding_mode="floor"))
+        length = L if mode == "isolated" else diffusion.block_length  # a response is one block to its isolated prompt
+        block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
     return Window(
         q_pos=index.contiguous(),
         q_block=torch.where(live, block, -1).int(),
@@ -171,7 +176,7 @@ def plain_window(
         kv_len=torch.zeros(B, **int32),
         replaced=torch.zeros(B, 2, **int32),
         cache_row=torch.arange(B, **int32),
-        mode=mode,
+        mode="block" if mode == "isolated" else mode,
     )
 
 
@@ -226,5 +231,6 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in OP_NAMES},
         "plain_forward": handle.plain_mode,
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
+        "prompt_isolated": handle.diffusion.prompt_isolated if handle.diffusion else None,
         "attention_calls": handle.attention_calls,
     }

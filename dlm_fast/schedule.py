@@ -55,6 +55,11 @@ class Plan:
         return self.diffusion.logits_row == "previous"
 
     @property
+    def shadow_block(self) -> int:
+        """Block id of shadow rows: behind that of the canvas, or of prompt and response where the prompt is isolated."""
+        return 1 + int(self.diffusion.prompt_isolated)
+
+    @property
     def flagged(self) -> bool:
         """Whether windows are scattered positions, not a range."""
         return self.preset.cache == "scattered" or self.preset.keep_last or self.preset.scatter_suffix
@@ -135,7 +140,7 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
     shadow = plan.preset.shadow and kind == "window"
     kept = None
     if plan.flagged:
-        flags = _flags(plan, state, sampling, kind, stop)
+        flags = _flags(plan, state, sampling, kind, begin, stop)
         # Positions in order, those that are computed first.
         order = (~flags).to(torch.int8).sort(dim=1, stable=True).indices.int()
         q_len, q_pos = flags.sum(1, dtype=torch.int32), torch.nn.functional.pad(order, (0, max(0, W - L)))[:, :W]
@@ -159,8 +164,11 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
         if plan.preset.causal_commit:
             # Blocks of one position: causal.
             block = torch.where((state.phase == DENOISE)[:, None] & (kind == "window"), block, q_pos)
+    elif plan.diffusion.prompt_isolated and (kind == "wide" or plan.preset.cache == "none"):
+        # Window steps over a cache compute positions of the response only, which see everything.
+        block, mode = (q_pos >= plan.first[:, None]).to(torch.int32), "block"
     if shadow:
-        block, mode = is_shadow.to(torch.int32), "shadow"
+        block, mode = torch.where(is_shadow, plan.shadow_block, block), "shadow"
     stores = plan.capacity > 0 and not (plan.preset.cache == "delayed" and kind == "window")
     kv_slot = torch.where(lane < q_len[:, None], q_pos, -1) if stores else torch.full_like(q_pos, -1)
     return Window(
@@ -185,13 +193,16 @@ def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Ten
 
     Wide: commit prefills [0, block); fused computes the appended blocks besides; all others compute and store the whole canvas.
     Window: none [0, canvas) | prefix, once, delayed [block, canvas) | dual, commit [block] | fused [first uncommitted, appended end).
+    The keys of an isolated prompt never change: with a cache, the row's first step computes them and no other one does.
     """
     start, end, length = state.block_start, state.block_end, state.canvas_len
     cache, preset = plan.preset.cache, plan.preset
     zero = torch.zeros_like(start)
     nothing = torch.stack([zero, zero], -1)
+    least = plan.first if plan.diffusion.prompt_isolated else zero
     if kind == "wide":
-        return zero, {"commit": start, "fused": end}.get(cache, length), zero, nothing
+        begin = torch.where(state.step > 0, least, 0)
+        return begin, {"commit": start, "fused": end}.get(cache, length), begin, nothing
     if cache == "none":
         # A block-causal model never sees what follows the block, so nothing after it need be computed.
         stop = end if plan.diffusion.visibility == "block" else length
@@ -202,14 +213,14 @@ def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Ten
         stop = length if preset.horizon is None else torch.minimum(end + preset.horizon, length)
         return start, stop, start, nothing
     if cache == "once":
-        begin = (start - int(plan.previous)).clamp(min=0)
+        begin = torch.maximum(start - int(plan.previous), least)
         return begin, length, begin, nothing
     if cache == "delayed":
         return start, length, start, nothing
     if cache == "scattered":
-        return zero, length, length, nothing
+        return least, length, length, nothing
     if cache == "dual":
-        begin, stop = (start - preset.vicinity).clamp(min=0), torch.minimum(end + preset.vicinity, length)
+        begin, stop = torch.maximum(start - preset.vicinity, least), torch.minimum(end + preset.vicinity, length)
         return begin, stop, length, torch.stack([begin, stop], -1)
     if preset.sub_block_cache:
         sub_start, sub_end = sub_block(plan, state)
@@ -221,12 +232,12 @@ def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Ten
     return start, end, start, nothing
 
 
-def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, stop: Tensor) -> Tensor:
-    """[B, L] bool: the positions that a step computes, where they are no range."""
+def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, begin: Tensor, stop: Tensor) -> Tensor:
+    """[B, L] bool: the positions of [begin, stop) that a step computes, where they are no range."""
     B, L = state.tokens.shape
     preset = plan.preset
     position = torch.arange(L, dtype=torch.int32, device=state.tokens.device)
-    in_canvas = position < state.canvas_len[:, None]
+    in_canvas = (position >= begin[:, None]) & (position < state.canvas_len[:, None])
     if preset.cache == "scattered":
         if kind == "wide":
             return in_canvas
@@ -238,9 +249,7 @@ def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, stop: Ten
             decoded = decoded & (after | (position == state.canvas_len[:, None] - 1))
         return in_canvas & ~decoded
     flags = (position < stop[:, None]) & in_canvas
-    if kind == "window":
-        flags = flags & (position >= state.block_start[:, None]) if preset.cache == "prefix" else flags
-    elif preset.horizon is not None:
+    if kind == "wide" and preset.horizon is not None:
         flags = in_canvas & (position < (state.block_end + preset.horizon)[:, None])
     if preset.scatter_suffix:
         distance = (position - state.block_end[:, None]).clamp(min=0).double()
@@ -298,7 +307,7 @@ def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
     widest = most = torch.zeros((), dtype=torch.int32, device=wide.device)
     if plan.varies and wide.numel():
         begin, stop, _, _ = _extent(plan, state, "window")
-        need = _flags(plan, state, sampling, "window", stop).sum(1) if plan.flagged else stop - begin
+        need = _flags(plan, state, sampling, "window", begin, stop).sum(1) if plan.flagged else stop - begin
         # Rows that are still to take their wide step count too: a host that reads this late has them in its next window.
         widest = torch.where(window | wide, need, 0).amax()
         most = torch.where(window | wide, state.block_end - state.block_start, 0).amax()

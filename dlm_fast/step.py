@@ -161,7 +161,7 @@ def _forward(decode: Decode, window: Window, canvases: Tensor, drafts: int) -> T
         window = dataclasses.replace(window, cache_row=torch.cat([rows, rows + rows.shape[0]]))
     input_ids = canvases.gather(1, window.q_pos.long())
     if window.mode == "shadow":
-        input_ids = torch.where(window.q_block > 0, plan.diffusion.mask_token_id, input_ids)
+        input_ids = torch.where(window.q_block >= plan.shadow_block, plan.diffusion.mask_token_id, input_ids)
     return handle.adapter.window_hidden(handle.model, input_ids, handle.step(window, decode.cache if plan.capacity else None))
 
 
@@ -170,11 +170,11 @@ def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
     return dataclasses.replace(window, **{name: repeat(tensor).contiguous() for name, tensor in window.tensors().items()})
 
 
-def _index_of(window: Window, position: Tensor, L: int) -> Tensor:
-    """[B, N] where the window computes a position (the first time), W where it does not."""
+def _index_of(plan: Plan, window: Window, position: Tensor, L: int) -> Tensor:
+    """[B, N] where the window computes a position (not its shadow), W where it does not."""
     B, W = window.q_pos.shape
     lane = torch.arange(W, device=position.device).expand(B, W)
-    live = (lane < window.q_len[:, None]) & (window.q_block < 1 if window.mode == "shadow" else True)
+    live = (lane < window.q_len[:, None]) & (window.q_block < plan.shadow_block if window.mode == "shadow" else True)
     place = torch.where(live, window.q_pos, L).long()
     index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, lane)
     index[:, L] = W
@@ -188,7 +188,7 @@ def _rows_of(decode: Decode, window: Window, hidden: Tensor, position: Tensor) -
         # Position 0 has no row before it. What the window does not hold is the position before it, kept from an earlier forward.
         position = torch.where(position > 0, position - 1, position)
         hidden = torch.cat([hidden, decode.last_hidden[:, None]], 1)
-    index = _index_of(window, position, L).clamp(max=hidden.shape[1] - 1)
+    index = _index_of(decode.plan, window, position, L).clamp(max=hidden.shape[1] - 1)
     return hidden.gather(1, index[..., None].expand(*index.shape, hidden.shape[2]))
 
 
@@ -262,7 +262,7 @@ def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:
 def _keep_last_hidden(decode: Decode, window: Window, hidden: Tensor) -> None:
     """Keeps the hidden state of the position before every row's region, if this forward computed it."""
     state = decode.state
-    index = _index_of(window, state.block_start[:, None] - 1, state.tokens.shape[1])
+    index = _index_of(decode.plan, window, state.block_start[:, None] - 1, state.tokens.shape[1])
     inside = (index < hidden.shape[1]) & (window.q_len > 0)[:, None]
     found = hidden.gather(1, index.clamp(max=hidden.shape[1] - 1)[..., None].expand(-1, 1, hidden.shape[2]))[:, 0]
     decode.last_hidden.copy_(torch.where(inside, found, decode.last_hidden))

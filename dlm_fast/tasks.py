@@ -52,7 +52,6 @@ VARIABLES = "abcdjkmnptxyz"  # of trace; single characters
 
 HELD_OUT_MODULUS = 50
 MAX_VALUE = 20  # of every operand and result in word, trace and calc: small enough to know by heart
-CHAINED = 0.8  # share of trace's assignments that read the variable before them, not any earlier one
 
 
 @dataclass(frozen=True)
@@ -222,20 +221,20 @@ def _word_content(prompt: str) -> str:
 
 
 def _trace_prompt(rng: random.Random) -> str:
+    """Every assignment reads the variable before it: of prompts with one that read another, a trained model answered 0 of 24."""
     count = rng.randint(3, 5)
     names = rng.sample(VARIABLES, count)
     values = [rng.randint(1, MAX_VALUE - 1)]
     statements = [f"{names[0]}={values[0]}"]
     for index in range(1, count):
-        source = index - 1 if rng.random() < CHAINED else rng.randrange(index)
-        value = values[source]
+        value = values[-1]
         if value == 0 or (value < MAX_VALUE and rng.random() < 0.5):
             amount = rng.randint(1, MAX_VALUE - value)
-            statements.append(f"{names[index]}={names[source]}+{amount}")
+            statements.append(f"{names[index]}={names[index - 1]}+{amount}")
             values.append(value + amount)
         else:
             amount = rng.randint(1, value)
-            statements.append(f"{names[index]}={names[source]}-{amount}")
+            statements.append(f"{names[index]}={names[index - 1]}-{amount}")
             values.append(value - amount)
     return f"Run {'; '.join(statements)}; {names[-1]}?"
 

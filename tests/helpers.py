@@ -60,6 +60,7 @@ def toy(
     logits_row: str = "self",
     backend: str = "reference",
     eos: tuple[int, ...] = (EOS,),
+    prompt_isolated: bool = False,
     **kwargs,
 ) -> nn.Module:
     """A random model as `dlm_fast.load` would leave it."""
@@ -71,8 +72,9 @@ def toy(
         block_length=block_length,
         block_alignment=block_alignment,
         logits_row=logits_row,
+        prompt_isolated=prompt_isolated,
     )
-    attach(model, backend=backend, diffusion=diffusion, plain_mode=visibility)
+    attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.plain_mode)
     return model
 
 
@@ -83,6 +85,7 @@ def options_of(preset: str, length: int = 4) -> dict:
     options |= {"sub_block_length": 2} if chosen.sub_block_length else {}
     options |= {"horizon": 3} if chosen.horizon else {}
     options |= {"head": lambda confidence: 2 * confidence} if preset == "learn2pd" else {}
+    options |= {"head": lambda confidence, eligible, time: confidence + time[:, None] / 4} if preset == "learned-commit" else {}
     options |= {"delete_id": VOCAB - 1, "split_id": VOCAB - 2, "edit_threshold": 0.3} if preset == "llada2.2" else {}
     return options
 

@@ -1,4 +1,4 @@
-"""The training package's command line: python -m dlm_fast.training {pretrain,samples,distill,policy} --help"""
+"""The training package's command line: python -m dlm_fast.training {pretrain,samples,distill,trajectories,policy,curves} --help"""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ COMMANDS = {
     "pretrain": ("train", "train a 0.9 M parameter diffusion language model on synthetic tasks, on a CPU"),
     "samples": ("data", "write training samples of the synthetic tasks as JSON lines"),
     "distill": ("distill", "distill a full-attention model into a block-causal one (D2F), from JSON lines of prompts and answers"),
+    "trajectories": ("trajectories", "add to such a file the order in which a teacher fills its answers, for --objective trajectory"),
     "policy": ("policy", "train a small head that says which predictions to keep"),
+    "curves": ("curves", "plot the logs of training runs"),
 }
 
 
@@ -21,11 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        try:
-            importlib.import_module(f"dlm_fast.training.{module}").add_arguments(command)
-        except ModuleNotFoundError as error:
-            if error.name != f"dlm_fast.training.{module}":
-                raise
+        importlib.import_module(f"dlm_fast.training.{module}").add_arguments(command)
     return parser
 
 

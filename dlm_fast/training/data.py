@@ -80,11 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--easy", type=float, default=0.0, help="share of easy samples, in tasks that have them")
 
 
+def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: dict[str, float] | None = None) -> None:
+    """Writes the first `n` samples of a stream as JSON lines {task, prompt, answer}."""
+    if n < 1:
+        raise ValueError(f"samples: n must be positive, got n={n}")
+    stream = SampleStream(seed, weights, easy=easy)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(n):
+            file.write(json.dumps(vars(stream.next_sample())) + "\n")
+
+
 def run(values: argparse.Namespace) -> None:
     """`python -m dlm_fast.training samples`."""
-    if values.n < 1:
-        raise ValueError(f"samples: n must be positive, got n={values.n}")
-    stream = SampleStream(values.seed, easy=values.easy)
-    with open(values.out, "w", encoding="utf-8") as file:
-        for _ in range(values.n):
-            file.write(json.dumps(vars(stream.next_sample())) + "\n")
+    write_samples(values.out, values.n, seed=values.seed, easy=values.easy)

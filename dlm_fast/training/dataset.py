@@ -1,0 +1,354 @@
+"""Prompts and answers from JSON lines, tokenised as `generate` does, and the canvases that an optimizer step trains on.
+
+{"prompt": "Add 2 and 3", "answer": "5"}                                      text: one user turn of the chat template
+{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}             a chat
+{"prompt_ids": [5, 6, 7], "answer_ids": [8, 9, 1]}                            token ids
+optional: "task", a name under which accuracy is logged; "order", see `read_dataset`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import numbers
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..diffusion import DiffusionConfig
+
+KEYS = {"prompt", "answer", "prompt_ids", "answer_ids", "task", "order"}
+CHUNK = 1000  # lines that are tokenised in one call
+
+
+class DatasetError(ValueError):
+    """A data file that cannot be trained on; the message names file, line and rule."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids; `answer` ends with its only EOS. order: teacher's step of each answer position, or None."""
+
+    prompt: list[int]
+    answer: list[int]
+    task: int
+    order: list[int] | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples in the file's order. tasks: names that Sample.task counts. digest: of the file's bytes. dropped: lines left out."""
+
+    samples: list[Sample]
+    tasks: tuple[str, ...]
+    digest: str
+    dropped: int
+
+
+@dataclass(frozen=True)
+class CanvasShape:
+    """How long the canvas of a sample is: its prompt and as many whole blocks as the answer needs, and perhaps more.
+
+    Attributes:
+        block_length: tokens of a block. absolute: blocks are cut from position 0, not from the end of the prompt.
+        max_length: most positions of a canvas.
+        extra: probability of one more block of EOS, and of another after it, and so on: a decoder opens blocks before it knows
+            that the answer has ended. 1: every canvas is as long as max_length allows.
+    """
+
+    block_length: int
+    absolute: bool
+    max_length: int
+    extra: float
+
+    def needed(self, prompt: int, answer: int) -> int:
+        """Positions of the shortest canvas for a prompt and an answer of these lengths."""
+        start = 0 if self.absolute else prompt
+        return start + -(-(prompt + answer - start) // self.block_length) * self.block_length
+
+    def lengths(self, shortest: Tensor, generator: torch.Generator) -> Tensor:
+        """Canvas lengths [N] drawn for samples whose shortest canvases are given, [N] int64."""
+        room = (self.max_length - shortest) // self.block_length
+        # The number of heads before the first tail.
+        heads = torch.rand(len(shortest), 64, generator=generator) < self.extra
+        extra = heads.cumprod(1).sum(1) if self.extra < 1 else room
+        return shortest + torch.minimum(extra, room) * self.block_length
+
+
+def _fail(path: Path, line: int, rule: str) -> None:
+    raise DatasetError(f"dataset: {path}, line {line}: {rule}")
+
+
+def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        _fail(path, number, f"is not JSON: {error}")
+    if not isinstance(record, dict):
+        _fail(path, number, f"must be a JSON object, got {type(record).__name__}")
+    unknown = sorted(set(record) - KEYS)
+    if unknown:
+        _fail(path, number, f"has unknown keys {unknown}; known are {sorted(KEYS)}")
+    as_text, as_ids = {"prompt", "answer"} & set(record), {"prompt_ids", "answer_ids"} & set(record)
+    if as_text and as_ids:
+        _fail(path, number, f"must be text or token ids, got both: {sorted(as_text | as_ids)}")
+    for name in ("prompt_ids", "answer_ids") if as_ids else ("prompt", "answer"):
+        if name not in record:
+            _fail(path, number, f"has no {name!r}; it has {sorted(record)}")
+        if not record[name] or (isinstance(record[name], str) and not record[name].strip()):
+            _fail(path, number, f"{name} must not be empty, got {record[name]!r}")
+    if not as_ids and not isinstance(record["answer"], str):
+        _fail(path, number, f"answer must be text, got {type(record['answer']).__name__}")
+    prompt = record.get("prompt")
+    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    if not as_ids and not isinstance(prompt, str) and not is_chat:
+        _fail(path, number, "prompt must be text or a list of messages with role and content")
+    for name in ("prompt_ids", "answer_ids", "order"):
+        values = record.get(name, [])
+        if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
+            _fail(path, number, f"{name} must be a list of whole numbers")
+    if not isinstance(record.get("task", ""), str):
+        _fail(path, number, f"task must be a name, got {record['task']!r}")
+    return record
+
+
+def _render(path: Path, number: int, record: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """Prompt and answer as the text that is tokenised: what the chat template makes of them, where there is one."""
+    prompt, answer = record["prompt"], record["answer"]
+    if getattr(tokenizer, "chat_template", None) is None:
+        if not isinstance(prompt, str):
+            _fail(path, number, "prompt is a chat, but the tokenizer has no chat template")
+        return prompt, answer
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    # As dlm_fast.generate renders a chat.
+    opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    closed = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    if not closed.startswith(opened):
+        _fail(
+            path,
+            number,
+            "the chat template does not put the answer after the prompt it opens for generation; give prompt_ids and answer_ids",
+        )
+    return opened, closed[len(opened) :]
+
+
+def _close(path: Path, number: int, answer: list[int], diffusion: DiffusionConfig, *, as_ids: bool) -> list[int]:
+    """The answer with exactly one EOS, at its end."""
+    eos = [i for i, token in enumerate(answer) if token in diffusion.eos_token_ids]
+    if not eos:
+        return [*answer, diffusion.eos_token_ids[0]]
+    # A template may go on after the EOS (a newline): a decoder has stopped there.
+    if eos[0] == 0 or (as_ids and eos[0] != len(answer) - 1):
+        _fail(
+            path, number, f"answer must have its EOS {answer[eos[0]]} at its end only, got it at place {eos[0]} of {len(answer)}"
+        )
+    return answer[: eos[0] + 1]
+
+
+def read_dataset(
+    path: str | Path,
+    tokenizer: Any,
+    diffusion: DiffusionConfig,
+    shape: CanvasShape,
+    *,
+    vocab_size: int,
+    too_long: str = "raise",
+    needs_order: bool = False,
+) -> Dataset:
+    """Reads and checks every line.
+
+    Args:
+        too_long: "raise": a sample whose canvas exceeds shape.max_length is an error. "drop": it is left out and counted. Nothing
+            is ever truncated.
+        needs_order: every line must have an "order": the step at which a teacher wrote each answer token, at least as many
+            numbers as the answer has tokens, its EOS included (dlm_fast.training.trajectories makes them).
+    Raises:
+        DatasetError: naming the file, the line (from 1) and the rule.
+    """
+    path = Path(path)
+    if too_long not in ("raise", "drop"):
+        raise ValueError(f"distill: too_long must be raise or drop, got too_long={too_long!r}")
+    if not diffusion.eos_token_ids:
+        raise DatasetError("dataset: the model's dlm section has no eos_token_ids, and an answer must end")
+    try:
+        content = path.read_bytes()
+        lines = content.decode("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"dataset: {path} cannot be read: {error}") from error
+    names: dict[str, int] = {}
+    samples: list[Sample] = []
+    dropped = 0
+    for number, record, prompt, answer in _tokenised(path, lines, tokenizer, diffusion):
+        for name, ids in (("prompt", prompt), ("answer", answer)):
+            wrong = [i for i in ids if not 0 <= i < vocab_size]
+            if wrong:
+                _fail(path, number, f"{name} must hold ids in [0, {vocab_size}), got {wrong[0]}")
+            if diffusion.mask_token_id in ids:
+                _fail(path, number, f"{name} must not contain the mask id {diffusion.mask_token_id}")
+        if not shape.absolute and len(prompt) + shape.block_length > shape.max_length and too_long == "raise":
+            _fail(
+                path, number, f"block_length must fit between the prompt and max_length, got block_length={shape.block_length}, "
+                f"a prompt of {len(prompt)} tokens and max_length={shape.max_length}"
+            )  # fmt: skip
+        needed = shape.needed(len(prompt), len(answer))
+        if needed > shape.max_length:
+            if too_long == "raise":
+                _fail(
+                    path, number, f"prompt and answer must fit max_length={shape.max_length} in whole blocks of "
+                    f"{shape.block_length}, got {len(prompt)} + {len(answer)} tokens, which take {needed}"
+                )  # fmt: skip
+            dropped += 1
+            continue
+        order = record.get("order")
+        if needs_order and (order is None or len(order) < len(answer)):
+            got = "none" if order is None else f"{len(order)}"
+            _fail(path, number, f"order must have a step for each of the answer's {len(answer)} tokens, got {got}")
+        task = names.setdefault(record["task"], len(names)) if "task" in record else -1
+        samples.append(Sample(prompt, answer, task, order))
+    if not samples:
+        raise DatasetError(f"dataset: {path} has no sample to train on ({dropped} dropped as too long)")
+    return Dataset(samples, tuple(names), hashlib.sha256(content).hexdigest(), dropped)
+
+
+def _tokenised(
+    path: Path, lines: list[str], tokenizer: Any, diffusion: DiffusionConfig
+) -> Iterator[tuple[int, dict[str, Any], list[int], list[int]]]:
+    """(line number, record, prompt ids, answer ids) of every line that is not blank."""
+    for begin in tqdm(range(0, len(lines), CHUNK), desc="reading", mininterval=5, disable=len(lines) < 10 * CHUNK):
+        records = [
+            (begin + i + 1, _parse(path, begin + i + 1, text))
+            for i, text in enumerate(lines[begin : begin + CHUNK])
+            if text.strip()
+        ]
+        texts = [(n, *_render(path, n, record, _needed(path, n, tokenizer))) for n, record in records if "prompt" in record]
+        ids: dict[int, tuple[list[int], list[int]]] = {}
+        if texts:
+            special = getattr(tokenizer, "chat_template", None) is None
+            prompts = tokenizer([prompt for _, prompt, _ in texts], add_special_tokens=special)["input_ids"]
+            answers = tokenizer([answer for _, _, answer in texts], add_special_tokens=False)["input_ids"]
+            ids = {n: pair for (n, _, _), pair in zip(texts, zip(prompts, answers))}
+        for n, record in records:
+            as_ids = n not in ids
+            prompt, answer = (record["prompt_ids"], record["answer_ids"]) if as_ids else ids[n]
+            yield n, record, list(prompt), _close(path, n, list(answer), diffusion, as_ids=as_ids)
+
+
+def _needed(path: Path, number: int, tokenizer: Any) -> Any:
+    if tokenizer is None:
+        _fail(path, number, "text needs a tokenizer; the checkpoint has none, give prompt_ids and answer_ids")
+    return tokenizer
+
+
+@dataclass
+class Canvases:
+    """A batch of finished canvases, [prompt | answer | EOS ...], padded on the right.
+
+    Attributes:
+        tokens: [B, L] int64; padding holds EOS. prompt, length: [B] int64 lengths of prompt and canvas.
+        first_eos: [B] int64, the position of the answer's EOS. task: [B] int64, -1 = none.
+        rank: [B, L] int64, the place of each answer position in the order a teacher wrote the answer, -1 elsewhere; None if not
+            asked for.
+    """
+
+    tokens: Tensor
+    prompt: Tensor
+    length: Tensor
+    first_eos: Tensor
+    task: Tensor
+    rank: Tensor | None
+
+    def to(self, device: torch.device) -> Canvases:
+        return Canvases(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+
+
+class Steps:
+    """The canvases of each optimizer step, in an order that (seed, epoch) decides.
+
+    A step is a random set of samples of about `tokens_per_step` positions, cut by length into `micro_batches` batches: so padding
+    is small, and which samples meet in a step is still chance alone. `position` is (epoch, step of the epoch); set, it resumes.
+    ranked: canvases have a `rank`, from the samples' orders; positions beyond an order follow it from left to right.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        shape: CanvasShape,
+        *,
+        eos_id: int,
+        tokens_per_step: int,
+        micro_batches: int,
+        seed: int,
+        ranked: bool = False,
+    ) -> None:
+        self.dataset, self.shape, self.eos_id, self.ranked = dataset, shape, eos_id, ranked
+        self.tokens_per_step, self.micro_batches, self.seed = tokens_per_step, micro_batches, seed
+        self.position = (0, 0)
+        self._epoch = -1
+        self._shortest = torch.tensor([shape.needed(len(s.prompt), len(s.answer)) for s in dataset.samples])
+        if tokens_per_step < shape.max_length:
+            raise ValueError(
+                f"distill: tokens_per_step must hold a canvas of max_length={shape.max_length}, "
+                f"got tokens_per_step={tokens_per_step}"
+            )
+
+    def _plan(self, epoch: int) -> None:
+        """Draws the epoch: sample numbers and canvas lengths, and where each step begins."""
+        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - 1 - epoch)
+        self._order = torch.randperm(len(self.dataset.samples), generator=generator)
+        self._lengths = self.shape.lengths(self._shortest[self._order], generator)
+        self._starts = [0]
+        filled = 0
+        for index, length in enumerate(self._lengths.tolist()):
+            if filled + length > self.tokens_per_step:
+                self._starts.append(index)
+                filled = 0
+            filled += length
+        self._starts.append(len(self._order))
+        # What is left over at the end of an epoch would be a step of its own with much noisier gradients.
+        if len(self._starts) > 2 and filled < self.tokens_per_step // 2:
+            del self._starts[-2]
+        self._epoch = epoch
+
+    def next(self) -> list[Canvases]:
+        """The micro-batches of the next step."""
+        begin, end = self._advance()
+        chosen = torch.arange(begin, end)[self._lengths[begin:end].argsort(stable=True)]
+        return [self._canvases(part) for part in self._cut(chosen)]
+
+    def skip(self) -> None:
+        """Leaves the next step to another process."""
+        self._advance()
+
+    def _advance(self) -> tuple[int, int]:
+        epoch, step = self.position
+        if epoch != self._epoch:
+            self._plan(epoch)
+        self.position = (epoch, step + 1) if step + 2 < len(self._starts) else (epoch + 1, 0)
+        return self._starts[step], self._starts[step + 1]
+
+    def _cut(self, chosen: Tensor) -> list[Tensor]:
+        """Splits samples that are sorted by length into micro-batches of about equal area."""
+        area = self._lengths[chosen].cumsum(0)
+        number = (area - 1) * self.micro_batches // int(area[-1])
+        return [part for n in range(self.micro_batches) if len(part := chosen[number == n])]
+
+    def _canvases(self, chosen: Tensor) -> Canvases:
+        samples = [self.dataset.samples[i] for i in self._order[chosen].tolist()]
+        length = self._lengths[chosen]
+        tokens = torch.full((len(samples), int(length.max())), self.eos_id)
+        rank = torch.full(tokens.shape, -1) if self.ranked else None
+        for row, sample in enumerate(samples):
+            ids = sample.prompt + sample.answer
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            if rank is not None:
+                start, count = len(sample.prompt), int(length[row]) - len(sample.prompt)
+                steps = torch.tensor((sample.order + [2**30] * count)[:count])
+                rank[row, start : start + count] = steps.argsort(stable=True).argsort()
+        prompt = torch.tensor([len(s.prompt) for s in samples])
+        first_eos = prompt + torch.tensor([len(s.answer) - 1 for s in samples])
+        return Canvases(tokens, prompt, length, first_eos, torch.tensor([s.task for s in samples]), rank)

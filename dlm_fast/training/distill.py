@@ -1,0 +1,381 @@
+"""Distillation of a diffusion model: D2F's block-causal student of a full-attention teacher, and two cousins (see forcing.py).
+
+    python -m dlm_fast.training distill --model MODEL --data DATA.jsonl --out STUDENT --block-length 16
+
+Teacher and student read the same masked canvas; the teacher with its own visibility and no dropout, the student block-causally.
+With LoRA the teacher is the same network with the adapter off. The run can be stopped and resumed to the same weights, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..diffusion import DiffusionConfig
+from ..models import adapter_for
+from . import checkpoint
+from .dataset import CanvasShape, Steps, read_dataset
+from .distill_settings import DistillSettings, add_arguments, settings_of
+from .export import write_student
+from .forcing import certainty_loss, forcing_loss
+from .masking import Masked, Masking
+from .networks import RowLogits, check_vocabularies, checkpoint_activations, open_model, require, stored_dtype
+from .runlog import RunLog
+from .visibility import attention_mask, block_labels
+
+__all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+LOG_NAME = "log.jsonl"
+SEED_STRIDE = 1_000_003
+
+
+def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
+    """The share of the peak rate that step number `step` (from 0) trains with; decay 0: it never falls."""
+    falling = (steps - step) / (decay * steps) if decay else 1.0
+    return min(1.0, (step + 1) / warmup, falling)
+
+
+class Distiller:
+    """One run: `step()` trains once, `run()` to the end, `save()` checkpoints, `export()` writes the student.
+
+    accelerate does mixed precision and several processes (data parallel); a run of one process in fp32 does not use it, so that
+    its results do not depend on whether it is installed. peft makes the LoRA layers.
+    """
+
+    def __init__(self, settings: DistillSettings) -> None:
+        self.settings = settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._accelerator = self._start_accelerator()
+        self.processes = self._accelerator.num_processes if self._accelerator else 1
+        self.rank = self._accelerator.process_index if self._accelerator else 0
+        self.device = self._accelerator.device if self._accelerator else self._choose_device()
+        self.attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else "sdpa")
+        if self.attention == "flex_attention" and self.device.type == "cpu":
+            raise ValueError("distill: attention 'flex_attention' has no backward on a CPU; use sdpa")
+        self.checkpoint_path = Path(settings.out) / CHECKPOINT_NAME
+        if not settings.resume and self.checkpoint_path.exists():
+            raise FileExistsError(f"distill: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
+
+        dtype = (
+            torch.float32 if settings.full_finetune else (None if settings.dtype == "stored" else getattr(torch, settings.dtype))
+        )
+        self.model, self.teacher_diffusion, self.tokenizer = open_model(settings.model, self.device, dtype, self.attention)
+        self.export_dtype = stored_dtype(settings.model) or self.model.dtype
+        self.diffusion = self._student_diffusion(self.teacher_diffusion)
+        self._teacher, self.peft = None, None
+        self._prepare_networks()
+        limit = self.model.config.max_position_embeddings
+        if settings.max_length > limit:
+            raise ValueError(f"distill: max_length must fit the model's {limit} positions, got max_length={settings.max_length}")
+
+        length, absolute = self.diffusion.block_length, self.diffusion.block_alignment == "abs"
+        shape = CanvasShape(length, absolute, settings.max_length, settings.extra_blocks)
+        ranked = settings.objective == "trajectory"
+        vocab_size = self.model.config.vocab_size
+        self.dataset = read_dataset(
+            settings.data,
+            self.tokenizer,
+            self.diffusion,
+            shape,
+            vocab_size=vocab_size,
+            too_long=settings.too_long,
+            needs_order=ranked,
+        )
+        self.steps = Steps(
+            self.dataset, shape, eos_id=self.diffusion.eos_token_ids[0], tokens_per_step=settings.tokens_per_step,
+            micro_batches=settings.micro_batches, seed=settings.seed, ranked=ranked,
+        )  # fmt: skip
+        self.masking = Masking(
+            settings.objective,
+            settings.noise,
+            self.diffusion,
+            settings.filler_weight,
+            first_block_length=settings.first_block_length,
+        )
+        self.step_number, self.seconds, self.tokens = 0, 0.0, 0
+        self.optimizers = self._build_optimizers()
+        self._student: nn.Module = self._rows
+        if self._accelerator:
+            prepared = self._accelerator.prepare(self._rows, *self.optimizers.values())
+            self._student, self.optimizers = prepared[0], dict(zip(self.optimizers, prepared[1:]))
+        self.log = RunLog(Path(settings.out) / LOG_NAME, self.dataset.tasks)
+        self._seconds_before = 0.0
+        if settings.resume:
+            self._load()
+
+    def _start_accelerator(self) -> Any:
+        settings = self.settings
+        if settings.precision == "fp32" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return None
+        if settings.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"distill: device must be cpu or cuda where accelerate chooses it, got device={settings.device!r}")
+        accelerate = require("accelerate", "mixed precision or more than one process")
+        precision = "no" if settings.precision == "fp32" else settings.precision
+        accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
+        kind = accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise NotImplementedError(
+                f"distill: only data parallelism is supported (one process, MULTI_GPU, MULTI_CPU), got {kind}"
+            )
+        return accelerator
+
+    def _choose_device(self) -> torch.device:
+        return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _student_diffusion(self, own: DiffusionConfig) -> DiffusionConfig:
+        settings = self.settings
+        visibility = settings.visibility or ("block" if settings.objective == "forcing" else own.visibility)
+        block_length = settings.block_length or own.block_length
+        if block_length is None:
+            raise ValueError(f"distill: block_length must be given, {settings.model} names none")
+        changes: dict[str, Any] = {
+            "visibility": visibility,
+            "block_length": block_length,
+            "block_alignment": settings.block_alignment,
+        }
+        if visibility == "block":
+            changes["prompt_isolated"] = False
+        return dataclasses.replace(own, **changes)
+
+    def _prepare_networks(self) -> None:
+        """Student, and the teacher: the adapter off, a frozen copy, another checkpoint, or none where targets are hard."""
+        settings = self.settings
+        needs_teacher = settings.objective == "forcing" and not settings.hard_targets
+        if settings.teacher is not None:
+            dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
+            teacher = open_model(settings.teacher, self.device, dtype, self.attention)
+            check_vocabularies((self.model, self.diffusion, self.tokenizer), teacher, (settings.model, settings.teacher))
+            if not needs_teacher:
+                raise ValueError(
+                    "distill: teacher is read by 'forcing' with soft targets only, "
+                    f"got objective={settings.objective}, hard_targets={settings.hard_targets}"
+                )
+            self._teacher, self.teacher_diffusion = (
+                RowLogits(teacher[0].requires_grad_(False).eval(), compiled=settings.compile),
+                teacher[1],
+            )
+        elif needs_teacher and settings.full_finetune:
+            frozen, _, _ = open_model(settings.model, self.device, torch.float32, self.attention)
+            self._teacher = RowLogits(frozen.requires_grad_(False).eval(), compiled=settings.compile)
+        if not settings.full_finetune:
+            peft = require("peft", "LoRA (anything but --full-finetune)")
+            torch.manual_seed(settings.seed)
+            lora = peft.LoraConfig(
+                r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+                target_modules=list(settings.lora_targets), bias="none", task_type="CAUSAL_LM",
+            )  # fmt: skip
+            self.peft = peft.get_peft_model(self.model, lora)
+        if settings.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        self.model.train()
+        self._rows = RowLogits(self.model, compiled=settings.compile)
+        self._needs_teacher = needs_teacher
+
+    def _build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        settings = self.settings
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        hidden: list[Tensor] = []
+        if settings.optimizer == "muon":
+            layers = {id(p) for p in adapter_for(self.model).base_model(self.model).layers.parameters()}
+            hidden = [p for p in trained.values() if p.ndim == 2 and id(p) in layers]
+        chosen = {id(p) for p in hidden}
+        others = [p for p in trained.values() if id(p) not in chosen]
+        adamw = torch.optim.AdamW(others, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
+        if not hidden:
+            return {"adamw": adamw}
+        muon = torch.optim.Muon(hidden, lr=settings.muon_lr, weight_decay=settings.weight_decay, momentum=0.95)
+        return {"adamw": adamw, "muon": muon}
+
+    def student_logits(self, batch: Masked) -> Tensor:
+        """[N, V] logits of the student for the masked tokens of a batch."""
+        return self._logits(self._student, batch, self.diffusion)
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Masked) -> Tensor | None:
+        """[N, V] logits of the teacher, without dropout and with its own visibility; None if the objective has no teacher."""
+        if not self._needs_teacher:
+            return None
+        if self._teacher is not None:
+            return self._logits(self._teacher, batch, self.teacher_diffusion)
+        self.model.eval()
+        try:
+            with self.peft.disable_adapter():
+                return self._logits(self._rows, batch, self.teacher_diffusion)
+        finally:
+            self.model.train()
+
+    def _logits(self, network: nn.Module, batch: Masked, diffusion: DiffusionConfig) -> Tensor:
+        blocks, mode = block_labels(batch.prompt, batch.length, batch.tokens.shape[1], diffusion)
+        mask = attention_mask(blocks, mode, self.attention)
+        with self._accelerator.autocast() if self._accelerator else contextlib.nullcontext():
+            return network(batch.tokens, mask, batch.logits_index(diffusion.logits_row))
+
+    def loss(self, batch: Masked, student: Tensor, teacher: Tensor | None) -> Tensor:
+        """The objective's loss of a masked batch."""
+        settings = self.settings
+        if settings.objective == "forcing":
+            return forcing_loss(
+                student, teacher, batch.targets, batch.rate, batch.weight,
+                inverse_rate_weight=settings.inverse_rate_weight, temperature=settings.temperature,
+            )  # fmt: skip
+        return certainty_loss(
+            student, batch.targets, batch.half, batch.weight, entropy_weight=settings.entropy_weight,
+            entropy_temperature=settings.entropy_temperature, scale=0.5 if settings.objective == "certainty" else 0.25,
+        )  # fmt: skip
+
+    def step(self) -> float:
+        """One optimizer step; returns its loss (of this process)."""
+        settings = self.settings
+        # Masks and dropout are seeded by the step, so that resuming needs no generator state.
+        seed = settings.seed * SEED_STRIDE + self.step_number * self.processes + self.rank
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(self.rank):
+            self.steps.skip()
+        canvases = self.steps.next()
+        for _ in range(self.processes - self.rank - 1):
+            self.steps.skip()
+        batches = [self.masking(part, generator, self.step_number / settings.steps) for part in canvases]
+        batches = [batch for batch in batches if len(batch.row)] or batches[:1]
+        weights = [batch.weight.sum().item() for batch in batches]
+        scale = learning_rate_scale(self.step_number, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
+        for name, peak in (("adamw", settings.lr), ("muon", settings.muon_lr)):
+            for group in self.optimizers[name].param_groups if name in self.optimizers else ():
+                group["lr"] = peak * scale
+        # Another stream than the masks': the same draws would drop out what they mask.
+        torch.manual_seed(-1 - seed)
+        total = 0.0
+        for number, (batch, weight) in enumerate(zip(batches, weights)):
+            is_last = number == len(batches) - 1
+            with self._accelerator.no_sync(self._student) if self._accelerator and not is_last else contextlib.nullcontext():
+                total += self._backward(batch.to(self.device), weight / (sum(weights) or 1.0))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self._accelerator:
+            self._accelerator.clip_grad_norm_(parameters, settings.clip)
+        else:
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        self.tokens += self.processes * sum(int(part.length.sum()) for part in canvases)
+        self.step_number += 1
+        self.log.add_step(total)
+        return total
+
+    def _backward(self, batch: Masked, share: float) -> float:
+        teacher = self.teacher_logits(batch)
+        student = self.student_logits(batch)
+        loss = self.loss(batch, student, teacher) * share
+        if self._accelerator:
+            self._accelerator.backward(loss)
+        else:
+            loss.backward()
+        self.log.add_tokens(batch, student.detach(), teacher)
+        return loss.item()
+
+    def save(self) -> None:
+        """Writes the checkpoint: trained weights, optimizers, place in the data. Raises checkpoint.CheckpointWriteError."""
+        if self.rank:
+            return
+        scaler = getattr(self._accelerator, "scaler", None)
+        metadata = {
+            "settings": json.dumps(self.settings.fixed()),
+            "data": self.dataset.digest,
+            "processes": str(self.processes),
+            "step": str(self.step_number),
+            "position": json.dumps(self.steps.position),
+            "seconds": json.dumps(self.seconds),
+            "tokens": json.dumps(self.tokens),
+            "scaler": json.dumps(scaler.state_dict() if scaler else None),
+        }
+        # By parameter, not by state: tied weights are one parameter, and what is frozen is in the model's own folder.
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        checkpoint.save(self.checkpoint_path, trained, self.optimizers, metadata)
+
+    def _load(self) -> None:
+        if not self.checkpoint_path.is_file():
+            raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
+        metadata = checkpoint.read_metadata(self.checkpoint_path)
+        theirs = json.loads(metadata["settings"]) | {"data": metadata["data"], "processes": int(metadata["processes"])}
+        ours = self.settings.fixed() | {"data": self.dataset.digest, "processes": self.processes}
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                what = "the content of data" if name == "data" else name
+                raise ValueError(
+                    f"distill: {what} must be the checkpoint's to resume, {theirs.get(name)!r}, got {ours.get(name)!r}"
+                )
+        checkpoint.load(self.checkpoint_path, self.model, self.optimizers, partial=True)
+        self.step_number = int(metadata["step"])
+        self.steps.position = tuple(json.loads(metadata["position"]))
+        self.seconds = self._seconds_before = json.loads(metadata["seconds"])
+        self.tokens = json.loads(metadata["tokens"])
+        if json.loads(metadata["scaler"]):
+            self._accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        if self.rank == 0:
+            self.log.forget_after(self.step_number)
+
+    def export(self) -> None:
+        """Writes the student as a checkpoint folder that `dlm_fast.load` opens, LoRA folded in."""
+        if self.rank:
+            return
+        adapter = self.peft if self.settings.save_adapter else None
+        write_student(
+            self.model,
+            Path(self.settings.out),
+            diffusion=self.diffusion,
+            tokenizer=self.tokenizer,
+            dtype=self.export_dtype,
+            adapter=adapter,
+        )
+
+    def run(self) -> None:
+        """Trains to settings.steps or for settings.minutes, with checkpoints and a log; exports the student at the last step."""
+        settings = self.settings
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+        started = last_saved = time.monotonic()
+        with tqdm(
+            total=settings.steps, initial=self.step_number, desc="distilling", mininterval=5, disable=self.rank > 0
+        ) as progress:
+            while self.step_number < settings.steps:
+                self.step()
+                progress.update()
+                now = time.monotonic()
+                self.seconds = self._seconds_before + now - started
+                if self.step_number % settings.log_every == 0 or self.step_number == settings.steps:
+                    record = self.log.write(
+                        step=self.step_number, seconds=self.seconds, tokens=self.tokens, to_disk=self.rank == 0
+                    )
+                    progress.set_postfix(loss=f"{record['loss']:.4f}")
+                if now - last_saved > 60 * settings.checkpoint_minutes:
+                    self.save()
+                    last_saved = now
+                if settings.minutes is not None and self._agree(now - started > 60 * settings.minutes):
+                    break
+        self.save()
+        if self.step_number >= settings.steps:
+            self.export()
+
+    def _agree(self, stop: bool) -> bool:
+        """The first process's answer: clocks differ, and a process that went on alone would wait for the others for ever."""
+        if self.processes == 1:
+            return stop
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([stop])[0]
+
+
+def run(values: argparse.Namespace) -> None:
+    """`python -m dlm_fast.training distill`."""
+    Distiller(settings_of(values)).run()

@@ -1,0 +1,199 @@
+"""Everything that decides a distilled student, and its command-line options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .forcing import OBJECTIVES, Noise
+from .visibility import IMPLEMENTATIONS
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DTYPES = ("stored", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "muon")
+# What a resumed run may change: where it runs, how often it reports, when it stops. All else decides the weights.
+FREE = {"out", "data", "resume", "minutes", "checkpoint_minutes", "log_every", "threads", "device", "save_adapter"}
+
+
+@dataclass
+class DistillSettings:
+    """Settings of one distillation. The defaults are D2F's published ones for LLaDA, with LoRA.
+
+    `minutes` stops a run early with a checkpoint and leaves the schedule alone. Compiled, mixed-precision and multi-process runs
+    round differently, so the same weights come out of the same settings, number of processes and threads only.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    teacher: str | None = None
+    objective: str = "forcing"
+    visibility: str | None = None
+    block_length: int | None = None
+    block_alignment: str = "rel"
+    hard_targets: bool = False
+    temperature: float = 1.0
+    inverse_rate_weight: bool = True
+    filler_weight: float = 1.0
+    low: float = Noise.low
+    high: float = Noise.high
+    settled: float = Noise.settled
+    fresh: float = Noise.fresh
+    mask_rate: float = Noise.rate
+    entropy_weight: float = 2.0
+    entropy_temperature: float = 0.5
+    first_block_length: int | None = None
+    full_finetune: bool = False
+    lora_rank: int = 32
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    optimizer: str = "adamw"
+    lr: float = 1e-5
+    muon_lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    warmup: int = 50
+    decay: float = 1.0
+    steps: int = 1000
+    tokens_per_step: int = 2560
+    micro_batches: int = 5
+    max_length: int = 512
+    extra_blocks: float = 0.25
+    too_long: str = "raise"
+    seed: int = 0
+    precision: str = "fp32"
+    dtype: str = "stored"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    device: str | None = None
+    threads: int | None = None
+    minutes: float | None = None
+    checkpoint_minutes: float = 3.0
+    log_every: int = 20
+    resume: bool = False
+    save_adapter: bool = False
+
+    def __post_init__(self) -> None:
+        def fail(rule: str) -> None:
+            raise ValueError(f"distill: {rule}")
+
+        for name, allowed in (
+            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)), ("block_alignment", ("rel", "abs")),
+            ("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("dtype", DTYPES), ("attention", (*IMPLEMENTATIONS, None)),
+            ("too_long", ("raise", "drop")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                fail(f"{name} must be one of {', '.join(a for a in allowed if a)}, got {name}={getattr(self, name)!r}")
+        for name in ("steps", "warmup", "tokens_per_step", "micro_batches", "max_length", "log_every", "lora_rank"):
+            if getattr(self, name) < 1:
+                fail(f"{name} must be at least 1, got {name}={getattr(self, name)}")
+        for name in ("lr", "muon_lr", "clip", "temperature", "entropy_temperature", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                fail(f"{name} must be positive, got {name}={getattr(self, name)}")
+        for name in ("decay", "extra_blocks", "filler_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                fail(f"{name} must be in [0, 1], got {name}={getattr(self, name)}")
+        if self.seed < 0:
+            fail(f"seed must be at least 0, got seed={self.seed}")
+        if not 0 <= self.lora_dropout < 1:
+            fail(f"lora_dropout must be in [0, 1), got lora_dropout={self.lora_dropout}")
+        if self.optimizer == "muon" and not self.full_finetune:
+            fail("optimizer 'muon' trains whole matrices and goes with full_finetune, got LoRA")
+        if self.optimizer == "muon" and self.precision == "fp16":
+            # accelerate moves the loss scale after each optimizer's step, so the second would unscale its gradients twice.
+            fail("optimizer 'muon' goes with precision fp32 or bf16, got precision=fp16")
+        if self.save_adapter and self.full_finetune:
+            fail("save_adapter goes with LoRA, got full_finetune")
+        if self.full_finetune and self.dtype not in ("stored", "float32"):
+            fail(f"full_finetune trains float32 weights (a small step would be rounded away), got dtype={self.dtype}")
+        if self.first_block_length is not None and (self.objective != "trajectory" or self.first_block_length < 1):
+            fail(
+                "first_block_length must be at least 1 and goes with objective 'trajectory', "
+                f"got first_block_length={self.first_block_length}, objective={self.objective!r}"
+            )
+        self.noise  # noqa: B018  checks itself
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(self.low, self.high, self.settled, self.fresh, self.mask_rate)
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues, as JSON knows it."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+HELP = {
+    "model": "checkpoint folder of the student, and of the teacher unless --teacher; its config.json needs a dlm section",
+    "data": "JSON lines of prompt and answer",
+    "out": "folder for checkpoint, log and student",
+    "teacher": "another checkpoint folder with the same vocabulary; default: the student's own weights as they were",
+    "objective": "forcing: D2F. certainty: dParallel. trajectory: d3LLM (needs an order on every line)",
+    "visibility": "of the student; default: block for forcing, else the model's own",
+    "block_length": "tokens of a block; default: the model's",
+    "block_alignment": "where blocks begin: rel = at the end of the prompt (D2F), abs = at multiples of the length",
+    "hard_targets": "the answer's tokens instead of the teacher's distribution",
+    "temperature": "of teacher and student in the soft loss",
+    "inverse_rate_weight": "do not divide a token's loss by the masking rate of its block",
+    "filler_weight": "weight of EOS after the first",
+    "low": "least masking rate of a block", "high": "greatest masking rate of a block",
+    "settled": "probability that the blocks before a random one are clean, as in a decoder",
+    "fresh": "of those, the share in which all later blocks are wholly masked",
+    "mask_rate": "masking rate of certainty",
+    "entropy_weight": "of certainty and trajectory", "entropy_temperature": "of certainty and trajectory",
+    "first_block_length": "of trajectory: block length at the start, growing to --block-length",
+    "full_finetune": "train all weights in float32, not LoRA",
+    "lora_rank": "rank of the updates", "lora_alpha": "updates are scaled by alpha / rank", "lora_dropout": "of their input",
+    "lora_targets": "names of the layers that get LoRA",
+    "optimizer": "muon: Muon for the matrices between the layers, AdamW for the rest",
+    "lr": "peak rate of AdamW", "muon_lr": "peak rate of Muon", "betas": "of AdamW", "weight_decay": "of both",
+    "clip": "norm that gradients are clipped to", "warmup": "steps over which the rate rises",
+    "decay": "share of steps, the last, over which the rate falls linearly to 0; 0 = constant",
+    "steps": "optimizer steps", "tokens_per_step": "canvas positions of a step, in each process",
+    "micro_batches": "parts a step is computed in: less memory, and less padding",
+    "max_length": "most positions of a canvas",
+    "extra_blocks": "probability of a block of EOS after the answer, and of another; 1 = up to max_length",
+    "too_long": "what to do with a sample that exceeds max_length",
+    "seed": "of order, masks, LoRA and dropout",
+    "precision": "bf16, fp16: mixed precision (needs accelerate)", "dtype": "of the frozen weights under LoRA",
+    "attention": "default: flex_attention on a GPU, sdpa on a CPU",
+    "gradient_checkpointing": "recompute activations in the backward pass", "compile": "torch.compile the model",
+    "device": "default: a GPU if there is one", "threads": "CPU threads",
+    "minutes": "stop after this long with a checkpoint; resume later", "checkpoint_minutes": "time between checkpoints",
+    "log_every": "steps between lines of the log", "resume": "continue from the checkpoint in --out",
+    "save_adapter": "also write the LoRA adapter alone, to OUT/adapter",
+}  # fmt: skip
+CHOICES = {
+    "objective": OBJECTIVES, "visibility": ("full", "block"), "block_alignment": ("rel", "abs"), "optimizer": OPTIMIZERS,
+    "precision": PRECISIONS, "dtype": DTYPES, "attention": IMPLEMENTATIONS, "too_long": ("raise", "drop"),
+}  # fmt: skip
+TYPES = {"float": float, "float | None": float, "int": int, "int | None": int, "str": str, "str | None": str, "Path": Path}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m dlm_fast.training distill`: one for each field of DistillSettings."""
+    for field in dataclasses.fields(DistillSettings):
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        options: dict[str, Any] = {"dest": field.name, "help": HELP[field.name]}
+        if field.type == "bool":
+            flag = "--no-" + flag[2:] if default else flag
+            parser.add_argument(flag, action="store_false" if default else "store_true", **options)
+        elif field.type.startswith("tuple"):
+            kind = float if "float" in field.type else str
+            parser.add_argument(flag, nargs=2 if kind is float else "+", type=kind, default=default, **options)
+        else:
+            required = default is dataclasses.MISSING
+            options |= {"required": True} if required else {"default": default}
+            parser.add_argument(flag, type=TYPES[field.type], choices=CHOICES.get(field.name), **options)
+
+
+def settings_of(values: argparse.Namespace) -> DistillSettings:
+    """Settings from parsed arguments."""
+    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(DistillSettings)}
+    return DistillSettings(**given | {name: tuple(given[name]) for name in ("betas", "lora_targets")})

@@ -1,0 +1,132 @@
+"""Which tokens of a batch of canvases are masked, what each masked token is worth, and which row of the logits predicts it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion import DiffusionConfig
+from .dataset import Canvases
+from .forcing import Noise, bernoulli, block_rates, predicting_row
+from .visibility import block_labels
+
+
+@dataclass
+class Masked:
+    """A masked batch. B canvases of L positions, N masked tokens that count, in the order of `position`.
+
+    Attributes:
+        tokens: [B, L] int64 with the mask id. prompt, length: [B] int64.
+        row, position: [N] int64, canvas and place of each masked token.
+        targets: [N] int64. rate: [N] fp32, masking rate of its block. weight: [N] fp32. half: [N] int64, which of two
+            complementary canvases masks it. in_answer: [N] bool, up to and with the first EOS. task: [N] int64, -1 = none.
+    """
+
+    tokens: Tensor
+    prompt: Tensor
+    length: Tensor
+    row: Tensor
+    position: Tensor
+    targets: Tensor
+    rate: Tensor
+    weight: Tensor
+    half: Tensor
+    in_answer: Tensor
+    task: Tensor
+
+    def to(self, device: torch.device) -> Masked:
+        return Masked(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def logits_index(self, logits_row: str) -> Tensor:
+        """[N] index, into B * L flattened rows, of the logits that predict each masked token."""
+        return self.row * self.tokens.shape[1] + predicting_row(self.position, logits_row)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How an objective masks canvases.
+
+    Attributes:
+        objective: see dlm_fast.training.forcing. noise: its rates. diffusion: of the student; its blocks are those that are
+            masked.
+        filler_weight: weight of EOS after the first. 1: as published.
+        trajectory: (from, to) of t, the share of the block that is masked; it is drawn from U(from + (to - from) * progress, to).
+        first_block_length: of "trajectory": block length at the start of training, from where it grows to the student's. None: it
+            is the student's throughout.
+    """
+
+    objective: str
+    noise: Noise
+    diffusion: DiffusionConfig
+    filler_weight: float = 1.0
+    trajectory: tuple[float, float] = (0.0, 0.8)
+    first_block_length: int | None = None
+
+    def __call__(self, canvases: Canvases, generator: torch.Generator, progress: float = 0.0) -> Masked:
+        """Masks a batch; `progress` is the share of the training that is done."""
+        L = canvases.tokens.shape[1]
+        place = torch.arange(L)
+        answer = (place >= canvases.prompt[:, None]) & (place < canvases.length[:, None])
+        block = self._answer_block(canvases, L, progress)
+        last = block.gather(1, canvases.first_eos[:, None])[:, 0]
+        if self.objective == "forcing":
+            num_blocks = torch.where(answer, block, 0).amax(1) + 1
+            rates = block_rates(num_blocks, self.noise, generator, starts=last + 1)
+            rate = rates.gather(1, block.clamp(min=0, max=rates.shape[1] - 1)).where(answer, 0.0)
+            return self._pick(canvases, bernoulli(rate, generator), rate, half=None)
+        current = (torch.rand(len(block), 1, generator=generator) * (last + 1)[:, None]).long()
+        if self.objective == "certainty":
+            # A row is either masked as a whole, or in one block as a decoder would meet it: masks after that block, which do not
+            # count.
+            by_block = torch.rand(len(block), 1, generator=generator) < self.noise.settled
+            candidate = answer & (~by_block | (block == current))
+            later = answer & by_block & (block > current)
+            chosen = bernoulli(torch.full(candidate.shape, self.noise.rate), generator)
+        else:
+            candidate, later = answer & (block == current), answer & (block > current)
+            low, high = self.trajectory
+            t = (low + (high - low) * progress) + (high - low) * (1 - progress) * torch.rand(len(block), 1, generator=generator)
+            # Within the block, the teacher's first int((1 - t) * length) tokens are given.
+            order = torch.where(candidate, canvases.rank, 2**40).argsort(1).argsort(1)
+            chosen = order >= ((1 - t) * candidate.sum(1, keepdim=True)).long()
+        halves = [candidate & chosen, candidate & ~chosen]
+        twice = Canvases(
+            **{
+                name: None if value is None else value.repeat(2, *[1] * (value.dim() - 1))
+                for name, value in vars(canvases).items()
+            }
+        )
+        half = torch.arange(2).repeat_interleave(len(block))
+        rate = torch.ones(twice.tokens.shape)
+        return self._pick(twice, torch.cat(halves), rate, half=half, hidden=later.repeat(2, 1))
+
+    def _answer_block(self, canvases: Canvases, L: int, progress: float) -> Tensor:
+        """[B, L] number of each answer position's block, from 0; below 0 in the prompt (and anything in padding)."""
+        length = self.diffusion.block_length
+        if self.first_block_length is not None:
+            length = round(self.first_block_length + (length - self.first_block_length) * progress)
+        blocks = dataclasses.replace(self.diffusion, visibility="block", block_length=length, prompt_isolated=False)
+        labels, _ = block_labels(canvases.prompt, canvases.length, L, blocks)
+        return labels.long() - labels.long().gather(1, canvases.prompt[:, None])
+
+    def _pick(
+        self, canvases: Canvases, masked: Tensor, rate: Tensor, *, half: Tensor | None, hidden: Tensor | None = None
+    ) -> Masked:
+        row, position = masked.nonzero(as_tuple=True)
+        in_answer = position <= canvases.first_eos[row]
+        return Masked(
+            tokens=torch.where(masked if hidden is None else masked | hidden, self.diffusion.mask_token_id, canvases.tokens),
+            prompt=canvases.prompt,
+            length=canvases.length,
+            row=row,
+            position=position,
+            targets=canvases.tokens[row, position],
+            rate=rate[row, position],
+            weight=torch.where(in_answer, 1.0, self.filler_weight),
+            half=torch.zeros_like(row) if half is None else half[row],
+            in_answer=in_answer,
+            task=canvases.task[row],
+        )

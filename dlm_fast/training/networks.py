@@ -1,0 +1,94 @@
+"""Models as a distillation uses them: opened for training, compared by vocabulary, asked for the logits of chosen rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from .. import patching
+from ..diffusion import DiffusionConfig
+from ..loading import checkpoint_path, load
+from ..models import adapter_for
+
+
+class VocabularyError(ValueError):
+    """Teacher and student do not speak of the same tokens."""
+
+
+class RowLogits(nn.Module):
+    """Logits of chosen rows only: a vocabulary of 126,464 times a canvas of 512 is a quarter of a gigabyte in float32."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._hidden = torch.compile(self._hidden_states, dynamic=True) if compiled else self._hidden_states
+
+    def _hidden_states(self, tokens: Tensor, mask: Any) -> Tensor:
+        # transformers hands a 4-D mask through untouched; with none, it would mask causally.
+        return (
+            adapter_for(self.model)
+            .base_model(self.model)(input_ids=tokens, attention_mask=mask, use_cache=False)
+            .last_hidden_state
+        )
+
+    def forward(self, tokens: Tensor, mask: Any, index: Tensor) -> Tensor:
+        """Logits [N, V] of the rows `index` [N] of the B * L rows of tokens [B, L]."""
+        hidden = self._hidden(tokens, mask)
+        return adapter_for(self.model).head(self.model, hidden.flatten(0, 1)[index])
+
+
+def require(module: str, purpose: str) -> Any:
+    """An optional package, or an error that says how to get it."""
+    try:
+        return __import__(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ModuleNotFoundError(f"training: {purpose} needs {module}: pip install 'dlm-fast[train]'", name=module) from error
+
+
+def open_model(
+    path: str, device: torch.device, dtype: torch.dtype | None, attention: str
+) -> tuple[nn.Module, DiffusionConfig, Any]:
+    """An unpatched transformers model for training, its diffusion configuration and its tokenizer. Raises what `load` raises."""
+    model = load(path, device=device, dtype=dtype, backend="reference")
+    handle = patching.handle_of(model)
+    handle.unpatch()
+    model.set_attn_implementation(attention)
+    return model, handle.diffusion, handle.tokenizer
+
+
+def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -> None:
+    """Raises VocabularyError unless both (model, diffusion, tokenizer) have the same number of ids, tokens and mask id."""
+
+    def fail(what: str, ours: Any, theirs: Any) -> None:
+        raise VocabularyError(
+            f"distill: teacher and student must have the same vocabulary; {what} of the teacher {names[1]} is {theirs}, "
+            f"of the student {names[0]} {ours}"
+        )
+
+    sizes = student[0].config.vocab_size, teacher[0].config.vocab_size
+    if sizes[0] != sizes[1]:
+        fail("size", *sizes)
+    if student[1].mask_token_id != teacher[1].mask_token_id:
+        fail("mask id", student[1].mask_token_id, teacher[1].mask_token_id)
+    if student[2] is not None and teacher[2] is not None:
+        ours, theirs = student[2].get_vocab(), teacher[2].get_vocab()
+        different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        if different:
+            fail(f"id of {different[0]!r} ({len(different)} tokens differ)", ours.get(different[0]), theirs.get(different[0]))
+
+
+def stored_dtype(path: str) -> torch.dtype | None:
+    """The dtype that a checkpoint folder says its weights are in; None if it does not."""
+    dtype = getattr(AutoConfig.from_pretrained(checkpoint_path(path), trust_remote_code=False), "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recomputes every layer's activations in the backward pass (transformers renamed the method)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -1,0 +1,74 @@
+"""The order in which a teacher fills its answers, one token a step, added to a data file for the objective "trajectory".
+
+Pseudo-trajectories (d3LLM): the masks of a training canvas follow that order, on the data's own answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from ..generate import generate
+from ..loading import load
+from ..patching import handle_of
+from .dataset import CanvasShape, Dataset, read_dataset
+
+
+def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, batch_size: int) -> list[list[int]]:
+    """For each sample, the denoise step at which the teacher wrote each position of the whole blocks that hold the answer.
+
+    The teacher (from `dlm_fast.load`) writes its own answer, one token a step, block by block; it does not stop at an EOS, since
+    the data's answer may be longer than its own.
+    """
+    one_a_step: dict[str, Any] = {"preset": "sdar", "steps_per_block": block_length}
+    if handle_of(model).diffusion.visibility == "full":
+        one_a_step |= {"preset": "llada", "block_length": block_length}
+    orders: list[list[int]] = [[] for _ in dataset.samples]
+    by_length = sorted(range(len(dataset.samples)), key=lambda i: len(dataset.samples[i].prompt) + len(dataset.samples[i].answer))
+    for begin in tqdm(range(0, len(by_length), batch_size), desc="trajectories", mininterval=5):
+        chosen = by_length[begin : begin + batch_size]
+        samples = [dataset.samples[i] for i in chosen]
+        new = [block_length * math.ceil(len(sample.answer) / block_length) for sample in samples]
+        out = generate(model, [sample.prompt for sample in samples], max_new_tokens=new, eos_token_ids=[], **one_a_step)
+        for i, sample, steps in zip(chosen, samples, out.unmask_step):
+            orders[i] = steps[len(sample.prompt) :].tolist()
+    return orders
+
+
+def write_orders(
+    model: str, data: Path, out: Path, *, block_length: int, max_length: int, batch_size: int = 32, device: str | None = None
+) -> None:
+    """Copies the JSON lines of `data` to `out`, each with its "order". Raises DatasetError as `read_dataset` does."""
+    teacher = load(model, device=device)
+    handle = handle_of(teacher)
+    shape = CanvasShape(block_length, False, max_length, 0.0)
+    dataset = read_dataset(data, handle.tokenizer, handle.diffusion, shape, vocab_size=teacher.config.vocab_size)
+    orders = teacher_orders(teacher, dataset, block_length=block_length, batch_size=batch_size)
+    records = [json.loads(line) for line in data.read_text(encoding="utf-8").split("\n") if line.strip()]
+    with open(out, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record | {"order": order}) + "\n" for record, order in zip(records, orders, strict=True))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m dlm_fast.training trajectories`."""
+    parser.add_argument("--model", required=True, help="checkpoint folder of the teacher")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and answer")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: the same lines, each with its order")
+    parser.add_argument("--block-length", type=int, default=32, help="blocks in which the teacher fills its answer")
+    parser.add_argument("--max-length", type=int, default=512, help="most positions of a canvas")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def run(values: argparse.Namespace) -> None:
+    """`python -m dlm_fast.training trajectories`."""
+    write_orders(
+        values.model, values.data, values.out, block_length=values.block_length, max_length=values.max_length,
+        batch_size=values.batch_size, device=values.device,
+    )  # fmt: skip
