@@ -1,4 +1,4 @@
-"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, sanitize, compare, gates, quality."""
+"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, sanitize, compare, gates, quality, seeds."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gates = commands.add_parser("gates", help="what the kernels are held to, judged from a result file")
     gates.add_argument("result", type=Path, metavar="RESULT.json")
     _quality_options(commands.add_parser("quality", help="exact match against forwards of every preset on the embedded models"))
+    _seeds_options(commands.add_parser("seeds", help="the training of the embedded pair, shortened, once for each seed"))
     target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
     target.add_argument("--seed", type=int, required=True)
     target.add_argument("--plain-memory", action="store_true")
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "gates": _gates,
         "quality": _quality,
+        "seeds": _seeds,
     }[given.command]
     try:
         return run(given)
@@ -91,12 +93,22 @@ def _quality_options(quality: argparse.ArgumentParser) -> None:
     quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md, .png (default: bench/results)")
     quality.add_argument("--per-task", type=int, default=100, help="held-out prompts of every task (default: 100)")
     quality.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    quality.add_argument("--batch-size", type=int, default=25, help="prompts decoded together (default: 25)")
+    quality.add_argument("--batch-size", type=int, default=10, help="prompts decoded together, which changes no result (10)")
     quality.add_argument("--models", nargs="+", metavar="NAME", default=None, help="embedded models (default: all)")
     quality.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="presets (default: all)")
     quality.add_argument(
         "--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from"
     )
+    quality.add_argument(
+        "--check", type=Path, metavar="FILE", default=None, help="measure a sample of a quality.json again, on its own prompts"
+    )
+    quality.add_argument("--settings", type=int, default=6, help="of --check: how many settings (default: 6); --seed chooses them")
+
+
+def _seeds_options(seeds: argparse.ArgumentParser) -> None:
+    seeds.add_argument("--out", type=Path, default=RESULTS, help="folder for seeds.json (default: bench/results)")
+    seeds.add_argument("--runs", type=Path, required=True, help="folder for the runs themselves")
+    seeds.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
 
 
 def _need_cuda() -> None:
@@ -227,18 +239,46 @@ def _quality(given: argparse.Namespace) -> int:
 
     from . import quality
 
+    if given.check is not None:
+        return _check_quality(given)
     for name, known in (("models", quality.MODELS), ("presets", tuple(PRESETS))):
         wrong = [value for value in getattr(given, name) or () if value not in known]
         if wrong:
             raise UsageError(f"--{name} must be among {', '.join(known)}, got {', '.join(wrong)}")
     if min(given.per_task, given.batch_size) < 1:
         raise UsageError("--per-task and --batch-size must be at least 1")
-    document = quality.run(
-        given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size, models=given.models or quality.MODELS,
-        presets=given.presets, earlier=given.earlier,
-    )  # fmt: skip
+    try:
+        document = quality.run(
+            given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size, models=given.models or quality.MODELS,
+            presets=given.presets, earlier=given.earlier,
+        )  # fmt: skip
+    except quality.QualityError as error:
+        raise UsageError(str(error)) from None
     print(quality.table(document))
     return 0
+
+
+def _seeds(given: argparse.Namespace) -> int:
+    from . import seeds
+
+    if len(set(given.seeds)) != len(given.seeds):
+        raise UsageError(f"--seeds must differ, got {given.seeds}")
+    _make(given.out)
+    print("\n".join(seeds.lines(seeds.run(given.out, given.seeds, seeds.Short(), given.runs))))
+    return 0
+
+
+def _check_quality(given: argparse.Namespace) -> int:
+    from . import quality
+
+    if min(given.settings, given.batch_size) < 1:
+        raise UsageError("--settings and --batch-size must be at least 1")
+    try:
+        lines = quality.check(given.check, count=given.settings, batch_size=given.batch_size, choice=given.seed)
+    except quality.QualityError as error:
+        raise UsageError(str(error)) from None
+    print("\n".join(lines))
+    return 1 if any(line.startswith("DIFFERS") for line in lines) else 0
 
 
 if __name__ == "__main__":

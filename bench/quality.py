@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import random
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -17,47 +19,73 @@ from typing import Any
 import dlm_fast
 import torch
 import transformers
+from dlm_fast.diffusion import DiffusionConfig
+from dlm_fast.loading import EMBEDDED, checkpoint_path
 from dlm_fast.presets import PRESETS
 from dlm_fast.tasks import TASKS, Sample, held_out
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .machine import commit, versions
+from .quality_report import plot, table
 
-MODELS = ("tiny-full", "tiny-block")
+MODELS = EMBEDDED
 MAX_NEW_TOKENS = 64
-BLOCK_LENGTH = 8  # of tiny-full, which was trained with any; tiny-block has its own
-BASELINES = {"tiny-full": "llada", "tiny-block": "sdar"}
+BLOCK_LENGTH = 8  # of models of full visibility, which were trained with any; tiny-block has its own
 # What cannot run on these models, and why; every other preset is run.
 LEFT_OUT = {
     "fast-dllm-v2": "needs a model whose rows predict the next position",
     "nbdiff": "needs a model whose rows predict the next position",
-    "learn2pd": "needs a trained filter",
     "llada2.2": "needs a model with commands to insert and delete",
     "diffusion-gemma": "needs a uniform-noise model",
 }
-# Settings beyond the defaults.
+# What a preset needs to run here at all.
+NEEDED: dict[str, dict[str, Any]] = {
+    "learn2pd": {"head": "tiny-filter", "eotp": True},
+    "learned-commit": {"head": "tiny-commit"},
+}
+# Settings beyond the defaults, of tiny-full and tiny-block.
 SWEEPS: dict[str, Sequence[dict[str, Any]]] = {
-    "llada": ({"steps_per_block": 4}, {"steps_per_block": 2}, {"block_length": 16}, {"block_length": 32}),
-    "fast-dllm": ({"threshold": 0.5}, {"threshold": 0.7}, {"threshold": 0.95}, {"score": "margin"}),
-    "fast-dllm-factor": ({"factor": 0.3}, {"factor": 3.0}),
-    "eb-sampler": ({"entropy_bound": 0.01}, {"entropy_bound": 0.5}),
-    "dparallel": ({"threshold": -0.1},),
+    "llada": ({"steps_per_block": 4}, {"steps_per_block": 2}),
     "dream": ({"steps_per_block": 16},),
-    "sched": ({"max_change": 1.0},),
-    "rcr": ({"steps_per_block": 4},),
-    "dkv-cache": ({"refresh_interval": 2},),
+    "fast-dllm": ({"threshold": 0.5}, {"threshold": 0.7}, {"score": "margin"}),
+    "fast-dllm-factor": ({"factor": 3.0},),
+    "eb-sampler": ({"entropy_bound": 0.5},),
+    "learn2pd": ({"eotp": False},),
     "sdar": ({"steps_per_block": 4}, {"steps_per_block": 2}),
     "llada2": ({"threshold": 0.5}, {"threshold": 0.7}, {"threshold": 0.9}),
     "d2f": (
-        {"append_threshold": 1.0, "activate_threshold": 1.0},
-        {"append_threshold": 0.5},
-        {"append_threshold": 0.9},
+        {"threshold": 0.5},
         {"threshold": 0.7},
         {"threshold": 0.95},
-        {"cache": "none"},
+        {"append_threshold": 0.5},
+        {"append_threshold": 1.0, "activate_threshold": 1.0},
     ),
 }
+# What its prompt changes is all that this model adds: the uncached loops, and decoders that keep a prompt's keys.
+ONLY = {
+    "tiny-isolated": (
+        "llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer", "dkv-cache", "d3llm", "dllm-var",
+    ),
+}  # fmt: skip
+# Fractions of the prompts, so that all of it takes about half an hour of one core: a tenth for decoders of one forward per position
+# of the canvas, a fifth for those of one per token or nearly so; half for variations that no comparison of the report is about.
+CANVAS = ("dream", "dream-origin")
+SLOW = (
+    "llada", "klass", "ccd", "ccd-ds", "rcr", "saber", "wino", "certainty-prior", "dkv-cache", "entropy-cache", "freedave",
+    "freedave-block", "sdar-sequential", "llada2.1",
+)  # fmt: skip
+VARIATIONS = (
+    "fast-dllm-factor", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "dparallel", "dllm-rl", "eb-sampler",
+    "prophet", "sched", "local-leap", "streaming-dllm", "dpad",
+)  # fmt: skip
+PARTS = {**dict.fromkeys(CANVAS, 10), **dict.fromkeys(SLOW, 5), **dict.fromkeys(VARIATIONS, 2)}
+# One token per step, what all others are held to: on every prompt all the same.
+BASELINE = ("tiny-full", "llada", {"block_length": BLOCK_LENGTH})
+
+
+class QualityError(ValueError):
+    """A result file that does not fit the request; the message names the rule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,29 +102,63 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return " ".join([self.preset, *(f"{name}={value}" for name, value in self.options.items() if name != "block_length" or value != BLOCK_LENGTH)])
+        return label(self.preset, self.options)
+
+    def prompts(self, per_task: int) -> int:
+        """How many prompts of every task it is measured on."""
+        parts = 1 if (self.model, self.preset, self.options) == BASELINE else PARTS.get(self.preset, 1)
+        return -(-per_task // parts)
+
+
+def label(preset: str, options: dict[str, Any]) -> str:
+    """A preset and what of it is changed, without what every row has."""
+    common = {"block_length": BLOCK_LENGTH, **NEEDED.get(preset, {})}
+    changed = {name: value for name, value in options.items() if name not in common or value != common[name]}
+    return " ".join([preset, *(f"{name}={value}" for name, value in changed.items())])
+
+
+def visibility_of(model: str) -> str:
+    """Of an embedded model, from its config.json: the weights need not be opened to list what is run on them."""
+    config = json.loads((checkpoint_path(model) / "config.json").read_text())
+    return DiffusionConfig.from_dict(config["dlm"]).visibility
 
 
 def settings(models: Iterable[str] = MODELS, presets: Iterable[str] | None = None) -> list[Setting]:
-    """Every setting of the chosen models and presets, baselines first."""
+    """Every setting of the chosen models and presets, in the order of the tables."""
     chosen = list(PRESETS) if presets is None else list(presets)
     found = []
     for model in models:
-        visibility = dlm_fast.patching.handle_of(dlm_fast.load(model)).diffusion.visibility
+        visibility = visibility_of(model)
         for name in chosen:
             preset = PRESETS[name]
-            if preset.visibility != visibility or name in LEFT_OUT:
+            if preset.visibility != visibility or name in LEFT_OUT or name not in ONLY.get(model, (name,)):
                 continue
             own = {"block_length": BLOCK_LENGTH} if visibility == "full" and preset.schedule != "canvas" else {}
-            found += [Setting(model, name, {**own, **more}) for more in ({}, *SWEEPS.get(name, ()))]
+            more = () if model in ONLY else SWEEPS.get(name, ())
+            found += [Setting(model, name, {**own, **NEEDED.get(name, {}), **changed}) for changed in ({}, *more)]
     return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """A mean and its standard error."""
+    n = len(values)
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)
+
+
+def share_error(share: float, n: int) -> float:
+    """Standard error of a share of n prompts, after two more of either kind (Agresti and Coull 1998): not 0 where all are right."""
+    p = (share * n + 2) / (n + 4)
+    return math.sqrt(p * (1 - p) / (n + 4))
 
 
 def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sample]], batch_size: int) -> dict[str, Any]:
     """Decodes every prompt, task by task, and averages over all of them."""
     right: dict[str, float] = {}
-    nfe = query_tokens = tokens = count = 0
-    started = time.perf_counter()
+    nfe: list[int] = []
+    query_tokens: list[int] = []
+    tokens = 0
+    started, cpu = time.perf_counter(), time.process_time()
     for task, samples in prompts.items():
         hits = 0
         # A batch costs what its longest row does: rows of like length go together, which changes no result.
@@ -106,49 +168,90 @@ def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sa
             chats = [[{"role": "user", "content": sample.prompt}] for sample in batch]
             out = dlm_fast.generate(model, chats, preset=setting.preset, max_new_tokens=MAX_NEW_TOKENS, **setting.options)
             hits += sum(TASKS[task].check(sample.prompt, text) for sample, text in zip(batch, out.text))
-            nfe, query_tokens = nfe + sum(out.nfe), query_tokens + sum(out.query_tokens)
-            tokens, count = tokens + sum(len(ids) for ids in out.sequences), count + len(batch)
+            nfe, query_tokens = nfe + out.nfe, query_tokens + out.query_tokens
+            tokens += sum(len(ids) for ids in out.sequences)
         right[task] = hits / len(samples)
-    return {
+    count = len(nfe)
+    exact_match = sum(right[task] * len(prompts[task]) for task in prompts) / count
+    row = {
         **dataclasses.asdict(setting),
+        "label": setting.label,
         "exactness": PRESETS[setting.preset].exactness,
-        "exact_match": sum(right[task] * len(prompts[task]) for task in prompts) / count,
+        "exact_match": exact_match,
+        "exact_match_se": share_error(exact_match, count),
         "exact_match_by_task": right,
-        "nfe": nfe / count,
-        "query_tokens": query_tokens / count,
-        "tpf": tokens / nfe,
-        "prompts": count,
-        "seconds": time.perf_counter() - started,
     }
+    for name, values in (("nfe", nfe), ("query_tokens", query_tokens)):
+        row[name], row[f"{name}_se"] = mean_and_error(values)
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+    return {**row, "tpf": tokens / sum(nfe), "prompts": count, **seconds}
+
+
+def conditions(per_task: int, seed: int) -> dict[str, Any]:
+    """What a result file must share with a run that goes on with it."""
+    return {"per_task": per_task, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS)}
+
+
+def read(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """A result file. Raises QualityError if it is none, or one of other prompts."""
+    try:
+        document = json.loads(file.read_text())
+        rows = {Setting(row["model"], row["preset"], row["options"]).key for row in document["settings"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QualityError(f"quality: {file} must be a quality.json of this command: {error!r}") from None
+    if len(rows) != len(document["settings"]):
+        raise QualityError(f"quality: {file} must hold every setting once, got {len(document['settings'])} rows of {len(rows)}")
+    for name, value in wanted.items():
+        if document.get(name) != value:
+            raise QualityError(f"quality: {file} must hold {name}={value}, got {name}={document.get(name)}")
+    return document
 
 
 def finished(files: Iterable[Path], per_task: int, seed: int) -> dict[str, dict[str, Any]]:
     """Settings that earlier runs with the same prompts have measured, by key."""
     rows: dict[str, dict[str, Any]] = {}
     for file in files:
-        document = json.loads(file.read_text())
-        if (document["per_task"], document["seed"]) != (per_task, seed):
-            raise ValueError(
-                f"quality: {file} must hold per_task={per_task}, seed={seed}, got per_task={document['per_task']}, seed={document['seed']}"
-            )
-        for row in document["settings"]:
+        for row in read(file, conditions(per_task, seed))["settings"]:
             rows[Setting(row["model"], row["preset"], row["options"]).key] = row
     return rows
 
 
+def drawn(per_task: int, seed: int) -> dict[str, list[Sample]]:
+    """`per_task` held-out prompts of every task; fewer are the first ones of more."""
+    return {task: held_out(task, per_task, seed) for task in TASKS}
+
+
+class Models:
+    """The embedded models, opened when they are first asked for."""
+
+    def __init__(self) -> None:
+        transformers.utils.logging.disable_progress_bar()  # its bar for loading weights would run through ours
+        self._loaded: dict[str, torch.nn.Module] = {}
+
+    def __getitem__(self, name: str) -> torch.nn.Module:
+        if name not in self._loaded:
+            self._loaded[name] = dlm_fast.load(name)
+        return self._loaded[name]
+
+
 def run(
-    out: Path, *, per_task: int, seed: int, batch_size: int, models: Sequence[str], presets: Sequence[str] | None, earlier: Sequence[Path]
+    out: Path,
+    *,
+    per_task: int,
+    seed: int,
+    batch_size: int,
+    models: Sequence[str],
+    presets: Sequence[str] | None,
+    earlier: Sequence[Path],
 ) -> dict[str, Any]:
     """Measures every setting that `earlier` results do not hold; writes quality.json after each, then the table and the plot."""
-    transformers.utils.logging.disable_progress_bar()  # its bar for loading weights would run through ours
     wanted = settings(models, presets)
     done = finished(earlier, per_task, seed)
-    prompts = {task: held_out(task, per_task, seed) for task in TASKS}
+    prompts, opened = drawn(per_task, seed), Models()
     rows: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"command": "quality", "per_task": per_task, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS, "left_out": LEFT_OUT}
-    facts |= {"commit": commit(), "versions": versions()}
-    loaded: dict[str, torch.nn.Module] = {}
+    facts = {"command": "quality", **conditions(per_task, seed), "left_out": LEFT_OUT, "commit": commit(), "versions": versions()}
+    document = {**facts, "settings": rows}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("quality", total=len(wanted))
@@ -156,18 +259,39 @@ def run(
             bar.update(task, description=f"{setting.model} {setting.label}"[:60])
             row = done.get(setting.key)
             if row is None:
-                if setting.model not in loaded:
-                    loaded[setting.model] = dlm_fast.load(setting.model)
-                row = measure(loaded[setting.model], setting, prompts, batch_size)
+                some = {task: samples[: setting.prompts(per_task)] for task, samples in prompts.items()}
+                row = measure(opened[setting.model], setting, some, batch_size)
                 if not sys.stderr.isatty():
                     print(line(row), file=sys.stderr, flush=True)
             rows.append(row)
-            document = {**facts, "settings": rows}
             write(out / "quality.json", json.dumps(document, indent=1) + "\n")
             bar.advance(task)
     write(out / "quality.md", table(document))
     plot(document, out / "quality.png")
     return document
+
+
+def check(file: Path, *, count: int, batch_size: int, choice: int = 0) -> list[str]:
+    """Measures `count` settings of a result file again, on its own prompts; says of each whether it is within the stated noise.
+
+    The prompts are the same and decoding is greedy, so what may differ is rounding: by at most one stated standard error.
+    choice: seeds which settings. Every line begins with "same" or "DIFFERS".
+    """
+    document = read(file, {"max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS)})
+    prompts, opened, lines = drawn(document["per_task"], document["seed"]), Models(), []
+    known = {setting.key for setting in settings()}
+    rows = [row for row in document["settings"] if Setting(row["model"], row["preset"], row["options"]).key in known]
+    if not rows:
+        raise QualityError(f"quality: {file} must hold a setting that this version runs, got {len(document['settings'])} others")
+    for row in random.Random(choice).sample(rows, min(count, len(rows))):
+        setting = Setting(row["model"], row["preset"], row["options"])
+        some = {task: samples[: row["prompts"] // len(TASKS)] for task, samples in prompts.items()}
+        again = measure(opened[setting.model], setting, some, batch_size)
+        found = {name: (row[name], again[name], row[f"{name}_se"]) for name in ("exact_match", "nfe", "query_tokens")}
+        same = all(abs(a - b) <= noise for a, b, noise in found.values())
+        said = ", ".join(f"{name} {a:.4g} -> {b:.4g} (se {noise:.2g})" for name, (a, b, noise) in found.items())
+        lines.append(f"{'same' if same else 'DIFFERS':8}{setting.model} {setting.label}: {said}")
+    return lines
 
 
 def write(path: Path, text: str) -> None:
@@ -178,67 +302,5 @@ def write(path: Path, text: str) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    setting = Setting(row["model"], row["preset"], row["options"])
-    return f"{row['model']:11}{setting.label:50}{row['exact_match']:7.1%}  NFE {row['nfe']:6.2f}  query tokens {row['query_tokens']:8.1f}  {row['seconds']:.0f} s"
-
-
-def table(document: dict[str, Any]) -> str:
-    """The settings of every model as a Markdown table, in the order of NFE."""
-    lines = [
-        f"Exact match on {document['per_task']} held-out prompts a task ({len(TASKS)} tasks, seed {document['seed']}), greedy; NFE and query",
-        "tokens (positions computed) are means per prompt and count prefills, refreshes and commits. `python -m bench quality`.",
-        "",
-    ]
-    for model in dict.fromkeys(row["model"] for row in document["settings"]):
-        lines += [f"## {model}", "", "| preset | exact match | worst task | NFE | query tokens | exactness |", "|-|-|-|-|-|-|"]
-        for row in sorted((r for r in document["settings"] if r["model"] == model), key=lambda r: r["nfe"]):
-            label = Setting(row["model"], row["preset"], row["options"]).label
-            worst = min(row["exact_match_by_task"], key=row["exact_match_by_task"].get)
-            exactness = row["exactness"].split(":")[0]
-            cells = (label, f"{row['exact_match']:.1%}", f"{worst} {row['exact_match_by_task'][worst]:.0%}", f"{row['nfe']:.2f}")
-            lines.append(f"| {' | '.join(cells)} | {row['query_tokens']:.0f} | {exactness} |")
-        lines.append("")
-    lines += ["Not run: " + "; ".join(f"{name} ({why})" for name, why in document["left_out"].items()) + ".", ""]
-    return "\n".join(lines)
-
-
-def frontier(rows: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
-    """The rows that no other beats in both cost and exact match, by cost."""
-    best, kept = -1.0, []
-    for row in sorted(rows, key=lambda r: (r[cost], -r["exact_match"])):
-        if row["exact_match"] > best:
-            best = row["exact_match"]
-            kept.append(row)
-    return kept
-
-
-def plot(document: dict[str, Any], path: Path) -> None:
-    """One panel per model and cost: every setting a point, those that nothing beats named and joined."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = list(dict.fromkeys(row["model"] for row in document["settings"]))
-    costs = (("nfe", "forwards per answer (NFE)"), ("query_tokens", "positions computed per answer (query tokens)"))
-    figure, axes = pyplot.subplots(len(models), len(costs), figsize=(15, 6.2 * len(models)), squeeze=False)
-    for axis_row, model in zip(axes, models):
-        rows = [row for row in document["settings"] if row["model"] == model]
-        for axis, (cost, title) in zip(axis_row, costs):
-            for exactness, marker, color in (("exact", "o", "tab:blue"), ("approximate", "^", "tab:orange")):
-                points = [row for row in rows if row["exactness"].startswith(exactness)]
-                x, y = [row[cost] for row in points], [100 * row["exact_match"] for row in points]
-                axis.scatter(x, y, marker=marker, color=color, alpha=0.7, label=f"{exactness} decoders")
-            best = frontier(rows, cost)
-            axis.plot([row[cost] for row in best], [100 * row["exact_match"] for row in best], color="0.6", linewidth=1, zorder=0)
-            named = {id(row): row for row in (*best, *(row for row in rows if not set(row["options"]) - {"block_length"}))}
-            for row in named.values():
-                label = Setting(row["model"], row["preset"], row["options"]).label
-                axis.annotate(label, (row[cost], 100 * row["exact_match"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-            axis.set(xscale="log", xlabel=title, ylabel="exact match, %", title=model)
-            axis.grid(alpha=0.3)
-            axis.legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"{document['per_task']} held-out prompts a task, {len(TASKS)} tasks, seed {document['seed']}, greedy; line: what nothing beats")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    cost = f"NFE {row['nfe']:6.2f}  query tokens {row['query_tokens']:8.1f}  {row['cpu_seconds']:.0f} CPU s"
+    return f"{row['model']:14}{row['label']:50}{row['exact_match']:7.1%} of {row['prompts']:4}  {cost}"

@@ -23,6 +23,7 @@ from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
 from .loading import CheckpointError, load  # noqa: E402
 from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
+from .policies.heads import load_head  # noqa: E402
 from .presets import PRESETS, Preset  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -41,6 +42,7 @@ __all__ = [
     "generate",
     "handle_of",
     "load",
+    "load_head",
     "patch",
     "policies",
     "triton_ops",

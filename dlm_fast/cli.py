@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="which held-out prompts (default: 0)")
 
     gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
-    gen.add_argument("--model", required=True, help="checkpoint folder, or tiny-full / tiny-block")
+    gen.add_argument("--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full")
     source = gen.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     source.add_argument("--input", type=Path, help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}, optional "id"')
@@ -167,7 +167,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 def _doctor(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from .loading import load
+    from .loading import EMBEDDED, load
     from .patching import explain
 
     def version(package: str) -> str | None:
@@ -192,7 +192,7 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
         }
-    report["embedded"] = {name: explain(load(name, backend=args.backend, device=args.device)) for name in ("tiny-full", "tiny-block")}
+    report["embedded"] = {name: explain(load(name, backend=args.backend, device=args.device)) for name in EMBEDDED}
     if not args.json:
         print(f"dlm-fast {__version__}, Python {report['python']}, {report['platform']}")
         for package, number in report["packages"].items():

@@ -17,7 +17,7 @@ from .ops import Ops
 from .patching import attach
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-EMBEDDED = ("tiny-full", "tiny-block")
+EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

@@ -85,7 +85,7 @@ class Case:
     banned: tuple[int, ...]
 
     def patched(self, backend: str | dlm_fast.Ops, device: str) -> dlm_fast.PatchHandle:
-        return attach(build(self.model, device), backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.visibility)
+        return attach(build(self.model, device), backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.plain_mode)
 
     def generate(self, backend: str | dlm_fast.Ops = "reference", device: str = "cpu") -> dlm_fast.GenerateOutput:
         """The decode by our loop."""
@@ -142,7 +142,8 @@ class Case:
             random_score=lambda p, s: noise.uniform_scores(*address(p, s)).item(),
         )
         if self.diffusion.visibility == "full":
-            return oracles.decode_full(network(self.model), canvas, settings, preset.cache, follow)
+            isolated = self.diffusion.prompt_isolated
+            return oracles.decode_full(network(self.model), canvas, settings, preset.cache, follow, isolated=isolated)
         return oracles.decode_block_causal(
             network(self.model), canvas, settings, self.diffusion.block_alignment, cached and preset.cache == "commit", follow
         )

@@ -299,24 +299,36 @@ class Row:
         return not self.masked(start, end if self.settings.stop == "after_block" else stops[0])
 
 
-def decode_full(network: Network, canvas: Sequence[int], settings: Settings, cache: str = "none", follow: tuple | None = None) -> Row:
+def decode_full(
+    network: Network,
+    canvas: Sequence[int],
+    settings: Settings,
+    cache: str = "none",
+    follow: tuple | None = None,
+    *,
+    isolated: bool = False,
+) -> Row:
     """LLaDA's semi-autoregressive loop (cache "none") and Fast-dLLM's prefix and dual caches, over full visibility.
 
     Blocks follow the first mask. With a cache, a block starts by a forward of the whole canvas, which is decoded from and whose keys and
     values then go stale: "prefix" keeps those before the block and recomputes everything from the block on; "dual" keeps all but the
-    block's own and recomputes only the block.
+    block's own and recomputes only the block. `isolated`: what precedes the first mask sees itself only, and as its keys cannot change,
+    a cache pays for it once.
     """
     row, L = Row(list(canvas), settings, follow), len(canvas)
     if not row.masked(0, L):
         return row
-    everything = list(range(L))
-    for start in range(row.masked(0, L)[0], L, settings.block_length):
+    everything, first = list(range(L)), row.masked(0, L)[0]
+    sees = torch.ones(L, L, dtype=torch.bool)
+    if isolated:
+        sees[:first, first:] = False
+    for start in range(first, L, settings.block_length):
         end = min(start + settings.block_length, L)
         masks, block_step, stale = len(row.masked(start, end)), 0, None
         while row.masked(start, end):
             if cache == "none" or block_step == 0:
-                logits, stored = network.forward(row.tokens, everything, torch.ones(L, L, dtype=torch.bool))
-                row.pay(L)
+                logits, stored = network.forward(row.tokens, everything, sees)
+                row.pay(L - first if isolated and cache != "none" and row.nfe else L)
                 window = everything
                 kept = [p for p in everything if p < start or (cache == "dual" and p >= end)]
                 stale = [(k[:, kept], v[:, kept]) for k, v in stored]

@@ -293,7 +293,7 @@ def test_an_input_that_cannot_be_read_is_named(command, prompts, capsys):
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32, got 'int8'"),
         (["--backend", "cuda"], "backend must be one of auto, triton, reference or an Ops, got backend='cuda'"),
-        (["--model", "nowhere"], "path must be a checkpoint folder or one of tiny-full, tiny-block, got 'nowhere'"),
+        (["--model", "nowhere"], f"path must be a checkpoint folder or one of {', '.join(loading.EMBEDDED)}, got 'nowhere'"),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_argument_rule_and_value(command, capsys, flags, message):

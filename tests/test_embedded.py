@@ -7,7 +7,8 @@ import json
 
 import dlm_fast
 import pytest
-from dlm_fast import cli
+from dlm_fast import cli, demo
+from dlm_fast.loading import EMBEDDED
 from dlm_fast.tasks import TASKS, held_out
 
 PER_TASK = 3
@@ -83,7 +84,7 @@ def test_the_exact_cache_of_the_block_causal_model_changes_no_token():
     assert cached.text == recomputed.text
 
 
-@pytest.mark.parametrize("name", ["tiny-full", "tiny-block"])
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_a_batch_of_prompts_equals_its_rows_alone(name):
     chats = [[{"role": "user", "content": s.prompt}] for s in prompts()[::9]]
     batch = dlm_fast.generate(model(name), chats, max_new_tokens=32)
@@ -94,6 +95,7 @@ def test_a_batch_of_prompts_equals_its_rows_alone(name):
 def test_the_doctor_says_where_each_op_runs(capsys):
     assert cli.main(["doctor", "--json", "--device", "cpu"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(report["embedded"]) == set(EMBEDDED)
     assert {facts["visibility"] for facts in report["embedded"].values()} == {"full", "block"}
     assert all(facts["backend"] == "reference" and facts["reason"] for facts in report["embedded"].values())
 
@@ -101,4 +103,5 @@ def test_the_doctor_says_where_each_op_runs(capsys):
 def test_the_demo_prints_its_table_and_one_json_object(capsys):
     assert cli.main(["demo", "--per-task", "1", "--json", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["decoders"]
-    assert len(rows) == 6 and all(0 <= row["exact_match"] <= 1 and row["nfe"] > 0 for row in rows)
+    assert len(rows) == len(demo.RUNS) and {row["model"] for row in rows} == set(EMBEDDED)
+    assert all(0 <= row["exact_match"] <= 1 and row["nfe"] > 0 for row in rows)

@@ -8,7 +8,7 @@ import dlm_fast
 import pytest
 import torch
 from dlm_fast import CheckpointError
-from dlm_fast.loading import checkpoint_path, load_tokenizer
+from dlm_fast.loading import EMBEDDED, checkpoint_path, load_tokenizer
 from helpers import EOS, MASK, random_prompts, save_toy_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -97,7 +97,7 @@ def test_a_folder_without_a_tokenizer_decodes_ids(tmp_path):
 
 
 def test_a_path_that_is_no_folder_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"path must be a checkpoint folder or one of tiny-full, tiny-block, got 'no/such'"):
+    with pytest.raises(CheckpointError, match=rf"path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got 'no/such'"):
         load("no/such")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="path must be a checkpoint folder"):

@@ -216,7 +216,7 @@ def test_what_our_attention_would_ignore_is_refused():
         model(tokens, attention_mask=torch.ones(1, 3))
     with pytest.raises(NotImplementedError, match="packed sequences"):
         model(tokens, position_ids=torch.tensor([[0, 1, 0, 1]]))
-    with pytest.raises(ValueError, match="prompt_lengths has a meaning for block-causal models only, this one is 'full'"):
+    with pytest.raises(ValueError, match="prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, this one is 'full'"):
         model(tokens, prompt_lengths=torch.tensor([2]))
 
 

@@ -21,6 +21,11 @@ def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(20 * (confidence - around[:, :-2] - around[:, 2:]))
 
 
+def sharp_policy(confidence: torch.Tensor, eligible: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The same as a learned policy, which grows bolder."""
+    return sharp_filter(confidence) * (0.5 + time[:, None]).clamp(max=1)
+
+
 # Options with which little passes, and with which much does; a decoder that has no such number runs as it is.
 EAGER_AND_SHY = {
     "threshold": ({"threshold": 0.1}, {"threshold": 0.999}),
@@ -36,6 +41,7 @@ EXTRA = {
         {"head": sharp_filter, "accept_threshold": 0.5, "eotp": True},
         {"head": sharp_filter, "accept_threshold": 0.999},
     ),
+    "learned-commit": ({"head": sharp_policy, "accept_threshold": 0.1}, {"head": sharp_policy, "accept_threshold": 0.999}),
     "klass": ({"kl_threshold": 10.0, "kl_history": 1}, {"kl_threshold": 1e-9}),
     "ccd": ({}, {"steps_per_block": 20}),
     "ccd-ds": ({}, {"steps_per_block": 20}),
@@ -55,8 +61,8 @@ PLANNED = (
     "dllm-rl", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "d3llm", "dparallel", "dllm-var", "d2f",
     "nbdiff", "efficient-dlm", "sdar", "sdar-dynamic", "sdar-sequential", "sdar-entropy", "trado", "llada2", "llada2-quota",
     "llada2.1", "llada2.2", "eb-sampler", "klass", "ccd", "ccd-ds", "prophet", "sched", "rcr", "wino", "saber", "local-leap",
-    "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache", "learn2pd", "freedave",
-    "freedave-block",
+    "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache", "learn2pd", "learned-commit",
+    "freedave", "freedave-block",
 )  # fmt: skip
 WRITES_EVERY_STEP = [name for name in dict.fromkeys((*PLANNED, *PRESETS)) if name not in OWN_BOUND]
 

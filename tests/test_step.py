@@ -316,6 +316,7 @@ def test_insert_and_delete_refuse_what_they_would_ignore(more):
     "preset, options, message",
     [
         ("learn2pd", {"block_length": 4}, "needs a trained filter, pass head="),
+        ("learned-commit", {"block_length": 4}, "needs a trained policy, pass head="),
         ("dinfer-credit", {"block_length": 65}, "needs block_length <= 64, got block_length=65"),
         ("llada2.2", {}, "needs delete_id= and split_id="),
     ],

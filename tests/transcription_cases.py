@@ -167,7 +167,7 @@ class Case:
 
         filters = {name: value for name, value, off in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)) if value != off}
         model, _ = exact_model(self.model)
-        with attach(model, backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.visibility):
+        with attach(model, backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.plain_mode):
             return dlm_fast.generate(
                 model,
                 of(self.prompts),
@@ -210,10 +210,14 @@ class Case:
             top_k_first=options.pop("top_k_first", False),
         )
         network = exact_model(self.model)[1]
-        model = Model(network, self.diffusion.logits_row == "previous")
+        model = Model(network, self.diffusion.logits_row == "previous", isolated=first if self.diffusion.prompt_isolated else 0)
         if self.diffusion.visibility == "full":
             options.setdefault("block_length", self.decoder.block_length)
-        return self.decoder.transcribe(model, canvas, settings, options, self.diffusion)
+        row = self.decoder.transcribe(model, canvas, settings, options, self.diffusion)
+        if self.options.get("cache", dlm_fast.PRESETS[self.preset].cache) != "none":
+            # Transcriptions compute an isolated prompt whenever they recompute the canvas; with a cache, once is enough.
+            row.query_tokens -= sum(model.prompt_computed[1:])
+        return row
 
 
 def some(rng: random.Random, chance: float, name: str, values: tuple) -> Options:

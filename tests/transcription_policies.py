@@ -24,6 +24,13 @@ def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(15 * (confidence.double() - 0.3 * around[:, :-2] - 0.5 * around[:, 2:])).float()
 
 
+def sharp_policy(confidence: torch.Tensor, eligible: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """A learned policy that no one trained: confidences and what is masked [B, W], time [B] -> [B, W]. All three matter."""
+    masks = torch.nn.functional.pad(eligible.double(), (1, 1))
+    around = 0.1 * masks[:, :-2] + 0.2 * masks[:, 2:]
+    return torch.sigmoid(15 * (confidence.double() - around - 0.1 + 0.5 * time[:, None].double())).float()
+
+
 def transcribed(decode: Callable[..., Row], **more: Any) -> Transcription:
     """A transcription that takes the options by name; `steps_per_block` it calls `steps`, None being one token per step."""
 
@@ -42,10 +49,17 @@ def learned(model: Model, canvas: list[int], settings: Settings, o: Options, dif
     return transcribed(policies_select.decode_learn2pd)(model, canvas, settings, o, diffusion)
 
 
+def committed(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+    head = o["head"]
+    o = o | {"head": lambda *seen: head(*(torch.tensor([x]) for x in seen))[0].tolist()}
+    return transcribed(policies_select.decode_learned_commit)(model, canvas, settings, o, diffusion)
+
+
 def drafted(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
     row = speculation.decode_freedave(model, canvas, settings, **o)
+    again = Model(model.network, model.previous, model.isolated)
     static = blockwise.decode_refreshed(
-        model, canvas, dataclasses.replace(settings, stop="never"), rule="quota", cache="dual", block_length=o["block_length"]
+        again, canvas, dataclasses.replace(settings, stop="never"), rule="quota", cache="dual", block_length=o["block_length"]
     )
     return lossless(row, static)
 
@@ -134,6 +148,12 @@ REGISTRY: dict[str, Decoder] = {
         {**QUOTA, "head": sharp_filter},
         only((1.0, "head", (sharp_filter,)), (0.8, "accept_threshold", (0.5, 0.7, 0.9)), (0.7, "eotp", (True,)), STEPS),
         learned,
+    ),
+    "learned-commit": Decoder(
+        "full",
+        {"head": sharp_policy},
+        only((1.0, "head", (sharp_policy,)), (0.8, "accept_threshold", (0.3, 0.7, 0.9)), CACHE),
+        committed,
     ),
     "prophet": Decoder(
         "full",

@@ -10,24 +10,30 @@ To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or 
 
 from .base import Choice, Function, Policy, View, as_policies
 from .exits import Prophet, Sched
+from .heads import CommitHead, FilterHead, Head, load_head, save_head
 from .history import ConsistentTrajectory, Credit, KLStability
 from .indel import InsertDelete
+from .learned import LearnedCommit, LearnedFilter
 from .refresh import EntropyRefresh
 from .revise import Backtrack, JointThreshold, RunningConfidence, Wino
-from .select import AdaptiveThreshold, CertaintyPrior, LearnedFilter, LocalLeap, NearBest
+from .select import AdaptiveThreshold, CertaintyPrior, LocalLeap, NearBest
 
 __all__ = [
     "AdaptiveThreshold",
     "Backtrack",
     "CertaintyPrior",
     "Choice",
+    "CommitHead",
     "ConsistentTrajectory",
     "Credit",
     "EntropyRefresh",
+    "FilterHead",
     "Function",
+    "Head",
     "InsertDelete",
     "JointThreshold",
     "KLStability",
+    "LearnedCommit",
     "LearnedFilter",
     "LocalLeap",
     "NearBest",
@@ -38,4 +44,6 @@ __all__ = [
     "View",
     "Wino",
     "as_policies",
+    "load_head",
+    "save_head",
 ]

@@ -1,20 +1,14 @@
-"""Policies that change which masked positions are written: thresholds that move, scores that are weighted, a learned filter."""
+"""Policies that change which masked positions are written: thresholds that move, scores that are weighted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from dlm_kernels import RowState
-from torch import Tensor
 
-from .base import Choice, Memory, Policy, View
-
-if TYPE_CHECKING:
-    from ..schedule import Plan
+from .base import Choice, Policy, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,39 +74,3 @@ class CertaintyPrior(Policy):
         share = F.conv1d(padded[:, None], (weight / weight.sum())[None, None])[:, 0]
         prior = share.gather(1, view.position.clamp(0, L - 1).long()).float()
         return dataclasses.replace(choice, score=choice.score * prior)
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedFilter(Policy):
-    """A learned head says which predictions are already final; the fixed schedule writes its share besides.
-
-    Learn2PD, arXiv:2509.25188.
-
-    head: (confidence [B, W] fp32, 0 where not eligible) -> [B, W] in [0, 1], on the device. eotp: end-of-text prediction: the row is
-    cut after the first accepted position that predicts an EOS, or else after the most confident position that does.
-    """
-
-    head: Callable[[Tensor], Tensor] | None = None
-    accept_threshold: float = 0.96
-    eotp: bool = False
-
-    def memory(self, plan: Plan, state: RowState) -> Memory:
-        if self.head is None:
-            raise ValueError("generate: preset learn2pd needs a trained filter, pass head=callable(confidence [B, W]) -> [B, W]")
-        return {}
-
-    def choose(self, view: View, choice: Choice) -> Choice:
-        accepted = view.eligible & (self.head(torch.where(view.eligible, view.confidence, 0.0)) > self.accept_threshold)
-        if self.eotp:
-            ends = (view.token[:, :, None] == view.sampling.eos).any(2)
-            W = ends.shape[1]
-            lane = torch.arange(W, device=ends.device)
-            first = torch.where(accepted & ends, lane, W).amin(1)
-            likely = torch.where(view.eligible & ends, view.confidence, -1.0)
-            likely = torch.where((view.eligible & ends).any(1), likely.argmax(1), W)
-            cut = torch.where(first < W, first, likely)
-            end = view.position[:, 0] + cut.int() + 1
-            shorter = torch.where(view.selects & (cut < W), end, view.state.canvas_len)
-            view.state.canvas_len.copy_(torch.minimum(view.state.canvas_len, shorter))
-            view.state.block_end.copy_(torch.minimum(view.state.block_end, view.state.canvas_len))
-        return choice.only(accepted | view.best(view.quota(), choice.score))

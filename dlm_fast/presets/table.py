@@ -14,6 +14,7 @@ from ..policies import (
     InsertDelete,
     JointThreshold,
     KLStability,
+    LearnedCommit,
     LearnedFilter,
     LocalLeap,
     NearBest,
@@ -215,6 +216,8 @@ _ROWS = (
            policies=(CertaintyPrior(),)),
     Preset("learn2pd", "Bao et al. 2025 (Learn2PD), arXiv:2509.25188", **_FULL, rule="quota", block_length=32,
            policies=(LearnedFilter(),), needs="a trained filter, head="),
+    Preset("learned-commit", "Jazbec et al. 2025 (Learning Unmasking Policies), arXiv:2512.09106; greedy", **_FULL, rule="threshold",
+           block_length=32, policies=(LearnedCommit(),), needs="a trained policy, head="),
     Preset(
         "streaming-dllm",
         "Xiao et al. 2026 (Streaming-dLLM), arXiv:2601.17917",

@@ -32,10 +32,12 @@ class Model:
     """A network whose logits are fp32 numbers, and which of its rows predicts which position.
 
     previous: position p is predicted by the row of p - 1, position 0 by its own row.
+    isolated: so many first positions, the prompt, see each other only; their keys never change. 0 = none.
     """
 
-    def __init__(self, network: Network, previous: bool = False) -> None:
-        self.network, self.previous = network, previous
+    def __init__(self, network: Network, previous: bool = False, isolated: int = 0) -> None:
+        self.network, self.previous, self.isolated = network, previous, isolated
+        self.prompt_computed: list[int] = []  # by every `look` with a cache: how many of those positions it computed
 
     def forward(
         self, tokens: Sequence[int], positions: Sequence[int], visible: Tensor, stale: KeysValues | None = None
@@ -60,7 +62,13 @@ class Model:
         store: the window's keys and values then go into the cache, replacing what was there.
         """
         window, cached = list(window), list(cached)
-        visible = torch.tensor([[True] * len(cached) + [sees(q, k) for k in window] for q in window])
+
+        def shown(q: int, k: int) -> bool:
+            return q >= self.isolated or k < self.isolated
+
+        visible = torch.tensor([[shown(q, k) for k in cached] + [shown(q, k) and sees(q, k) for k in window] for q in window])
+        if cache is not None:
+            self.prompt_computed.append(sum(p < self.isolated for p in window))
         stale = cache.take(cached) if cached else None
         logits, stored = self.forward([tokens[p] for p in window], window, visible, stale)
         if store:

@@ -122,6 +122,7 @@ def shadowed(model: Model, row: Row, shadow: list[int]) -> tuple[dict[int, Tenso
     L, n = len(row.tokens), len(shadow)
     visible = torch.zeros(L + n, L + n, dtype=torch.bool)
     visible[:, :L] = True
+    visible[: model.isolated, model.isolated :] = False
     visible[L:, L:] = True
     for i, p in enumerate(shadow):
         visible[L + i, p] = False

@@ -1,7 +1,7 @@
 """Policies that choose which masked positions a step writes: families A and B, and a learned head. Full visibility, no cache.
 
 EB-Sampler arXiv:2505.24857; KLASS arXiv:2511.05664; CCD / CCD-DS (coherent contextual decoding); LocalLeap; certainty prior
-(d2Cache, arXiv:2509.23094); Learn2PD (a learned filter, and EoTP).
+(d2Cache, arXiv:2509.23094); Learn2PD (a learned filter, and EoTP); Learning Unmasking Policies (arXiv:2512.09106), greedy.
 """
 
 from __future__ import annotations
@@ -294,3 +294,30 @@ def decode_learn2pd(
             if row.closed(block.start, min(block.end, end_of_row)):
                 return row
     return row
+
+
+def decode_learned_commit(
+    model: Model,
+    canvas: Sequence[int],
+    settings: Settings,
+    *,
+    head: Callable[[list[float], list[bool], float], list[float]],
+    block_length: int | None = 32,
+    accept_threshold: float = 0.5,
+    cache: str = "none",
+) -> Row:
+    """A head sees the block's confidences (0 where nothing is masked), what is masked, and the share of the block's steps taken.
+
+    What it gives more than the threshold is written; where it gives that to nothing, the position to which it gives most.
+    """
+
+    def choose(row: Row, block: Block, candidates: list[Stats]) -> list[Stats]:
+        length = block_length or block.end - block.start
+        confidence = {s.position: s.confidence for s in candidates}
+        positions = range(block.start, block.start + length)
+        taken = fp32(min(1.0, block.i / length))
+        verdict = head([confidence.get(p, 0.0) for p in positions], [p in confidence for p in positions], taken)
+        given = {p: fp32(v) for p, v in zip(positions, verdict)}
+        return select(order(candidates, lambda s: given[s.position]), lambda s: given[s.position] > fp32(accept_threshold), 1)
+
+    return block_by_block(model, canvas, settings, block_length, choose, cache=cache)

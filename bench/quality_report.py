@@ -1,0 +1,171 @@
+"""What `python -m bench quality` found, for reading: tables and the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+# What keeps keys that go stale, as the first section compares them: (what it is called, preset).
+STALE = (
+    ("none", "fast-dllm"),
+    ("prefix", "fast-dllm-prefix"),
+    ("dual", "fast-dllm-dual"),
+    ("once", "freecache"),
+)
+
+
+def table(document: dict[str, Any]) -> str:
+    """The comparisons, then the settings of every model in the order of NFE, as Markdown."""
+    tasks, rows = document["tasks"], document["settings"]
+    lines = [
+        f"Exact match on held-out prompts of {len(tasks)} tasks ({', '.join(tasks)}; seed {document['seed']}), greedy:",
+        f"{document['per_task']} prompts a task, fewer for slow decoders and for variations. Their number is in each row; +- is one standard",
+        "error. NFE and query tokens (positions computed) are means per prompt and count prefills, refreshes and commits.",
+        "`python -m bench quality` makes all of this; `python -m bench quality --check FILE` measures a sample of it again.",
+        "",
+        *stale_section(rows, tasks),
+        *d2f_section(rows),
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        columns = header("preset", "exact match", "prompts", "worst task", "NFE", "query tokens", "exactness")
+        lines += [f"## {model}", "", *columns]
+        for row in sorted((r for r in rows if r["model"] == model), key=lambda r: r["nfe"]):
+            worst = min(row["exact_match_by_task"], key=row["exact_match_by_task"].get)
+            lines.append(
+                cells(
+                    row["label"], exact(row), row["prompts"], f"{worst} {row['exact_match_by_task'][worst]:.0%}",
+                    f"{row['nfe']:.2f}", f"{row['query_tokens']:.0f}", row["exactness"].split(":")[0],
+                )
+            )  # fmt: skip
+        lines.append("")
+    lines += ["Not run: " + "; ".join(f"{name} ({why})" for name, why in document["left_out"].items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def cells(*values: object) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def header(*names: str) -> list[str]:
+    return [cells(*names), "|" + "-|" * len(names)]
+
+
+def exact(row: Row) -> str:
+    return f"{row['exact_match']:.1%} +- {100 * row['exact_match_se']:.1f}"
+
+
+def find(rows: Sequence[Row], preset: str, model: str | None = None, **options: Any) -> Row | None:
+    """The row of a preset at its default, or with these options changed and no other; None if it was not run."""
+    changed = "".join(f" {name}={value}" for name, value in options.items())
+    return next((row for row in rows if row["label"] == preset + changed and model in (None, row["model"])), None)
+
+
+def stale_section(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[str]:
+    """What caches of full-visibility models lose against the same decoder uncached, with and without an isolated prompt."""
+    compared = [
+        (model, cache, row, find(rows, STALE[0][1], model))
+        for model in dict.fromkeys(row["model"] for row in rows)
+        for cache, preset in STALE
+        if (row := find(rows, preset, model)) is not None and find(rows, STALE[0][1], model) is not None
+    ]
+    if not any(cache != "none" for _, cache, _, _ in compared):
+        return
+    yield from (
+        "## What stale caches cost",
+        "",
+        "Fast-dLLM's threshold 0.9 uncached, over a prefix cache and a dual cache, and FreeCache, which refreshes nothing. The",
+        "prompt of tiny-isolated does not see the response, so its keys are exact for good; those of earlier blocks (dual: and of later",
+        "ones) are not. Differences are in points from the same model uncached, whose own exact match is in the rows `none`.",
+        "",
+        *header("model", "cache", "exact match", "points", "query tokens", *tasks),
+    )
+    for model, cache, row, base in compared:
+        ours, theirs = row["exact_match_by_task"], base["exact_match_by_task"]
+        by_task = [f"{ours[task]:.0%}" if row is base else points(ours[task] - theirs[task]) for task in tasks]
+        lost = "" if row is base else points(row["exact_match"] - base["exact_match"])
+        yield cells(model, cache, exact(row), lost, f"{row['query_tokens']:.0f}", *by_task)
+    yield ""
+
+
+def points(difference: float) -> str:
+    """A difference in points or per cent, -0.0 being 0."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
+def d2f_section(rows: Sequence[Row]) -> Iterator[str]:
+    """The pipelined decoder against the same student's blocks one at a time, and against the teacher with a dual cache."""
+    single = find(rows, "llada2", threshold=0.9)
+    pipelined = [row for row in rows if row["preset"] == "d2f"]
+    if single is None or not pipelined:
+        return
+    others: Sequence[tuple[str, Row | None]] = (
+        ("teacher, one token per step", find(rows, "llada", "tiny-full")),
+        ("teacher, threshold 0.9", find(rows, "fast-dllm", "tiny-full")),
+        ("teacher, threshold 0.9, dual cache", find(rows, "fast-dllm-dual", "tiny-full")),
+    )
+    compared = [("student, one block at a time", single), *((f"student, {row['label']}", row) for row in pipelined)]
+    compared += [(name, row) for name, row in others if row is not None]
+    yield from (
+        "## D2F pays",
+        "",
+        "The student's blocks in a pipeline (`d2f`, threshold 0.9 unless it says otherwise) against one at a time (`llada2`, threshold",
+        "0.9), both over the exact cache, and against its teacher with Fast-dLLM's dual cache. `llada2` commits a finished block by a",
+        "forward of its own, `d2f` together with the next denoise step: with append_threshold=1.0 activate_threshold=1.0 that is all it",
+        "saves, its blocks being one at a time; what the other rows save beyond it is the pipeline's. Differences are from the first row.",
+        "",
+        *header("decoder", "exact match", "points", "NFE", "NFE, %", "query tokens", "query tokens, %"),
+    )
+    for name, row in compared:
+        more = ["", "", ""]
+        if row is not single:
+            ratios = [row[cost] / single[cost] - 1 for cost in ("nfe", "query_tokens")]
+            more = [points(difference) for difference in (row["exact_match"] - single["exact_match"], *ratios)]
+        yield cells(name, exact(row), more[0], f"{row['nfe']:.2f}", more[1], f"{row['query_tokens']:.0f}", more[2])
+    yield ""
+
+
+def frontier(rows: Sequence[Row], cost: str) -> list[Row]:
+    """The rows that no other beats in both cost and exact match, by cost."""
+    best, kept = -1.0, []
+    for row in sorted(rows, key=lambda r: (r[cost], -r["exact_match"])):
+        if row["exact_match"] > best:
+            best = row["exact_match"]
+            kept.append(row)
+    return kept
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """One panel per model and cost: every setting a point with its standard error, those that nothing beats named and joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row["model"] for row in document["settings"]))
+    costs = (("nfe", "forwards per answer (NFE)"), ("query_tokens", "positions computed per answer (query tokens)"))
+    figure, axes = pyplot.subplots(len(models), len(costs), figsize=(15, 6.2 * len(models)), squeeze=False)
+    for axis_row, model in zip(axes, models):
+        rows = [row for row in document["settings"] if row["model"] == model]
+        for axis, (cost, title) in zip(axis_row, costs):
+            for exactness, marker, color in (("exact", "o", "tab:blue"), ("approximate", "^", "tab:orange")):
+                points_of = [row for row in rows if row["exactness"].startswith(exactness)]
+                x, y = [row[cost] for row in points_of], [100 * row["exact_match"] for row in points_of]
+                error = [100 * row["exact_match_se"] for row in points_of]
+                bars = {"fmt": marker, "color": color, "alpha": 0.7, "elinewidth": 0.6, "label": f"{exactness} decoders"}
+                axis.errorbar(x, y, yerr=error, **bars)
+            best = frontier(rows, cost)
+            axis.plot([row[cost] for row in best], [100 * row["exact_match"] for row in best], color="0.6", linewidth=1, zorder=0)
+            defaults = [row for row in rows if row["label"] == row["preset"]]
+            for row in {row["label"]: row for row in (*best, *defaults)}.values():
+                where = {"fontsize": 6, "xytext": (3, 3), "textcoords": "offset points"}
+                axis.annotate(row["label"], (row[cost], 100 * row["exact_match"]), **where)
+            axis.set(xscale="log", xlabel=title, ylabel="exact match, %", title=model)
+            axis.grid(alpha=0.3)
+            axis.legend(loc="lower right", fontsize=8)
+    prompts = f"{document['per_task']} held-out prompts a task (slow decoders fewer), {len(document['tasks'])} tasks"
+    figure.suptitle(f"{prompts}, seed {document['seed']}, greedy; bars: one standard error; line: what nothing beats")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,237 @@
+"""Small trained networks that decide which positions a step writes, and their files (safetensors, never pickle)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..loading import CHECKPOINTS, PICKLES, CheckpointError
+
+HEADS = CHECKPOINTS / "heads"
+SUFFIX = ".safetensors"
+# What a head's file says about itself, all of it as text.
+FIELDS = ("kind", "block_length", "width", "accept_threshold", "trained_on", "seed", "step")
+MAX_SIZE = 4096
+
+
+def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
+    """The sum over one dimension, halves added until one is left.
+
+    Elementwise additions alone: the order in which an entry's terms are added depends on their number only, where a matrix
+    product's or a reduction's may depend on how many rows are computed together.
+    """
+    x = x.movedim(dim, -1)
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = F.pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x[..., 0]
+
+
+class RowLinear(nn.Linear):
+    """A linear layer that gives a row the same bits in any batch. In training, where that does not matter, a matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        return tree_sum(x[..., None, :] * self.weight) + self.bias
+
+
+def probability(logits: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)). torch.sigmoid rounds differently at the end of a vector than inside it, on a CPU."""
+    return 1 / (1 + torch.exp(-logits))
+
+
+class Head(nn.Module):
+    """A trained head. Subclasses say what they read; `logits` has their arguments, and `forward` gives sigmoid(logits) in [0, 1].
+
+    Attributes:
+        block_length: of the block that it reads, position by position. width: of its hidden layer.
+        accept_threshold: the probability above which a position is written, as chosen in training.
+        trained_on, seed, step: the model, the seed and the number of steps of its training.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, block_length: int, width: int, *, accept_threshold: float = 0.5, trained_on: str = "", seed: int = 0, step: int = 0
+    ) -> None:
+        super().__init__()
+        self.block_length, self.width, self.accept_threshold = block_length, width, accept_threshold
+        self.trained_on, self.seed, self.step = trained_on, seed, step
+
+    def logits(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return probability(self.logits(*inputs))
+
+    @property
+    def __name__(self) -> str:
+        """How a preset's description shows it."""
+        return f"{self.kind} head trained on {self.trained_on or 'nothing'}, block_length {self.block_length}"
+
+
+class FilterHead(Head):
+    """Learn2PD's filter: a block's confidences through two layers. arXiv:2509.25188 (published for blocks of 32, 32 wide).
+
+    confidence [B, block_length] fp32, 0 where nothing is masked -> [B, block_length] logits of "this prediction is final".
+    """
+
+    kind = "filter"
+
+    def __init__(self, block_length: int, width: int = 32, **facts: Any) -> None:
+        super().__init__(block_length, width, **facts)
+        self.hidden, self.out = RowLinear(block_length, width), RowLinear(width, block_length)
+
+    def logits(self, confidence: Tensor) -> Tensor:
+        return self.out(F.relu(self.hidden(confidence)))
+
+
+class CommitHead(Head):
+    """One transformer layer from a block's confidences to the probability that a position is written, after Jazbec et al. 2025.
+
+    confidence [B, W] fp32, 0 where nothing is masked; masked [B, W] bool; time [B] fp32, the share of the block's steps that are
+    over -> [B, W] logits, W the block length. Two attention heads. The paper's is 128 wide, 300 thousand parameters, for
+    models of 8 billion; the one that is shipped runs beside a model of 0.9 million and is 32 wide, 9 thousand.
+    """
+
+    kind = "commit"
+    attention_heads: ClassVar[int] = 2
+    # -ln(1 - p) of a confidence that fp32 cannot tell from 1: scales that feature to [0, 1].
+    certain: ClassVar[float] = 24 * math.log(2)
+
+    def __init__(self, block_length: int, width: int = 32, **facts: Any) -> None:
+        if width % self.attention_heads:
+            raise ValueError(f"commit head: width must be a multiple of {self.attention_heads}, got width={width}")
+        super().__init__(block_length, width, **facts)
+        self.features, self.position = RowLinear(4, width), nn.Parameter(torch.zeros(block_length, width))
+        self.qkv, self.attended = RowLinear(width, 3 * width), RowLinear(width, width)
+        self.hidden, self.shrunk = RowLinear(width, 2 * width), RowLinear(2 * width, width)
+        self.out = RowLinear(width, 1)
+
+    def logits(self, confidence: Tensor, masked: Tensor, time: Tensor) -> Tensor:
+        # Most confidences are close to 1, where their logarithm still tells them apart.
+        certainty = -torch.log((1 - confidence).clamp(min=2.0**-24)) / self.certain
+        features = torch.stack([confidence, certainty, masked.to(confidence.dtype), time[:, None].expand_as(confidence)], -1)
+        x = self.features(features) + self.position
+        x = x + self.attended(self._attention(_normed(x)))
+        x = x + self.shrunk(F.relu(self.hidden(_normed(x))))
+        return self.out(_normed(x))[..., 0]
+
+    def _attention(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.attention_heads, -1)).unbind(2)  # [B, W, heads, D]
+        scores = tree_sum(q[:, :, None] * k[:, None]) / math.sqrt(q.shape[-1])  # [B, query, key, heads]
+        weights = torch.exp(scores - scores.amax(2, keepdim=True))
+        weights = weights / tree_sum(weights, 2)[:, :, None]
+        return tree_sum(weights[..., None] * v[:, None], 2).flatten(2)
+
+
+def _normed(x: Tensor) -> Tensor:
+    """RMS norm without weights."""
+    return x / torch.sqrt(tree_sum(x * x) / x.shape[-1] + 1e-5)[..., None]
+
+
+KINDS: dict[str, type[Head]] = {head.kind: head for head in (FilterHead, CommitHead)}
+
+
+def shipped() -> list[str]:
+    """Names of the heads that come with the package."""
+    return sorted(file.name.removesuffix(SUFFIX) for file in HEADS.glob("*" + SUFFIX))
+
+
+def save_head(head: Head, path: str | Path) -> None:
+    """Writes a head. The file appears under its name once it is complete; an earlier one survives until then, and an OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    metadata = {name: str(getattr(head, name)) for name in FIELDS}
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+        with open(partial, "wb") as handle:
+            handle.write(safetensors.torch.save(tensors, metadata))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_head(name_or_path: str | Path, device: torch.device | str | None = None) -> Head:
+    """A trained head for the presets "learn2pd" (kind "filter") and "learned-commit" (kind "commit").
+
+    Args:
+        name_or_path: a head that comes with the package ("tiny-filter", "tiny-commit"), or a *.safetensors file. device: default
+            "cuda" if there is one, else "cpu".
+    Raises:
+        CheckpointError: no such head, a file that is not a head's, another kind, tensors missing, unknown, of another shape or
+            dtype, or not finite.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) in shipped() and not path.exists():
+        path = HEADS / f"{name_or_path}{SUFFIX}"
+    if not path.is_file():
+        known = ", ".join(shipped()) or "none is shipped"
+        raise CheckpointError(f"load_head: head must be a *{SUFFIX} file or one of {known}, got {str(name_or_path)!r}")
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"load_head: {path} is a pickle file, which is never opened; heads are {SUFFIX} files")
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"load_head: {path} is not a readable safetensors file: {error}") from error
+    head = _head_of(path, metadata)
+    expected = head.state_dict()
+    for what, names in (("missing", set(expected) - set(tensors)), ("unknown", set(tensors) - set(expected))):
+        if names:
+            raise CheckpointError(f"load_head: {path} has {what} tensors: {sorted(names)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            got, rule = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, expected[name]))
+            raise CheckpointError(f"load_head: tensor {name} of {path} must be {rule}, got {got}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"load_head: tensor {name} of {path} must be finite, got NaN or inf")
+    head.load_state_dict(tensors)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return head.to(device).eval().requires_grad_(False)
+
+
+def _head_of(path: Path, metadata: dict[str, str]) -> Head:
+    """An untrained head of the kind and sizes that a file's metadata names."""
+    if set(metadata) != set(FIELDS):
+        got = ", ".join(sorted(metadata)) or "none"
+        raise CheckpointError(f"load_head: metadata of {path} must be {', '.join(FIELDS)}, got {got}")
+    if metadata["kind"] not in KINDS:
+        raise CheckpointError(f"load_head: kind of {path} must be one of {', '.join(KINDS)}, got kind={metadata['kind']!r}")
+    facts: dict[str, Any] = {"trained_on": metadata["trained_on"]}
+    for name, kind, low, high in (
+        ("block_length", int, 1, MAX_SIZE),
+        ("width", int, 1, MAX_SIZE),
+        ("accept_threshold", float, 0, 1),
+        ("seed", int, 0, 2**63),
+        ("step", int, 0, 2**63),
+    ):
+        try:
+            facts[name] = kind(metadata[name])
+        except ValueError:
+            facts[name] = math.nan
+        if not low <= facts[name] <= high:
+            rule = f"must be {kind.__name__} in [{low}, {high}]"
+            raise CheckpointError(f"load_head: {name} of {path} {rule}, got {name}={metadata[name]!r}")
+    try:
+        return KINDS[metadata["kind"]](**facts)
+    except ValueError as error:
+        raise CheckpointError(f"load_head: {path}: {error}") from error

@@ -1,0 +1,145 @@
+"""Policies whose decisions a small trained network makes (`dlm_fast.load_head`, or any function of the same shape)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from dlm_kernels import RowState
+from torch import Tensor
+
+from .base import Choice, Memory, Policy, View
+from .heads import Head, load_head
+
+if TYPE_CHECKING:
+    from ..schedule import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _Learned(Policy):
+    """What the two have in common: opening a head, and showing it its block.
+
+    head: a `Head`, its name or file (opened on the model's device when a decode starts), or a function.
+    accept_threshold: what the head's probabilities are compared with; None = what the head was trained for, or `published`.
+    """
+
+    head: Callable[..., Tensor] | str | Path | None = None
+    accept_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        value = self.accept_threshold
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+            rule = "accept_threshold must be a number in [0, 1] or None"
+            raise ValueError(f"policy {type(self).__name__}: {rule}, got accept_threshold={value!r}")
+
+    def _opened(self, plan: Plan, state: RowState, kind: str, called: str, signature: str, published: float) -> Memory:
+        """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not fit."""
+        name, head = f"preset {plan.preset.name}", self.head
+        if head is None:
+            raise ValueError(f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}")
+        if isinstance(head, (str, Path)):
+            head = load_head(head, device=state.tokens.device)
+        if not callable(head):
+            raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={head!r}")
+        if isinstance(head, Head):
+            device = next(head.parameters()).device
+            wrong = {
+                "kind": (head.kind, kind),
+                "block_length": (head.block_length, plan.block_length),
+                "device": (str(device), str(state.tokens.device)),
+            }
+            for what, (of_head, wanted) in wrong.items():
+                if of_head != wanted:
+                    rule = f"head must be of {what} {wanted!r} as this decode is"
+                    raise ValueError(f"generate: {name}: {rule}, got a head of {what} {of_head!r}")
+            if head.training:
+                raise ValueError(f"generate: {name}: head must be in eval mode, call head.eval()")
+        value = self.accept_threshold
+        return {"head": head, "accept": getattr(head, "accept_threshold", published) if value is None else value}
+
+
+def of_block(view: View, values: Tensor) -> Tensor:
+    """Values [B, W] of the lanes as values [B, block_length] of the block's positions, 0 (False) where there is no lane."""
+    W, length = values.shape[1], view.plan.block_length
+    if not view.plan.whole_row:
+        return F.pad(values, (0, length - W)) if W < length else values
+    lane = (view.state.block_start - view.position[:, 0])[:, None] + torch.arange(length, device=values.device)
+    inside = (lane >= 0) & (lane < W)
+    return torch.where(inside, values.gather(1, lane.clamp(0, W - 1).long()), torch.zeros_like(values[:, :1]))
+
+
+def of_lanes(view: View, values: Tensor) -> Tensor:
+    """Values [B, block_length] of the block's positions as values [B, W] of the lanes, 0 outside the block."""
+    W, length = view.position.shape[1], view.plan.block_length
+    if not view.plan.whole_row:
+        return values[:, :W]
+    place = view.position - view.state.block_start[:, None]
+    inside = (place >= 0) & (place < length)
+    return torch.where(inside, values.gather(1, place.clamp(0, length - 1).long()), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedFilter(_Learned):
+    """A learned head says which predictions are already final; the fixed schedule writes its share besides.
+
+    Learn2PD, arXiv:2509.25188.
+
+    head: (confidence [B, block_length] fp32, 0 where not eligible) -> [B, block_length] in [0, 1], on the device.
+    eotp: end-of-text prediction: the row is cut after the first accepted position that predicts an EOS, or else after the most
+        confident masked one of the block that does. What is cut off is not computed any more, and never written.
+    """
+
+    eotp: bool = False
+
+    def memory(self, plan: Plan, state: RowState) -> Memory:
+        signature = "(confidence [B, block_length]) -> [B, block_length]"
+        return self._opened(plan, state, "filter", "filter", signature, published=0.96)
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        verdict = of_lanes(view, view.memory["head"](of_block(view, torch.where(view.eligible, view.confidence, 0.0))))
+        accepted = view.eligible & (verdict > view.memory["accept"])
+        if self.eotp:
+            ends = (view.token[:, :, None] == view.sampling.eos).any(2)
+            W = ends.shape[1]
+            lane = torch.arange(W, device=ends.device)
+            first = torch.where(accepted & ends, lane, W).amin(1)
+            likely = torch.where(view.eligible & ends, view.confidence, -1.0)
+            likely = torch.where((view.eligible & ends).any(1), likely.argmax(1), W)
+            cut = torch.where(first < W, first, likely)
+            end = view.position[:, 0] + cut.int() + 1
+            shorter = torch.where(view.selects & (cut < W), end, view.state.canvas_len)
+            view.state.canvas_len.copy_(torch.minimum(view.state.canvas_len, shorter))
+            view.state.block_end.copy_(torch.minimum(view.state.block_end, view.state.canvas_len))
+        return choice.only(accepted | view.best(view.quota(), choice.score))
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedCommit(_Learned):
+    """A learned head writes the positions to which it gives more than `accept_threshold`; none: the one to which it gives most.
+
+    Learning Unmasking Policies, arXiv:2512.09106, decoded greedily. There the head is trained by reinforcement; the heads that
+    come with this package are trained on targets (`python -m dlm_fast.training policy`).
+
+    head: (confidence [B, block_length] fp32, 0 where not eligible; eligible [B, block_length] bool; time [B] fp32, steps taken in
+    the block over its length, at most 1) -> [B, block_length] in [0, 1], on the device.
+    """
+
+    def memory(self, plan: Plan, state: RowState) -> Memory:
+        signature = "(confidence [B, block_length], eligible [B, block_length], time [B]) -> [B, block_length]"
+        return self._opened(plan, state, "commit", "policy", signature, published=0.5)
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        confidence = of_block(view, torch.where(view.eligible, view.confidence, 0.0))
+        verdict = of_lanes(view, view.memory["head"](confidence, of_block(view, view.eligible), block_time(view)))
+        choice = dataclasses.replace(choice, rank=verdict)
+        return choice.only(view.eligible & (verdict > view.memory["accept"]), fallback=torch.ones_like(view.block_step))
+
+
+def block_time(view: View) -> Tensor:
+    """[B] fp32 in [0, 1]: denoise steps taken in the block over its length."""
+    return (view.block_step / view.plan.block_length).clamp(max=1.0)
+
