@@ -39,8 +39,8 @@ class Short:
     Its tasks are fewer too: on nine, this little training would leave hardly an answer right.
     """
 
-    steps: int = 900
-    distill_steps: int = 200
+    steps: int = 600
+    distill_steps: int = 120
     tokens_per_step: int = 2048
     samples: int = 20000
     per_task: int = 40

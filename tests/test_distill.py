@@ -10,7 +10,7 @@ from helpers import EOS, MASK, VOCAB, native_model, toy_tokenizer
 
 import dlm_fast
 from dlm_fast.training import checkpoint
-from dlm_fast.training.distill import Distiller, DistillSettings, learning_rate_scale
+from dlm_fast.training.distill import Distiller, DistillSettings
 from dlm_fast.training.forcing import Noise, block_rates, certainty_loss, forcing_loss, predicting_row
 from dlm_fast.training.masking import Masking
 from dlm_fast.training.networks import VocabularyError, check_vocabularies
@@ -494,11 +494,3 @@ def test_a_missing_package_is_named_with_its_extra(settings, monkeypatch, packag
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ModuleNotFoundError, match=f"needs {package}: pip install 'dlm-fast.train.'"):
         Distiller(settings(**changes))
-
-
-def test_learning_rate_rises_and_falls_over_the_last_share_of_the_steps():
-    scale = [learning_rate_scale(step, steps=100, warmup=10, decay=0.5) for step in range(101)]
-
-    assert scale[0] == pytest.approx(0.1) and scale[9:51] == [1.0] * 42
-    assert scale[75] == pytest.approx(0.5) and scale[100] == 0.0
-    assert learning_rate_scale(100, steps=100, warmup=10, decay=0.0) == 1.0

@@ -30,7 +30,8 @@ from dlm_fast.training.tokenizer import (
     build_tokenizer,
     prompt_text,
 )
-from dlm_fast.training.train import Settings, Trainer, learning_rate_scale, settings_of, token_losses
+from dlm_fast.training.optimization import learning_rate_scale
+from dlm_fast.training.train import Settings, Trainer, settings_of, token_losses
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +326,7 @@ def test_learning_rate_rises_holds_and_falls_to_zero():
     assert scale[9:51] == [1.0] * 42
     assert scale[75] == pytest.approx(0.5)
     assert scale[100] == 0.0
+    assert learning_rate_scale(100, steps=100, warmup=10, decay=0.0) == 1.0
 
 
 def test_loss_counts_each_weighted_token(tmp_path):

@@ -72,12 +72,28 @@ class SampleStream:
         self._rng.setstate((version, tuple(internal), gauss))
 
 
+def _task_weight(text: str) -> tuple[str, float]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"must be TASK=WEIGHT, got {text!r}")
+    return name, float(value)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The option --weight, a list of (task, weight)."""
+    parser.add_argument(
+        "--weight", dest="weights", type=_task_weight, action="append", default=[], metavar="TASK=WEIGHT",
+        help="a task's share of samples, instead of its own; may be repeated",
+    )  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m dlm_fast.training samples`."""
     parser.add_argument("--out", type=Path, required=True, help="file to write: {task, prompt, answer} lines")
     parser.add_argument("--n", type=int, required=True, help="samples")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
     parser.add_argument("--easy", type=float, default=0.0, help="share of easy samples, in tasks that have them")
+    add_weights(parser)
 
 
 def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: dict[str, float] | None = None) -> None:
@@ -92,4 +108,4 @@ def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: 
 
 def run(values: argparse.Namespace) -> None:
     """`python -m dlm_fast.training samples`."""
-    write_samples(values.out, values.n, seed=values.seed, easy=values.easy)
+    write_samples(values.out, values.n, seed=values.seed, easy=values.easy, weights=dict(values.weights))

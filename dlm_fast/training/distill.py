@@ -31,20 +31,11 @@ from .export import write_student
 from .forcing import certainty_loss, forcing_loss
 from .masking import Masked, Masking
 from .networks import RowLogits, check_vocabularies, checkpoint_activations, open_model, require, stored_dtype
+from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from .runlog import RunLog
 from .visibility import attention_mask, block_labels
 
 __all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
-
-CHECKPOINT_NAME = "checkpoint.safetensors"
-LOG_NAME = "log.jsonl"
-SEED_STRIDE = 1_000_003
-
-
-def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """The share of the peak rate that step number `step` (from 0) trains with; decay 0: it never falls."""
-    falling = (steps - step) / (decay * steps) if decay else 1.0
-    return min(1.0, (step + 1) / warmup, falling)
 
 
 class Distiller:
@@ -186,18 +177,12 @@ class Distiller:
 
     def _build_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         settings = self.settings
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        hidden: list[Tensor] = []
-        if settings.optimizer == "muon":
-            layers = {id(p) for p in adapter_for(self.model).base_model(self.model).layers.parameters()}
-            hidden = [p for p in trained.values() if p.ndim == 2 and id(p) in layers]
-        chosen = {id(p) for p in hidden}
-        others = [p for p in trained.values() if id(p) not in chosen]
-        adamw = torch.optim.AdamW(others, lr=settings.lr, betas=tuple(settings.betas), weight_decay=settings.weight_decay)
-        if not hidden:
-            return {"adamw": adamw}
-        muon = torch.optim.Muon(hidden, lr=settings.muon_lr, weight_decay=settings.weight_decay, momentum=0.95)
-        return {"adamw": adamw, "muon": muon}
+        return build_optimizers(
+            (p for p in self.model.parameters() if p.requires_grad),
+            adapter_for(self.model).base_model(self.model).layers,
+            adamw={"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay},
+            muon={"lr": settings.muon_lr, "weight_decay": settings.weight_decay} if settings.optimizer == "muon" else None,
+        )
 
     def student_logits(self, batch: Masked) -> Tensor:
         """[N, V] logits of the student for the masked tokens of a batch."""

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlm_fast.training import checkpoint
-from dlm_fast.training.data import TASK_NAMES, SampleStream
+from dlm_fast.training.data import TASK_NAMES, SampleStream, add_weights
 from dlm_fast.training.model import build_model, export
 from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
+from dlm_fast.training.optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
-LOG_NAME = "log.jsonl"
 
 
 @dataclass
@@ -78,22 +77,6 @@ class Settings:
         return round(self.block_causal * self.steps)
 
 
-def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """The share of the peak rate that step number `step` (from 0) trains with."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
-
-
-def build_optimizers(model: nn.Module, settings: Settings) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices between the layers, AdamW for embedding, head and norms."""
-    hidden = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
-    hidden_ids = {id(parameter) for parameter in hidden}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in hidden_ids]
-    return {
-        "muon": torch.optim.Muon(hidden, lr=settings.muon_lr, weight_decay=0.05, momentum=0.95),
-        "adamw": torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    }
-
-
 def token_losses(model: nn.Module, batch: Batch, *, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted mean loss, and per token the cross-entropy (nats) and whether the top token is right.
 
@@ -123,7 +106,12 @@ class Trainer:
         self.step = 0
         self.loss_average: float | None = None
         self.model = build_model(seed=settings.seed, prompt_isolated=settings.prompt_isolated)
-        self.optimizers = build_optimizers(self.model, settings)
+        self.optimizers = build_optimizers(
+            self.model.parameters(),
+            self.model.model.layers,
+            adamw={"lr": settings.adam_lr, "betas": (0.9, 0.98), "weight_decay": 0.0},
+            muon={"lr": settings.muon_lr, "weight_decay": 0.05},
+        )
         self.stream = SampleStream(settings.seed, settings.weights, easy=settings.easy)
         self.batches = {
             "block-causal": BlockCausalBatches(self.stream, settings.tokens_per_step),
@@ -169,7 +157,7 @@ class Trainer:
         """One optimizer step; returns its loss."""
         settings = self.settings
         # Masks are seeded by the step, so that resuming needs no generator state.
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(settings.seed * SEED_STRIDE + self.step)
         objective = "block-causal" if self.step < settings.block_causal_steps else "full"
         batch = self.batches[objective].next(generator)
         scale = learning_rate_scale(self.step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
@@ -230,13 +218,6 @@ class Trainer:
             export(self.model, settings.out)
 
 
-def _task_weight(text: str) -> tuple[str, float]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"must be TASK=WEIGHT, got {text!r}")
-    return name, float(value)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m dlm_fast.training pretrain`."""
     add, default = parser.add_argument, Settings
@@ -258,10 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--fp32", dest="bf16", action="store_false", help="no bf16 autocast")
     add("--no-compile", dest="compile", action="store_false", help="run eagerly")
-    add(
-        "--weight", dest="weights", type=_task_weight, action="append", default=[], metavar="TASK=WEIGHT",
-        help="a task's share of samples, instead of its own; may be repeated",
-    )  # fmt: skip
+    add_weights(parser)
 
 
 def settings_of(values: argparse.Namespace) -> Settings:

@@ -1,0 +1,34 @@
+"""Optimizers and learning rates that pretraining and distillation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+LOG_NAME = "log.jsonl"
+# Masks and dropout of a step are seeded by seed * SEED_STRIDE + step, so that resuming needs no generator's state.
+SEED_STRIDE = 1_000_003
+
+
+def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
+    """The share of the peak rate that step number `step` (from 0) trains with; decay 0: it never falls."""
+    falling = (steps - step) / (decay * steps) if decay else 1.0
+    return min(1.0, (step + 1) / warmup, falling)
+
+
+def build_optimizers(
+    parameters: Iterable[nn.Parameter], layers: nn.Module, *, adamw: dict[str, Any], muon: dict[str, Any] | None
+) -> dict[str, torch.optim.Optimizer]:
+    """Muon for those parameters that are matrices of the layers, AdamW for all others; without `muon`, AdamW for all."""
+    trained = list(parameters)
+    in_layers = {id(p) for p in layers.parameters()} if muon is not None else set()
+    hidden = [p for p in trained if p.ndim == 2 and id(p) in in_layers]
+    chosen = {id(p) for p in hidden}
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW([p for p in trained if id(p) not in chosen], **adamw)}
+    if muon is not None:
+        optimizers["muon"] = torch.optim.Muon(hidden, momentum=0.95, **muon)
+    return optimizers
