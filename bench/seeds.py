@@ -75,8 +75,8 @@ def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
 
 
 def recipe() -> dict[str, Any]:
-    """The options of `distill` that made the embedded student (its training.json), less those a shortened run sets."""
-    command = json.loads((checkpoint_path("tiny-block") / "training.json").read_text())["distill"]
+    """The options of the embedded student's first distillation (its training.json), less those a shortened run sets."""
+    command = json.loads((checkpoint_path("tiny-block") / "training.json").read_text())["distill"][0]
     paths = ["--model", "", "--data", "", "--out", ""]
     values = vars(build_parser().parse_args(["distill", *paths, *command]))
     own = {"model", "data", "out", "steps", "seed", "tokens_per_step", "threads"}
