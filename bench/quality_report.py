@@ -136,8 +136,37 @@ def frontier(rows: Sequence[Row], cost: str) -> list[Row]:
     return kept
 
 
+LEAST_WRONG = 0.3  # per cent; where a decoder that makes no mistake is drawn, on a logarithmic scale
+
+
+def wrong(row: Row) -> float:
+    """Wrong answers in per cent, as the plot shows them."""
+    return max(LEAST_WRONG, 100 * (1 - row["exact_match"]))
+
+
+def name_points(axis: Any, named: Sequence[tuple[float, float, str]]) -> None:
+    """Writes each (x, y, name) beside its point, moved up or down until it covers no other name, with a line to the point if far."""
+    height, width = 8.5, 3.7  # points a line and a character take
+    scale = axis.figure.dpi / 72
+    taken: list[tuple[float, float, float]] = []  # left, middle, right, in points
+    for x, y, name in sorted(named, key=lambda point: (point[1], point[0])):
+        px, py = axis.transData.transform((x, y)) / scale
+        left, right = px + 5, px + 5 + width * len(name)
+        for place in (step * sign for step in range(40) for sign in (1, -1)):
+            middle = py + height * place
+            if all(abs(middle - m) >= height or right < l or left > r for l, m, r in taken):
+                break
+        taken.append((left, middle, right))
+        line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5} if place else None
+        where = {"xytext": (5, middle - py), "textcoords": "offset points", "va": "center", "arrowprops": line}
+        axis.annotate(name, (x, y), fontsize=6, **where)
+
+
 def plot(document: dict[str, Any], path: Path) -> None:
-    """One panel per model and cost: every setting a point with its standard error, those that nothing beats named and joined."""
+    """One panel per model and cost: every setting a point with its standard error, those that nothing beats joined.
+
+    Named are they and every preset at its defaults. Wrong answers on a logarithmic scale, for most decoders make few.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,27 +174,33 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in document["settings"]))
     costs = (("nfe", "forwards per answer (NFE)"), ("query_tokens", "positions computed per answer (query tokens)"))
-    figure, axes = pyplot.subplots(len(models), len(costs), figsize=(15, 6.2 * len(models)), squeeze=False)
+    figure, axes = pyplot.subplots(len(models), len(costs), figsize=(16, 7.5 * len(models)), squeeze=False, layout="constrained")
+    named: list[tuple[Any, list[tuple[float, float, str]]]] = []
     for axis_row, model in zip(axes, models):
         rows = [row for row in document["settings"] if row["model"] == model]
         for axis, (cost, title) in zip(axis_row, costs):
             for exactness, marker, color in (("exact", "o", "tab:blue"), ("approximate", "^", "tab:orange")):
                 points_of = [row for row in rows if row["exactness"].startswith(exactness)]
-                x, y = [row[cost] for row in points_of], [100 * row["exact_match"] for row in points_of]
+                x, y = [row[cost] for row in points_of], [wrong(row) for row in points_of]
                 error = [100 * row["exact_match_se"] for row in points_of]
+                low = [min(e, v - LEAST_WRONG / 2) for e, v in zip(error, y)]
                 bars = {"fmt": marker, "color": color, "alpha": 0.7, "elinewidth": 0.6, "label": f"{exactness} decoders"}
-                axis.errorbar(x, y, yerr=error, **bars)
+                axis.errorbar(x, y, yerr=(low, error), **bars)
             best = frontier(rows, cost)
-            axis.plot([row[cost] for row in best], [100 * row["exact_match"] for row in best], color="0.6", linewidth=1, zorder=0)
+            axis.plot([row[cost] for row in best], [wrong(row) for row in best], color="0.6", linewidth=1, zorder=0)
             defaults = [row for row in rows if row["label"] == row["preset"]]
-            for row in {row["label"]: row for row in (*best, *defaults)}.values():
-                where = {"fontsize": 6, "xytext": (3, 3), "textcoords": "offset points"}
-                axis.annotate(row["label"], (row[cost], 100 * row["exact_match"]), **where)
-            axis.set(xscale="log", xlabel=title, ylabel="exact match, %", title=model)
+            chosen = {row["label"]: row for row in (*best, *defaults)}.values()
+            named.append((axis, [(row[cost], wrong(row), row["label"]) for row in chosen]))
+            axis.set(xscale="log", yscale="log", ylim=(105, LEAST_WRONG / 1.5), xlabel=title, ylabel="wrong answers, %", title=model)
+            axis.set_xlim(right=axis.get_xlim()[1] * 1.5)  # room for names
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axis.grid(alpha=0.3)
             axis.legend(loc="lower right", fontsize=8)
     prompts = f"{document['per_task']} held-out prompts a task (slow decoders fewer), {len(document['tasks'])} tasks"
-    figure.suptitle(f"{prompts}, seed {document['seed']}, greedy; bars: one standard error; line: what nothing beats")
-    figure.tight_layout()
+    none = f"no mistake is drawn at {LEAST_WRONG} %"
+    figure.suptitle(f"{prompts}, seed {document['seed']}, greedy; bars: one standard error; line: what nothing beats; {none}")
+    figure.canvas.draw()  # places the axes, which names need
+    for axis, points in named:
+        name_points(axis, points)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
