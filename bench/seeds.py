@@ -36,15 +36,15 @@ SETTINGS = {
 class Short:
     """A shortened run: optimizer steps and canvas positions a step of both trainings, samples, and prompts a task.
 
-    Its tasks are fewer too: on nine, this little training would leave hardly an answer right.
+    Its tasks are fewer too: on nine, this little training leaves hardly an answer right.
     """
 
-    steps: int = 600
-    distill_steps: int = 120
-    tokens_per_step: int = 2048
-    samples: int = 20000
-    per_task: int = 40
-    tasks: tuple[str, ...] = ("add", "word", "trace", "calc", "reverse")
+    steps: int = 700
+    distill_steps: int = 100
+    tokens_per_step: int = 4096
+    samples: int = 10000
+    per_task: int = 100
+    tasks: tuple[str, ...] = ("word", "reverse")
     threads: int = 1
     compile: bool = True
 
