@@ -1,7 +1,7 @@
 """How much the seed matters: the whole recipe of the embedded pair, shortened, once for each seed.
 
 A run pretrains a teacher, writes samples, distills a student, and decodes held-out prompts with both. Short runs answer worse than the
-embedded models and scatter more, so their standard deviation is an upper bound for the difference that a seed makes there.
+embedded models and probably scatter more.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
 def recipe() -> dict[str, Any]:
     """The options of the embedded student's first distillation (its training.json), less those a shortened run sets."""
     command = json.loads((checkpoint_path("tiny-block") / "training.json").read_text())["distill"][0]
-    paths = ["--model", "", "--data", "", "--out", ""]
-    values = vars(build_parser().parse_args(["distill", *paths, *command]))
+    values = vars(build_parser().parse_args(["distill", *command]))
     own = {"model", "data", "out", "steps", "seed", "tokens_per_step", "threads"}
     return {field.name: values[field.name] for field in dataclasses.fields(DistillSettings) if field.name not in own}
 

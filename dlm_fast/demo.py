@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import nn
 
 from .generate import GenerateOutput, generate
-from .loading import EMBEDDED, load
+from .loading import load
 from .patching import handle_of
 from .tasks import TASKS, Sample, held_out
 
@@ -32,20 +32,16 @@ class Run:
     note: str
 
 
-RUNS = tuple(
-    run
-    for run in (
-        Run("tiny-full", "llada", {"block_length": 8}, "one token per step"),
-        Run("tiny-full", "llada", {"block_length": 8, "steps_per_block": 2}, "four tokens per step, no threshold"),
-        Run("tiny-full", "fast-dllm", {"block_length": 8}, "threshold 0.9"),
-        Run("tiny-full", "fast-dllm-dual", {"block_length": 8}, "threshold 0.9, dual cache (approximate)"),
-        Run("tiny-isolated", "fast-dllm", {"block_length": 8}, "threshold 0.9, prompt isolated"),
-        Run("tiny-isolated", "fast-dllm-dual", {"block_length": 8}, "threshold 0.9, prompt isolated, dual cache (approximate)"),
-        Run("tiny-block", "sdar", {}, "one token per step, exact cache"),
-        Run("tiny-block", "llada2", {"threshold": 0.9}, "threshold 0.9, one block at a time, exact cache"),
-        Run("tiny-block", "d2f", {}, "threshold 0.9, blocks in a pipeline, exact cache"),
-    )
-    if run.model in EMBEDDED
+RUNS = (
+    Run("tiny-full", "llada", {"block_length": 8}, "one token per step"),
+    Run("tiny-full", "llada", {"block_length": 8, "steps_per_block": 2}, "four tokens per step, no threshold"),
+    Run("tiny-full", "fast-dllm", {"block_length": 8}, "threshold 0.9"),
+    Run("tiny-full", "fast-dllm-dual", {"block_length": 8}, "threshold 0.9, dual cache (approximate)"),
+    Run("tiny-isolated", "fast-dllm", {"block_length": 8}, "threshold 0.9, prompt isolated"),
+    Run("tiny-isolated", "fast-dllm-dual", {"block_length": 8}, "threshold 0.9, prompt isolated, dual cache"),
+    Run("tiny-block", "sdar", {}, "one token per step, exact cache"),
+    Run("tiny-block", "llada2", {"threshold": 0.9}, "threshold 0.9, one block at a time, exact cache"),
+    Run("tiny-block", "d2f", {}, "threshold 0.9, blocks in a pipeline, exact cache"),
 )
 
 

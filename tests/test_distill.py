@@ -457,7 +457,7 @@ def test_a_run_does_not_overwrite_another_and_resumes_with_its_own_settings_only
         Distiller(settings(resume=True, high=0.9))
     other = tmp_path / "other.jsonl"
     other.write_text(data_file.read_text() + data_file.read_text())
-    with pytest.raises(ValueError, match="the content of data must be the checkpoint's to resume"):
+    with pytest.raises(ValueError, match="data's content must be the checkpoint's to resume"):
         Distiller(settings(resume=True, data=other))
 
 

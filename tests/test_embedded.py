@@ -8,8 +8,9 @@ import json
 import dlm_fast
 import pytest
 from dlm_fast import cli, demo
-from dlm_fast.loading import EMBEDDED
+from dlm_fast.loading import EMBEDDED, checkpoint_path
 from dlm_fast.tasks import TASKS, held_out
+from dlm_fast.training.__main__ import build_parser
 
 PER_TASK = 3
 
@@ -125,3 +126,17 @@ def test_the_demo_prints_its_table_and_one_json_object(capsys):
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["decoders"]
     assert len(rows) == len(demo.RUNS) and {row["model"] for row in rows} == set(EMBEDDED)
     assert all(0 <= row["exact_match"] <= 1 and row["nfe"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_commands_that_made_a_model_are_commands(name):
+    commands = json.loads((checkpoint_path(name) / "training.json").read_text())
+    for command, calls in commands.items():
+        for call in [calls] if isinstance(calls[0], str) else calls:
+            settings = build_parser().parse_args([command, *call])
+            assert settings.command == command
+
+
+def test_both_heads_are_of_the_embedded_teacher():
+    heads = [dlm_fast.load_head(name) for name in ("tiny-filter", "tiny-commit")]
+    assert [(head.kind, head.trained_on) for head in heads] == [("filter", "tiny-full"), ("commit", "tiny-full")]

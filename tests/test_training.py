@@ -315,7 +315,7 @@ def test_a_run_forks_into_both_visibilities_where_the_block_causal_steps_end(tmp
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, fork.model.state_dict()[name]), name
     fork.save()
-    with pytest.raises(ValueError, match="prompt_isolated must be the checkpoint's, true, got prompt_isolated=False"):
+    with pytest.raises(ValueError, match="prompt_isolated must be the checkpoint's, True, got prompt_isolated=False"):
         Trainer(run_settings(tmp_path / "fork", block_causal=0.2, resume=True))
 
 

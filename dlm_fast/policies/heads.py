@@ -178,7 +178,7 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
             dtype, or not finite.
     """
     path = Path(name_or_path)
-    if str(name_or_path) in shipped() and not path.exists():
+    if str(name_or_path) in shipped() and not path.is_file():
         path = HEADS / f"{name_or_path}{SUFFIX}"
     if not path.is_file():
         known = ", ".join(shipped()) or "none is shipped"

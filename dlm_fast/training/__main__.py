@@ -16,12 +16,20 @@ COMMANDS = {
 }
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help where it is a value and the help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        plain = action.default is None or isinstance(action.default, bool) or "default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """A subcommand for each module; its `add_arguments` and `run` do the rest."""
     parser = argparse.ArgumentParser(prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=Defaults)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         importlib.import_module(f"dlm_fast.training.{module}").add_arguments(command)
     return parser
@@ -33,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         importlib.import_module(f"dlm_fast.training.{COMMANDS[values.command][0]}").run(values)
     except KeyboardInterrupt:
-        print("dlm_fast.training: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        resumes = "; --resume goes on from the last checkpoint" if hasattr(values, "resume") else ""
+        print(f"dlm_fast.training {values.command}: interrupted{resumes}", file=sys.stderr)
         return 130
     except Exception as error:
         if values.debug:

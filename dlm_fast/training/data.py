@@ -76,7 +76,10 @@ def _task_weight(text: str) -> tuple[str, float]:
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"must be TASK=WEIGHT, got {text!r}")
-    return name, float(value)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"WEIGHT must be a number, got {text!r}") from None
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +104,12 @@ def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: 
     if n < 1:
         raise ValueError(f"samples: n must be positive, got n={n}")
     stream = SampleStream(seed, weights, easy=easy)
-    with open(path, "w", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
         for _ in range(n):
             file.write(json.dumps(vars(stream.next_sample())) + "\n")
+    partial.replace(path)
 
 
 def run(values: argparse.Namespace) -> None:

@@ -30,10 +30,12 @@ from .distill_settings import DistillSettings, add_arguments, settings_of
 from .export import write_student
 from .forcing import certainty_loss, forcing_loss
 from .masking import Masked, Masking
-from .networks import RowLogits, check_vocabularies, checkpoint_activations, open_model, require, stored_dtype
+from .networks import RowLogits, check_vocabularies, checkpoint_activations, open_model, require, stored_dtype, weights_digest
 from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from .runlog import RunLog
 from .visibility import attention_mask, block_labels
+
+KIND = "distillation"  # of a checkpoint, told from a pretraining's
 
 __all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
 
@@ -97,6 +99,10 @@ class Distiller:
             first_block_length=settings.first_block_length,
         )
         self.step_number, self.seconds, self.tokens = 0, 0.0, 0
+        # What the files that a run reads hold: a teacher trained again under the same name is another one.
+        read = {"model": settings.model, "teacher": settings.teacher}
+        self.digests = {f"{name}_digest": weights_digest(path) for name, path in read.items() if path is not None}
+        self.digests["data_digest"] = self.dataset.digest
         self.optimizers = self._build_optimizers()
         self._student: nn.Module = self._rows
         if self._accelerator:
@@ -106,6 +112,8 @@ class Distiller:
         self._seconds_before = 0.0
         if settings.resume:
             self._load()
+        elif self.rank == 0:
+            self.log.forget_after(0)  # of a run that broke off before its first checkpoint
 
     def _start_accelerator(self) -> Any:
         settings = self.settings
@@ -135,7 +143,7 @@ class Distiller:
         changes: dict[str, Any] = {
             "visibility": visibility,
             "block_length": block_length,
-            "block_alignment": settings.block_alignment,
+            "block_alignment": settings.block_alignment or ("rel" if settings.objective == "forcing" else own.block_alignment),
         }
         if visibility == "block":
             changes["prompt_isolated"] = False
@@ -149,11 +157,6 @@ class Distiller:
             dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
             teacher = open_model(settings.teacher, self.device, dtype, self.attention)
             check_vocabularies((self.model, self.diffusion, self.tokenizer), teacher, (settings.model, settings.teacher))
-            if not needs_teacher:
-                raise ValueError(
-                    "distill: teacher is read by 'forcing' with soft targets only, "
-                    f"got objective={settings.objective}, hard_targets={settings.hard_targets}"
-                )
             self._teacher, self.teacher_diffusion = (
                 RowLogits(teacher[0].requires_grad_(False).eval(), compiled=settings.compile),
                 teacher[1],
@@ -277,7 +280,8 @@ class Distiller:
         scaler = getattr(self._accelerator, "scaler", None)
         metadata = {
             "settings": json.dumps(self.settings.fixed()),
-            "data": self.dataset.digest,
+            "kind": KIND,
+            "digests": json.dumps(self.digests),
             "processes": str(self.processes),
             "step": str(self.step_number),
             "position": json.dumps(self.steps.position),
@@ -293,11 +297,13 @@ class Distiller:
         if not self.checkpoint_path.is_file():
             raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
         metadata = checkpoint.read_metadata(self.checkpoint_path)
-        theirs = json.loads(metadata["settings"]) | {"data": metadata["data"], "processes": int(metadata["processes"])}
-        ours = self.settings.fixed() | {"data": self.dataset.digest, "processes": self.processes}
+        if metadata.get("kind") != KIND:
+            raise ValueError(f"distill: out must hold a checkpoint of a distillation to resume, got another one at {self.checkpoint_path}")
+        theirs = json.loads(metadata["settings"]) | json.loads(metadata["digests"]) | {"processes": int(metadata["processes"])}
+        ours = self.settings.fixed() | self.digests | {"processes": self.processes}
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
-                what = "the content of data" if name == "data" else name
+                what = name.replace("_digest", "'s content")
                 raise ValueError(
                     f"distill: {what} must be the checkpoint's to resume, {theirs.get(name)!r}, got {ours.get(name)!r}"
                 )

@@ -14,13 +14,14 @@ from .visibility import IMPLEMENTATIONS
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
-# What a resumed run may change: where it runs, how often it reports, when it stops. All else decides the weights.
+# What a resumed run may change: where it runs (which may change the rounding), how often it reports, when it stops.
 FREE = {"out", "data", "resume", "minutes", "checkpoint_minutes", "log_every", "threads", "device", "save_adapter"}
 
 
 @dataclass
 class DistillSettings:
-    """Settings of one distillation. The defaults are D2F's published ones for LLaDA, with LoRA.
+    """Settings of one distillation. LoRA, masking rates, loss and optimizer are by default those that D2F published for LLaDA; precision, schedule, block
+    length and extra blocks are ours.
 
     `minutes` stops a run early with a checkpoint and leaves the schedule alone. Compiled, mixed-precision and multi-process runs
     round differently, so the same weights come out of the same settings, number of processes and threads only.
@@ -33,7 +34,7 @@ class DistillSettings:
     objective: str = "forcing"
     visibility: str | None = None
     block_length: int | None = None
-    block_alignment: str = "rel"
+    block_alignment: str | None = None
     hard_targets: bool = False
     temperature: float = 1.0
     inverse_rate_weight: bool = True
@@ -84,7 +85,7 @@ class DistillSettings:
             raise ValueError(f"distill: {rule}")
 
         for name, allowed in (
-            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)), ("block_alignment", ("rel", "abs")),
+            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)), ("block_alignment", ("rel", "abs", None)),
             ("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("dtype", DTYPES), ("attention", (*IMPLEMENTATIONS, None)),
             ("too_long", ("raise", "drop")),
         ):  # fmt: skip
@@ -117,6 +118,17 @@ class DistillSettings:
                 "first_block_length must be at least 1 and goes with objective 'trajectory', "
                 f"got first_block_length={self.first_block_length}, objective={self.objective!r}"
             )
+        if self.teacher is not None and (self.objective != "forcing" or self.hard_targets):
+            fail(
+                "teacher is read by objective 'forcing' with soft targets only, "
+                f"got objective={self.objective!r}, hard_targets={self.hard_targets}"
+            )
+        # Paths are kept as text, which is what a checkpoint's metadata holds.
+        self.model, self.teacher = str(self.model), None if self.teacher is None else str(self.teacher)
+        for name in ("model", "teacher"):
+            value = getattr(self, name)
+            if value is not None and Path(value).resolve() == Path(self.out).resolve():
+                fail(f"out must be another folder than {name}, which the student would replace, got out={self.out}")
         self.noise  # noqa: B018  checks itself
 
     @property
@@ -137,7 +149,7 @@ HELP = {
     "objective": "forcing: D2F. certainty: dParallel. trajectory: d3LLM (needs an order on every line)",
     "visibility": "of the student; default: block for forcing, else the model's own",
     "block_length": "tokens of a block; default: the model's",
-    "block_alignment": "where blocks begin: rel = at the end of the prompt (D2F), abs = at multiples of the length",
+    "block_alignment": "where blocks begin: rel = at the end of the prompt, abs = at multiples of the length; default: rel for forcing, else the model's own",
     "hard_targets": "the answer's tokens instead of the teacher's distribution",
     "temperature": "of teacher and student in the soft loss",
     "inverse_rate_weight": "do not divide a token's loss by the masking rate of its block",
@@ -148,7 +160,7 @@ HELP = {
     "mask_rate": "masking rate of certainty",
     "entropy_weight": "of certainty and trajectory", "entropy_temperature": "of certainty and trajectory",
     "first_block_length": "of trajectory: block length at the start, growing to --block-length",
-    "full_finetune": "train all weights in float32, not LoRA",
+    "full_finetune": "train all weights in float32, not LoRA; they are exported in the dtype they are stored in",
     "lora_rank": "rank of the updates", "lora_alpha": "updates are scaled by alpha / rank", "lora_dropout": "of their input",
     "lora_targets": "names of the layers that get LoRA",
     "optimizer": "muon: Muon for the matrices between the layers, AdamW for the rest",

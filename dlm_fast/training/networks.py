@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -86,6 +87,17 @@ def stored_dtype(path: str) -> torch.dtype | None:
     """The dtype that a checkpoint folder says its weights are in; None if it does not."""
     dtype = getattr(AutoConfig.from_pretrained(checkpoint_path(path), trust_remote_code=False), "dtype", None)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def weights_digest(path: str) -> str:
+    """SHA-256 over the names and contents of a checkpoint folder's safetensors files, as hexadecimal."""
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint_path(path).glob("*.safetensors")):
+        digest.update(file.name.encode())
+        with open(file, "rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def checkpoint_activations(model: nn.Module) -> None:

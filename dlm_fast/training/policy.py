@@ -21,14 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import dlm_fast
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dlm_fast
 from dlm_fast.policies import Choice, Policy, View
 from dlm_fast.policies.heads import KINDS, Head, save_head
 from dlm_fast.policies.learned import block_time, of_block
 from dlm_fast.tasks import TASKS, Sample, generate_sample
-from torch import Tensor, nn
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
 # Among these the accept threshold is chosen (see `choose_threshold`).
@@ -314,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
     model = dlm_fast.load(args.model)
     names = ("tasks", "block_length", "max_new_tokens", "prompts", "width", "rounds", "steps", "batch", "learning_rate")
     options = {name: getattr(args, name) for name in (*names, "wrong_weight", "seed")}
-    head, report = train(model, args.kind, trained_on=str(args.model), **options)
+    head, report = train(model, args.kind, trained_on=Path(args.model).name, **options)
     save_head(head, args.out)
     for number, row in enumerate(report["rounds"], 1):
         print(f"round {number}: {row['states']} states more, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}")

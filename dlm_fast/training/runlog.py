@@ -69,6 +69,15 @@ class RunLog:
 
     def forget_after(self, step: int) -> None:
         """Drops the lines of later steps: a run that goes on from a checkpoint makes them again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        forget_after(self.path, step)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drops the lines of a log that are of later steps, and a last one that was cut off."""
+    if not path.exists():
+        return
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    del last  # what follows the last line's end: nothing, or a line that was never finished
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    partial.replace(path)

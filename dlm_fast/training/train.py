@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,16 @@ from dlm_fast.training.data import TASK_NAMES, SampleStream, add_weights
 from dlm_fast.training.model import build_model, export
 from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
 from dlm_fast.training.optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
+from dlm_fast.training.runlog import forget_after
 
+FREE = {"out", "threads", "minutes", "checkpoint_minutes", "log_every", "resume"}
 
 
 @dataclass
 class Settings:
     """Everything that decides the trained weights, and where they go.
 
-    The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share
-    of `steps`; changing `steps` on resume therefore costs nothing before the fall has begun. `minutes`
+    The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share of `steps`. `minutes`
     stops a run early with a checkpoint and leaves the schedule alone. The first `block_causal` share of the steps trains the
     block-causal objective, the others full attention, of which `prompt_isolated` hides the response from the prompt. The bf16 and compiled variants round
     differently, so a run is reproducible only with the same settings and thread count.
@@ -70,6 +72,10 @@ class Settings:
             raise ValueError(f"training: decay must be in (0, 1], got decay={self.decay}")
         if not 0 <= self.block_causal <= 1:
             raise ValueError(f"training: block_causal must be in [0, 1], got block_causal={self.block_causal}")
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it continues; the rest is where it runs, how often it reports and when it stops."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
     @property
     def block_causal_steps(self) -> int:
@@ -130,8 +136,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint: weights, optimizers, step and data stream."""
         metadata = {
-            "prompt_isolated": json.dumps(self.settings.prompt_isolated),
-            "seed": str(self.settings.seed),
+            "settings": json.dumps(self.settings.fixed()),
             "step": str(self.step),
             "loss_average": json.dumps(self.loss_average),
             "stream": self.stream.state(),
@@ -140,14 +145,20 @@ class Trainer:
         checkpoint.save(self.checkpoint_path, self.model, self.optimizers, metadata)
 
     def _load(self) -> None:
-        metadata = checkpoint.load(self.checkpoint_path, self.model, self.optimizers)
-        self.step = int(metadata["step"])
+        if not self.checkpoint_path.is_file():
+            raise FileNotFoundError(f"training: resume needs a checkpoint, got none at {self.checkpoint_path}")
+        metadata = checkpoint.read_metadata(self.checkpoint_path)
+        if "batches" not in metadata:
+            raise ValueError(f"training: out must hold a checkpoint of a pretraining to resume, got another one at {self.checkpoint_path}")
+        theirs = json.loads(metadata["settings"])
         # A block-causal prompt is isolated anyway: a run forks into its two endings where that objective ends.
-        forks = self.step <= self.settings.block_causal_steps
-        for name in ("seed",) if forks else ("seed", "prompt_isolated"):
-            value = getattr(self.settings, name)
-            if json.loads(metadata[name]) != value:
-                raise ValueError(f"training: {name} must be the checkpoint's, {metadata[name]}, got {name}={value}")
+        forks = int(metadata["step"]) <= self.settings.block_causal_steps
+        for name, value in self.settings.fixed().items():
+            if theirs.get(name) != value and not (forks and name == "prompt_isolated"):
+                raise ValueError(f"training: {name} must be the checkpoint's, {theirs.get(name)}, got {name}={value}")
+        checkpoint.load(self.checkpoint_path, self.model, self.optimizers)
+        forget_after(self.settings.out / LOG_NAME, int(metadata["step"]))
+        self.step = int(metadata["step"])
         self.loss_average = json.loads(metadata["loss_average"])
         self.stream.load_state(metadata["stream"])
         for name, state in json.loads(metadata["batches"]).items():
@@ -188,8 +199,8 @@ class Trainer:
             "step": self.step,
             "seconds": round(seconds, 1),
             "loss": round(self.loss_average, 4),
-            "cross_entropy": {name: round(cross_entropy[i].item(), 4) for i, name in enumerate(TASK_NAMES)},
-            "accuracy": {name: round(right[i].item(), 4) for i, name in enumerate(TASK_NAMES)},
+            "cross_entropy": {name: round(cross_entropy[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]},
+            "accuracy": {name: round(right[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]},
         }
         self._task_sums.zero_()
         with open(self.settings.out / LOG_NAME, "a") as log:
