@@ -7,6 +7,8 @@ Everything is counted, nothing is timed, and greedy decoding of seeded prompts m
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import random
@@ -20,7 +22,7 @@ import dlm_fast
 import torch
 import transformers
 from dlm_fast.diffusion import DiffusionConfig
-from dlm_fast.loading import EMBEDDED, checkpoint_path
+from dlm_fast.loading import CHECKPOINTS, EMBEDDED, checkpoint_path
 from dlm_fast.presets import PRESETS
 from dlm_fast.tasks import TASKS, Sample, held_out
 from rich.console import Console
@@ -189,7 +191,14 @@ def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sa
 
 def conditions(per_task: int, seed: int) -> dict[str, Any]:
     """What a result file must share with a run that goes on with it."""
-    return {"per_task": per_task, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS)}
+    return {"per_task": per_task, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS), "weights": weights()}
+
+
+@functools.cache
+def weights() -> str:
+    """What the embedded models and heads hold, 16 hexadecimal digits: results of other weights do not go with these."""
+    files = sorted(CHECKPOINTS.glob("*/*.safetensors"))
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
 def read(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +286,7 @@ def check(file: Path, *, count: int, batch_size: int, choice: int = 0) -> list[s
     The prompts are the same and decoding is greedy, so what may differ is rounding: by at most one stated standard error.
     choice: seeds which settings. Every line begins with "same" or "DIFFERS".
     """
-    document = read(file, {"max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS)})
+    document = read(file, {name: value for name, value in conditions(0, 0).items() if name not in ("per_task", "seed")})
     prompts, opened, lines = drawn(document["per_task"], document["seed"]), Models(), []
     known = {setting.key for setting in settings()}
     rows = [row for row in document["settings"] if Setting(row["model"], row["preset"], row["options"]).key in known]

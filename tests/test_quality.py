@@ -93,11 +93,12 @@ def test_a_run_writes_results_that_a_second_run_takes_over(tmp_path, monkeypatch
     [
         ({**quality.conditions(3, 0), "settings": []}, "must hold per_task=1, got per_task=3"),
         ({**quality.conditions(1, 0), "tasks": None, "settings": []}, "must hold tasks=.*, got tasks=None"),
+        ({**quality.conditions(1, 0), "weights": "0", "settings": []}, "must hold weights=[0-9a-f]{16}, got weights=0"),
         ({"per_task": 1}, "must be a quality.json of this command: KeyError"),
         ([], "must be a quality.json of this command: TypeError"),
     ],
 )
-def test_results_of_other_prompts_are_refused(tmp_path, content, message):
+def test_results_of_other_prompts_or_weights_are_refused(tmp_path, content, message):
     (tmp_path / "old.json").write_text(json.dumps(content))
     with pytest.raises(quality.QualityError, match=message):
         quality.finished([tmp_path / "old.json"], per_task=1, seed=0)
