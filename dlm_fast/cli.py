@@ -192,7 +192,12 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
         }
-    report["embedded"] = {name: explain(load(name, backend=args.backend, device=args.device)) for name in EMBEDDED}
+    report["embedded"] = {}
+    for name in EMBEDDED:
+        try:
+            report["embedded"][name] = explain(load(name, backend=args.backend, device=args.device))
+        except NotImplementedError as error:  # a GPU that has no kernels: what the report is asked for
+            report["embedded"][name] = {"refused": str(error)}
     if not args.json:
         print(f"dlm-fast {__version__}, Python {report['python']}, {report['platform']}")
         for package, number in report["packages"].items():
@@ -200,6 +205,9 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
         gpu = report["gpu"]
         print(f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}" if gpu else "GPU: none that torch can use")
         for name, facts in report["embedded"].items():
+            if "refused" in facts:
+                print(f"{name}: {facts['refused']}")
+                continue
             print(f"{name}: {facts['model']} on {facts['device']}, visibility {facts['visibility']}")
             for op, where in facts["ops"].items():
                 print(f"  {op:16}{where}  ({facts['reason']})")

@@ -99,7 +99,8 @@ def load(
             at 8k tokens, 14 at 16k, 31 at 24k, 55 at 32k (LongLLaDA, arXiv:2506.14429). max_position_embeddings is raised with it.
     Raises:
         ValueError: rope_scale below 1. CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, missing or unexpected weights, no
-            diffusion configuration. NotImplementedError: an architecture without an adapter.
+            diffusion configuration. NotImplementedError: an architecture without an adapter, a GPU or a head size
+            that the Triton kernels do not have, where they are the backend.
     """
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
         raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")

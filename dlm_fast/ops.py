@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from dlm_kernels import reference
+from dlm_kernels.tiles import HEAD_DIMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,16 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
     return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, drafts.draft_build, drafts.verify, reason)
 
 
+def check_head_dims(ops: Ops, head_dims: Collection[int]) -> None:
+    """Raises NotImplementedError if `ops` are the Triton kernels and have none for a head size of the model."""
+    for head_dim in head_dims:
+        if ops.name == "triton" and head_dim not in HEAD_DIMS:
+            raise NotImplementedError(
+                f"ops: there is no Triton attention kernel for head_dim={head_dim}, only for multiples of 16 up to 256, and 512; the "
+                "plain-torch reference takes any (backend='reference')"
+            )
+
+
 def choose(backend: str | Ops, device: torch.device | str) -> Ops:
     """The ops for a model on `device`.
 
@@ -55,17 +66,20 @@ def choose(backend: str | Ops, device: torch.device | str) -> Ops:
         backend: "triton", "reference", an `Ops` of your own, or "auto": Triton on a CUDA device, the plain-torch
             reference elsewhere (same tokens, slower). `explain` reports what was chosen and why.
     Raises:
-        ValueError: unknown backend. ImportError: Triton needed and not installed.
+        ValueError: unknown backend. ImportError: Triton needed and not installed. NotImplementedError: Triton needed, and a GPU
+            that has no kernels.
     """
     if isinstance(backend, Ops):
         return backend
     device = torch.device(device)
-    if backend == "auto":
-        if device.type == "cuda":
-            return triton_ops(f"auto: the model is on {device}")
+    if backend == "auto" and device.type != "cuda":
         return dataclasses.replace(REFERENCE, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device")
-    if backend == "triton":
-        return triton_ops()
+    if backend in ("auto", "triton"):
+        chosen = triton_ops(f"auto: the model is on {device}") if backend == "auto" else triton_ops()
+        from dlm_kernels.device import target_of  # needs triton
+
+        target_of(f"ops: backend {backend!r}", device)
+        return chosen
     if backend == "reference":
         return REFERENCE
     raise ValueError(f"ops: backend must be one of {', '.join(BACKENDS)} or an Ops, got backend={backend!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import models
 from .diffusion import DiffusionConfig
 from .models.native import ATTENTION_NAME, Step
-from .ops import OP_NAMES, Ops, choose
+from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
 
@@ -187,6 +187,7 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
         raise RuntimeError("patch: this model is already patched; unpatch it first")
     adapter.verify(model)
     ops = choose(backend, next(model.parameters()).device)
+    check_head_dims(ops, adapter.head_dims(model))
     handle = PatchHandle(model, adapter, ops, diffusion, plain_mode)
     handle._bind()
     return handle
@@ -203,7 +204,8 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
         diffusion: how the model was trained to be decoded; default: the `dlm` section of its config, if it has one.
         backend: "auto", "triton", "reference" or an `Ops`.
     Raises:
-        NotImplementedError: another class, a modified attention module, a sliding window. RuntimeError: patched already.
+        NotImplementedError: another class, a modified attention module, a sliding window; a GPU or a head size that the Triton kernels
+            do not have, where they are the backend. RuntimeError: patched already.
     """
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         diffusion = DiffusionConfig.from_dict(model.config.dlm)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="without Triton, there is no attention kernel to launch")
 import dlm_kernels.attention as kernel
-from attention_cases import FP8, TOY, assert_same_bits, random_case
+from attention_cases import FP8, TOY, assert_no_worse_than_torch, assert_same_bits, random_case
+from attention_oracle import by_the_loop
 from dlm_kernels import Window, reference
 
 
@@ -121,11 +124,26 @@ def test_wrong_values_are_named(message: str, block_attention) -> None:
     assert f"block_attention: {message}" in str(error.value)
 
 
-@pytest.mark.parametrize("D", [8, 40, 272, 1024])
-def test_other_head_dims_are_refused(D: int) -> None:
-    case = random_case(41, B=1, W=2, H_kv=1, G=1, D=D, cache=False).to(torch.float32)
+@pytest.mark.parametrize("D", [8, 20, 272, 1024])
+def test_head_sizes_without_a_tile_are_the_references_alone(D: int) -> None:
+    case = random_case(41, B=1, W=2, H_kv=1, G=1, D=D, cache=False)
+    low = case.to(torch.float32)
+    assert_no_worse_than_torch(low.reference(), low.reference(), by_the_loop(case))
     with pytest.raises(ValueError, match=f"D must be a multiple of 16 up to 256, or 512, got D={D}"):
-        case.reference()
+        kernel.block_attention(*low.arguments, **low.options)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e39])
+@pytest.mark.parametrize("block_attention", [reference.block_attention, kernel.block_attention], ids=["reference", "kernel"])
+def test_a_scale_that_is_not_finite_is_refused(scale: float, block_attention) -> None:
+    low = random_case(41, B=1, W=2, H_kv=1, G=1, cache=True).to(torch.float32)
+    before = [buffer.clone() for buffer in low.buffers]
+    with pytest.raises(ValueError, match=re.escape(f"scale must be a finite number, at most 1e+38 in size, got scale={scale}")):
+        block_attention(*low.arguments, scale=scale)
+    with pytest.raises(TypeError, match="scale must be a float, got str"):
+        block_attention(*low.arguments, scale="0.25")
+    for mine, theirs in zip(low.buffers, before, strict=True):
+        assert_same_bits(mine, theirs)
 
 
 def test_wrong_dtypes_are_named_with_their_values() -> None:

@@ -99,6 +99,11 @@ def verify(model: nn.Module) -> None:
             raise NotImplementedError(f"dlm_fast: layer {index} has sliding_window={module.sliding_window}; only full attention is supported")
 
 
+def head_dims(model: nn.Module) -> set[int]:
+    """The head sizes of the model's layers."""
+    return {layer.self_attn.head_dim for layer in model.model.layers}
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The stack without its head: the module whose forward takes `dlm_step`."""
     return model.model

@@ -13,7 +13,7 @@ from .attention_device import _attention_kernel
 from .attention_prefill_device import _prefill_kernel
 from .library import operator
 from .reference.attention import capacity, check_arguments
-from .tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
+from .tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
 from .window import Window
 
 __all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
@@ -53,7 +53,7 @@ def block_attention(
         k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
             Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
         window: what is visible and where keys go; every tensor contiguous.
-        scale: multiplies q . k.
+        scale: multiplies q . k; finite.
         k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
             to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
             The window's own keys are attended as they come.
@@ -61,12 +61,14 @@ def block_attention(
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, sliding_window < 1, scales
-            without an fp8 cache or the other way round.  TypeError: dtype.
-        RuntimeError: a gradient is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
+        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, a scale that is not finite,
+            sliding_window < 1, scales of the cache without an fp8 one or the other way round.  TypeError: dtype.
+        RuntimeError: a gradient is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.  NotImplementedError: a GPU
+            that `tiles.TARGETS` does not name.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
-    positions sharing a slot, and every stored slot hidden from all rows that read it.
+    positions sharing a slot, and every stored slot hidden from all rows that read it. A NaN or an infinity in a live query, or in a key
+    or value that it sees, is carried into the results, as in the reference.
 
     The visible prefix is read in splits, cut by the row's own length, whose partial results are added in order; a row of many
     queries (more than the tile's PREFILL_ROWS of them times H / H_kv) is walked by one program a query tile instead. Both
@@ -78,7 +80,8 @@ def block_attention(
     """
     check_arguments(
         q, k, v, k_cache, v_cache, window,
-        k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
+        dtypes=(torch.float32, torch.bfloat16, torch.float16), head_dims=HEAD_DIMS,
     )  # fmt: skip
     capability, D, G = _capability(q), q.shape[3], q.shape[1] // k.shape[1]
     tile = attention_tile(capability, D=D, G=G, dtype=q.dtype, fp8=k_scale is not None)
@@ -88,7 +91,7 @@ def block_attention(
 
 
 def _capability(q: Tensor) -> int:
-    """Compute capability of q's GPU; under the interpreter, what it stands for."""
+    """Compute capability whose tiles q's GPU runs; under the interpreter, that which it stands for."""
     capability = device.capability_of("block_attention", q, _attention_kernel)
     if not q.is_cuda and q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.runtime.JITFunction):
         raise RuntimeError(
@@ -169,7 +172,7 @@ def _launch(
         "PAGE": 0 if page_table is None else k_cache.shape[2],
         "BLOCK_D": triton.next_power_of_2(D),
     }
-    with torch.cuda.device_of(q):
+    with device.launching_on(q):
         if W * G > tile.PREFILL_ROWS:
             prefill = prefill or tile
             num_tiles = triton.cdiv(W * G, prefill.BLOCK_M)

@@ -39,9 +39,11 @@ def _load_tile(ptr, offset, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _decode_e4m3(byte):
-    """value / E4M3_UNIT in float16, exactly, subnormals included. The NaN byte, which no finite key becomes, is read as 480."""
+    """value / E4M3_UNIT in float16, exactly, subnormals and NaN included."""
     wide = byte.to(tl.uint16)
-    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    size = wide & 0x7F
+    # 0x7F would be 480, where e4m3 has its NaN; 0x7F00 is one of float16.
+    return (((wide & 0x80) << 8) | tl.where(size == 0x7F, 0x7F00, size << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit

@@ -7,15 +7,20 @@ import triton.language as tl
 
 from .attention_cache_device import _replaced_tiles, _split_plan, _tile_mask
 
-# Finite pivot of an empty row: a tile may hold no visible key, and -inf - -inf is NaN. -1e30 survives scaling by log2(e).
-LOWEST = tl.constexpr(-1.0e30)
+# Finite pivot of what has no visible key: -inf - -inf is NaN. The least float32, so that no finite score lies below it.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# The sum of weights of a row that is dead, in partial results; a live one's is at least 0, or NaN.
+DEAD = tl.constexpr(-1.0)
 
 
 @triton.jit
-def _normalized(acc, row_sum):
-    """The weighted mean of the values; zeros, never NaN, for a row whose weights sum to zero."""
-    seen = row_sum > 0
-    return tl.where(seen[:, None], acc / tl.where(seen, row_sum, 1.0)[:, None], 0.0)
+def _normalized(acc, row_sum, live):
+    """The weighted mean of the values of live rows, zeros of the others.
+
+    A live row sees itself, so its weights have a sum. Where that is NaN, or 0 because every score is -inf, so is what it stands for
+    not a number: zeros in its place would hide an overflow from all that follows.
+    """
+    return tl.where(live[:, None], acc / tl.where(live, row_sum, 1.0)[:, None], 0.0)
 
 
 @triton.jit
@@ -70,7 +75,7 @@ def _combine_kernel(
     merged = tl.where(tile_start < rows_in_use, splits, 0)
 
     row_max = tl.full([BLOCK_R], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    row_sum = tl.where(local < rows_in_use, 0.0, DEAD)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for split in tl.range(0, merged, num_stages=3):
         begin = base + split * length
@@ -89,4 +94,6 @@ def _combine_kernel(
         row_sum = row_sum * decay + split_sum * share
         acc = acc * decay[:, None] + split_acc * share[:, None]
         row_max = new_max
-    _write_output(out_ptr, _normalized(acc, row_sum), batch, head, first_row + local, W, H_KV, G, D, BLOCK_D)
+    # Not `row_sum >= 0`, which is false of NaN.
+    result = _normalized(acc, row_sum, (row_sum < 0) == 0)
+    _write_output(out_ptr, result, batch, head, first_row + local, W, H_KV, G, D, BLOCK_D)

@@ -30,7 +30,7 @@ from .attention_cache_device import (
     _tile_mask,
     _tile_pages,
 )
-from .attention_combine_device import LOWEST, _normalized, _write_output
+from .attention_combine_device import DEAD, LOWEST, _normalized, _write_output
 
 # Positions per iteration when looking for the last key that a tile of queries can see.
 SCAN_N = tl.constexpr(1024)
@@ -330,17 +330,15 @@ def _attention_kernel(
             v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
             row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP)
 
-    # A sum of zero is what marks a row that attended over nothing, here and in the combine.
-    row_sum = tl.where(live, row_sum, 0.0)
     if SWAP:
         acc = tl.trans(acc)
     if splits == 1:
-        _write_output(out_ptr, _normalized(acc, row_sum), batch, head, row, W, H_KV, G, D, BLOCK_D)
+        _write_output(out_ptr, _normalized(acc, row_sum, live), batch, head, row, W, H_KV, G, D, BLOCK_D)
     elif HAS_CACHE:
         rows = num_tiles * BLOCK_M
         local = (pair.to(tl.int64) * num_splits + split) * rows + row - first_tile * BLOCK_M
         in_use = row < q_len * G
-        tl.store(partial_max_ptr + local, row_max, mask=in_use)
-        tl.store(partial_sum_ptr + local, row_sum, mask=in_use)
+        tl.store(partial_max_ptr + local, tl.where(live, row_max, LOWEST), mask=in_use)
+        tl.store(partial_sum_ptr + local, tl.where(live, row_sum, DEAD), mask=in_use)
         pointers = partial_acc_ptr + local[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
         tl.store(pointers, acc, mask=_tile_mask(in_use, D, BLOCK_D))

@@ -245,5 +245,4 @@ def _prefill_kernel(
         v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
         row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, False)
 
-    row_sum = tl.where(live, row_sum, 0.0)
-    _write_output(out_ptr, _normalized(acc, row_sum), batch, head, row, W, H_KV, G, D, BLOCK_D)
+    _write_output(out_ptr, _normalized(acc, row_sum, live), batch, head, row, W, H_KV, G, D, BLOCK_D)

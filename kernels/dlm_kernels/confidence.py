@@ -14,7 +14,7 @@ from .confidence_merge_device import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
 from .library import operator
 from .reference.confidence import OUTPUTS, Confidence, check_arguments, requested
 from .static import CompileCase
-from .tiles import CONFIDENCE_TILES, ConfidenceTile, confidence_parts, confidence_tile
+from .tiles import ConfidenceTile, confidence_parts, confidence_tile
 
 # Programs wanted for every SM. Fewer rows than that are split; it changes no bit of a row, so it may look at N and at the device.
 PROGRAMS_PER_SM = 2
@@ -68,7 +68,8 @@ def confidence(
     tiles (`ConfidenceTile.lanes` x 16 bytes) that hold one compares all its elements with all K ids, the other tiles nothing.
     Each of the top k costs one lane's ids read again (V / lanes), outside the loop over the vocabulary.
 
-    Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: no tile for this GPU.
+    Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that
+        `tiles.TARGETS` does not name.
     """
     N = check_arguments(
         logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
@@ -116,57 +117,58 @@ def launch(
         fields |= {"top_tokens_ptr": part_top_tokens, "top_logits_ptr": part_top_logits}
     group = 16 // logits.element_size()
     num_banned = 0 if banned is None else banned.shape[-1]
-    _confidence_kernel[(N, parts) if split else (N,)](
-        logits_ptr=logits,
-        rows_ptr=rows,
-        banned_ptr=banned if num_banned else None,
-        temperature_ptr=temperature,
-        sample_temperature_ptr=sample_temperature,
-        seed_ptr=seed,
-        noise_ptr=noise,
-        query_ptr=query,
-        bias_ids_ptr=bias_ids,
-        bias_ptr=bias,
-        previous_ptr=previous,
-        previous_logsumexp_ptr=previous_logsumexp,
-        **fields,
-        values_ptr=values,
-        ids_ptr=ids,
-        row_stride=logits.stride(0),
-        previous_stride=None if previous is None else previous.stride(0),
-        banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
-        num_bias=None if bias is None else bias.shape[1],
-        top_k=top_k,
-        R=logits.shape[0],
-        V=V,
-        soft_cap=soft_cap,
-        HAS_ROWS=rows is not None,
-        NUM_BANNED=num_banned,
-        HAS_BIAS=bias is not None,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        SECOND="second" in outputs,
-        ENTROPY="entropy" in outputs,
-        KL="kl" in outputs,
-        SAMPLED="sampled" in outputs,
-        QUERY="query" in outputs,
-        HAS_TOP=top_k > 0,
-        LANES=tile.lanes,
-        GROUP=group,
-        COLUMN=_column(V, tile, group, part_tiles, split),
-        PART_TILES=part_tiles,
-        PARTS=parts,
-        LOG2_SLOTS=log2_slots(parts),
-        SPLIT=split,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=tile.max_registers,
-    )
-    if split:
-        merge(
-            result, partials, outputs, top_k, rows, temperature, sample_temperature, query, soft_cap, previous_logsumexp,
-            N=N, R=logits.shape[0], V=V, parts=parts,
-        )  # fmt: skip
+    with device.launching_on(logits):
+        _confidence_kernel[(N, parts) if split else (N,)](
+            logits_ptr=logits,
+            rows_ptr=rows,
+            banned_ptr=banned if num_banned else None,
+            temperature_ptr=temperature,
+            sample_temperature_ptr=sample_temperature,
+            seed_ptr=seed,
+            noise_ptr=noise,
+            query_ptr=query,
+            bias_ids_ptr=bias_ids,
+            bias_ptr=bias,
+            previous_ptr=previous,
+            previous_logsumexp_ptr=previous_logsumexp,
+            **fields,
+            values_ptr=values,
+            ids_ptr=ids,
+            row_stride=logits.stride(0),
+            previous_stride=None if previous is None else previous.stride(0),
+            banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
+            num_bias=None if bias is None else bias.shape[1],
+            top_k=top_k,
+            R=logits.shape[0],
+            V=V,
+            soft_cap=soft_cap,
+            HAS_ROWS=rows is not None,
+            NUM_BANNED=num_banned,
+            HAS_BIAS=bias is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFT_CAP=soft_cap is not None,
+            SECOND="second" in outputs,
+            ENTROPY="entropy" in outputs,
+            KL="kl" in outputs,
+            SAMPLED="sampled" in outputs,
+            QUERY="query" in outputs,
+            HAS_TOP=top_k > 0,
+            LANES=tile.lanes,
+            GROUP=group,
+            COLUMN=_column(V, tile, group, part_tiles, split),
+            PART_TILES=part_tiles,
+            PARTS=parts,
+            LOG2_SLOTS=log2_slots(parts),
+            SPLIT=split,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
+        )
+        if split:
+            merge(
+                result, partials, outputs, top_k, rows, temperature, sample_temperature, query, soft_cap, previous_logsumexp,
+                N=N, R=logits.shape[0], V=V, parts=parts,
+            )  # fmt: skip
     return result
 
 
@@ -260,13 +262,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _tile(logits: Tensor, kl: bool, biased: bool) -> ConfidenceTile:
     capability = device.capability_of("confidence", logits, _confidence_kernel)
-    try:
-        return confidence_tile(capability, logits.element_size(), kl, biased)
-    except KeyError:
-        known = ", ".join(f"{c / 10}" for c in sorted({capability for capability, _ in CONFIDENCE_TILES}))
-        raise NotImplementedError(
-            f"confidence: no tile for compute capability {capability / 10}; there are tiles for {known}"
-        ) from None
+    return confidence_tile(capability, logits.element_size(), kl, biased)
 
 
 OUTPUT_POINTERS = {

@@ -27,7 +27,8 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
     other rows. Traffic: every draft reads 26 B a lane (from L2 but for the first) and writes 8 B.
 
     Raises:
-        As reference.draft_build, and RuntimeError: CPU tensors without Triton's interpreter.
+        As reference.draft_build, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a GPU
+        that `tiles.TARGETS` does not name.
     """
     check_build(source, tokens, eligible, ready, D)
     B, W = tokens.shape
@@ -36,23 +37,24 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
         return held
     device.capability_of("draft_build", tokens, draft_build_kernel)
     BLOCK_T, num_warps = drafts_tile(W)
-    draft_build_kernel[(B,)](
-        source_token_ptr=source.token,
-        source_score_ptr=source.score,
-        tokens_ptr=tokens,
-        eligible_ptr=eligible,
-        ready_ptr=ready,
-        held_ptr=held,
-        source_token_stride=source.token.stride(0),
-        source_score_stride=source.score.stride(0),
-        tokens_stride=tokens.stride(0),
-        eligible_stride=eligible.stride(0),
-        W=W,
-        D=D,
-        BLOCK_T=BLOCK_T,
-        num_warps=num_warps,
-        num_stages=1,
-    )
+    with device.launching_on(tokens):
+        draft_build_kernel[(B,)](
+            source_token_ptr=source.token,
+            source_score_ptr=source.score,
+            tokens_ptr=tokens,
+            eligible_ptr=eligible,
+            ready_ptr=ready,
+            held_ptr=held,
+            source_token_stride=source.token.stride(0),
+            source_score_stride=source.score.stride(0),
+            tokens_stride=tokens.stride(0),
+            eligible_stride=eligible.stride(0),
+            W=W,
+            D=D,
+            BLOCK_T=BLOCK_T,
+            num_warps=num_warps,
+            num_stages=1,
+        )
     return held
 
 
@@ -87,7 +89,8 @@ def verify(
     Traffic: 61 B a lane, and 13 B a lane for every accepted draft and 16 B for every draft compared with it.
 
     Raises:
-        As reference.verify, and RuntimeError: CPU tensors without Triton's interpreter.
+        As reference.verify, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a GPU
+        that `tiles.TARGETS` does not name.
     """
     check_verify(source, held, token, score, confidence, eligible, ready, drafting, selects, mask_id)
     B, D, W = held.shape
@@ -96,42 +99,43 @@ def verify(
         return result
     device.capability_of("verify", held, verify_kernel)
     BLOCK_T, num_warps = drafts_tile(W)
-    verify_kernel[(B,)](
-        source_token_ptr=source.token,
-        source_score_ptr=source.score,
-        source_confidence_ptr=source.confidence,
-        tried_ptr=source.tried,
-        accepted_ptr=source.accepted,
-        held_ptr=held,
-        token_ptr=token,
-        score_ptr=score,
-        confidence_ptr=confidence,
-        eligible_ptr=eligible,
-        ready_ptr=ready,
-        drafting_ptr=drafting,
-        selects_ptr=selects,
-        chosen_ptr=result.chosen,
-        pred_ptr=result.pred,
-        certain_ptr=result.confidence,
-        source_token_stride=source.token.stride(0),
-        source_score_stride=source.score.stride(0),
-        source_confidence_stride=source.confidence.stride(0),
-        eligible_stride=eligible.stride(0),
-        held_stride=held.stride(0),
-        held_draft_stride=held.stride(1),
-        token_stride=token.stride(0),
-        token_draft_stride=token.stride(1),
-        score_stride=score.stride(0),
-        score_draft_stride=score.stride(1),
-        confidence_stride=confidence.stride(0),
-        confidence_draft_stride=confidence.stride(1),
-        W=W,
-        D=D,
-        mask_id=mask_id,
-        BLOCK_T=BLOCK_T,
-        num_warps=num_warps,
-        num_stages=1,
-    )
+    with device.launching_on(held):
+        verify_kernel[(B,)](
+            source_token_ptr=source.token,
+            source_score_ptr=source.score,
+            source_confidence_ptr=source.confidence,
+            tried_ptr=source.tried,
+            accepted_ptr=source.accepted,
+            held_ptr=held,
+            token_ptr=token,
+            score_ptr=score,
+            confidence_ptr=confidence,
+            eligible_ptr=eligible,
+            ready_ptr=ready,
+            drafting_ptr=drafting,
+            selects_ptr=selects,
+            chosen_ptr=result.chosen,
+            pred_ptr=result.pred,
+            certain_ptr=result.confidence,
+            source_token_stride=source.token.stride(0),
+            source_score_stride=source.score.stride(0),
+            source_confidence_stride=source.confidence.stride(0),
+            eligible_stride=eligible.stride(0),
+            held_stride=held.stride(0),
+            held_draft_stride=held.stride(1),
+            token_stride=token.stride(0),
+            token_draft_stride=token.stride(1),
+            score_stride=score.stride(0),
+            score_draft_stride=score.stride(1),
+            confidence_stride=confidence.stride(0),
+            confidence_draft_stride=confidence.stride(1),
+            W=W,
+            D=D,
+            mask_id=mask_id,
+            BLOCK_T=BLOCK_T,
+            num_warps=num_warps,
+            num_stages=1,
+        )
     return result
 
 

@@ -46,7 +46,8 @@ def linear_confidence(
     here (two launches, `tiles.linear_confidence_parts`) 26 MB. Fusing saves the logits' write and read, 2% of the head's time at
     32 rows and about 15% from 256 on, and the product of a general kernel loses as much or more against the vendor's.
 
-    Raises also: RuntimeError for CPU tensors without Triton's interpreter.
+    Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that `tiles.TARGETS` does not
+        name.
     """
     N = check_linear_arguments(
         hidden, weight, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap
@@ -82,46 +83,47 @@ def launch(
         return result
     partials = allocate_partials(N, parts, 0, hidden.device)
     num_banned = 0 if banned is None else banned.shape[-1]
-    _linear_confidence_kernel[(triton.cdiv(N, tile.BLOCK_M), parts)](
-        hidden_ptr=hidden,
-        weight_ptr=weight,
-        rows_ptr=rows,
-        banned_ptr=banned if num_banned else None,
-        temperature_ptr=temperature,
-        sample_temperature_ptr=sample_temperature,
-        seed_ptr=seed,
-        noise_ptr=noise,
-        query_ptr=query,
-        values_ptr=partials[0],
-        ids_ptr=partials[1],
-        hidden_stride=hidden.stride(0),
-        weight_stride=weight.stride(0),
-        banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
-        N=N,
-        R=R,
-        V=V,
-        H=H,
-        soft_cap=soft_cap,
-        HAS_ROWS=rows is not None,
-        NUM_BANNED=num_banned,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        SECOND="second" in outputs,
-        ENTROPY="entropy" in outputs,
-        SAMPLED="sampled" in outputs,
-        QUERY="query" in outputs,
-        EVEN_H=H % tile.BLOCK_H == 0,
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_V=tile.BLOCK_V,
-        BLOCK_H=tile.BLOCK_H,
-        PART_TILES=part_tiles,
-        PARTS=parts,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    merge(
-        result, partials, outputs, 0, rows, temperature, sample_temperature, query, soft_cap, None, N=N, R=R, V=V, parts=parts
-    )  # fmt: skip
+    with device.launching_on(hidden):
+        _linear_confidence_kernel[(triton.cdiv(N, tile.BLOCK_M), parts)](
+            hidden_ptr=hidden,
+            weight_ptr=weight,
+            rows_ptr=rows,
+            banned_ptr=banned if num_banned else None,
+            temperature_ptr=temperature,
+            sample_temperature_ptr=sample_temperature,
+            seed_ptr=seed,
+            noise_ptr=noise,
+            query_ptr=query,
+            values_ptr=partials[0],
+            ids_ptr=partials[1],
+            hidden_stride=hidden.stride(0),
+            weight_stride=weight.stride(0),
+            banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
+            N=N,
+            R=R,
+            V=V,
+            H=H,
+            soft_cap=soft_cap,
+            HAS_ROWS=rows is not None,
+            NUM_BANNED=num_banned,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFT_CAP=soft_cap is not None,
+            SECOND="second" in outputs,
+            ENTROPY="entropy" in outputs,
+            SAMPLED="sampled" in outputs,
+            QUERY="query" in outputs,
+            EVEN_H=H % tile.BLOCK_H == 0,
+            BLOCK_M=tile.BLOCK_M,
+            BLOCK_V=tile.BLOCK_V,
+            BLOCK_H=tile.BLOCK_H,
+            PART_TILES=part_tiles,
+            PARTS=parts,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        merge(
+            result, partials, outputs, 0, rows, temperature, sample_temperature, query, soft_cap, None, N=N, R=R, V=V, parts=parts
+        )  # fmt: skip
     return result
 
 

@@ -127,7 +127,7 @@ def propose(
     """
     if kernel not in static.KERNEL_MODULES:
         raise ValueError(f"propose: kernel must be one of {', '.join(static.KERNEL_MODULES)}, got {kernel!r}")
-    if capability not in static.SHARED_LIMIT:
+    if capability not in static.CAPABILITIES:
         raise ValueError(f"propose: target must be one of {', '.join(map(str, static.CAPABILITIES))}, got {capability}")
     shipped = {f"{case.config}": case for case in static.shipped(kernel, capability)}
     if config not in shipped:

@@ -31,11 +31,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from . import sass
+from .tiles import TARGETS
 
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# Compiled unless another is asked for: the targets with tiles of their own. The others of `TARGETS` run the same configurations.
+CAPABILITIES = tuple(sorted(set(TARGETS.values())))
 
 # KiB that one program may use: CUDA C++ Programming Guide, "Compute Capabilities", maximum shared memory per thread block.
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 # Columns of tensor memory (sm_100), all of it.
 TENSOR_MEMORY_LIMIT = 512
@@ -186,11 +188,11 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
 
     Raises:
         RuntimeError: the interpreter is on; a CUDA binary of Triton's wheel is missing; the kernel does not compile.
-        ValueError: a target that is not in CAPABILITIES, or a case that does not fit its function.
+        ValueError: a target that is not in TARGETS, or a case that does not fit its function.
     """
     _refuse_what_changes_the_code()
-    if capability not in SHARED_LIMIT:
-        raise ValueError(f"compile_case: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability}")
+    if capability not in TARGETS:
+        raise ValueError(f"compile_case: capability must be one of {', '.join(map(str, sorted(TARGETS)))}, got {capability}")
     _check(case)
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=_attributes(case))
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
@@ -244,7 +246,7 @@ def _instructions_per_element(
 
 @functools.cache
 def _shipped(module: str, capability: int) -> tuple[CompileCase, ...]:
-    return tuple(importlib.import_module(module).compile_cases(capability))
+    return tuple(importlib.import_module(module).compile_cases(TARGETS[capability]))
 
 
 def shipped(kernel: str, capability: int) -> tuple[CompileCase, ...]:
@@ -263,7 +265,7 @@ def report(
     """Every shipped configuration, compiled for every target.
 
     Args:
-        capabilities: compute capabilities, out of CAPABILITIES.
+        capabilities: compute capabilities, out of `tiles.TARGETS`.
         kernels: names of ops (modules) or of cases; None: all.
         jobs: processes; None: one for every core. The result does not depend on it, nor on what Triton's cache holds.
 
@@ -272,8 +274,8 @@ def report(
     """
     _refuse_what_changes_the_code()
     for capability in capabilities:
-        if capability not in SHARED_LIMIT:
-            raise ValueError(f"report: capabilities must be out of {', '.join(map(str, CAPABILITIES))}, got {capability}")
+        if capability not in TARGETS:
+            raise ValueError(f"report: capabilities must be out of {', '.join(map(str, sorted(TARGETS)))}, got {capability}")
     wanted = None if kernels is None else set(kernels)
     tasks, known = [], set(KERNEL_MODULES)
     for capability in capabilities:

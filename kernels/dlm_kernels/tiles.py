@@ -11,6 +11,10 @@ import dataclasses
 
 import torch
 
+# Compute capability (90 for 9.0) of every GPU that the kernels run on: the one whose tiles it runs, compiled for its own target. Those
+# that borrow have the tensor cores of the lender's family and at least its shared memory.
+TARGETS = {80: 80, 86: 86, 87: 86, 89: 89, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTile:
@@ -38,6 +42,9 @@ class AttentionTile:
     max_registers: int | None = None
 
 
+# Head sizes of `block_attention`: what tl.dot takes a product over, in tiles of a power of two.
+HEAD_DIMS = (*range(16, 257, 16), 512)
+
 # fp32 numbers of a tile that a program of the combine merges.
 COMBINE_ELEMENTS = 2048
 
@@ -60,7 +67,7 @@ _SM_100_TILES = {
     256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
     512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
 }
-# mma.sync and, but for sm_80, 99 KB of shared memory: what any other capability gets.
+# mma.sync and, but for sm_80, 99 KB of shared memory.
 _MMA_SYNC_TILES = {
     16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2), AttentionTile(128, 32, 8, 2)),
     32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4, max_registers=255)),
@@ -79,20 +86,26 @@ _FLOAT32_TILES = {
     256: (AttentionTile(16, 16, 8, 2),) * 3,
     512: (AttentionTile(16, 16, 8, 2),) * 3,
 }
-ATTENTION_TILES = {80: _SM_80_TILES, 90: _SM_90_TILES, 100: _SM_100_TILES, 103: _SM_100_TILES}
+ATTENTION_TILES = {
+    80: _SM_80_TILES,
+    86: _MMA_SYNC_TILES,
+    89: _MMA_SYNC_TILES,
+    90: _SM_90_TILES,
+    100: _SM_100_TILES,
+    120: _MMA_SYNC_TILES,
+}
 
 
 # What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers.
 _FP8_TILES = {
     90: {},
     100: {(128, 2): AttentionTile(128, 32, 8, 3)},
-    103: {(128, 2): AttentionTile(128, 32, 8, 3)},
 }
 _FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3), (128, 2): AttentionTile(64, 32, 8, 3)}
 
 
 def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
-    """The tile of a model on a GPU; `capability` as in sm_90, `fp8` of its cache."""
+    """The tile of a model on a GPU; `capability` is a value of TARGETS, `fp8` says that of its cache."""
     return _attention_tile(capability, D, dtype, fp8, int(G > 2))
 
 
@@ -105,7 +118,7 @@ def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, plac
     padded = 1 << (D - 1).bit_length()
     if dtype == torch.float32:
         return _FLOAT32_TILES[padded][place]
-    tile = ATTENTION_TILES.get(capability, _MMA_SYNC_TILES)[padded][place]
+    tile = ATTENTION_TILES[capability][padded][place]
     return _FP8_TILES.get(capability, _FP8_MMA_SYNC_TILES).get((padded, place), tile) if fp8 else tile
 
 

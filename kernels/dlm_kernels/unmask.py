@@ -80,6 +80,7 @@ def unmask(
 
     Raises:
         As reference.unmask, and ValueError: W > MAX_W.  RuntimeError: CPU tensors without Triton's interpreter.
+        NotImplementedError: a GPU that `tiles.TARGETS` does not name.
     """
     rows = dict(
         query_len=query_len, value=value, min_unmask=min_unmask, steps=steps, block_length=block_length, lane_start=lane_start,
@@ -112,11 +113,12 @@ def unmask(
         **_flags(rule, kind, value.dim() == 2), **_tiles(tile),
         num_warps=tile.num_warps, num_stages=1, maxnreg=_max_registers(tile.num_warps),
     )  # fmt: skip
-    if tile.BLOCK_T is None:
-        unmask_kernel[(B,)](**arguments)
-    else:
-        keys = torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device) if rule.passes == "factor" else None
-        unmask_wide_kernel[(B,)](**arguments, keys_ptr=keys)
+    with device.launching_on(score):
+        if tile.BLOCK_T is None:
+            unmask_kernel[(B,)](**arguments)
+        else:
+            keys = torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device) if rule.passes == "factor" else None
+            unmask_wide_kernel[(B,)](**arguments, keys_ptr=keys)
     return changed
 
 
@@ -147,6 +149,7 @@ VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...]], ...] = (
     ("pipeline-first", "window", UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
     ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
     ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), ("exits",)),
+    ("entropy-capped", "window", UnmaskRule("entropy", cache="refresh"), ("max_unmask",)),
     ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), ("max_unmask",)),
     ("lowest", "window", UnmaskRule("none", remask="lowest"), ()),
     ("saber", "window", UnmaskRule("threshold", remask="saber"), ()),

@@ -228,8 +228,9 @@ def choose_in_memory(
         if max_unmask is None:
             chosen = passes | (eligible & above)
         else:
-            candidates = (passes | (eligible & (enough == 0))) if PASSES == "threshold" else eligible
-            chosen = candidates & (above | (passes & (orders == 0)))
+            # Not `candidates`: of the whole region there, of a tile here, and a loop keeps the shape of what it rebinds.
+            may_be_chosen = (passes | (eligible & (enough == 0))) if PASSES == "threshold" else eligible
+            chosen = may_be_chosen & (above | (passes & (orders == 0)))
         tl.store(changed_ptr + lane, chosen, mask=lane < length)
     tl.debug_barrier()
 
@@ -249,18 +250,26 @@ def _next_lane(begin, length, held_ptr, allowed_ptr, mask_id, ELIGIBLE: tl.const
 
 @triton.jit
 def _best_between(
-    begin, end, length, held_ptr, allowed_ptr, rank_ptr, changed_ptr, mask_id, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr
+    begin, end, held_ptr, allowed_ptr, rank_ptr, mask_id, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """Of the lanes in [begin, end): the greatest key of an eligible one, how many are chosen, and how many are masked."""
-    top = length.to(tl.int64) * 0 + KEY_MIN
-    chosen, masks = 0, 0
+    """The greatest key of an eligible lane in [begin, end), or KEY_MIN."""
+    top = end.to(tl.int64) * 0 + KEY_MIN
     for tile in range(begin, end, BLOCK_T):
         lane = tile + tl.arange(0, BLOCK_T)
         eligible = eligible_at(lane, end, held_ptr, allowed_ptr, mask_id, False)
         top = tl.maximum(top, tl.max(tl.where(eligible, keys_of(lane, eligible, rank_ptr, False, BLOCK_W), KEY_MIN)))
+    return top
+
+
+@triton.jit
+def _count_between(begin, end, held_ptr, changed_ptr, mask_id, BLOCK_T: tl.constexpr):
+    """Of the lanes in [begin, end): how many are chosen, and how many are masked."""
+    chosen, masks = 0, 0
+    for tile in range(begin, end, BLOCK_T):
+        lane = tile + tl.arange(0, BLOCK_T)
         chosen += tl.sum((tl.load(changed_ptr + lane, mask=lane < end, other=0) != 0).to(tl.int32))
         masks += tl.sum((tl.load(held_ptr + lane, mask=lane < end, other=mask_id + 1) == mask_id).to(tl.int32))
-    return top, chosen, masks
+    return chosen, masks
 
 
 @triton.jit
@@ -277,9 +286,7 @@ def choose_best_of_runs(
     begin = _next_lane(0, length, held_ptr, allowed_ptr, mask_id, True, BLOCK_T)
     while begin < length:
         end = _next_lane(begin, length, held_ptr, allowed_ptr, mask_id, False, BLOCK_T)
-        top, chosen, masks = _best_between(
-            begin, end, length, held_ptr, allowed_ptr, rank_ptr, changed_ptr, mask_id, BLOCK_W, BLOCK_T
-        )  # fmt: skip
+        top = _best_between(begin, end, held_ptr, allowed_ptr, rank_ptr, mask_id, BLOCK_W, BLOCK_T)
         best = _lane_of(top, BLOCK_W)
         tl.store(changed_ptr + best, True, mask=no_nan(tl.load(score_ptr + best)) > run_value)
         begin = _next_lane(end, length, held_ptr, allowed_ptr, mask_id, True, BLOCK_T)
@@ -301,11 +308,11 @@ def force_in_blocks_in_memory(
     masks_before = activate_masks
     while begin < last:
         end = tl.minimum(begin + block_length, length)
-        top, chosen, masks = _best_between(
-            begin, end, length, held_ptr, allowed_ptr, rank_ptr, changed_ptr, mask_id, BLOCK_W, BLOCK_T
-        )  # fmt: skip
+        top = _best_between(begin, end, held_ptr, allowed_ptr, rank_ptr, mask_id, BLOCK_W, BLOCK_T)
+        chosen, masks = _count_between(begin, end, held_ptr, changed_ptr, mask_id, BLOCK_T)
         forced = (masks_before <= activate_masks) & (chosen == 0) & (top != KEY_MIN)
-        # Every thread has read the lanes of the block: their sums are known.
+        # Every warp has read what is chosen in the block before one writes it.
+        tl.debug_barrier()
         tl.store(changed_ptr + _lane_of(top, BLOCK_W), True, mask=forced)
         masks_before = masks
         begin = end

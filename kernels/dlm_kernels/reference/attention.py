@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Window
 
-HEAD_DIMS = (*range(16, 257, 16), 512)
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# What the kernel multiplies scores by, scale * log2(e), is a float32.
+MAX_SCALE = 1e38
 
 
 def block_attention(
@@ -32,12 +36,12 @@ def block_attention(
         then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over the keys that `Window` lets i see
 
     Args:
-        q: [B, H, W, D] float32, bfloat16 or float16 (here also float64); any strides, the last one 1.
+        q: [B, H, W, D] float32, bfloat16 or float16 (here also float64, and any D); any strides, the last one 1.
         k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
         k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
             Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
         window: what is visible and where keys go; every tensor contiguous.
-        scale: multiplies q . k.
+        scale: multiplies q . k; finite.
         k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
             to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
             The window's own keys are attended as they come.
@@ -45,18 +49,20 @@ def block_attention(
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, sliding_window < 1, scales
-            without an fp8 cache or the other way round.  TypeError: dtype.
+        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales of the cache without
+            an fp8 one or the other way round.  TypeError: dtype.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
     positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden slots and dead
-    positions is irrelevant, NaN included; a live key must be finite even for queries that do not see it.
+    positions is irrelevant, NaN included. A NaN or an infinity in a live query, or in a key or value that it sees, is carried into the
+    results as the formula says; queries of the same batch row that do not see that key or value may get NaN too, other rows never.
     Scores, softmax and the sum over values are float32 (float64 for float64) and the result is rounded once.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_arguments(
-        q, k, v, k_cache, v_cache, window, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes
-    )
+        q, k, v, k_cache, v_cache, window,
+        scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes,
+    )  # fmt: skip
     B, H, W, D = q.shape
     out = q.new_empty(B, W, H, D)
     if out.numel() == 0:
@@ -82,7 +88,10 @@ def block_attention(
     keys, values = (tensor.masked_fill(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
     mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    attended = attended.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen. They come of a query that is not finite, or of
+    # keys none of which is: either way no score is finite, and such a softmax is not a number.
+    finite = queries.isfinite().all(-1, keepdim=True) & (mask & keys.isfinite().all(-1)[:, :, None]).any(-1, keepdim=True)
+    attended = attended.masked_fill(~finite, math.nan).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     out.copy_(attended.unflatten(2, (H // H_kv, W)).flatten(1, 2).transpose(1, 2))
     return out.transpose(1, 2)
 
@@ -173,12 +182,14 @@ def check_arguments(
     v_cache: Tensor | None,
     window: Window,
     *,
+    scale: float,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     sliding_window: int | None,
     dtypes: tuple[torch.dtype, ...],
+    head_dims: Collection[int] | None = None,
 ) -> None:
-    """Raises what `block_attention` documents; reads shapes, strides, dtypes and devices only."""
+    """Raises what `block_attention` documents (`head_dims` None: any D); reads shapes, strides, dtypes and devices only."""
     op = "block_attention"
     if q.dim() != 4:
         raise ValueError(f"{op}: q must be [B, H, W, D], got shape {tuple(q.shape)}")
@@ -190,7 +201,9 @@ def check_arguments(
     H_kv = k.shape[1]
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"{op}: H must be a multiple of H_kv, got H={H}, H_kv={H_kv}")
-    if D not in HEAD_DIMS:
+    if D < 1:
+        raise ValueError(f"{op}: D must be at least 1, got D={D}")
+    if head_dims is not None and D not in head_dims:
         raise ValueError(f"{op}: D must be a multiple of 16 up to 256, or 512, got D={D}")
     if (k_cache is None) != (v_cache is None):
         given = "v_cache" if k_cache is None else "k_cache"
@@ -200,6 +213,10 @@ def check_arguments(
     if q.dtype not in dtypes:
         raise TypeError(f"{op}: q must be one of {', '.join(str(dtype) for dtype in dtypes)}, got {q.dtype}")
 
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
+    if not abs(scale) <= MAX_SCALE:
+        raise ValueError(f"{op}: scale must be a finite number, at most {MAX_SCALE:g} in size, got scale={scale}")
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
             raise TypeError(f"{op}: sliding_window must be an int or None, got {type(sliding_window).__name__}")
