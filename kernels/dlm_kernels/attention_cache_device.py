@@ -42,8 +42,8 @@ def _decode_e4m3(byte):
     """value / E4M3_UNIT in float16, exactly, subnormals and NaN included."""
     wide = byte.to(tl.uint16)
     size = wide & 0x7F
-    # 0x7F would be 480, where e4m3 has its NaN; 0x7F00 is one of float16.
-    return (((wide & 0x80) << 8) | tl.where(size == 0x7F, 0x7F00, size << 7)).to(tl.float16, bitcast=True)
+    # Taken apart like the others, the NaN byte would be 480.
+    return tl.where(size == 0x7F, float("nan"), (((wide & 0x80) << 8) | (size << 7)).to(tl.float16, bitcast=True))
 
 
 @triton.jit
