@@ -240,6 +240,8 @@ def unmask_wide_kernel(
                         tokens_ptr, unmask_step_ptr, 0, canvas_len, canvas_len, stop_ids_ptr, K, BLOCK_L
                     )
                     filler = tl.load(tokens_ptr + masks_end, mask=masks_end < canvas_len, other=0)
+                    # Every warp has read the canvas before one writes it.
+                    tl.debug_barrier()
                     fill(tokens_ptr, unmask_step_ptr, masks_end + 1, canvas_len, filler, step, mask_id, BLOCK_L)
                     tl.debug_barrier()
                 stop_at = block_end
