@@ -124,7 +124,7 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         top_p=1.0,
         seed=0,
         request_ids=[0] * B,
-        stop_strings=(),
+        stop_strings=None,
         banned_token_ids=(),
         eos_token_ids=(model.eos_id,),
     )

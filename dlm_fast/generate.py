@@ -20,6 +20,7 @@ from .requests import Requests
 from .schedule import Plan, counts_of, open_rows
 from .statistics import Sampling
 from .step import Decode, denoise_step
+from .stops import Stopper
 
 # Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
 WIDTH_GRAIN = 32
@@ -39,8 +40,11 @@ class GenerateOutput:
     """What was decoded and what it cost; one entry per prompt, in order.
 
     Attributes:
-        sequences: generated ids up to and excluding the first EOS (or the stop string's end); 1-D int64.
-        text: the same as text; None without a tokenizer.
+        sequences: generated ids up to and excluding the first EOS or special token that is a stop string; 1-D int64. Where a stop
+            string ends the row, the fewest ids whose text begins with `text`.
+        text: `tokenizer.decode(sequences, skip_special_tokens=True)`, cut where the first stop string begins; None without a
+            tokenizer. The cut takes something away only where the last id spells both an end of `text` and a beginning of the stop
+            string: no id spells less.
         canvas: the whole canvas, given tokens included, as the loop left it; 1-D int64.
         finish: "eos", "stop" (a stop string), "length", or "error" (see DecodeError).
         nfe: forwards the row took part in, prefill, refreshes and commits included.
@@ -150,6 +154,7 @@ def generate(
     prompts: Sequence[Any] | None = None,
     *,
     canvas: Sequence[Any] | Tensor | None = None,
+    attention_mask: Any = None,
     preset: str | Preset | None = None,
     policy: Any = None,
     max_new_tokens: int | Sequence[int] | None = None,
@@ -170,8 +175,12 @@ def generate(
 
     Args:
         model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration.
-        prompts: a list of strings, chats (lists of {"role", "content"}) or token-id sequences, of any lengths >= 1.
-        canvas: instead of prompts: token-id sequences that hold the mask id wherever a token is wanted (infilling).
+        prompts: strings, chats (lists of {"role", "content"}) or token ids (lists, 1-D tensors or arrays), of any lengths >= 1; or a
+            tokenizer's result, whose ids are taken where its attention_mask is 1; or a 2-D tensor or array [B, L] of ids.
+        canvas: instead of prompts, in the same forms: ids (or text) that hold the mask wherever a token is wanted (infilling). The
+            response begins at the first mask; `text` and `sequences` hold what was given after it too.
+        attention_mask: [B, L] of 0 and 1 beside token ids, 0 = padding, at either end of a row. Without it a 2-D tensor with the
+            tokenizer's pad id at an end of a row is refused; lists of ids are taken as they are.
         preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
         policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a score),
             a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
@@ -182,7 +191,9 @@ def generate(
         request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
             temperature (LLaDA, arXiv:2502.09992) unless the preset is `tempered`.
         top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the vocabulary.
-        stop_strings: a row ends where one appears in its text (excluded). Costs a host read per step.
+        stop_strings: the text ends where the earliest of them begins; a special token among them is found by its id. The same text as
+            without them, cut; a row ends early once that is certain, so only by finished blocks where a decoder edits or takes
+            tokens back. Costs a host read per step.
         banned_token_ids: never drawn, besides the mask id. eos_token_ids: default the model's.
         tokenizer: default the one that `load` found. on_step: called after every step with the state (host reads allowed).
     Returns:
@@ -192,6 +203,12 @@ def generate(
         DecodeError: logits with NaN, or a policy that makes no progress; it holds what was decoded.
         NotImplementedError: the preset's model family is not here yet.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"generate: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}")
+    if preset is not None and not isinstance(preset, (str, Preset)):
+        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={preset!r}")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"generate: on_step must be a function of the state, got on_step={on_step!r}")
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError("generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load")
@@ -205,6 +222,7 @@ def generate(
         tokenizer=tokenizer,
         prompts=prompts,
         canvas=canvas,
+        attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
         temperature=temperature,
@@ -226,7 +244,8 @@ def generate(
     started = time.perf_counter()
     plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)
     if len(batch.canvases):
-        stopper = requests.StopStrings(batch, tokenizer, handle.diffusion) if batch.stop_strings else None
+        takes_back = bool(chosen.families & {"edit", "revise"})
+        stopper = Stopper(batch, handle.diffusion.mask_token_id, takes_back) if batch.stop_strings is not None else None
 
         def after_step(state: RowState) -> None:
             if stopper is not None:

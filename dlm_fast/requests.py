@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BANNED, MAX_TEMPERATURE, MIN_TEMPERATURE
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from .diffusion import DiffusionConfig
 from .presets import Preset
+from .prompts import read_rows
+from .stops import StopStrings, read_stop_strings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Requests:
     top_p: float
     seed: int
     request_ids: list[int]
-    stop_strings: tuple[str, ...]
+    stop_strings: StopStrings | None
     banned_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
 
@@ -40,22 +43,37 @@ def _fail(rule: str) -> None:
     raise ValueError(f"generate: {rule}")
 
 
-def _per_row(name: str, value: Any, B: int, kind: type, low: float) -> list:
-    """A scalar for every row, or one value per row; each at least `low`."""
-    if isinstance(value, str) or not (isinstance(value, numbers.Number) or hasattr(value, "__iter__")):
-        raise TypeError(f"generate: {name} must be {'a whole number' if kind is int else 'a number'} or one per row, got {name}={value!r}")
-    scalar = isinstance(value, (numbers.Number, Tensor)) and not (isinstance(value, Tensor) and value.dim())
-    values = [value] * B if scalar else list(value)
+def _listed(name: str, what: str, value: Any) -> list:
+    """The items of a list, tensor or array; anything that only looks like one is refused."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        return value.tolist()
+    if isinstance(value, (str, bytes, bytearray, Mapping, Tensor, np.ndarray)) or not isinstance(value, Iterable):
+        raise TypeError(f"generate: {name} must be {what}, got {name}={value!r}")
+    return list(value)
+
+
+def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: bool = True) -> list:
+    """A number for every row (if `scalar`), or one per row; each at least `low`."""
+    what = "a whole number" if kind is int else "a number"
+    single = isinstance(value, numbers.Number) or isinstance(value, (Tensor, np.ndarray)) and not value.ndim
+    if single and scalar:
+        values = [value] * B
+    else:
+        values = _listed(name, f"{what} or one per row" if scalar else f"a list of one {what[2:]} per row", value)
     if len(values) != B:
-        _fail(f"{name} must be one value or one per row, got {len(values)} values for {B} rows")
+        _fail(f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for {B} rows")
     out = []
     for v in values:
-        v = v.item() if isinstance(v, Tensor) else v
+        v = v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v
         if isinstance(v, bool) or not isinstance(v, numbers.Real) or (kind is int and not isinstance(v, numbers.Integral)):
-            raise TypeError(f"generate: {name} must be {'a whole number' if kind is int else 'a number'}, got {name}={v!r}")
-        if not v >= low or math.isinf(v):
+            raise TypeError(f"generate: {name} must be {what}, got {name}={v!r}")
+        try:
+            number = kind(v)
+        except OverflowError:  # a whole number beyond every float
+            number = math.inf
+        if not number >= low or number == math.inf:
             _fail(f"{name} must be a finite number >= {low:g}, got {name}={v}")
-        out.append(kind(v))
+        out.append(number)
     return out
 
 
@@ -67,28 +85,6 @@ def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
         _fail(f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}")
 
 
-def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
-    """Token ids of a string, a chat (list of {"role", "content"}) or a sequence of ids."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            _fail("prompts of text need a tokenizer; the checkpoint has none, pass tokenizer= or token ids")
-        return list(tokenizer(prompt)["input_ids"])
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 1 or prompt.dtype.is_floating_point:
-            raise TypeError(f"generate: a prompt tensor must be 1-D token ids, got shape {tuple(prompt.shape)}, {prompt.dtype}")
-        return prompt.tolist()
-    items = list(prompt)
-    if items and all(isinstance(m, dict) for m in items):
-        if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-            _fail("prompts of chats need a tokenizer with a chat template")
-        text = tokenizer.apply_chat_template(items, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, numbers.Integral):
-            raise TypeError(f"generate: a prompt must be a string, a chat or token ids, got an item of type {type(item).__name__}")
-    return [int(i) for i in items]
-
-
 def read(
     diffusion: DiffusionConfig,
     *,
@@ -97,6 +93,7 @@ def read(
     tokenizer: Any,
     prompts: Sequence[Any] | None,
     canvas: Sequence[Any] | Tensor | None,
+    attention_mask: Any = None,
     max_new_tokens: Any,
     min_new_tokens: Any,
     temperature: Any,
@@ -111,10 +108,10 @@ def read(
     """Checks every argument of `generate` before anything is decoded. Raises ValueError or TypeError."""
     if (prompts is None) == (canvas is None):
         _fail("exactly one of prompts and canvas must be given")
-    if isinstance(prompts, (str, dict)):
-        _fail(f"prompts must be a list of prompts, got a single {type(prompts).__name__}")
-    given = prompts if canvas is None else canvas
-    rows = [encode_prompt(row, tokenizer) for row in given]
+    if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
+        raise TypeError(f"generate: tokenizer must be a transformers tokenizer, got tokenizer={tokenizer!r}")
+    name, given = ("prompts", prompts) if canvas is None else ("canvas", canvas)
+    rows = read_rows(name, given, attention_mask, tokenizer)
     B = len(rows)
     mask_id = diffusion.mask_token_id
     if canvas is not None and max_new_tokens is not None:
@@ -133,8 +130,7 @@ def read(
         _fail(f"banned_token_ids must hold at most {room} ids{why}, got {len(banned)}")
 
     canvases, prompt_lengths = [], []
-    for b, ids in enumerate(rows):
-        name = "prompts" if canvas is None else "canvas"
+    for b, (ids, text) in enumerate((row.ids, row.text) for row in rows):
         if not ids:
             _fail(f"{name}[{b}] must have at least one token, got an empty one")
         wrong = [i for i in ids if not 0 <= i < vocab_size]
@@ -142,21 +138,20 @@ def read(
             _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {wrong[0]}")
         if canvas is None and mask_id in ids:
             _fail(f"prompts[{b}] must not contain the mask id {mask_id}; to fill masks inside a text use canvas=")
+        if canvas is not None and text and mask_id not in ids:
+            _fail(f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text without it")
+        length = len(ids) + (new[b] if canvas is None else 0)
+        if length > max_positions:
+            _fail(f"{name}[{b}] with its new tokens must fit the model's {max_positions} positions, got {length}")
         prompt_lengths.append(len(ids) if canvas is None else (ids.index(mask_id) if mask_id in ids else len(ids)))
         canvases.append(torch.tensor(ids + ([mask_id] * new[b] if canvas is None else []), dtype=torch.int64))
-        if len(canvases[-1]) > max_positions:
-            _fail(f"{name}[{b}] with its new tokens must fit the model's {max_positions} positions, got {len(canvases[-1])}")
         if canvas is None and least[b] > new[b]:
             _fail(f"min_new_tokens must be at most max_new_tokens, got {least[b]} > {new[b]} in row {b}")
-    if isinstance(stop_strings, str):
-        raise TypeError(f"generate: stop_strings must be a list of strings, got the string {stop_strings!r}")
-    if any(not isinstance(s, str) or not s for s in stop_strings):
-        _fail(f"stop_strings must be non-empty strings, got {list(stop_strings)!r}")
-    if stop_strings and tokenizer is None:
-        _fail("stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
+        if least[b] > max_positions:
+            _fail(f"min_new_tokens must be at most the model's {max_positions} positions, got {least[b]} in row {b}")
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
         _fail(f"seed must be a whole number in [0, 2^63), got seed={seed!r}")
-    ids = list(range(B)) if request_ids is None else _per_row("request_ids", list(request_ids), B, int, 0)
+    ids = list(range(B)) if request_ids is None else _per_row("request_ids", request_ids, B, int, 0, scalar=False)
     if any(i >= 2**31 for i in ids):
         _fail(f"request_ids must be below 2^31, got {max(ids)}")
     heat = _per_row("temperature", temperature, B, float, 0.0)
@@ -176,7 +171,7 @@ def read(
         top_p=float(top_p),
         seed=int(seed),
         request_ids=ids,
-        stop_strings=tuple(stop_strings),
+        stop_strings=read_stop_strings(stop_strings, tokenizer, mask_id),
         banned_token_ids=banned,
         eos_token_ids=eos,
     )
@@ -184,7 +179,7 @@ def read(
 
 def _ids(name: str, values: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     out = []
-    for value in values:
+    for value in _listed(name, "a list of token ids", values):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"generate: {name} must be token ids, got {value!r}")
         if not 0 <= value < vocab_size:
@@ -193,9 +188,15 @@ def _ids(name: str, values: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(out)
 
 
+def _token(tokenizer: Any, token_id: int) -> Any:
+    """A token as text, its id where the tokenizer cannot say."""
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    return token_id if convert is None else convert(token_id)
+
+
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A row's response: ids and text up to the first EOS or stop string, why it ended, and how many ids were written."""
+    """A row's response up to the first EOS or stop string: the fewest ids that spell its text, why it ended, and how many it wrote."""
 
     ids: Tensor
     text: str | None
@@ -204,33 +205,24 @@ class Response:
 
 
 def response(batch: Requests, b: int, tokens: Tensor, unmask_step: Tensor, tokenizer: Any, diffusion: DiffusionConfig) -> Response:
-    """The response of row b from its canvas [L]: its filled positions up to the first EOS that was written."""
+    """The response of row b from its canvas [L]: its filled positions up to the first EOS that was written, or up to a stop string."""
     start, end, finish = batch.prompt_lengths[b], len(batch.canvases[b]), "length"
     ids = tokens[start:end].tolist()
     written = (unmask_step[start:end] >= 0).tolist()
+    stops = batch.stop_strings
     for j, token in enumerate(ids):
-        if token == diffusion.mask_token_id or (written[j] and token in batch.eos_token_ids):
-            end, finish = start + j, "eos" if written[j] else "length"
-            break
+        if token == diffusion.mask_token_id:
+            end = start + j
+        elif written[j] and token in batch.eos_token_ids:
+            end, finish = start + j, "eos"
+        elif stops is not None and token in stops.ids:
+            end, finish = start + j, "stop"
+        else:
+            continue
+        break
     ids = ids[: end - start]
     text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else None
-    cut = min((text.index(s) for s in batch.stop_strings if s in text), default=None) if batch.stop_strings else None
+    cut = stops.find(text) if stops is not None else None
     if cut is not None:
-        keep = 0
-        while keep < len(ids) and len(tokenizer.decode(ids[: keep + 1], skip_special_tokens=True)) <= cut:
-            keep += 1
-        ids, text, finish = ids[:keep], text[:cut], "stop"
+        ids, text, finish = ids[: stops.spelling(ids, text[:cut])], text[:cut], "stop"
     return Response(torch.tensor(ids, dtype=torch.int64), text, finish, sum(written[: len(ids)]))
-
-
-class StopStrings:
-    """Ends a row once a stop string appears in its filled, contiguous text. Reads the canvas on the host after each step."""
-
-    def __init__(self, batch: Requests, tokenizer: Any, diffusion: DiffusionConfig) -> None:
-        self.batch, self.tokenizer, self.diffusion = batch, tokenizer, diffusion
-
-    def __call__(self, state: RowState) -> None:
-        tokens, steps, phase = state.tokens.cpu(), state.unmask_step.cpu(), state.phase.tolist()
-        for b in range(len(self.batch.canvases)):
-            if phase[b] != DONE and response(self.batch, b, tokens[b], steps[b], self.tokenizer, self.diffusion).finish == "stop":
-                state.phase[b] = DONE

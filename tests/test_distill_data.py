@@ -7,7 +7,7 @@ import torch
 from helpers import EOS, MASK, VOCAB, toy, toy_tokenizer
 
 import dlm_fast
-from dlm_fast.requests import encode_prompt
+from dlm_fast.prompts import encode_prompt
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import CanvasShape, DatasetError, Steps, read_dataset
 from dlm_fast.training.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import decode_cases
 import dlm_fast
+import numpy as np
 import oracles
 import pytest
 import torch
 from decode_cases import BLOCK_PRESETS, FULL_PRESETS, random_case
+from dlm_fast.patching import handle_of
 from dlm_fast.presets import PRESETS, resolve
 from dlm_kernels.state import COMMIT, DENOISE, DONE
 from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy, toy_tokenizer
@@ -327,6 +329,9 @@ def test_no_row_pays_for_a_commit_that_nothing_follows():
 
 BAD = [
     ({"preset": "lada"}, ValueError, r"preset must be one of llada, .* got preset='lada'"),
+    ({"preset": 5}, TypeError, r"preset must be a name of dlm_fast.PRESETS or a Preset, got preset=5"),
+    ({"on_step": 5}, TypeError, r"on_step must be a function of the state, got on_step=5"),
+    ({"tokenizer": 5}, TypeError, r"tokenizer must be a transformers tokenizer, got tokenizer=5"),
     ({"preset": "sdar"}, ValueError, r"preset sdar decodes models of visibility 'block', this model is 'full'; use llada"),
     ({"block_length": 0}, ValueError, r"block_length must be a whole number >= 1 or None, got block_length=0"),
     ({"block_length": 2.5}, ValueError, r"block_length must be a whole number.*2.5"),
@@ -345,9 +350,6 @@ BAD = [
     ({"prompts": [[5], [4, MASK]]}, ValueError, rf"prompts\[1\] must not contain the mask id {MASK}; .* canvas="),
     ({"prompts": [[VOCAB]]}, ValueError, rf"prompts\[0\] must hold ids in \[0, {VOCAB}\), got {VOCAB}"),
     ({"prompts": [[-1]]}, ValueError, r"prompts\[0\] must hold ids in .*got -1"),
-    ({"prompts": [[1.5]]}, TypeError, r"prompt must be a string, a chat or token ids, got an item of type float"),
-    ({"prompts": [torch.tensor([1.0])]}, TypeError, r"prompt tensor must be 1-D token ids, got shape \(1,\), torch.float32"),
-    ({"prompts": "hello"}, ValueError, r"prompts must be a list of prompts, got a single str"),
     ({"prompts": ["hello"]}, ValueError, r"prompts of text need a tokenizer"),
     ({"prompts": [[{"role": "user", "content": "hi"}]]}, ValueError, r"prompts of chats need a tokenizer with a chat template"),
     ({"prompts": None}, ValueError, r"exactly one of prompts and canvas must be given"),
@@ -357,19 +359,38 @@ BAD = [
     ({"max_new_tokens": 2.0}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=2.0"),
     ({"max_new_tokens": [3, 4]}, ValueError, r"max_new_tokens must be one value or one per row, got 2 values for 1 rows"),
     ({"max_new_tokens": 1000}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003"),
+    ({"max_new_tokens": 10**30}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 10+3$"),
+    ({"max_new_tokens": {8: 1}}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=\{8: 1\}"),
+    ({"max_new_tokens": b"a"}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=b'a'"),
+    ({"max_new_tokens": True}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=True"),
+    ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": None, "min_new_tokens": 2**40}, ValueError,
+     r"min_new_tokens must be at most the model's 256 positions, got 1099511627776 in row 0"),
     ({"min_new_tokens": 99}, ValueError, r"min_new_tokens must be at most max_new_tokens, got 99 > 8 in row 0"),
     ({"temperature": -0.1}, ValueError, r"temperature must be a finite number >= 0, got temperature=-0.1"),
     ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": 4}, ValueError, r"max_new_tokens goes with prompts.*got max_new_tokens=4"),
     ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0, got temperature=nan"),
     ({"temperature": 1e-9}, ValueError, r"temperature must be 0 or in \[1e-06, 1e\+06\], got temperature=1e-09"),
+    ({"temperature": 10**400}, ValueError, r"temperature must be a finite number >= 0, got temperature=10"),
+    ({"temperature": None}, TypeError, r"temperature must be a number or one per row, got temperature=None"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a number or one per row, got temperature='hot'"),
     ({"seed": -1}, ValueError, r"seed must be a whole number in \[0, 2\^63\), got seed=-1"),
     ({"seed": 1.5}, ValueError, r"seed must be a whole number .*got seed=1.5"),
     ({"request_ids": [2**31]}, ValueError, r"request_ids must be below 2\^31, got 2147483648"),
+    ({"request_ids": 5}, TypeError, r"request_ids must be a list of one whole number per row, got request_ids=5"),
+    ({"request_ids": [5, 6]}, ValueError, r"request_ids must be one per row, got 2 values for 1 rows"),
+    ({"request_ids": ["a"]}, TypeError, r"request_ids must be a whole number, got request_ids='a'"),
+    ({"stop_strings": None}, TypeError, r"stop_strings must be a list of strings, got stop_strings=None"),
+    ({"stop_strings": {"ab": 1}}, TypeError, r"stop_strings must be a list of strings, got stop_strings=\{'ab': 1\}"),
+    ({"stop_strings": [5]}, ValueError, r"stop_strings must be non-empty strings, got \[5\]"),
     ({"stop_strings": "ab"}, TypeError, r"stop_strings must be a list of strings, got the string 'ab'"),
     ({"stop_strings": [""]}, ValueError, r"stop_strings must be non-empty strings, got \[''\]"),
     ({"stop_strings": ["ab"]}, ValueError, r"stop_strings need a tokenizer"),
     ({"banned_token_ids": [VOCAB]}, ValueError, rf"banned_token_ids must hold ids in \[0, {VOCAB}\), got {VOCAB}"),
+    ({"banned_token_ids": None}, TypeError, r"banned_token_ids must be a list of token ids, got banned_token_ids=None"),
+    ({"banned_token_ids": "ab"}, TypeError, r"banned_token_ids must be a list of token ids, got banned_token_ids='ab'"),
+    ({"eos_token_ids": 5}, TypeError, r"eos_token_ids must be a list of token ids, got eos_token_ids=5"),
+    ({"eos_token_ids": torch.tensor(5)}, TypeError, r"eos_token_ids must be a list of token ids, got eos_token_ids=tensor\(5\)"),
+    ({"eos_token_ids": [2.0]}, TypeError, r"eos_token_ids must be token ids, got 2.0"),
     ({"banned_token_ids": ["a"]}, TypeError, r"banned_token_ids must be token ids, got 'a'"),
     ({"banned_token_ids": list(range(2, 46))}, ValueError, r"banned_token_ids must hold at most 31 ids, got 44"),
     ({"banned_token_ids": list(range(2, 33)), "min_new_tokens": 1}, ValueError, r"banned_token_ids must hold at most 30 ids .*got 31"),
@@ -380,8 +401,38 @@ BAD = [
 
 @pytest.mark.parametrize("changes, error, message", BAD, ids=[" ".join(f"{k}={v!r}" for k, v in bad[0].items())[:50] for bad in BAD])
 def test_bad_input_names_argument_rule_and_value(changes, error, message):
+    model = toy("full")
     with pytest.raises(error, match=message):
-        dlm_fast.generate(toy("full"), **{"prompts": [[5, 6, 7]], "max_new_tokens": 8, **changes})
+        dlm_fast.generate(model, **{"prompts": [[5, 6, 7]], "max_new_tokens": 8, **changes})
+    assert handle_of(model).attention_calls == 0  # nothing was decoded
+
+
+def test_lists_may_be_tensors_arrays_or_generators():
+    model, prompts = toy("full"), random_prompts([3, 4])
+    as_lists = {"max_new_tokens": [4, 6], "temperature": [0.0, 1.0], "request_ids": [7, 9], "banned_token_ids": [5, 6], "eos_token_ids": [1, 2]}
+    expected = tokens(dlm_fast.generate(model, prompts, **as_lists))
+    for form in (torch.tensor, np.array, iter, tuple):
+        assert tokens(dlm_fast.generate(model, iter(prompts), **{name: form(value) for name, value in as_lists.items()})) == expected
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_a_canvas_of_exactly_the_models_positions_is_decoded_and_one_more_is_refused(preset):
+    model = toy_for(preset)
+    room = model.config.max_position_embeddings
+    settings = {"preset": preset, "threshold": 0.01, **block_of(preset)}
+    prompt, canvas = [5] * (room - 8), [5] * (room - 4) + [MASK] * 4
+
+    assert MASK not in tokens(dlm_fast.generate(model, [prompt], max_new_tokens=8, eos_token_ids=[], **settings))[0]
+    assert len(tokens(dlm_fast.generate(model, canvas=[canvas], **settings))[0]) == room
+    for longer in ({"prompts": [prompt], "max_new_tokens": 9}, {"canvas": [[5, *canvas]]}):
+        with pytest.raises(ValueError, match=f"with its new tokens must fit the model's {room} positions, got {room + 1}"):
+            dlm_fast.generate(model, **longer, **settings)
+
+
+@pytest.mark.parametrize("model", [5, None, "tiny-full"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match=rf"model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"):
+        dlm_fast.generate(model, [[5]])
 
 
 def test_a_model_that_is_not_patched_or_has_no_diffusion_configuration_is_refused():

@@ -1,0 +1,200 @@
+"""What a user hands to `generate` as prompts or as a canvas, as rows of token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+# What a tokenizer returns beside the ids and their mask, and what says nothing about the ids.
+IGNORED_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length")
+NOUNS = {"prompts": "prompts", "canvas": "canvases"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Token ids of a prompt or canvas. text: it was a string or a chat."""
+
+    ids: list[int]
+    text: bool = False
+
+
+def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> list[Row]:
+    """The rows of `generate`'s argument `name` ("prompts" or "canvas"), as its docstring lists them.
+
+    Raises ValueError or TypeError, each naming the argument and what it got.
+    """
+    if isinstance(given, Mapping):
+        return _read_encoding(name, given, attention_mask, tokenizer)
+    if _is_array(given):
+        rows = _array_ids(name, given, 1, 2)
+        if given.ndim == 1:
+            raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one row of token ids; did you mean [{name}]?")
+        return _without_pads(name, rows, attention_mask, tokenizer)
+    if isinstance(given, (str, bytes, bytearray)):
+        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(given).__name__}")
+    if not isinstance(given, Iterable) or isinstance(given, (set, frozenset)):
+        raise TypeError(f"generate: {name} must be a list of {NOUNS[name]}, got {_got(given)}")
+    items = list(given)
+    if items and all(_is_id(item) or _is_array(item) and item.ndim == 0 for item in items):
+        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one list of token ids; did you mean [{name}]?")
+    if items and all(_is_message(item) for item in items):
+        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one chat; did you mean [chat]?")
+    rows = [_read_row(f"{name}[{b}]", item, tokenizer) for b, item in enumerate(items)]
+    if attention_mask is None:
+        return rows
+    if any(row.text for row in rows):
+        raise ValueError("generate: attention_mask must go with token ids, got one with text, which has no padding")
+    return [Row(ids) for ids in _live(name, [row.ids for row in rows], attention_mask)]
+
+
+def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
+    """Token ids of one prompt: a string, a chat (list of {"role", "content"}), a sequence of ids or a tokenizer's result."""
+    return _read_row("prompt", prompt, tokenizer).ids
+
+
+def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
+    if isinstance(item, str):
+        if tokenizer is None:
+            raise ValueError("generate: prompts of text need a tokenizer; the checkpoint has none, pass tokenizer= or token ids")
+        return Row(_encoded(where, lambda: tokenizer(item)["input_ids"]), text=True)
+    if _is_message(item):
+        raise ValueError(f"generate: {where} must be a string, a chat or token ids, got one message of a chat; a chat is a list of them")
+    if isinstance(item, Mapping):
+        rows = _read_encoding(where, item, None, tokenizer)
+        if len(rows) != 1:
+            raise ValueError(f"generate: {where} must hold one row of input_ids, got {len(rows)}")
+        return rows[0]
+    if _is_array(item):
+        return Row(_array_ids(where, item, 1))
+    if isinstance(item, (bytes, bytearray, memoryview, set, frozenset)) or not isinstance(item, Iterable):
+        raise TypeError(f"generate: {where} must be a string, a chat or token ids, got {_got(item)}")
+    parts = list(item)
+    if parts and all(isinstance(part, Mapping) for part in parts):
+        return Row(_encode_chat(where, parts, tokenizer), text=True)
+    for part in parts:
+        if not _is_id(part):
+            raise TypeError(f"generate: {where} must be a string, a chat or token ids, got an item of type {type(part).__name__}")
+    return Row([int(part) for part in parts])
+
+
+def _encode_chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    for message in messages:
+        if not _is_message(message):
+            raise ValueError(f"generate: {where} must be a chat of messages with a role, got one with the keys {_keys(message)}")
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("generate: prompts of chats need a tokenizer with a chat template")
+
+    def encode() -> list[int]:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return _encoded(where, encode)
+
+
+def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
+    try:
+        return list(encode())
+    except Exception as error:  # a template is code of its own, and raises what it likes
+        raise ValueError(f"generate: {where} must be what the tokenizer can encode, got {type(error).__name__}: {error}") from error
+
+
+def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, tokenizer: Any) -> list[Row]:
+    """The rows of what a tokenizer returned: its ids where its mask is 1."""
+    if "input_ids" not in encoding:
+        raise TypeError(f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys {_keys(encoding)}")
+    unknown = {key: None for key in encoding if key not in ("input_ids", "attention_mask", *IGNORED_KEYS)}
+    if unknown:
+        raise TypeError(f"generate: {name} must hold input_ids and attention_mask, got the keys {_keys(unknown)} beside them")
+    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
+    if mask is not None and attention_mask is not None:
+        raise ValueError(f"generate: attention_mask must be given once, got one in {name} too")
+    mask = attention_mask if mask is None else mask
+    if _is_array(ids):
+        rows, one = _array_ids(f"{name}['input_ids']", ids, 1, 2), ids.ndim == 1
+    elif isinstance(ids, (list, tuple)):
+        one = bool(ids) and all(map(_is_id, ids))
+        rows = list(ids) if one else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
+    else:
+        raise TypeError(f"generate: {name}['input_ids'] must be token ids, got {_got(ids)}")
+    if one:
+        rows, mask = [[int(token) for token in rows]], None if mask is None else [_nested(mask)]
+    return _without_pads(name, rows, mask, tokenizer)
+
+
+def _without_pads(name: str, rows: list[list[int]], attention_mask: Any, tokenizer: Any) -> list[Row]:
+    """Rows that stood in a rectangle, less what `attention_mask` calls padding; refused if they seem padded and there is none."""
+    if attention_mask is not None:
+        return [Row(ids) for ids in _live(name, rows, attention_mask)]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    for b, ids in enumerate(rows):
+        if ids and pad is not None and pad in (ids[0], ids[-1]):
+            raise ValueError(
+                f"generate: {name}[{b}] must come with attention_mask=, got the tokenizer's pad id {pad} at an end of it; "
+                "pass the tokenizer's whole result or its mask (all ones if these are no pads)"
+            )
+    return [Row(ids) for ids in rows]
+
+
+def _live(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[int]]:
+    """Per row the ids where the mask is 1: one unbroken stretch."""
+    mask = _nested(attention_mask)
+    lengths = [len(ids) for ids in rows]
+    shaped = isinstance(mask, list) and all(isinstance(row, list) for row in mask)
+    if not shaped or [len(row) for row in mask] != lengths:
+        got = [len(row) for row in mask] if shaped else mask
+        raise ValueError(f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {got!r}")
+    kept = []
+    for b, (ids, row) in enumerate(zip(rows, mask)):
+        wrong = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
+        if wrong:
+            raise ValueError(f"generate: attention_mask must hold 0 and 1, got {wrong[0]!r} in row {b}")
+        live = [j for j, value in enumerate(row) if value]
+        start, end = (live[0], live[-1] + 1) if live else (0, 0)
+        if end - start != len(live):
+            raise ValueError(f"generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row {b}")
+        kept.append(ids[start:end])
+    return kept
+
+
+def _is_array(value: Any) -> bool:
+    # Arrays of objects or strings are lists of rows.
+    return isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind not in "OUS"
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
+    """A tensor or array of token ids as nested lists."""
+    values = array.detach().cpu().numpy() if isinstance(array, Tensor) and not array.dtype.is_floating_point else array
+    if array.ndim not in dims or getattr(values.dtype, "kind", "f") not in "iu":
+        shape = " or ".join(f"{dim}-D" for dim in dims)
+        raise TypeError(f"generate: {where} must be {shape} token ids, got shape {tuple(array.shape)}, {array.dtype}")
+    return array.tolist()
+
+
+def _nested(mask: Any) -> Any:
+    """The mask as lists."""
+    if isinstance(mask, (Tensor, np.ndarray)):
+        return mask.tolist()
+    if isinstance(mask, (list, tuple)):
+        return [_nested(row) if isinstance(row, (list, tuple, Tensor, np.ndarray)) else row for row in mask]
+    return mask
+
+
+def _keys(mapping: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, mapping)) or "none"
+
+
+def _got(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, numbers.Number) else f"a {type(value).__name__}"

@@ -1,0 +1,180 @@
+"""Stop strings: where a text ends by them, which ids spell what is left, and rows that end before they are full."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from dlm_kernels import RowState
+from dlm_kernels.state import COMMIT, DONE
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .requests import Requests
+
+# A character that is not spelled to its end, or bytes that are none.
+REPLACEMENT = "\ufffd"
+# What `clean_up_tokenization_spaces` joins is found at most so many characters before a text's end (" n't" without its last).
+CLEANED_TAIL = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class StopStrings:
+    """What ends a response: the earliest of `strings` in its text, and the first of `ids`, special tokens, which no text shows.
+
+    A text is `tokenizer.decode(ids, skip_special_tokens=True)`. Where two strings begin at one place, both cut there.
+
+    Attributes:
+        tokenizer: decodes.
+        unread: ids that may leave the text open: byte tokens ("<0xE2>"), a run of which is text or not as a whole, and the special
+            tokens between them.
+    """
+
+    strings: tuple[str, ...]
+    ids: frozenset[int]
+    tokenizer: Any
+    unread: frozenset[int]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def settled(self, ids: list[int]) -> str:
+        """The part of the text of `ids` that no later token can change."""
+        end = len(ids)
+        while end and ids[end - 1] in self.unread:
+            end -= 1
+        text = self.decode(ids[:end]).rstrip(REPLACEMENT)
+        cleaned = getattr(self.tokenizer, "clean_up_tokenization_spaces", False)
+        return text[: max(0, len(text) - CLEANED_TAIL)] if cleaned else text
+
+    def find(self, text: str) -> int | None:
+        """Where the earliest stop string of `text` begins; None without one."""
+        return min((at for at in map(text.find, self.strings) if at >= 0), default=None)
+
+    def decided(self, text: str) -> bool:
+        """Whether `text` has a stop string that stays the earliest, whatever follows: no longer one that begins before it is unfinished."""
+        at = self.find(text)
+        if at is None:
+            return False
+        tails = (text[start:] for start in range(max(0, len(text) - self.longest + 1), at))
+        return not any(string.startswith(tail) for tail in tails for string in self.strings)
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.strings))
+
+    def spelling(self, ids: list[int], text: str) -> int:
+        """How many of `ids` spell `text`, a beginning of theirs: the fewest whose text begins with it.
+
+        Their text equals `text` unless the last of them goes on past its end.
+        """
+
+        def holds(count: int) -> bool:
+            return self.decode(ids[:count]).startswith(text)
+
+        # Inside a run of byte tokens more ids may spell less.
+        counts = [n for n in range(len(ids) + 1) if not 0 < n < len(ids) or not {ids[n - 1], ids[n]} <= self.unread]
+        found = bisect.bisect_left(counts, True, key=holds)
+        count = counts[found]
+        if found and count > counts[found - 1] + 1:
+            before = counts[found - 1]
+            inside = before + len(text[len(self.decode(ids[:before])) :].encode())
+            if inside < count and holds(inside):
+                return inside
+        return count
+
+
+def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopStrings | None:
+    """Checks `generate`'s stop_strings; None without any. Raises ValueError or TypeError."""
+    if isinstance(stop_strings, str):
+        raise TypeError(f"generate: stop_strings must be a list of strings, got the string {stop_strings!r}")
+    if isinstance(stop_strings, (bytes, bytearray, Mapping)) or not isinstance(stop_strings, Iterable):
+        raise TypeError(f"generate: stop_strings must be a list of strings, got stop_strings={stop_strings!r}")
+    strings = tuple(stop_strings)
+    if any(not isinstance(s, str) or not s for s in strings):
+        raise ValueError(f"generate: stop_strings must be non-empty strings, got {list(strings)!r}")
+    if not strings:
+        return None
+    if tokenizer is None:
+        raise ValueError("generate: stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
+
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): id for id, token in added.items() if getattr(token, "special", False)}
+    special |= zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()))
+    for string in strings:
+        if special.get(string) == mask_id:
+            raise ValueError(f"generate: stop_strings must be what can be written, got the mask token {string!r}")
+        inside = sorted(token for token in special if token and token in string and token != string)
+        if inside and string not in special:
+            raise ValueError(
+                f"generate: stop_strings must not hold a special token beside other text, which leaves it out, got {string!r} with {inside[0]!r}"
+            )
+    return StopStrings(
+        strings=strings,
+        ids=frozenset(special[string] for string in strings if string in special),
+        tokenizer=tokenizer,
+        unread=frozenset({*_byte_tokens(tokenizer), *special.values()}),
+    )
+
+
+def _byte_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the tokens "<0x00>" to "<0xFF>" of a vocabulary that falls back to bytes."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        return []
+    ids = tokenizer.convert_tokens_to_ids(names)
+    known = [id for id in ids if id is not None]
+    # A name that is not in the vocabulary has the id of the unknown token.
+    return [id for id, name in zip(known, tokenizer.convert_ids_to_tokens(known)) if name in names]
+
+
+class Stopper:
+    """Ends a row once a stop string is certain in what the decoder can no longer change. Reads the canvas on the host after each step.
+
+    That is the filled, contiguous text from the row's first mask on; of a decoder that edits or takes tokens back, only that of
+    finished blocks. A step decodes its new tokens and a window before them, and the whole text only where that window has a stop
+    string: what the window says decides when a row ends, never where its text does.
+    """
+
+    def __init__(self, batch: Requests, mask_id: int, takes_back: bool) -> None:
+        self.batch, self.mask_id, self.takes_back = batch, mask_id, takes_back
+        self.stops = batch.stop_strings
+        # A character is at most four tokens.
+        self.window = 4 * self.stops.longest + 8
+        self.seen = torch.tensor(batch.prompt_lengths)
+        self.length = torch.tensor([len(canvas) for canvas in batch.canvases])
+
+    def __call__(self, state: RowState) -> None:
+        tokens, steps, phase = state.tokens.cpu(), state.unmask_step.cpu(), state.phase.cpu()
+        final = self.length
+        if self.takes_back:
+            final = torch.where(phase == COMMIT, state.block_end.cpu(), state.block_start.cpu()).long()
+        position = torch.arange(tokens.shape[1])
+        open_ = (tokens == self.mask_id) & (position >= self.seen[:, None])
+        final = torch.where(open_, position, final[:, None]).amin(1).minimum(final)
+        for b in ((phase != DONE) & (final > self.seen)).nonzero().flatten().tolist():
+            if self._ends(b, tokens[b], steps[b], int(self.seen[b]), int(final[b])):
+                state.phase[b] = DONE
+        self.seen = torch.maximum(self.seen, final)
+
+    def _ends(self, b: int, tokens: Tensor, steps: Tensor, seen: int, final: int) -> bool:
+        stops, start = self.stops, self.batch.prompt_lengths[b]
+        new, written = tokens[seen:final].tolist(), (steps[seen:final] >= 0).tolist()
+        eos = next((j for j, token in enumerate(new) if written[j] and token in self.batch.eos_token_ids), None)
+        if eos is not None:
+            # The text ends here, whatever follows.
+            final, new = seen + eos, new[:eos]
+            self.seen[b] = tokens.shape[0]
+        if any(token in stops.ids for token in new):
+            return True
+
+        def text(begin: int) -> str:
+            ids = tokens[begin:final].tolist()
+            return stops.settled(ids) if eos is None else stops.decode(ids)
+
+        if stops.find(text(max(start, seen - self.window))) is None:
+            return False
+        return stops.find(text(start)) is not None if eos is not None else stops.decided(text(start))
