@@ -29,22 +29,23 @@ class StopStrings:
 
     Attributes:
         tokenizer: decodes.
-        unread: ids that may leave the text open: byte tokens ("<0xE2>"), a run of which is text or not as a whole, and the special
-            tokens between them.
+        bytes: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special: what a text leaves out, which
+            does not end such a run.
     """
 
     strings: tuple[str, ...]
     ids: frozenset[int]
     tokenizer: Any
-    unread: frozenset[int]
+    bytes: frozenset[int]
+    special: frozenset[int]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def settled(self, ids: list[int]) -> str:
         """The part of the text of `ids` that no later token can change."""
-        end = len(ids)
-        while end and ids[end - 1] in self.unread:
+        end, run = len(ids), self.bytes | self.special
+        while end and ids[end - 1] in run:
             end -= 1
         text = self.decode(ids[:end]).rstrip(REPLACEMENT)
         cleaned = getattr(self.tokenizer, "clean_up_tokenization_spaces", False)
@@ -75,15 +76,17 @@ class StopStrings:
         def holds(count: int) -> bool:
             return self.decode(ids[:count]).startswith(text)
 
-        # Inside a run of byte tokens more ids may spell less.
-        counts = [n for n in range(len(ids) + 1) if not 0 < n < len(ids) or not {ids[n - 1], ids[n]} <= self.unread]
+        # Within a run of byte tokens more ids may spell less.
+        run = self.bytes | self.special
+        counts = [n for n in range(len(ids) + 1) if not (0 < n < len(ids) and ids[n - 1] in run and ids[n] in run)]
         found = bisect.bisect_left(counts, True, key=holds)
-        count = counts[found]
-        if found and count > counts[found - 1] + 1:
-            before = counts[found - 1]
-            inside = before + len(text[len(self.decode(ids[:before])) :].encode())
-            if inside < count and holds(inside):
-                return inside
+        before, count = counts[max(0, found - 1)], counts[found]
+        # A run is UTF-8, or else every byte of it is a replacement.
+        part = text[len(self.decode(ids[:before])) :]
+        ends = [n + 1 for n in range(before, count) if ids[n] in self.bytes]
+        for length in (len(part), len(part.encode())):
+            if 0 < length <= len(ends) and self.decode(ids[: ends[length - 1]]) == text:
+                return ends[length - 1]
         return count
 
 
@@ -116,7 +119,8 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
         strings=strings,
         ids=frozenset(special[string] for string in strings if string in special),
         tokenizer=tokenizer,
-        unread=frozenset({*_byte_tokens(tokenizer), *special.values()}),
+        bytes=frozenset(_byte_tokens(tokenizer)),
+        special=frozenset(special.values()),
     )
 
 
