@@ -9,6 +9,12 @@ from typing import Any
 VISIBILITIES = ("full", "block")
 ALIGNMENTS = ("abs", "rel")
 LOGITS_ROWS = ("self", "previous")
+# Positions and step counts are int32, and a row's step count is a few times its block length.
+MAX_BLOCK_LENGTH = 2**24
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +52,10 @@ class DiffusionConfig:
         def fail(rule: str) -> None:
             raise ValueError(f"DiffusionConfig: {rule}")
 
-        if not isinstance(self.mask_token_id, int) or self.mask_token_id < 0:
+        if not _is_id(self.mask_token_id):
             fail(f"mask_token_id must be an id >= 0, got mask_token_id={self.mask_token_id!r}")
+        if not isinstance(self.eos_token_ids, (list, tuple)) or not all(map(_is_id, self.eos_token_ids)):
+            fail(f"eos_token_ids must be a list of ids >= 0, got eos_token_ids={self.eos_token_ids!r}")
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         if self.mask_token_id in self.eos_token_ids:
             fail(f"eos_token_ids must not hold the mask id, got eos_token_ids={self.eos_token_ids}")
@@ -57,8 +65,9 @@ class DiffusionConfig:
             fail(f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}")
         if self.logits_row not in LOGITS_ROWS:
             fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={self.logits_row!r}")
-        if self.block_length is not None and self.block_length < 1:
-            fail(f"block_length must be at least 1, got block_length={self.block_length}")
+        length = self.block_length
+        if length is not None and not (_is_id(length) and 1 <= length <= MAX_BLOCK_LENGTH):
+            fail(f"block_length must be a whole number from 1 to {MAX_BLOCK_LENGTH}, got block_length={length!r}")
         if self.visibility == "block" and self.block_length is None:
             fail("visibility 'block' needs a block_length, got block_length=None")
         if not isinstance(self.prompt_isolated, bool):
@@ -76,6 +85,8 @@ class DiffusionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
         """Reads the `dlm` section of a config.json; unknown keys raise."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"DiffusionConfig: the section must be an object of names and values, got {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = set(values) - known
         if unknown:
@@ -84,3 +95,13 @@ class DiffusionConfig:
         if missing:
             raise ValueError(f"DiffusionConfig: missing keys {sorted(missing)}")
         return cls(**{name: values[name] for name in known if name in values})
+
+
+def check_vocabulary(diffusion: DiffusionConfig, vocab_size: int) -> None:
+    """Raises ValueError unless a model of `vocab_size` ids has the mask and every EOS, TypeError if `diffusion` is no DiffusionConfig."""
+    if not isinstance(diffusion, DiffusionConfig):
+        raise TypeError(f"dlm_fast: diffusion must be a DiffusionConfig, got {type(diffusion).__name__}")
+    for name, ids in (("mask_token_id", [diffusion.mask_token_id]), ("eos_token_ids", diffusion.eos_token_ids)):
+        outside = [i for i in ids if i >= vocab_size]
+        if outside:
+            raise ValueError(f"DiffusionConfig: {name} must be below the model's vocab_size={vocab_size}, got {outside[0]}")

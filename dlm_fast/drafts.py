@@ -29,8 +29,8 @@ class Drafts(DraftSource):
         B, device = state.tokens.shape[0], state.tokens.device
         return cls(
             token=torch.full((B, lanes), -1, dtype=torch.int64, device=device),
-            score=torch.zeros(B, lanes, device=device),
-            confidence=torch.zeros(B, lanes, device=device),
+            score=torch.zeros(B, lanes, dtype=torch.float32, device=device),
+            confidence=torch.zeros(B, lanes, dtype=torch.float32, device=device),
             tried=torch.zeros(B, dtype=torch.int32, device=device),
             accepted=torch.zeros(B, dtype=torch.int32, device=device),
         )

@@ -212,6 +212,7 @@ def generate(
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError("generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load")
+    check_mode(model)
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
     chosen = resolve(preset, handle.diffusion.visibility, options, policy)
     requests.check_support(chosen, handle.diffusion)
@@ -262,6 +263,20 @@ def generate(
     return output
 
 
+def check_mode(model: nn.Module) -> None:
+    """Raises ValueError where a decode would not be the model's own: a module in training mode (dropout), or autocast."""
+    training = [name for name, module in model.named_modules() if module.training]
+    if training:
+        where = "" if model.training else f" in {training[0]}"
+        raise ValueError(f"generate: the model must be in eval mode, got training=True{where}; call model.eval()")
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        raise ValueError(
+            f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); decode under "
+            f"torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
+        )
+
+
 def _failure(state: RowState, rows: list[int]) -> str:
     broken = [row for row in rows if int(state.error[row]) & ERROR_LOGITS]
     stalled = [row for row in rows if row not in broken]
@@ -276,13 +291,13 @@ def _failure(state: RowState, rows: list[int]) -> str:
 def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
     """Allocates what a decode keeps between steps."""
     B, lanes = state.tokens.shape[0], plan.lanes
-    weight = handle.model.get_input_embeddings().weight
+    device, dtype = state.tokens.device, handle.adapter.compute_dtype(handle.model)
     history = None
     if any("kl" in policy.outputs for policy in plan.preset.policies):
         V = handle.model.config.vocab_size
         history = {
-            "logits": torch.zeros(B * lanes, V, dtype=weight.dtype, device=weight.device),
-            "logsumexp": torch.zeros(B * lanes, device=weight.device),
+            "logits": torch.zeros(B * lanes, V, dtype=dtype, device=device),
+            "logsumexp": torch.zeros(B * lanes, dtype=torch.float32, device=device),
         }
     guided = 2 if plan.preset.cfg_scale else 1
     return Decode(
@@ -293,7 +308,7 @@ def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Samp
         cache=handle.adapter.new_cache(handle.model, guided * B, plan.capacity) if plan.capacity else None,
         memory=tuple(policy.memory(plan, state) for policy in plan.preset.policies),
         history=history,
-        last_hidden=torch.zeros(B, weight.shape[1], dtype=weight.dtype, device=weight.device) if plan.previous else None,
+        last_hidden=torch.zeros(B, handle.model.config.hidden_size, dtype=dtype, device=device) if plan.previous else None,
         drafts=Drafts.empty(state, lanes) if plan.preset.drafts > 1 else None,
     )
 
@@ -313,9 +328,9 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     steps = [preset.steps_per_block or (max(1, span) if whole else plan.block_length) for span in spans]
     transfer = None
     if preset.rule in ("schedule", "bernoulli"):
-        transfer = torch.zeros(B, max(steps))
+        transfer = torch.zeros(B, max(steps), dtype=torch.float32)
         for b, S in enumerate(steps):
-            t = torch.linspace(1, preset.schedule_eps, S + 1)
+            t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
             transfer[b, :S] = 1 - t[1:] / t[:-1]
         transfer = transfer.to(device)
     # A safety net, not a schedule: the bounds of every policy (tests/test_policy_bounds.py) are below it.

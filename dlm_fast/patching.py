@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import threading
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -11,7 +13,7 @@ from dlm_kernels import Window
 from torch import Tensor, nn
 
 from . import models
-from .diffusion import DiffusionConfig
+from .diffusion import DiffusionConfig, check_vocabulary
 from .models.native import ATTENTION_NAME, Step
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
@@ -21,12 +23,15 @@ _ATTRIBUTE = "_dlm_fast_patch"
 class PatchHandle:
     """A patched model: what the decode loop needs to know about it, and the way back.
 
-    Also a context manager: leaving the block restores the model, whatever happened inside.
+    Also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a pickle of the model is
+    patched too, by a handle of its own (`handle_of`).
 
     Attributes:
         model: the patched instance. adapter: its family. ops: the backend in use.
         diffusion: the model's diffusion configuration, or None (then only plain forwards run).
         tokenizer: set by `load`.
+        attention_calls: attention calls through our op since the model was patched, one per layer and forward. Eager forwards only:
+            a counter in a compiled graph would compile it again at every call.
     """
 
     def __init__(self, model: nn.Module, adapter: ModuleType, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> None:
@@ -36,19 +41,39 @@ class PatchHandle:
         self.diffusion = diffusion
         self.tokenizer: Any = None
         self.plain_mode = plain_mode
-        self._calls = [0]
+        self.attention_calls = 0
         self._old_config: Any = None
         self._configured: list[nn.Module] = []
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._running = 0  # plain forwards
+        self._lock = threading.Lock()
 
-    @property
-    def attention_calls(self) -> int:
-        """Attention calls that ran through our op since the model was patched (one per layer and forward)."""
-        return self._calls[0]
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: the adapter by name, and nothing of forwards."""
+        fresh = {"adapter": self.adapter.__name__, "attention_calls": 0, "_running": 0, "_lock": None}
+        return {**self.__dict__, **fresh}
 
-    def step(self, window: Window, cache: Any) -> Step:
-        """The argument of `adapter.window_hidden`."""
-        return Step(window, cache, self.ops, self._calls)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, adapter=importlib.import_module(state["adapter"]), _lock=threading.Lock())
+
+    def window_hidden(self, input_ids: Tensor, window: Window, cache: Any) -> Tensor:
+        """Last hidden states [B, W, d] of a window of tokens [B, W]. Raises RuntimeError where the patch is not in place any more."""
+        step = Step(window, cache, self.ops)
+        hidden = self.adapter.window_hidden(self.model, input_ids, step)
+        self._finish(step)
+        return hidden
+
+    def _finish(self, step: Step) -> None:
+        """Raises RuntimeError unless every layer attended through `step`: by transformers' own attention it would be causal."""
+        altered = self.adapter.altered(self.model, step)
+        if altered is not None:
+            raise RuntimeError(
+                f"dlm_fast: every layer of a patched {type(self.model).__name__} must attend through dlm_fast, and was passed by in "
+                f"{altered}; undo that, or unpatch the model and patch it again"
+            )
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                self.attention_calls += len(step.served)
 
     def unpatch(self) -> None:
         """Restores the model; a second call raises RuntimeError."""
@@ -67,7 +92,10 @@ class PatchHandle:
                 if getattr(module, "config", None) is self._old_config:
                     module.config = config
                     self._configured.append(module)
-            self._hook = base.register_forward_pre_hook(self._plain_forward, with_kwargs=True)
+            self._hooks = [
+                base.register_forward_pre_hook(self._begin_plain, with_kwargs=True),
+                base.register_forward_hook(self._end_plain, with_kwargs=True, always_call=True),
+            ]
             self.model.__dict__[_ATTRIBUTE] = self
         except BaseException:
             self._restore()
@@ -77,12 +105,15 @@ class PatchHandle:
         for module in self._configured:
             module.config = self._old_config
         self._configured = []
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
         self.model.__dict__.pop(_ATTRIBUTE, None)
+        with self._lock:
+            # The end of a forward that runs in another thread still has to see that its layers were changed under it.
+            kept = self._hooks[1:] if self._running else []
+            for hook in self._hooks[: len(self._hooks) - len(kept)]:
+                hook.remove()
+            self._hooks = kept
 
-    def _plain_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _begin_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's visibility."""
         if kwargs.get("dlm_step") is not None:
             return args, kwargs
@@ -109,8 +140,26 @@ class PatchHandle:
             position_ids=kwargs.get("position_ids"),
             prompt_lengths=prompt_lengths,
         )
-        kwargs["dlm_step"] = Step(window, None, self.ops, self._calls)
+        kwargs["dlm_step"] = Step(window, None, self.ops, plain=True)
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                self._running += 1
         return args, kwargs
+
+    def _end_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Checks a plain forward. `output` is None if it failed."""
+        step = kwargs.get("dlm_step")
+        if step is None or not step.plain:
+            return
+        if not torch.compiler.is_compiling():
+            with self._lock:
+                self._running -= 1
+                if not self._running and self.model.__dict__.get(_ATTRIBUTE) is not self:
+                    for hook in self._hooks:
+                        hook.remove()
+                    self._hooks = []
+        if output is not None:
+            self._finish(step)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -186,6 +235,8 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
     if _ATTRIBUTE in model.__dict__:
         raise RuntimeError("patch: this model is already patched; unpatch it first")
     adapter.verify(model)
+    if diffusion is not None:
+        check_vocabulary(diffusion, model.config.vocab_size)
     ops = choose(backend, next(model.parameters()).device)
     check_head_dims(ops, adapter.head_dims(model))
     handle = PatchHandle(model, adapter, ops, diffusion, plain_mode)
@@ -206,6 +257,7 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
     Raises:
         NotImplementedError: another class, a modified attention module, a sliding window; a GPU or a head size that the Triton kernels
             do not have, where they are the backend. RuntimeError: patched already.
+        ValueError: ids of the diffusion configuration that the vocabulary does not hold.
     """
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         diffusion = DiffusionConfig.from_dict(model.config.dlm)
@@ -214,10 +266,15 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
 
 
 def handle_of(model: nn.Module) -> PatchHandle:
-    """The handle of a patched or loaded model. Raises ValueError if it is neither."""
+    """The handle of a patched or loaded model. Raises ValueError if it is neither, TypeError if it is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"dlm_fast: model must be a torch module, patched or loaded, got {type(model).__name__}")
     handle = model.__dict__.get(_ATTRIBUTE)
     if handle is None:
-        raise ValueError(f"dlm_fast: {type(model).__name__} is not patched; use dlm_fast.load(path) or dlm_fast.patch(model)")
+        advice = "use dlm_fast.load(path) or dlm_fast.patch(model)"
+        if hasattr(model, "_orig_mod"):
+            advice = "give the model that was compiled (model._orig_mod), patched or loaded"
+        raise ValueError(f"dlm_fast: {type(model).__name__} is not patched; {advice}")
     return handle
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from dlm_kernels import RowState
+from dlm_kernels.reference.confidence import Confidence
 from torch import Tensor
 
 from .ops import Ops
@@ -123,10 +125,10 @@ def measure(
     # One pass over the vocabulary, unless what is drawn from is another distribution than the model's.
     apart = bool(own) and (raw is not logits or "temperature" in more)
     if apart:
-        stats = ops.confidence(logits, rows=rows, outputs=(*outputs, *(("second",) if "margin" in wanted else ())), banned=banned, **more)
-        model_stats = ops.confidence(raw, rows=rows, outputs=tuple(own), banned=banned, **own_more)
+        stats = stats_of(ops, logits, rows=rows, outputs=(*outputs, *(("second",) if "margin" in wanted else ())), banned=banned, **more)
+        model_stats = stats_of(ops, raw, rows=rows, outputs=tuple(own), banned=banned, **own_more)
     else:
-        stats = model_stats = ops.confidence(logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more)
+        stats = model_stats = stats_of(ops, logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more)
     if history is not None:
         # A row that sits this step out keeps its own: what was computed for it is nobody's.
         own_rows = needed.flatten()
@@ -146,6 +148,14 @@ def measure(
         "error": stats.error,
     }
     return {name: None if values is None else values.view(-1, W) for name, values in result.items()}
+
+
+def stats_of(ops: Ops, logits: Tensor, **given: Any) -> Confidence:
+    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for all."""
+    stats = ops.confidence(logits, **given)
+    if logits.dtype != torch.float64:
+        return stats
+    return stats._replace(**{n: x.float() for n, x in stats._asdict().items() if x is not None and x.is_floating_point()})
 
 
 def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor, banned: Tensor, needed: Tensor) -> Tensor:

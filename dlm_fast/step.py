@@ -16,7 +16,7 @@ from .patching import PatchHandle
 from .policies import Choice, View
 from .policies.base import Lanes, Memory
 from .schedule import Plan, lane_start, request_refresh, window_of
-from .statistics import Sampling, lanes_view, measure, opening, rule_choice
+from .statistics import Sampling, lanes_view, measure, opening, rule_choice, stats_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,9 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
 def nothing_chosen(lanes: Lanes) -> Choice:
     """The choice of a prefill: it writes no token."""
     B, W = lanes.position.shape
-    none, device = torch.zeros(B, W, device=lanes.position.device), lanes.position.device
-    rows = {"value": torch.zeros(B, device=device), "min_unmask": torch.zeros(B, dtype=torch.int32, device=device)}
+    device = lanes.position.device
+    none = torch.zeros(B, W, dtype=torch.float32, device=device)
+    rows = {"value": torch.zeros(B, dtype=torch.float32, device=device), "min_unmask": torch.zeros(B, dtype=torch.int32, device=device)}
     return Choice(pred=torch.zeros(B, W, dtype=torch.int64, device=device), score=none, confidence=none, **rows)
 
 
@@ -162,7 +163,7 @@ def _forward(decode: Decode, window: Window, canvases: Tensor, drafts: int) -> T
     input_ids = canvases.gather(1, window.q_pos.long())
     if window.mode == "shadow":
         input_ids = torch.where(window.q_block >= plan.shadow_block, plan.diffusion.mask_token_id, input_ids)
-    return handle.adapter.window_hidden(handle.model, input_ids, handle.step(window, decode.cache if plan.capacity else None))
+    return handle.window_hidden(input_ids, window, decode.cache if plan.capacity else None)
 
 
 def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
@@ -230,7 +231,7 @@ def _shadow_confidence(decode: Decode, window: Window, hidden: Tensor, lanes: La
     written = (lanes.written & needed).flatten()
     rows = torch.where(written, torch.arange(written.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
     query = torch.where(written, lanes.tokens.flatten(), 0)
-    stats = decode.handle.ops.confidence(logits, rows=rows, outputs=("query",), banned=decode.sampling.banned, query=query)
+    stats = stats_of(decode.handle.ops, logits, rows=rows, outputs=("query",), banned=decode.sampling.banned, query=query)
     return stats.query_confidence.view(lanes.position.shape)
 
 
@@ -255,7 +256,7 @@ def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:
         position = window.q_pos.gather(1, last[:, None])[:, 0] + 1
         early = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
         banned = torch.cat([banned.expand(opens.shape[0], -1), early], -1)
-    stats = decode.handle.ops.confidence(logits, rows=rows, outputs=(), banned=banned)
+    stats = stats_of(decode.handle.ops, logits, rows=rows, outputs=(), banned=banned)
     return {"seed": stats.token, "seed_confidence": stats.confidence}
 
 

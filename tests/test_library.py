@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import dlm_fast
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the operators run Triton kernels")
@@ -182,13 +184,33 @@ def test_compiled_unmask_advances_the_same_state(device):
     assert not torch.equal(state.tokens, torch.full_like(state.tokens, 9))
 
 
-def test_a_patched_model_compiles_to_one_graph_with_its_logits(device):
-    model = toy("block", backend="triton")
-    ids = torch.randint(0, 20, (2, 9), device=device)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("visibility", ["full", "block"])
+def test_a_patched_model_compiles_to_one_graph_for_any_number_of_forwards(device, backend, visibility):
+    model = toy(visibility, backend=backend).to(device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    ids = torch.randint(2, 20, (2, 9), device=device)
+    counters.clear()
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(ids, use_cache=False).logits
-    assert torch.equal(found, expected)
+        eager_calls = dlm_fast.handle_of(model).attention_calls
+        for _ in range(12):
+            assert torch.equal(compiled(ids, use_cache=False).logits, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert dlm_fast.handle_of(model).attention_calls == eager_calls == 2
+
+
+def test_a_compiled_model_whose_attention_is_changed_raises_too(device):
+    model = toy("full", backend="reference").to(device)
+    compiled = {fullgraph: torch.compile(model, backend="eager", fullgraph=fullgraph) for fullgraph in (False, True)}
+    ids = torch.randint(2, 20, (2, 9), device=device)
+    expected = model(ids, use_cache=False).logits
+    for forward in compiled.values():
+        torch.testing.assert_close(forward(ids, use_cache=False).logits, expected)
+    model.set_attn_implementation("sdpa")
+    for forward in compiled.values():
+        with pytest.raises(Exception, match="every layer of a patched LlamaForCausalLM must attend through dlm_fast"):
+            forward(ids, use_cache=False)
 
 
 def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import multiprocessing
+import pickle
+import threading
 
 import dlm_fast
 import pytest
 import torch
 from dlm_fast.models.native import ATTENTION_NAME
 from dlm_fast.patching import attach
-from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, toy
+from dlm_fast.training.networks import checkpoint_activations
+from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, save_toy_checkpoint, toy
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -149,6 +154,237 @@ def test_a_decode_that_fails_leaves_the_patch_usable():
     assert dlm_fast.generate(model, **PLAIN).nfe == [3]
 
 
+PASSED_BY = r"every layer of a patched LlamaForCausalLM must attend through dlm_fast, and was passed by in layers "
+
+
+def set_another_attention(model) -> None:
+    model.set_attn_implementation("sdpa")
+
+
+def replace_a_forward(model) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+
+
+@pytest.mark.parametrize(
+    "alter, restore, what",
+    [
+        (set_another_attention, lambda model: model.set_attn_implementation(ATTENTION_NAME), r"\[0, 1\] of 2, its attention implementation is 'sdpa'"),
+        (replace_a_forward, lambda model: delattr(model.model.layers[1].self_attn, "forward"), r"\[1\] of 2, the forward of layer 1's self_attn was"),
+    ],
+)
+@pytest.mark.parametrize("visibility", ["full", "block"])
+def test_a_forward_that_passes_our_attention_by_raises_and_is_never_causal_in_silence(alter, restore, what, visibility):
+    model, tokens = toy(visibility), ids(6)
+    expected, decoded = logits(model, tokens), dlm_fast.generate(model, **PLAIN).canvas[0]
+    alter(model)
+    for call in (lambda: model(tokens), lambda: model.model(tokens), lambda: dlm_fast.generate(model, **PLAIN)):
+        with pytest.raises(RuntimeError, match=PASSED_BY + what):
+            call()
+    restore(model)
+    assert torch.equal(logits(model, tokens), expected)
+    assert torch.equal(dlm_fast.generate(model, **PLAIN).canvas[0], decoded)
+
+
+def test_a_model_that_is_unpatched_while_it_decodes_raises():
+    model = toy("full")
+    handle = dlm_fast.handle_of(model)
+
+    def leave(state):
+        if "_dlm_fast_patch" in model.__dict__:
+            handle.unpatch()
+
+    with pytest.raises(RuntimeError, match=PASSED_BY + r"\[0, 1\] of 2, its attention implementation is 'eager' \(.* or unpatched meanwhile\)"):
+        dlm_fast.generate(model, on_step=leave, **PLAIN)
+
+
+def test_a_model_that_is_unpatched_inside_a_plain_forward_raises_and_is_restored():
+    model, tokens = toy("full"), ids(6)
+    handle = dlm_fast.handle_of(model)
+
+    def from_elsewhere(*_):
+        thread = threading.Thread(target=handle.unpatch)
+        thread.start()
+        thread.join()
+
+    hook = model.model.layers[1].register_forward_pre_hook(from_elsewhere)
+    with pytest.raises(RuntimeError, match=PASSED_BY + r"\[1\] of 2"):
+        model(tokens)
+    hook.remove()
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
+    assert torch.equal(logits(model, tokens), logits(native_model(), tokens))
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model = toy("full")
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]))
+    dlm_fast.handle_of(model).unpatch()
+    assert not model.model._forward_pre_hooks and not model.model._forward_hooks
+
+
+def test_threads_and_nested_decodes_each_count_their_own_layers():
+    model, tokens, failed = toy("full", layers=3), ids(5), []
+    expected, decoded = logits(model, tokens), dlm_fast.generate(model, **PLAIN)
+    handle = dlm_fast.handle_of(model)
+    before, nested = handle.attention_calls, []
+
+    def inside(state):
+        nested.append(logits(model, tokens))
+
+    def work():
+        for _ in range(5):
+            out = dlm_fast.generate(model, on_step=inside, **PLAIN)
+            if not torch.equal(out.canvas[0], decoded.canvas[0]):
+                failed.append(out)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and all(torch.equal(found, expected) for found in nested)
+    assert handle.attention_calls - before == 3 * (4 * 5 * decoded.nfe[0] + len(nested))
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        model = native_model().train()
+        if checkpointed:
+            checkpoint_activations(model)
+        with dlm_fast.patch(model, backend="reference") as handle:
+            model(ids(5)).logits.sum().backward()
+            assert handle.attention_calls == 2
+        return [p.grad for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_layers_that_are_not_numbered_as_they_stand_are_refused():
+    model = native_model(layers=3)
+    del model.model.layers[0]
+    with pytest.raises(NotImplementedError, match=r"the layers must be numbered 0 to 2 as in config.num_hidden_layers, got layer_idx=\[1, 2\]"):
+        dlm_fast.patch(model)
+
+
+def test_a_compiled_model_is_refused_with_what_to_do():
+    compiled = torch.compile(native_model(), backend="eager")
+    with pytest.raises(NotImplementedError, match=r"unsupported model class OptimizedModule; .*; patch the model that was compiled \(model._orig_mod\)"):
+        dlm_fast.patch(compiled)
+    with pytest.raises(ValueError, match=r"OptimizedModule is not patched; give the model that was compiled \(model._orig_mod\)"):
+        dlm_fast.generate(torch.compile(toy("full"), backend="eager"), **PLAIN)
+    with pytest.raises(TypeError, match="model must be a torch module, patched or loaded, got str"):
+        dlm_fast.generate("tiny-full", **PLAIN)
+
+
+# Copies.
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_is_patched_by_a_handle_of_its_own(duplicate):
+    model, tokens = toy("full"), ids(6)
+    logits(model, tokens)
+    twin = duplicate(model)
+    handle, own = dlm_fast.handle_of(model), dlm_fast.handle_of(twin)
+    assert own is not handle and own.model is twin and own.adapter is handle.adapter and own.attention_calls == 0
+    assert own.diffusion == handle.diffusion and twin.config is not model.config
+    assert torch.equal(logits(twin, tokens), logits(model, tokens)) and own.attention_calls == 2
+    assert torch.equal(dlm_fast.generate(twin, **PLAIN).canvas[0], dlm_fast.generate(model, **PLAIN).canvas[0])
+
+    bidirectional, causal = logits(model, tokens), logits(native_model(), tokens)
+    own.unpatch()
+    assert torch.equal(logits(twin, tokens), causal) and torch.equal(logits(model, tokens), bidirectional)
+    assert not twin.model._forward_pre_hooks and not twin.model._forward_hooks
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    handle.unpatch()
+    assert torch.equal(logits(model, tokens), causal)
+
+
+def test_a_copy_of_a_loaded_model_brings_its_tokenizer(tmp_path):
+    save_toy_checkpoint(tmp_path)
+    model = dlm_fast.load(tmp_path, backend="reference", device="cpu")
+    for twin in (copy.deepcopy(model), pickled(model)):
+        assert dlm_fast.generate(twin, ["abc"], max_new_tokens=3).text == dlm_fast.generate(model, ["abc"], max_new_tokens=3).text
+
+
+def test_a_copy_saves_the_checkpoint_that_the_original_would(tmp_path):
+    save_toy_checkpoint(tmp_path / "toy")
+    model = dlm_fast.load(tmp_path / "toy", backend="reference", device="cpu")
+    copy.deepcopy(model).save_pretrained(tmp_path / "again")
+    again = dlm_fast.load(tmp_path / "again", backend="reference", device="cpu")
+    assert torch.equal(dlm_fast.generate(again, **PLAIN).canvas[0], dlm_fast.generate(model, **PLAIN).canvas[0])
+
+
+def decode_in_a_process(model, results) -> None:
+    results.put(dlm_fast.generate(model, **PLAIN).canvas[0].tolist())
+
+
+def test_a_spawned_process_decodes_the_model_it_is_given():
+    model, context = toy("full"), multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=decode_in_a_process, args=(model, results))
+    process.start()
+    found = results.get(timeout=120)
+    process.join()
+    assert found == dlm_fast.generate(model, **PLAIN).canvas[0].tolist()
+
+
+# Modes and dtypes.
+
+
+def test_a_decode_in_training_mode_is_refused():
+    model = toy("full")
+    model.train()
+    with pytest.raises(ValueError, match=r"the model must be in eval mode, got training=True; call model.eval\(\)"):
+        dlm_fast.generate(model, **PLAIN)
+    model.eval().model.layers[1].mlp.train()
+    with pytest.raises(ValueError, match=r"the model must be in eval mode, got training=True in model.layers.1.mlp; call model.eval\(\)"):
+        dlm_fast.generate(model, **PLAIN)
+    model.eval()
+    assert dlm_fast.generate(model, **PLAIN).nfe == [3]
+
+
+def test_attention_dropout_is_refused_not_ignored():
+    model = native_model()
+    model.config.attention_dropout = 0.1
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with dlm_fast.patch(model, backend="reference"):
+        logits(model, ids(4))
+        with pytest.raises(NotImplementedError, match=r"dropout must be 0, got dropout=0.1; call model.eval\(\)"):
+            model.train()(ids(4))
+
+
+def test_a_decode_under_autocast_is_refused():
+    model = toy("full")
+    expected = dlm_fast.generate(model, **PLAIN).canvas[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"autocast must be off, got torch.autocast\('cpu', torch.bfloat16\); decode under"):
+            dlm_fast.generate(model, **PLAIN)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(dlm_fast.generate(model, **PLAIN).canvas[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_plain_forward_under_autocast_is_as_near_to_the_original_as_transformers_own(dtype):
+    model, tokens = native_model(), ids(17)
+    model.set_attn_implementation("sdpa")
+    exact = logits(copy.deepcopy(model).double(), tokens)
+    with torch.autocast("cpu", dtype):
+        before = logits(model, tokens)
+        with dlm_fast.patch(model, backend="reference"):
+            inside = logits(model, tokens)
+            model(tokens).logits.float().sum().backward()
+    assert inside.dtype == before.dtype == dtype
+    assert_no_worse_than_torch(inside, before, exact)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers[0].self_attn.parameters())
+
+
 def test_patching_twice_and_unpatching_twice_are_errors():
     model = native_model()
     handle = dlm_fast.patch(model, backend="reference")
@@ -261,7 +497,15 @@ def test_the_diffusion_configuration_is_read_from_the_config():
         ({"eos_token_ids": [MASK]}, "eos_token_ids must not hold the mask id"),
         ({"visibility": "causal"}, "visibility must be one of full, block, got visibility='causal'"),
         ({"visibility": "block"}, "visibility 'block' needs a block_length, got block_length=None"),
-        ({"block_length": 0}, "block_length must be at least 1, got block_length=0"),
+        ({"mask_token_id": True}, "mask_token_id must be an id >= 0, got mask_token_id=True"),
+        ({"eos_token_ids": 1}, "eos_token_ids must be a list of ids >= 0, got eos_token_ids=1"),
+        ({"eos_token_ids": None}, "eos_token_ids must be a list of ids >= 0, got eos_token_ids=None"),
+        ({"eos_token_ids": [True]}, r"eos_token_ids must be a list of ids >= 0, got eos_token_ids=\[True\]"),
+        ({"block_length": 0}, "block_length must be a whole number from 1 to 16777216, got block_length=0"),
+        ({"block_length": "4"}, "block_length must be a whole number from 1 to 16777216, got block_length='4'"),
+        ({"block_length": 4.5}, "block_length must be a whole number from 1 to 16777216, got block_length=4.5"),
+        ({"block_length": True}, "block_length must be a whole number from 1 to 16777216, got block_length=True"),
+        ({"block_length": 10**12}, "block_length must be a whole number from 1 to 16777216, got block_length=1000000000000"),
         ({"block_alignment": "left"}, "block_alignment must be one of abs, rel, got block_alignment='left'"),
         ({"logits_row": "next"}, "logits_row must be one of self, previous, got logits_row='next'"),
         ({"blocks": 3}, "unknown keys \\['blocks'\\]"),
@@ -274,6 +518,22 @@ def test_a_bad_diffusion_configuration_names_rule_and_value(values, message):
     with pytest.raises(ValueError, match="missing keys \\['visibility'\\]"):
         dlm_fast.DiffusionConfig.from_dict({"mask_token_id": MASK, "eos_token_ids": [EOS]})
     assert dlm_fast.DiffusionConfig.from_dict({**good, "logits_row": "previous"}).logits_row == "previous"
+
+
+def test_a_diffusion_section_that_is_no_object_is_named():
+    for section in ([1], "full", 3):
+        with pytest.raises(ValueError, match="the section must be an object of names and values, got"):
+            dlm_fast.DiffusionConfig.from_dict(section)
+
+
+@pytest.mark.parametrize("name, ids", [("mask_token_id", {"mask_token_id": 48}), ("eos_token_ids", {"eos_token_ids": (EOS, 48)})])
+def test_ids_that_the_vocabulary_does_not_hold_are_refused_and_nothing_is_patched(name, ids):
+    model = native_model()
+    with pytest.raises(ValueError, match=f"{name} must be below the model's vocab_size=48, got 48"):
+        dlm_fast.patch(model, diffusion=dataclasses.replace(FULL, **ids))
+    with pytest.raises(TypeError, match="diffusion must be a DiffusionConfig, got dict"):
+        dlm_fast.patch(model, diffusion={"mask_token_id": 0})
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_patched_model_may_share_the_process_with_a_loaded_one():

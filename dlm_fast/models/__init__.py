@@ -20,4 +20,6 @@ def adapter_for(model: nn.Module) -> ModuleType:
     hint = ""
     if hasattr(model, "merge_and_unload"):
         hint = "; merge the adapter first (model.merge_and_unload())"
+    elif hasattr(model, "_orig_mod"):
+        hint = "; patch the model that was compiled (model._orig_mod), and compile it after that"
     raise NotImplementedError(f"dlm_fast: unsupported model class {type(model).__name__}; supported are {supported}{hint}")

@@ -32,13 +32,15 @@ class Step:
         window: what is computed and what it sees.
         cache: the static buffers; None = keys and values live for this forward only.
         ops: the op backend.
-        calls: attention calls served so far, over all forwards that share the list (`PatchHandle.attention_calls`).
+        plain: whether it is of a forward that is no decoder's (`model(input_ids)`).
+        served: layers that attended through it, in order. Python's own: in a compiled graph there is nothing of it.
     """
 
     window: Window
     cache: KVCache | None
     ops: Ops
-    calls: list[int]
+    plain: bool = False
+    served: list[int] = dataclasses.field(default_factory=list)
 
 
 def attention(
@@ -69,16 +71,16 @@ def attention(
             f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in past_key_values"
         )
     layer = dlm_step.cache.layers[module.layer_idx] if dlm_step.cache is not None else None
-    out = dlm_step.ops.block_attention(
-        query,
-        key,
-        value,
-        None if layer is None else layer.keys,
-        None if layer is None else layer.values,
-        dlm_step.window,
-        scale=scaling,
-    )
-    dlm_step.calls[0] += 1
+    caches = (None, None) if layer is None else (layer.keys, layer.values)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As torch's own attention does there: RoPE leaves queries and keys in float32, where the projection of values has not.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            out = dlm_step.ops.block_attention(query, key, value, *caches, dlm_step.window, scale=scaling)
+    else:
+        out = dlm_step.ops.block_attention(query, key, value, *caches, dlm_step.window, scale=scaling)
+    dlm_step.served.append(module.layer_idx)
     return out.transpose(1, 2), None
 
 
@@ -90,6 +92,12 @@ def verify(model: nn.Module) -> None:
     """Raises NotImplementedError for a model of a known class that was altered in a way our attention would ignore."""
     expected = CLASSES[type(model)]
     layers = model.model.layers
+    numbers = [getattr(layer.self_attn, "layer_idx", index) for index, layer in enumerate(layers)]
+    if numbers != list(range(model.config.num_hidden_layers)):
+        raise NotImplementedError(
+            f"dlm_fast: the layers must be numbered 0 to {model.config.num_hidden_layers - 1} as in config.num_hidden_layers, "
+            f"got layer_idx={numbers}"
+        )
     for index, layer in enumerate(layers):
         module = layer.self_attn
         if type(module) is not expected or "forward" in module.__dict__:
@@ -109,18 +117,36 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.model
 
 
+def altered(model: nn.Module, step: Step) -> str | None:
+    """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through `step`."""
+    layers = model.model.layers
+    missed = [index for index in range(len(layers)) if index not in step.served]
+    if not missed:
+        return None
+    where = f"layers {missed[:8]} of {len(layers)}"
+    found = model.config._attn_implementation
+    if found != ATTENTION_NAME:
+        return f"{where}, its attention implementation is {found!r} (set_attn_implementation, or unpatched meanwhile)"
+    replaced = [index for index in missed if "forward" in layers[index].self_attn.__dict__]
+    return f"{where}, the forward of layer {replaced[0]}'s self_attn was replaced" if replaced else where
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of hidden states, keys and values: that of the first norm's output. A quantised layer's weights have another one."""
+    return torch.promote_types(model.model.embed_tokens.weight.dtype, model.model.layers[0].input_layernorm.weight.dtype)
+
+
 def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
-    """Buffers for every layer of `model`, in its dtype and on its device."""
+    """Buffers for every layer of `model`, in the dtype that it computes in and on its device."""
     module = model.model.layers[0].self_attn
-    weight = module.k_proj.weight
     return KVCache(
         num_layers=len(model.model.layers),
         num_kv_heads=model.config.num_key_value_heads,
         head_dim=module.head_dim,
         rows=rows,
         capacity=capacity,
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=compute_dtype(model),
+        device=module.k_proj.weight.device,
     )
 
 

@@ -75,7 +75,7 @@ class Prophet(Policy):
         step, steps = scheduled_step(view)
         u = (step + 1) / steps
         early, middle, late = self.gap_thresholds
-        threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, middle, late))
+        threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, torch.full_like(u, middle), late))
         answer = self._answer(view.plan, view, view.state)
         return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
 

@@ -232,6 +232,6 @@ def _head_of(path: Path, metadata: dict[str, str]) -> Head:
             rule = f"must be {kind.__name__} in [{low}, {high}]"
             raise CheckpointError(f"load_head: {name} of {path} {rule}, got {name}={metadata[name]!r}")
     try:
-        return KINDS[metadata["kind"]](**facts)
+        return KINDS[metadata["kind"]](**facts).float()  # whatever the process-wide default dtype is
     except ValueError as error:
         raise CheckpointError(f"load_head: {path}: {error}") from error

@@ -169,4 +169,4 @@ class InsertDelete(Policy):
         end = start + len(row.slots)
         state.tokens[b, start:end] = torch.tensor([slot.token for slot in row.slots])
         state.unmask_step[b, start:end] = torch.tensor([slot.step for slot in row.slots], dtype=torch.int32)
-        state.unmask_confidence[b, start:end] = torch.tensor([slot.confidence for slot in row.slots])
+        state.unmask_confidence[b, start:end] = torch.tensor([slot.confidence for slot in row.slots], dtype=torch.float32)

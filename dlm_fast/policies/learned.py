@@ -141,5 +141,5 @@ class LearnedCommit(_Learned):
 
 def block_time(view: View) -> Tensor:
     """[B] fp32 in [0, 1]: denoise steps taken in the block over its length."""
-    return (view.block_step / view.plan.block_length).clamp(max=1.0)
+    return (view.block_step.float() / view.plan.block_length).clamp(max=1.0)
 

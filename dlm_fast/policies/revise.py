@@ -135,4 +135,4 @@ class JointThreshold(Policy):
         full = ~view.eligible.any(1)
         post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)
         settled = full & (post > self.max_post_edits)
-        return dataclasses.replace(choice, edit_value=torch.where(settled, math.inf, self.edit_threshold))
+        return dataclasses.replace(choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(settled, math.inf))

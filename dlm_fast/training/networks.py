@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from .. import patching
 from ..diffusion import DiffusionConfig
-from ..loading import checkpoint_path, load
+from ..loading import FLOATS, checkpoint_path, load, stored_dtypes, weight_files
 from ..models import adapter_for
 
 
@@ -84,9 +83,9 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
 
 
 def stored_dtype(path: str) -> torch.dtype | None:
-    """The dtype that a checkpoint folder says its weights are in; None if it does not."""
-    dtype = getattr(AutoConfig.from_pretrained(checkpoint_path(path), trust_remote_code=False), "dtype", None)
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    """The dtype that a checkpoint folder's weights are stored in; None if they are in several."""
+    kinds = set(stored_dtypes(weight_files(checkpoint_path(path))).values())
+    return FLOATS[kinds.pop()] if len(kinds) == 1 else None
 
 
 def weights_digest(path: str) -> str:
