@@ -235,16 +235,20 @@ def load(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Given the tensors themselves, transformers looks for no file: no other index, no adapter, nothing on the Hub.
-    model, report = family.from_pretrained(
-        None,
-        config=config,
-        state_dict=read_weights(files),
-        dtype=torch.promote_types(dtype, torch.float32) if adapter else dtype,
-        attn_implementation="sdpa",  # config.json may name a kernel of the Hub, to be downloaded and run
-        ignore_mismatched_sizes=True,  # reported below, by name, instead of in a table on stderr
-        output_loading_info=True,
-    )
+    weights = read_weights(files)
+    try:
+        # Given the tensors themselves, transformers looks for no file: no other index, no adapter, nothing on the Hub.
+        model, report = family.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.promote_types(dtype, torch.float32) if adapter else dtype,
+            attn_implementation="sdpa",  # config.json may name a kernel of the Hub, to be downloaded and run
+            ignore_mismatched_sizes=True,  # reported below, by name, instead of in a table on stderr
+            output_loading_info=True,
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"load: {path / 'config.json'} describes no {config_type} model: {error!r}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise CheckpointError(f"load: {path} has {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:8]}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import socket
+import sys
 
 import dlm_fast
 import pytest
 import torch
 from dlm_fast import CheckpointError
 from dlm_fast.loading import EMBEDDED, checkpoint_path, load_tokenizer
-from helpers import EOS, MASK, random_prompts, save_toy_checkpoint
+from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint
 from safetensors.torch import load_file, save_file
 
 
@@ -188,6 +191,249 @@ def test_remote_code_is_never_run(folder):
     (folder / "code.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(NotImplementedError, match="unsupported model_type 'my_own'"):
         load(folder)
+
+
+CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('')\nraise SystemExit('remote code ran')\n"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whatever opens a connection or looks up a name fails the test."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"the network was asked: {args}")
+
+    for name in ("socket", "create_connection", "getaddrinfo", "gethostbyname", "socketpair"):
+        monkeypatch.setattr(socket, name, refuse)
+
+
+def test_code_beside_the_weights_of_a_known_model_is_never_imported(folder, no_network):
+    for name in ("code", "configuration", "modeling", "tokenization"):
+        (folder / f"{name}.py").write_text(CODE)
+    edit(folder, lambda config: config.update(auto_map={"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"}))
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    path.write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["tokenization.Slow", "tokenization.Fast"]}}))
+    model = load(folder)
+    assert type(model).__module__.startswith("transformers.models.") and type(model.config).__module__.startswith("transformers.models.")
+    assert dlm_fast.generate(model, ["abc"], max_new_tokens=2).text is not None
+    # A tokenizer that is nothing without its code.
+    path.write_text(json.dumps({**tokenizer, "tokenizer_class": "Slow", "auto_map": {"AutoTokenizer": ["tokenization.Slow", None]}}))
+    with pytest.raises(CheckpointError, match="the tokenizer of .*toy cannot be read"):
+        load(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_that_the_config_names_is_never_fetched(folder, no_network, key):
+    edit(folder, lambda config: config.update({key: "kernels-community/flash-attn3"}))
+    model = load(folder)
+    dlm_fast.handle_of(model).unpatch()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "sub/outside.safetensors"])
+def test_an_index_reaches_no_file_outside_its_folder(folder, name):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    if name.startswith("/"):
+        name = str(folder.parent / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="is not a safetensors index: .*must name files of this folder"):
+        load(folder)
+
+
+def test_shards_are_one_model_and_two_sets_of_weights_are_refused(folder):
+    whole = load(folder)
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: weights[name] for name in held}, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="has both model.safetensors and a model.safetensors.index.json of other files; keep one"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    sharded = load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(sharded.state_dict().values(), whole.state_dict().values(), strict=True))
+    save_file(weights, folder / "model-2.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="model-2.safetensors holds tensors that another file of .*toy holds too"):
+        load(folder)
+
+
+KINDS = {torch.int8: "I8", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64"}
+
+
+@pytest.mark.parametrize("asked", [None, torch.float32])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_weights_that_are_no_floats_are_named_not_cast(folder, dtype, asked):
+    path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"must be stored as F64, F32, F16, BF16, got {name} {KINDS[dtype]} \(1 of {len(weights)}\)"):
+        load(folder, dtype=asked)
+
+
+@pytest.mark.parametrize("section", [{"quant_method": "fp8"}, {"quant_method": "bogus"}, {}, "int8"])
+def test_a_quantised_checkpoint_is_refused_by_name(folder, section):
+    edit(folder, lambda config: config.update(quantization_config=section))
+    with pytest.raises(NotImplementedError, match="quantised checkpoints are not supported, got quantization_config=.*; supported are float weights"):
+        load(folder)
+
+
+def test_weights_of_several_floats_need_to_be_told_which(folder):
+    path, name = folder / "model.safetensors", "model.norm.weight"
+    weights = load_file(path)
+    weights = {key: tensor if key == name else tensor.bfloat16() for key, tensor in weights.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"stored in several dtypes \(lm_head.weight BF16, {name} F32\); say which with dtype="):
+        load(folder)
+    assert load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    # Frequencies that old checkpoints store are no weights.
+    weights = {key: tensor.bfloat16() for key, tensor in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert load(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_are_opened_as_stored_whatever_the_config_says(tmp_path, stored):
+    saved = save_toy_checkpoint(tmp_path, dtype=stored)
+    edit(tmp_path, lambda config: config.update(dtype="bfloat16" if stored == torch.float32 else "float32"))
+    model = load(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {stored}
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn])
+def test_a_dtype_that_no_model_computes_in_is_named(folder, dtype):
+    with pytest.raises(TypeError, match=r"dtype must be None \(as stored\) or one of torch.float64, .* got dtype="):
+        load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_a_model_and_its_answer_do_not_depend_on_the_default_dtype(folder, default):
+    expected = dlm_fast.generate(load(folder), ["abc"], max_new_tokens=4)
+    torch.set_default_dtype(default)
+    try:
+        model = load(folder)
+        found = dlm_fast.generate(model, ["abc"], max_new_tokens=4)
+        head = dlm_fast.load_head("tiny-commit", device="cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in [*model.parameters(), *model.buffers(), *head.parameters()]} == {torch.float32}
+    assert found.text == expected.text and torch.equal(found.confidence[0], expected.confidence[0])
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_size": "many"}, {"rope_parameters": {"rope_type": "none such"}}])
+def test_a_config_that_describes_no_model_is_named(folder, change):
+    edit(folder, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match="config.json describes no llama model"):
+        load(folder)
+
+
+def test_a_config_that_asks_for_tuples_decodes_all_the_same(folder):
+    expected = answer(load(folder))
+    edit(folder, lambda config: config.update(return_dict=False))
+    assert answer(load(folder)) == expected
+
+
+# Adapters.
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA adapter of the toy model that changes its answers."""
+    peft = pytest.importorskip("peft", reason="an adapter is made and merged by peft")
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(native_model(), config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def lay_beside(adapter, folder) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, folder / name)
+
+
+def answer(model) -> list[int]:
+    return dlm_fast.generate(model, random_prompts([5]), max_new_tokens=8).canvas[0].tolist()
+
+
+def test_an_adapter_beside_the_weights_is_applied_by_request_only(folder, adapter, no_network):
+    plain, merged = answer(load(folder)), answer(load(folder, adapter=adapter))
+    assert plain != merged
+    lay_beside(adapter, folder)
+    with pytest.raises(CheckpointError, match=r"toy holds an adapter \(adapter_config.json\), which is applied on request only; say adapter='.*toy'"):
+        load(folder)
+    alone = load(folder, adapter=False)
+    assert answer(alone) == plain and not hasattr(alone, "peft_config")
+    assert answer(load(folder, adapter=folder)) == merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_in_float32(folder, adapter, dtype):
+    base = load(folder, dtype=torch.float32)
+    scaling, lora = 8 / 2, load_file(adapter / "adapter_model.safetensors")
+    model = load(folder, adapter=str(adapter), dtype=dtype)
+    name = "model.layers.1.mlp.down_proj"
+    update = scaling * lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
+    expected = (base.get_submodule(name).weight + update).to(dtype)
+    torch.testing.assert_close(model.get_submodule(name).weight, expected, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
+    assert type(model) is type(base) and {p.dtype for p in model.parameters()} == {dtype}
+    assert torch.equal(model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
+
+
+def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"adapter must be a folder with adapter_config.json and adapter_model.safetensors, got 'none' without"):
+        load(folder, adapter="none")
+    for wrong in (True, 7):
+        with pytest.raises(TypeError, match=f"adapter must be a folder, False or None, got adapter={wrong}"):
+            load(folder, adapter=wrong)
+    path = adapter / "adapter_model.safetensors"
+    lora = load_file(path)
+    damages = [
+        (lambda t: t.pop(sorted(t)[0]), r"tensors missing or unknown: \['base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'\]"),
+        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}), "tensors missing or unknown: .*lm_head"),
+        (lambda t: t.update({sorted(t)[0]: torch.zeros(5, 5)}), "size mismatch"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.int8)}), "must be stored as F64, F32, F16, BF16, got .* I8"),
+        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]] * torch.nan}), "cannot be merged"),
+    ]
+    for damage, message in damages:
+        tensors = dict(lora)
+        damage(tensors)
+        save_file(tensors, path)
+        with pytest.raises(CheckpointError, match=message):
+            load(folder, adapter=adapter)
+    save_file(lora, path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=r"an adapter needs peft: pip install 'dlm-fast\[train\]'"):
+        load(folder, adapter=adapter)
+
+
+# What the configuration says of the model and the tokenizer.
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"mask_token_id": 48}, "mask_token_id must be below the model's vocab_size=48, got 48"),
+        ({"eos_token_ids": [EOS, 99]}, "eos_token_ids must be below the model's vocab_size=48, got 99"),
+        ({"mask_token_id": 7}, r"mask_token_id must be the tokenizer's, 0 \('\[MASK\]'\), got mask_token_id=7 of the diffusion configuration"),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_ids_that_are_not_the_models_or_the_tokenizers_are_refused(folder, values, message, given):
+    values = {"mask_token_id": MASK, "eos_token_ids": [EOS], "visibility": "full", **values}
+    if not given:
+        edit(folder, lambda config: config.update(dlm=values))
+    with pytest.raises(ValueError, match=message):
+        load(folder, **({"diffusion": dlm_fast.DiffusionConfig.from_dict(values)} if given else {}))
+
+
+def test_a_tokenizer_without_a_mask_of_its_own_takes_the_configurations(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": None}))
+    assert dlm_fast.handle_of(load(folder)).tokenizer.mask_token_id is None
 
 
 def test_a_bad_dlm_section_names_the_rule(folder):

@@ -157,6 +157,7 @@ def window_hidden(model: nn.Module, input_ids: Tensor, step: Step) -> Tensor:
         position_ids=step.window.q_pos,
         past_key_values=step.cache,
         use_cache=False,
+        return_dict=True,  # config.json may say otherwise
         dlm_step=step,
     )
     return out.last_hidden_state
