@@ -169,8 +169,11 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
         block, mode = (q_pos >= plan.first[:, None]).to(torch.int32), "block"
     if shadow:
         block, mode = torch.where(is_shadow, plan.shadow_block, block), "shadow"
-    stores = plan.capacity > 0 and not (plan.preset.cache == "delayed" and kind == "window")
-    kv_slot = torch.where(lane < q_len[:, None], q_pos, -1) if stores else torch.full_like(q_pos, -1)
+    stores = lane < q_len[:, None] if plan.capacity else torch.zeros_like(q_pos, dtype=torch.bool)
+    if plan.preset.cache == "delayed" and kind == "window":
+        # Only the block that this step commits is read again before it is recomputed.
+        stores = stores & (state.phase == COMMIT)[:, None] & (q_pos < (state.block_start + plan.block_length)[:, None])
+    kv_slot = torch.where(stores, q_pos, -1)
     return Window(
         q_pos=q_pos.contiguous(),
         q_block=block.int().contiguous(),
@@ -186,6 +189,14 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
 
 def _takes_part(state: RowState, kind: str) -> Tensor:
     return state.phase == WIDE if kind == "wide" else (state.phase == DENOISE) | (state.phase == COMMIT)
+
+
+def selects_of(plan: Plan, state: RowState, kind: str) -> Tensor:
+    """[B] bool: rows that a step of `kind` denoises, those that it only prefills or commits left out."""
+    cache = plan.preset.cache
+    if kind == "wide":
+        return (state.phase == WIDE) & (cache != "commit")
+    return (state.phase == DENOISE) | ((state.phase == COMMIT) & (cache == "delayed"))
 
 
 def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -292,7 +303,8 @@ def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor
     if preset.warmup_steps:
         wanted = wanted | (state.step < preset.warmup_steps)
     if preset.refresh_interval is not None:
-        counter = state.step if preset.cache == "delayed" else state.block_step
+        # d3LLM counts a row's forwards from 1, the others a block's from 0.
+        counter = state.step + 1 if preset.cache == "delayed" else state.block_step
         wanted = wanted | (counter % preset.refresh_interval == 0)
     if preset.cache == "scattered":
         wanted = wanted | ((state.block_step == 1) & (preset.refresh_interval is not None))

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from dlm_kernels import RowState, Window
-from dlm_kernels.state import COMMIT, DENOISE, WIDE
+from dlm_kernels.state import COMMIT, WIDE
 from torch import Tensor
 
 from .drafts import Drafts
 from .patching import PatchHandle
 from .policies import Choice, View
 from .policies.base import Lanes, Memory
-from .schedule import Plan, lane_start, request_refresh, window_of
+from .schedule import Plan, lane_start, request_refresh, selects_of, window_of
 from .statistics import Sampling, lanes_view, measure, opening, rule_choice, stats_of
 
 
@@ -51,9 +51,7 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
     window = window_of(plan, state, sampling, kind, width)
     view_lanes = lanes_view(plan, state, lane_start(plan, state), lanes or plan.lanes)
     takes_part = window.q_len > 0
-    selects = takes_part & (state.phase == (WIDE if kind == "wide" else DENOISE))
-    if kind == "wide" and plan.preset.cache == "commit":
-        selects = torch.zeros_like(selects)
+    selects = takes_part & selects_of(plan, state, kind)
 
     ready = held = None
     canvases, query_len = state.tokens, window.q_len

@@ -192,7 +192,7 @@ def test_in_one_block_a_cache_loses_nothing(preset):
 @pytest.mark.parametrize("preset", ["fast-dllm-prefix", "freecache", "d3llm"])
 def test_over_several_blocks_only_the_first_is_exact(preset):
     options = {"preset": preset, "block_length": 3, "max_new_tokens": 15, "refresh_interval": None}
-    options["threshold"] = -2.0 if preset == "d3llm" else 0.25
+    options |= {"threshold": -2.0, "commit_delay": 1} if preset == "d3llm" else {"threshold": 0.25}
     changed = 0
     for seed in range(4):
         model, prompt = toy("full", prompt_isolated=True, seed=seed, eos=()), random_prompts([4], seed)

@@ -145,11 +145,24 @@ PIPELINES = {
     "fill: written tokens do not": (
         D3LLM, "##ww##", (0, 4), DENOISE, "wSww", dict(score=[0.5, 0.95, 0.3, 0.4]), "#SSSSS", DENOISE, (0, 4)),
     "fill: then nothing may be left": (D3LLM, "w#####", (0, 2), DENOISE, "wSww", {}, "wSSSSS", DONE, (0, 2)),
-    "delayed: a finished block calls for a wide step": (
-        DELAYED, "ww####", (0, 4), DENOISE, "wwww", dict(delay=1), "ww#w##", WIDE, (0, 4)),
-    "delayed: which commits it": (DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=3), "ww#w##", DENOISE, (2, 4)),
-    "delayed: but not sooner than `delay` steps after its last write": (
-        DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=4), "ww#w##", WIDE, (0, 4)),
+    "delayed: a block that the step finished calls for a wide one": (
+        DELAYED, "w#####", (0, 4), DENOISE, "wwww", dict(delay=1, block_step=0), "ww#w##", WIDE, (0, 4)),
+    "delayed: a wide step that found it finished calls for its commit": (
+        DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=1, block_step=0), "ww#w##", COMMIT, (0, 4)),
+    "delayed: after `delay` of them": (
+        DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=3, block_step=1), "ww#w##", WIDE, (0, 4)),
+    "delayed: a commit is a denoise step too, after which the block leaves": (
+        DELAYED, "ww####", (0, 4), COMMIT, "wwww", dict(delay=2, block_step=2), "ww#w##", DENOISE, (2, 4)),
+    "delayed: one block at a time, the next has waited since this commit": (
+        DELAYED, "wwww##", (0, 6), COMMIT, "wwwwww", dict(score=[*HALVES, 0.3, 0.7], delay=2, block_step=2),
+        "wwww#w", WIDE, (2, 6)),
+    "delayed: which may be long enough": (
+        DELAYED, "wwww##", (0, 6), COMMIT, "wwwwww", dict(score=[*HALVES, 0.3, 0.7], delay=1, block_step=1),
+        "wwww#w", COMMIT, (2, 6)),
+    "delayed: all is wide before what precedes the region is committed": (
+        DELAYED, "######", (0, 4), WIDE, "wwww", dict(delay=5, block_step=0), "#w#w##", WIDE, (0, 4)),
+    "delayed: by the `delay`-th step": (
+        DELAYED, "######", (0, 4), WIDE, "wwww", dict(delay=4, block_step=0), "#w#w##", DENOISE, (0, 4)),
 }  # fmt: skip
 CASES = LANES | EDITS | REMASKS | SEEDS | PIPELINES
 DEFAULTS = {

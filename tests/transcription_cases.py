@@ -433,7 +433,7 @@ REGISTRY: dict[str, Decoder] = {
             (0.3, "inclusive", (True, False)),
             (0.4, "min_unmask", (0, 1)),
             *PIPELINE,
-            (0.7, "refresh_interval", (None, 1, 2, 3)),
+            (0.7, "refresh_interval", (None, 1, 2, 3, 4)),
             (0.5, "commit_delay", (1, 2, 3)),
         ),
         d3llm,

@@ -76,14 +76,15 @@ TOKEN = {"g": GIVEN, "w": WRITTEN, "#": MASK, "S": STOP, "s": STOP, "e": 3, "r":
 
 
 def one_row(
-    canvas: str, block: tuple[int, int], phase: int, rule: UnmaskRule, pred: str, kmin: int = 1, block_length: int = 4, **args
-) -> Case:
+    canvas: str, block: tuple[int, int], phase: int, rule: UnmaskRule, pred: str, kmin: int = 1, block_length: int = 4,
+    block_step: int = 1, **args,
+) -> Case:  # fmt: skip
     """Scores fall from lane to lane, so `kmin` lanes are the first ones; `args` are lists of one row or numbers."""
     state = RowState.empty(1, len(canvas), "cpu")
     state.tokens[0] = torch.tensor([TOKEN[c] for c in canvas])
     state.unmask_step[0] = torch.tensor([0 if c in "wSe" else -1 for c in canvas])
     fields = dict(
-        canvas_len=len(canvas.split(".")[0]), block_start=block[0], block_end=block[1], phase=phase, step=3, block_step=1
+        canvas_len=len(canvas.split(".")[0]), block_start=block[0], block_end=block[1], phase=phase, step=3, block_step=block_step
     )
     for name, number in fields.items():
         getattr(state, name)[0] = number
@@ -142,7 +143,7 @@ def random_case(
     W = lanes or (rng.choice((31, 33, 63, 65, 70)) if wide else rng.choice((1, 2, 3, 5, 8, 12)))
     L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if wide else rng.randint(W, 4 * W + 6)
     kind = "wide" if rule.cache != "none" and rng.random() < 0.3 else "window"
-    fitting = {"wide": [WIDE], "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache == "commit")}[kind]
+    fitting = {"wide": [WIDE], "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed"))}[kind]
     stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
     chances = dict(rank=0.5, stat_error=0.7, allowed=0.25, lane_start=0.4 * (not rule.pipeline), fallback=0.25, max_unmask=0.25,
                    exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline), max_steps=0.25)  # fmt: skip
@@ -240,7 +241,7 @@ def random_row(
         max_unmask=rng.choice((*few, 2, 3)),
         run_value=threshold(), edit_value=threshold(), remask_count=rng.choice(few), remask_value=threshold(),
         exits=rng.random() < 0.3, max_steps=rng.choice((step, step + 1, 99, 99)), append_masks=rng.randint(0, length),
-        activate_masks=rng.randint(0, length), delay=rng.randrange(4), seed=token(), seed_confidence=fp32(rng.random()),
+        activate_masks=rng.randint(0, length), delay=rng.randrange(7), seed=token(), seed_confidence=fp32(rng.random()),
     )  # fmt: skip
 
 

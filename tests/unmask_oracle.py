@@ -54,10 +54,10 @@ class _Row:
         fits = self.first_lane <= self.start and self.end <= self.first_lane + self.W
         if self.kind == "wide":
             what = None if phase != WIDE else self.prefill if commits else self.denoise if fits else None
-        elif phase == COMMIT:
+        elif phase == COMMIT and self.rule.cache != "delayed":
             what = self.commit if commits else None
         else:
-            what = self.denoise if phase == DENOISE and fits else None
+            what = self.denoise if phase in (DENOISE, COMMIT) and fits else None
         if what is not None and self.given["query_len"] > 0:
             self.row["nfe"] += 1
             self.row["query_tokens"] += self.given["query_len"]
@@ -112,7 +112,7 @@ class _Row:
             row["error"], row["phase"] = row["error"] | ERROR_STALLED, DONE
             return
 
-        before = list(self.tokens), list(self.unmask_step)
+        before = list(self.tokens)
         exiting = self.arg("exits", False)
         if exiting:
             chosen = {j for j in range(self.W) if (j in self.region if rule.renoise else self.masked(j))}
@@ -142,7 +142,7 @@ class _Row:
         row["step"] += 1
         row["block_step"] += 1
         if rule.pipeline:
-            self.after_pipeline(*before)
+            self.after_pipeline(before)
         else:
             self.after_block(bool(chosen), exiting)
 
@@ -272,20 +272,19 @@ class _Row:
             self.open_block(at)
             row["phase"] = WIDE if rule.cache == "refresh" else DENOISE
 
-    def after_pipeline(self, tokens_before: list[int], unmask_step_before: list[int]) -> None:
-        row, rule, given, now = self.row, self.rule, self.given, self.row["step"] - 1
+    def after_pipeline(self, tokens_before: list[int]) -> None:
+        row, rule, given = self.row, self.rule, self.given
         blocks = [[self.first_lane + j for j in block] for block in self.blocks()]
 
-        def leaves(block: list[int]) -> bool:
-            if rule.cache == "delayed":
-                waits = any(unmask_step_before[p] >= 0 and now - unmask_step_before[p] < given["delay"] for p in block)
-                if self.kind != "wide" or waits:
-                    return False
+        def was_finished(block: list[int]) -> bool:
             return all(tokens_before[p] != self.mask_id for p in block)
 
         leading = 0
-        while leading < len(blocks) and leaves(blocks[leading]):
-            leading += 1
+        if rule.cache == "delayed":
+            leading = int(row["phase"] == COMMIT)
+        else:
+            while leading < len(blocks) and was_finished(blocks[leading]):
+                leading += 1
         found, stopped = self.written_stops(), False
         if rule.stop == "closed":
             stopped = any(not self.masks(self.start, p) for p in found)
@@ -301,7 +300,25 @@ class _Row:
         row["block_start"] = blocks[leading][0] if leading < len(blocks) else self.end
         row["block_end"] = end
         head = self.masks(row["block_start"], min(row["block_start"] + self.length, end))
-        row["phase"] = DONE if done else WIDE if rule.cache == "delayed" and not head else DENOISE
+        if rule.cache == "delayed":
+            self.wait(given["delay"], leading, head, tokens_before)
+        else:
+            row["phase"] = DENOISE
+        if done:
+            row["phase"] = DONE
+
+    def wait(self, delay: int, moved: int, head: list[int], tokens_before: list[int]) -> None:
+        """A finished first block waits for its commit: so many steps that found it finished, from the row's `delay`-th on."""
+        row, taken = self.row, self.row["step"]
+        head_end = min(row["block_start"] + self.length, row["block_end"])
+        found = head_end <= self.end and self.mask_id not in tokens_before[self.start : head_end]
+        before = 0 if moved else row["block_step"] - 1
+        row["block_step"] = before + 1 if found and taken >= delay else 0
+        row["phase"] = DENOISE
+        if not head:
+            row["phase"] = COMMIT if row["block_step"] >= delay else WIDE
+        if taken < delay:
+            row["phase"] = WIDE
 
 
 def _fixed(entropy: float) -> int:

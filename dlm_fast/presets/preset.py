@@ -47,15 +47,16 @@ class Preset:
             "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at least two
                 steps ago are not recomputed (dKV-Cache).
             "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
-            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by a forward of everything,
-                `commit_delay` steps after their last token (C5). Both are a pipeline's.
+            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a time, after
+                `commit_delay` forwards that found the block finished and all before it appended; until then forwards are of
+                everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
         causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
         sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
         horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
         scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
         vicinity: with "dual", window steps recompute so many positions on either side of the block too.
-        warmup_steps: so many first steps of a row are forwards of everything. refresh_interval: so is every n-th step of a block
-            (of the row, for "delayed"); None = only its first.
+        warmup_steps: so many first steps of a row are forwards of everything. refresh_interval: so is every n-th step of a block,
+            from its first on; of "delayed", every n-th forward of the row that appends nothing. None = only a block's first.
 
         rule: which masked positions of the block a step writes.
             "quota": a fixed number: the block's masks spread over `steps_per_block` steps (LLaDA's num_transfer_tokens).

@@ -137,7 +137,7 @@ _ROWS = (
     Preset(
         "d3llm",
         "Qian et al. 2026 (d3LLM), arXiv:2601.07568",
-        "approximate: cached keys are as old as the last forward of everything",
+        "approximate: cached keys are as old as their commit, or the last forward of everything",
         "full",
         "delayed",
         schedule="pipeline",
@@ -149,7 +149,8 @@ _ROWS = (
         scope="first",
         append_threshold=0.1,
         activate_threshold=0.95,
-        refresh_interval=4,
+        commit_delay=2,
+        refresh_interval=3,
         stop="fill",
         needs="distilled weights for its speed",
     ),

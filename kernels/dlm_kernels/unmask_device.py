@@ -172,6 +172,7 @@ def unmask_kernel(
                 # The row as it will be. All that follows is told from these registers: the stores below are other threads' as
                 # well, and nothing orders a load after them.
                 step = tl.load(step_ptr + row)
+                block_step = tl.load(block_step_ptr + row)
                 canvas_len = tl.load(canvas_len_ptr + row)
                 token = tl.where(changed, tl.load(pred_row + lane, mask=changed, other=0), held)
                 token_step = tl.where(changed, step, held_step)
@@ -216,7 +217,8 @@ def unmask_kernel(
                 tl.store(held_step_ptr + lane, token_step, mask=stores_step)
                 tl.store(unmask_confidence_ptr + lane_start + lane, confidence, mask=stores_confidence)
                 tl.store(step_ptr + row, step + 1)
-                tl.store(block_step_ptr + row, tl.load(block_step_ptr + row) + 1)
+                if CACHE != "delayed":
+                    tl.store(block_step_ptr + row, block_step + 1)
                 if STOP == "fill":
                     fill(tokens_ptr, unmask_step_ptr, masks_end + 1, block_start, filler, step, mask_id, BLOCK_L // 2)
                     after = tl.maximum(masks_end + 1, block_end)
@@ -225,14 +227,16 @@ def unmask_kernel(
                 masked = in_region & (token == mask_id)
                 mask_at = tl.min(tl.where(masked, position, block_end))
                 if PIPELINE:
-                    stays = in_region & (held == mask_id)
+                    delay = None
                     if CACHE == "delayed":
-                        stays = stays | (written & (held_step + tl.load(delay_ptr + row) > step))
+                        delay = tl.load(delay_ptr + row)
+                    first = tl.min(tl.where(in_region & (held == mask_id), position, block_end))
                     next_phase = advance_pipeline(
-                        position, masked, tl.min(tl.where(stays, position, block_end)), mask_at, stop_at, masks_end, canvas_len,
-                        block_start, block_end, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row),
-                        mask_id, tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
-                        KIND, CACHE, STOP, BLOCK_L,
+                        position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
+                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
+                        phase, step, block_step, delay,
+                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, block_step_ptr + row,
+                        CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
                 else:
                     all_stop = True

@@ -21,6 +21,7 @@ def part_of(phase, block_start, block_end, lane_start, W, KIND: tl.constexpr, CA
     prefills = (phase == _WIDE) & (KIND == "wide" and CACHE == "commit")
     commits = (phase == _COMMIT) & (KIND == "window" and CACHE == "commit")
     selects = (phase == _DENOISE) & (KIND == "window") | (phase == _WIDE) & (KIND == "wide" and CACHE != "commit")
+    selects = selects | (phase == _COMMIT) & (KIND == "window" and CACHE == "delayed")
     selects = selects & (block_end - lane_start <= W) & (block_start >= lane_start)
     return prefills, commits, selects
 
@@ -58,17 +59,21 @@ def number_masked_again(chosen, any_left, row, least_ptr, count_ptr, REMASK: tl.
 @triton.jit
 def advance_pipeline(
     position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length, append_masks, mask_id,
-    tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr,
-    KIND: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+    phase, step, block_step, delay, tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr, block_step_ptr,
+    CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Several blocks at once: move the region of the row, and its phase.
 
     masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first of them;
-    first: the first position that keeps its block in the region; stop_at: the first written stop token; all three are block_end
-    where there is none. No canvas position from masks_end on is masked.
+    first: the first position masked before the step; stop_at: the first written stop token; all three are block_end where there is
+    none. No canvas position from masks_end on is masked. phase, step, block_step: of the row, before the step.
     """
     start = block_start
-    if CACHE != "delayed" or KIND == "wide":
+    if CACHE == "delayed":
+        if phase == _COMMIT:
+            start = tl.minimum(block_start + block_length, block_end)
+            block_step = block_step * 0
+    else:
         # The region's leading blocks leave it.
         start = block_start + (first - block_start) // block_length * block_length
         start = tl.where(first < block_end, start, block_end)
@@ -102,8 +107,13 @@ def advance_pipeline(
         else:
             head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
             head += count_masked(tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+        # Did the step find the first block finished? None counts before what precedes the region is committed.
+        waited = tl.where((first >= head_end) & (step + 1 >= delay), block_step + 1, 0)
         if head == 0:
+            next_phase = tl.where(waited >= delay, _COMMIT, _WIDE)
+        if step + 2 <= delay:
             next_phase = _WIDE
+        tl.store(block_step_ptr, waited)
     if done:
         next_phase = _DONE
     tl.store(block_start_ptr, start)

@@ -181,7 +181,8 @@ def unmask_wide_kernel(
                     )  # fmt: skip
 
                 # Write, each tile once every warp has read its part of it.
-                stays_at, any_changed = length, 0
+                block_step = tl.load(block_step_ptr + row)
+                first_mask, any_changed = length, 0
                 for begin in range(first_lane, last_lane, BLOCK_T):
                     lane = begin + index
                     seen = lane < last_lane
@@ -218,10 +219,7 @@ def unmask_wide_kernel(
                         confidence = tl.where(again, 0.0, confidence)
                         stores_token, stores_step = changed | again, changed | again
                     if PIPELINE:
-                        stays = in_region & (held == mask_id)
-                        if CACHE == "delayed":
-                            stays = stays | (written & (held_step + tl.load(delay_ptr + row) > step))
-                        stays_at = tl.minimum(stays_at, tl.min(tl.where(stays, lane, length)))
+                        first_mask = tl.minimum(first_mask, tl.min(tl.where(in_region & (held == mask_id), lane, length)))
                     any_changed = tl.maximum(any_changed, tl.max(changed.to(tl.int32)))
                     tl.debug_barrier()
                     tl.store(held_ptr + lane, token, mask=stores_token)
@@ -229,7 +227,8 @@ def unmask_wide_kernel(
                     tl.store(unmask_confidence_ptr + block_start + lane, confidence, mask=stores_step)
                     tl.store(changed_row + lane, changed, mask=seen)
                 tl.store(step_ptr + row, step + 1)
-                tl.store(block_step_ptr + row, tl.load(block_step_ptr + row) + 1)
+                if CACHE != "delayed":
+                    tl.store(block_step_ptr + row, block_step + 1)
                 tl.debug_barrier()
 
                 # What the row is now.
@@ -251,11 +250,15 @@ def unmask_wide_kernel(
                     )
                 mask_at = first_masked(tokens_ptr, block_start, block_end, mask_id, BLOCK_L)
                 if PIPELINE:
+                    delay = None
+                    if CACHE == "delayed":
+                        delay = tl.load(delay_ptr + row)
                     next_phase = advance_pipeline(
-                        None, None, block_start + stays_at, mask_at, stop_at, masks_end, canvas_len,
-                        block_start, block_end, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row),
-                        mask_id, tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
-                        KIND, CACHE, STOP, BLOCK_L,
+                        None, None, block_start + first_mask, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
+                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
+                        phase, step, block_step, delay,
+                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, block_step_ptr + row,
+                        CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
                 else:
                     all_stop = True

@@ -192,13 +192,15 @@ def decode_d3llm(
     min_unmask: int = 1,
     append_threshold: float = 0.1,
     activate_threshold: float = 0.95,
-    commit_delay: int = 1,
-    refresh_interval: int | None = 4,
+    commit_delay: int = 2,
+    refresh_interval: int | None = 3,
 ) -> Row:
-    """d3LLM: full visibility over the whole canvas; blocks leave the region some steps after they are finished.
+    """d3LLM: full visibility over the whole canvas; what comes first of what is finished and not cached waits `commit_delay` forwards.
 
-    Wide steps recompute and store the canvas: the first one, every `refresh_interval`-th, and while the region's first block is finished;
-    after one, leading blocks that were finished before it and last written `commit_delay` steps ago leave. Others recompute what follows.
+    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it cached. A forward
+    that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of the others, one that comes before the
+    prompt is cached, that finds a block waiting, or whose number is a multiple of `refresh_interval` recomputes everything; the rest
+    recompute what is not cached.
     Once a stop token bars further blocks (it does not fill), the canvas ends where the last one does.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()
@@ -206,12 +208,20 @@ def decode_d3llm(
         return row
     region = Region(row, row.masked(0, L)[0], block_length)
     before: Tensor | None = None
+    cached, waits_since, n, prompt_waits = 0, 0, 0, True
     while masks_left(row, region):
-        t, finished = row.step, region.finished()
-        wide = t == 0 or (refresh_interval is not None and t % refresh_interval == 0) or bool(finished)
+        n += 1
+        finished, caches = region.finished(), None
+        if not prompt_waits and finished and waits_since is None:
+            waits_since = n
+        if waits_since is not None and n - waits_since >= commit_delay:
+            caches = region.start if prompt_waits else finished.pop(0)[1]
+            waits_since = n if finished else None
+        refreshes = refresh_interval is not None and n % refresh_interval == 0
+        wide = caches is None and (prompt_waits or bool(finished) or refreshes)
         seen = region.end if barred(row) and settings.stop != "fill" else L
-        window = range(seen) if wide else range(region.start, seen)
-        rows = model.look(row.tokens, window, cache=held, cached=range(window[0]), store=wide)
+        window = range(seen) if wide else range(cached, seen)
+        rows = model.look(row.tokens, window, cache=held, cached=range(window[0]), store=wide or caches is not None)
         row.pay(len(window))
         for s in choose(
             row, region, model.predictor(rows, before), threshold=threshold, inclusive=inclusive, score=score, rank=rank,
@@ -222,12 +232,9 @@ def decode_d3llm(
         row.step += 1
         if ended(row, region):
             return row
-        if wide:
-            for block_start, block_end in finished:
-                if max(row.unmask_step[block_start:block_end]) + commit_delay > t:
-                    break
-                region.start = block_end
-            before = rows.get(region.start - 1)
+        if caches is not None:
+            cached, region.start, prompt_waits = caches, caches, False
+        before = rows.get(region.start - 1, before)
         if not barred(row):
             region.append(append_threshold)
     return row

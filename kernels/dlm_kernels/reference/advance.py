@@ -76,7 +76,6 @@ def advance_pipeline(
     rule: UnmaskRule,
     s: RowState,
     after: After,
-    wide: bool,
     length: Tensor,
     mask_id: int,
     stop_ids: Tensor,
@@ -84,20 +83,16 @@ def advance_pipeline(
     delay: Tensor | None,
 ) -> dict[str, Tensor]:
     """Several blocks at once: commits what was finished before the step, appends at most one block."""
-    tokens, selects = after.tokens, after.selects
+    tokens, selects, commits = after.tokens, after.selects, s.phase == COMMIT
     position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     in_region = (position >= s.block_start[:, None]) & (position < s.block_end[:, None])
     masked = in_region & (tokens == mask_id)
-    # The leading blocks that leave: everything before the first block that held a mask before this step or, for a delayed commit,
-    # was last written fewer than `delay` steps ago.
-    stays = in_region & (s.tokens == mask_id)
-    if rule.cache == "delayed":
-        stays = stays | (in_region & (s.unmask_step >= 0) & (s.unmask_step + delay[:, None] > s.step[:, None]))
-    first = torch.where(stays, position, s.block_end[:, None]).amin(1)
-    # The last block may be short: with nothing left that stays, it leaves too.
+    # The leading blocks that leave: everything before the first block that held a mask before this step, or the one block of a delayed
+    # commit. The last block may be short: with no mask left, it leaves too.
+    first = torch.where(in_region & (s.tokens == mask_id), position, s.block_end[:, None]).amin(1)
     start = torch.where(first < s.block_end, s.block_start + (first - s.block_start) // length * length, s.block_end)
-    if rule.cache == "delayed" and not wide:
-        start = s.block_start
+    if rule.cache == "delayed":
+        start = torch.where(commits, torch.minimum(s.block_start + length, s.block_end), s.block_start)
     start = torch.where(selects, start, s.block_start)
 
     # Finished from the region's start on, after this step.
@@ -121,11 +116,17 @@ def advance_pipeline(
     done = selects & (stopped | (count_masked(tokens, s.block_start, canvas_len, mask_id) == 0))
 
     phase = torch.full_like(s.phase, DENOISE)
-    if rule.cache == "delayed":
-        head_masks = count_masked(tokens, start, torch.minimum(start + length, end), mask_id)
-        phase = torch.where(head_masks == 0, WIDE, phase)
-    phase = torch.where(done, DONE, phase)
     step = s.block_step + selects
+    if rule.cache == "delayed":
+        head_end = torch.minimum(start + length, end)
+        # Did the step find the first block finished? None counts before what precedes the region is committed.
+        waits = (first >= head_end) & (s.step + 1 >= delay)
+        waited = torch.where(waits, torch.where(commits, 0, s.block_step) + 1, 0)
+        step = torch.where(selects, waited, s.block_step)
+        finished = count_masked(tokens, start, head_end, mask_id) == 0
+        phase = torch.where(finished, torch.where(waited >= delay, COMMIT, WIDE), phase)
+        phase = torch.where(s.step + 2 <= delay, WIDE, phase)
+    phase = torch.where(done, DONE, phase)
     return dict(block_start=start, block_end=end, block_step=step, canvas_len=canvas_len, phase=phase)
 
 

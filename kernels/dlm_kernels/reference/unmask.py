@@ -62,6 +62,7 @@ def unmask(
         WIDE      "wide"     all others but "none"       select and write (it is also denoise step 0 of the block or row)
         DENOISE   "window"   any                         select and write
         COMMIT    "window"   "commit"                    the very next block: DENOISE, or COMMIT again if it holds no mask
+        COMMIT    "window"   "delayed"                   select and write; then the region's first block leaves it
 
     A selecting row, in this order:
         failed      a lane whose statistics are needed has stat_error != 0: ERROR_LOGITS, DONE, nothing is written. So is a row that
@@ -81,11 +82,11 @@ def unmask(
                                                             block_end + i * block_length.
     or, for a pipeline,
         a written stop token ends the row, or bars further blocks ("closed", "after_block", "appends": the canvas is cut at block_end)
-        the region's leading blocks that held no mask before this step leave it ("delayed": on a WIDE step, `delay` steps after their
-            last write)
+        the region's leading blocks that held no mask before this step leave it ("delayed": the first one, on a COMMIT step)
         the last block holds at most append_masks masks  -> one more block is appended
         no mask left in the canvas                       -> DONE
-        otherwise                                        -> DENOISE, or WIDE ("delayed", while the region's first block holds no mask)
+        otherwise                                        -> DENOISE, or while the region's first block holds no mask, WIDE and then
+                                                            COMMIT ("delayed")
 
     Args:
         state: read and written in place. 2-D fields may have any row stride.
@@ -147,7 +148,8 @@ def unmask(
     takes_part = query_len > 0
     prefills = takes_part & (s.phase == WIDE) & (wide and rule.cache == "commit")
     commits = takes_part & (s.phase == COMMIT) & (not wide and rule.cache == "commit")
-    selects = takes_part & fits & (s.phase == (WIDE if wide else DENOISE)) & ~prefills
+    own_phase = (s.phase == (WIDE if wide else DENOISE)) | ((s.phase == COMMIT) & (not wide and rule.cache == "delayed"))
+    selects = takes_part & fits & own_phase & ~prefills
     takes_part = prefills | commits | selects
 
     # The row, lane by lane. Lanes past the canvas look at some position of it, and nothing is ever written there.
@@ -218,7 +220,7 @@ def unmask(
     # What the row needs next, and where its region then is.
     after = After(tokens, unmask_step, selects, prefills, commits, changed.any(1), exiting)
     if rule.pipeline:
-        settled = advance_pipeline(rule, s, after, wide, length, mask_id, stop_ids, append_masks, delay)
+        settled = advance_pipeline(rule, s, after, length, mask_id, stop_ids, append_masks, delay)
     else:
         settled = advance_block(rule, s, after, length, mask_id, stop_ids, seed)
     if rule.seed:
