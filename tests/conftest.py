@@ -66,34 +66,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--races", action="store_true", help="a launch whose loads and stores have no order between fails (tests/races.py)")
 
 
-RACES = pytest.StashKey["races.Detector"]()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--races"):
         return
     import races
 
-    stack = contextlib.ExitStack()
-    config.add_cleanup(stack.close)
+    watching = contextlib.ExitStack()
+    config.add_cleanup(watching.close)
     try:
-        config.stash[RACES] = stack.enter_context(races.watch())
+        config.pluginmanager.register(races.Session(watching.enter_context(races.watch())))
     except RuntimeError as error:
         raise pytest.UsageError(f"--races: {error}") from None
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A run under --races that watched nothing has shown nothing."""
-    detector = session.config.stash.get(RACES, None)
-    if detector is not None and exitstatus == pytest.ExitCode.OK and not (detector.loaded_lanes and detector.stored_lanes):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    detector = config.stash.get(RACES, None)
-    if detector is not None:
-        counts = f"{detector.launches} launches, {detector.loaded_lanes} lanes loaded, {detector.stored_lanes} stored"
-        terminalreporter.write_line(f"races looked for in {counts}, {detector.barriers} barriers")
 
 
 @pytest.fixture(autouse=True)

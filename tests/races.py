@@ -9,13 +9,13 @@ remembered, and two accesses to one address, at least one of them a store, are a
 - Barriers. Inside a program `tl.debug_barrier` orders all that precedes it before all that follows, and nothing else does:
   reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile that lies
   in one warp needs none.
-- Threads. Each thread sees its own accesses in order, so what the same thread loads and stores is no race.
+- Threads. Each thread sees its own accesses in order.
   A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with them the
   scalar loads of a line that ends in a scalar store, `tl.store(p, tl.load(p) + 1)`: what the other threads load there nobody
   uses. A scalar load on a line of its own is in order with no store.
-  The lanes of a tile lie in threads as Triton decides for each operation. Two operations have the same threads here only if they
-  have the same pointers, lane by lane, and stand in the same call of the same device function, where a reader sees both. Equal
-  pointers usually get equal layouts, which is not promised either: this is the one rule that trusts the compiler.
+  The lanes of a tile lie in threads as Triton decides for each operation, so two tiles are in order in one case only: loaded and
+  then stored in place, through the same pointers, lane by lane, in the same call of the same device function, where a reader sees
+  both. That equal pointers get equal layouts is usual and not promised: this is the one rule that trusts the compiler.
   Two lanes of one store never meet at one address.
 
 Also found: an access outside the storage of every tensor of the launch. Atomics are not modelled, and reported.
@@ -37,6 +37,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import numpy as np
+import pytest
 import torch
 import triton
 from triton.runtime import interpreter
@@ -51,6 +52,8 @@ HOOKS = {
 }  # fmt: skip
 
 
+# Granules are kept in chunks of 2^CHUNK_BITS.
+CHUNK_BITS = 16
 # Whose an access is. A tile's threads have a number from 1 on.
 EVERY_THREAD = -1
 STORING_THREAD = 0
@@ -73,8 +76,10 @@ class Access:
         path, number = self.line
         return f"{os.path.relpath(path, ROOT) if path.startswith(f'{ROOT}{os.sep}') else path}:{number}"
 
-    def same_threads(self, other: Access) -> bool:
-        return self.threads == other.threads != EVERY_THREAD
+    def precedes(self, later: Access) -> bool:
+        """Is the order of the two known, though no barrier lies between?"""
+        in_place = not self.stores and later.stores
+        return self.threads == later.threads and (self.threads == STORING_THREAD or in_place and self.threads != EVERY_THREAD)
 
 
 @dataclasses.dataclass
@@ -131,8 +136,10 @@ class Detector:
             self._storages.append(_Storage(begin, end, granule, slots, members))
             slots += -(-(end - begin) // granule)
         self._begins = np.array([storage.begin for storage in self._storages], np.uint64)
-        # Zeros are not touched before they are used: a large storage costs what is accessed of it.
-        self._stored, self._loaded, self._loaded_apart, self._loaded_before = np.zeros((4, slots), np.int32)
+        # Of a storage only the chunks that are accessed are kept; -1: not yet.
+        self._chunks = np.full((slots >> CHUNK_BITS) + 1, -1, np.int64)
+        self._kept, self._numbers = 0, np.zeros((4, 0), np.int32)
+        self._grow(min(len(self._chunks), 4))
 
     def end_launch(self) -> list[str]:
         self._decide()
@@ -161,25 +168,27 @@ class Detector:
         access, number = self._enter(frame, addresses, size, stores=False)
         self.loaded_lanes += np.count_nonzero(mask)
         for storage, slots in self._touched(access, addresses, mask, size):
-            stored = self._stored[slots]
+            kept = self._kept_at(slots)
+            stored = self._stored[kept]
             if stored.any():
                 self._meet(access, storage, slots, stored)
-            loaded = self._loaded[slots]
+            loaded = self._loaded[kept]
             if loaded.any():
                 before = (loaded > 0) & (loaded <= self._program_start)
-                self._loaded_before[slots[before]] = loaded[before]
-                self._keep_apart(access, slots, loaded)
-            self._loaded[slots] = number
+                self._loaded_before[kept[before]] = loaded[before]
+                self._keep_apart(access, kept, loaded)
+            self._loaded[kept] = number
 
     def store(self, frame: FrameType, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
         access, number = self._enter(frame, addresses, size, stores=True)
         self.stored_lanes += np.count_nonzero(mask)
         for storage, slots in self._touched(access, addresses, mask, size):
+            kept = self._kept_at(slots)
             for earlier in (self._stored, self._loaded, self._loaded_apart, self._loaded_before):
-                numbers = earlier[slots]
+                numbers = earlier[kept]
                 if numbers.any():
                     self._meet(access, storage, slots, numbers)
-            self._stored[slots] = number
+            self._stored[kept] = number
 
     def atomic(self, frame: FrameType) -> None:
         access, _ = self._enter(frame, np.zeros(1, np.uint64), 1, stores=True)
@@ -233,29 +242,47 @@ class Detector:
                 slots = (slots[:, None] + np.arange(size // storage.granule)).ravel()
             yield storage, slots
 
-    def _keep_apart(self, access: Access, slots: np.ndarray, loaded: np.ndarray) -> None:
+    def _kept_at(self, slots: np.ndarray) -> np.ndarray:
+        """Where the numbers of the slots are kept."""
+        chunks = slots >> CHUNK_BITS
+        begins = self._chunks[chunks]
+        if (begins < 0).any():
+            new = np.unique(chunks[begins < 0])
+            if self._kept + len(new) > len(self._stored) >> CHUNK_BITS:
+                self._grow(2 * (self._kept + len(new)))
+            self._chunks[new] = np.arange(self._kept, self._kept + len(new)) << CHUNK_BITS
+            self._kept += len(new)
+            begins = self._chunks[chunks]
+        return begins + (slots & ((1 << CHUNK_BITS) - 1))
+
+    def _grow(self, chunks: int) -> None:
+        old = self._numbers[:, : self._kept << CHUNK_BITS]
+        self._numbers = np.zeros((4, chunks << CHUNK_BITS), np.int32)
+        self._numbers[:, : old.shape[1]] = old
+        self._stored, self._loaded, self._loaded_apart, self._loaded_before = self._numbers
+
+    def _keep_apart(self, access: Access, kept: np.ndarray, loaded: np.ndarray) -> None:
         """Of all loads since the barrier two are kept, so that no store is in order with both unless it is with all: the last one
         and one by other threads. A scalar that every thread loads is in order with no store, so it is kept once it is known."""
         recent = loaded > self._fence
         if not recent.any():
             return
-        apart = self._loaded_apart[slots]
+        apart = self._loaded_apart[kept]
         for number in np.unique(apart[apart > self._fence]).tolist():
             if self._accesses[number].threads == EVERY_THREAD:
                 recent &= apart != number
         for number in np.unique(loaded[recent]).tolist():
             first = self._accesses[number]
             # A scalar load is every thread's or, as its line may yet show, the storing thread's.
-            same = first.threads == STORING_THREAD if access.threads == EVERY_THREAD else first.same_threads(access)
-            if not same:
-                self._loaded_apart[slots[recent & (loaded == number)]] = number
+            if first.threads != (STORING_THREAD if access.threads == EVERY_THREAD else access.threads):
+                self._loaded_apart[kept[recent & (loaded == number)]] = number
 
     def _meet(self, access: Access, storage: _Storage, slots: np.ndarray, earlier: np.ndarray) -> None:
         """Reports the races of an operation with those that were at its slots earlier."""
         for number in np.unique(earlier[(earlier > self._fence) | ((earlier > 0) & (earlier <= self._program_start))]).tolist():
             first = self._accesses[number]
             between = number <= self._program_start
-            if not between and first.same_threads(access):
+            if not between and first.precedes(access):
                 continue
             slot = int(slots[np.argmax(earlier == number)])
             where = storage.name(storage.begin + (slot - storage.slot) * storage.granule)
@@ -385,3 +412,19 @@ def watch() -> Iterator[Detector]:
         _watching.append(Detector())
         stack.callback(_watching.pop)
         yield _watching[-1]
+
+
+class Session:
+    """The part of a test run under --races: it says what was watched, and does not pass if that is nothing."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK and not (self.detector.loaded_lanes and self.detector.stored_lanes):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        seen = self.detector
+        counts = f"{seen.launches} launches, {seen.loaded_lanes} lanes loaded, {seen.stored_lanes} stored, {seen.barriers} barriers"
+        terminalreporter.write_line(f"races looked for in {counts}")
