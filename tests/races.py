@@ -13,15 +13,16 @@ remembered, and two accesses to one address, at least one of them a store, are a
   A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with them the
   scalar loads of a line that ends in a scalar store, `tl.store(p, tl.load(p) + 1)`: what the other threads load there nobody
   uses. A scalar load on a line of its own is in order with no store.
-  The lanes of a tile lie in threads as Triton decides for each operation, so two tiles are in order in one case only: loaded and
-  then stored in place, through the same pointers, lane by lane, in the same call of the same device function, where a reader sees
-  both. That equal pointers get equal layouts is usual and not promised: this is the one rule that trusts the compiler.
+  The lanes of a tile lie in threads as Triton decides for each operation, even where the pointers are equal, so two tiles are in
+  order in one case only: loaded and then stored in place, through the same pointers, lane by lane, in the same call of the same
+  device function, where a reader sees both. That what is stored, or whether, is told from what was loaded there, so that the thread
+  that stores waits for it, is not checked: this is the one rule that trusts the author.
   Two lanes of one store never meet at one address.
 
 Also found: an access outside the storage of every tensor of the launch. Atomics are not modelled, and reported.
 
 Limits. Only what ran is seen: the branches, masks and lengths of the test. Loads whose value nobody uses count as loads. The order
-that a dependency of the data gives (a store of what a sum over a load decides) does not count. Two launches are in order, as on one
+that other dependencies of the data give (a store that a sum over a load decides) does not count. Two launches are in order, as on one
 stream. Storages are told apart by their tensors: what a kernel is not given as a tensor it may not touch.
 """
 
