@@ -170,6 +170,40 @@ def test_a_row_that_a_stop_string_ended_early_has_the_uninterrupted_text_cut_at_
     assert stopped > 50 and early > 20
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_settled_text_stays_whatever_follows(name):
+    tok, rng = tokenizer(name), random.Random(name)
+    stops = read_stop_strings(["a"], tok, tok.mask_token_id)
+    vocabulary = sorted(set(tok.get_vocab().values()) - {tok.mask_token_id})
+    for _ in range(40):
+        ids = random_ids(name, rng, rng.randrange(8))
+        settled = stops.settled(ids)
+        assert tok.decode(ids, skip_special_tokens=True).startswith(settled)
+        for more in [[token] for token in vocabulary] + [random_ids(name, rng, 3) for _ in range(20)]:
+            assert tok.decode(ids + more, skip_special_tokens=True).startswith(settled), f"{ids} and then {more}"
+
+
+@pytest.mark.parametrize(
+    "name, pieces, more, settled",
+    [
+        ("characters", ["a", "b"], ["."], "ab"),
+        ("byte level", ["a", "â", "Ĥ"], ["¬"], "a"),  # two bytes of three
+        ("byte level", ["a", "â", "<|turn|>", "Ĥ"], ["¬"], "a"),
+        ("byte fallback", ["a", "<0x0A>"], ["<0xF0>"], "a"),  # a newline until a byte follows that begins no character
+        ("byte fallback", ["a", "<0x0A>", "<|turn|>"], ["<0xF0>"], "a"),
+        ("byte fallback", ["a", "<0x0A>", "b"], ["<0xF0>"], "a\nb"),
+        ("cleaned characters", ["a", " ", "n", "'"], ["t"], "a"),  # "a n't" is written "an't"
+        ("cleaned characters", ["a", " ", "'", " "], ["."], ""),  # "a'" becomes "a '."
+    ],
+)
+def test_what_a_later_token_may_change_is_not_settled(name, pieces, more, settled):
+    tok = tokenizer(name)
+    stops = read_stop_strings(["a"], tok, tok.mask_token_id)
+    ids = tok.convert_tokens_to_ids(pieces)
+    assert stops.settled(ids) == settled
+    assert tok.decode(ids + tok.convert_tokens_to_ids(more), skip_special_tokens=True).startswith(settled)
+
+
 DECODERS = [(preset, {}) for preset in PRESETS if PRESETS[preset].supported]
 DECODERS += [
     ("rcr", {"cache": "prefix"}),
