@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import dlm_fast
+import pytest
 import torch
 from dlm_fast.patching import attach
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -131,3 +133,34 @@ def save_toy_checkpoint(path: Path, visibility: str = "full", *, tokenizer: bool
     if tokenizer:
         toy_tokenizer().save_pretrained(path)
     return model
+
+
+class Synced:
+    """What files held when they were last synced to the disk (`os.fsync`), and a check of every file that gets its name by `os.replace`.
+
+    named: the names given so far.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.named: list[str] = []
+        self._sizes: dict[int, int] = {}
+        sync, replace = os.fsync, os.replace
+
+        def recorded(descriptor: int) -> None:
+            sync(descriptor)
+            found = os.fstat(descriptor)
+            self._sizes[found.st_ino] = found.st_size
+
+        def checked(source: str | Path, target: str | Path) -> None:
+            files = [p for p in Path(source).rglob("*") if p.is_file()] if Path(source).is_dir() else [Path(source)]
+            assert all(map(self.holds, files)), f"{source} gets the name {target} before it is on the disk"
+            replace(source, target)
+            self.named.append(Path(target).name)
+
+        monkeypatch.setattr(os, "fsync", recorded)
+        monkeypatch.setattr(os, "replace", checked)
+
+    def holds(self, path: Path) -> bool:
+        """Whether all of a file was synced."""
+        found = path.stat()
+        return self._sizes.get(found.st_ino) == found.st_size

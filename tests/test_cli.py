@@ -12,7 +12,7 @@ from pathlib import Path
 import dlm_fast
 import pytest
 from dlm_fast import cli, jobs, loading
-from helpers import MASK, random_prompts, save_toy_checkpoint
+from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,6 +98,18 @@ def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
     assert [line.get("id") for line in lines] == [None, "chat", 7, None, None, None, None]
     assert set(lines[0]) == {"index", "text", "ids", "finish", "nfe", "query_tokens", "tpf"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+def test_every_batch_is_on_the_disk_before_the_next_one_and_all_of_it_before_it_is_named(command, tmp_path, capsys, monkeypatch):
+    synced, decode, seen = Synced(monkeypatch), jobs.generate, []
+
+    def generate(*args, **kwargs):
+        seen.append(synced.holds(tmp_path / "out.jsonl.partial"))
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "generate", generate)
+    assert run(command, capsys)[0] == 0
+    assert seen == [True] * 4 and synced.named == ["out.jsonl"]
 
 
 def test_the_output_does_not_depend_on_the_batch_size(command, tmp_path, capsys):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import EOS, MASK, VOCAB, native_model, toy_tokenizer
+from helpers import EOS, MASK, VOCAB, Synced, native_model, toy_tokenizer
 
 import dlm_fast
 from dlm_fast.training import checkpoint
@@ -296,9 +296,9 @@ def test_an_exported_lora_student_is_the_student(settings):
         logits = merged(batch.tokens, attention_mask=live, prompt_lengths=batch.prompt).logits
 
     torch.testing.assert_close(logits[batch.row, batch.position], expected, atol=1e-4, rtol=1e-4)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
-        path.name for path in (distiller.settings.out / "adapter").iterdir()
-    }
+    again = dlm_fast.load(distiller.settings.model, device="cpu", adapter=distiller.settings.out / "adapter")
+    for (name, ours), theirs in zip(again.named_parameters(), merged.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_lora_on_half_precision_weights_trains_float32_and_exports_what_was_stored(settings):
@@ -459,6 +459,31 @@ def test_a_run_does_not_overwrite_another_and_resumes_with_its_own_settings_only
     other.write_text(data_file.read_text() + data_file.read_text())
     with pytest.raises(ValueError, match="data's content must be the checkpoint's to resume"):
         Distiller(settings(resume=True, data=other))
+
+
+def test_checkpoint_and_student_are_on_the_disk_before_they_get_their_names(settings, monkeypatch):
+    distiller = Distiller(settings(full_finetune=False, save_adapter=True, lora_targets=("q_proj",)))
+    synced = Synced(monkeypatch)
+    distiller.save()
+    distiller.export()
+
+    assert synced.named[0] == "checkpoint.safetensors" and {"model.safetensors", "config.json", "adapter"} <= set(synced.named)
+
+
+@pytest.mark.parametrize("kind", [None, "pretraining"])
+def test_a_checkpoint_of_another_kind_is_not_resumed(settings, kind):
+    """All else in it fits, so that nothing but its kind can refuse it."""
+    distiller = Distiller(settings())
+    distiller.save()
+    metadata = checkpoint.read_metadata(distiller.checkpoint_path)
+    assert metadata.pop("kind") == "distillation"
+    if kind is not None:
+        metadata["kind"] = kind
+    trained = {name: p for name, p in distiller.model.named_parameters() if p.requires_grad}
+    checkpoint.save(distiller.checkpoint_path, trained, distiller.optimizers, metadata)
+
+    with pytest.raises(ValueError, match="out must hold a checkpoint of a distillation to resume, got another one at"):
+        Distiller(settings(resume=True))
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(settings):

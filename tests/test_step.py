@@ -260,6 +260,24 @@ def test_a_quantised_model_decodes_with_every_kind_of_buffer(preset, dtype):
         assert [row.tolist() for row in found.canvas] == [row.tolist() for row in expected.canvas]
 
 
+FIXED_SHAPES = [n for n in RUNNABLE if not (PRESETS[n].pipeline or PRESETS[n].cache == "scattered" or PRESETS[n].drafts > 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", FIXED_SHAPES)
+def test_a_row_in_16_bits_depends_on_its_neighbours_lengths_and_not_on_what_they_say(preset, dtype):
+    """A matrix product may change its kernel, and so its rounding, with its shape; rows of one product are independent."""
+    model = model_for(preset, dtype=dtype)
+    row, neighbours, others = random_prompts([6])[0], random_prompts([3, 9], seed=1), random_prompts([3, 9], seed=2)
+    settings = {"preset": preset, "max_new_tokens": [7, 6, 9], **options_of(preset)}
+
+    one, other = (dlm_fast.generate(model, [before, row, after], **settings) for before, after in (neighbours, others))
+    assert one.canvas[0].tolist() != other.canvas[0].tolist()
+    for name in ("canvas", "confidence", "unmask_step"):
+        assert torch.equal(getattr(one, name)[1], getattr(other, name)[1]), name
+    assert (one.nfe[1], one.query_tokens[1]) == (other.nfe[1], other.query_tokens[1])
+
+
 def test_no_preset_is_named_outside_the_table():
     """Adding a row touches no code of the loop: none of it asks which preset it runs."""
     for name in ("generate", "step", "schedule", "statistics", "drafts"):

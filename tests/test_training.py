@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from helpers import Synced
 
 from dlm_fast.tasks import TASKS, generate_sample
 from dlm_fast.training import checkpoint
@@ -288,6 +289,24 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
     assert trainer.checkpoint_path.read_bytes() == before
     assert [path.name for path in trainer.settings.out.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    synced = Synced(monkeypatch)
+    Trainer(run_settings(tmp_path)).save()
+
+    assert synced.named == ["checkpoint.safetensors"]
+
+
+def test_a_checkpoint_of_another_kind_is_not_resumed(tmp_path):
+    trainer = Trainer(run_settings(tmp_path))
+    trainer.save()
+    metadata = checkpoint.read_metadata(trainer.checkpoint_path)
+    others = {name: value for name, value in metadata.items() if name != "batches"} | {"kind": "distillation"}
+    checkpoint.save(trainer.checkpoint_path, trainer.model, trainer.optimizers, others)
+
+    with pytest.raises(ValueError, match="out must hold a checkpoint of a pretraining to resume, got another one at"):
+        Trainer(run_settings(tmp_path, resume=True))
 
 
 def test_a_run_does_not_overwrite_another_unless_resumed(tmp_path):

@@ -46,7 +46,7 @@ def write_student(
     """Writes config with its `dlm` section, safetensors in `dtype`, tokenizer, and on request the adapter in folder/adapter.
 
     model: a transformers model, with or without LoRA layers in it; unchanged. adapter: a PeftModel. Files are replaced one by one
-    once all are written. Raises CheckpointWriteError when the disk refuses.
+    once all are written and synced. Raises CheckpointWriteError when the disk refuses.
     """
     config = copy.deepcopy(model.config)
     config.dlm = dataclasses.asdict(diffusion)
@@ -63,7 +63,12 @@ def write_student(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if adapter is not None:
-            adapter.save_pretrained(partial / "adapter")
+            # The vocabulary is the base model's; left to find that out, peft asks the Hub.
+            adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())
         for path in sorted(partial.iterdir()):
             target = folder / path.name
             if target.is_dir():
