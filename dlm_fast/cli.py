@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--seed", type=int, default=0)
     gen.add_argument("--stop-string", action="append", default=[], help="may be repeated")
     gen.add_argument("--batch-size", type=int, default=16)
+    gen.add_argument("--adapter", default=None, help="folder of a LoRA adapter to merge; none: without the one beside the weights")
     gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
     for name, kind in OPTION_TYPES.items():
         gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
@@ -112,7 +113,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     if args.dtype not in dtypes:
         raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {args.dtype!r}")
     records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input)
-    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device)
+    adapter = False if args.adapter == "none" else args.adapter
+    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device, adapter=adapter)
     tokenizer = handle_of(model).tokenizer
     settings = {
         "preset": args.preset,
@@ -153,7 +155,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             args.output,
             settings=settings,
             batch_size=args.batch_size,
-            source={"model": args.model, "dtype": args.dtype, "raw": args.raw},
+            source={"model": args.model, "dtype": args.dtype, "raw": args.raw, **({"adapter": args.adapter} if args.adapter else {})},
             restart=args.restart,
             overwrite=args.overwrite,
             wrap_prompt=wrap,

@@ -173,8 +173,13 @@ def generate(
 ) -> GenerateOutput:
     """Completes every prompt (or fills every canvas) by diffusion decoding. A batch equals its rows run alone.
 
+    That is exact of every op and decision; torch's matrix products may round a row differently in a batch of another shape. In
+    float32 only near-ties can tell. In bf16 and fp16 tokens can differ, and are bitwise independent of what the neighbours hold
+    where the shapes are the same: rows, lengths, and the widths of windows, which follow the rows with cache "scattered",
+    pipelines and drafts.
+
     Args:
-        model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration.
+        model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration; in eval mode, outside autocast.
         prompts: strings, chats (lists of {"role", "content"}) or token ids (lists, 1-D tensors or arrays), of any lengths >= 1; or a
             tokenizer's result, whose ids are taken where its attention_mask is 1; or a 2-D tensor or array [B, L] of ids.
         canvas: instead of prompts, in the same forms: ids (or text) that hold the mask wherever a token is wanted (infilling). The
@@ -202,6 +207,7 @@ def generate(
         ValueError, TypeError: bad arguments, each naming argument, rule and value; nothing is decoded then.
         DecodeError: logits with NaN, or a policy that makes no progress; it holds what was decoded.
         NotImplementedError: the preset's model family is not here yet.
+        RuntimeError: the patch is not in place any more, so that a layer attended otherwise.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"generate: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}")

@@ -99,8 +99,8 @@ def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
     wrong = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
     if wrong:
         raise CheckpointError(
-            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong[:4])} ({len(wrong)} of {len(dtypes)}); "
-            "quantised weights are not converted"
+            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong[:4])} "
+            f"({len(wrong)} of {len(dtypes)}); quantised weights are not converted"
         )
     # Old checkpoints store the rotary frequencies, which transformers computes: they are nobody's weights.
     example = {kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")}
@@ -134,7 +134,8 @@ def merge_adapter(model: nn.Module, path: Path) -> nn.Module:
     """The model with the LoRA adapter of a folder folded into its weights. Needs peft."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
-            raise CheckpointError(f"load: adapter must be a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, got {str(path)!r} without {name}")
+            rule = f"adapter must be a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+            raise CheckpointError(f"load: {rule}, got {str(path)!r} without {name}")
     stored = stored_dtypes([path / ADAPTER_WEIGHTS])
     float_dtype(path, stored)
     try:
@@ -199,15 +200,17 @@ def load(
         )
     if adapter is None and (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"load: {path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; say adapter={str(path)!r} to merge it, "
-            "or adapter=False to open the weights alone"
+            f"load: {path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
+            f"say adapter={str(path)!r} to merge it, or adapter=False to open the weights alone"
         )
     if adapter is not None and adapter is not False and not isinstance(adapter, (str, Path)):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
     files = weight_files(path)
     stored = stored_dtypes(files)
     if (path / "model.safetensors").is_file() and path / "model.safetensors" not in files:
-        raise CheckpointError(f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of the two")
+        raise CheckpointError(
+            f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of the two"
+        )
     dtype = dtype if dtype is not None and set(stored.values()) <= FLOATS.keys() else float_dtype(path, stored)
     family = MODEL_TYPES[config_type]
     try:

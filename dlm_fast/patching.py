@@ -248,7 +248,8 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
     """Runs `model`'s attention through our op, and lets `generate` decode it. Returns the handle that undoes it.
 
     Inside the patch a plain forward keeps the visibility the class has in transformers (causal), and equals the
-    original's logits within rounding. Only this instance changes; other models, even ones that share its config, do not.
+    original's logits within rounding, under autocast too. Only this instance changes; other models, even ones that share its
+    config, do not. A forward in which a layer did not attend through our op raises RuntimeError. To compile it, patch first.
 
     Args:
         model: a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM with full attention in every layer.

@@ -89,6 +89,21 @@ def test_a_text_prompt_goes_through_the_chat_template_unless_raw(checkpoint, cap
         assert json.loads(out)["results"][0]["ids"] == expected.sequences[0].tolist()
 
 
+def test_an_adapter_beside_the_weights_needs_a_word(tmp_path, capsys):
+    peft = pytest.importorskip("peft", reason="an adapter is made and merged by peft")
+    model = save_toy_checkpoint(tmp_path)
+    answers = {}
+    argv = ["generate", "--model", str(tmp_path), "--prompt", "abcde", "--max-new-tokens", "9", "--device", "cpu", "--json"]
+
+    def answer(*flags) -> list[int]:
+        return json.loads(run([*argv, *flags], capsys)[1])["results"][0]["ids"]
+
+    answers["before"] = answer()
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).save_pretrained(tmp_path)
+    assert "holds an adapter (adapter_config.json), which is applied on request only" in error_of(argv[:-1], capsys)
+    assert answer("--adapter", "none") == answers["before"] != answer("--adapter", str(tmp_path))
+
+
 def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
     status, out, _ = run([*command, "--json"], capsys)
     assert status == 0

@@ -200,6 +200,17 @@ def test_a_patched_model_compiles_to_one_graph_for_any_number_of_forwards(device
     assert dlm_fast.handle_of(model).attention_calls == eager_calls == 2
 
 
+def test_a_decode_of_a_stack_compiled_in_place_equals_an_eager_one(device):
+    model = toy("block", backend="reference").to(device)
+    prompts = [[4, 5, 6], [7]]
+    expected = dlm_fast.generate(model, prompts, max_new_tokens=9)
+    eager_calls = dlm_fast.handle_of(model).attention_calls
+    model.model.compile(backend="eager", fullgraph=True, dynamic=True)
+    found = dlm_fast.generate(model, prompts, max_new_tokens=9)
+    assert [row.tolist() for row in found.canvas] == [row.tolist() for row in expected.canvas] and found.nfe == expected.nfe
+    assert dlm_fast.handle_of(model).attention_calls == 2 * eager_calls
+
+
 def test_a_compiled_model_whose_attention_is_changed_raises_too(device):
     model = toy("full", backend="reference").to(device)
     compiled = {fullgraph: torch.compile(model, backend="eager", fullgraph=fullgraph) for fullgraph in (False, True)}

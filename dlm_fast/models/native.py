@@ -138,15 +138,15 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
     """Buffers for every layer of `model`, in the dtype that it computes in and on its device."""
-    module = model.model.layers[0].self_attn
+    layer = model.model.layers[0]
     return KVCache(
         num_layers=len(model.model.layers),
         num_kv_heads=model.config.num_key_value_heads,
-        head_dim=module.head_dim,
+        head_dim=layer.self_attn.head_dim,
         rows=rows,
         capacity=capacity,
         dtype=compute_dtype(model),
-        device=module.k_proj.weight.device,
+        device=layer.input_layernorm.weight.device,
     )
 
 
