@@ -202,6 +202,8 @@ def rule_choice(plan: Plan, view: View) -> Choice:
         score = torch.where(is_eos, -torch.inf, score)
         rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
     value, min_unmask = sampling.value, sampling.min_unmask
+    if preset.quota and preset.quota_of == "block":
+        min_unmask = view.quota()
     if sampling.transfer is not None:
         last = state.step >= sampling.steps - 1
         share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]

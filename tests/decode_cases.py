@@ -117,7 +117,7 @@ class Case:
         masked = [p for p, token in enumerate(canvas) if token == MASK]
         first = masked[0] if masked else len(canvas)
         length = preset.block_length or self.diffusion.block_length or max(1, len(canvas) - first)
-        quota = oracles.quota(preset.steps_per_block or length)
+        quota = oracles.quota(preset.steps_per_block or length, length if preset.quota_of == "block" else None)
         kmin = quota if preset.min_unmask is None else preset.min_unmask
         rule = {
             "quota": lambda: quota,

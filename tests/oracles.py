@@ -122,10 +122,14 @@ def _gap(candidates: list[Candidate], order: list[int], k: int) -> float:
     return gap if gap > TIE else math.inf
 
 
-def quota(steps: int) -> Rule:
-    """LLaDA's schedule: m masks over S steps, the first m % S steps one more; our fix of its zero quotas: at least one."""
+def quota(steps: int, length: int | None = None) -> Rule:
+    """LLaDA's schedule: m masks over S steps, the first m % S steps one more; our fix of its zero quotas: at least one.
+
+    length: m whatever is masked (SDAR, LLaDA2), None = the block's masks.
+    """
 
     def choose(candidates: list[Candidate], masks: int, step: int) -> tuple[list[int], float]:
+        masks = length or masks
         k = min(len(candidates), max(1, masks // steps + (1 if step < masks % steps else 0)))
         order = rank(candidates)
         return order[:k], _gap(candidates, order, k)

@@ -115,8 +115,9 @@ class View:
         return dataclasses.replace(choice, pred=biased.token, score=score, confidence=biased.confidence)
 
     def quota(self) -> Tensor:
-        """[B] int32 positions that the fixed schedule (`steps_per_block`) writes in this step."""
-        return quota(self.state.block_masks, self.state.block_step, self.sampling.steps)
+        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes in this step, if so many are masked."""
+        spread = self.sampling.block_length if self.plan.preset.quota_of == "block" else self.state.block_masks
+        return quota(spread, self.state.block_step, self.sampling.steps)
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         """Writes rows of a buffer of `memory` [B, ...], those of this step only, and returns the buffer."""

@@ -14,6 +14,7 @@ SCHEDULES = ("block", "canvas", "pipeline")
 CACHES = ("none", "prefix", "dual", "once", "scattered", "commit", "fused", "delayed")
 RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli", "renoise")
 SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
+QUOTAS = ("masks", "block")
 STOPS = ("never", "after_block", "closed", "all_stop", "appends", "fill")
 
 # What follows a finished block, as the unmask op calls it.
@@ -59,7 +60,7 @@ class Preset:
             from its first on; of "delayed", every n-th forward of the row that appends nothing. None = only a block's first.
 
         rule: which masked positions of the block a step writes.
-            "quota": a fixed number: the block's masks spread over `steps_per_block` steps (LLaDA's num_transfer_tokens).
+            "quota": a fixed number: the block spread over `steps_per_block` steps (`quota_of`).
             "threshold": score > `threshold` (>= if `inclusive`), and at least `min_unmask`, or the quota if None.
             "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
             "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in `steps_per_block`
@@ -70,7 +71,11 @@ class Preset:
             "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
         order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
         run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None = not.
-        steps_per_block: of the quota; None = one token per step. scope: of a pipeline's forced tokens, "each" or "first" block.
+        steps_per_block: of the quota; None = one token per step. quota_of: what is spread over them, the first steps taking one more
+            where it does not divide: "masks": those that the block holds when it is opened (LLaDA's num_transfer_tokens). "block": its
+            full length, whatever it holds of given tokens, so that a block that begins with the prompt's end takes no more steps for
+            it; a step writes the masks that are left at most (SDAR, LLaDA2).
+        scope: of a pipeline's forced tokens, "each" or "first" block.
         tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
         top_k_first: order of generate's filters. suppress_eos: predicted EOS tokens are ranked last.
         cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
@@ -113,6 +118,7 @@ class Preset:
     run_threshold: float | None = None
     min_unmask: int | None = 1
     steps_per_block: int | None = None
+    quota_of: str = "masks"
     schedule_eps: float = 1e-3
     strict_reference: bool = False
     scope: Scope | None = None
@@ -156,7 +162,7 @@ class Preset:
         return UnmaskRule(
             passes="threshold" if exact else passes,
             inclusive=self.inclusive and not exact and self.rule in ("threshold", "entropy"),
-            quota=self.quota and not exact,
+            quota=self.quota and self.quota_of == "masks" and not exact,
             pipeline=self.pipeline,
             scope=(self.scope or "each") if self.pipeline else "row",
             runs=self.run_threshold is not None and not exact,
@@ -213,7 +219,7 @@ def check(preset: Preset) -> None:
 
     p = preset
     known = {"visibility": VISIBILITIES, "schedule": SCHEDULES, "cache": CACHES, "rule": RULES, "score": SCORES, "stop": STOPS}
-    known |= {"rank": (None, *SCORES), "scope": (None, "each", "first")}
+    known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS}
     for name, values in known.items():
         if getattr(p, name) not in values:
             fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={getattr(p, name)!r}")

@@ -48,7 +48,7 @@ _DUAL = "approximate: keys before and after the block are as old as the block"
 _FULL: dict[str, Any] = {"visibility": "full", "cache": "none", "exactness": _UNCACHED}
 _BLOCK: dict[str, Any] = {"visibility": "block", "cache": "commit", "exactness": _EXACT}
 _THRESHOLD: dict[str, Any] = {"rule": "threshold", "inclusive": True, "block_length": 32}
-_DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True}
+_DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True, "quota_of": "block"}
 
 _ROWS = (
     Preset("llada", _LLADA, **_FULL, rule="quota"),
@@ -95,8 +95,9 @@ _ROWS = (
     Preset(
         "trado", f"{_TRACE}; TraDo", **_BLOCK, **_DRAWN, rule="threshold", threshold=0.9, min_unmask=None
     ),
-    Preset("llada2", _LLADA2, **_BLOCK, rule="threshold", threshold=0.95),
-    Preset("llada2-quota", f"{_LLADA2}; its Hugging Face loop", **_BLOCK, rule="threshold", threshold=0.95, min_unmask=None),
+    Preset("llada2", _LLADA2, **_BLOCK, rule="threshold", threshold=0.95, quota_of="block"),
+    Preset("llada2-quota", f"{_LLADA2}; its Hugging Face loop", **_BLOCK, rule="threshold", threshold=0.95, min_unmask=None,
+           quota_of="block"),
     Preset(
         "llada2.1",
         "Bie et al. 2026 (LLaDA2.1), arXiv:2602.08676; joint threshold as served by SGLang",

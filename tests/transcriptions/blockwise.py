@@ -75,9 +75,9 @@ def decode_uncached(
     return row
 
 
-def step(row: Row, choose: Rule, candidates: list[Stats], opened: int, i: int) -> None:
-    """One denoise step: what the rule chooses among the candidates is written."""
-    for s in choose(candidates, opened, i):
+def step(row: Row, choose: Rule, candidates: list[Stats], spread: int, i: int) -> None:
+    """One denoise step: what the rule chooses among the candidates is written. spread: what a quota is of."""
+    for s in choose(candidates, spread, i):
         row.write(s)
     row.step += 1
 
@@ -348,6 +348,7 @@ def decode_block_causal(
     What precedes the block was committed by forwards of their own, in which positions saw their block and all earlier ones, or, with
     `causal_commit`, only earlier positions. `cached` counts those: one of everything before the first block, one per later block but
     the last; else every step counts as a forward of [0, block end).
+    A quota is that of a block of the full length, whatever of it is given, and never more than the masks that are left.
     """
     row, L = Row(canvas, settings), len(canvas)
     if not row.masked(0, L):
@@ -362,11 +363,11 @@ def decode_block_causal(
             return k <= q if causal_commit and q < start else block(k) <= block(q)
 
         choose = make_rule(row, rule, steps=steps_per_block or block_length, **options)
-        opened, i = len(row.masked(start, end)), 0
+        i = 0
         while row.masked(start, end):
             logits_of = model.predictor(model.look(row.tokens, range(end), sees=sees))
             row.pay(end - start if cached else end)
-            step(row, choose, [row.stats(p, logits_of(p)) for p in row.masked(start, end)], opened, i)
+            step(row, choose, [row.stats(p, logits_of(p)) for p in row.masked(start, end)], block_length, i)
             i += 1
             if row.closed(start, end):
                 return row
