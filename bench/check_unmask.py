@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.reference.unmask_arguments import wanted_arguments
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from torch import Tensor
-
-from dlm_fast import Ops
 
 from .checks import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 

@@ -81,6 +81,7 @@ def find() -> str:
 
 def kernel_names() -> list[str]:
     """Names of the functions that our launchers launch. Imports Triton."""
+    import dlm_fast  # noqa: F401  first: in a checkout it puts the dlm_kernels that lies beside it in place
     from dlm_kernels import static
 
     return sorted({case.fn.__name__ for op in static.KERNEL_MODULES for case in static.shipped(op, 90)})
