@@ -1,4 +1,4 @@
-"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, sanitize, compare, gates, quality, seeds."""
+"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, report, sanitize, compare, gates, quality, seeds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
+MOST_PROCESSES = 16  # each holds a CUDA context
 
 
 class UsageError(ValueError):
@@ -22,10 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _kernels_options(commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table"))
     _gpu_check_options(commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they"))
+    report = commands.add_parser("report", help="a run of kernels or gpu-check as text, from its lines; also one that was cut off")
+    report.add_argument("lines", type=Path, metavar="RUN.jsonl")
     _sanitize_options(commands.add_parser("sanitize", help="the kernels' checks under compute-sanitizer"))
     _compare_options(commands.add_parser("compare", help="two result files, row by row"))
     gates = commands.add_parser("gates", help="what the kernels are held to, judged from a result file")
-    gates.add_argument("result", type=Path, metavar="RESULT.json")
+    gates.add_argument("result", type=Path, metavar="RESULT", help="RESULT.json, or the lines of a run (.jsonl)")
     _quality_options(commands.add_parser("quality", help="exact match against forwards of every preset on the embedded models"))
     _seeds_options(commands.add_parser("seeds", help="the training of the embedded pair, shortened, once for each seed"))
     target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "kernels": _kernels,
         "gpu-check": _gpu_check,
+        "report": _report,
         "sanitize": _sanitize,
         "sanitize-target": _sanitize_target,
         "compare": _compare,
@@ -65,13 +69,21 @@ def _kernels_options(kernels: argparse.ArgumentParser) -> None:
 
 
 def _gpu_check_options(check: argparse.ArgumentParser) -> None:
-    check.add_argument("--out", type=Path, required=True, help="folder for gpu-check.json; made if it does not exist")
+    check.add_argument("--out", type=Path, required=True, help="folder for gpu-check.jsonl and .json; made if it does not exist")
     check.add_argument("--seed", type=int, default=None, help="of the random inputs, to repeat a run (default: a fresh one)")
+    check.add_argument("--times", nargs="*", metavar="NAME", default=None, help="what is timed, in this order (default: all)")
     check.add_argument(
         "--seconds", type=float, default=450, help="after these, what has not been timed is reported as skipped (default: 450)"
     )
     check.add_argument(
-        "--compile-threads", type=int, default=8, help="threads that compile kernels ahead of the checks; 0 = none (default: 8)"
+        "--compile-seconds", type=float, default=100, help="of these, for compiling baselines; 0 = no compiled ones (default: 100)"
+    )
+    check.add_argument(
+        "--processes", type=int, default=None, metavar="N",
+        help=f"that run the checks side by side; 0 = this one alone (default: one a core, at most {MOST_PROCESSES})",
+    )  # fmt: skip
+    check.add_argument(
+        "--case-seconds", type=float, default=120, help="a check that takes longer costs its process, and is red (default: 120)"
     )
 
 
@@ -128,12 +140,43 @@ def _make(folder: Path | None) -> None:
         raise UsageError(f"--out {folder}: {error}") from None
 
 
+def _processes() -> int:
+    return min(MOST_PROCESSES, os.cpu_count() or 1)
+
+
 def _gpu_check(given: argparse.Namespace) -> int:
+    for option in ("seconds", "compile_seconds", "case_seconds", "processes"):
+        value = getattr(given, option)
+        if value is not None and not value >= 0:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 0, got {value}")
+    from . import gpu_check
+
+    wanted = tuple(gpu_check.TIMINGS) if given.times is None else tuple(dict.fromkeys(given.times))
+    wrong = [name for name in wanted if name not in gpu_check.TIMINGS]
+    if wrong:
+        raise UsageError(f"--times must be among {', '.join(gpu_check.TIMINGS)}, got {', '.join(wrong)}")
     _need_cuda()
     _make(given.out)
-    from .gpu_check import cuda_rig, gpu_check
+    rig = gpu_check.cuda_rig(
+        _processes() if given.processes is None else given.processes,
+        compile_seconds=given.compile_seconds,
+        case_seconds=given.case_seconds,
+    )
+    return gpu_check.gpu_check(rig, given.out, given.seed, given.seconds, wanted=wanted)
 
-    return gpu_check(cuda_rig(given.compile_threads), given.out, given.seed, given.seconds)
+
+def _report(given: argparse.Namespace) -> int:
+    from . import record, report
+
+    try:
+        found = record.read(given.lines)
+    except OSError as error:
+        raise UsageError(f"{given.lines}: {error.strerror or error}") from None
+    except record.LineError as error:
+        raise UsageError(f"{given.lines}: {error}") from None
+    result = found.document()
+    print("\n".join([*found.lines(), "", report.verdict_line(result), report.dumps(result)]))
+    return 0 if result["ok"] else 1
 
 
 def _kernels(given: argparse.Namespace) -> int:
@@ -155,7 +198,7 @@ def _kernels(given: argparse.Namespace) -> int:
         if plots and not sweep.has_matplotlib():
             raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
         _make(given.out)
-        rig = gpu_check.cuda_rig(compile_threads=8, shapes=shapes, compile_seconds=sweep.COMPILE_SECONDS)
+        rig = gpu_check.cuda_rig(_processes(), shapes=shapes, compile_seconds=sweep.COMPILE_SECONDS)
         return sweep.measured(rig, given.out, ops, given.seed, given.seconds, plots)
     if given.no_static and (given.targets or given.kernels or given.jobs):
         raise UsageError("--no-static leaves out the table that --targets, --kernels and --jobs are of")

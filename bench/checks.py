@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import time
 import zlib
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 OPS = ("confidence", "unmask", "block_attention", "decode")
+NOT_RUN = "not run"
 Case = tuple[str, Callable[[], None]]
 
 
@@ -108,23 +107,9 @@ class Check:
 
     op: str
     name: str
-    status: str  # "passed", "FAILED" or "skipped"
+    status: str  # "passed", "FAILED", "skipped" or NOT_RUN
     detail: str
     seconds: float
-
-
-def compile_side_by_side(cases: Iterable[Case], threads: int) -> None:
-    """Runs every case once in a pool of threads, for the compiled kernels it leaves behind: `run` then finds them made.
-
-    Nothing is judged here, so whatever a case raises is dropped; it raises it again in `run`.
-    """
-
-    def attempt(case: Case) -> None:
-        with contextlib.suppress(Exception), torch.no_grad():
-            case[1]()
-
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(attempt, cases))
 
 
 def run(
@@ -149,6 +134,18 @@ def run(
         on_check(check)
         done.append(check)
     return done
+
+
+def sound(device: torch.device) -> bool:
+    """Whether the device still answers. After an illegal access nothing does in the process that made it, whatever it computes."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except Exception:
+        return False
+    return True
 
 
 def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import record
 from .report import SCHEMA
 
 COMMANDS = ("kernels", "gpu-check")
@@ -19,11 +20,17 @@ class ResultError(ValueError):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file of `kernels` or `gpu-check`. Raises ResultError."""
+    """A result file of `kernels` or `gpu-check`: the document, or the lines (.jsonl) of a run that may have been cut off.
+
+    Raises ResultError.
+    """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        is_lines = path.suffix == ".jsonl"
+        document = record.read(path).document() if is_lines else json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"{path}: {error.strerror or error}") from None
+    except record.LineError as error:
+        raise ResultError(f"{path}: {error}") from None
     except ValueError:
         raise ResultError(f"{path}: must be JSON") from None
     if not isinstance(document, dict) or document.get("command") not in COMMANDS:

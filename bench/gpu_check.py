@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ from . import (
     check_confidence,
     check_decode,
     check_unmask,
-    gates,
     machine,
     report,
+    shards,
     speed_attention,
     speed_forms,
     speed_linear,
     speed_ops,
     speed_step,
 )
-from .checks import GPU, OPS, Check, Sizes, compile_side_by_side, run
+from .checks import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
+from .record import Record
 from .shapes import CHECK_SHAPES, Shapes
-from .speed import OURS, Bench, Ceilings, Timing, time_shapes
+from .speed import OURS, Bench, Ceilings, Shape, Timing, time_shapes
 from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 
 # Cheap and basic first.
@@ -48,11 +49,27 @@ TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "attention-forms": (speed_forms.shapes, ("block_attention",)),
 }
 COMPILE_SECONDS = 100.0
+CASE_SECONDS = 120.0
+CasesOf = Callable[[Ops, torch.device, Sizes, int, Collection[str]], list[tuple[str, Case]]]
 
 
 def needed_checks(timings: Collection[str]) -> tuple[str, ...]:
     """The ops that have to be green before these are timed."""
     return tuple(op for op in OPS if any(op in TIMINGS[name][1] for name in timings))
+
+
+def cases_of(ops: Ops, device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str] = OPS) -> list[tuple[str, Case]]:
+    """Every case of the wanted ops, with its op; the same code for a GPU and for the interpreter, at other sizes.
+
+    A name comes once in an op: cases of one name draw the same random numbers, and are the same case.
+    """
+    found: dict[tuple[str, str], tuple[str, Case]] = {}
+    for op, module in CASES.items():
+        every = 1 if op == "decode" else sizes.every
+        for n, case in enumerate(module.cases(ops, device, sizes, seed) if op in wanted else ()):
+            if n % every == 0:
+                found.setdefault((op, case[0]), (op, case))
+    return list(found.values())
 
 
 def check_all(
@@ -61,50 +78,15 @@ def check_all(
     sizes: Sizes,
     seed: int,
     say: Callable[[str], None],
-    compile_threads: int = 0,
     wanted: Collection[str] = OPS,
 ) -> dict[str, list[Check]]:
-    """Every check of the wanted ops; the same code for a GPU and for the interpreter, at other sizes."""
-    done = {}
-    for op, module in CASES.items():
-        if op not in wanted:
-            continue
-        every = 1 if op == "decode" else sizes.every
-        cases = [case for n, case in enumerate(module.cases(ops, device, sizes, seed)) if n % every == 0]
-        if compile_threads and op != "decode":
-            compile_side_by_side(cases, compile_threads)
-        done[op] = run(op, cases, device)
+    """Every check of the wanted ops, one after the other in this process."""
+    cases, done = cases_of(ops, device, sizes, seed, wanted), {}
+    for op in dict.fromkeys(op for op, _ in cases):
+        done[op] = run(op, [case for of, case in cases if of == op], device)
         for line in report.check_lines(op, done[op]):
             say(line)
     return done
-
-
-def time_all(
-    bench: Bench,
-    ops: Ops,
-    shapes: Shapes,
-    checks: dict[str, list[Check]],
-    say: Callable[[str], None],
-    wanted: Collection[str] = tuple(TIMINGS),
-) -> list[Timing]:
-    """Times what is correct; what is not gets a row that says so."""
-    rows: list[Timing] = []
-
-    def show(shape_rows: list[Timing]) -> None:
-        for line in report.timing_lines(shape_rows):
-            say(line)
-
-    for op, (shapes_of, needed) in TIMINGS.items():
-        if op not in wanted:
-            continue
-        red = [name for name in needed if not report.is_green(checks.get(name, []))]
-        if red:
-            skipped = [Timing(op, "any", "any", OURS, "SKIPPED", f"correctness of {', '.join(red)} is red")]
-            show(skipped)
-            rows += skipped
-            continue
-        rows += time_shapes(bench, shapes_of(bench, ops, shapes), show)
-    return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +96,8 @@ class Rig:
     Attributes:
         facts: device, driver, versions and commit, for the report. ops: makes the ops (it may raise).
         ceilings: measures them (it may raise). prepare: takes samples of a candidate.
-        compile_threads: compile kernels ahead of their checks; 0 = none do. compile_seconds: for the baselines in all.
+        processes: how many run the checks side by side; `ops` and `cases` are pickled for them. 0 = this one, alone.
+        compile_seconds: for the baselines in all. case_seconds: a check that takes longer costs its process.
     """
 
     device: torch.device
@@ -126,14 +109,22 @@ class Rig:
     shapes: Shapes
     l2_bytes: int
     replays: int
-    compile_threads: int
+    processes: int
     compile_seconds: float
+    case_seconds: float = CASE_SECONDS
+    cases: CasesOf = cases_of
 
 
-def cuda_rig(compile_threads: int, shapes: Shapes = CHECK_SHAPES, compile_seconds: float = COMPILE_SECONDS) -> Rig:
-    """The current CUDA device, the Triton kernels, and the sizes of published models."""
+def cuda_rig(
+    processes: int,
+    shapes: Shapes = CHECK_SHAPES,
+    compile_seconds: float = COMPILE_SECONDS,
+    case_seconds: float = CASE_SECONDS,
+    commit: str | None = None,
+) -> Rig:
+    """The current CUDA device, the Triton kernels, and the sizes of published models. commit: None = git knows."""
     device = torch.device("cuda", torch.cuda.current_device())
-    facts = machine.device_facts(device) | {"versions": machine.versions(), "commit": machine.commit()}
+    facts = machine.device_facts(device) | {"versions": machine.versions(), "commit": commit or machine.commit()}
 
     def ceilings() -> Ceilings:
         from .ceilings import measure_ceilings  # imports Triton
@@ -150,9 +141,87 @@ def cuda_rig(compile_threads: int, shapes: Shapes = CHECK_SHAPES, compile_second
         shapes=shapes,
         l2_bytes=facts["l2_bytes"],
         replays=REPLAYS,
-        compile_threads=compile_threads,
+        processes=processes,
         compile_seconds=compile_seconds,
+        case_seconds=case_seconds,
     )
+
+
+def check_side_by_side(
+    rig: Rig, ops: Ops, seed: int, wanted: Collection[str], record: Record, say: Callable[[str], None]
+) -> None:
+    """Every check of the wanted ops in the rig's processes; a line as each begins, and one as it ends."""
+    cases = rig.cases(ops, rig.device, rig.sizes, seed, wanted)
+    jobs = [shards.Job(op, name) for op, (name, _) in cases]
+    for op in dict.fromkeys(job.group for job in jobs):
+        record.plan_checks(op, [job.name for job in jobs if job.group == op])
+    make = partial(_in_a_process if rig.processes else _runner, rig.cases, rig.ops, rig.device, rig.sizes, seed, wanted)
+    for event in shards.run(jobs, make, processes=rig.processes, job_seconds=rig.case_seconds):
+        op, name = jobs[event.index].group, jobs[event.index].name
+        if event.kind == "begun":
+            record.begin_check(op, name)
+            say(f"begins  {op}  {name}")
+            continue
+        status = NOT_RUN if event.kind == "not run" else "FAILED"
+        check = event.result if event.kind == "ended" else Check(op, name, status, event.reason, event.seconds)
+        record.check(check)
+        say(f"{check.status:8}{op}  {name}  {check.seconds:.1f} s" + (f": {check.detail}" if check.detail else ""))
+    say("")
+    for op, done in record.of_ops().items():
+        for line in report.check_lines(op, done):
+            say(line)
+
+
+def _runner(
+    cases: CasesOf, make_ops: Callable[[], Ops], device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str]
+) -> shards.Work:
+    """Runs a case by its place among all, and says whether the process can run another."""
+    known = cases(make_ops(), device, sizes, seed, wanted)
+
+    def work(index: int) -> tuple[Check, bool]:
+        op, case = known[index]
+        with torch.no_grad():
+            (check,) = run(op, [case], device)
+        if check.status == "FAILED" and not sound(device):
+            return dataclasses.replace(check, detail=f"{check.detail} (the GPU did not answer its process after that)"), False
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the processes share the memory
+        return check, True
+
+    return work
+
+
+def _in_a_process(cases: CasesOf, make_ops: Callable[[], Ops], device: torch.device, *others: Any) -> shards.Work:
+    """The same in one process of many."""
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return _runner(cases, make_ops, device, *others)
+
+
+def time_all(
+    bench: Bench, ops: Ops, shapes: Shapes, wanted: Sequence[str], record: Record, say: Callable[[str], None]
+) -> None:
+    """Times what is correct, in the order wanted; what is not gets a row that says so. A line as each row is measured."""
+    checks = record.of_ops()
+    record.plan_timings((shape.op, shape.model, shape.label) for op in wanted for shape in TIMINGS[op][0](None, None, shapes))
+
+    def show(rows: list[Timing]) -> None:
+        for row in rows:
+            record.timing(row)
+        for line in report.timing_lines(rows):
+            say(line)
+
+    def begin(shape: Shape) -> None:
+        record.begin_timing(shape.op, shape.model, shape.label)
+
+    for op in wanted:
+        shapes_of, needed = TIMINGS[op]
+        red = [name for name in needed if not report.is_green(checks.get(name, []))]
+        if red:
+            show([Timing(op, "any", "any", OURS, "SKIPPED", f"correctness of {', '.join(red)} is red")])
+        else:
+            time_shapes(bench, shapes_of(bench, ops, shapes), show, begin)
 
 
 def gpu_check(
@@ -167,10 +236,12 @@ def gpu_check(
     """Prints everything and returns the exit status: 0 green, 1 red.
 
     Args:
-        out: folder for `command`.json; None = print only. wanted: names of TIMINGS; only the ops that they need are checked.
+        out: folder for `command`.jsonl, which is written line by line, and `command`.json at the end; None = print only.
+        wanted: names of TIMINGS in the order in which they are timed. "gpu-check" checks every op whatever is timed, others those that
+            these need.
         finish: called with the document before it is printed (plots).
     """
-    began, started = time.monotonic(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     budget = Budget(seconds, rig.compile_seconds)
 
@@ -179,56 +250,47 @@ def gpu_check(
 
     facts = rig.facts
     needed = OPS if command == "gpu-check" else needed_checks(wanted)
-    say(f"{facts['device']}, driver {facts['driver']}, " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
-    say(f"commit {facts['commit']}, seed {seed}, {started}")
+    record = Record(None if out is None else out / f"{command}.jsonl")
+    record.begin(command, started, seed, facts)
+    for line in report.heading_lines(record.head):
+        say(line)
 
     ceilings = None
     say("\nceilings, measured now")
     try:
         ceilings = rig.ceilings()
+        record.measured(ceilings)
         for name, value in dataclasses.asdict(ceilings).items():
             say(f"    {name:20} {value:10.4g}")
     except Exception as error:  # correctness can be checked all the same
         say(f"    FAILED: {short(error)}")
 
     say("\ncorrectness")
-    timings: list[Timing] = []
     try:
         ops = rig.ops()
     except Exception as error:  # a kernel module that does not even import is as red as one that computes nonsense
-        checks = {op: [Check(op, "import", "FAILED", short(error), 0.0)] for op in needed}
+        for op in needed:
+            record.plan_checks(op, ["import"])
+            record.check(Check(op, "import", "FAILED", short(error), 0.0))
         say(f"the kernels cannot be imported: {short(error)}")
     else:
-        with torch.no_grad():
-            checks = check_all(ops, rig.device, rig.sizes, seed, say, rig.compile_threads, needed)
-            say(f"\ntimes ({time.monotonic() - began:.0f} s so far)")
-            if ceilings is None:
-                say("    none: without measured ceilings no time means anything")
-            else:
-                say(report.timing_header())
-                bench = Bench(rig.device, rig.prepare, budget, ceilings, rig.l2_bytes, rig.replays)
-                timings = time_all(bench, ops, rig.shapes, checks, say, wanted)
-    say("\nwhere a baseline is faster")
-    for line in report.loss_lines(timings):
-        say("    " + line)
-
-    result = report.document(
-        command=command,
-        machine=facts,
-        seed=seed,
-        started=started,
-        seconds=time.monotonic() - began,
-        ceilings=ceilings and dataclasses.asdict(ceilings),
-        checks=checks,
-        timings=timings,
-    )
-    say("\ngates")
-    for line in gates.lines(gates.evaluate(result)):
-        say("    " + line)
+        check_side_by_side(rig, ops, seed, needed, record, say)
+        say(f"\ntimes ({record.seconds:.0f} s so far)")
+        if ceilings is None:
+            say("    none: without measured ceilings no time means anything")
+        else:
+            say(report.timing_header())
+            bench = Bench(rig.device, rig.prepare, budget, ceilings, rig.l2_bytes, rig.replays)
+            with torch.no_grad():
+                time_all(bench, ops, rig.shapes, wanted, record, say)
+    record.end()
+    result = record.document()
+    for line in report.closing_lines(result, record.rows()):
+        say(line)
     line = report.dumps(result)
     if out is not None:
         (out / f"{command}.json").write_text(line + "\n", encoding="utf-8")
     finish(result)
-    say("\n" + ("green" if result["ok"] else "RED") + f", {result['seconds']:.0f} s")
+    say("\n" + report.verdict_line(result))
     say(line)
     return 0 if result["ok"] else 1

@@ -7,27 +7,42 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .checks import Check
+from . import gates
+from .checks import NOT_RUN, Check
 from .speed import Timing, losses
 
+NAMED = 16  # checks that were not run, of those with one reason: as many as are at it at once when a run is cut off
 SCHEMA = 2  # of every result file; `compare` and `gates` read this one only
 
 
+def heading_lines(head: dict[str, Any]) -> list[str]:
+    """What the run was on. head: `Record.head`."""
+    facts = head["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"{facts['device']}, driver {facts['driver']}, {versions}",
+        f"commit {facts['commit']}, seed {head['seed']}, {head['time']}",
+    ]
+
+
 def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
-    """One line for an op, and one for everything in it that is not green."""
-    counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped")}
+    """One line for an op, one for every check in it that is red or skipped, and one for those that were not run for one reason."""
+    counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped", NOT_RUN)}
     verdict = "green" if is_green(checks) else "RED"
     seconds = sum(c.seconds for c in checks)
-    lines = [
-        f"{op:16} {verdict:6} {counts['passed']:4} passed {counts['FAILED']:4} FAILED {counts['skipped']:4} skipped {seconds:7.1f} s"
-    ]
-    lines += [f"    {c.status} {c.name}: {c.detail}" for c in checks if c.status != "passed"]
+    others = "".join(f" {counts[status]:4} {status}" for status in ("FAILED", "skipped"))
+    others += f" {counts[NOT_RUN]:4} {NOT_RUN}" if counts[NOT_RUN] else ""
+    lines = [f"{op:16} {verdict:6} {counts['passed']:4} passed{others} {seconds:7.1f} s"]
+    lines += [f"    {c.status} {c.name}: {c.detail}" for c in checks if c.status in ("FAILED", "skipped")]
+    for reason in dict.fromkeys(c.detail for c in checks if c.status == NOT_RUN):
+        names = [c.name for c in checks if (c.status, c.detail) == (NOT_RUN, reason)]
+        lines.append(f"    {NOT_RUN}, {reason}: {'; '.join(names[:NAMED])}" + (f"; {len(names) - NAMED} more" if names[NAMED:] else ""))
     return lines
 
 
 def is_green(checks: Sequence[Check]) -> bool:
-    """Nothing failed, and something was checked."""
-    return any(c.status == "passed" for c in checks) and not any(c.status == "FAILED" for c in checks)
+    """Nothing failed, nothing was left out, and something was checked."""
+    return any(c.status == "passed" for c in checks) and not any(c.status in ("FAILED", NOT_RUN) for c in checks)
 
 
 COLUMNS = (("p50 us", 10), ("p20", 10), ("p80", 10), ("share", 7), ("vs ours", 8))
@@ -73,6 +88,17 @@ def loss_lines(rows: Sequence[Timing]) -> list[str]:
     return [*lines, f"({unmeasured} rows without a time: FAILED or SKIPPED above)"] if unmeasured else lines
 
 
+def closing_lines(result: dict[str, Any], rows: Sequence[Timing]) -> list[str]:
+    """What the rows come to: where a baseline is faster, and the gates."""
+    lines = ["", "where a baseline is faster", *("    " + line for line in loss_lines(rows))]
+    return [*lines, "", "gates", *("    " + line for line in gates.lines(gates.evaluate(result)))]
+
+
+def verdict_line(result: dict[str, Any]) -> str:
+    cut = "" if result["ended"] else ", cut off"
+    return ("green" if result["ok"] else "RED") + f", {result['seconds']:.0f} s{cut}"
+
+
 def document(
     *,
     command: str,
@@ -80,11 +106,13 @@ def document(
     seed: int,
     started: str,
     seconds: float,
+    ended: bool,
     ceilings: dict[str, float] | None,
     checks: dict[str, list[Check]],
     timings: Sequence[Timing],
 ) -> dict[str, Any]:
-    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was checked is green."""
+    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was to be checked is green.
+    `ended`: the run came to its end."""
     ops = {
         op: {
             "green": is_green(done),
@@ -92,6 +120,7 @@ def document(
             "passed": [c.name for c in done if c.status == "passed"],
             "failed": {c.name: c.detail for c in done if c.status == "FAILED"},
             "skipped": {c.name: c.detail for c in done if c.status == "skipped"},
+            "not_run": {c.name: c.detail for c in done if c.status == NOT_RUN},
         }
         for op, done in checks.items()
     }
@@ -99,12 +128,13 @@ def document(
         "command": command,
         "schema": SCHEMA,
         "measured": True,
+        "ended": ended,
         "ok": bool(ops) and all(entry["green"] for entry in ops.values()),
         "time": started,
         "seconds": rounded(seconds),
         "seed": seed,
         **machine,
-        "ceilings": None if ceilings is None else {name: rounded(value) for name, value in ceilings.items()},
+        "ceilings": ceilings,
         "checks": ops,
         "timings": [
             {name: rounded(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "", {})}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .checks import sound
 from .floors import Cost
 from .timing import Budget, Candidate, OutOfTime, measure, rotation, short
 
@@ -101,7 +102,11 @@ class Timing:
 
 @dataclasses.dataclass
 class Bench:
-    """Where timings run: the device, how a candidate is prepared, and the time there is."""
+    """Where timings run: the device, how a candidate is prepared, and the time there is.
+
+    Attributes:
+        lost: the shape at which the device stopped to answer; "": it answers.
+    """
 
     device: torch.device
     prepare: Callable[[Candidate], Callable[[], float]]
@@ -109,29 +114,46 @@ class Bench:
     ceilings: Ceilings
     l2_bytes: int
     replays: int
+    lost: str = ""
 
     def rotation(self, bytes_per_set: int) -> tuple[int, bool]:
         return rotation(bytes_per_set, self.l2_bytes)
 
 
 def time_shapes(
-    bench: Bench, shapes: Iterable[Shape], on_rows: Callable[[list[Timing]], None] = lambda rows: None
+    bench: Bench,
+    shapes: Iterable[Shape],
+    on_rows: Callable[[list[Timing]], None] = lambda rows: None,
+    on_begin: Callable[[Shape], None] = lambda shape: None,
 ) -> list[Timing]:
     """Times every shape; what cannot be built or is out of time is a row too."""
     done: list[Timing] = []
     for shape in shapes:
-        _clean_up(bench)
-        try:
-            bench.budget.need(shape.seconds, f"{shape.op} {shape.label}")
-            rows = _time(bench, shape)
-        except OutOfTime as reason:
-            rows = [Timing(shape.op, shape.model, shape.label, OURS, "SKIPPED", str(reason), facts=shape.facts)]
-        except Exception as error:  # out of memory while building, or a wrong result
-            rows = [Timing(shape.op, shape.model, shape.label, OURS, "FAILED", short(error), facts=shape.facts)]
+        on_begin(shape)
+        rows = _attempt(bench, shape)
+        if any(row.status == "FAILED" for row in rows) and not sound(bench.device):
+            bench.lost = f"{shape.op} {shape.model} {shape.label}"
         on_rows(rows)
         done += rows
-    _clean_up(bench)
+    if not bench.lost:
+        _clean_up(bench)
     return done
+
+
+def _attempt(bench: Bench, shape: Shape) -> list[Timing]:
+    def untimed(status: str, reason: str) -> list[Timing]:
+        return [Timing(shape.op, shape.model, shape.label, OURS, status, reason, facts=shape.facts)]
+
+    if bench.lost:
+        return untimed("SKIPPED", f"the GPU does not answer this process since {bench.lost}")
+    try:
+        _clean_up(bench)
+        bench.budget.need(shape.seconds, f"{shape.op} {shape.label}")
+        return _time(bench, shape)
+    except OutOfTime as reason:
+        return untimed("SKIPPED", str(reason))
+    except Exception as error:  # out of memory while building, or a wrong result
+        return untimed("FAILED", short(error))
 
 
 def _clean_up(bench: Bench) -> None:

@@ -16,7 +16,7 @@ from bench_module import ROOT  # first: it makes `bench` importable
 from dlm_fast import REFERENCE
 
 from bench import __main__ as command
-from bench import check_attention, check_decode, check_unmask, checks, gpu_check, report, timing
+from bench import check_attention, check_decode, check_unmask, checks, compare, gpu_check, report, timing
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
 from bench.speed import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
@@ -51,7 +51,7 @@ def rig(ops: dlm_fast.Ops) -> gpu_check.Rig:
         shapes=TOY_SHAPES,
         l2_bytes=1000,
         replays=1,
-        compile_threads=0,
+        processes=0,
         compile_seconds=0,
     )
 
@@ -277,6 +277,7 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
         "command",
         "schema",
         "measured",
+        "ended",
         "ok",
         "time",
         "seconds",
@@ -290,7 +291,8 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
         "timings",
         "losses",
     } == set(document)
-    assert document["ok"] is True and document["seed"] == 5 and document["ceilings"] == dataclasses.asdict(CEILINGS)
+    assert document == compare.load(tmp_path / "gpu-check.jsonl")  # the lines of the run hold all of it
+    assert document["ended"] is True and document["ok"] is True and document["seed"] == 5 and document["ceilings"] == dataclasses.asdict(CEILINGS)
     assert {op: entry["green"] for op, entry in document["checks"].items()} == dict.fromkeys(checks.OPS, True)
     assert {row["op"] for row in document["timings"]} == set(gpu_check.TIMINGS)
     for row in document["timings"]:

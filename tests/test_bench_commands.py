@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -183,7 +184,7 @@ def toy_rig() -> gpu_check.Rig:
         shapes=shapes.TOY_SHAPES,
         l2_bytes=1000,
         replays=1,
-        compile_threads=0,
+        processes=0,
         compile_seconds=0,
     )
 
@@ -197,7 +198,7 @@ def test_a_sweep_checks_what_it_times_and_writes_its_document(tmp_path, capsys) 
     assert set(document["checks"]) == {"confidence", "unmask"}
     assert {row["op"] for row in document["timings"]} == {"unmask", "linear-confidence"}
     assert lines.index("ceilings, measured now") < lines.index("correctness") < lines.index("gates")
-    assert [path.name for path in tmp_path.iterdir()] == ["kernels.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.jsonl"]
 
 
 def test_every_op_with_a_time_has_a_plot(tmp_path) -> None:
@@ -564,3 +565,41 @@ def test_a_sanitize_run_is_a_document(tmp_path) -> None:
     assert document["ok"] is False and document["tools"]["memcheck"]["ok"] is True
     assert document["tools"]["racecheck"]["findings"][0]["function"] == "_confidence_kernel"
     assert (document["command"], document["seed"], document["schema"], document["device"]) == ("sanitize", 3, 2, "toy")
+
+
+# ---- a bare checkout
+
+BARE = """
+import importlib.util, os, sys, traceback
+sys.path.insert(0, {root!r})
+import torch, triton
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM  # once for all
+if importlib.util.find_spec("dlm_kernels"):
+    sys.exit(77)
+for what in {statements!r}:
+    if (child := os.fork()) == 0:
+        try:
+            exec(what)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(what)
+"""
+
+
+def test_whatever_a_command_imports_is_found_from_a_bare_checkout() -> None:
+    """Each module first in a process of its own: none may hang on what another has put in place."""
+    modules = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in ("conftest", "test_kernels"))
+    statements = [f"import bench.{module}" for module in modules if module != "plots" or sweep.has_matplotlib()]
+    statements += ["from bench import sanitize; assert sanitize.kernel_names()"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    # Packages are found without what site.py adds for editable installs.
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
+    script = BARE.format(root=str(ROOT), statements=statements)
+    line = [sys.executable, "-S", "-c", script]
+    done = subprocess.run(line, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("dlm-fast is installed by copy: nothing here is bare")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

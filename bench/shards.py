@@ -1,0 +1,185 @@
+"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is named; the others
+go on behind it in a new one.
+
+Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the process that started it, however
+that one ends.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+START_SECONDS = 300.0  # for a process to import what it needs
+MOST_LOST = 8  # processes that one group of jobs may cost before the rest of it is left out
+# Never forked: a fork of a process that has used CUDA cannot use it.
+_SPAWN = multiprocessing.get_context("spawn")
+
+Work = Callable[[int], tuple[Any, bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is done, by name. group: jobs that are alike; where many of them break their process, the others are not tried."""
+
+    group: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What happened to a job.
+
+    Attributes:
+        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run" alone: never begun.
+        index: which of the jobs. seconds: since it began.
+    """
+
+    kind: str
+    index: int
+    result: Any = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def run(
+    jobs: Sequence[Job],
+    make: Callable[[], Work],
+    *,
+    processes: int,
+    job_seconds: float,
+    start_seconds: float = START_SECONDS,
+    most_lost: int = MOST_LOST,
+) -> Iterator[Event]:
+    """Does the jobs in order, as many at a time as there are processes, and yields what happens as it happens.
+
+    Args:
+        make: called once in every process; what it returns does a job by its index and says (result, whether the process is still
+            sound). It is pickled: a function of a module, or a partial of one.
+        processes: 0 = this one does them all, and nothing guards it.
+        job_seconds: a job that has not ended by then is lost. start_seconds: the same of a process that is starting.
+        most_lost: so many lost processes of one group, and the rest of the group is not run.
+    """
+    if processes == 0:
+        work = make()
+        for index in range(len(jobs)):
+            yield Event("begun", index)
+            yield Event("ended", index, result=work(index)[0])
+        return
+    waiting = collections.deque(range(len(jobs)))
+    lost: collections.Counter[str] = collections.Counter()
+    failed = "none was started"
+    shards = [_Shard(make) for _ in range(min(processes, len(jobs)))]
+    try:
+        while shards:
+            heard = multiprocessing.connection.wait([shard.connection for shard in shards], timeout=0.2)
+            for shard in list(shards):
+                message = shard.message(shard.connection in heard, start_seconds if shard.job is None else job_seconds)
+                if message is None:
+                    continue
+                kind, result, sound = message
+                index, seconds = shard.job, time.monotonic() - shard.since
+                if index is None and kind != "ready":
+                    failed = result  # another one would not start either
+                elif kind == "ended":
+                    yield Event("ended", index, result=result, seconds=seconds)
+                elif kind == "died":
+                    yield Event("lost", index, reason=result, seconds=seconds)
+                if not sound:
+                    shards.remove(shard)
+                    shard.end()
+                    if index is None:
+                        continue
+                    group = jobs[index].group
+                    lost[group] += 1
+                    if lost[group] == most_lost:
+                        rest = [n for n in waiting if jobs[n].group == group]
+                        waiting = collections.deque(n for n in waiting if jobs[n].group != group)
+                        for n in rest:
+                            yield Event("not run", n, reason=f"{most_lost} others of {group} broke their process")
+                    if len(shards) < len(waiting):
+                        shards.append(_Shard(make))
+                elif waiting:
+                    index = waiting.popleft()
+                    yield Event("begun", index)
+                    shard.begin(index)
+                else:
+                    shards.remove(shard)
+                    shard.end()
+        for index in waiting:
+            yield Event("not run", index, reason=f"no process is left to run it: {failed}")
+    finally:
+        for shard in shards:
+            shard.end()
+
+
+class _Shard:
+    """One process, seen from the one that started it. job: what it is at, since when; None: it is starting."""
+
+    def __init__(self, make: Callable[[], Work]) -> None:
+        self.connection, theirs = _SPAWN.Pipe()
+        self.process = _SPAWN.Process(target=_serve, args=(theirs, make), daemon=True)
+        self.job: int | None = None
+        self.since = time.monotonic()
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def begin(self, index: int) -> None:
+        self.job, self.since = index, time.monotonic()
+        with contextlib.suppress(OSError):  # it is gone, which the next message says
+            self.connection.send(index)
+
+    def message(self, is_heard: bool, limit: float) -> tuple[str, Any, bool] | None:
+        """(kind, result or reason, whether the process is sound), or None while there is nothing to say."""
+        if is_heard:
+            try:
+                return self.connection.recv()
+            except (EOFError, OSError):
+                self.process.join(10)
+                return "died", f"its process died: {_ending(self.process.exitcode)}", False
+        if time.monotonic() - self.since > limit:
+            return "died", f"no end after {limit:g} s: its process was killed", False
+        return None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(10)  # a driver may hold on to it for longer; nobody waits for that
+        self.connection.close()
+
+
+def _ending(status: int | None) -> str:
+    if status is not None and status < 0:
+        return signal.Signals(-status).name
+    return f"exit status {status}"
+
+
+def _serve(connection: multiprocessing.connection.Connection, make: Callable[[], Work]) -> None:
+    """What runs in the process."""
+    faulthandler.enable()  # a crash says on stderr where it was
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        work = make()
+    except Exception as error:
+        connection.send(("unfit", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False))
+        return
+    connection.send(("ready", None, True))
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(("ended", *work(connection.recv())))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
