@@ -10,7 +10,7 @@ from typing import Any
 
 import dlm_kernels.attention as kernel
 import torch
-from attention_oracle import by_the_loop, cached_slots, e4m3, fields, live_positions, stored_by_the_loop
+from attention_oracle import by_the_loop, cached_slots, e4m3, fields, live_positions, may_be_nan, place, stored_by_the_loop
 from dlm_kernels import Window, reference
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -282,13 +282,56 @@ def assert_same_bits(left: Tensor, right: Tensor) -> None:
 
 
 def assert_no_worse_than_torch(
-    ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6
+    ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6, may_be_nan: Tensor | None = None
 ) -> None:
-    """Our largest error against float64 is at most `factor` times that of the reference in the same dtype."""
-    theirs = (low_precision.double().cpu() - exact).abs().max().item()
-    error = (ours.double().cpu() - exact).abs().max().item()
-    bound = factor * theirs + floor * max(1.0, exact.abs().max().item())
+    """Our largest error against float64 is at most `factor` times that of the reference in the same dtype.
+
+    Where the exact result is not finite ours must not be either, and only there, but for what `may_be_nan` [like ours, bool] excuses.
+    """
+    ours, low_precision = ours.double().cpu(), low_precision.double().cpu()
+    assert_not_finite_where(ours, exact, may_be_nan)
+    theirs = _largest(low_precision - exact, low_precision.isfinite() & exact.isfinite())
+    error = _largest(ours - exact, ours.isfinite() & exact.isfinite())
+    bound = factor * theirs + floor * max(1.0, _largest(exact, exact.isfinite()))
     assert error <= bound, f"error {error:.3g} exceeds {factor} x torch's own {theirs:.3g} (+ floor): {bound:.3g}"
+
+
+def assert_not_finite_where(ours: Tensor, exact: Tensor, may_be_nan: Tensor | None = None) -> None:
+    hidden = ours.isfinite() & ~exact.isfinite()
+    assert not hidden.any(), f"{int(hidden.sum())} results are finite where the exact ones are not, first {hidden.nonzero()[0].tolist()}"
+    spread = ~ours.isfinite() & exact.isfinite()
+    spread &= torch.tensor(True) if may_be_nan is None else ~may_be_nan
+    assert not spread.any(), f"{int(spread.sum())} results are not finite where the exact ones are, first {spread.nonzero()[0].tolist()}"
+
+
+def _largest(values: Tensor, among: Tensor) -> float:
+    return values[among].abs().max().item() if among.any() else 0.0
+
+
+def not_finite(case: Case, rng: random.Random) -> Case:
+    """The case with NaN or infinities in live places: of queries, of the window's keys and values, of cached ones that a row sees."""
+    w = fields(case)
+    (B, _, W, D), H_kv = case.q.shape, case.k.shape[1]
+    rows = [b for b in range(B) if live_positions(w, b)]
+    # What an fp8 cache keeps is NaN or finite.
+    values = (math.nan, math.inf, -math.inf)
+    for _ in range(rng.choice((1, 1, 2, 3)) if rows else 0):
+        b, value = rng.choice(rows), rng.choice(values)
+        columns = slice(None) if rng.random() < 0.3 else rng.randrange(D)
+        live, slots, head = live_positions(w, b), cached_slots(case, w, b), rng.randrange(H_kv)
+        kind = rng.choice(("q", "k", "v", "k", "v", "every key"))
+        if kind == "q":
+            case.q[b, rng.randrange(case.q.shape[1]), rng.choice(live), columns] = value
+            continue
+        tensor, buffer = (case.v, case.v_buffer) if kind == "v" else (case.k, case.k_buffer)
+        every = kind == "every key"
+        if every or not slots or rng.random() < 0.5:
+            tensor[b, head, live if every else rng.choice(live), columns] = value
+        if slots and (every or rng.random() < 0.5):
+            for slot in slots if every else [rng.choice(slots)]:
+                first, third = place(w, w["cache_row"][b], slot, case.caches[0].shape[2])
+                buffer[first, head, GUARD + third, columns] = value if case.k_scale is None else math.nan
+    return case
 
 
 def check_against_the_loop(
@@ -296,9 +339,10 @@ def check_against_the_loop(
 ) -> None:
     """The kernel's output within the error bound, zero where dead, and its stores exact (fp8: the reference's bytes)."""
     ours, low = case.to(dtype, device), case.to(dtype)
-    out, low_out = ours.kernel(tile, **private), low.reference()
+    out, low_out, exact = ours.kernel(tile, **private), low.reference(), by_the_loop(case)
     assert out.shape == case.q.shape and out.dtype == dtype and out.transpose(1, 2).is_contiguous()
-    assert_no_worse_than_torch(out, low_out, by_the_loop(case))
+    assert_not_finite_where(low_out, exact, may_be_nan(case, keys=True))
+    assert_no_worse_than_torch(out, low_out, exact, may_be_nan=may_be_nan(case, keys=False))
     w = fields(case)
     for b in range(case.q.shape[0]):
         dead = sorted(set(range(case.q.shape[2])) - set(live_positions(w, b)))
@@ -347,6 +391,7 @@ def run_case(seed: int, device: torch.device) -> dict[str, Any]:
         **features,
     )
     dtype = rng.choice((torch.float32, torch.float32, torch.float16))
-    check_against_the_loop(case, dtype, device, tile, prefill=prefill)
+    finite = rng.random() < 0.75
+    check_against_the_loop(case if finite else not_finite(case, rng), dtype, device, tile, prefill=prefill)
     stored = "no cache" if case.k_buffer is None else "fp8 cache" if features["fp8"] else "cache"
-    return {"kind": f"{mode}, {stored}{', paged' if features['page_size'] else ''}", "boundary": has_boundary(case, tile)}
+    return {"kind": f"{mode}, {stored}{', paged' if features['page_size'] else ''}{'' if finite else ', not finite'}", "boundary": has_boundary(case, tile)}

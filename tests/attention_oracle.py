@@ -98,6 +98,23 @@ def by_the_loop(case: Case) -> Tensor:
     return out.flatten(1, 2)
 
 
+def may_be_nan(case: Case, *, keys: bool) -> Tensor:
+    """[B, H, W, D] bool: results that may be NaN though the formula's are not: a live value of the row that the query does not see is
+    not finite there (times a weight of 0 it is NaN); with `keys`, also where such a key is."""
+    (B, H, W, D), H_kv = case.q.shape, case.k.shape[1]
+    may = torch.zeros(B, H_kv, H // H_kv, W, D, dtype=torch.bool)
+    w = fields(case)
+    for b in range(B):
+        live = live_positions(w, b)
+        for j in live:
+            column = ~case.v[b, :, j].isfinite()
+            if keys:
+                column = column | ~case.k[b, :, j].isfinite().all(-1, keepdim=True)
+            unseeing = [i for i in live if not sees(w, b, i, j)] if column.any() else []
+            may[b, :, :, unseeing] |= column[:, None, None]
+    return may.flatten(1, 2)
+
+
 def e4m3(x: Tensor) -> Tensor:
     """The nearest e4m3 number, ties to the even code, at most 448 in size; NaN stays NaN. In float64."""
     size = x.double().abs().clamp_max(448.0)

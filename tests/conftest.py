@@ -57,8 +57,18 @@ def patch_the_language_once() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch
 
 
+def drop_nan_from_maxima() -> None:
+    """A GPU's maximum of a number and NaN is the number (PTX max.f32), and the kernels are written for that; numpy's is NaN."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     patch_the_language_once()
+    drop_nan_from_maxima()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import pytest
 import torch
@@ -23,11 +24,14 @@ from attention_cases import (
     assert_no_worse_than_torch,
     assert_same_bits,
     check_against_the_loop,
+    not_finite,
     paged,
     random_case,
 )
 from attention_oracle import by_the_loop, stored_by_the_loop
 from dlm_kernels import Window
+from dlm_kernels.device import target_of
+from dlm_kernels.tiles import ATTENTION_TILES
 
 # What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2 but where changed.
 ALL = "11111. "
@@ -253,6 +257,53 @@ def test_rows_of_many_queries_and_of_few_share_a_call(cache: bool, device: torch
     assert_no_worse_than_torch(out, case.to(torch.float32).reference(), case.to(torch.float64).reference())
 
 
+PATHS: dict[str, dict] = {
+    "one split": dict(kv_lens=(20, 31), mode="full"),
+    "several splits": dict(kv_lens=(80, 65), mode="block"),
+    "no cache": dict(cache=False, mode="causal"),
+    "prefill": dict(W=20, q_lens=(20, 17), kv_lens=(80, 33), mode="causal"),
+    "shadow": dict(kv_lens=(40, 80), mode="shadow", branch=True),
+    "fp8": dict(kv_lens=(80, 20), mode="block", fp8=True),
+    "pages": dict(kv_lens=(80, 20), mode="full", page_size=16, kept=True),
+    "sliding": dict(kv_lens=(80, 60), mode="full", sliding=40),
+    "everything": dict(kv_lens=(80, 60), mode="shadow", sliding=60, fp8=True, page_size=32, kept=True, branch=True, W=20),
+}
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["", "swapped"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_finite_stands_where_the_formula_has_it_and_nowhere_else(path: str, swap: bool, device: torch.device) -> None:
+    options = dict(W=9, q_lens=(9, 8)) | PATHS[path]
+    tile = dataclasses.replace(TOY, SWAP=swap, PREFILL_ROWS=16 if path in ("prefill", "everything") else TOY.PREFILL_ROWS)
+    for seed in range(3):
+        case = not_finite(random_case(seed, B=2, H_kv=1, G=2, **options), random.Random(seed))
+        check_against_the_loop(case, torch.float32, device, tile, prefill=TOY)
+
+
+@pytest.mark.parametrize("kv_len", [3, 40])
+def test_a_query_whose_scores_are_all_minus_infinity_gets_nan_and_not_zeros(kv_len: int, device: torch.device) -> None:
+    case = random_case(3, B=1, W=4, H_kv=1, G=1, mode="full", cache=True, full_rows=True, kv_lens=(kv_len,))
+    case.window.q_block.fill_(0), case.window.kv_slot.fill_(-1), case.window.replaced.zero_()
+    case.q.fill_(1.0), case.k.fill_(-1.0), case.v.fill_(1.0), case.k_buffer.fill_(-1.0), case.v_buffer.fill_(1.0)
+    case.q[0, 0, 2, 5] = math.inf
+    low = case.to(torch.float32, device)
+    for out in (low.kernel(), low.reference()):
+        assert out[0, 0, :, 0].isnan().tolist() == [False, False, True, False]
+        assert (out[0, 0, [0, 1, 3]] == 1).all()
+
+
+def test_scores_near_the_lowest_number_of_float32_are_weighed_like_others(device: torch.device) -> None:
+    """-2e38 and -1e38 are finite: the softmax of them is 0 and 1, in one split as in two."""
+    for kv_len in (3, 40):
+        case = random_case(3, B=1, W=1, H_kv=1, G=1, mode="full", cache=True, full_rows=True, kv_lens=(kv_len,))
+        case.window.q_block.fill_(0), case.window.kv_slot.fill_(-1), case.window.replaced.zero_()
+        case.q.zero_(), case.k.zero_(), case.k_buffer.zero_(), case.v.fill_(1.0), case.v_buffer.fill_(2.0)
+        case.q[..., 0], case.k[..., 0], case.k_buffer[..., 0] = 1e19, -1e19, -2e19
+        case.scale = 1.0
+        low = case.to(torch.float32, device)
+        assert (low.kernel() == 1).all() and (low.reference() == 1).all()
+
+
 def test_strided_views_need_no_copy(device: torch.device) -> None:
     """q, k and v as slices of one fused projection [B, W, (H + 2 H_kv) D], the caches as slices of one buffer of all layers."""
     case = random_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True)
@@ -287,7 +338,7 @@ def test_the_public_launcher_splits_at_its_own_tile_sizes(kv_len: int, device: t
 
 def test_the_tile_of_a_model_reaches_every_head_dim() -> None:
     for D in (*range(16, 257, 16), 512):
-        for capability in (80, 86, 89, 90, 100, 120):
+        for capability in ATTENTION_TILES:
             tile = kernel.attention_tile(capability, D=D, G=1, dtype=torch.bfloat16)
             assert tile.SPLIT % tile.BLOCK_N == 0
 
@@ -301,6 +352,5 @@ SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
 @pytest.mark.parametrize("D, G", SHIPPED)
 def test_shipped_tiles_on_a_gpu(D: int, G: int, mode: str, dtype: torch.dtype, device: torch.device) -> None:
     case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode=mode, cache=True, SPLIT=512, capacity=1100, kept=True, branch=True)
-    major, minor = torch.cuda.get_device_capability(device)
-    tile = kernel.attention_tile(10 * major + minor, D=D, G=G, dtype=dtype)
+    tile = kernel.attention_tile(target_of("test", device), D=D, G=G, dtype=dtype)
     check_against_the_loop(case.to(dtype).to(torch.float64), dtype, device, tile)

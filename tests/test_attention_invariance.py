@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="without Triton, there is no attention kernel whose rows could depend on one another")
 import dlm_kernels.attention as kernel
 from attention_cases import GUARD, Case, assert_same_bits, cached_slots, fields, live_positions, paged, random_case
+from dlm_kernels.device import target_of
 
 # One call for every feature, rows off by one from the tiles, three rows of different lengths.
 FEATURES = {
@@ -173,8 +174,7 @@ SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
 @pytest.mark.parametrize("D, G", SHIPPED)
 def test_shipped_tiles_are_row_invariant_on_a_gpu(D: int, G: int, device: torch.device) -> None:
     case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode="block", cache=True, SPLIT=512, capacity=1100)
-    major, minor = torch.cuda.get_device_capability(device)
-    tile = kernel.attention_tile(10 * major + minor, D=D, G=G, dtype=torch.bfloat16)
+    tile = kernel.attention_tile(target_of("test", device), D=D, G=G, dtype=torch.bfloat16)
     together = case.to(torch.bfloat16, device).kernel(tile)
     assert_same_bits(in_a_wider_bucket(case).to(torch.bfloat16, device).kernel(tile)[:, :, :33], together)
     for b in range(3):

@@ -460,6 +460,35 @@ def test_nan_logits_are_an_error_that_still_carries_the_other_rows(preset, tempe
     assert MASK in caught.value.output.canvas[1]
 
 
+def fill(name: str, value: float, rows=slice(None)):
+    """A change of a model: the weights of a projection of its first layer."""
+    return lambda attention: getattr(attention, name).weight[rows].fill_(value)
+
+
+NOT_FINITE = {
+    "NaN queries": fill("q_proj", math.nan),
+    "an infinity in one query feature": fill("q_proj", math.inf, rows=3),
+    "NaN keys": fill("k_proj", math.nan),
+    "an infinity in one key feature": fill("k_proj", math.inf, rows=3),
+    "NaN values": fill("v_proj", math.nan),
+    "queries beyond float16": lambda attention: attention.q_proj.weight.mul_(3e4),
+    "keys beyond float16": lambda attention: attention.k_proj.weight.mul_(3e4),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("change", NOT_FINITE)
+def test_attention_that_is_not_finite_ends_in_an_error(change, backend):
+    """Zeros in place of its results would decode plausible tokens: the residual stream stays finite."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    model = toy(backend=backend, dtype=torch.float16)
+    with torch.no_grad():
+        NOT_FINITE[change](model.model.layers[0].self_attn)
+    with pytest.raises(dlm_fast.DecodeError, match=r"logits must be finite.*got NaN.* in rows \[0, 1\]"):
+        dlm_fast.generate(model, [[5, 6, 7], [8]], max_new_tokens=4, preset="llada")
+
+
 def test_a_row_without_a_token_to_draw_is_an_error_not_a_loop():
     model = toy("full")
     with torch.no_grad():
