@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # What a tokenizer returns beside the ids and their mask, and what says nothing about the ids.
@@ -106,7 +107,9 @@ def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
 def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, tokenizer: Any) -> list[Row]:
     """The rows of what a tokenizer returned: its ids where its mask is 1."""
     if "input_ids" not in encoding:
-        raise TypeError(f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys {_keys(encoding)}")
+        raise TypeError(
+            f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys {_keys(encoding)}"
+        )
     unknown = {key: None for key in encoding if key not in ("input_ids", "attention_mask", *IGNORED_KEYS)}
     if unknown:
         raise TypeError(f"generate: {name} must hold input_ids and attention_mask, got the keys {_keys(unknown)} beside them")
@@ -176,10 +179,14 @@ def _is_message(value: Any) -> bool:
 
 def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
     """A tensor or array of token ids as nested lists."""
-    values = array.detach().cpu().numpy() if isinstance(array, Tensor) and not array.dtype.is_floating_point else array
-    if array.ndim not in dims or getattr(values.dtype, "kind", "f") not in "iu":
+    dtype = array.dtype
+    if isinstance(array, Tensor):
+        whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    else:
+        whole = dtype.kind in "iu"
+    if array.ndim not in dims or not whole:
         shape = " or ".join(f"{dim}-D" for dim in dims)
-        raise TypeError(f"generate: {where} must be {shape} token ids, got shape {tuple(array.shape)}, {array.dtype}")
+        raise TypeError(f"generate: {where} must be {shape} token ids, got shape {tuple(array.shape)}, {dtype}")
     return array.tolist()
 
 

@@ -58,6 +58,8 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
     single = isinstance(value, numbers.Number) or isinstance(value, (Tensor, np.ndarray)) and not value.ndim
     if single and scalar:
         values = [value] * B
+    elif isinstance(value, (set, frozenset)):
+        raise TypeError(f"generate: {name} must be in the order of the rows, got {name}={value!r}")
     else:
         values = _listed(name, f"{what} or one per row" if scalar else f"a list of one {what[2:]} per row", value)
     if len(values) != B:

@@ -29,22 +29,22 @@ class StopStrings:
 
     Attributes:
         tokenizer: decodes.
-        bytes: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special: what a text leaves out, which
-            does not end such a run.
+        byte_ids: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special_ids: what a text leaves out,
+            which does not end such a run.
     """
 
     strings: tuple[str, ...]
     ids: frozenset[int]
     tokenizer: Any
-    bytes: frozenset[int]
-    special: frozenset[int]
+    byte_ids: frozenset[int]
+    special_ids: frozenset[int]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def settled(self, ids: list[int]) -> str:
         """The part of the text of `ids` that no later token can change."""
-        end, run = len(ids), self.bytes | self.special
+        end, run = len(ids), self.byte_ids | self.special_ids
         while end and ids[end - 1] in run:
             end -= 1
         text = self.decode(ids[:end]).rstrip(REPLACEMENT)
@@ -56,7 +56,7 @@ class StopStrings:
         return min((at for at in map(text.find, self.strings) if at >= 0), default=None)
 
     def decided(self, text: str) -> bool:
-        """Whether `text` has a stop string that stays the earliest, whatever follows: no longer one that begins before it is unfinished."""
+        """Whether `text` has a stop string that stays the earliest whatever follows: none that begins before it is still unfinished."""
         at = self.find(text)
         if at is None:
             return False
@@ -77,13 +77,13 @@ class StopStrings:
             return self.decode(ids[:count]).startswith(text)
 
         # Within a run of byte tokens more ids may spell less.
-        run = self.bytes | self.special
+        run = self.byte_ids | self.special_ids
         counts = [n for n in range(len(ids) + 1) if not (0 < n < len(ids) and ids[n - 1] in run and ids[n] in run)]
         found = bisect.bisect_left(counts, True, key=holds)
         before, count = counts[max(0, found - 1)], counts[found]
         # A run is UTF-8, or else every byte of it is a replacement.
         part = text[len(self.decode(ids[:before])) :]
-        ends = [n + 1 for n in range(before, count) if ids[n] in self.bytes]
+        ends = [n + 1 for n in range(before, count) if ids[n] in self.byte_ids]
         for length in (len(part), len(part.encode())):
             if 0 < length <= len(ends) and self.decode(ids[: ends[length - 1]]) == text:
                 return ends[length - 1]
@@ -105,7 +105,7 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
         raise ValueError("generate: stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
 
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {str(token): id for id, token in added.items() if getattr(token, "special", False)}
+    special = {str(token): token_id for token_id, token in added.items() if getattr(token, "special", False)}
     special |= zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()))
     for string in strings:
         if special.get(string) == mask_id:
@@ -113,30 +113,31 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
         inside = sorted(token for token in special if token and token in string and token != string)
         if inside and string not in special:
             raise ValueError(
-                f"generate: stop_strings must not hold a special token beside other text, which leaves it out, got {string!r} with {inside[0]!r}"
+                "generate: stop_strings must not hold a special token beside other text, which leaves it out, "
+                f"got {string!r} with {inside[0]!r}"
             )
     return StopStrings(
         strings=strings,
         ids=frozenset(special[string] for string in strings if string in special),
         tokenizer=tokenizer,
-        bytes=frozenset(_byte_tokens(tokenizer)),
-        special=frozenset(special.values()),
+        byte_ids=frozenset(_byte_ids(tokenizer)),
+        special_ids=frozenset(special.values()),
     )
 
 
-def _byte_tokens(tokenizer: Any) -> list[int]:
+def _byte_ids(tokenizer: Any) -> list[int]:
     """Ids of the tokens "<0x00>" to "<0xFF>" of a vocabulary that falls back to bytes."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     if not hasattr(tokenizer, "convert_tokens_to_ids"):
         return []
     ids = tokenizer.convert_tokens_to_ids(names)
-    known = [id for id in ids if id is not None]
+    known = [token_id for token_id in ids if token_id is not None]
     # A name that is not in the vocabulary has the id of the unknown token.
-    return [id for id, name in zip(known, tokenizer.convert_ids_to_tokens(known)) if name in names]
+    return [token_id for token_id, name in zip(known, tokenizer.convert_ids_to_tokens(known)) if name in names]
 
 
 class Stopper:
-    """Ends a row once a stop string is certain in what the decoder can no longer change. Reads the canvas on the host after each step.
+    """Ends a row once a stop string is certain in what the decoder can no longer change. Reads the canvas on the host each step.
 
     That is the filled, contiguous text from the row's first mask on; of a decoder that edits or takes tokens back, only that of
     finished blocks. A step decodes its new tokens and a window before them, and the whole text only where that window has a stop
@@ -179,6 +180,9 @@ class Stopper:
             ids = tokens[begin:final].tolist()
             return stops.settled(ids) if eos is None else stops.decode(ids)
 
-        if stops.find(text(max(start, seen - self.window))) is None:
+        begin = max(start, seen - self.window)
+        # A window may begin inside a character; the text does not.
+        tail = text(begin) if begin == start else text(begin).lstrip(REPLACEMENT)
+        if stops.find(tail) is None:
             return False
         return stops.find(text(start)) is not None if eos is not None else stops.decided(text(start))

@@ -361,6 +361,7 @@ BAD = [
     ({"max_new_tokens": 1000}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003"),
     ({"max_new_tokens": 10**30}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 10+3$"),
     ({"max_new_tokens": {8: 1}}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=\{8: 1\}"),
+    ({"max_new_tokens": {8}}, TypeError, r"max_new_tokens must be in the order of the rows, got max_new_tokens=\{8\}"),
     ({"max_new_tokens": b"a"}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=b'a'"),
     ({"max_new_tokens": True}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=True"),
     ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": None, "min_new_tokens": 2**40}, ValueError,

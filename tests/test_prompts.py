@@ -122,16 +122,16 @@ WRONG = [
     ({"prompts": [[5], CHAT[0]]}, ValueError, r"prompts\[1\] must be .*got one message of a chat; a chat is a list of them"),
     ({"prompts": [[{"content": "hi"}]]}, ValueError, r"prompts\[0\] must be a chat of messages with a role, got one with the keys content"),
     # Padding.
-    ({"attention_mask": TENSOR[:, :2] * 0 + 1}, ValueError, r"attention_mask must have the shape of the ids, rows of lengths \[3, 3\], got \[2, 2\]"),
+    ({"attention_mask": TENSOR[:, :2] * 0 + 1}, ValueError, r"attention_mask must have the shape of the ids, .*\[3, 3\], got \[2, 2\]"),
     ({"attention_mask": [1, 1, 1]}, ValueError, r"attention_mask must have the shape of the ids.*got \[1, 1, 1\]"),
     ({"attention_mask": 1}, ValueError, r"attention_mask must have the shape of the ids.*got 1$"),
     ({"attention_mask": [[1, 0, 1], [1, 1, 1]]}, ValueError, r"attention_mask must be 1 from a row's first token to its last, .* in row 0"),
     ({"attention_mask": [[1, 1, 1], [1, 2, 1]]}, ValueError, r"attention_mask must hold 0 and 1, got 2 in row 1"),
     ({"attention_mask": TENSOR.float() * 0}, ValueError, r"attention_mask must hold 0 and 1, got 0.0 in row 0"),
     ({"attention_mask": [[1, 1, 1], [0, 0, 0]]}, ValueError, r"prompts\[1\] must have at least one token, got an empty one"),
-    ({"prompts": [[5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]}, ValueError, r"must have the shape of the ids, rows of lengths \[1, 2\], got \[2, 2\]"),
+    ({"prompts": [[5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]}, ValueError, r"rows of lengths \[1, 2\], got \[2, 2\]"),
     ({"prompts": [[5], "a"], "attention_mask": [[1], [1]]}, ValueError, r"prompts of text need a tokenizer"),
-    ({"prompts": {"input_ids": TENSOR, "attention_mask": TENSOR * 0 + 1}, "attention_mask": TENSOR}, ValueError, r"attention_mask must be given once"),
+    ({"prompts": {"input_ids": TENSOR, "attention_mask": TENSOR}, "attention_mask": TENSOR}, ValueError, r"must be given once"),
 ]
 
 
@@ -143,7 +143,7 @@ def test_what_is_no_list_of_prompts_is_refused_by_name_and_nothing_is_decoded(ch
     assert handle_of(model).attention_calls == 0
 
 
-@pytest.mark.parametrize("wrong", [[5, MASK], [{"role": "user", "content": "a"}], MASK, [None], b"a", {"ids": [5]}, torch.tensor([5, MASK])], ids=repr)
+@pytest.mark.parametrize("wrong", [[5, MASK], CHAT, MASK, [None], b"a", {"ids": [5]}, torch.tensor([5, MASK])], ids=repr)
 def test_a_canvas_is_refused_as_a_prompt_would_be(wrong):
     with pytest.raises((TypeError, ValueError), match=r"generate: canvas(\[0\])? must be"):
         dlm_fast.generate(toy("full"), canvas=wrong)

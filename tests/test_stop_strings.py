@@ -1,4 +1,4 @@
-"""Stop strings: the text is what it would be without them, cut where the first of them begins, whatever tokenizer and decoder wrote it."""
+"""Stop strings: the text is what it would be without them, cut where the first of them begins, whatever wrote it."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ DECODERS += [
 ]
 
 
-@pytest.mark.parametrize("preset, options", DECODERS, ids=[" ".join([preset, *map(str, options.values())])[:40] for preset, options in DECODERS])
+@pytest.mark.parametrize("preset, options", DECODERS, ids=[" ".join([name, *map(str, more.values())])[:40] for name, more in DECODERS])
 def test_every_decoder_gives_the_uninterrupted_text_cut_at_the_stop_string(preset, options):
     model, tok = toy(PRESETS[preset].visibility, logits_row=row_of(preset)), toy_tokenizer()
     settings = {"preset": preset, "max_new_tokens": 16, "tokenizer": tok, **options_of(preset), **options}
@@ -349,6 +349,18 @@ def test_a_step_decodes_new_tokens_and_a_window_not_the_whole_text(name, ends):
         batch = request(ids, read_stop_strings([text[-1], text[-9:]], tok, diffusion.mask_token_id), (), diffusion.mask_token_id)
     response(batch, 0, state.tokens[0], state.unmask_step[0], tok, diffusion)
     assert tok.decoded <= len(ids) * (3 + 11)  # the text, and a binary search over its beginnings
+
+
+def test_a_window_that_begins_inside_a_character_finds_nothing_that_the_text_has_not():
+    tok = Counting(tokenizer("byte level"))
+    (llama,) = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("🦙")
+    ids = tok.convert_tokens_to_ids(list(llama[0]) * 200)
+    batch = request(ids, read_stop_strings(["\ufffd🦙"], tok, tok.mask_token_id), (), tok.mask_token_id)
+    state, stopper = opened(batch), Stopper(batch, tok.mask_token_id, takes_back=False)
+    for place in range(len(ids)):
+        write(state, [place], ids)
+        stopper(state)
+    assert int(state.phase[0]) == DENOISE and tok.decoded <= len(ids) * (4 * 2 + 9)
 
 
 def test_the_command_line_cuts_as_generate_does(capsys):
