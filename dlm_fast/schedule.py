@@ -301,7 +301,8 @@ def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor
     preset = plan.preset
     wanted = torch.zeros_like(took_part) if more is None else more
     if preset.warmup_steps:
-        wanted = wanted | (state.step < preset.warmup_steps)
+        # The step after the warm-up is of everything too: it is the one whose keys are kept.
+        wanted = wanted | (state.step <= preset.warmup_steps)
     if preset.refresh_interval is not None:
         # d3LLM counts a row's forwards from 1, the others a block's from 0.
         counter = state.step + 1 if preset.cache == "delayed" else state.block_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,22 +21,23 @@ _SAVED = ("block_start", "block_end", "block_masks", "canvas_len")
 
 @dataclasses.dataclass
 class _Slot:
-    """One position of the block. original: it was a mask when the block was opened. history: the tokens it has held."""
+    """What a position of the block holds, and what moves with it. original: it was a mask when the block was opened."""
 
     token: int
     given: bool
     original: bool
     step: int
     confidence: float
-    history: set[int]
 
 
 @dataclasses.dataclass
 class _Row:
-    """A row's block while it is edited."""
+    """A row's block while it is edited. seen: contents that steps have begun with. history: by position, what was written there,
+    commands included; it stays where it is when tokens move."""
 
     slots: list[_Slot]
     seen: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+    history: dict[int, set[int]] = dataclasses.field(default_factory=lambda: collections.defaultdict(set))
     updates: int = 0
     post: int = 0
 
@@ -45,17 +47,19 @@ class InsertDelete(Policy):
     """The joint threshold with two more predictions: DELETE drops its position, SPLIT puts a mask before it. LLaDA2.2.
 
     A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written tokens above
-    `edit_threshold`. The block is final after `max_post_edits` steps without original masks (0: when the last is written), or after
-    too many updates; a final step writes everything, and no mask, DELETE or SPLIT. Where the block returns to a content it has had,
-    the least certain change avoids the tokens its position has held.
+    `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the one that writes the last of
+    them), or after more than block length + `max_post_edits` steps; a final step writes everything, and no mask, DELETE or SPLIT.
+    Where the block returns to a content it has had, the least certain change avoids what was written at its position before, DELETE
+    and SPLIT included; the position's history stays when tokens move.
 
-    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text.
+    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text. max_post_edits: SGLang's
+    max_post_edit_steps.
     """
 
     delete_id: int | None = None
     split_id: int | None = None
     edit_threshold: float = 0.0
-    max_post_edits: int = 0
+    max_post_edits: int = 16
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
     greedy_only: ClassVar[bool] = True
@@ -93,7 +97,7 @@ class InsertDelete(Policy):
     def _open(self, view: View, b: int, start: int, end: int) -> _Row:
         mask_id = view.plan.diffusion.mask_token_id
         tokens = view.state.tokens[b, start:end].tolist()
-        return _Row([_Slot(token, token != mask_id, token == mask_id, -1, 0.0, {token}) for token in tokens])
+        return _Row([_Slot(token, token != mask_id, token == mask_id, -1, 0.0) for token in tokens])
 
     def _step(self, view: View, row: _Row, b: int, n: int, threshold: float) -> tuple[bool, bool]:
         """Edits the block by one forward; returns whether it is final now, and whether it changed."""
@@ -140,30 +144,34 @@ class InsertDelete(Policy):
         if final:
             best = [predict(j, commands) if best[j][0] in commands else best[j] for j in range(n)]
             edits = [j for j in edits if best[j][0] != slots[j].token]
-        changing = sorted({*write, *edits})
-        if not changing:
+        writing = sorted({*write, *edits})
+        if not writing:
             return final, False
         content = tuple(slot.token for slot in slots)
-        if content in row.seen and not final:
-            least_certain = min(changing, key=lambda j: (best[j][1], j))
-            best[least_certain] = predict(least_certain, slots[least_certain].history)
+        differing = [j for j in writing if best[j][0] != slots[j].token]
+        if content in row.seen and not final and differing:
+            j = min(differing, key=lambda j: (best[j][1], j))
+            best[j] = predict(j, row.history[j] | ({mask_id} if j in original else set()))
         row.seen.add(content)
-        row.slots = self._applied(slots, changing, best, int(view.state.step[b]), mask_id, n)
+        self._apply(row, {j: best[j] for j in writing}, int(view.state.step[b]), mask_id)
         return final, True
 
-    def _applied(self, slots: list[_Slot], changing: list[int], best: list[tuple[int, float]], step: int, mask_id: int, n: int) -> list[_Slot]:
-        result = []
-        for j, slot in enumerate(slots):
-            token, confidence = best[j]
-            if j not in changing:
+    def _apply(self, row: _Row, writes: dict[int, tuple[int, float]], step: int, mask_id: int) -> None:
+        """Writes tokens with their confidence; DELETE drops its position, SPLIT puts a mask before what it holds."""
+        result, n = [], len(row.slots)
+        for j, slot in enumerate(row.slots):
+            if j not in writes:
                 result.append(slot)
-            elif token == self.split_id:
-                result += [_Slot(mask_id, False, False, -1, 0.0, {mask_id}), slot]
+                continue
+            token, confidence = writes[j]
+            row.history[j].add(token)
+            if token == self.split_id:
+                result += [_Slot(mask_id, False, False, -1, 0.0), slot]
+            elif token == mask_id:
+                result.append(_Slot(token, False, slot.original, -1, 0.0))
             elif token != self.delete_id:
-                mine = token != mask_id
-                result.append(_Slot(token, False, slot.original, step if mine else -1, confidence if mine else 0.0, {*slot.history, token}))
-        result = result[:n]
-        return result + [_Slot(mask_id, False, False, -1, 0.0, {mask_id}) for _ in range(n - len(result))]
+                result.append(_Slot(token, False, slot.original, step, confidence))
+        row.slots = (result + [_Slot(mask_id, False, False, -1, 0.0) for _ in range(n)])[:n]
 
     def _write(self, state: RowState, row: _Row, b: int, start: int) -> None:
         end = start + len(row.slots)

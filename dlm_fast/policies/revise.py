@@ -114,7 +114,7 @@ class JointThreshold(Policy):
     """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1, arXiv:2602.08676.
 
     A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. repeat_penalty is subtracted from the
-    logit of the token before each position.
+    logit of the token before each position, of the block; its first position has none (SGLang).
     """
 
     edit_threshold: float = 0.0
@@ -130,7 +130,7 @@ class JointThreshold(Policy):
         if self.repeat_penalty:
             L = view.state.tokens.shape[1]
             before = view.state.tokens.gather(1, (view.position - 1).clamp(0, L - 1).long())
-            before = torch.where(view.position > 0, before, -1)[:, :, None]
+            before = torch.where(view.position > view.state.block_start[:, None], before, -1)[:, :, None]
             choice = view.restated(choice, before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
         full = ~view.eligible.any(1)
         post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)

@@ -56,8 +56,10 @@ class Preset:
         horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
         scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
         vicinity: with "dual", window steps recompute so many positions on either side of the block too.
-        warmup_steps: so many first steps of a row are forwards of everything. refresh_interval: so is every n-th step of a block,
-            from its first on; of "delayed", every n-th forward of the row that appends nothing. None = only a block's first.
+        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts them; the one
+            after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
+        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed", every n-th
+            forward of the row that appends nothing. None = only a block's first.
 
         rule: which masked positions of the block a step writes.
             "quota": a fixed number: the block spread over `steps_per_block` steps (`quota_of`).

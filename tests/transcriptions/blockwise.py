@@ -251,16 +251,18 @@ def decode_vicinity(
 ) -> Row:
     """dInfer's vicinity refresh: of a dual cache, `vicinity` positions on either side of the block are recomputed with it.
 
-    Full forwards: the row's first `warmup_steps`, the first of each block, and every `refresh_interval`-th of a block.
+    The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no cache, that is the first
+    of its block, or a `refresh_interval`-th of it.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()
     for start, end in blocks_of(row, block_length):
         choose = below_best(row, score, threshold)
         i = 0
         while row.masked(start, end):
-            full = i == 0 or row.step < warmup_steps or (refresh_interval is not None and i % refresh_interval == 0)
+            warm = row.step >= warmup_steps
+            full = not held.held or i == 0 or (refresh_interval is not None and i % refresh_interval == 0)
             window = range(L) if full else range(max(0, start - vicinity), min(L, end + vicinity))
-            rows = model.look(row.tokens, window, cache=held, cached=[p for p in range(L) if p not in window], store=True)
+            rows = model.look(row.tokens, window, cache=held, cached=[p for p in range(L) if p not in window], store=warm)
             row.pay(len(window))
             logits_of = model.predictor(rows)
             positions = row.masked(start, end)[:1] if i == 0 and model.previous else row.masked(start, end)

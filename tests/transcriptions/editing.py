@@ -32,7 +32,7 @@ def decode_joint_threshold(
 
     A block is finished by the forward that changes nothing, which is its commit, or by the forward after `max_post_edits` ones that began
     without masks, which edits nothing; one that was given whole is committed without a denoise step.
-    repeat_penalty: taken from the logit of what a position's left neighbour holds.
+    repeat_penalty: taken from the logit of what a position's left neighbour in the block holds; the block's first position has none.
     """
     row, L = Row(canvas, settings), len(canvas)
     if not row.masked(0, L):
@@ -51,7 +51,7 @@ def decode_joint_threshold(
             stats = {}
             for p in row.masked(start, end) + row.written(start, end):
                 logits = logits_of(p).clone()
-                if p > 0:
+                if p > start:
                     logits[row.tokens[p - 1]] -= repeat_penalty
                 stats[p] = row.stats(p, logits)
             masks = row.masked(start, end)
@@ -82,13 +82,14 @@ def decode_insert_delete(
     split_id: int,
     threshold: float = 0.5,
     edit_threshold: float = 0.0,
-    max_post_edits: int = 0,
+    max_post_edits: int = 16,
 ) -> Row:
     """JointThreshold with insertions and deletions (LLaDA2.2), greedy: DELETE drops its position, SPLIT puts a mask before what it holds.
 
     What follows in the block moves, is cut at the block's end or padded with masks. Masks that the block did not begin with are
     introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it changed anything, and
-    if a block follows. A content that comes again is left by a token that its weakest change has not held, the present one included.
+    if a block follows. A content that comes again is left by giving its weakest real change something that was never drawn for that place
+    (commands are drawn too); what was drawn for a place is remembered by place.
     """
     row, L, M = Row(canvas, settings), len(canvas), settings.mask_id
     if not row.masked(0, L):
@@ -102,7 +103,7 @@ def decode_insert_delete(
         original = set(row.masked(start, end))
         updates = post = 0
         seen: set[tuple[int, ...]] = set()
-        history = {p: {row.tokens[p]} for p in range(start, end)}
+        drawn: dict[int, set[int]] = {p: set() for p in range(start, end)}
         committed = False
         while True:
             logits_of = model.predictor(model.look(row.tokens, range(end), sees=lambda q, k: block(k) <= block(q)))
@@ -143,11 +144,15 @@ def decode_insert_delete(
                 row.step += 1
                 committed = True
                 break
-            if content in seen and not final:
-                weakest = min(changes, key=lambda p: (pick[p][1], p))
-                pick[weakest] = likeliest(logits_of(weakest), history[weakest] | set(settings.banned(weakest)))
+            real = [p for p in changes if pick[p][0] != row.tokens[p]]
+            if content in seen and not final and real:
+                weakest = min(real, key=lambda p: (pick[p][1], p))
+                avoid = drawn[weakest] | set(settings.banned(weakest)) | ({M} if weakest in waiting else set())
+                pick[weakest] = likeliest(logits_of(weakest), avoid)
             seen.add(content)
-            rewrite(row, start, end, {p: pick[p] for p in changes}, original, history, delete_id, split_id)
+            for p in changes:
+                drawn[p].add(pick[p][0])
+            rewrite(row, start, end, {p: pick[p] for p in changes}, original, delete_id, split_id)
             row.step += 1
             if final:
                 committed = tuple(row.tokens[start:end]) == content
@@ -172,32 +177,29 @@ def rewrite(
     end: int,
     picks: dict[int, tuple[int, float]],
     original: set[int],
-    history: dict[int, set[int]],
     delete_id: int,
     split_id: int,
 ) -> None:
-    """Applies the picks to the block: writes, deletions and splits, from left to right. What is known of a position moves with it."""
+    """Applies the picks to the block: writes, deletions and splits, from left to right. Whether it was an original mask moves with it."""
     M = row.settings.mask_id
-
-    def introduced() -> tuple:
-        return M, -1, 0.0, False, {M}
+    introduced = (M, -1, 0.0, False)
 
     cells = []
     for p in range(start, end):
-        here = (row.tokens[p], row.unmask_step[p], row.confidence[p], p in original, history[p])
+        here = (row.tokens[p], row.unmask_step[p], row.confidence[p], p in original)
         token, confidence = picks.get(p, (None, 0.0))
         if token == delete_id:
             continue
         if token == split_id:
-            cells.append(introduced())
+            cells.append(introduced)
         elif token == M:
-            here = (M, -1, 0.0, p in original, history[p] | {M})
+            here = (M, -1, 0.0, p in original)
         elif token is not None:
-            here = (token, row.step, confidence, p in original, history[p] | {token})
+            here = (token, row.step, confidence, p in original)
         cells.append(here)
-    cells = (cells + [introduced() for _ in range(start, end)])[: end - start]
+    cells = (cells + [introduced] * (end - start))[: end - start]
     original.clear()
-    for p, (token, step, confidence, began, held) in zip(range(start, end), cells):
-        row.tokens[p], row.unmask_step[p], row.confidence[p], history[p] = token, step, confidence, held
+    for p, (token, step, confidence, began) in zip(range(start, end), cells):
+        row.tokens[p], row.unmask_step[p], row.confidence[p] = token, step, confidence
         if began:
             original.add(p)
