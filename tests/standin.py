@@ -11,7 +11,9 @@ import dataclasses
 import torch
 import triton
 from dlm_kernels.static import CompileCase
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction, driver
 
 
@@ -86,15 +88,31 @@ def variant_of_case(case: CompileCase) -> Variant:
     )
 
 
-def record(capability: int) -> list[Launch]:
-    """From now on no kernel is compiled or launched; the list grows by what would have been."""
+def make_ir(function: JITFunction, signature, constants, attributes, options, target: GPUTarget) -> None:
+    """Triton's front end alone: raises what it has against the code of a kernel, as it would before any compilation."""
+    context = ir.context()
+    ir.load_dialects(context)
+    backend = make_backend(target)
+    backend.load_dialects(context)
+    source = ASTSource(function, signature, constants, attributes)
+    source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
+def record(capability: int, front_end: bool = False) -> list[Launch]:
+    """From now on no kernel is compiled or launched; the list grows by what would have been. `front_end`: every machine code is
+    brought through Triton's front end."""
     launches: list[Launch] = []
     made: list[Variant] = []
+    seen: set[Variant] = set()
     driver.set_active(StandIn(capability))
     run = JITFunction.run
 
     def compile_nothing(self, key, signature, device, constants, options, attributes, warmup):
-        made.append(variant_of(self, signature, constants, attributes, vars(options)))
+        variant = variant_of(self, signature, constants, attributes, vars(options))
+        if front_end and variant not in seen:
+            make_ir(self, signature, constants, attributes, options, driver.active.get_current_target())
+        seen.add(variant)
+        made.append(variant)
 
     def run_nothing(self, *args, grid, warmup, **kwargs):
         run(self, *args, grid=grid, warmup=True, **kwargs)

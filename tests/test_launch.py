@@ -7,6 +7,7 @@ batches and buckets make no new machine code: a decode compiles at its first ste
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="these tests go through Triton's launch path")
+
+import torch  # noqa: E402
+from dlm_kernels import confidence, library  # noqa: E402
+from dlm_kernels import device as device_module  # noqa: E402
+from launch_cases import CALLS, covering  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,3 +167,112 @@ def test_grids_follow_the_shapes(tmp_path):
     found = {function: grids for function, _, grids in variants(PREFILL, tmp_path)}
     assert set(found) == {"_prefill_kernel", "_attention_kernel", "_combine_kernel"}
     assert all(len(grid) <= 3 and all(size >= 1 for size in grid) for grids in found.values() for grid in grids)
+
+
+def front_end(strength: int) -> dict:
+    """What launch_cases.py says of all calls."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "tests" / "launch_cases.py"), str(strength)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+KERNELS = {
+    "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel", "_linear_confidence_kernel",
+    "unmask_kernel", "unmask_wide_kernel", "draft_build_kernel", "verify_kernel",
+}  # fmt: skip
+
+
+def test_every_kernel_passes_tritons_front_end_with_every_pair_of_options():
+    """No such error shows in the interpreter, and the static report compiles a list of configurations."""
+    found = front_end(2)
+    assert found["wrong"] == []
+    assert set(found["codes"]) == KERNELS
+    assert sum(found["codes"].values()) >= 200, found["codes"]
+
+
+@pytest.mark.campaign
+def test_every_kernel_passes_tritons_front_end_with_every_three_options():
+    found = front_end(3)
+    assert found["wrong"] == []
+    assert set(found["codes"]) == KERNELS
+
+
+def test_choices_cover_every_pair_that_is_allowed_and_are_the_same_every_time():
+    options = {"a": (0, 1, 2), "b": (0, 1), "c": ("x", "y", "z")}
+    choices = list(covering(options, 2, lambda choice: choice["a"] != 2 or choice["b"] == 0))
+    assert choices == list(covering(options, 2, lambda choice: choice["a"] != 2 or choice["b"] == 0))
+    pairs = {(x, y) for choice in choices for x, y in itertools.combinations(choice.items(), 2)}
+    expected = {((n, x), (m, y)) for n, m in itertools.combinations(options, 2) for x in options[n] for y in options[m]}
+    assert pairs == expected - {(("a", 2), ("b", 1))}
+    assert len(choices) < 3 * 2 * 3 - 3
+
+
+class Machine:
+    """GPUs that are not there: which one is current, and what was launched on it."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.launches: list[tuple[str, int]] = []
+        self.entered = 0
+
+    def device(self, index: int) -> Machine.Current:
+        return Machine.Current(self, index)
+
+    class Current:
+        """`torch.cuda.device`."""
+
+        def __init__(self, machine: Machine, index: int) -> None:
+            self.machine, self.index = machine, index
+
+        def __enter__(self) -> None:
+            self.before, self.machine.current = self.machine.current, self.index
+            self.machine.entered += 1
+
+        def __exit__(self, *_: object) -> None:
+            self.machine.current = self.before
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Triton launches on the current device and its stream: what is current at a launch is where it goes."""
+    machine = Machine()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.current)
+    monkeypatch.setattr(torch.cuda, "device", machine.device)
+    monkeypatch.setattr(device_module, "_capability", lambda index: 90)
+    monkeypatch.setattr(library, "_is_traced", lambda positional: False)
+    monkeypatch.setattr(confidence, "_multiprocessors", confidence._multiprocessors)  # the calls choose it; put back afterwards
+
+    def run(self, *_, grid, warmup, **arguments):
+        devices = {value.device for value in arguments.values() if isinstance(value, torch.Tensor)}
+        assert devices == {torch.device("cuda", machine.current)}, f"{self.fn.__name__} on GPU {machine.current}, its tensors on {devices}"
+        machine.launches.append((self.fn.__name__, machine.current))
+
+    monkeypatch.setattr(type(confidence._confidence_kernel), "run", run)
+    return machine
+
+
+ONE_CALL = {
+    "unmask in registers": dict(passes="threshold", cache="refresh", stop="closed"),
+    "unmask in memory": dict(passes="factor", cache="refresh", stop="closed"),
+    "confidence, whole rows": dict(dtype="float32", banned="shared"),
+    "confidence, split and merged": dict(dtype="float32", banned="shared"),
+    "linear_confidence": dict(dtype="float32", banned="shared", H=64),
+    "block_attention": dict(dtype="float32", D=16, G=1, mode="full", cache="plain", page=0),
+    "drafts": dict(W=20),
+}
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_every_launch_goes_to_the_gpu_of_its_tensors(current, machine):
+    machine.current = current
+    with FakeTensorMode(), torch.device("cuda", 1):
+        for name, (options, _, call) in CALLS.items():
+            call({option: values[0] for option, values in options.items()} | ONE_CALL[name])
+    assert {function for function, _ in machine.launches} == KERNELS
+    assert {index for _, index in machine.launches} == {1}
+    assert machine.current == current
+    # Nothing is switched where the GPU is the current one: it would cost the host time in every layer.
+    assert (machine.entered > 0) == (current == 0)
