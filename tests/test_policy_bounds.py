@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 
 import dlm_fast
 import pytest
@@ -64,6 +65,8 @@ PLANNED = (
     "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache", "learn2pd", "learned-commit",
     "freedave", "freedave-block",
 )  # fmt: skip
+# Steps of a block beyond its length and its edits.
+AFTER_EDITS = {"llada2.1": 1, "llada2.2": 2}
 WRITES_EVERY_STEP = [name for name in dict.fromkeys((*PLANNED, *PRESETS)) if name not in OWN_BOUND]
 
 
@@ -184,7 +187,7 @@ def test_joint_threshold_ends_within_its_edits(options, alignment):
     for row in trace("llada2.1", {"stop": "never", **options}, alignment):
         assert row[-1].masks == 0
         for taken in steps_by_block(row).values():
-            assert len(taken) <= BLOCK + edits + 1
+            assert len(taken) <= BLOCK + edits + AFTER_EDITS["llada2.1"]
 
 
 @pytest.mark.parametrize("alignment", ["abs", "rel"])
@@ -195,7 +198,7 @@ def test_insertions_and_deletions_end_within_their_edits(edits, alignment):
         for row in trace("llada2.2", commands, alignment):
             assert row[-1].masks == 0
             for taken in steps_by_block(row).values():
-                assert len(taken) <= BLOCK + edits + 2
+                assert len(taken) <= BLOCK + edits + AFTER_EDITS["llada2.2"]
 
 
 @pytest.mark.parametrize("alignment", ["abs", "rel"])
@@ -206,6 +209,38 @@ def test_a_block_costs_at_most_its_masks_a_commit_and_a_prefill(name, alignment)
     blocks = max(NEW) // BLOCK + 2
     for row in trace(name, {}, alignment):
         assert row[-1].nfe <= row[0].masks + blocks + 1
+
+
+class Opened(Exception):
+    """A decode, stopped before its first step."""
+
+
+@pytest.mark.parametrize("alignment", ["abs", "rel"])
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.supported])
+def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
+    """What ends a decoder that makes no progress must not end one that takes as long as it may, however many blocks there are."""
+
+    def stop(decode, after_step):
+        raise Opened(decode)
+
+    monkeypatch.setattr(importlib.import_module("dlm_fast.generate"), "_decode", stop)
+    preset, length = PRESETS[name], 100
+    model = model_of(preset.visibility, alignment, "previous" if preset.seeded else "self")
+    for options in variants(name) if preset.drafts == 1 else [{}]:
+        if preset.visibility == "full" and "block_length" in preset.options() and preset.schedule != "canvas":
+            options = {"block_length": BLOCK, **options}
+        if name == "llada2.2":
+            options = {"delete_id": 2, "split_id": 3, **options}
+        with pytest.raises(Opened) as opened:
+            dlm_fast.generate(model, random_prompts([6]), max_new_tokens=length, preset=name, **options)
+        (decode,) = opened.value.args
+        # Prompt tokens may begin the first block, and the last be cut short.
+        blocks = -(-length // decode.plan.block_length) + 1
+        edits = max((getattr(policy, "max_post_edits", 0) for policy in decode.plan.preset.policies), default=0)
+        in_a_block = dict.fromkeys(("rcr", "dream-origin"), int(decode.sampling.steps[0]))
+        in_a_block |= {edits_too: decode.plan.block_length + edits + more for edits_too, more in AFTER_EDITS.items()}
+        bound = blocks * in_a_block[name] if name in in_a_block else length
+        assert decode.sampling.max_steps[0] >= bound, options
 
 
 def test_every_preset_has_a_bound():

@@ -19,7 +19,8 @@ from dlm_fast.presets import PRESETS, Preset, resolve
 from dlm_fast.requests import read
 from dlm_fast.schedule import open_rows
 from dlm_fast.step import denoise_step
-from dlm_kernels import RowState
+from dlm_kernels import RowState, Window
+from dlm_kernels.state import DENOISE, DONE, WIDE
 from helpers import EOS, MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -276,6 +277,108 @@ def test_a_row_in_16_bits_depends_on_its_neighbours_lengths_and_not_on_what_they
     for name in ("canvas", "confidence", "unmask_step"):
         assert torch.equal(getattr(one, name)[1], getattr(other, name)[1]), name
     assert (one.nfe[1], one.query_tokens[1]) == (other.nfe[1], other.query_tokens[1])
+
+
+# Rows that sit a step out, and what they cost.
+
+
+def watched(preset: str, options: dict | None = None):
+    """A decode before its first step; the windows that its forwards will have, and the rows that will be measured."""
+    chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset) | (options or {}))
+    diffusion, plan, state, sampling = opened(chosen)
+    windows: list[Window] = []
+    measured: list[list[int]] = []
+
+    def confidence(logits, *, rows, **arguments):
+        measured.append(rows[rows >= 0].tolist())
+        return REFERENCE.confidence(logits, rows=rows, **arguments)
+
+    ops = dataclasses.replace(REFERENCE, confidence=confidence)
+    handle = attach(native_model().requires_grad_(False), backend=ops, diffusion=diffusion, plain_mode=chosen.visibility)
+    step = handle.step
+    handle.step = lambda window, cache: windows.append(window) or step(window, cache)
+    return open_decode(handle, plan, state, sampling), windows, measured
+
+
+def rows_of(values, row: int) -> dict[str, list]:
+    """What the fields hold of one row."""
+    return {f.name: getattr(values, f.name)[row].tolist() for f in dataclasses.fields(values)}
+
+
+def test_a_row_wider_than_its_bucket_sits_the_step_out():
+    decode, windows, measured = watched("d2f")
+    denoise_step(decode, "wide")
+    state = decode.state
+    state.phase.fill_(DENOISE)
+    # The middle row has two blocks in its region: 6 positions, and a bucket of 4.
+    state.block_end.copy_(state.block_start + torch.tensor([4, 6, 4]))
+    before = rows_of(state, 1)
+    measured.clear()
+    denoise_step(decode, "window", width=4, lanes=6)
+    assert windows[-1].q_len.tolist() == [4, 0, 4]
+    assert windows[-1].kv_slot[1].tolist() == [-1] * 4
+    assert rows_of(state, 1) == before
+    assert {row // 6 for rows in measured for row in rows} == {0, 2}
+    # In a bucket of its own width it takes part.
+    denoise_step(decode, "window", width=6, lanes=6)
+    assert windows[-1].q_len.tolist()[1] == 6 and state.step[1] == before["step"] + 1
+
+
+@pytest.mark.parametrize("kind", ["wide", "window"])
+@pytest.mark.parametrize("preset", ["fast-dllm-prefix", "fast-dllm-dual", "klass", "d2f", "dkv-cache", "sdar", "streaming-dllm", "freedave"])
+def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
+    decode, windows, measured = watched(preset, {"cache": "dual"} if preset == "klass" else {})
+    if decode.plan.wide:
+        denoise_step(decode, "wide")
+    state = decode.state
+    takes_part, other = (WIDE, DENOISE) if kind == "wide" else (DENOISE, WIDE)
+    state.phase.copy_(torch.tensor([takes_part, other, DONE]))
+    before = [rows_of(state, row) for row in (1, 2)]
+    measured.clear()
+    denoise_step(decode, kind)
+    window = windows[-1]
+    assert window.q_len[0] > 0 and window.q_len.tolist()[1:] == window.kv_len.tolist()[1:] == [0, 0]
+    assert (window.kv_slot[1:] == -1).all()
+    # Dead lanes of the bucket are embedded and rotated all the same.
+    assert (window.q_pos >= 0).all() and (window.q_pos < state.tokens.shape[1]).all()
+    assert [rows_of(state, row) for row in (1, 2)] == before
+    # A prefill measures nothing. Lanes may be those of the block or of the row.
+    selects = not (kind == "wide" and decode.plan.preset.cache == "commit")
+    assert {row // decode.plan.lanes for rows in measured for row in rows} == ({0} if selects else set())
+
+
+def test_only_the_first_draft_of_a_row_stores_its_keys():
+    decode, windows, _ = watched("freedave-block", {"drafts": 3})
+    for kind, drafts in (("wide", 1), ("window", 1), ("window", 3)):
+        denoise_step(decode, kind, drafts=drafts)
+    window = windows[-1]
+    assert window.q_len.tolist() == [4] * 9
+    assert torch.equal(window.kv_slot[::3], window.q_pos[::3].int())
+    assert (window.kv_slot.view(3, 3, -1)[:, 1:] == -1).all()
+
+
+def test_a_row_that_sits_out_keeps_the_logits_it_is_compared_with():
+    decode, _, _ = watched("klass", {"cache": "dual"})
+    denoise_step(decode, "wide")
+    decode.state.phase.copy_(torch.tensor([DENOISE, WIDE, DONE]))
+    before = {name: values.view(3, 4, -1).clone() for name, values in decode.history.items()}
+    denoise_step(decode, "window")
+    for name, values in decode.history.items():
+        after = values.view(3, 4, -1)
+        assert torch.equal(after[1:], before[name][1:]) and not torch.equal(after[0], before[name][0]), name
+
+
+def test_top_p_keeps_an_id_if_those_before_it_have_exactly_top_p_of_the_mass(monkeypatch):
+    model = toy(eos=())
+    handle = dlm_fast.handle_of(model)
+    # A quarter of the mass each: numbers that every float holds exactly.
+    equal = torch.full((VOCAB,), float("-inf")).index_fill(0, torch.tensor([7, 9, 20, 30]), 0.0)
+    adapter = {name: getattr(handle.adapter, name) for name in ("new_cache", "window_hidden")}
+    head = lambda model, hidden: equal.expand(*hidden.shape[:-1], VOCAB)  # noqa: E731
+    monkeypatch.setattr(handle, "adapter", types.SimpleNamespace(**adapter, head=head))
+    for top_p, kept in ((0.24, [7]), (0.25, [7, 9]), (0.5, [7, 9, 20]), (0.74, [7, 9, 20]), (0.75, [7, 9, 20, 30])):
+        out = dlm_fast.generate(model, random_prompts([2]), max_new_tokens=40, block_length=4, temperature=1.0, top_p=top_p)
+        assert sorted(set(out.canvas[0][2:].tolist())) == kept, top_p
 
 
 def test_no_preset_is_named_outside_the_table():
