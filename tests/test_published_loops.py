@@ -109,9 +109,10 @@ def edited(tokens: list[int], prefers: list[list[int]], original: set[int], seen
 
 
 def test_llada22_remembers_what_was_written_at_a_place_not_what_a_token_has_been():
-    # 5 is deleted and 6 moves to its place: the place has had 5 and DELETE written, the next one 6, wherever 6 is now.
-    tokens, history = edited([9, 5, 6], [[9], [DELETE], [6]], original={1, 2}, history={1: {5}, 2: {6}})
-    assert tokens == [9, 6, MASK] and history == {1: {5, DELETE}, 2: {6}}
+    # 5 is deleted and 6, now 7, moves to its place: that has had 5 and DELETE written, the next one 6 and 7, and the last one 8.
+    drawn = {1: {5}, 2: {6}, 3: {8}}
+    tokens, history = edited([9, 5, 6, 8], [[9], [DELETE], [7], [8]], original={1, 2, 3}, history=drawn)
+    assert tokens == [9, 7, 8, MASK] and history == {1: {5, DELETE}, 2: {6, 7}, 3: {8}}
     # And nothing of what it held without being written: a prompt's token, the mask.
     assert edited([9, MASK, MASK], [[9], [5], [6]], original={1, 2})[1] == {1: {5}, 2: {6}}
 

@@ -85,7 +85,8 @@ class Preset:
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
         stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop": after a block of
             nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars further blocks; "fill": it fills the
-            tail. The text ends at the first EOS under each of them; what differs is the cost.
+            tail. The text ends at the first EOS under each of them; what differs is the cost, and for "fill" with full visibility also
+            the text: masks before the EOS see the filled tail (d3LLM).
     """
 
     name: str
