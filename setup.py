@@ -31,6 +31,7 @@ setup(
         "torch>=2.11,<2.16",
         'triton>=3.6,<3.10; platform_system == "Linux"',
         "transformers>=5.17,<5.24",
+        "numpy",
         "safetensors",
         "tokenizers",
         "jinja2",  # chat templates
