@@ -295,8 +295,8 @@ def watched(preset: str, options: dict | None = None):
 
     ops = dataclasses.replace(REFERENCE, confidence=confidence)
     handle = attach(native_model().requires_grad_(False), backend=ops, diffusion=diffusion, plain_mode=chosen.visibility)
-    step = handle.step
-    handle.step = lambda window, cache: windows.append(window) or step(window, cache)
+    hidden = handle.window_hidden
+    handle.window_hidden = lambda input_ids, window, cache: windows.append(window) or hidden(input_ids, window, cache)
     return open_decode(handle, plan, state, sampling), windows, measured
 
 
