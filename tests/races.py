@@ -15,15 +15,15 @@ remembered, and two accesses to one address, at least one of them a store, are a
   uses. A scalar load on a line of its own is in order with no store.
   The lanes of a tile lie in threads as Triton decides for each operation, even where the pointers are equal, so two tiles are in
   order in one case only: loaded and then stored in place, through the same pointers, lane by lane, in the same call of the same
-  device function, where a reader sees both. That what is stored, or whether, is told from what was loaded there, so that the thread
-  that stores waits for it, is not checked: this is the one rule that trusts the author.
+  device function, where a reader sees both. That what is stored, or whether, is told from what was loaded there, so that the
+  thread that stores waits for it, is not checked: this is the one rule that trusts the author.
   Two lanes of one store never meet at one address.
 
 Also found: an access outside the storage of every tensor of the launch. Atomics are not modelled, and reported.
 
-Limits. Only what ran is seen: the branches, masks and lengths of the test. Loads whose value nobody uses count as loads. The order
-that other dependencies of the data give (a store that a sum over a load decides) does not count. Two launches are in order, as on one
-stream. Storages are told apart by their tensors: what a kernel is not given as a tensor it may not touch.
+Limits. Only what ran is seen: the branches, masks and lengths of the test. Loads whose value nobody uses count as loads. The
+order that other dependencies of the data give (a store that a sum over a load decides) does not count. Two launches are in order,
+as on one stream. Storages are told apart by their tensors: what a kernel is not given as a tensor it may not touch.
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ class Detector:
     def __init__(self) -> None:
         self.launches = self.loaded_lanes = self.stored_lanes = self.barriers = 0
         self._found: dict[Hashable, str] = {}
+        self._accesses: list[Access | None] = [None]
+        self._threads: dict[Hashable, int] = {}
         # Scalar loads of the line that is being run, and races that they have if no scalar store follows on it.
         self._line: tuple[str, int] | None = None
         self._line_loads: list[Access] = []
@@ -122,9 +124,8 @@ class Detector:
         self.launches += 1
         self._kernel = kernel
         self._program = (0, 0, 0)
-        self._accesses: list[Access | None] = [None]
+        self._accesses = [None]
         self._program_start = self._fence = 0
-        self._threads: dict[Hashable, int] = {}
         by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in tensors:
             if tensor.numel():
@@ -143,7 +144,7 @@ class Detector:
         self._grow(min(len(self._chunks), 4))
 
     def end_launch(self) -> list[str]:
-        self._decide()
+        self._order()
         found = list(self._found.values())
         self._found.clear()
         return found
@@ -388,9 +389,10 @@ def _replacements() -> dict[tuple[str, str], object]:
         return result
 
     replacements = (
-        set_grid_idx, create_masked_load, create_masked_store, create_barrier, create_atomic_rmw, create_atomic_cas, launch, init_args,
+        set_grid_idx, create_masked_load, create_masked_store, create_barrier, create_atomic_rmw, create_atomic_cas,
+        launch, init_args,
     )  # fmt: skip
-    return dict(zip(original, replacements))
+    return dict(zip(original, replacements, strict=True))
 
 
 @contextlib.contextmanager
@@ -427,5 +429,5 @@ class Session:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         seen = self.detector
-        counts = f"{seen.launches} launches, {seen.loaded_lanes} lanes loaded, {seen.stored_lanes} stored, {seen.barriers} barriers"
-        terminalreporter.write_line(f"races looked for in {counts}")
+        lanes = f"{seen.loaded_lanes} lanes loaded, {seen.stored_lanes} stored"
+        terminalreporter.write_line(f"races looked for in {seen.launches} launches, {lanes}, {seen.barriers} barriers")

@@ -317,8 +317,9 @@ def test_under_the_option_a_race_fails_its_test(tmp_path):
     # conftest.py is found from the files that are run: here, from a copy beside the probe.
     here = Path(__file__).parent
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(here)})
+    options = ["-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races"]
+    command, environment = [sys.executable, "-m", "pytest", *options, tmp_path], {**os.environ, "PYTHONPATH": str(here)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
     assert "test_probe.py:9 stores x_ptr[1], which " in result.stdout
     assert "races looked for in 1 launches, 16 lanes loaded, 16 stored, 0 barriers" in result.stdout
