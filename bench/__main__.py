@@ -1,4 +1,4 @@
-"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, report, sanitize, compare, gates, quality, seeds."""
+"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, precompile, report, sanitize, compare, gates, quality, seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _kernels_options(commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table"))
     _gpu_check_options(commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they"))
+    _precompile_options(commands.add_parser("precompile", help="every kernel that gpu-check launches, compiled without a GPU"))
     report = commands.add_parser("report", help="a run of kernels or gpu-check as text, from its lines; also one that was cut off")
     report.add_argument("lines", type=Path, metavar="RUN.jsonl")
     _sanitize_options(commands.add_parser("sanitize", help="the kernels' checks under compute-sanitizer"))
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = {
         "kernels": _kernels,
         "gpu-check": _gpu_check,
+        "precompile": _precompile,
         "report": _report,
         "sanitize": _sanitize,
         "sanitize-target": _sanitize_target,
@@ -85,6 +88,14 @@ def _gpu_check_options(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--case-seconds", type=float, default=120, help="a check that takes longer costs its process, and is red (default: 120)"
     )
+    check.add_argument("--cache", type=Path, default=None, metavar="FILE", help="kernels compiled ahead by precompile (default: none)")
+
+
+def _precompile_options(precompile: argparse.ArgumentParser) -> None:
+    precompile.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file for gpu-check --cache, a tar.xz")
+    precompile.add_argument("--targets", nargs="+", type=int, metavar="90", default=[90], help="compute capabilities (default: 90)")
+    precompile.add_argument("--seed", type=int, default=1, help="of the checks' inputs; gpu-check --cache takes it over (default: 1)")
+    precompile.add_argument("--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)")
 
 
 def _sanitize_options(sanitize: argparse.ArgumentParser) -> None:
@@ -157,12 +168,41 @@ def _gpu_check(given: argparse.Namespace) -> int:
         raise UsageError(f"--times must be among {', '.join(gpu_check.TIMINGS)}, got {', '.join(wrong)}")
     _need_cuda()
     _make(given.out)
-    rig = gpu_check.cuda_rig(
-        _processes() if given.processes is None else given.processes,
-        compile_seconds=given.compile_seconds,
-        case_seconds=given.case_seconds,
-    )
-    return gpu_check.gpu_check(rig, given.out, given.seed, given.seconds, wanted=wanted)
+    processes = _processes() if given.processes is None else given.processes
+    options = {"compile_seconds": given.compile_seconds, "case_seconds": given.case_seconds}
+    if given.cache is None:
+        rig = gpu_check.cuda_rig(processes, **options)
+        return gpu_check.gpu_check(rig, given.out, given.seed, given.seconds, wanted=wanted)
+    from . import kernel_cache
+
+    try:
+        with kernel_cache.placed(given.cache) as cache:
+            print("\n".join(kernel_cache.lines(cache)), flush=True)
+            seed = cache.manifest.seed if given.seed is None else given.seed
+            rig = gpu_check.cuda_rig(processes, **options, commit=cache.commit, facts={"kernel_cache": cache.facts})
+
+            def finish(result: dict[str, Any]) -> None:
+                print(f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead")
+
+            return gpu_check.gpu_check(rig, given.out, seed, given.seconds, wanted=wanted, finish=finish)
+    except kernel_cache.CacheError as error:
+        raise UsageError(f"--cache {error}") from None
+
+
+def _precompile(given: argparse.Namespace) -> int:
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("needs the package triton, which is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("unset TRITON_INTERPRET: it interprets kernels, and nothing is compiled")
+    if given.jobs is not None and given.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {given.jobs}")
+    from . import precompile
+
+    _make(given.out.parent)
+    jobs = given.jobs or os.cpu_count() or 1
+    return precompile.precompile(given.out, given.targets, given.seed, jobs, lambda line: print(line, flush=True))
 
 
 def _report(given: argparse.Namespace) -> int:

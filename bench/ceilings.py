@@ -20,6 +20,10 @@ def _empty_kernel(pointer):
     pass
 
 
+def launch_empty(pointer: torch.Tensor) -> None:
+    _empty_kernel[(1,)](pointer)
+
+
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Raises RuntimeError if one of them cannot be measured: then no share of a ceiling can be reported."""
     timer, budget = CudaTimer(device), Budget(60, 0)
@@ -31,11 +35,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=torch.bfloat16) for _ in range(2))
     gemm = _median(measure([Candidate("gemm", [partial(torch.matmul, a, b)])], timer, budget)["gemm"])
     del source, target, a, b
-    pointer = torch.zeros(1, device=device)
-
-    def launch() -> None:
-        _empty_kernel[(1,)](pointer)
-
+    launch = partial(launch_empty, torch.zeros(1, device=device))
     kernels = [
         Candidate("kernel", [launch] * EMPTY_LAUNCHES),
         Candidate("graph", [launch]),

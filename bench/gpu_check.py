@@ -121,10 +121,17 @@ def cuda_rig(
     compile_seconds: float = COMPILE_SECONDS,
     case_seconds: float = CASE_SECONDS,
     commit: str | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Rig:
-    """The current CUDA device, the Triton kernels, and the sizes of published models. commit: None = git knows."""
+    """The current CUDA device, the Triton kernels, and the sizes of published models.
+
+    Args:
+        commit: of the checkout, if git does not know. facts: more of them.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
-    facts = machine.device_facts(device) | {"versions": machine.versions(), "commit": commit or machine.commit()}
+    known = machine.commit()
+    facts = machine.device_facts(device) | {"versions": machine.versions()} | (facts or {})
+    facts["commit"] = commit if known == machine.UNKNOWN and commit else known
 
     def ceilings() -> Ceilings:
         from .ceilings import measure_ceilings  # imports Triton

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -32,6 +33,15 @@ def commit() -> str:
         return UNKNOWN
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return head + ("-dirty" if changed else "")
+
+
+def sources() -> str:
+    """A hash of the checkout's Python files: says without git whether two checkouts are of one commit."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "dlm_fast", "bench"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

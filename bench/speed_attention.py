@@ -137,11 +137,11 @@ def after_prefix(bench: Bench, lengths: list[int], W: int) -> Window:
 
 def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
     """Our kernel with the whole prefix in one split: what splitting is measured against."""
-    from dlm_kernels import attention
-    from dlm_kernels.device import target_of
+    from dlm_kernels import attention, device
     from dlm_kernels.tiles import attention_tile
 
-    tile = attention_tile(target_of("kernels", s.q.device), D=s.q.shape[3], G=s.q.shape[1] // s.k.shape[1], dtype=s.q.dtype)
+    capability = device.capability_of("block_attention", s.q, attention._attention_kernel)
+    tile = attention_tile(capability, D=s.q.shape[3], G=s.q.shape[1] // s.k.shape[1], dtype=s.q.dtype)
     return attention._launch(
         s.q, s.k, s.v, s.keys, s.values, window, scale=scale, tile=dataclasses.replace(tile, MAX_SPLITS=1)
     )  # fmt: skip
