@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -189,13 +190,15 @@ def generate(
         preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
         policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a score),
             a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
-        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ... Unknown ones raise.
+        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ... Unknown ones
+            raise, and so do those that the decoder would not read (a threshold where the rule is a quota).
         max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens is
             128 by default, and refused with `canvas`, which says itself where tokens are wanted.
         temperature: per call or per row, 0 = greedy. Draws are a function of (seed, request id, position, step) only.
         request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
             temperature (LLaDA, arXiv:2502.09992) unless the preset is `tempered`.
-        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the vocabulary.
+        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the vocabulary. Rows of
+            temperature 0 draw nothing and are as without them, unless the preset has `greedy_filters`.
         stop_strings: the text ends where the earliest of them begins; a special token among them is found by its id. The same text as
             without them, cut; a row ends early once that is certain, so only by finished blocks where a decoder edits or takes
             tokens back. Costs a host read per step.
@@ -342,12 +345,12 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     # A safety net, not a schedule: the bounds of every policy (tests/test_policy_bounds.py) are below it.
     edits = max((getattr(policy, "max_post_edits", 0) for policy in preset.policies), default=0)
     a_block = 2 * max(plan.block_length, *steps) + edits + 8
-    max_steps = [a_block * (-(-span // plan.block_length) + 1) for span in spans]
+    max_steps = [min(a_block * (-(-span // plan.block_length) + 1), 2**30) for span in spans]
 
     def masks_at(share: float) -> int | None:
         """The most masks at which a block of the full length is filled to `share`."""
         length = plan.block_length
-        return max(m for m in range(length + 1) if (length - m) / length >= share)
+        return bisect.bisect_right(range(length + 1), -share, key=lambda masks: -(length - masks) / length) - 1
 
     pipeline = preset.pipeline
     return Sampling(

@@ -94,14 +94,19 @@ def measure(
         too_early = position < sampling.no_eos_before.repeat_interleave(branches)[:, None]
         banned = torch.cat([banned.expand(N, -1), torch.where(too_early.view(-1, 1), sampling.eos, -1)], -1)
     raw = logits
-    if sampling.top_k or sampling.top_p < 1:
+    if bias is not None:
+        bias = tuple(x.flatten(0, 1) for x in bias)
+    if (sampling.top_k or sampling.top_p < 1) and (sampling.draws or preset.greedy_filters):
+        # Rows that draw nothing are as in a batch of their own.
+        heat = by_lane(sampling.temperature)
+        narrowed = heat >= 0 if preset.greedy_filters else heat > 0
         if bias is not None:
             # A bias changes what the filters keep.
-            ids, values = (x.flatten(0, 1) for x in bias)
-            inside = (ids >= 0) & (ids < logits.shape[1])
+            ids, values = bias
+            inside = (ids >= 0) & (ids < logits.shape[1]) & narrowed[:, None]
             logits = logits.scatter_add(1, torch.where(inside, ids, 0), torch.where(inside, values, 0.0).to(logits.dtype))
-            bias = None
-        logits = filtered(logits, plan, sampling, by_lane(sampling.temperature), banned, needed.flatten())
+            bias = torch.where(narrowed[:, None], -1, ids), values
+        logits = filtered(logits, plan, sampling, heat, banned, needed.flatten(), narrowed)
 
     own = []  # of the model's distribution, whatever may be drawn: what early exits and stability look at
     if wanted & {"margin", "gap"}:
@@ -121,7 +126,7 @@ def measure(
             heat = by_lane(sampling.temperature)
             more["temperature"] = torch.where(heat > 0, heat, 1.0)
     if bias is not None:
-        more |= {"bias_ids": bias[0].flatten(0, 1), "bias": bias[1].flatten(0, 1)}
+        more |= {"bias_ids": bias[0], "bias": bias[1]}
     # One pass over the vocabulary, unless what is drawn from is another distribution than the model's.
     apart = bool(own) and (raw is not logits or "temperature" in more)
     if apart:
@@ -158,8 +163,11 @@ def stats_of(ops: Ops, logits: Tensor, **given: Any) -> Confidence:
     return stats._replace(**{n: x.float() for n, x in stats._asdict().items() if x is not None and x.is_floating_point()})
 
 
-def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor, banned: Tensor, needed: Tensor) -> Tensor:
+def filtered(
+    logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor, banned: Tensor, needed: Tensor, narrowed: Tensor
+) -> Tensor:
     """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l). The best allowed id is kept.
+    Rows that are not `narrowed` [N] bool keep all.
 
     top-p keeps an id if those strictly better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large
     as the k-th. Plain torch on any backend: it sorts the vocabulary.
@@ -185,6 +193,7 @@ def filtered(logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor
 
     for step in (top_k, top_p) if plan.preset.top_k_first else (top_p, top_k):
         keep = step(keep)
+    keep = keep | ~narrowed[:, None]
     ids = banned.expand(N, -1)
     allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device).scatter(1, torch.where(ids < 0, V, ids), False)[:, :V]
     best = torch.where(allowed, work, -torch.inf).argmax(1, keepdim=True)
@@ -198,7 +207,7 @@ def rule_choice(plan: Plan, view: View) -> Choice:
     score = view.score(preset.score)
     rank = None if preset.rank is None else view.score(preset.rank)
     if preset.suppress_eos:
-        is_eos = (view.token[:, :, None] == sampling.eos).any(2)
+        is_eos = view.is_eos()
         score = torch.where(is_eos, -torch.inf, score)
         rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
     value, min_unmask = sampling.value, sampling.min_unmask

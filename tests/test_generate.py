@@ -98,9 +98,9 @@ def test_every_decoder_equals_its_oracle_token_for_token(part):
 @pytest.mark.parametrize("preset", BLOCK_PRESETS)
 def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment):
     model = toy("block", block_alignment=alignment, block_length=4, layers=3)
-    prompts = random_prompts([1, 3, 4, 5, 11])
+    prompts, low = random_prompts([1, 3, 4, 5, 11]), {"threshold": 0.3} if PRESETS[preset].rule == "threshold" else {}
     cached, recomputed = (
-        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, threshold=0.3) for cache in ("commit", "none")
+        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, **low) for cache in ("commit", "none")
     )
     assert tokens(cached) == tokens(recomputed)
     assert [s.tolist() for s in cached.unmask_step] == [s.tolist() for s in recomputed.unmask_step]
@@ -113,7 +113,8 @@ def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment
 def test_a_batch_of_unequal_prompts_equals_its_rows_alone(preset, temperature):
     model = toy_for(preset, heads=7, kv_heads=1, eos=(EOS, 7, 9))
     prompts, new = random_prompts([1, 3, 4, 5, 14]), [9, 1, 8, 13, 6]
-    settings = {"preset": preset, "seed": 3, "threshold": 0.3, **block_of(preset)}
+    low = {"threshold": 0.3} if PRESETS[preset].rule == "threshold" else {}
+    settings = {"preset": preset, "seed": 3, **low, **block_of(preset)}
     batch = dlm_fast.generate(model, prompts, max_new_tokens=new, temperature=temperature, **settings)
     for row, prompt in enumerate(prompts):
         t = temperature[row] if temperature else 0.0
@@ -338,9 +339,10 @@ BAD = [
     ({"block_length": 2.5}, ValueError, r"block_length must be a whole number.*2.5"),
     ({"steps_per_block": 0}, ValueError, r"steps_per_block must be a whole number >= 1 or None, got steps_per_block=0"),
     ({"min_unmask": 0}, ValueError, r"min_unmask must be a whole number >= 1.*got min_unmask=0"),
-    ({"threshold": -1.0}, ValueError, r"threshold must be a number >= 0, got threshold=-1.0"),
-    ({"threshold": math.nan}, ValueError, r"threshold must be a number >= 0, got threshold=nan"),
-    ({"factor": "x"}, ValueError, r"factor must be a number >= 0, got factor='x'"),
+    ({"threshold": -1.0}, ValueError, r"threshold must be a number in \[0, 1\], got threshold=-1.0"),
+    ({"threshold": 90}, ValueError, r"threshold must be a number in \[0, 1\], got threshold=90"),
+    ({"threshold": math.nan}, ValueError, r"threshold must be a number in \[0, 1\], got threshold=nan"),
+    ({"factor": "x"}, ValueError, r"factor must be a finite number >= 0, got factor='x'"),
     ({"rule": "best"}, ValueError, r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, renoise, got rule='best'"),
     ({"score": "p"}, ValueError, r"score must be one of .* got score='p'"),
     ({"stop": "soon"}, ValueError, r"stop must be one of never, after_block, closed, .*got stop='soon'"),
@@ -375,6 +377,10 @@ BAD = [
     ({"temperature": 10**400}, ValueError, r"temperature must be a finite number >= 0, got temperature=10"),
     ({"temperature": None}, TypeError, r"temperature must be a number or one per row, got temperature=None"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a number or one per row, got temperature='hot'"),
+    ({"top_p": 0}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=0"),
+    ({"top_p": 1.01}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=1.01"),
+    ({"top_k": -1}, ValueError, r"top_k must be a whole number >= 0 \(0 = off\), got top_k=-1"),
+    ({"threshold": 0.1}, ValueError, r"threshold has no effect with rule='quota' \(preset llada\): it is read by rule='threshold'"),
     ({"seed": -1}, ValueError, r"seed must be a whole number in \[0, 2\^63\), got seed=-1"),
     ({"seed": 1.5}, ValueError, r"seed must be a whole number .*got seed=1.5"),
     ({"request_ids": [2**31]}, ValueError, r"request_ids must be below 2\^31, got 2147483648"),

@@ -150,9 +150,10 @@ def test_filters_quotas_and_budgets_by_hand():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
 
     def ids(**filters) -> list[int]:
-        return kept(logits, Settings(mask_id=0, **filters)).nonzero().flatten().tolist()
+        return kept(logits, Settings(mask_id=0, **{"temperature": 1.0, **filters})).nonzero().flatten().tolist()
 
-    assert ids() == [0, 1, 2, 3]
+    assert ids() == ids(top_k=1, temperature=0.0) == [0, 1, 2, 3]
+    assert ids(top_k=1, temperature=0.0, greedy_filters=True) == [0]
     assert ids(top_k=2) == [0, 1] and ids(top_k=3) == [0, 1, 2, 3]  # the third largest is a tie
     assert ids(top_p=0.4) == [0] and ids(top_p=0.5) == [0, 1] and ids(top_p=0.75) == [0, 1, 2]
     assert ids(top_p=0.6, top_k=2, top_k_first=True) == [0] and ids(top_p=0.6, top_k=2) == [0, 1]

@@ -208,6 +208,7 @@ class Case:
             top_k=self.top_k,
             top_p=self.top_p,
             top_k_first=options.pop("top_k_first", False),
+            greedy_filters=options.pop("greedy_filters", False),
         )
         network = exact_model(self.model)[1]
         model = Model(network, self.diffusion.logits_row == "previous", isolated=first if self.diffusion.prompt_isolated else 0)
@@ -244,9 +245,12 @@ def common_rule(own: str, own_min: int | None = 1) -> Callable[[random.Random], 
             options |= some(rng, 0.8, "factor", (0.5, 1.0, 1.7)) | {"score": "confidence"}
         if rule == "entropy":
             options |= some(rng, 0.8, "entropy_bound", (0.3, 1.5, 4.0)) | {"score": rng.choice(("neg_entropy", "confidence", "margin"))}
-        options |= some(rng, 0.3, "inclusive", (True, False)) if "inclusive" not in options else {}
+        if rule in ("threshold", "entropy") and "inclusive" not in options:
+            options |= some(rng, 0.3, "inclusive", (True, False))
         if rule != "quota" and rng.random() < 0.3:
-            options |= {"min_unmask": rng.choice((1, 2, 3, None)), "steps_per_block": rng.choice((1, 2, 4))}
+            options["min_unmask"] = rng.choice((1, 2, 3, None, None))
+            if options["min_unmask"] is None:
+                options["steps_per_block"] = rng.choice((1, 2, 4))
         return options
 
     return draw
@@ -269,7 +273,7 @@ def only(*optional: tuple[float, str, tuple]) -> Callable[[random.Random], Optio
 LOW = (0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 THRESHOLD = (0.85, "threshold", LOW)
 SCORE = (0.25, "score", ("confidence", "margin"))
-TEMPERED = (0.1, "tempered", (True, False)), (0.1, "top_k_first", (True, False))
+TEMPERED = (0.1, "tempered", (True, False)), (0.1, "top_k_first", (True, False)), (0.1, "greedy_filters", (True, False))
 
 
 def uncached(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
@@ -331,8 +335,10 @@ def joint(model: Model, canvas: list[int], settings: Settings, o: Options, diffu
 
 
 def scoped(rng: random.Random) -> Options:
-    """A pipeline's other scope, now and then."""
-    return {"scope": "first", "min_unmask": rng.choice((0, 1, 2))} if rng.random() < 0.25 else {}
+    """A pipeline's other scope, now and then; else how soon its blocks are activated."""
+    if rng.random() < 0.25:
+        return {"scope": "first", "min_unmask": rng.choice((0, 1, 2))}
+    return some(rng, 0.7, "activate_threshold", (0.0, 0.2, 0.4, 0.7, 1.0))
 
 
 SHORT = (1, 2, 3, 4, 5)
@@ -345,10 +351,7 @@ FAST = {"rule": "threshold", "threshold": 0.9, "inclusive": True}
 SDAR = {"tempered": True, "top_k_first": True}
 NO_CACHE = (0.15, "cache", ("none",))
 HIGH = (0.85, "threshold", (0.2, 0.3, 0.5, 0.8, 1.0))
-PIPELINE = (
-    (0.8, "append_threshold", (0.0, 0.1, 0.3, 0.5, 1.0)),
-    (0.7, "activate_threshold", (0.0, 0.2, 0.4, 0.7, 1.0)),
-)
+APPEND = (0.8, "append_threshold", (0.0, 0.1, 0.3, 0.5, 1.0))
 
 REGISTRY: dict[str, Decoder] = {
     "llada": Decoder(
@@ -370,7 +373,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "dream": Decoder(
         "full",
-        {"tempered": True},
+        {"tempered": True, "greedy_filters": True},
         only(
             (0.7, "steps_per_block", (1, 2, 3, 5, 9, 30)),
             (0.4, "score", ("confidence", "margin", "neg_entropy")),
@@ -384,7 +387,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "dream-origin": Decoder(
         "full",
-        {"tempered": True, "bernoulli": True},
+        {"tempered": True, "greedy_filters": True, "bernoulli": True},
         only((0.7, "steps_per_block", (1, 2, 3, 5, 9)), (0.3, "schedule_eps", (1e-2, 0.3, 0.6))),
         dream,
         rows=("self", "previous"),
@@ -432,7 +435,7 @@ REGISTRY: dict[str, Decoder] = {
             (0.85, "threshold", (-2.5, -2.0, -1.5, -1.0, -0.3)),
             (0.3, "inclusive", (True, False)),
             (0.4, "min_unmask", (0, 1)),
-            *PIPELINE,
+            APPEND,
             (0.7, "refresh_interval", (None, 1, 2, 3, 4)),
             (0.5, "commit_delay", (1, 2, 3)),
         ),
@@ -444,7 +447,7 @@ REGISTRY: dict[str, Decoder] = {
     "dllm-var": Decoder(
         "full",
         {"threshold": 0.9, "stop": "after_block"},
-        plus(scoped, HIGH, SCORE, (0.2, "inclusive", (True, False)), *PIPELINE),
+        plus(scoped, HIGH, SCORE, (0.2, "inclusive", (True, False)), APPEND),
         dllm_var,
         stops=PIPELINE_STOPS,
         lengths=SHORT,
@@ -453,14 +456,14 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "d2f": Decoder(
         "block",
-        {"threshold": 0.9, "append_threshold": 0.1, "activate_threshold": 0.95},
+        {"threshold": 0.9, "append_threshold": 0.1, "activate_threshold": 0.95, "greedy_filters": True},
         plus(
             scoped,
             HIGH,
             SCORE,
             (0.3, "inclusive", (True, False)),
             (0.4, "rank", ("margin", "neg_entropy")),
-            *PIPELINE,
+            APPEND,
             (0.25, "cache", ("none",)),
         ),
         d2f,
@@ -587,6 +590,7 @@ def random_case(name: str, seed: int) -> Case:
         ]
     spec = random_model(rng, small=True)
     sampled = decoder.sampled and rng.random() < 0.35
+    filters = sampled or (decoder.sampled and rng.random() < 0.2)
     return Case(
         name=name,
         seed=seed,
@@ -598,8 +602,8 @@ def random_case(name: str, seed: int) -> Case:
         max_new_tokens=new,
         min_new_tokens=[rng.choice((0, 0, rng.randint(0, n))) for n in new] if rng.random() < 0.3 else [0] * B,
         temperature=[rng.choice((0.0, 0.3, 1.0)) for _ in range(B)] if sampled else [0.0] * B,
-        top_p=rng.choice((0.5, 0.9, 1.0)) if sampled else 1.0,
-        top_k=rng.choice((0, 4, 20)) if sampled else 0,
+        top_p=rng.choice((0.5, 0.9, 1.0)) if filters else 1.0,
+        top_k=rng.choice((0, 4, 20)) if filters else 0,
         noise_seed=rng.randrange(2**40),
         request_ids=rng.sample(range(1000), B),
         banned=tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 5)))),

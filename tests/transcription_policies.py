@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transcription_cases import Decoder, Options, Transcription, only
+from transcription_cases import Decoder, Options, Transcription, only, plus, some
 
 from transcriptions import blockwise, policies_cache, policies_exit, policies_revise, policies_select, speculation
 from transcriptions.common import Model, Row, Settings
@@ -82,6 +83,17 @@ def lossless(row: Row, static: Row) -> Row:
     return row
 
 
+def quota_or_threshold(rng: random.Random) -> Options:
+    if rng.random() < 0.5:
+        return some(rng, 0.7, "steps_per_block", (None, 1, 2, 3, 5, 7))
+    return {"rule": "threshold", **some(rng, 0.9, "threshold", LOW), **some(rng, 0.3, "inclusive", (True, False))}
+
+
+def curve(rng: random.Random) -> Options:
+    options = some(rng, 0.6, "curve", ("linear", "cosine", "exponential"))
+    return options | (some(rng, 0.5, "rate", (1.0, 8.0)) if options.get("curve") == "exponential" else {})
+
+
 QUOTA = {"steps_per_block": None}
 REVISED = {"stop": "after_block"}
 REVISING: Any = {"stops": ("never", "after_block")}
@@ -133,14 +145,7 @@ REGISTRY: dict[str, Decoder] = {
     "certainty-prior": Decoder(
         "full",
         QUOTA,
-        only(
-            (0.5, "rule", ("threshold",)),
-            (0.9, "threshold", LOW),
-            (0.3, "inclusive", (True, False)),
-            STEPS,
-            (0.6, "sigma", (0.7, 2.0, 20.0)),
-            CACHE,
-        ),
+        plus(quota_or_threshold, (0.6, "sigma", (0.7, 2.0, 20.0)), CACHE),
         transcribed(policies_select.decode_certainty_prior),
     ),
     "learn2pd": Decoder(
@@ -168,11 +173,10 @@ REGISTRY: dict[str, Decoder] = {
     "sched": Decoder(
         "full",
         QUOTA,
-        only(
+        plus(
+            curve,
             (0.9, "high", (1.0, 2.0, 4.0)),
             (0.9, "low", (0.1, 0.2, 0.5)),
-            (0.6, "curve", ("linear", "cosine", "exponential")),
-            (0.3, "rate", (1.0, 8.0)),
             (0.6, "reduce", ("mean", "median", "quantile", "min")),
             (0.4, "min_progress", (0.3, 0.6, 0.9)),
             (0.4, "patience", (0, 1, 2)),
@@ -183,7 +187,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "rcr": Decoder(
         "full",
-        {**QUOTA, **REVISED},
+        {**QUOTA, **REVISED, "greedy_filters": True},
         only(STEPS, (0.3, "score", ("confidence", "margin", "neg_entropy"))),
         transcribed(policies_revise.decode_rcr),
         **REVISING,

@@ -112,7 +112,13 @@ class View:
         """The choice by the statistics of biased logits (`restate`)."""
         biased = self.restate(ids, bias)
         score = biased.score(self.plan.preset.score)
+        if self.plan.preset.suppress_eos:
+            score = torch.where(biased.is_eos(), -torch.inf, score)
         return dataclasses.replace(choice, pred=biased.token, score=score, confidence=biased.confidence)
+
+    def is_eos(self) -> Tensor:
+        """[B, W] bool predictions that would end the text."""
+        return (self.token[:, :, None] == self.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
         """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes in this step, if so many are masked."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..schedule import Plan
+from ..limits import number, shown, whole
 from .base import Choice, Lanes, Memory, Policy, View, lanes_of, rows_of
 
 ANSWER_LENGTH = 5
@@ -24,7 +25,8 @@ def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
     length = view.sampling.block_length
     blocks = (view.state.canvas_len - view.plan.first + length - 1) // length
     block = (view.state.block_start - view.plan.first) // length
-    return (block * view.sampling.steps + view.block_step).double(), (blocks * view.sampling.steps).double()
+    steps = view.sampling.steps.double()  # a product of int32 may wrap
+    return block * steps + view.block_step, blocks * steps
 
 
 def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
@@ -59,6 +61,14 @@ class Prophet(Policy):
     outputs: ClassVar[tuple[str, ...]] = ("gap",)
     reads: ClassVar[str] = "row"
     family: ClassVar[str] = "exit"
+
+    def __post_init__(self) -> None:
+        whole("policy Prophet", "answer_start", self.answer_start, none=True)
+        gaps = self.gap_thresholds
+        if not isinstance(gaps, (tuple, list)) or len(gaps) != 3:
+            raise ValueError(f"policy Prophet: gap_thresholds must be three numbers, got gap_thresholds={shown(gaps)}")
+        for gap in gaps:
+            number("policy Prophet", "gap_thresholds", gap)
 
     def _answer(self, plan: Plan, lanes: Lanes | View, state: RowState) -> Tensor:
         if self.answer_start is None:
@@ -103,7 +113,13 @@ class Sched(Policy):
     def __post_init__(self) -> None:
         for name, known in (("curve", CURVES), ("reduce", REDUCTIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"policy Sched: {name} must be one of {', '.join(known)}, got {name}={getattr(self, name)!r}")
+                raise ValueError(f"policy Sched: {name} must be one of {', '.join(known)}, got {name}={shown(getattr(self, name))}")
+        for name in ("high", "low"):
+            number("policy Sched", name, getattr(self, name))
+        number("policy Sched", "rate", self.rate, 0)
+        for name in ("min_progress", "max_change"):
+            number("policy Sched", name, getattr(self, name), 0, 1)
+        whole("policy Sched", "patience", self.patience)
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         return {"predicted": lanes_of(plan, state, torch.int64, -1), "calm": rows_of(state, torch.int32)}

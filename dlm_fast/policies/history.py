@@ -9,6 +9,7 @@ import torch
 from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BIAS
 
+from ..limits import MAX_SHIFT, flag, number, whole
 from .base import Choice, Memory, Policy, View, lanes_of
 
 
@@ -23,6 +24,10 @@ class KLStability(Policy):
     kl_threshold: float = 0.015
     kl_history: int = 2
     outputs: ClassVar[tuple[str, ...]] = ("kl",)
+
+    def __post_init__(self) -> None:
+        number("policy KLStability", "kl_threshold", self.kl_threshold, 0)
+        whole("policy KLStability", "kl_history", self.kl_history, 1)
 
     def memory(self, plan, state: RowState) -> Memory:
         return {"calm": lanes_of(plan, state, torch.int32)}
@@ -46,6 +51,9 @@ class ConsistentTrajectory(Policy):
     # Steps before the list may decide; candidates a step gains from then on; the list's longest length in shares of the schedule.
     warmup: ClassVar[int] = 4
     longest: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        flag("policy ConsistentTrajectory", "dynamic", self.dynamic)
 
     def memory(self, plan, state: RowState) -> Memory:
         return {"listed": lanes_of(plan, state, torch.bool), "predicted": lanes_of(plan, state, torch.int64, -1)}
@@ -83,6 +91,11 @@ class Credit(Policy):
     credit_decay: float = 0.8
     credit_power: float = 0.2
     credit_weight: float = 0.7
+
+    def __post_init__(self) -> None:
+        number("policy Credit", "credit_decay", self.credit_decay, 0, 1)
+        number("policy Credit", "credit_power", self.credit_power, 0)
+        number("policy Credit", "credit_weight", self.credit_weight, 0, MAX_SHIFT)
 
     def memory(self, plan, state: RowState) -> Memory:
         B, slots = state.tokens.shape[0], plan.block_length

@@ -11,6 +11,7 @@ from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DENOISE, DONE
 from torch import Tensor
 
+from ..limits import number, whole
 from .base import Choice, Memory, Policy, View
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ class InsertDelete(Policy):
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
     greedy_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("delete_id", "split_id"):
+            whole("policy InsertDelete", name, getattr(self, name), none=True)
+        number("policy InsertDelete", "edit_threshold", self.edit_threshold)
+        whole("policy InsertDelete", "max_post_edits", self.max_post_edits)
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         if self.delete_id is None or self.split_id is None:

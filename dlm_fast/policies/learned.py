@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dlm_kernels import RowState
 from torch import Tensor
 
+from ..limits import flag, number
 from .base import Choice, Memory, Policy, View
 from .heads import Head, load_head
 
@@ -31,10 +32,7 @@ class _Learned(Policy):
     accept_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        value = self.accept_threshold
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
-            rule = "accept_threshold must be a number in [0, 1] or None"
-            raise ValueError(f"policy {type(self).__name__}: {rule}, got accept_threshold={value!r}")
+        number(f"policy {type(self).__name__}", "accept_threshold", self.accept_threshold, 0, 1, none=True)
 
     def _opened(self, plan: Plan, state: RowState, kind: str, called: str, signature: str, published: float) -> Memory:
         """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not fit."""
@@ -95,6 +93,10 @@ class LearnedFilter(_Learned):
 
     eotp: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("policy LearnedFilter", "eotp", self.eotp)
+
     def memory(self, plan: Plan, state: RowState) -> Memory:
         signature = "(confidence [B, block_length]) -> [B, block_length]"
         return self._opened(plan, state, "filter", "filter", signature, published=0.96)
@@ -103,7 +105,7 @@ class LearnedFilter(_Learned):
         verdict = of_lanes(view, view.memory["head"](of_block(view, torch.where(view.eligible, view.confidence, 0.0))))
         accepted = view.eligible & (verdict > view.memory["accept"])
         if self.eotp:
-            ends = (view.token[:, :, None] == view.sampling.eos).any(2)
+            ends = view.is_eos()
             W = ends.shape[1]
             lane = torch.arange(W, device=ends.device)
             first = torch.where(accepted & ends, lane, W).amin(1)

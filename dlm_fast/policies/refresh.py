@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..limits import number
 from .base import Choice, Policy, View
 
 
@@ -21,6 +22,9 @@ class EntropyRefresh(Policy):
     refresh_entropy: float = 1.0
     outputs: ClassVar[tuple[str, ...]] = ("entropy",)
     family: ClassVar[str] = "refresh"
+
+    def __post_init__(self) -> None:
+        number("policy EntropyRefresh", "refresh_entropy", self.refresh_entropy, 0)
 
     def refreshes(self, view: View, choice: Choice, written: Tensor) -> Tensor:
         return (torch.where(written, view.entropy, 0.0) > self.refresh_entropy).any(1)

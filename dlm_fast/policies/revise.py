@@ -11,6 +11,7 @@ from dlm_kernels import RowState
 
 if TYPE_CHECKING:
     from ..schedule import Plan
+from ..limits import MAX_SHIFT, number, whole
 from .base import Choice, Memory, Policy, View, lanes_of, rows_of
 
 
@@ -29,7 +30,7 @@ class RunningConfidence(Policy):
         return {"run": lanes_of(plan, state, torch.float32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        masks, steps = view.state.block_masks, view.sampling.steps.clamp(min=1)
+        masks, steps = view.state.block_masks.long(), view.sampling.steps.clamp(min=1)
         done = torch.minimum((masks * (view.block_step + 1) + steps - 1) // steps, masks)
         run = view.keep("run", torch.where(view.eligible, choice.score, view.memory["run"]))
         return dataclasses.replace(choice.only(view.eligible), remask_score=run, remask_count=(masks - done).int())
@@ -58,7 +59,7 @@ class Backtrack(Policy):
         count = ever.sum(1)
         mean = torch.where(ever, view.memory["final"].double(), 0.0).sum(1) / count.clamp(min=1)
         value = torch.where(count > 0, mean, 1.0).float()
-        return dataclasses.replace(choice, score=view.confidence, value=value, remask_score=fall)
+        return dataclasses.replace(choice, score=view.confidence, rank=None, value=value, remask_score=fall)
 
     def after(self, view: View, choice: Choice, written: torch.Tensor) -> None:
         # Lanes past the canvas write to a column of their own.
@@ -91,6 +92,9 @@ class Wino(Policy):
     most: ClassVar[int] = 20
     first: ClassVar[int] = 30
 
+    def __post_init__(self) -> None:
+        number("policy Wino", "verify_threshold", self.verify_threshold, 0, 1)
+
     def memory(self, plan: Plan, state: RowState) -> Memory:
         return {"accepted": rows_of(state, torch.int32)}
 
@@ -122,6 +126,11 @@ class JointThreshold(Policy):
     repeat_penalty: float = 0.0
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
+
+    def __post_init__(self) -> None:
+        number("policy JointThreshold", "edit_threshold", self.edit_threshold)
+        whole("policy JointThreshold", "max_post_edits", self.max_post_edits)
+        number("policy JointThreshold", "repeat_penalty", self.repeat_penalty, -MAX_SHIFT, MAX_SHIFT)
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         return {"post": rows_of(state, torch.int32)}

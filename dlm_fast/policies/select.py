@@ -8,7 +8,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..limits import number, whole
 from .base import Choice, Policy, View
+
+
+# Narrower than this, a neighbour's weight is 0 in float64 anyway, and the square of the width soon is.
+MIN_SIGMA = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +25,9 @@ class NearBest(Policy):
 
     slack: float = 1e-5
 
+    def __post_init__(self) -> None:
+        number("policy NearBest", "slack", self.slack, 0)
+
     def choose(self, view: View, choice: Choice) -> Choice:
         best = torch.where(view.eligible, choice.score, -torch.inf).amax(1)
         return dataclasses.replace(choice, value=torch.minimum(choice.value, best - self.slack))
@@ -30,6 +38,9 @@ class AdaptiveThreshold(Policy):
     """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM, arXiv:2601.17917."""
 
     alpha: float = 0.3
+
+    def __post_init__(self) -> None:
+        number("policy AdaptiveThreshold", "alpha", self.alpha, 0, 1)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         left = view.eligible.sum(1).float() / view.in_region.sum(1).clamp(min=1).float()
@@ -46,9 +57,14 @@ class LocalLeap(Policy):
     relaxed_threshold: float = 0.75
     distance: int = 4
 
+    def __post_init__(self) -> None:
+        number("policy LocalLeap", "relaxed_threshold", self.relaxed_threshold)
+        whole("policy LocalLeap", "distance", self.distance)
+
     def choose(self, view: View, choice: Choice) -> Choice:
         anchors = (view.eligible & (choice.score >= choice.value[:, None])).float()
-        near = F.max_pool1d(anchors[:, None], 2 * self.distance + 1, stride=1, padding=self.distance)[:, 0] > 0
+        reach = min(self.distance, anchors.shape[1])
+        near = F.max_pool1d(anchors[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
         return dataclasses.replace(choice, value=torch.where(near, self.relaxed_threshold, choice.value[:, None]))
 
 
@@ -61,6 +77,9 @@ class CertaintyPrior(Policy):
 
     sigma: float = 10.0
     reach: ClassVar[int] = 30
+
+    def __post_init__(self) -> None:
+        number("policy CertaintyPrior", "sigma", self.sigma, MIN_SIGMA)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         state, L = view.state, view.state.tokens.shape[1]

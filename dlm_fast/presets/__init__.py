@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ..policies import as_policies
+from .options import unread
 from .preset import FIELDS, Preset
 from .table import PRESETS
 
@@ -17,8 +18,9 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
 
     policy: what `generate(policy=...)` was given; it acts after the preset's own policies.
 
-    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or option, for a combination that makes no sense, and where the preset's visibility is not
-    the model's.
+    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or option, for an
+    option that the decoder does not read (`presets/options.py`), for a combination that makes no sense, and where the preset's
+    visibility is not the model's.
     """
     if preset is None:
         preset = "llada" if visibility == "full" else "sdar"
@@ -36,7 +38,11 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     if preset.visibility != visibility:
         fitting = ", ".join(p.name for p in PRESETS.values() if p.visibility == visibility)
         raise ValueError(f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; use {fitting}")
-    return preset.replace(**{**overrides, "policies": policies})
+    chosen = preset.replace(**{**overrides, "policies": policies})
+    idle = unread(chosen, overrides, preset)
+    if idle:
+        raise ValueError(f"generate: {'; '.join(idle.values())}")
+    return chosen
 
 
 def describe(preset: Preset) -> dict[str, Any]:

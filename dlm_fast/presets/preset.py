@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dlm_kernels.rules import Scope, UnmaskRule
 
+from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, number, whole
 from ..policies import Policy
+from .options import rules_of
 
 VISIBILITIES = ("full", "block")
 SCHEDULES = ("block", "canvas", "pipeline")
@@ -79,7 +82,8 @@ class Preset:
             it; a step writes the masks that are left at most (SDAR, LLaDA2).
         scope: of a pipeline's forced tokens, "each" or "first" block.
         tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
-        top_k_first: order of generate's filters. suppress_eos: predicted EOS tokens are ranked last.
+        top_k_first: order of generate's filters. greedy_filters: a row of temperature 0 has its statistics after the filters too
+            (Dream, D2F, RCR): confidences rise, and thresholds pass sooner; else filters are for draws. suppress_eos: predicted EOS tokens are ranked last.
         cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
@@ -127,6 +131,7 @@ class Preset:
     scope: Scope | None = None
     tempered: bool = False
     top_k_first: bool = False
+    greedy_filters: bool = False
     suppress_eos: bool = False
     cfg_scale: float = 0.0
     policies: tuple[Policy, ...] = ()
@@ -196,10 +201,17 @@ class Preset:
         return own
 
     def replace(self, **options: Any) -> Preset:
-        """A copy with some options replaced; an option of a policy reaches every policy that has it."""
+        """A copy with some options replaced; an option of a policy reaches every policy that has it. Unknown ones raise ValueError.
+
+        Options that the copy does not read are allowed here, where a preset may be made in several steps; `generate` refuses them.
+        """
         own = {name: value for name, value in options.items() if name in FIELDS}
-        policies = []
-        for policy in own.pop("policies", self.policies):
+        policies, before = [], own.pop("policies", self.policies)
+        known = {*FIELDS, *(field.name for policy in before for field in dataclasses.fields(policy))}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ValueError(f"preset {self.name}: unknown options {', '.join(unknown)}; options are {', '.join(self.options())}")
+        for policy in before:
             names = {field.name for field in dataclasses.fields(policy)} - set(FIELDS)
             policies.append(dataclasses.replace(policy, **{name: value for name, value in options.items() if name in names}))
         return dataclasses.replace(self, **own, policies=tuple(policies))
@@ -208,10 +220,6 @@ class Preset:
 FIELDS = tuple(
     field.name for field in dataclasses.fields(Preset) if field.name not in ("name", "source", "exactness", "visibility", "needs")
 )
-
-
-def _number(value: Any, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and value == value
 
 
 def check(preset: Preset) -> None:
@@ -226,26 +234,37 @@ def check(preset: Preset) -> None:
     for name, values in known.items():
         if getattr(p, name) not in values:
             fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={getattr(p, name)!r}")
+    owner = f"preset {p.name}"
     for name in ("block_length", "sub_block_length", "steps_per_block", "refresh_interval"):
-        value = getattr(p, name)
-        if value is not None and not (_number(value, int) and value >= 1):
-            fail(f"{name} must be a whole number >= 1 or None, got {name}={value!r}")
-    for name, least in {"vicinity": 0, "warmup_steps": 0, "commit_delay": 1, "drafts": 1, "horizon": 0}.items():
-        value = getattr(p, name)
-        if not (_number(value, int) and value >= least) and not (name == "horizon" and value is None):
-            fail(f"{name} must be a whole number >= {least}, got {name}={value!r}")
-    if p.min_unmask is not None and not (_number(p.min_unmask, int) and p.min_unmask >= (0 if p.pipeline else 1)):
-        fail(f"min_unmask must be a whole number >= 1 (every step makes progress) or None, got min_unmask={p.min_unmask!r}")
+        whole(owner, name, getattr(p, name), 1, none=True)
+    whole(owner, "horizon", p.horizon, none=True)
+    whole(owner, "vicinity", p.vicinity)
+    whole(owner, "warmup_steps", p.warmup_steps)
+    whole(owner, "commit_delay", p.commit_delay, 1)
+    whole(owner, "drafts", p.drafts, 1, MAX_DRAFTS)
+    # Every step makes progress; in a pipeline it may be made by another of the row's blocks.
+    whole(owner, "min_unmask", p.min_unmask, 0 if p.pipeline else 1, none=True)
     # A negative entropy is compared with a negative threshold (dParallel's H <= 0.5 is a threshold of -0.5).
-    least = {"threshold": float("-inf") if p.score == "neg_entropy" else 0.0, "factor": 0.0, "entropy_bound": 0.0, "cfg_scale": 0.0}
-    for name, low in (least | {"order_temperature": 0.0}).items():
-        value = getattr(p, name)
-        if not (_number(value) and value >= low):
-            fail(f"{name} must be a number >= {low:g}, got {name}={value!r}")
-    for name in ("append_threshold", "activate_threshold", "schedule_eps"):
-        value = getattr(p, name)
-        if not (_number(value) and 0 < value <= 1 or value == 0 and name != "schedule_eps"):
-            fail(f"{name} must be a number in [0, 1], got {name}={value!r}")
+    low, high = (-MAX_NUMBER, MAX_NUMBER) if p.score == "neg_entropy" else (0, 1)
+    number(owner, "threshold", p.threshold, low, high)
+    number(owner, "run_threshold", p.run_threshold, low, high, none=True)
+    number(owner, "factor", p.factor, 0)
+    number(owner, "entropy_bound", p.entropy_bound, 0)
+    number(owner, "cfg_scale", p.cfg_scale, 0, MAX_SHIFT)
+    number(owner, "append_threshold", p.append_threshold, 0, 1)
+    number(owner, "activate_threshold", p.activate_threshold, 0, 1)
+    number(owner, "schedule_eps", p.schedule_eps, 0, 1)
+    if not p.schedule_eps > 0:
+        fail(f"schedule_eps must be a number > 0, got schedule_eps={p.schedule_eps!r}")
+    number(owner, "order_temperature", p.order_temperature, 0)
+    if p.order_temperature and not MIN_TEMPERATURE <= p.order_temperature <= MAX_TEMPERATURE:
+        limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
+        fail(f"order_temperature must be 0 or in {limits}, got order_temperature={p.order_temperature:g}")
+    for field in dataclasses.fields(p):
+        if field.type == "bool":
+            flag(owner, field.name, getattr(p, field.name))
+    if not isinstance(p.policies, tuple) or not all(isinstance(policy, Policy) for policy in p.policies):
+        raise TypeError(f"{owner}: policies must be a tuple of Policy, got policies={p.policies!r}")
     _check_caches(p, fail)
     _check_rules(p, fail)
     _check_policies(p, fail)
@@ -279,10 +298,14 @@ def _check_caches(p: Preset, fail: Any) -> None:
 def _check_rules(p: Preset, fail: Any) -> None:
     if p.rule == "entropy" and "random" in (p.score, p.rank):
         fail("rule='entropy' needs an order by score, got score='random'")
+    if p.rule in ("threshold", "factor") and p.score == "position":
+        fail(f"rule={p.rule!r} tests a score, and a position is none; to go from the left use rank='position', got score='position'")
     if p.rule in ("schedule", "bernoulli") and p.schedule != "canvas":
         fail(f"rule={p.rule!r} is a schedule over the whole canvas, got schedule={p.schedule!r}")
     if p.rule == "bernoulli" and p.order_temperature:
         fail("rule='bernoulli' has no order, got an order_temperature")
+    if p.rule == "bernoulli" and p.run_threshold is not None:
+        fail(f"rule='bernoulli' tests no score, got run_threshold={p.run_threshold!r}")
     if p.stop in ("appends", "fill") and not p.pipeline:
         fail(f"stop={p.stop!r} is a pipeline's, got schedule={p.schedule!r}")
     if p.stop == "all_stop" and p.pipeline:
@@ -299,7 +322,13 @@ def _check_rules(p: Preset, fail: Any) -> None:
 
 
 def _check_policies(p: Preset, fail: Any) -> None:
+    for policy in p.policies:
+        rules = rules_of(policy)
+        if rules is not None and p.rule not in rules:
+            fail(f"policy {type(policy).__name__} changes a decoder of rule {' or '.join(map(repr, rules))}, got rule={p.rule!r}")
     families = [policy.family for policy in p.policies]
+    if "refresh" in families and p.cache not in ("prefix", "dual", "scattered"):
+        fail(f"a policy that refreshes the cache goes with cache 'prefix', 'dual' or 'scattered', got cache={p.cache!r}")
     revising = [family for family in families if family in ("revise", "edit")]
     if len(revising) > 1:
         fail("two policies that take tokens back would undo each other")
@@ -322,6 +351,8 @@ def _check_policies(p: Preset, fail: Any) -> None:
             fail("drafts are lossless and an early exit is not")
         if p.rule != "quota" or p.steps_per_block is not None or p.policies or p.order_temperature or p.score == "random":
             fail("drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order")
+        if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
+            fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")
         if p.cache not in ("dual", "commit") or p.vicinity or p.seeded or p.sub_block_length is not None or p.cfg_scale:
             fail("drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale")
         if p.refresh_interval or p.warmup_steps:

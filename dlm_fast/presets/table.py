@@ -52,8 +52,9 @@ _DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True, "quota_of": "bl
 
 _ROWS = (
     Preset("llada", _LLADA, **_FULL, rule="quota"),
-    Preset("dream", _DREAM, **_FULL, schedule="canvas", rule="schedule", score="neg_entropy", tempered=True),
-    Preset("dream-origin", _DREAM, **_FULL, schedule="canvas", rule="bernoulli", tempered=True),
+    Preset("dream", _DREAM, **_FULL, schedule="canvas", rule="schedule", score="neg_entropy", tempered=True,
+           greedy_filters=True),
+    Preset("dream-origin", _DREAM, **_FULL, schedule="canvas", rule="bernoulli", tempered=True, greedy_filters=True),
     Preset("fast-dllm", _FAST, **_FULL, **_THRESHOLD),
     Preset("fast-dllm-factor", _FAST, **_FULL, rule="factor", block_length=32),
     Preset("fast-dllm-prefix", _FAST, _PREFIX, "full", "prefix", **_THRESHOLD),
@@ -77,6 +78,7 @@ _ROWS = (
         rule="threshold",
         append_threshold=0.1,
         activate_threshold=0.95,
+        greedy_filters=True,
         needs="a block-causal model; weights trained by diffusion forcing gain most",
     ),
     Preset("sdar", f"{_SDAR}; static", **_BLOCK, **_DRAWN, rule="quota"),
@@ -208,7 +210,7 @@ _ROWS = (
            policies=(Prophet(),)),
     Preset("sched", "Mohamed et al. 2025 (SchED), arXiv:2512.02892", **_FULL, rule="quota", block_length=32, policies=(Sched(),)),
     Preset("rcr", "He et al. 2025 (MDPO), arXiv:2508.13148", **_FULL, rule="quota", block_length=32, policies=(RunningConfidence(),),
-           stop="after_block"),
+           greedy_filters=True, stop="after_block"),
     Preset("saber", "Dong et al. 2025 (Saber), arXiv:2510.18165", **_FULL, rule="threshold", min_unmask=2, block_length=32,
            policies=(Backtrack(),), stop="after_block"),
     Preset("wino", "Hong et al. 2025 (WINO), arXiv:2507.18578", **_FULL, rule="threshold", threshold=0.6, block_length=128,

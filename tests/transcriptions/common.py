@@ -117,6 +117,7 @@ class Settings:
         uniform: (position, step) -> a number in (0, 1), an fp32 value.
         top_k (0 = all), top_p (1 = all), top_k_first: filters of the softmax of l / T (greedy: of l); an id that they leave out has
             probability 0. The likeliest id that may be written always stays.
+        greedy_filters: the filters hold at temperature 0 too; else nothing is filtered there.
         tempered: the statistics are those of l / T, else of l, of the ids that the filters leave.
     """
 
@@ -131,6 +132,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     top_k_first: bool = False
+    greedy_filters: bool = False
 
 
 @dataclasses.dataclass
@@ -177,6 +179,8 @@ def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
 
 def kept(logits: Tensor, settings: Settings) -> Tensor:
     """[V] bool: the ids that top-k and top-p leave, each applied to what the other left."""
+    if settings.temperature == 0 and not settings.greedy_filters:
+        return torch.ones_like(logits, dtype=torch.bool)
     scaled = logits / (settings.temperature or 1.0)
     if settings.top_k_first:
         return keep_top_p(keep_top_k(scaled, settings.top_k), settings.top_p) > -math.inf

@@ -1,0 +1,256 @@
+"""When an option is read: one table, by which `generate` refuses an option that would change nothing.
+
+An option that a decoder does not read is the first thing people tune, and they conclude that it does not matter. A preset's own
+fields may hold such numbers (a default is a default); what is given in a call must be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ..policies import (
+    AdaptiveThreshold,
+    Backtrack,
+    CertaintyPrior,
+    ConsistentTrajectory,
+    Credit,
+    EntropyRefresh,
+    InsertDelete,
+    JointThreshold,
+    KLStability,
+    LearnedCommit,
+    LearnedFilter,
+    LocalLeap,
+    NearBest,
+    Policy,
+    Prophet,
+    RunningConfidence,
+    Sched,
+    Wino,
+)
+
+if TYPE_CHECKING:
+    from .preset import Preset
+
+When = Callable[["Preset"], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """When an option is read.
+
+    when: whether a preset reads it. by: what reads it, in words. shows: the preset's fields that decide, for the error.
+    """
+
+    when: When
+    by: str
+    shows: tuple[str, ...]
+
+
+def _always(preset: Preset) -> bool:
+    return True
+
+
+def _tests(p: Preset) -> bool:
+    return p.rule in ("threshold", "factor") or p.run_threshold is not None
+
+
+def _orders(p: Preset) -> bool:
+    return p.rule != "bernoulli"
+
+
+def _draws(p: Preset) -> bool:
+    return p.drafts == 1 and not any(policy.greedy_only for policy in p.policies)
+
+
+def _refreshed(p: Preset) -> bool:
+    return p.cache in ("prefix", "dual", "scattered", "delayed") and p.drafts == 1
+
+
+ALWAYS = Reading(_always, "every decoder", ())
+# A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is not read.
+STRUCTURE: dict[str, Reading] = {
+    "schedule": ALWAYS,
+    "cache": ALWAYS,
+    "stop": ALWAYS,
+    "policies": ALWAYS,
+    "block_length": Reading(lambda p: p.schedule != "canvas", "schedule 'block' and 'pipeline'", ("schedule",)),
+    "sub_block_length": Reading(lambda p: not p.pipeline and p.drafts == 1, "schedule 'block' without drafts", ("schedule", "drafts")),
+    "causal_commit": Reading(lambda p: p.cache == "commit", "cache='commit'", ("cache",)),
+    "seeded": Reading(lambda p: p.cache == "commit" and p.drafts == 1, "cache='commit' without drafts", ("cache", "drafts")),
+    "sub_block_cache": Reading(
+        lambda p: p.cache == "commit" and p.sub_block_length is not None,
+        "cache='commit' with a sub_block_length",
+        ("cache", "sub_block_length"),
+    ),
+    "horizon": Reading(
+        lambda p: p.visibility == "full" and p.schedule == "block" and p.cache in ("none", "prefix") and not p.shadow,
+        "blocks of full visibility with cache 'none' or 'prefix'",
+        ("visibility", "schedule", "cache"),
+    ),
+    "keep_last": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
+    "scatter_suffix": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
+    "vicinity": Reading(lambda p: p.cache == "dual" and p.drafts == 1, "cache='dual' without drafts", ("cache", "drafts")),
+    "warmup_steps": Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")),
+    "refresh_interval": Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")),
+    "commit_delay": Reading(lambda p: p.cache == "delayed", "cache='delayed'", ("cache",)),
+    "append_threshold": Reading(lambda p: p.pipeline, "schedule='pipeline'", ("schedule",)),
+    "activate_threshold": Reading(
+        lambda p: p.pipeline and p.scope != "first", "schedule='pipeline' with scope='each'", ("schedule", "scope")
+    ),
+    "scope": Reading(lambda p: p.pipeline, "schedule='pipeline'", ("schedule",)),
+    "cfg_scale": Reading(
+        lambda p: p.visibility == "full" and not p.pipeline and not p.shadow and p.drafts == 1,
+        "full visibility without a pipeline, shadow rows and drafts",
+        ("visibility", "schedule", "drafts"),
+    ),
+    "drafts": Reading(
+        lambda p: (
+            (p.rule, p.steps_per_block, p.policies, p.order_temperature, p.rank) == ("quota", None, (), 0, None)
+            and p.cache in ("dual", "commit")
+            and not (p.vicinity or p.seeded or p.cfg_scale or p.refresh_interval or p.warmup_steps or p.suppress_eos)
+            and p.sub_block_length is None
+            and p.score != "random"
+        ),
+        "a static decoder of one token per step with cache 'dual' or 'commit'",
+        ("rule", "steps_per_block", "cache"),
+    ),
+    # What happens to a drawn token; without a temperature nothing is drawn, and the option waits for one.
+    "tempered": Reading(_draws, "decoders that may draw", ("drafts",)),
+    "top_k_first": Reading(_draws, "decoders that may draw", ("drafts",)),
+    "greedy_filters": Reading(lambda p: not any(policy.greedy_only for policy in p.policies), "decoders with filters", ()),
+}
+# What decides which positions a step writes; a policy may decide it instead.
+RULE: dict[str, Reading] = {
+    "rule": ALWAYS,
+    "threshold": Reading(lambda p: p.rule == "threshold", "rule='threshold'", ("rule",)),
+    "inclusive": Reading(lambda p: p.rule in ("threshold", "entropy"), "rule 'threshold' or 'entropy'", ("rule",)),
+    "factor": Reading(lambda p: p.rule == "factor", "rule='factor'", ("rule",)),
+    "entropy_bound": Reading(lambda p: p.rule in ("entropy", "renoise"), "rule 'entropy' or 'renoise'", ("rule",)),
+    "run_threshold": Reading(
+        lambda p: not p.pipeline and p.drafts == 1 and p.rule != "bernoulli",
+        "blocks one at a time, by a rule with an order, without drafts",
+        ("rule", "schedule", "drafts"),
+    ),
+    "score": Reading(
+        lambda p: _tests(p) or (_orders(p) and p.rank is None),
+        "rule 'threshold' or 'factor', a run_threshold, and an order that has no rank of its own",
+        ("rule", "rank"),
+    ),
+    "rank": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
+    "order_temperature": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
+    "suppress_eos": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
+    "min_unmask": Reading(
+        lambda p: p.rule in ("threshold", "factor", "entropy") and not (p.pipeline and p.scope != "first"),
+        "rule 'threshold', 'factor' or 'entropy', of a pipeline with scope='first'",
+        ("rule", "schedule", "scope"),
+    ),
+    "steps_per_block": Reading(
+        lambda p: (p.quota or p.rule in ("schedule", "bernoulli")) and p.drafts == 1,
+        "rule 'quota', 'schedule' or 'bernoulli', or min_unmask=None, without drafts",
+        ("rule", "min_unmask", "drafts"),
+    ),
+    "schedule_eps": Reading(lambda p: p.rule in ("schedule", "bernoulli"), "rule 'schedule' or 'bernoulli'", ("rule",)),
+    "strict_reference": Reading(lambda p: p.rule == "schedule", "rule='schedule'", ("rule",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a policy makes of the rule.
+
+    rules: the rules that it changes; None = any. replaces: options that its own decision puts out of use. reads: options that it
+    reads whatever the rule does. through: options of the rule through which it acts; its numbers are read where one of them is.
+    numbers: when single numbers of its own are read, for those that are not always.
+    """
+
+    rules: tuple[str, ...] | None = None
+    replaces: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    through: frozenset[str] = frozenset()
+    numbers: dict[str, Reading] = dataclasses.field(default_factory=dict)
+
+
+_ALL, _SCHEDULE, _VALUE = frozenset(RULE), frozenset({"steps_per_block"}), frozenset({"threshold", "factor", "entropy_bound"})
+_BY_SCORE = frozenset({"score", "suppress_eos"})
+_WEIGHTED = Reading(
+    lambda p: _tests(p) or (p.rank is None and not p.order_temperature),
+    "a rule that tests the score or orders by it",
+    ("rule", "rank", "order_temperature"),
+)
+_EXPONENTIAL = Reading(
+    lambda p: any(isinstance(policy, Sched) and policy.curve == "exponential" for policy in p.policies), "curve='exponential'", ()
+)
+# Policies that are not here may read any option of the rule, and may decide without it.
+UNKNOWN = Part(reads=_ALL)
+PARTS: dict[type[Policy], Part] = {
+    NearBest: Part(("threshold",), through=_VALUE),
+    LocalLeap: Part(("threshold",), through=_VALUE),
+    AdaptiveThreshold: Part(("threshold", "factor", "entropy"), through=_VALUE),
+    CertaintyPrior: Part(through=_BY_SCORE, numbers={"sigma": _WEIGHTED}),
+    KLStability: Part(("threshold",), replaces=frozenset({"inclusive", "min_unmask", "run_threshold"}), reads=_SCHEDULE),
+    ConsistentTrajectory: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE),
+    Credit: Part(("quota", "threshold", "factor", "entropy", "schedule")),
+    Prophet: Part(reads=_SCHEDULE),
+    Sched: Part(reads=_SCHEDULE, numbers={"rate": _EXPONENTIAL}),
+    RunningConfidence: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE),
+    Backtrack: Part(("threshold",), replaces=_BY_SCORE | {"threshold", "rank", "order_temperature"}),
+    Wino: Part(),
+    JointThreshold: Part(),
+    InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}),
+    EntropyRefresh: Part(),
+    LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE),
+    LearnedCommit: Part(replaces=_ALL),
+}
+
+
+def rules_of(policy: Policy) -> tuple[str, ...] | None:
+    """The rules that a policy can change; None = any."""
+    return PARTS.get(type(policy), UNKNOWN).rules
+
+
+def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]:
+    """Of the options `given`, by which `preset` came of `base`, those that it does not read, each with the reason.
+
+    An option that the preset could not do without is no such option (`horizon=None` beside a cache that allows none).
+    """
+    live = {name for name, reading in RULE.items() if reading.when(preset)}
+    replaced: dict[str, str] = {}
+    for policy in preset.policies:
+        part = PARTS.get(type(policy), UNKNOWN)
+        # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as it is.
+        reads = {name for name in part.reads if part is UNKNOWN or name in _SCHEDULE or name not in replaced}
+        replaced |= {name: type(policy).__name__ for name in part.replaces & live}
+        live = (live - part.replaces) | reads
+    numbers: dict[str, Reading] = {}
+    for policy in preset.policies:
+        part = PARTS.get(type(policy), UNKNOWN)
+        idle = part.through and not part.through & live
+        by_rule = Reading(lambda p: False, f"a decoder whose {' or '.join(sorted(part.through))} decides", ())
+        for field in dataclasses.fields(policy):
+            numbers[field.name] = by_rule if idle else part.numbers.get(field.name, ALWAYS)
+    reasons = {}
+    for name in given:
+        reading = RULE.get(name) or STRUCTURE.get(name) or numbers.get(name, ALWAYS)
+        if name in live or (name not in RULE and reading.when(preset)) or _needed(preset, name, base):
+            continue
+        if name in replaced:
+            reasons[name] = f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself"
+            continue
+        shows = ", ".join(f"{field}={getattr(preset, field)!r}" for field in reading.shows)
+        where = f"with {shows}" if shows else "here"
+        reasons[name] = f"{name} has no effect {where} (preset {preset.name}): it is read by {reading.by}"
+    return reasons
+
+
+def _needed(preset: Preset, name: str, base: Preset) -> bool:
+    """Whether the preset would be refused with the value that `base` has."""
+    if not hasattr(preset, name):
+        return False
+    try:
+        dataclasses.replace(preset, **{name: getattr(base, name)})
+    except ValueError:
+        return True
+    return False
