@@ -212,8 +212,6 @@ def generate(
         NotImplementedError: the preset's model family is not here yet.
         RuntimeError: the patch is not in place any more, so that a layer attended otherwise.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"generate: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}")
     if preset is not None and not isinstance(preset, (str, Preset)):
         raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={preset!r}")
     if on_step is not None and not callable(on_step):

@@ -269,7 +269,7 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
 def handle_of(model: nn.Module) -> PatchHandle:
     """The handle of a patched or loaded model. Raises ValueError if it is neither, TypeError if it is no model."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"dlm_fast: model must be a torch module, patched or loaded, got {type(model).__name__}")
+        raise TypeError(f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}")
     handle = model.__dict__.get(_ATTRIBUTE)
     if handle is None:
         advice = "use dlm_fast.load(path) or dlm_fast.patch(model)"
