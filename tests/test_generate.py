@@ -294,8 +294,8 @@ def test_forwards_are_counted_by_hand_for_every_cache():
     # Prefill of 6, two blocks of two steps, and one commit between them.
     committed = dlm_fast.generate(block, prompt, preset="sdar", **settings)
     assert committed.nfe == [1 + 2 + 1 + 2] and committed.query_tokens == [6 + 2 * 4 + 4 + 2 * 4]
-    # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12, 14). A step takes
-    # half a block of 4.
+    # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12, 14). A step
+    # takes half a block of 4.
     absolute = dlm_fast.generate(toy("block", eos=(), block_length=4, block_alignment="abs"), prompt, preset="sdar", **settings)
     assert absolute.nfe == [1 + 1 + 1 + 2 + 1 + 1] and absolute.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2]
 

@@ -1,4 +1,4 @@
-"""Presets beside the loops that their authors publish, where a reader of those loops would expect them to agree. Worked out by hand."""
+"""Presets beside the loops that their authors publish: numbers of those loops, worked out by hand."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from dlm_fast.policies.indel import InsertDelete, _Row, _Slot
 from dlm_fast.presets import PRESETS
 from helpers import EOS, MASK, VOCAB, random_prompts, toy
 
-# Of 9 positions, 6 the prompt, a token a forward. delay 1: the first forward caches the prompt, the second recomputes the block, the
-# third everything. delay 2: the second caches the prompt, so it is of everything too.
-D3LLM = [(1, None, 9 + 3 + 3), (1, 3, 9 + 3 + 9), (1, 2, 9 + 9 + 3), (2, None, 9 + 9 + 3), (2, 3, 9 + 9 + 9), (3, None, 9 + 9 + 9)]
+# Of 9 positions, 6 the prompt, a token a forward. delay 1: the first forward caches the prompt, the second recomputes the block,
+# the third everything. delay 2: the second caches the prompt, so it is of everything too.
+D3LLM = [
+    (1, None, 9 + 3 + 3),
+    (1, 3, 9 + 3 + 9),
+    (1, 2, 9 + 9 + 3),
+    (2, None, 9 + 9 + 3),
+    (2, 3, 9 + 9 + 9),
+    (3, None, 9 + 9 + 9),
+]
 
 
 @pytest.mark.parametrize("delay, interval, positions", D3LLM)
@@ -26,18 +33,22 @@ def test_d3llm_counts_forwards_from_one_and_waits_before_it_caches_the_prompt(de
 
 
 def test_d3llm_commits_a_block_by_the_forward_that_recomputes_it():
-    # 2 + 2 + 2 positions, a token a forward, blocks opened one after the other. Forward 1 caches the prompt, 2 finishes the first block,
-    # 3 recomputes everything while it waits, 4 recomputes both blocks and commits it.
+    # 2 + 2 + 2 positions, a token a forward, blocks opened one after the other. Forward 1 caches the prompt, 2 finishes the first
+    # block, 3 recomputes everything while it waits, 4 recomputes both blocks and commits it.
     options = dict(block_length=2, max_new_tokens=4, threshold=-1e-9, append_threshold=1.0, stop="never")
     out = dlm_fast.generate(toy("full"), random_prompts([2]), preset="d3llm", commit_delay=1, refresh_interval=None, **options)
     assert (out.nfe, out.query_tokens) == ([4], [6 + 4 + 6 + 4])
 
 
-# A block of 4 over 2 steps writes 2 and 2, though the prompt leaves it 2 or 3 masks: SDAR's and LLaDA2's schedule is of a block's length.
+# A block of 4 over 2 steps writes 2 and 2, though the prompt leaves it 1 to 3 masks: the schedule is of a block's length.
 SHARED = [(2, [0, 0], 1), (1, [0, 0, 1], 2), (3, [0], 1), (4, [0, 0, 1, 1], 2)]
 BY_QUOTA = {
-    "sdar": {}, "sdar-dynamic": {"threshold": 1.0}, "sdar-sequential": {}, "trado": {"threshold": 1.0}, "llada2-quota": {"threshold": 1.0},
-}  # fmt: skip
+    "sdar": {},
+    "sdar-sequential": {},
+    "sdar-dynamic": {"threshold": 1.0},
+    "trado": {"threshold": 1.0},
+    "llada2-quota": {"threshold": 1.0},
+}
 
 
 @pytest.mark.parametrize("preset", BY_QUOTA)
@@ -71,8 +82,8 @@ def test_what_a_quota_is_of_is_an_option():
         dlm_fast.generate(model, prompt, preset="sdar", quota_of="steps")
 
 
-# 40 positions, 8 the prompt, two blocks of 16, a token a step; window steps compute the block and one position on either side, where
-# there is one: 18 and 17.
+# 40 positions, 8 the prompt, two blocks of 16, a token a step; window steps compute the block and one position on either side,
+# where there is one: 18 and 17.
 @pytest.mark.parametrize("warmup, full", [(0, 1), (1, 2), (2, 3), (20, 21)])
 def test_dinfer_warms_up_by_forwards_that_fill_no_cache_and_then_fills_it(warmup, full):
     options = dict(block_length=16, threshold=1.0, vicinity=1, max_new_tokens=32, stop="never")
@@ -87,7 +98,9 @@ def test_dinfer_warms_up_by_forwards_that_fill_no_cache_and_then_fills_it(warmup
 DELETE, SPLIT = 2, 3
 
 
-def edited(tokens: list[int], prefers: list[list[int]], original: set[int], seen: bool = False, history: dict | None = None) -> tuple:
+def edited(
+    tokens: list[int], prefers: list[list[int]], original: set[int], seen: bool = False, history: dict | None = None
+) -> tuple[list[int], dict[int, set[int]]]:
     """One step of a block whose first position is given: its tokens then, and what was written at each position so far."""
     policy = InsertDelete(delete_id=DELETE, split_id=SPLIT)
     row = _Row([_Slot(token, j == 0, j in original, -1, 0.0) for j, token in enumerate(tokens)])

@@ -121,7 +121,7 @@ class View:
         return (self.token[:, :, None] == self.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
-        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes in this step, if so many are masked."""
+        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are masked."""
         spread = self.sampling.block_length if self.plan.preset.quota_of == "block" else self.state.block_masks
         return quota(spread, self.state.block_step, self.sampling.steps)
 

@@ -48,10 +48,10 @@ class InsertDelete(Policy):
     """The joint threshold with two more predictions: DELETE drops its position, SPLIT puts a mask before it. LLaDA2.2.
 
     A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written tokens above
-    `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the one that writes the last of
-    them), or after more than block length + `max_post_edits` steps; a final step writes everything, and no mask, DELETE or SPLIT.
-    Where the block returns to a content it has had, the least certain change avoids what was written at its position before, DELETE
-    and SPLIT included; the position's history stays when tokens move.
+    `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the one that writes the last
+    of them), or after more than block length + `max_post_edits` steps; a final step writes everything, and no mask, DELETE or
+    SPLIT. Where the block returns to a content it has had, the least certain change avoids what was written at its position before,
+    DELETE and SPLIT included; the position's history stays when tokens move.
 
     delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text. max_post_edits: SGLang's
     max_post_edit_steps.

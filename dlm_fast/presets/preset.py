@@ -51,18 +51,18 @@ class Preset:
             "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at least two
                 steps ago are not recomputed (dKV-Cache).
             "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
-            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a time, after
-                `commit_delay` forwards that found the block finished and all before it appended; until then forwards are of
+            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a time,
+                after `commit_delay` forwards that found it finished and all before it appended; until then forwards are of
                 everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
         causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
         sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
         horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
         scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
         vicinity: with "dual", window steps recompute so many positions on either side of the block too.
-        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts them; the one
-            after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
-        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed", every n-th
-            forward of the row that appends nothing. None = only a block's first.
+        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts them; the
+            one after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
+        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed", every
+            forward whose number in the row, from 1, is a multiple of n, unless it appends. None = only a block's first.
 
         rule: which masked positions of the block a step writes.
             "quota": a fixed number: the block spread over `steps_per_block` steps (`quota_of`).
@@ -76,10 +76,10 @@ class Preset:
             "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
         order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
         run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None = not.
-        steps_per_block: of the quota; None = one token per step. quota_of: what is spread over them, the first steps taking one more
-            where it does not divide: "masks": those that the block holds when it is opened (LLaDA's num_transfer_tokens). "block": its
-            full length, whatever it holds of given tokens, so that a block that begins with the prompt's end takes no more steps for
-            it; a step writes the masks that are left at most (SDAR, LLaDA2).
+        steps_per_block: of the quota; None = one token per step.
+        quota_of: what is spread over them, the first steps taking one more where it does not divide. "masks": those that the block
+            holds when it is opened (LLaDA's num_transfer_tokens). "block": its full length, also where it begins with the end of
+            the prompt; a step writes the masks that are left at most (SDAR, LLaDA2).
         scope: of a pipeline's forced tokens, "each" or "first" block.
         tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
         top_k_first: order of generate's filters. greedy_filters: a row of temperature 0 has its statistics after the filters too
@@ -89,8 +89,8 @@ class Preset:
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
         stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop": after a block of
             nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars further blocks; "fill": it fills the
-            tail. The text ends at the first EOS under each of them; what differs is the cost, and for "fill" with full visibility also
-            the text: masks before the EOS see the filled tail (d3LLM).
+            tail. The text ends at the first EOS under each of them; what differs is the cost, and for "fill" with full visibility
+            also the text: masks before the EOS see the filled tail (d3LLM).
     """
 
     name: str

@@ -31,7 +31,7 @@ class RowState:
         canvas_len: [B] end of the row's canvas.
         block_start, block_end: [B] current region.
         block_masks: [B] masked positions of the current block when it was opened (the quota's m0).
-        block_step: [B] denoise steps taken in the current block; in a delayed pipeline, those that found its first block finished.
+        block_step: [B] denoise steps taken in the current block; in a delayed pipeline, those that found the first finished.
         step: [B] denoise steps taken by the row.
         phase: [B] WIDE, DENOISE, COMMIT or DONE: what the row needs next.
         nfe: [B] forwards the row took part in, cache refreshes and commits included.

@@ -65,8 +65,8 @@ def advance_pipeline(
     """Several blocks at once: move the region of the row, and its phase.
 
     masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first of them;
-    first: the first position masked before the step; stop_at: the first written stop token; all three are block_end where there is
-    none. No canvas position from masks_end on is masked. phase, step, block_step: of the row, before the step.
+    first: the first position masked before the step; stop_at: the first written stop token; all three are block_end where there
+    is none. No canvas position from masks_end on is masked. phase, step, block_step: of the row, before the step.
     """
     start = block_start
     if CACHE == "delayed":

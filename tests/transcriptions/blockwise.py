@@ -251,8 +251,8 @@ def decode_vicinity(
 ) -> Row:
     """dInfer's vicinity refresh: of a dual cache, `vicinity` positions on either side of the block are recomputed with it.
 
-    The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no cache, that is the first
-    of its block, or a `refresh_interval`-th of it.
+    The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no cache, that is the
+    first of its block, or a `refresh_interval`-th of it.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()
     for start, end in blocks_of(row, block_length):

@@ -306,8 +306,8 @@ def quota(masks: int, steps: int, i: int) -> int:
     return max(1, masks // steps + (1 if i < masks % steps else 0))
 
 
-# (statistics of the eligible positions, what a quota is of (the masks when the block was opened; SDAR, LLaDA2: its length), denoise steps
-# already taken in it) -> those to write
+# (statistics of the eligible positions, what a quota is of (the masks when the block was opened; SDAR, LLaDA2: its length),
+# denoise steps already taken in it) -> those to write
 Rule = Callable[[list[Stats], int, int], list[Stats]]
 
 

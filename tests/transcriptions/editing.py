@@ -32,7 +32,7 @@ def decode_joint_threshold(
 
     A block is finished by the forward that changes nothing, which is its commit, or by the forward after `max_post_edits` ones that began
     without masks, which edits nothing; one that was given whole is committed without a denoise step.
-    repeat_penalty: taken from the logit of what a position's left neighbour in the block holds; the block's first position has none.
+    repeat_penalty: taken from the logit of what a position's left neighbour in the block holds; the block's first has none.
     """
     row, L = Row(canvas, settings), len(canvas)
     if not row.masked(0, L):
@@ -88,8 +88,8 @@ def decode_insert_delete(
 
     What follows in the block moves, is cut at the block's end or padded with masks. Masks that the block did not begin with are
     introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it changed anything, and
-    if a block follows. A content that comes again is left by giving its weakest real change something that was never drawn for that place
-    (commands are drawn too); what was drawn for a place is remembered by place.
+    if a block follows. A content that comes again is left by giving its weakest real change something that was never drawn for that
+    place (commands are drawn too); what was drawn for a place is remembered by place.
     """
     row, L, M = Row(canvas, settings), len(canvas), settings.mask_id
     if not row.masked(0, L):
@@ -180,7 +180,7 @@ def rewrite(
     delete_id: int,
     split_id: int,
 ) -> None:
-    """Applies the picks to the block: writes, deletions and splits, from left to right. Whether it was an original mask moves with it."""
+    """Applies the picks to the block: writes, deletions and splits, from left to right. What was an original mask moves."""
     M = row.settings.mask_id
     introduced = (M, -1, 0.0, False)
 

@@ -195,12 +195,12 @@ def decode_d3llm(
     commit_delay: int = 2,
     refresh_interval: int | None = 3,
 ) -> Row:
-    """d3LLM: full visibility over the whole canvas; what comes first of what is finished and not cached waits `commit_delay` forwards.
+    """d3LLM: full visibility over the whole canvas; the first part that is finished and not cached waits `commit_delay` forwards.
 
-    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it cached. A forward
-    that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of the others, one that comes before the
-    prompt is cached, that finds a block waiting, or whose number is a multiple of `refresh_interval` recomputes everything; the rest
-    recompute what is not cached.
+    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it cached. A
+    forward that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of the others, one that
+    comes before the prompt is cached, that finds a block waiting, or whose number is a multiple of `refresh_interval` recomputes
+    everything; the rest recompute what is not cached.
     Once a stop token bars further blocks (it does not fill), the canvas ends where the last one does.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()

@@ -87,8 +87,8 @@ def advance_pipeline(
     position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     in_region = (position >= s.block_start[:, None]) & (position < s.block_end[:, None])
     masked = in_region & (tokens == mask_id)
-    # The leading blocks that leave: everything before the first block that held a mask before this step, or the one block of a delayed
-    # commit. The last block may be short: with no mask left, it leaves too.
+    # The leading blocks that leave: everything before the first block that held a mask before this step, or the one block of a
+    # delayed commit. The last block may be short: with no mask left, it leaves too.
     first = torch.where(in_region & (s.tokens == mask_id), position, s.block_end[:, None]).amin(1)
     start = torch.where(first < s.block_end, s.block_start + (first - s.block_start) // length * length, s.block_end)
     if rule.cache == "delayed":

@@ -85,8 +85,8 @@ def unmask(
         the region's leading blocks that held no mask before this step leave it ("delayed": the first one, on a COMMIT step)
         the last block holds at most append_masks masks  -> one more block is appended
         no mask left in the canvas                       -> DONE
-        otherwise                                        -> DENOISE, or while the region's first block holds no mask, WIDE and then
-                                                            COMMIT ("delayed")
+        otherwise                                        -> DENOISE, or while the region's first block holds no mask, WIDE
+                                                            and then COMMIT ("delayed")
 
     Args:
         state: read and written in place. 2-D fields may have any row stride.
