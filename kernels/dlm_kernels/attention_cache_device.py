@@ -42,8 +42,9 @@ def _decode_e4m3(byte):
     """value / E4M3_UNIT in float16, exactly, subnormals and NaN included."""
     wide = byte.to(tl.uint16)
     size = wide & 0x7F
-    # Taken apart like the others, the NaN byte would be 480.
-    return tl.where(size == 0x7F, float("nan"), (((wide & 0x80) << 8) | (size << 7)).to(tl.float16, bitcast=True))
+    # 0x7F would be 480, where e4m3 has its NaN; 0xFE ends in the place of one of float16's.
+    size = tl.where(size == 0x7F, 0xFE, size)
+    return (((wide & 0x80) << 8) | (size << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit

@@ -97,11 +97,15 @@ ATTENTION_TILES = {
 
 
 # What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers.
+_FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3), (128, 2): AttentionTile(64, 32, 8, 3)}
 _FP8_TILES = {
+    80: _FP8_MMA_SYNC_TILES | {(128, 1): AttentionTile(64, 32, 8, 3)},
+    86: _FP8_MMA_SYNC_TILES,
+    89: _FP8_MMA_SYNC_TILES,
     90: {},
     100: {(128, 2): AttentionTile(128, 32, 8, 3)},
+    120: _FP8_MMA_SYNC_TILES,
 }
-_FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3), (128, 2): AttentionTile(64, 32, 8, 3)}
 
 
 def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
@@ -119,7 +123,7 @@ def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, plac
     if dtype == torch.float32:
         return _FLOAT32_TILES[padded][place]
     tile = ATTENTION_TILES[capability][padded][place]
-    return _FP8_TILES.get(capability, _FP8_MMA_SYNC_TILES).get((padded, place), tile) if fp8 else tile
+    return _FP8_TILES[capability].get((padded, place), tile) if fp8 else tile
 
 
 @dataclasses.dataclass(frozen=True)
