@@ -265,19 +265,11 @@ class Detector:
 
     def _keep_apart(self, access: Access, kept: np.ndarray, loaded: np.ndarray) -> None:
         """Of all loads since the barrier two are kept, so that no store is in order with both unless it is with all: the last one
-        and one by other threads. A scalar that every thread loads is in order with no store, so it is kept once it is known."""
-        recent = loaded > self._fence
-        if not recent.any():
-            return
-        apart = self._loaded_apart[kept]
-        for number in np.unique(apart[apart > self._fence]).tolist():
-            if self._accesses[number].threads == EVERY_THREAD:
-                recent &= apart != number
-        for number in np.unique(loaded[recent]).tolist():
-            first = self._accesses[number]
+        and one by other threads."""
+        for number in np.unique(loaded[loaded > self._fence]).tolist():
             # A scalar load is every thread's or, as its line may yet show, the storing thread's.
-            if first.threads != (STORING_THREAD if access.threads == EVERY_THREAD else access.threads):
-                self._loaded_apart[kept[recent & (loaded == number)]] = number
+            if self._accesses[number].threads != (STORING_THREAD if access.threads == EVERY_THREAD else access.threads):
+                self._loaded_apart[kept[loaded == number]] = number
 
     def _meet(self, access: Access, storage: _Storage, slots: np.ndarray, earlier: np.ndarray) -> None:
         """Reports the races of an operation with those that were at its slots earlier."""

@@ -175,6 +175,42 @@ def test_a_later_load_by_the_storing_thread_does_not_hide_one_by_another():
 
 
 @triton.jit
+def counted_among_copies(x_ptr, out_ptr):
+    count = tl.load(x_ptr)  # every thread loads
+    tl.store(out_ptr + 0, tl.load(x_ptr))
+    tl.store(out_ptr + 1, tl.load(x_ptr))
+    tl.store(out_ptr + 2, tl.load(x_ptr))
+    tl.store(x_ptr, count + 1)  # one stores after all
+
+
+def test_later_loads_by_the_thread_that_stores_scalars_do_not_hide_one_by_all():
+    with pytest.raises(races.RaceError) as found:
+        launch(counted_among_copies)
+    (text,) = str(found.value).splitlines()
+    assert line_of("every thread loads") in f"{text} " and line_of("one stores after all") in text
+
+
+@triton.jit
+def across(x_ptr, out_ptr, distance, BARRIER: tl.constexpr):
+    lane = tl.arange(0, 16)
+    tl.store(x_ptr + tl.where(lane < 8, lane, distance + lane), 1)  # across two tensors
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(x_ptr + 32, tl.load(out_ptr + 9))  # of the second
+
+
+def test_one_operation_may_touch_two_tensors():
+    x, out = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    distance = (out.data_ptr() - x.data_ptr()) // 4
+    with races.watch():
+        with pytest.raises(races.RaceError, match=r"loads out_ptr\[9\], which") as found:
+            across[(1,)](x, out, distance, BARRIER=False)
+        (text,) = str(found.value).splitlines()
+        assert line_of("across two tensors").strip() in text and line_of("of the second") in text
+        across[(1,)](x, out, distance, BARRIER=True)
+
+
+@triton.jit
 def by_program(x_ptr, out_ptr, READS: tl.constexpr, SHARED: tl.constexpr):
     program = tl.program_id(0)
     lane = tl.arange(0, 8)

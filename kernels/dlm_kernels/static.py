@@ -3,7 +3,8 @@
     python -m dlm_kernels.static [--json] [--kernel NAME] [--target 90] [--jobs N]
 
 Triton compiles for a target that is not there, so registers, spills, shared memory, the kind of tensor-core instruction and the
-instructions per vocabulary element are facts on any machine. Time, bandwidth and races are not: those need a GPU.
+instructions per vocabulary element are facts on any machine. Time and bandwidth are not: those need a GPU. Races are looked for
+in the interpreter (tests/races.py) and, in shared memory, on a GPU (`python -m bench sanitize`).
 """
 
 from __future__ import annotations
