@@ -17,9 +17,7 @@ import dlm_fast
 import oracles
 import torch
 from decode_cases import ModelSpec, build, random_model
-from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
-from dlm_kernels import reference
 from dlm_kernels.reference import noise
 from helpers import EOS, MASK, VOCAB
 from torch import Tensor, nn
@@ -28,15 +26,6 @@ from transcriptions import blockwise, editing, pipeline, sub_blocks
 from transcriptions.common import Model, Row, Settings, fp32
 
 Options = dict[str, Any]
-
-
-def rounded_confidence(*args: Any, **kwargs: Any) -> Any:
-    """The reference op, whose numbers are fp32 for every dtype but float64, with fp32 numbers for float64 too."""
-    stats = reference.confidence(*args, **kwargs)
-    return stats._replace(**{n: v.float() for n, v in stats._asdict().items() if v is not None and v.dtype == torch.float64})
-
-
-EXACT = dataclasses.replace(REFERENCE, confidence=rounded_confidence)
 
 
 class Norm64(nn.Module):
@@ -89,7 +78,7 @@ def exact_model(spec: ModelSpec) -> tuple[nn.Module, oracles.Network]:
                 setattr(module, name, Norm64(child))
     model.model.rotary_emb = Rotary64(config.rope_parameters["rope_theta"], config.head_dim)
     model.lm_head = RoundedHead(model.lm_head)
-    return model.requires_grad_(False), network
+    return model.requires_grad_(False).eval(), network
 
 
 # (model, canvas, settings, the contract's defaults and the case's options, the model's diffusion configuration)
@@ -158,7 +147,7 @@ class Case:
     def canvas_of(self, b: int) -> list[int]:
         return self.canvas[b] if self.canvas is not None else self.prompts[b] + [MASK] * self.max_new_tokens[b]
 
-    def generate(self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = EXACT) -> dlm_fast.GenerateOutput:
+    def generate(self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference") -> dlm_fast.GenerateOutput:
         """The decode of these rows (all) by our loop."""
         rows = list(range(len(self))) if rows is None else rows
 
