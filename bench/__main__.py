@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all is well, 1 something measured or checked is not, 2 it could not run at all."""
-    parser = argparse.ArgumentParser(prog="python -m bench")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    make = partial(argparse.ArgumentParser, allow_abbrev=False)
+    parser = make(prog="python -m bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=make)
     _kernels_options(commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table"))
     _gpu_check_options(commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they"))
     _precompile_options(commands.add_parser("precompile", help="every kernel that gpu-check launches, compiled without a GPU"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -40,13 +41,47 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dlm-fast", description="Fast, exact decoding of diffusion language models.")
+# Flags of other decoders' commands: what is meant here.
+FOREIGN_FLAGS = {
+    "--steps": "--steps-per-block = steps / blocks",
+    "--gen-length": "--max-new-tokens",
+    "--max-tokens": "--max-new-tokens",
+    "--block-size": "--block-length",
+    "--remasking": "--score",
+    "--alg": "--score",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows every flag by its whole name only, and says which one a wrong one may have meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        flags = [flag.partition("=")[0] for flag in unknown if flag.startswith("--")]
+        if flags:
+            hints = [f"{flag}: use {meant}" for flag in flags if (meant := self._meant(flag))]
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        return namespace, unknown
+
+    def _meant(self, flag: str) -> str:
+        known = list(self._option_string_actions)
+        name = flag.replace("_", "-")
+        foreign = FOREIGN_FLAGS.get(name, "")
+        if foreign.partition(" ")[0] in known:
+            return foreign
+        return " or ".join([own for own in known if own.startswith(name)] or difflib.get_close_matches(name, known, 1))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dlm-fast", description="Fast, exact decoding of diffusion language models.")
     parser.add_argument("--version", action="version", version=f"dlm-fast {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    where = argparse.ArgumentParser(add_help=False)
+    where = Parser(add_help=False)
     where.add_argument("--backend", default="auto", help="auto, triton or reference (default: auto)")
     where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -59,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full")
     source = gen.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
-    source.add_argument("--input", type=Path, help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}, optional "id"')
+    source.add_argument("--input", type=Path, help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id", "meta", and '
+        '"max_new_tokens", "min_new_tokens", "temperature" of the line')
     gen.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     gen.add_argument("--restart", action="store_true", help="discard what a broken run left instead of resuming it")
     gen.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -75,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
     for name, kind in OPTION_TYPES.items():
         gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
-    gen.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all")
-    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely tokens of this mass; 1 = all")
+    gen.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all; not at temperature 0")
+    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely tokens of this mass; 1 = all; not at temperature 0")
     gen.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any option of the preset or its policies; may be repeated"
     )
@@ -112,10 +148,6 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if args.dtype not in dtypes:
         raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {args.dtype!r}")
-    records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input)
-    adapter = False if args.adapter == "none" else args.adapter
-    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device, adapter=adapter)
-    tokenizer = handle_of(model).tokenizer
     settings = {
         "preset": args.preset,
         "max_new_tokens": args.max_new_tokens,
@@ -128,6 +160,10 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in FIELDS if hasattr(args, name)},
         **dict(args.set),
     }
+    records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input, settings)
+    adapter = False if args.adapter == "none" else args.adapter
+    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device, adapter=adapter)
+    tokenizer = handle_of(model).tokenizer
     chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
 
     def wrap(prompt: Any) -> Any:

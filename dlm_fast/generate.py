@@ -242,12 +242,7 @@ def generate(
         banned_token_ids=banned_token_ids,
         eos_token_ids=eos_token_ids,
     )
-    if chosen.drafts > 1 and any(t > 0 for t in batch.temperature):
-        raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(batch.temperature):g}")
-    if any(policy.greedy_only for policy in chosen.policies) and (any(batch.temperature) or batch.top_k or batch.top_p < 1):
-        raise ValueError(
-            f"generate: preset {chosen.name} decodes greedily, got temperature={max(batch.temperature):g}, top_k={top_k}, top_p={top_p}"
-        )
+    check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)
@@ -282,6 +277,15 @@ def check_mode(model: nn.Module) -> None:
             f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); decode under "
             f"torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
         )
+
+
+def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p: float) -> None:
+    """Raises ValueError for draws or filters that a decoder of greedy predictions cannot make."""
+    if preset.drafts > 1 and any(t > 0 for t in temperature):
+        raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(temperature):g}")
+    if any(policy.greedy_only for policy in preset.policies) and (any(temperature) or top_k or top_p < 1):
+        hottest = max(temperature, default=0.0)
+        raise ValueError(f"generate: preset {preset.name} decodes greedily, got temperature={hottest:g}, top_k={top_k}, top_p={top_p}")
 
 
 def _failure(state: RowState, rows: list[int]) -> str:

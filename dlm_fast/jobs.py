@@ -3,41 +3,99 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 from torch import nn
 
-from .generate import DecodeError, GenerateOutput, generate
+from .generate import DecodeError, GenerateOutput, check_greedy, generate
+from .limits import number, whole
+from .patching import handle_of
+from .presets import resolve
+
+
+# What a line may say for itself, and what holds where neither it nor the job's settings do.
+LINE_SETTINGS: dict[str, Any] = {"max_new_tokens": 128, "min_new_tokens": 0, "temperature": 0.0}
+LINE_KEYS = ("prompt", "canvas", "id", "meta", *LINE_SETTINGS)
 
 
 class JobError(ValueError):
     """A job that cannot start or go on; the message names the file and the rule."""
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a prompts.jsonl: {"prompt": text, chat or ids} or {"canvas": ids}, and an optional "id"."""
+def read_prompts(path: Path, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The lines of a prompts.jsonl: {"prompt": text, chat or ids} or {"canvas": ids}.
+
+    Optional keys: "id" and "meta", any JSON, which the line's result repeats; "max_new_tokens" (of a prompt), "min_new_tokens" and
+    "temperature", which replace the job's `settings` for that line. Every line is checked for them; other keys are refused.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--input {path} cannot be read: {error}") from error
     records = []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise JobError(f"--input {path}, line {number}: not JSON: {error}") from error
+            raise JobError(f"--input {path}, line {place}: not JSON: {error}") from error
         if not isinstance(record, dict) or ("prompt" in record) == ("canvas" in record):
-            raise JobError(f"--input {path}, line {number}: must be an object with exactly one of 'prompt' and 'canvas'")
+            raise JobError(f"--input {path}, line {place}: must be an object with exactly one of 'prompt' and 'canvas'")
+        try:
+            _check_line(f"--input {path}, line {place}", record, settings or {})
+        except ValueError as error:
+            raise JobError(str(error)) from error
         records.append(record)
     if not records:
         raise JobError(f"--input {path} has no prompts")
     return records
+
+
+def _check_line(where: str, record: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that a line does not have, and for a setting out of range."""
+    unknown = sorted(set(record) - set(LINE_KEYS))
+    if unknown:
+        known = "prompt or canvas, id, meta (repeated in the result), " + ", ".join(LINE_SETTINGS)
+        raise ValueError(f"{where}: unknown keys {unknown}; a line may have {known}")
+    if "canvas" in record and "max_new_tokens" in record:
+        raise ValueError(f"{where}: max_new_tokens goes with a prompt; a canvas says itself where tokens are wanted")
+    for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0)):
+        if name in record:
+            whole(where, name, record[name], least)
+    if "temperature" in record:
+        number(where, "temperature", record["temperature"], 0, MAX_TEMPERATURE)
+        if 0 < record["temperature"] < MIN_TEMPERATURE:
+            raise ValueError(f"{where}: temperature must be 0 or >= {MIN_TEMPERATURE:g}, got temperature={record['temperature']}")
+    most, least = (_of_line(record, settings, name) for name in ("max_new_tokens", "min_new_tokens"))
+    if "prompt" in record and (name := {"max_new_tokens", "min_new_tokens"} & set(record)) and least > most:
+        raise ValueError(f"{where}: min_new_tokens must be at most max_new_tokens, got {least} > {most} by its {' and '.join(sorted(name))}")
+
+
+def _of_line(record: dict[str, Any], settings: Mapping[str, Any], name: str) -> Any:
+    """A setting of one line: its own, or the job's."""
+    value = settings.get(name)
+    return record.get(name, LINE_SETTINGS[name] if value is None else value)
+
+
+def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Raises JobError for the first line whose temperature the decoder refuses."""
+    arguments = inspect.signature(generate).parameters
+    options = {name: value for name, value in settings.items() if name not in arguments}
+    visibility = handle_of(model).diffusion.visibility
+    preset = resolve(settings.get("preset"), visibility, options, settings.get("policy"))
+    for index, record in enumerate(records):
+        if "temperature" in record:
+            try:
+                check_greedy(preset, [record["temperature"]], settings.get("top_k", 0), settings.get("top_p", 1.0))
+            except ValueError as error:
+                raise JobError(f"the line of index {index}: {error}") from error
 
 
 def result_lines(output: GenerateOutput, first_index: int, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -45,7 +103,7 @@ def result_lines(output: GenerateOutput, first_index: int, records: list[dict[st
     for b, record in enumerate(records):
         yield {
             "index": first_index + b,
-            **({"id": record["id"]} if "id" in record else {}),
+            **{name: record[name] for name in ("id", "meta") if name in record},
             "text": output.text[b] if output.text is not None else None,
             "ids": output.sequences[b].tolist(),
             "finish": output.finish[b],
@@ -97,6 +155,7 @@ def run(
     index), so a resumed run writes the same file as an unbroken one.
 
     Args:
+        records: as `read_prompts` gives them, a line's own settings included.
         settings: keyword arguments of `generate`. wrap_prompt: applied to each "prompt" (chat templates).
         source: what else the lines depend on (plain data, e.g. the model's path); a run is resumed only with the same.
     Raises:
@@ -110,6 +169,7 @@ def run(
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
     digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
     header = json.loads(json.dumps({"input": digest, "settings": settings, **(source or {})}))
+    _check_draws(model, records, settings)
     done = -1
     if partial.exists() and not restart:
         done = _resume(partial, header)
@@ -132,7 +192,9 @@ def run(
                 stop += 1
             chunk = records[start:stop]
             given = [wrap_prompt(r[kind]) if kind == "prompt" else r[kind] for r in chunk]
-            rows = {"prompts": given} if kind == "prompt" else {"canvas": given, "max_new_tokens": None}
+            own = [name for name in LINE_SETTINGS if any(name in record for record in chunk)]
+            rows = {name: [_of_line(record, settings, name) for record in chunk] for name in own}
+            rows |= {"prompts": given} if kind == "prompt" else {"canvas": given, "max_new_tokens": None}
             try:
                 out = generate(model, **{**settings, **rows}, request_ids=range(start, stop))
             except DecodeError as error:

@@ -9,6 +9,7 @@ import dlm_fast
 import pytest
 import torch
 from dlm_fast.patching import attach
+from dlm_fast.presets.options import unread
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -90,6 +91,14 @@ def options_of(preset: str, length: int = 4) -> dict:
     options |= {"head": lambda confidence, eligible, time: confidence + time[:, None] / 4} if preset == "learned-commit" else {}
     options |= {"delete_id": VOCAB - 1, "split_id": VOCAB - 2, "edit_threshold": 0.3} if preset == "llada2.2" else {}
     return options
+
+
+def bolder(preset: str, threshold: float = 0.3, neg_entropy: float = -2.0) -> dict:
+    """A threshold with which a preset that has one writes several tokens of a toy at once."""
+    chosen = dlm_fast.PRESETS[preset]
+    if unread(chosen, ["threshold"], chosen):
+        return {}
+    return {"threshold": neg_entropy if chosen.score == "neg_entropy" else threshold}
 
 
 def row_of(preset: str) -> str:

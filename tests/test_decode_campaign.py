@@ -21,7 +21,7 @@ import pytest
 import torch
 from decode_cases import LOGIT_BOUND, SCORE_BOUND, Case, near_tie, random_case
 from dlm_fast.presets import PRESETS, resolve
-from helpers import options_of, random_prompts, row_of, toy
+from helpers import bolder, options_of, random_prompts, row_of, toy
 
 DECODES_A_PART, PARTS, DEFAULT_PARTS = 100, 20, 2
 CONFIDENCE_BOUND = 2e-4
@@ -106,7 +106,7 @@ RUNNABLE = [name for name, preset in PRESETS.items() if preset.supported]
 
 @pytest.mark.parametrize("preset", RUNNABLE)
 def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
-    options = {**options_of(preset, 2), "threshold": -2.5 if PRESETS[preset].score == "neg_entropy" else 0.2}
+    options = {**options_of(preset, 2), **bolder(preset, 0.2, -2.5)}
     options |= {"max_post_edits": 1} if preset == "llada2.1" else {"drafts": 2} if PRESETS[preset].drafts > 1 else {}
     outputs = []
     for backend in ("triton", "reference"):

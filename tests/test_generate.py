@@ -18,7 +18,7 @@ from decode_cases import BLOCK_PRESETS, FULL_PRESETS, random_case
 from dlm_fast.patching import handle_of
 from dlm_fast.presets import PRESETS, resolve
 from dlm_kernels.state import COMMIT, DENOISE, DONE
-from helpers import EOS, MASK, VOCAB, native_model, random_prompts, toy, toy_tokenizer
+from helpers import EOS, MASK, VOCAB, bolder, native_model, random_prompts, toy, toy_tokenizer
 
 PRESET_NAMES = FULL_PRESETS + BLOCK_PRESETS
 
@@ -98,9 +98,9 @@ def test_every_decoder_equals_its_oracle_token_for_token(part):
 @pytest.mark.parametrize("preset", BLOCK_PRESETS)
 def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment):
     model = toy("block", block_alignment=alignment, block_length=4, layers=3)
-    prompts, low = random_prompts([1, 3, 4, 5, 11]), {"threshold": 0.3} if PRESETS[preset].rule == "threshold" else {}
+    prompts = random_prompts([1, 3, 4, 5, 11])
     cached, recomputed = (
-        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, **low) for cache in ("commit", "none")
+        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, **bolder(preset)) for cache in ("commit", "none")
     )
     assert tokens(cached) == tokens(recomputed)
     assert [s.tolist() for s in cached.unmask_step] == [s.tolist() for s in recomputed.unmask_step]
@@ -113,8 +113,7 @@ def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment
 def test_a_batch_of_unequal_prompts_equals_its_rows_alone(preset, temperature):
     model = toy_for(preset, heads=7, kv_heads=1, eos=(EOS, 7, 9))
     prompts, new = random_prompts([1, 3, 4, 5, 14]), [9, 1, 8, 13, 6]
-    low = {"threshold": 0.3} if PRESETS[preset].rule == "threshold" else {}
-    settings = {"preset": preset, "seed": 3, **low, **block_of(preset)}
+    settings = {"preset": preset, "seed": 3, **bolder(preset), **block_of(preset)}
     batch = dlm_fast.generate(model, prompts, max_new_tokens=new, temperature=temperature, **settings)
     for row, prompt in enumerate(prompts):
         t = temperature[row] if temperature else 0.0

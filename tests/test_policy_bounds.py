@@ -11,6 +11,7 @@ import pytest
 import torch
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS
+from dlm_fast.presets.options import unread
 from helpers import EOS, MASK, native_model, random_prompts
 
 BLOCK, PROMPTS, NEW = 4, [1, 6], [10, 5]
@@ -125,6 +126,7 @@ def variants(name: str) -> list[dict]:
         return [{}]
     preset = PRESETS[name]
     common = EAGER_AND_SHY["neg_entropy" if preset.rule == "threshold" and preset.score == "neg_entropy" else preset.rule]
+    common = [{option: a[option] for option in a if not unread(preset, [option], preset)} for a in common]
     return [a | b for a, b in zip(common, EXTRA.get(name, ({}, {})))]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transcription_policies
 from decode_cases import FULL_PRESETS, random_case
-from helpers import EOS, MASK, native_model, options_of, random_prompts, save_toy_checkpoint, toy
+from helpers import EOS, MASK, bolder, native_model, options_of, random_prompts, save_toy_checkpoint, toy
 from transcription_cases import REGISTRY, differences
 from transcription_cases import random_case as transcribed_case
 
@@ -142,7 +142,7 @@ def keys_after_every_step(monkeypatch, model, preset: str, canvases: list[list[i
 @pytest.mark.parametrize("preset", CACHED)
 @pytest.mark.parametrize("logits_row", ["self", "previous"])
 def test_the_keys_of_an_isolated_prompt_are_what_its_first_forward_made_them(monkeypatch, preset, logits_row):
-    options = options_of(preset, 3) | {"threshold": -1.5 if preset == "d3llm" else 0.3}
+    options = options_of(preset, 3) | bolder(preset, 0.3, -1.5)
     options |= {"vicinity": 2, "warmup_steps": 2} if preset == "dinfer-vicinity" else {}
     canvas = random_prompts([5])[0] + [MASK] * 11
     model = toy("full", prompt_isolated=True, logits_row=logits_row, eos=())
@@ -169,16 +169,20 @@ ONE_BLOCK = {  # what a decoder with a cache equals where the response is one bl
 }  # fmt: skip
 
 
+def never_refreshed(preset: str) -> dict:
+    return {} if dlm_fast.PRESETS[preset].refresh_interval is None else {"refresh_interval": None}
+
+
 @pytest.mark.parametrize("preset", ONE_BLOCK)
 def test_in_one_block_a_cache_loses_nothing(preset):
-    options = {"block_length": 12, "threshold": 0.25, "max_new_tokens": [12, 7, 9], **ONE_BLOCK[preset]}
+    options = {"block_length": 12, "max_new_tokens": [12, 7, 9], **bolder(preset, 0.25), **ONE_BLOCK[preset]}
     lost = 0
     for seed in range(3):
 
         def loses(model, prompts: list[list[int]]) -> bool:
             cached, exact = (
                 dlm_fast.generate(model, prompts, preset=preset, **options, **cache)
-                for cache in ({}, {"cache": "none", "refresh_interval": None})
+                for cache in ({}, {"cache": "none", **never_refreshed(preset)})
             )
             return tokens_of(cached) != tokens_of(exact)
 
@@ -191,8 +195,9 @@ def test_in_one_block_a_cache_loses_nothing(preset):
 
 @pytest.mark.parametrize("preset", ["fast-dllm-prefix", "freecache", "d3llm"])
 def test_over_several_blocks_only_the_first_is_exact(preset):
-    options = {"preset": preset, "block_length": 3, "max_new_tokens": 15, "refresh_interval": None}
-    options |= {"threshold": -2.0, "commit_delay": 1} if preset == "d3llm" else {"threshold": 0.25}
+    options = {"preset": preset, "block_length": 3, "max_new_tokens": 15, **never_refreshed(preset)}
+    options |= bolder(preset, 0.25)
+    options |= {"commit_delay": 1} if preset == "d3llm" else {}
     changed = 0
     for seed in range(4):
         model, prompt = toy("full", prompt_isolated=True, seed=seed, eos=()), random_prompts([4], seed)
@@ -207,7 +212,7 @@ def test_over_several_blocks_only_the_first_is_exact(preset):
 )
 def test_triton_decodes_as_the_reference_does(preset, device):
     pytest.importorskip("triton")
-    options = options_of(preset, 3) | {"threshold": -2.5 if preset == "d3llm" else 0.2}
+    options = options_of(preset, 3) | bolder(preset, 0.2, -2.5)
     options |= {"vicinity": 2, "warmup_steps": 1} if preset == "dinfer-vicinity" else {}
     outputs = [
         dlm_fast.generate(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..limits import flag, number
 from .base import Choice, Memory, Policy, View
-from .heads import Head, load_head
+from .heads import MAX_SIZE, Head, load_head
 
 if TYPE_CHECKING:
     from ..schedule import Plan
@@ -41,6 +41,8 @@ class _Learned(Policy):
             raise ValueError(f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}")
         if isinstance(head, (str, Path)):
             head = load_head(head, device=state.tokens.device)
+        if plan.block_length > MAX_SIZE:
+            raise ValueError(f"generate: {name}: a head reads a block of at most {MAX_SIZE} positions, got block_length={plan.block_length}")
         if not callable(head):
             raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={head!r}")
         if isinstance(head, Head):

@@ -61,8 +61,18 @@ def _orders(p: Preset) -> bool:
     return p.rule != "bernoulli"
 
 
+def _falls_back(p: Preset) -> bool:
+    """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the test."""
+    near = any(type(policy) is NearBest and policy.slack > 0 for policy in p.policies)
+    return not (near and p.rule == "threshold" and p.min_unmask == 1)
+
+
 def _draws(p: Preset) -> bool:
     return p.drafts == 1 and not any(policy.greedy_only for policy in p.policies)
+
+
+def _ordered(p: Preset) -> bool:
+    return _orders(p) and p.drafts == 1 and _falls_back(p)
 
 
 def _refreshed(p: Preset) -> bool:
@@ -139,8 +149,8 @@ RULE: dict[str, Reading] = {
         "rule 'threshold' or 'factor', a run_threshold, and an order that has no rank of its own",
         ("rule", "rank"),
     ),
-    "rank": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
-    "order_temperature": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
+    "rank": Reading(_ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")),
+    "order_temperature": Reading(_ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")),
     "suppress_eos": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
     "min_unmask": Reading(
         lambda p: p.rule in ("threshold", "factor", "entropy") and not (p.pipeline and p.scope != "first"),
@@ -161,7 +171,8 @@ RULE: dict[str, Reading] = {
 class Part:
     """What a policy makes of the rule.
 
-    rules: the rules that it changes; None = any. replaces: options that its own decision puts out of use. reads: options that it
+    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole block, and
+    nothing besides, would wait for positions that may not be written. replaces: options that its own decision puts out of use. reads: options that it
     reads whatever the rule does. through: options of the rule through which it acts; its numbers are read where one of them is.
     numbers: when single numbers of its own are read, for those that are not always.
     """
@@ -171,6 +182,8 @@ class Part:
     reads: frozenset[str] = frozenset()
     through: frozenset[str] = frozenset()
     numbers: dict[str, Reading] = dataclasses.field(default_factory=dict)
+    caches: tuple[str, ...] | None = None
+    sub_blocks: bool = True
 
 
 _ALL, _SCHEDULE, _VALUE = frozenset(RULE), frozenset({"steps_per_block"}), frozenset({"threshold", "factor", "entropy_bound"})
@@ -191,7 +204,7 @@ PARTS: dict[type[Policy], Part] = {
     AdaptiveThreshold: Part(("threshold", "factor", "entropy"), through=_VALUE),
     CertaintyPrior: Part(through=_BY_SCORE, numbers={"sigma": _WEIGHTED}),
     KLStability: Part(("threshold",), replaces=frozenset({"inclusive", "min_unmask", "run_threshold"}), reads=_SCHEDULE),
-    ConsistentTrajectory: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE),
+    ConsistentTrajectory: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE, sub_blocks=False),
     Credit: Part(("quota", "threshold", "factor", "entropy", "schedule")),
     Prophet: Part(reads=_SCHEDULE),
     Sched: Part(reads=_SCHEDULE, numbers={"rate": _EXPONENTIAL}),
@@ -199,16 +212,15 @@ PARTS: dict[type[Policy], Part] = {
     Backtrack: Part(("threshold",), replaces=_BY_SCORE | {"threshold", "rank", "order_temperature"}),
     Wino: Part(),
     JointThreshold: Part(),
-    InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}),
-    EntropyRefresh: Part(),
-    LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE),
+    InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}, caches=("commit",)),
+    EntropyRefresh: Part(caches=("prefix", "dual", "scattered")),
+    LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE, sub_blocks=False),
     LearnedCommit: Part(replaces=_ALL),
 }
 
 
-def rules_of(policy: Policy) -> tuple[str, ...] | None:
-    """The rules that a policy can change; None = any."""
-    return PARTS.get(type(policy), UNKNOWN).rules
+def part_of(policy: Policy) -> Part:
+    return PARTS.get(type(policy), UNKNOWN)
 
 
 def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]:
@@ -219,14 +231,14 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]
     live = {name for name, reading in RULE.items() if reading.when(preset)}
     replaced: dict[str, str] = {}
     for policy in preset.policies:
-        part = PARTS.get(type(policy), UNKNOWN)
+        part = part_of(policy)
         # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as it is.
         reads = {name for name in part.reads if part is UNKNOWN or name in _SCHEDULE or name not in replaced}
         replaced |= {name: type(policy).__name__ for name in part.replaces & live}
         live = (live - part.replaces) | reads
     numbers: dict[str, Reading] = {}
     for policy in preset.policies:
-        part = PARTS.get(type(policy), UNKNOWN)
+        part = part_of(policy)
         idle = part.through and not part.through & live
         by_rule = Reading(lambda p: False, f"a decoder whose {' or '.join(sorted(part.through))} decides", ())
         for field in dataclasses.fields(policy):

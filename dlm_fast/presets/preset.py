@@ -8,9 +8,9 @@ from typing import Any
 from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dlm_kernels.rules import Scope, UnmaskRule
 
-from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, number, whole
+from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, number, shown, whole
 from ..policies import Policy
-from .options import rules_of
+from .options import part_of
 
 VISIBILITIES = ("full", "block")
 SCHEDULES = ("block", "canvas", "pipeline")
@@ -233,7 +233,7 @@ def check(preset: Preset) -> None:
     known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS}
     for name, values in known.items():
         if getattr(p, name) not in values:
-            fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={getattr(p, name)!r}")
+            fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={shown(getattr(p, name))}")
     owner = f"preset {p.name}"
     for name in ("block_length", "sub_block_length", "steps_per_block", "refresh_interval"):
         whole(owner, name, getattr(p, name), 1, none=True)
@@ -323,12 +323,13 @@ def _check_rules(p: Preset, fail: Any) -> None:
 
 def _check_policies(p: Preset, fail: Any) -> None:
     for policy in p.policies:
-        rules = rules_of(policy)
-        if rules is not None and p.rule not in rules:
-            fail(f"policy {type(policy).__name__} changes a decoder of rule {' or '.join(map(repr, rules))}, got rule={p.rule!r}")
+        part, name = part_of(policy), type(policy).__name__
+        for field, values in (("rule", part.rules), ("cache", part.caches)):
+            if values is not None and getattr(p, field) not in values:
+                fail(f"policy {name} goes with {field} {' or '.join(map(repr, values))}, got {field}={getattr(p, field)!r}")
+        if p.sub_block_length is not None and not part.sub_blocks:
+            fail(f"policy {name} chooses in the whole block, got sub_block_length={p.sub_block_length}")
     families = [policy.family for policy in p.policies]
-    if "refresh" in families and p.cache not in ("prefix", "dual", "scattered"):
-        fail(f"a policy that refreshes the cache goes with cache 'prefix', 'dual' or 'scattered', got cache={p.cache!r}")
     revising = [family for family in families if family in ("revise", "edit")]
     if len(revising) > 1:
         fail("two policies that take tokens back would undo each other")

@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from ..cli import Parser
+
 COMMANDS = {
     "pretrain": ("train", "train a 0.9 M parameter diffusion language model on synthetic tasks, on a CPU"),
     "samples": ("data", "write training samples of the synthetic tasks as JSON lines"),
@@ -24,9 +26,9 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if plain else super()._get_help_string(action)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """A subcommand for each module; its `add_arguments` and `run` do the rest."""
-    parser = argparse.ArgumentParser(prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding.")
+    parser = Parser(prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=Defaults)
