@@ -21,6 +21,8 @@ from .presets import resolve
 
 # What a line may say for itself, and what holds where neither it nor the job's settings do.
 LINE_SETTINGS: dict[str, Any] = {"max_new_tokens": 128, "min_new_tokens": 0, "temperature": 0.0}
+# Of `generate`; whatever else its settings hold is an option of the preset.
+ARGUMENTS = frozenset(inspect.signature(generate).parameters)
 LINE_KEYS = ("prompt", "canvas", "id", "meta", *LINE_SETTINGS)
 
 
@@ -86,8 +88,7 @@ def _of_line(record: dict[str, Any], settings: Mapping[str, Any], name: str) -> 
 
 def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Raises JobError for the first line whose temperature the decoder refuses."""
-    arguments = inspect.signature(generate).parameters
-    options = {name: value for name, value in settings.items() if name not in arguments}
+    options = {name: value for name, value in settings.items() if name not in ARGUMENTS}
     visibility = handle_of(model).diffusion.visibility
     preset = resolve(settings.get("preset"), visibility, options, settings.get("policy"))
     for index, record in enumerate(records):

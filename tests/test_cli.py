@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import dlm_fast
 import pytest
 from dlm_fast import cli, jobs, loading
+from dlm_fast.training import __main__ as training
 from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -398,3 +401,103 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
     assert caught.value.code == 0 and capsys.readouterr().out == f"dlm-fast {dlm_fast.__version__}\n"
+
+
+def test_no_command_takes_an_abbreviated_flag(monkeypatch):
+    made = []
+    real = argparse.ArgumentParser.__init__
+
+    def recorded(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", recorded)
+    cli._parser()
+    training.build_parser()
+    for module in ("bench.__main__", "dlm_kernels.static", "dlm_kernels.propose"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main(["--help"])
+    programs = {parser.prog.rpartition("python -m ")[2] for parser in made}
+    assert {"dlm-fast generate", "dlm_fast.training distill", "bench quality", "dlm_kernels.static", "dlm_kernels.propose"} <= programs
+    assert not [parser.prog for parser in made if parser.allow_abbrev]
+
+
+@pytest.mark.parametrize(
+    "flag, hint",
+    [
+        (["--steps", "4"], "--steps: use --steps-per-block = steps / blocks"),
+        (["--temp", "1"], "--temp: use --temperature"),
+        (["--gen_length=64"], "--gen_length: use --max-new-tokens"),
+        (["--thresold", "0.5"], "--thresold: use --threshold"),
+    ],
+)
+def test_a_flag_of_another_name_says_which_one_is_meant(command, capsys, flag, hint):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command, *flag])
+    assert caught.value.code == 2 and hint in capsys.readouterr().err
+
+
+def test_an_option_that_the_decoder_does_not_read_is_refused(command, capsys):
+    message = error_of([*command, "--threshold", "0.3"], capsys)
+    assert "threshold has no effect with rule='quota' (preset llada): it is read by rule='threshold'" in message
+
+
+@pytest.fixture
+def own_settings(prompts):
+    """Lines with settings of their own between lines without."""
+    records = [{"prompt": "abc"}, {"prompt": "abc", "max_new_tokens": 2, "temperature": 0.0, "meta": {"answer": [1]}}]
+    records += [{"prompt": "xy", "min_new_tokens": 6, "temperature": 1.5}, {"canvas": [5, MASK], "temperature": 0}, {"prompt": "z", "id": 3}]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    return records
+
+
+def test_a_line_may_have_settings_of_its_own(command, own_settings, checkpoint, tmp_path, capsys):
+    assert run(command, capsys)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = dlm_fast.load(checkpoint, device="cpu")
+    job = {"max_new_tokens": 6, "min_new_tokens": 0, "temperature": 0.7}
+    for index in (0, 1, 2, 4):
+        record = own_settings[index]
+        settings = {name: record.get(name, value) for name, value in job.items()}
+        chat = [{"role": "user", "content": record["prompt"]}]
+        alone = dlm_fast.generate(model, [chat], block_length=3, request_ids=[index], **settings)
+        assert lines[index]["ids"] == alone.sequences[0].tolist()
+    assert [line.get("meta") for line in lines] == [None, {"answer": [1]}, None, None, None] and lines[4]["id"] == 3
+
+
+def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(command, own_settings, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    run(command, capsys)
+    whole = output.read_bytes()
+    assert run([*command, "--overwrite", "--batch-size", "3"], capsys)[0] == 0 and output.read_bytes() == whole
+    output.unlink()
+    with monkeypatch.context() as patch:
+        break_after(patch, 1, Interrupted())
+        run(command, capsys)
+    assert run(command, capsys)[0] == 0 and output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"prompt": "a", "system": "x", "answer": 3}, "line 2: unknown keys ['answer', 'system']; a line may have prompt or canvas, id, meta"),
+        ({"prompt": "a", "max_new_tokens": 0}, "line 2: max_new_tokens must be a whole number >= 1, got max_new_tokens=0"),
+        ({"prompt": "a", "max_new_tokens": 10**30}, "line 2: max_new_tokens must be a whole number <= 16777216"),
+        ({"prompt": "a", "min_new_tokens": "3"}, "line 2: min_new_tokens must be a whole number >= 0, got min_new_tokens='3'"),
+        ({"prompt": "a", "temperature": [1]}, "line 2: temperature must be a number in [0, 1e+06], got temperature=[1]"),
+        ({"prompt": "a", "temperature": 1e-9}, "line 2: temperature must be 0 or >= 1e-06, got temperature=1e-09"),
+        ({"prompt": "a", "min_new_tokens": 7}, "line 2: min_new_tokens must be at most max_new_tokens, got 7 > 6"),
+        ({"canvas": [MASK], "max_new_tokens": 3}, "line 2: max_new_tokens goes with a prompt"),
+    ],
+)
+def test_a_bad_setting_of_a_line_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys, line, message):
+    prompts.write_text(json.dumps({"prompt": "abc"}) + "\n" + json.dumps(line))
+    assert message in error_of(command, capsys)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_temperature_that_the_decoder_refuses_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys):
+    prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "temperature": 0.5}')
+    message = error_of([*command, "--preset", "freedave", "--temperature", "0"], capsys)
+    assert "the line of index 1: generate: drafts are lossless for greedy decoding only, got temperature=0.5" in message
+    assert not (tmp_path / "out.jsonl.partial").exists()

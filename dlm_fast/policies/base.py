@@ -13,6 +13,8 @@ from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.reference.select import quota, rank_order
 from torch import Tensor
 
+from ..limits import shown
+
 if TYPE_CHECKING:
     from ..schedule import Plan
     from ..statistics import Sampling
@@ -241,17 +243,18 @@ class Function(Policy):
         return choice.only(result) if result.dtype == torch.bool else dataclasses.replace(choice, score=result)
 
 
-def as_policies(policy: Any) -> tuple[Policy, ...]:
-    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise."""
+def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
+    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, under the argument's name."""
     if policy is None:
         return ()
     if isinstance(policy, Policy):
         return (policy,)
     if isinstance(policy, (list, tuple)):
-        return tuple(p for item in policy for p in as_policies(item))
+        return tuple(p for item in policy for p in as_policies(item, name))
     if callable(policy) and not inspect.isclass(policy):
         return (Function(policy),)
-    raise TypeError(f"generate: policy must be a Policy, a function (view, choice) -> choice, or a list of them, got policy={policy!r}")
+    rule = "must be a Policy, a function (view, choice) -> choice, or a list of them"
+    raise TypeError(f"generate: {name} {rule}, got {name}={shown(policy)}")
 
 
 def places(among: Tensor, score: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Sched(Policy):
         elif self.curve == "linear":
             threshold = self.high - span * u
         else:
-            threshold = self.low + span * torch.exp(-self.rate * u)
+            threshold = self.low + span * torch.exp(-float(self.rate) * u)
         threshold = torch.where(steps > 1, threshold, self.low)
 
         masks = view.masked.sum(1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dlm_kernels import RowState
 from torch import Tensor
 
-from ..limits import flag, number
+from ..limits import flag, number, shown
 from .base import Choice, Memory, Policy, View
 from .heads import MAX_SIZE, Head, load_head
 
@@ -44,7 +44,7 @@ class _Learned(Policy):
         if plan.block_length > MAX_SIZE:
             raise ValueError(f"generate: {name}: a head reads a block of at most {MAX_SIZE} positions, got block_length={plan.block_length}")
         if not callable(head):
-            raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={head!r}")
+            raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}")
         if isinstance(head, Head):
             device = next(head.parameters()).device
             wrong = {

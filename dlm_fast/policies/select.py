@@ -89,7 +89,7 @@ class CertaintyPrior(Policy):
         decoded = torch.where(inside, decoded, last).double()
         padded = torch.cat([torch.ones_like(decoded[:, :1]).expand(-1, self.reach), decoded, last.double().expand(-1, self.reach)], 1)
         offset = torch.arange(-self.reach, self.reach + 1, device=decoded.device, dtype=torch.float64)
-        weight = torch.exp(-(offset**2) / (2 * self.sigma**2))
+        weight = torch.exp(-(offset**2) / (2 * float(self.sigma) ** 2))
         share = F.conv1d(padded[:, None], (weight / weight.sum())[None, None])[:, 0]
         prior = share.gather(1, view.position.clamp(0, L - 1).long()).float()
         return dataclasses.replace(choice, score=choice.score * prior)
