@@ -6,15 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .limits import whole
+
 VISIBILITIES = ("full", "block")
 ALIGNMENTS = ("abs", "rel")
 LOGITS_ROWS = ("self", "previous")
-# Positions and step counts are int32, and a row's step count is a few times its block length.
-MAX_BLOCK_LENGTH = 2**24
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_id(value: Any) -> bool:
@@ -69,9 +65,7 @@ class DiffusionConfig:
             fail(f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}")
         if self.logits_row not in LOGITS_ROWS:
             fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={self.logits_row!r}")
-        length = self.block_length
-        if length is not None and not (_is_id(length) and 1 <= length <= MAX_BLOCK_LENGTH):
-            fail(f"block_length must be a whole number from 1 to {MAX_BLOCK_LENGTH}, got block_length={length!r}")
+        whole("DiffusionConfig", "block_length", self.block_length, 1, none=True)
         if self.visibility == "block" and self.block_length is None:
             fail("visibility 'block' needs a block_length, got block_length=None")
         if not isinstance(self.prompt_isolated, bool):

@@ -149,6 +149,14 @@ class Case:
         )
 
 
+def first_difference(ours: tuple[list[int], list[int]], theirs: tuple[list[int], list[int]]) -> int | None:
+    """The first denoise step at which two decodes of a row, (tokens, unmask_step) each, wrote different tokens or positions; None
+    where they never did."""
+    late = 1 << 30
+    steps = [min(a if a >= 0 else late, b if b >= 0 else late) for x, a, y, b in zip(*ours, *theirs, strict=True) if (x, a) != (y, b)]
+    return min(steps, default=None)
+
+
 def near_tie(case: Case, b: int, ours: dlm_fast.GenerateOutput, step: int, **changes: Any) -> bool:
     """Whether row b of `ours`, replayed in float64 up to denoise step `step`, stood within the bounds of another decision there."""
     replay = case.oracle(b, follow=(ours.canvas[b].tolist(), ours.unmask_step[b].tolist()), **changes)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import dlm_fast
 import pytest
 import torch
-from decode_cases import LOGIT_BOUND, SCORE_BOUND, Case, near_tie, random_case
+from decode_cases import LOGIT_BOUND, SCORE_BOUND, Case, first_difference, near_tie, random_case
 from dlm_fast.presets import PRESETS, resolve
 from helpers import bolder, options_of, random_prompts, row_of, toy
 
@@ -34,17 +34,6 @@ def cases_of(part: int) -> Iterator[Case]:
         rows = left if left <= 5 else min(rng.choice((3, 4, 5)), left - 3)
         yield random_case(seed, rows=rows, small=True)
         left, seed = left - rows, seed + 1
-
-
-def first_difference(ours: dlm_fast.GenerateOutput, theirs: dlm_fast.GenerateOutput, row: int) -> int | None:
-    """The first denoise step at which the two wrote different tokens or positions; None where they never did."""
-    late = 1 << 30
-    steps = [
-        min(a if a >= 0 else late, b if b >= 0 else late)
-        for a, b, x, y in zip(*(out.unmask_step[row].tolist() for out in (ours, theirs)), *(out.canvas[row].tolist() for out in (ours, theirs)))
-        if (a, x) != (b, y)
-    ]
-    return min(steps, default=None)
 
 
 def run_part(part: int, device: str) -> tuple[collections.Counter, list[str], list[str]]:
@@ -80,7 +69,7 @@ def run_part(part: int, device: str) -> tuple[collections.Counter, list[str], li
             }
             counts.update(name for name, present in features.items() if present)
             where = f"seed {case.seed} row {row}: {case.preset} {case.options} {case.model}"
-            step = first_difference(triton, reference, row)
+            step = first_difference(*((out.canvas[row].tolist(), out.unmask_step[row].tolist()) for out in (triton, reference)))
             if step is not None:
                 (exempt if near_tie(case, row, reference, step) else wrong).append(f"{where}: step {step}")
                 continue
