@@ -163,7 +163,8 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
         assert (~settled).sum() <= max(1, 0.01 * settled.numel())
         assert torch.equal(ours.sampled_token[settled], exact.sampled_token[settled]), "sampled_token"
     temperature = arguments.get("temperature")
-    coldest = temperature.min().item() if temperature is not None and temperature.numel() else 1.0
+    usable = [1.0] if temperature is None else [t for t in temperature.tolist() if 1e-6 <= t <= 1e6]  # others are errors of their rows
+    coldest = min(usable, default=1.0)
     added = [arguments[name] for name in ("bias", "previous") if arguments.get(name) is not None]
     finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
     size = sum(values.max().item() for values in finite if values.numel())
@@ -301,7 +302,16 @@ def random_case(
         previous = torch.randn(R, V) * 2 if rng.random() < 0.5 else logits.float() + 0.1 * torch.randn(R, V)
         arguments["previous"] = previous.to(dtype)
         arguments["previous_logsumexp"] = previous.to(dtype).float().logsumexp(1)
+    if rng.random() < 0.2:
+        not_finite(arguments, rng)
     return logits.to(device), to_device(arguments, device)
+
+
+def not_finite(arguments: dict[str, object], rng: random.Random) -> None:
+    """A NaN or an infinity in one number of each floating-point argument, by chance."""
+    for value in arguments.values():
+        if isinstance(value, Tensor) and value.is_floating_point() and rng.random() < 0.5:
+            value.view(-1)[rng.randrange(value.numel())] = rng.choice([math.nan, math.inf, -math.inf])
 
 
 def random_linear_case(
@@ -318,9 +328,12 @@ def random_linear_case(
     if dtype == torch.float32 and rng.random() < 0.4:  # products that count as -inf, of one row and its first ids
         weight[:, 0] = hidden[:, 0] = 0.0
         weight[: rng.randint(1, V), 0], hidden[rng.randrange(R), 0] = -(2.0**60), 2.0**60
-    elif rng.random() < 0.2:
-        hidden[rng.randrange(R), rng.randrange(H)] = rng.choice([math.nan, math.inf])
+    elif rng.random() < 0.3:
+        matrix = rng.choice([hidden, weight])
+        matrix[rng.randrange(len(matrix)), rng.randrange(H)] = rng.choice([math.nan, math.inf, -math.inf])
     arguments = random_options(rng, R, V, most_rows, LINEAR_OUTPUTS)
+    if rng.random() < 0.2:
+        not_finite(arguments, rng)
     return hidden.to(device), weight.to(device), to_device(arguments, device)
 
 

@@ -102,7 +102,7 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
 
 
 def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = None) -> Case:
-    """Drafts that the forward often agrees with, ties, NaN and -inf, rows without a source, lanes that nobody reads poisoned."""
+    """Drafts that the forward often agrees with, ties, NaN and infinities, rows without a source, lanes that nobody reads poisoned."""
     rng = random.Random(seed)
     W = rng.choice((1, 2, 3, 5, 8, 15, 16, 17, 31, 33)) if W is None else W
     D = rng.choice((1, 2, 2, 3, 3, 5)) if D is None else D
@@ -111,7 +111,7 @@ def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = Non
         coarse, share = rng.random() < 0.6, rng.choice((0.0, 0.3, 0.7, 1.0, 1.0))
 
         def number() -> float:
-            return rng.choice((0.0, -0.0, 0.25, 0.5, -math.inf, math.nan)) if coarse else rng.random()
+            return rng.choice((0.0, -0.0, 0.25, 0.5, math.inf, -math.inf, math.nan)) if coarse else rng.random()
 
         def lanes(draw, poison) -> list:
             return [draw() if ok else poison for ok in eligible]

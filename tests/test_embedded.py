@@ -121,6 +121,14 @@ def test_the_doctor_says_where_each_op_runs(capsys):
     assert all(facts["backend"] == "reference" and facts["reason"] for facts in report["embedded"].values())
 
 
+def test_the_doctor_says_why_a_gpu_without_kernels_is_refused(capsys, monkeypatch):
+    device = pytest.importorskip("dlm_kernels.device", reason="the kernels need Triton")
+    monkeypatch.setattr(device, "INTERPRETED", 75)
+    assert cli.main(["doctor", "--json", "--device", "cpu", "--backend", "triton"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all("no Triton kernels for compute capability 7.5" in facts["refused"] for facts in report["embedded"].values())
+
+
 def test_the_demo_prints_its_table_and_one_json_object(capsys):
     assert cli.main(["demo", "--per-task", "1", "--json", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["decoders"]

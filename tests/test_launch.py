@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton", reason="these tests go through Triton's launch path")
 
 import torch  # noqa: E402
-from dlm_kernels import confidence, library  # noqa: E402
+from dlm_kernels import confidence, library, tiles  # noqa: E402
 from dlm_kernels import device as device_module  # noqa: E402
 from launch_cases import CALLS, covering  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -276,3 +276,22 @@ def test_every_launch_goes_to_the_gpu_of_its_tensors(current, machine):
     assert machine.current == current
     # Nothing is switched where the GPU is the current one: it would cost the host time in every layer.
     assert (machine.entered > 0) == (current == 0)
+
+
+@pytest.mark.parametrize("capability", [70, 75, 110])
+def test_every_launcher_refuses_a_gpu_that_no_kernel_has_tiles_for(capability, monkeypatch):
+    monkeypatch.setattr(device_module, "INTERPRETED", capability)
+    monkeypatch.setattr(confidence, "_multiprocessors", confidence._multiprocessors)
+    for name, (options, _, call) in CALLS.items():
+        with pytest.raises(NotImplementedError, match=rf"^\w+: there are no Triton kernels for compute capability {capability / 10} \(cpu\)"):
+            call({option: values[0] for option, values in options.items()} | ONE_CALL[name])
+
+
+def test_every_claimed_gpu_has_tiles_for_every_op():
+    for capability in set(tiles.TARGETS.values()):
+        assert capability in tiles.TARGETS and tiles.TARGETS[capability] == capability
+        for dtype, D in itertools.product((torch.bfloat16, torch.float32), tiles.HEAD_DIMS):
+            tiles.attention_tile(capability, D=D, G=1, dtype=dtype, fp8=True)
+            tiles.attention_prefill_tile(capability, D=D, dtype=dtype, fp8=True)
+        for itemsize in (2, 4):
+            tiles.confidence_tile(capability, itemsize, kl=True, biased=True)

@@ -12,6 +12,7 @@ import dlm_fast
 import pytest
 import torch
 from dlm_fast.models.native import ATTENTION_NAME
+from dlm_fast.ops import choose
 from dlm_fast.patching import attach
 from dlm_fast.training.networks import checkpoint_activations
 from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, save_toy_checkpoint, toy
@@ -440,6 +441,46 @@ def test_an_unknown_backend_is_refused_and_nothing_is_patched():
         dlm_fast.patch(model, backend="cuda")
     with dlm_fast.patch(model, backend="reference"):
         pass
+
+
+@pytest.mark.parametrize("capability, backend", [(75, "auto"), (75, "triton"), (70, "triton"), (110, "auto")])
+def test_a_gpu_without_kernels_is_refused_when_the_backend_is_chosen(capability, backend, monkeypatch):
+    """Never a quiet fall back to the reference, and never at the first forward."""
+    device_module = pytest.importorskip("dlm_kernels.device", reason="the kernels need Triton")
+    known = "8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1"
+    message = (
+        rf"backend '{backend}': there are no Triton kernels for compute capability {capability / 10} \(.*\), only for {known}; "
+        r".*backend='reference'"
+    )
+    monkeypatch.setattr(device_module, "_capability", lambda index: capability)
+    with pytest.raises(NotImplementedError, match=message):
+        choose(backend, "cuda:0")
+    monkeypatch.setattr(device_module, "INTERPRETED", capability)
+    model = native_model()
+    if backend == "triton":
+        with pytest.raises(NotImplementedError, match=message):
+            dlm_fast.patch(model, backend=backend)
+    with dlm_fast.patch(model, backend="reference"):
+        model(torch.tensor([[5, 6]]))
+
+
+@pytest.mark.parametrize("capability", [87, 103, 121])
+def test_a_gpu_that_borrows_tiles_decodes_with_those_of_its_family(capability, monkeypatch):
+    device_module = pytest.importorskip("dlm_kernels.device", reason="the kernels need Triton")
+    monkeypatch.setattr(device_module, "INTERPRETED", capability)
+    settings = {"max_new_tokens": 4, "preset": "llada"}
+    ours = dlm_fast.generate(toy(backend="triton"), [[5, 6, 7]], **settings)
+    assert ours.sequences[0].tolist() == dlm_fast.generate(toy(), [[5, 6, 7]], **settings).sequences[0].tolist()
+
+
+def test_a_head_size_without_a_kernel_is_refused_by_patch_and_is_the_references_alone():
+    pytest.importorskip("triton")
+    model = native_model(head_dim=20)
+    with pytest.raises(NotImplementedError, match=r"no Triton attention kernel for head_dim=20, only for multiples of 16 up to 256, and 512; .*backend='reference'"):
+        dlm_fast.patch(model, backend="triton")
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    with dlm_fast.patch(model, backend="reference"):
+        torch.testing.assert_close(model(torch.tensor([[5, 6, 7]])).logits, before)
 
 
 def test_what_our_attention_would_ignore_is_refused():

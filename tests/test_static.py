@@ -192,7 +192,7 @@ def test_a_case_that_does_not_fit_and_a_missing_binary_are_refused_by_name(tmp_p
         "ValueError sum aligned: divisible_by_16 must name arguments of the function, got 'y_ptr'",
         "RuntimeError sum aligned: fn must be a @triton.jit function, got function;",
         "RuntimeError sine one: elements_per_iteration is given, but no loop loads from global memory",
-        "ValueError compile_case: capability must be one of 80, 86, 89, 90, 100, 120, got 70",
+        "ValueError compile_case: capability must be one of 80, 86, 87, 89, 90, 100, 103, 120, 121, got 70",
         "RuntimeError static: cuobjdump not found; the official Triton wheels for Linux have it in",
     ]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
@@ -302,3 +302,29 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
     assert {result.widest_load for result in shipped if result.kernel in streams} == {128}
     large = [result for result in shipped if "attention" in result.kernel and result.tiles.get("BLOCK_M", 0) >= 64]
     assert {result.mma for result in large if result.target == "sm_90"} == {"wgmma"}
+
+
+BORROWED = """
+from dlm_kernels import static, tiles
+from dlm_kernels.static import violations
+chosen = {"attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "linear_confidence": "bf16 second", "unmask": "threshold",
+          "draft_build": ""}
+found = []
+for capability in sorted(set(tiles.TARGETS) - set(static.CAPABILITIES)):
+    cases = [case for op in static.KERNEL_MODULES for case in static.shipped(op, capability)]
+    for kernel, config in chosen.items():
+        case = next(case for case in cases if case.kernel == kernel and case.config.startswith(config))
+        found.append(compile_case(case, capability))
+print(json.dumps([[result.target, result.kernel, violations([result])] for result in found]))
+print(static.main(["--target", "103", "--target", "sm_121", "--kernel", "verify", "--jobs", "1"]))
+"""
+
+
+def test_targets_that_borrow_tiles_compile_each_op_with_them(tmp_path):
+    """One configuration of each: those of the targets that lend them are all compiled."""
+    lines = run_toys(tmp_path, BORROWED).stdout.splitlines()
+    found = json.loads(lines[0])
+    assert {target for target, _, _ in found} == {"sm_87", "sm_103", "sm_121"}
+    assert {kernel for _, kernel, _ in found} == {"attention", "confidence", "linear_confidence", "unmask", "draft_build"}
+    assert [result for result in found if result[2]] == []
+    assert lines[-2].startswith("6 binaries, 2 targets, ") and lines[-1] == "0"

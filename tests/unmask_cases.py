@@ -136,7 +136,7 @@ def random_rule(rng: random.Random) -> UnmaskRule:
 def random_case(
     seed: int, B: int = 3, wide: bool = False, rule: UnmaskRule | None = None, lanes: int | None = None, canvas: int = 256
 ) -> Case:
-    """One call with random rows: ties, NaN and -inf scores, infilled canvases, full blocks, errors, rows that sit out.
+    """One call with random rows: ties, NaN and infinite scores and thresholds, infilled canvases, full blocks, errors, rows that sit out.
     `lanes`: of the call. `wide`: more lanes than one tile, or more canvas than one tile (of `canvas` positions) of a search."""
     rng = random.Random(seed)
     rule = random_rule(rng) if rule is None else rule
@@ -194,6 +194,7 @@ def random_row(
         unmask_step.append(rng.randrange(step) if written else -1)
     lane_start = start - rng.randint(0, max(0, W - (end - start))) if "lane_start" in present else start
     coarse, broken = rng.random() < 0.6, rng.random() < 0.08
+    hostile = (math.nan, math.inf, -math.inf) if rng.random() < 0.15 else ()
     allowed = [rng.random() < 0.8 for _ in range(W)]
 
     def is_needed(p: int, lane: int) -> bool:
@@ -209,7 +210,7 @@ def random_row(
     masks = tokens[start:end].count(MASK)
 
     def number() -> float:
-        return rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, -math.inf, math.nan)) if coarse else fp32(rng.random())
+        return rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, math.inf, -math.inf, math.nan)) if coarse else fp32(rng.random())
 
     def token() -> int:
         return rng.choice(stops) if stops and rng.random() < 0.15 else rng.randrange(MASK)
@@ -219,10 +220,10 @@ def random_row(
         return [draw() if ok else poison for ok in needed]
 
     def threshold() -> float:
-        return fp32(rng.choice((0.0, 0.25, 0.5, 0.9, 1.0, 2.0, 4.0, -0.5)))
+        return fp32(rng.choice((0.0, 0.25, 0.5, 0.9, 1.0, 2.0, 4.0, -0.5, *hostile)))
 
     def entropy() -> float:
-        return rng.choice((0.0, 0.125, 0.25, 0.5, -1e-9, math.nan)) if coarse else fp32(0.3 * rng.random())
+        return rng.choice((0.0, 0.125, 0.25, 0.5, -1e-9, math.inf, math.nan)) if coarse else fp32(0.3 * rng.random())
 
     few = (-1, 0, 0, 1, 1, 2, 3, W)
     return dict(
