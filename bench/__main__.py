@@ -90,7 +90,9 @@ def _gpu_check_options(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--case-seconds", type=float, default=120, help="a check that takes longer costs its process, and is red (default: 120)"
     )
-    check.add_argument("--cache", type=Path, default=None, metavar="FILE", help="kernels compiled ahead by precompile (default: none)")
+    check.add_argument(
+        "--cache", type=Path, default=None, metavar="FILE", help="kernels compiled ahead by precompile, and their seed (default: none)"
+    )
 
 
 def _precompile_options(precompile: argparse.ArgumentParser) -> None:
@@ -184,7 +186,7 @@ def _gpu_check(given: argparse.Namespace) -> int:
             rig = gpu_check.cuda_rig(processes, **options, commit=cache.commit, facts={"kernel_cache": cache.facts})
 
             def finish(result: dict[str, Any]) -> None:
-                print(f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead")
+                print(f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead, compiled baselines among them")
 
             return gpu_check.gpu_check(rig, given.out, seed, given.seconds, wanted=wanted, finish=finish)
     except kernel_cache.CacheError as error:

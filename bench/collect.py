@@ -1,5 +1,5 @@
-"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: their own cases run, on CPU tensors, with a
-driver that is not there, and what Triton would compile is collected instead of launched.
+"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: their own cases run, on CPU tensors, with
+a driver that is not there, and what Triton would compile is collected instead of launched.
 
 For a process of its own, without TRITON_INTERPRET: what stands in for a GPU stays in place.
 """
@@ -31,8 +31,7 @@ from .timing import Budget
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200: how often a row of logits is split follows from it
 JUDGES = ("same_bits", "no_worse_than_torch", "compare", "compare_states")
-# The head's and the hidden sizes are no part of a machine code, but for being multiples of 16.
-THINNER = 16
+THINNER = 16  # hidden and intermediate sizes are no part of a machine code, but for being multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,16 @@ class Collector:
         self.variants: dict[tuple[str, str, int], Variant] = {}
         self.asking = ""
         self.capability = 0
-        JITFunction._do_compile = self._instead_of_compiling()
+        collector = self
+
+        def collect(self, key, signature, device, constants, options, attributes, warmup):
+            source = ASTSource(self, signature, constants, attributes)
+            variant = Variant(source, options, collector.get_current_target(), collector.asking)
+            collector.variants.setdefault((source.hash(), options.hash(), collector.capability), variant)
+            self.device_caches[device][0][key] = made = _Unlaunched()
+            return made
+
+        JITFunction._do_compile = collect
         driver.set_active(self)
         dlm_kernels.device.capability_of = lambda op, tensor, kernel: self.capability
         torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
@@ -65,17 +73,7 @@ class Collector:
         torch.cuda.mem_get_info = lambda device=None: (1 << 40, 1 << 40)
         torch.Generator = _CPUGenerator
 
-    def _instead_of_compiling(collector) -> Callable:
-        def collect(self, key, signature, device, constants, options, attributes, warmup):
-            source = ASTSource(self, signature, constants, attributes)
-            variant = Variant(source, options, collector.get_current_target(), collector.asking)
-            collector.variants.setdefault((source.hash(), options.hash(), collector.capability), variant)
-            self.device_caches[device][0][key] = made = _Unlaunched()
-            return made
-
-        return collect
-
-    # As much of a Triton driver as a launch asks for. Triton keeps what it made for a device: every capability is another device.
+    # As much of a Triton driver as a launch asks for. Triton keeps what it made by device: every capability is a device of its own.
 
     def get_current_device(self) -> int:
         return self.capability
@@ -132,7 +130,7 @@ class _CPUGenerator(torch.Generator):
 def checks_and_timings(
     collector: Collector, capability: int, sizes: Sizes, shapes: Shapes, seed: int, ops: tuple[str, ...] = checks.OPS
 ) -> Iterator[tuple[str, str]]:
-    """Runs every case of the ops' checks, and ours at every shape that hangs on them; nothing is judged.
+    """Runs every case of the ops' checks, and ours at every shape that is timed if they are green; nothing is judged.
 
     Yields:
         (case, why it could not be followed to its end), which is "" for most.

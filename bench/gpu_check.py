@@ -61,7 +61,7 @@ def needed_checks(timings: Collection[str]) -> tuple[str, ...]:
 def cases_of(ops: Ops, device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str] = OPS) -> list[tuple[str, Case]]:
     """Every case of the wanted ops, with its op; the same code for a GPU and for the interpreter, at other sizes.
 
-    A name comes once in an op: cases of one name draw the same random numbers, and are the same case.
+    A name comes once in an op: two cases of one name draw the same random numbers, and are the same case.
     """
     found: dict[tuple[str, str], tuple[str, Case]] = {}
     for op, module in CASES.items():

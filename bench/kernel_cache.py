@@ -1,9 +1,9 @@
 """Kernels compiled on another machine: the file they travel in, and their place in this machine's Triton cache.
 
-The file is a tar.xz of `manifest.json`, `launchers.json` and a folder for each kernel with its machine code and metadata. Triton finds a
-kernel by a key over its source, its options and the installation, down to the bytes of its libraries, which differ from one Python version
-to another. So the file holds a kernel under the part of the key that is the kernel's own, and the rest is added where it is placed. If
-nothing else agrees, Triton does not find it and compiles it: a cache makes a run faster, never different.
+The file is a tar.xz of `manifest.json`, `launchers.json` and a folder for each kernel with its machine code and metadata. Triton finds
+a kernel by a key over its source, its options and the installation, down to the bytes of its libraries, which differ from one Python
+version to another. So the file holds a kernel under the part of the key that is the kernel's own, and the rest is added where it is
+placed. Where the kernel's own part does not agree, Triton compiles: a cache makes a run faster, never different.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from . import machine
 
-# Without line numbers the machine code is smaller, and the variable is part of the key: it must be the same where a kernel is looked for.
+# Without line numbers the machine code is smaller. The variable is part of the key: it must be the same where a kernel is looked for.
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 KEPT = (".cubin", ".json")
 GROUP = "__grp__"  # what Triton calls the file that lists a kernel's files
@@ -193,9 +193,10 @@ def lines(found: Placed) -> list[str]:
     """What the cache is worth here, in words."""
     facts, manifest = found.facts, found.manifest
     targets = ", ".join(f"sm_{target}" for target in manifest.ptxas)
-    made = f"compiled ahead: {len(manifest.kernels)} kernels for {targets}, Triton {manifest.triton}, seed {manifest.seed}, commit {manifest.commit}"
-    lines = [made, f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; for this run"]
-    lines[-1] += f" TRITON_CACHE_DIR={found.folder} and " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    made = f"compiled ahead: {len(manifest.kernels)} kernels for {targets}, Triton {manifest.triton}, seed {manifest.seed}"
+    variables = " ".join(f"{name}={value}" for name, value in ({"TRITON_CACHE_DIR": found.folder} | ENVIRONMENT).items())
+    lines = [f"{made}, commit {manifest.commit}"]
+    lines += [f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; for this run {variables}"]
     if facts["reason"]:
         lines.append(f"    {facts['reason']}: what is missing is compiled when it is launched")
     if not facts["same_sources"]:

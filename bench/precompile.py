@@ -7,7 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,12 +69,13 @@ def precompile(
         )
         launchers = _launchers(made)
         kernel_cache.pack(out, manifest, Path(cache), launchers)
-    say(f"{out}: {len(made)} kernels, {len(launchers)} launchers, {out.stat().st_size / 1e6:.1f} MB, commit {manifest.commit}, seed {seed}")
+    size = f"{len(made)} kernels, {len(launchers)} launchers, {out.stat().st_size / 1e6:.1f} MB"
+    say(f"{out}: {size}, commit {manifest.commit}, seed {seed}")
     say(f"{len(failed)} did not compile, {lost} could not be followed")
     return 1 if failed or lost else 0
 
 
-def _compiled(variants: Sequence[Variant], jobs: int, say: Callable[[str], None]):
+def _compiled(variants: Sequence[Variant], jobs: int, say: Callable[[str], None]) -> Iterator[tuple[int, str]]:
     """(index, error or "") of each, as they come. In forked processes: what was collected is there, and cannot be pickled."""
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_hold, initargs=(variants,)) as pool:
@@ -98,8 +99,7 @@ def _compile(index: int) -> str:
     try:
         triton.compile(variant.source, target=variant.target, options=variant.options.__dict__)
     except Exception as error:
-        words = " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())
-        return words[:600]
+        return " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())[:600]
     return ""
 
 
@@ -117,7 +117,8 @@ def _launchers(variants: Sequence[Variant]) -> list[str]:
 
     def source_of(variant: Variant) -> str:
         source = variant.source
-        places = {(source.fn.arg_names.index(path),) if isinstance(path, str) else path: value for path, value in source.constants.items()}
+        names = source.fn.arg_names
+        places = {(names.index(at),) if isinstance(at, str) else at: value for at, value in source.constants.items()}
         return driver.make_launcher(places, dict(source.signature), None)
 
     return sorted({source_of(variant) for variant in variants})

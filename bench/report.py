@@ -26,7 +26,7 @@ def heading_lines(head: dict[str, Any]) -> list[str]:
 
 
 def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
-    """One line for an op, one for every check in it that is red or skipped, and one for those that were not run for one reason."""
+    """One line for an op, one for each check in it that is red or skipped, one for those that were not run for one reason."""
     counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped", NOT_RUN)}
     verdict = "green" if is_green(checks) else "RED"
     seconds = sum(c.seconds for c in checks)
@@ -36,7 +36,8 @@ def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
     lines += [f"    {c.status} {c.name}: {c.detail}" for c in checks if c.status in ("FAILED", "skipped")]
     for reason in dict.fromkeys(c.detail for c in checks if c.status == NOT_RUN):
         names = [c.name for c in checks if (c.status, c.detail) == (NOT_RUN, reason)]
-        lines.append(f"    {NOT_RUN}, {reason}: {'; '.join(names[:NAMED])}" + (f"; {len(names) - NAMED} more" if names[NAMED:] else ""))
+        more = f"; {len(names) - NAMED} more" if names[NAMED:] else ""
+        lines.append(f"    {NOT_RUN}, {reason}: {'; '.join(names[:NAMED])}{more}")
     return lines
 
 

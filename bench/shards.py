@@ -1,7 +1,7 @@
-"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is named; the others
-go on behind it in a new one.
+"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is named; the
+others go on behind it in a new one.
 
-Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the process that started it, however
+Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the one that started it, however
 that one ends.
 """
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-START_SECONDS = 300.0  # for a process to import what it needs
+START_SECONDS = 180.0  # for a process to import what it needs
 MOST_LOST = 8  # processes that one group of jobs may cost before the rest of it is left out
 # Never forked: a fork of a process that has used CUDA cannot use it.
 _SPAWN = multiprocessing.get_context("spawn")
@@ -41,7 +41,7 @@ class Event:
     """What happened to a job.
 
     Attributes:
-        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run" alone: never begun.
+        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run": never begun.
         index: which of the jobs. seconds: since it began.
     """
 
