@@ -199,12 +199,12 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
         options["score"] = rng.choice(("neg_entropy", "confidence", "margin"))
     if rule in ("quota", "factor"):
         options["score"] = rng.choice(("confidence", "confidence", "margin", "neg_entropy", "random") if rule == "quota" else ("confidence",))
-    if rule in ("threshold", "entropy") and rng.random() < 0.4:
-        options["inclusive"] = rng.random() < 0.5
+    if rng.random() < 0.4:
+        inclusive = rng.random() < 0.5
+        options |= {"inclusive": inclusive} if rule in ("threshold", "entropy") else {}
     if rule != "quota" and rng.random() < 0.3:
-        options["min_unmask"] = rng.choice((1, 2, 3, None, None))
-        if options["min_unmask"] is None:
-            options["steps_per_block"] = rng.choice((1, 2, 4))
+        least, steps = rng.choice((1, 2, 3, None)), rng.choice((1, 2, 4))
+        options |= {"min_unmask": least} if least else {"min_unmask": None, "steps_per_block": steps}
     return options
 
 

@@ -30,8 +30,9 @@ EOS = (1, 2, 3)
 PROMPTS, NEW = [3, 1, 6], [7, 11, 3]
 # Where the options of other tests never come to what a number decides.
 TRIED = {
-    "ccd": {"block_length": 11},
-    "ccd-ds": {"block_length": 11},
+    "ccd": {"block_length": 9, "steps_per_block": None},
+    "ccd-ds": {"block_length": 9, "steps_per_block": None},
+    "fast-dllm-v2": {"sub_block_length": 4},
     "sched": {"high": 1.5, "low": 0.2, "max_change": 1.0, "patience": 0},
     "prophet": {"gap_thresholds": (2.0, 0.5, 0.2)},
     "dinfer-vicinity": {"vicinity": 1},
@@ -129,7 +130,7 @@ def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str,
     preset, own = PRESETS[name], options_of(name)
     row = row_of(name, option)
     eager, shy = ({**own, **variant} for variant in variants(name))
-    eager |= TRIED.get(name, {})
+    eager, shy = eager | TRIED.get(name, {}), shy | TRIED.get(name, {})
     numbers = preset.options()
     if option == "strict_reference" and preset.rule == "schedule":
         eager["steps_per_block"] = 20

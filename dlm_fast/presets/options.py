@@ -63,7 +63,7 @@ def _orders(p: Preset) -> bool:
 
 def _falls_back(p: Preset) -> bool:
     """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the test."""
-    near = any(type(policy) is NearBest and policy.slack > 0 for policy in p.policies)
+    near = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
     return not (near and p.rule == "threshold" and p.min_unmask == 1)
 
 
@@ -140,9 +140,9 @@ RULE: dict[str, Reading] = {
     "factor": Reading(lambda p: p.rule == "factor", "rule='factor'", ("rule",)),
     "entropy_bound": Reading(lambda p: p.rule in ("entropy", "renoise"), "rule 'entropy' or 'renoise'", ("rule",)),
     "run_threshold": Reading(
-        lambda p: not p.pipeline and p.drafts == 1 and p.rule != "bernoulli",
-        "blocks one at a time, by a rule with an order, without drafts",
-        ("rule", "schedule", "drafts"),
+        lambda p: not p.pipeline and p.drafts == 1 and p.rule != "bernoulli" and p.score != "position",
+        "blocks one at a time, by a rule with a score, without drafts",
+        ("rule", "score", "schedule", "drafts"),
     ),
     "score": Reading(
         lambda p: _tests(p) or (_orders(p) and p.rank is None),

@@ -298,8 +298,9 @@ def _check_caches(p: Preset, fail: Any) -> None:
 def _check_rules(p: Preset, fail: Any) -> None:
     if p.rule == "entropy" and "random" in (p.score, p.rank):
         fail("rule='entropy' needs an order by score, got score='random'")
-    if p.rule in ("threshold", "factor") and p.score == "position":
-        fail(f"rule={p.rule!r} tests a score, and a position is none; to go from the left use rank='position', got score='position'")
+    if p.score == "position" and (p.rule in ("threshold", "factor") or p.run_threshold is not None):
+        tests = f"rule={p.rule!r}" if p.run_threshold is None else "run_threshold"
+        fail(f"{tests} tests a score, and a position is none; to go from the left use rank='position', got score='position'")
     if p.rule in ("schedule", "bernoulli") and p.schedule != "canvas":
         fail(f"rule={p.rule!r} is a schedule over the whole canvas, got schedule={p.schedule!r}")
     if p.rule == "bernoulli" and p.order_temperature:
