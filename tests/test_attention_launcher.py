@@ -100,6 +100,19 @@ BAD = {
     "page_size, dim 2 of k_cache, must be a power of two >= 16, got 80": lambda a: a.update(
         window=dataclasses.replace(a["window"], page_table=torch.zeros(4, 1, dtype=torch.int32))
     ),
+    "k_cache must have a row and a slot, got (0, 2, 80, 32) with S_max=80; None is no cache": lambda a: a.update(
+        {f"{n}_cache": torch.zeros(0, 2, 80, 32) for n in "kv"}
+    ),
+    "k_cache must have a row and a slot, got (4, 2, 0, 32) with S_max=0; None is no cache": lambda a: a.update(
+        {f"{n}_cache": torch.zeros(4, 2, 0, 32) for n in "kv"}
+    ),
+    "k_cache and v_cache are written in place and must not share memory": lambda a: a.update(v_cache=a["k_cache"]),
+    "k_cache is written in place and must not be expanded, got strides (0, 2560, 32, 1)": lambda a: a.update(
+        k_cache=torch.zeros(1, 2, 80, 32).expand(4, -1, -1, -1)
+    ),
+    "v_cache is written in place and must not require a gradient, got requires_grad=True": lambda a: a.update(
+        v_cache=torch.zeros(4, 2, 80, 32, requires_grad=True)
+    ),
     "sliding_window must be in [1, 2^31), got 0": lambda a: a.update(sliding_window=0),
     "k_scale must be given with a cache of torch.float8_e4m3fn and with no other, got k_scale (2,) and a cache of torch.float32": (
         lambda a: a.update(k_scale=torch.ones(2), v_scale=torch.ones(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -184,6 +185,19 @@ def test_drafts_are_counted_with_an_int_of_at_least_one(op):
     for D, error, message in ((0, ValueError, "D must be at least 1, got D=0"), (1.0, TypeError, "D must be an int, got float")):
         with pytest.raises(error, match=f"draft_build: {message}"):
             op(case.source, case.tokens, case.eligible, case.ready, D=D)
+
+
+@VERIFIES
+def test_what_verify_writes_has_memory_of_its_own_and_a_mask_is_a_token(op):
+    case = random_case(3, B=2, W=5)
+    before = case.source.token.clone()
+    shared = dataclasses.replace(case, source=dataclasses.replace(case.source, accepted=case.source.tried))
+    with pytest.raises(ValueError, match="verify: source.tried and source.accepted are written in place and must not share memory"):
+        shared.verify(op)
+    with pytest.raises(ValueError, match=r"verify: mask_id must be in \[0, 2\^31\), got mask_id=-1"):
+        op(case.source, case.held, case.token, case.score, case.confidence, eligible=case.eligible, ready=case.ready,
+           drafting=case.drafting, selects=case.selects, mask_id=-1)  # fmt: skip
+    assert torch.equal(case.source.token, before)
 
 
 @VERIFIES

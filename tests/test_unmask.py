@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -341,6 +342,23 @@ def test_reference_reads_nothing_on_the_host():
 def test_an_empty_batch_does_nothing():
     for op in (reference.unmask, unmask):
         random_case(0).map(lambda name, x: x if name == "stop_ids" else x[:0]).run(op)
+
+
+@pytest.mark.parametrize("op", [reference.unmask, unmask], ids=["reference", "kernel"])
+def test_a_state_whose_fields_have_no_memory_of_their_own_is_refused_before_anything_is_written(op):
+    case = random_case(0)
+    before = case.state.clone()
+    B, L = case.state.tokens.shape
+    bad = {
+        "step and nfe are written in place and must not share memory": dict(nfe=case.state.step),
+        "unmask_step is written in place and must not be expanded": dict(unmask_step=case.state.unmask_step[:1].expand(B, L)),
+        "unmask_confidence is written in place and must not require a gradient": dict(unmask_confidence=torch.zeros(B, L, requires_grad=True)),
+    }
+    for message, fields in bad.items():
+        with pytest.raises(ValueError, match=f"^unmask: {message}"):
+            dataclasses.replace(case, state=dataclasses.replace(case.state, **fields)).run(op)
+    for field in dataclasses.fields(before):
+        assert torch.equal(getattr(case.state, field.name), getattr(before, field.name)), field.name
 
 
 def row_with(args: dict[str, object]) -> Case:

@@ -163,7 +163,7 @@ class _Row:
                 ok = score[j] >= fp32(1 - fp32(value / (r + 2)))
             else:
                 spent = [_fixed(self.given["entropy"][i]) for i in order[: r + 1]]
-                budget = math.floor(value * 2**24)
+                budget = _floor(value, 2**62, nan=-(2**62))
                 ok = sum(spent) < budget if rule.inclusive else sum(spent) - max(spent) <= budget
             if not ok:
                 return order[:r]
@@ -322,4 +322,11 @@ class _Row:
 
 
 def _fixed(entropy: float) -> int:
-    return 2**48 if math.isnan(entropy) else max(0, min(2**48, math.floor(entropy * 2**24)))
+    return max(0, _floor(entropy, 2**48, nan=2**48))
+
+
+def _floor(nats: float, most: int, nan: int) -> int:
+    """In units of 2^-24 nat, at most `most` in size."""
+    if math.isnan(nats):
+        return nan
+    return math.floor(max(-most, min(most, nats * 2**24)))

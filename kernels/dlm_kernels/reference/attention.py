@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Window
+from .written import check_written
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -240,6 +241,8 @@ def check_arguments(
     if window.q_pos.device != q.device:
         raise ValueError(f"{op}: window must be on {q.device}, got {window.q_pos.device}")
     slots = None if k_cache is None else capacity(k_cache, window)
+    if k_cache is not None and q.numel() and not k_cache.shape[0] * slots:
+        raise ValueError(f"{op}: k_cache must have a row and a slot, got {tuple(k_cache.shape)} with S_max={slots}; None is no cache")
     if window.kept is not None and window.kept.shape[1] != slots:
         raise ValueError(f"{op}: window.kept must be [B, S_max] with S_max={slots} of the cache, got {tuple(window.kept.shape)}")
     for name, tensor in window.tensors().items():
@@ -253,6 +256,7 @@ def _check_caches(op: str, k_cache: Tensor, v_cache: Tensor, window: Window, *, 
         raise ValueError(f"{op}: k_cache must be {axes} with H_kv={H_kv}, D={D}, got {tuple(k_cache.shape)}")
     if v_cache.shape != k_cache.shape:
         raise ValueError(f"{op}: v_cache must have the shape of k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+    check_written(op, {"k_cache": k_cache, "v_cache": v_cache})
     page_size = k_cache.shape[2]
     if window.page_table is not None and (page_size < 16 or page_size & (page_size - 1)):
         raise ValueError(f"{op}: page_size, dim 2 of k_cache, must be a power of two >= 16, got {page_size}")

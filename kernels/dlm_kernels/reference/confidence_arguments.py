@@ -154,7 +154,7 @@ def check_outputs(op: str, outputs: Sequence[str], known: Sequence[str], soft_ca
     """Raise on output groups that the op does not have, and on a cap that is none."""
     if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(known):
         raise ValueError(f"{op}: outputs must be distinct names out of {known}, got {outputs!r}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
+    if soft_cap is not None and (isinstance(soft_cap, bool) or not 0 < soft_cap < math.inf):
         raise ValueError(f"{op}: soft_cap must be a positive finite number or None, got {soft_cap!r}")
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .select import rank_order
+from .written import check_written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,10 @@ def check_verify(
         score=(score, torch.float32, "BDW"),
         confidence=(confidence, torch.float32, "BDW"),
     )
+    if not 0 <= mask_id < 2**31:
+        raise ValueError(f"verify: mask_id must be in [0, 2^31), got mask_id={mask_id}")
     _check("verify", source, 3, lanes, eligible=eligible, ready=ready, drafting=drafting, selects=selects)
+    check_written("verify", {f"source.{name}": field for name, field in vars(source).items()})
 
 
 def _check(op: str, source: DraftSource, rank: int, lanes: dict, *, eligible: Tensor, **rows: Tensor) -> None:

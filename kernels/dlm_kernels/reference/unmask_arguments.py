@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rules import UnmaskRule
 from ..state import ROW_FIELDS, RowState
+from .written import check_written
 
 Kind = Literal["wide", "window"]
 KINDS: tuple[Kind, ...] = ("wide", "window")
@@ -111,3 +112,4 @@ def check_arguments(
             raise ValueError(f"unmask: {name} must be on {state.tokens.device} like tokens, got {tensor.device}")
         if shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"unmask: the last dimension of {name} must have stride 1, got strides {tensor.stride()}")
+    check_written("unmask", vars(state))
