@@ -94,8 +94,12 @@ def _parser() -> Parser:
     gen.add_argument("--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full")
     source = gen.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
-    source.add_argument("--input", type=Path, help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id", "meta", and '
-        '"max_new_tokens", "min_new_tokens", "temperature" of the line')
+    source.add_argument(
+        "--input",
+        type=Path,
+        help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result repeats, and '
+        '"max_new_tokens", "min_new_tokens" and "temperature" of the line',
+    )
     gen.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     gen.add_argument("--restart", action="store_true", help="discard what a broken run left instead of resuming it")
     gen.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -112,7 +116,7 @@ def _parser() -> Parser:
     for name, kind in OPTION_TYPES.items():
         gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
     gen.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all; not at temperature 0")
-    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely tokens of this mass; 1 = all; not at temperature 0")
+    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this mass; 1 = all; not at temperature 0")
     gen.add_argument(
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any option of the preset or its policies; may be repeated"
     )

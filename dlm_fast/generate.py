@@ -284,8 +284,8 @@ def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p
     if preset.drafts > 1 and any(t > 0 for t in temperature):
         raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(temperature):g}")
     if any(policy.greedy_only for policy in preset.policies) and (any(temperature) or top_k or top_p < 1):
-        hottest = max(temperature, default=0.0)
-        raise ValueError(f"generate: preset {preset.name} decodes greedily, got temperature={hottest:g}, top_k={top_k}, top_p={top_p}")
+        got = f"temperature={max(temperature, default=0.0):g}, top_k={top_k}, top_p={top_p}"
+        raise ValueError(f"generate: preset {preset.name} decodes greedily, got {got}")
 
 
 def _failure(state: RowState, rows: list[int]) -> str:

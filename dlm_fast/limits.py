@@ -33,7 +33,7 @@ def whole(owner: str, name: str, value: Any, least: int = 0, most: int = MAX_WHO
 
 
 def number(owner: str, name: str, value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER, *, none: bool = False) -> None:
-    """Raises ValueError unless the value is a number in [low, high] (or None, if `none`); neither NaN nor infinite, and an fp32 number."""
+    """Raises ValueError unless the value is a finite fp32 number in [low, high] (or None, if `none`)."""
     if value is None and none:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:

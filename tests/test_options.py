@@ -34,7 +34,6 @@ TRIED = {
     "ccd-ds": {"block_length": 9, "steps_per_block": None},
     "fast-dllm-v2": {"sub_block_length": 4},
     "sched": {"high": 1.5, "low": 0.2, "max_change": 1.0, "patience": 0},
-    "prophet": {"gap_thresholds": (2.0, 0.5, 0.2)},
     "dinfer-vicinity": {"vicinity": 1},
     "wino": {"verify_threshold": 0.6, "block_length": 11},
     "local-leap": {"threshold": 0.5, "relaxed_threshold": 0.05, "distance": 2},

@@ -244,7 +244,7 @@ class Function(Policy):
 
 
 def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
-    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, under the argument's name."""
+    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, naming the argument."""
     if policy is None:
         return ()
     if isinstance(policy, Policy):

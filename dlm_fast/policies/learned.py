@@ -42,7 +42,8 @@ class _Learned(Policy):
         if isinstance(head, (str, Path)):
             head = load_head(head, device=state.tokens.device)
         if plan.block_length > MAX_SIZE:
-            raise ValueError(f"generate: {name}: a head reads a block of at most {MAX_SIZE} positions, got block_length={plan.block_length}")
+            rule = f"a head reads a block of at most {MAX_SIZE} positions"
+            raise ValueError(f"generate: {name}: {rule}, got block_length={plan.block_length}")
         if not callable(head):
             raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}")
         if isinstance(head, Head):

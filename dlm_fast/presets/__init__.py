@@ -28,7 +28,8 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got preset={preset!r}")
         preset = PRESETS[preset]
-    policies = (as_policies(overrides["policies"], "policies") if "policies" in overrides else preset.policies) + as_policies(policy)
+    own = as_policies(overrides["policies"], "policies") if "policies" in overrides else preset.policies
+    policies = own + as_policies(policy)
     known = {*FIELDS, *(field.name for each in policies for field in dataclasses.fields(each))}
     unknown = sorted(set(overrides) - known)
     if unknown:

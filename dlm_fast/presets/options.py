@@ -79,6 +79,9 @@ def _refreshed(p: Preset) -> bool:
     return p.cache in ("prefix", "dual", "scattered", "delayed") and p.drafts == 1
 
 
+REFRESHED = Reading(
+    _refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")
+)
 ALWAYS = Reading(_always, "every decoder", ())
 # A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is not read.
 STRUCTURE: dict[str, Reading] = {
@@ -87,7 +90,9 @@ STRUCTURE: dict[str, Reading] = {
     "stop": ALWAYS,
     "policies": ALWAYS,
     "block_length": Reading(lambda p: p.schedule != "canvas", "schedule 'block' and 'pipeline'", ("schedule",)),
-    "sub_block_length": Reading(lambda p: not p.pipeline and p.drafts == 1, "schedule 'block' without drafts", ("schedule", "drafts")),
+    "sub_block_length": Reading(
+        lambda p: not p.pipeline and p.drafts == 1, "decoders of one block at a time, without drafts", ("schedule", "drafts")
+    ),
     "causal_commit": Reading(lambda p: p.cache == "commit", "cache='commit'", ("cache",)),
     "seeded": Reading(lambda p: p.cache == "commit" and p.drafts == 1, "cache='commit' without drafts", ("cache", "drafts")),
     "sub_block_cache": Reading(
@@ -103,8 +108,8 @@ STRUCTURE: dict[str, Reading] = {
     "keep_last": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
     "scatter_suffix": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
     "vicinity": Reading(lambda p: p.cache == "dual" and p.drafts == 1, "cache='dual' without drafts", ("cache", "drafts")),
-    "warmup_steps": Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")),
-    "refresh_interval": Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")),
+    "warmup_steps": REFRESHED,
+    "refresh_interval": REFRESHED,
     "commit_delay": Reading(lambda p: p.cache == "delayed", "cache='delayed'", ("cache",)),
     "append_threshold": Reading(lambda p: p.pipeline, "schedule='pipeline'", ("schedule",)),
     "activate_threshold": Reading(
@@ -171,10 +176,11 @@ RULE: dict[str, Reading] = {
 class Part:
     """What a policy makes of the rule.
 
-    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole block, and
-    nothing besides, would wait for positions that may not be written. replaces: options that its own decision puts out of use. reads: options that it
-    reads whatever the rule does. through: options of the rule through which it acts; its numbers are read where one of them is.
-    numbers: when single numbers of its own are read, for those that are not always.
+    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole block,
+        and nothing besides, would wait for positions that may not be written.
+    replaces: options that its own decision puts out of use. reads: options that it reads whatever the rule does.
+    through: options of the rule through which it acts; its numbers are read where one of them is. numbers: when single numbers
+        of its own are read, for those that are not always.
     """
 
     rules: tuple[str, ...] | None = None

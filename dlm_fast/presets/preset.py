@@ -82,8 +82,9 @@ class Preset:
             the prompt; a step writes the masks that are left at most (SDAR, LLaDA2).
         scope: of a pipeline's forced tokens, "each" or "first" block.
         tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
-        top_k_first: order of generate's filters. greedy_filters: a row of temperature 0 has its statistics after the filters too
-            (Dream, D2F, RCR): confidences rise, and thresholds pass sooner; else filters are for draws. suppress_eos: predicted EOS tokens are ranked last.
+        top_k_first: order of generate's filters. greedy_filters: they hold at temperature 0 too (Dream, D2F, RCR):
+            the token is the same, but confidences rise, so that thresholds pass sooner. Else filters are for draws.
+        suppress_eos: predicted EOS tokens are ranked last.
         cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
@@ -201,9 +202,9 @@ class Preset:
         return own
 
     def replace(self, **options: Any) -> Preset:
-        """A copy with some options replaced; an option of a policy reaches every policy that has it. Unknown ones raise ValueError.
+        """A copy with some options replaced; an option of a policy reaches every policy that has it. Unknown ones raise.
 
-        Options that the copy does not read are allowed here, where a preset may be made in several steps; `generate` refuses them.
+        Options that the copy does not read are allowed here: a preset may be made in several steps. `generate` refuses them.
         """
         own = {name: value for name, value in options.items() if name in FIELDS}
         policies, before = [], own.pop("policies", self.policies)

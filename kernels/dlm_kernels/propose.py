@@ -175,7 +175,8 @@ def table(case: CompileCase, proposals: Sequence[Proposal]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the candidates of a configuration, best first. With --json the last line of stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m dlm_kernels.propose", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    purpose = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dlm_kernels.propose", description=purpose, allow_abbrev=False)
     parser.add_argument("--kernel", required=True, help="op whose table entry is looked for")
     parser.add_argument("--config", required=True, help="a configuration that it ships, as compile-report names it")
     parser.add_argument("--target", required=True, help="compute capability, e.g. 90")

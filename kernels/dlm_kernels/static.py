@@ -351,7 +351,8 @@ def as_dict(result: CompileResult) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; status 1 if a configuration must not ship. With --json the last line of stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m dlm_kernels.static", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    purpose = __doc__.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m dlm_kernels.static", description=purpose, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object, last line")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="this op or kernel only; may be repeated")
     parser.add_argument("--target", action="append", metavar="90", help="this compute capability only; may be repeated")
