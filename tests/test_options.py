@@ -69,6 +69,7 @@ VALUES: dict[str, tuple] = {
     "run_threshold": (None, 0.0, 0.05, -3.0),
     "min_unmask": (None, 1, 2, 3),
     "steps_per_block": (1, 2, 9),
+    "quota_of": ("masks", "block"),
     "schedule_eps": (0.01, 0.7),
     "cfg_scale": (0.0, 1.5),
     "policies": ((), (policies.Function(leftmost),)),
@@ -133,6 +134,8 @@ def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str,
     numbers = preset.options()
     if option == "strict_reference" and preset.rule == "schedule":
         eager["steps_per_block"] = 20
+    if option == "quota_of" and preset.drafts == 1:
+        eager["steps_per_block"] = shy["steps_per_block"] = own["steps_per_block"] = 3
     if option == "rate":
         eager["curve"] = shy["curve"] = "exponential"
     yield eager, {"row": row, "seed": 0}

@@ -167,6 +167,11 @@ RULE: dict[str, Reading] = {
         "rule 'quota', 'schedule' or 'bernoulli', or min_unmask=None, without drafts",
         ("rule", "min_unmask", "drafts"),
     ),
+    "quota_of": Reading(
+        lambda p: p.quota and p.steps_per_block is not None and p.drafts == 1,
+        "rule 'quota', or min_unmask=None, with steps_per_block and without drafts",
+        ("rule", "min_unmask", "steps_per_block"),
+    ),
     "schedule_eps": Reading(lambda p: p.rule in ("schedule", "bernoulli"), "rule 'schedule' or 'bernoulli'", ("rule",)),
     "strict_reference": Reading(lambda p: p.rule == "schedule", "rule='schedule'", ("rule",)),
 }
@@ -192,7 +197,9 @@ class Part:
     sub_blocks: bool = True
 
 
-_ALL, _SCHEDULE, _VALUE = frozenset(RULE), frozenset({"steps_per_block"}), frozenset({"threshold", "factor", "entropy_bound"})
+_ALL, _VALUE = frozenset(RULE), frozenset({"threshold", "factor", "entropy_bound"})
+_SCHEDULE = frozenset({"steps_per_block"})
+_QUOTA = _SCHEDULE | {"quota_of"}  # what `View.quota` reads
 _BY_SCORE = frozenset({"score", "suppress_eos"})
 _WEIGHTED = Reading(
     lambda p: _tests(p) or (p.rank is None and not p.order_temperature),
@@ -209,7 +216,7 @@ PARTS: dict[type[Policy], Part] = {
     LocalLeap: Part(("threshold",), through=_VALUE),
     AdaptiveThreshold: Part(("threshold", "factor", "entropy"), through=_VALUE),
     CertaintyPrior: Part(through=_BY_SCORE, numbers={"sigma": _WEIGHTED}),
-    KLStability: Part(("threshold",), replaces=frozenset({"inclusive", "min_unmask", "run_threshold"}), reads=_SCHEDULE),
+    KLStability: Part(("threshold",), replaces=frozenset({"inclusive", "min_unmask", "run_threshold"}), reads=_QUOTA),
     ConsistentTrajectory: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE, sub_blocks=False),
     Credit: Part(("quota", "threshold", "factor", "entropy", "schedule")),
     Prophet: Part(reads=_SCHEDULE),
@@ -220,7 +227,7 @@ PARTS: dict[type[Policy], Part] = {
     JointThreshold: Part(),
     InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}, caches=("commit",)),
     EntropyRefresh: Part(caches=("prefix", "dual", "scattered")),
-    LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _SCHEDULE, sub_blocks=False),
+    LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _QUOTA, sub_blocks=False),
     LearnedCommit: Part(replaces=_ALL),
 }
 
@@ -239,9 +246,11 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]
     for policy in preset.policies:
         part = part_of(policy)
         # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as it is.
-        reads = {name for name in part.reads if part is UNKNOWN or name in _SCHEDULE or name not in replaced}
+        reads = {name for name in part.reads if part is UNKNOWN or name in _QUOTA or name not in replaced}
         replaced |= {name: type(policy).__name__ for name in part.replaces & live}
         live = (live - part.replaces) | reads
+    if preset.steps_per_block is None:
+        live.discard("quota_of")  # one token a step is one, whatever it is a share of
     numbers: dict[str, Reading] = {}
     for policy in preset.policies:
         part = part_of(policy)
