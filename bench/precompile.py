@@ -99,7 +99,10 @@ def _compile(index: int) -> str:
     try:
         triton.compile(variant.source, target=variant.target, options=variant.options.__dict__)
     except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error} {error.__cause__ or ''}".split())[:600]
+        # Triton says first where it was called from, with the code, and last what is wrong.
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
     return ""
 
 
