@@ -68,6 +68,11 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
 
         for mode, cache in zip(MODES, ("none", "contiguous", "pages", "fp8"), strict=True):
             yield one(Kind(dtype, mode, common, next(groups), cache, ("long",)))
+    for dtype, (cache, features) in itertools.product(
+        sizes.attention_dtypes, (("contiguous", ()), ("fp8 pages", ()), ("contiguous", ("long",)))
+    ):
+        kind = Kind(dtype, "full", common, sizes.groups[-1], cache, features)
+        yield one(kind, not_finite_is_carried, "NaN and infinities")
     if sizes.far:
         for cache in ("contiguous", "pages"):
             name = f"{cache}: cache offsets beyond 2^31 elements"
@@ -225,7 +230,19 @@ def paged(call: Call, random: torch.Generator) -> Call:
 
 
 def equals_reference(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
+    check_call(ops, random_call(generator(seed, name), sizes, kind, device))
+
+
+def not_finite_is_carried(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
+    """In three rows something live is not finite, and all queries of the row see it ("full")."""
     call = random_call(generator(seed, name), sizes, kind, device)
+    call.q[0, 0, 0], call.q[0, 1, 1, 3] = math.nan, math.inf
+    call.k[2, 0, 0, 1] = math.inf
+    call.v[3, 1, 0, 2] = math.nan
+    check_call(ops, call)
+
+
+def check_call(ops: Ops, call: Call) -> None:
     memory, low, exact = GuardedMemory(), call.to(), call.to(torch.float64)
     guarded = call
     if call.k_cache is not None:

@@ -496,6 +496,7 @@ def test_another_seed_position_step_or_request_draws_anew(device) -> None:
         ({"temperature": torch.ones(3)}, ValueError, "temperature must have shape"),
         ({"temperature": torch.ones(4)[::2]}, ValueError, "temperature must be contiguous"),
         ({"soft_cap": 0.0}, ValueError, "soft_cap must be"),
+        ({"soft_cap": True}, ValueError, "soft_cap must be"),
     ],
 )
 def test_a_call_that_is_not_defined_is_refused(op, change, error, message) -> None:

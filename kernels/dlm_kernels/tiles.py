@@ -104,7 +104,7 @@ _FP8_TILES = {
     89: _FP8_MMA_SYNC_TILES,
     90: {},
     100: {(128, 2): AttentionTile(128, 32, 8, 3)},
-    120: _FP8_MMA_SYNC_TILES,
+    120: _FP8_MMA_SYNC_TILES | {(128, 2): AttentionTile(64, 32, 8, 2)},
 }
 
 
