@@ -400,4 +400,5 @@ def run_case(seed: int, device: torch.device) -> dict[str, Any]:
     finite = rng.random() < 0.75
     check_against_the_loop(case if finite else not_finite(case, rng), dtype, device, tile, prefill=prefill)
     stored = "no cache" if case.k_buffer is None else "fp8 cache" if features["fp8"] else "cache"
-    return {"kind": f"{mode}, {stored}{', paged' if features['page_size'] else ''}{'' if finite else ', not finite'}", "boundary": has_boundary(case, tile)}
+    words = [mode, stored, *(["paged"] if features["page_size"] else []), *([] if finite else ["not finite"])]
+    return {"kind": ", ".join(words), "boundary": has_boundary(case, tile)}

@@ -283,7 +283,8 @@ def test_every_launcher_refuses_a_gpu_that_no_kernel_has_tiles_for(capability, m
     monkeypatch.setattr(device_module, "INTERPRETED", capability)
     monkeypatch.setattr(confidence, "_multiprocessors", confidence._multiprocessors)
     for name, (options, _, call) in CALLS.items():
-        with pytest.raises(NotImplementedError, match=rf"^\w+: there are no Triton kernels for compute capability {capability / 10} \(cpu\)"):
+        refusal = rf"^\w+: there are no Triton kernels for compute capability {capability / 10} \(cpu\)"
+        with pytest.raises(NotImplementedError, match=refusal):
             call({option: values[0] for option, values in options.items()} | ONE_CALL[name])
 
 

@@ -476,7 +476,8 @@ def test_a_gpu_that_borrows_tiles_decodes_with_those_of_its_family(capability, m
 def test_a_head_size_without_a_kernel_is_refused_by_patch_and_is_the_references_alone():
     pytest.importorskip("triton")
     model = native_model(head_dim=20)
-    with pytest.raises(NotImplementedError, match=r"no Triton attention kernel for head_dim=20, only for multiples of 16 up to 256, and 512; .*backend='reference'"):
+    refusal = r"no Triton attention kernel for head_dim=20, only for multiples of 16 up to 256, and 512; .*backend='reference'"
+    with pytest.raises(NotImplementedError, match=refusal):
         dlm_fast.patch(model, backend="triton")
     before = model(torch.tensor([[5, 6, 7]])).logits
     with dlm_fast.patch(model, backend="reference"):

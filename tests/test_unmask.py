@@ -349,10 +349,11 @@ def test_a_state_whose_fields_have_no_memory_of_their_own_is_refused_before_anyt
     case = random_case(0)
     before = case.state.clone()
     B, L = case.state.tokens.shape
+    wanting = torch.zeros(B, L, requires_grad=True)
     bad = {
         "step and nfe are written in place and must not share memory": dict(nfe=case.state.step),
         "unmask_step is written in place and must not be expanded": dict(unmask_step=case.state.unmask_step[:1].expand(B, L)),
-        "unmask_confidence is written in place and must not require a gradient": dict(unmask_confidence=torch.zeros(B, L, requires_grad=True)),
+        "unmask_confidence is written in place and must not require a gradient": dict(unmask_confidence=wanting),
     }
     for message, fields in bad.items():
         with pytest.raises(ValueError, match=f"^unmask: {message}"):
