@@ -373,9 +373,8 @@ def test_top_p_keeps_an_id_if_those_before_it_have_exactly_top_p_of_the_mass(mon
     handle = dlm_fast.handle_of(model)
     # A quarter of the mass each: numbers that every float holds exactly.
     equal = torch.full((VOCAB,), float("-inf")).index_fill(0, torch.tensor([7, 9, 20, 30]), 0.0)
-    adapter = {name: getattr(handle.adapter, name) for name in ("new_cache", "window_hidden")}
     head = lambda model, hidden: equal.expand(*hidden.shape[:-1], VOCAB)  # noqa: E731
-    monkeypatch.setattr(handle, "adapter", types.SimpleNamespace(**adapter, head=head))
+    monkeypatch.setattr(handle, "adapter", types.SimpleNamespace(**{**vars(handle.adapter), "head": head}))
     for top_p, kept in ((0.24, [7]), (0.25, [7, 9]), (0.5, [7, 9, 20]), (0.74, [7, 9, 20]), (0.75, [7, 9, 20, 30])):
         out = dlm_fast.generate(model, random_prompts([2]), max_new_tokens=40, block_length=4, temperature=1.0, top_p=top_p)
         assert sorted(set(out.canvas[0][2:].tolist())) == kept, top_p
