@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BANNED, MAX_TEMPERATURE, MIN_TEMPERATURE
 from dlm_kernels.reference.unmask_arguments import MAX_STOP_IDS
-from dlm_kernels.state import DONE
 from torch import Tensor
 
 from .diffusion import DiffusionConfig

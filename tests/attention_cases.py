@@ -317,7 +317,7 @@ def _largest(values: Tensor, among: Tensor) -> float:
 def not_finite(case: Case, rng: random.Random) -> Case:
     """The case with NaN or infinities in live places: of queries, of the window's keys and values, of cached ones that a row sees."""
     w = fields(case)
-    (B, _, W, D), H_kv = case.q.shape, case.k.shape[1]
+    (B, _, _, D), H_kv = case.q.shape, case.k.shape[1]
     rows = [b for b in range(B) if live_positions(w, b)]
     # What an fp8 cache keeps is NaN or finite.
     values = (math.nan, math.inf, -math.inf)

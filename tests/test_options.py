@@ -22,7 +22,7 @@ from dlm_fast import policies, statistics
 from dlm_fast.limits import MAX_DRAFTS, MAX_WHOLE
 from dlm_fast.patching import attach
 from dlm_fast.presets import FIELDS, PRESETS, Preset, options, resolve
-from helpers import MASK, VOCAB, native_model, options_of, random_prompts, toy
+from helpers import MASK, native_model, options_of, random_prompts, toy
 from test_policy_bounds import variants
 
 DECODERS = [name for name, preset in PRESETS.items() if preset.supported]

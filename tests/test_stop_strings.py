@@ -16,7 +16,7 @@ from dlm_fast.requests import Requests, response
 from dlm_fast.stops import Stopper, read_stop_strings
 from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DENOISE, DONE
-from helpers import EOS, MASK, VOCAB, options_of, random_prompts, row_of, toy, toy_tokenizer
+from helpers import EOS, MASK, options_of, random_prompts, row_of, toy, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
