@@ -253,7 +253,7 @@ def no_worse_than_torch(
     """
     if ours.shape != exact.shape:
         raise Failure(f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}")
-    half_step = torch.finfo(ours.dtype).eps / 2
+    epsilon = torch.finfo(ours.dtype).eps
     ours, low_precision = ours.double(), low_precision.double()
     finite = exact.isfinite()
     # One NaN is as good as another: its sign and payload are the hardware's.
@@ -265,7 +265,9 @@ def no_worse_than_torch(
     zero = torch.zeros_like(exact)
     error, sizes = torch.where(finite, (ours - exact).abs(), zero), torch.where(finite, exact.abs(), zero)
     theirs = torch.where(finite, (low_precision - exact).abs(), zero).max().item()
-    allowed = factor * (half_step * sizes).clamp(min=theirs) + floor * max(unit, sizes.max().item())
+    # Half of the dtype's step there: epsilon times the power of two below the number; none at 0, whose mantissa is 0.
+    rounding = epsilon / 2 * sizes / (2 * torch.frexp(sizes).mantissa.clamp(min=0.5))
+    allowed = factor * rounding.clamp(min=theirs) + floor * max(unit, sizes.max().item())
     if not (error <= allowed).all():
         worst = (error - allowed).argmax()
         raise Failure(

@@ -170,11 +170,13 @@ def test_an_error_beyond_twice_torchs_own_is_a_failure_and_nan_never_passes() ->
         checks.no_worse_than_torch("x", exact + 2.1e-3, low, exact)
     with pytest.raises(checks.Failure, match="NaN"):
         checks.no_worse_than_torch("x", torch.tensor([1.0, math.nan]), low, exact)
-    # A result of a 16-bit dtype may be off by two of its own roundings, also where torch hits the number: 2**-10 at 1, 2**-9 at 2.
-    ours = torch.tensor([1 + 2**-10, 2 - 2**-9], dtype=torch.float16)
-    checks.no_worse_than_torch("x", ours, exact, exact)
+    # A result of a 16-bit dtype may be off by two of its own roundings, also where torch hits the number: 2**-10 in [1, 2), 2**-9 in [2, 4).
+    exact = torch.tensor([1.75, 2.0], dtype=torch.float64)
+    checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-10, 2 + 2**-9], dtype=torch.float16), exact, exact)
     with pytest.raises(checks.Failure, match="error 0.00195 against float64, torch's largest is 0 "):
-        checks.no_worse_than_torch("x", torch.tensor([1 + 2**-9, 2.0], dtype=torch.float16), exact, exact)
+        checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-9, 2], dtype=torch.float16), exact, exact)
+    with pytest.raises(checks.Failure, match="error 1.01e-06 against"):
+        checks.no_worse_than_torch("x", torch.tensor([17 * 2**-24], dtype=torch.float16), torch.zeros(1), torch.zeros(1).double())
 
 
 def test_a_check_that_crashes_is_a_row_and_the_next_one_runs() -> None:
