@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -147,12 +148,18 @@ def _need_cuda() -> None:
         raise UsageError("unset TRITON_INTERPRET: it would run the kernels on the CPU")
 
 
-def _make(folder: Path | None) -> None:
+def _make(file: Path | None) -> None:
+    """The file's folder; and the file can be written, which is better known now than when there is something to write."""
     try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
     except OSError as error:
-        raise UsageError(f"--out {folder}: {error}") from None
+        raise UsageError(f"--out {file}: {error}") from None
+
+
+def _in(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
 
 
 def _processes() -> int:
@@ -160,6 +167,7 @@ def _processes() -> int:
 
 
 def _gpu_check(given: argparse.Namespace) -> int:
+    began = time.monotonic()
     for option in ("seconds", "compile_seconds", "case_seconds", "processes"):
         value = getattr(given, option)
         if value is not None and not value >= 0:
@@ -171,12 +179,12 @@ def _gpu_check(given: argparse.Namespace) -> int:
     if wrong:
         raise UsageError(f"--times must be among {', '.join(gpu_check.TIMINGS)}, got {', '.join(wrong)}")
     _need_cuda()
-    _make(given.out)
+    _make(_in(given.out, "gpu-check.jsonl"))
     processes = _processes() if given.processes is None else given.processes
     options = {"compile_seconds": given.compile_seconds, "case_seconds": given.case_seconds}
     if given.cache is None:
         rig = gpu_check.cuda_rig(processes, **options)
-        return gpu_check.gpu_check(rig, given.out, given.seed, given.seconds, wanted=wanted)
+        return gpu_check.gpu_check(rig, given.out, given.seed, began + given.seconds - time.monotonic(), wanted=wanted)
     from . import kernel_cache
 
     try:
@@ -188,7 +196,8 @@ def _gpu_check(given: argparse.Namespace) -> int:
             def finish(result: dict[str, Any]) -> None:
                 print(f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead, compiled baselines among them")
 
-            return gpu_check.gpu_check(rig, given.out, seed, given.seconds, wanted=wanted, finish=finish)
+            left = began + given.seconds - time.monotonic()
+            return gpu_check.gpu_check(rig, given.out, seed, left, wanted=wanted, finish=finish)
     except kernel_cache.CacheError as error:
         raise UsageError(f"--cache {error}") from None
 
@@ -204,7 +213,7 @@ def _precompile(given: argparse.Namespace) -> int:
         raise UsageError(f"--jobs must be at least 1, got {given.jobs}")
     from . import precompile
 
-    _make(given.out.parent)
+    _make(given.out)
     jobs = given.jobs or os.cpu_count() or 1
     return precompile.precompile(given.out, given.targets, given.seed, jobs, lambda line: print(line, flush=True))
 
@@ -241,14 +250,14 @@ def _kernels(given: argparse.Namespace) -> int:
         plots = given.out is not None and not given.no_plots
         if plots and not sweep.has_matplotlib():
             raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
-        _make(given.out)
+        _make(_in(given.out, "kernels.jsonl"))
         rig = gpu_check.cuda_rig(_processes(), shapes=shapes, compile_seconds=sweep.COMPILE_SECONDS)
         return sweep.measured(rig, given.out, ops, given.seed, given.seconds, plots)
     if given.no_static and (given.targets or given.kernels or given.jobs):
         raise UsageError("--no-static leaves out the table that --targets, --kernels and --jobs are of")
     if given.jobs is not None and given.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {given.jobs}")
-    _make(given.out)
+    _make(_in(given.out, "kernels_static.json"))
     try:
         return sweep.computed(given.out, shapes, ops, given.targets, given.kernels, given.jobs, not given.no_static)
     except static_table.StaticError as error:
@@ -294,7 +303,7 @@ def _sanitize(given: argparse.Namespace) -> int:
         sanitizer = sanitize.find()
     except sanitize.SanitizeError as error:
         raise UsageError(str(error)) from None
-    _make(given.out)
+    _make(_in(given.out, "sanitize.json"))
     facts = machine.device_facts(torch.device("cuda", torch.cuda.current_device()))
     facts |= {"versions": machine.versions(), "commit": machine.commit()}
     kernels, verdicts = sanitize.kernel_names(), []
@@ -350,7 +359,7 @@ def _seeds(given: argparse.Namespace) -> int:
 
     if len(set(given.seeds)) != len(given.seeds):
         raise UsageError(f"--seeds must differ, got {given.seeds}")
-    _make(given.out)
+    _make(_in(given.out, "seeds.json"))
     print("\n".join(seeds.lines(seeds.run(given.out, given.seeds, seeds.Short(), given.runs))))
     return 0
 

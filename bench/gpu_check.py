@@ -267,8 +267,8 @@ def gpu_check(
     try:
         ceilings = rig.ceilings()
         record.measured(ceilings)
-        for name, value in dataclasses.asdict(ceilings).items():
-            say(f"    {name:20} {value:10.4g}")
+        for line in report.ceiling_lines(dataclasses.asdict(ceilings)):
+            say(line)
     except Exception as error:  # correctness can be checked all the same
         say(f"    FAILED: {short(error)}")
 

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import lzma
 import os
 import tarfile
 import tempfile
@@ -85,7 +86,7 @@ def unpack(path: Path, folder: Path) -> tuple[Manifest, list[str]]:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         manifest = Manifest(**found | {"kernels": [Kernel(**kernel) for kernel in found["kernels"]]})
         return manifest, json.loads((folder / "launchers.json").read_text(encoding="utf-8"))
-    except (OSError, tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, tarfile.TarError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path}: must be a file of `precompile`, got {type(error).__name__}: {error}") from None
 
 

@@ -76,8 +76,7 @@ class Record:
         self._say("timing begins", op=op, model=model, shape=shape)
 
     def timing(self, row: Timing) -> None:
-        values = {name: report.rounded(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "", {})}
-        self._say("timing", **values)
+        self._say("timing", **report.row(row))
 
     def end(self) -> None:
         self._say("end")
@@ -135,7 +134,7 @@ class Record:
     def lines(self) -> list[str]:
         """The run as text, as it printed itself, but for the checks that passed."""
         lines = [*report.heading_lines(self.head), "", "ceilings"]
-        lines += [f"    {name:20} {value:10.4g}" for name, value in (self.ceilings or {}).items()] or ["    not measured"]
+        lines += report.ceiling_lines(self.ceilings or {}) or ["    not measured"]
         lines += ["", "correctness", *(line for op, done in self.of_ops().items() for line in report.check_lines(op, done))]
         lines += ["", "times", report.timing_header()]
         rows = self.rows()
@@ -153,7 +152,7 @@ class Record:
 
 def read(path: Path) -> Record:
     """The record of a file. A last line that was cut off is left out. Raises OSError, LineError."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # behind the last newline: nothing, or what was cut off
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # behind the last newline: nothing, or what was cut off
     record = Record()
     for number, text in enumerate(lines, 1):
         try:

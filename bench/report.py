@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import gates
@@ -137,15 +137,21 @@ def document(
         **machine,
         "ceilings": ceilings,
         "checks": ops,
-        "timings": [
-            {name: rounded(value) for name, value in dataclasses.asdict(row).items() if value not in (None, "", {})}
-            for row in timings
-        ],
+        "timings": [row(timing) for timing in timings],
         "losses": [
             {"op": r.op, "model": r.model, "shape": r.shape, "candidate": r.candidate, "speedup": rounded(r.speedup)}
             for r in losses(timings)
         ],
     }
+
+
+def row(timing: Timing) -> dict[str, Any]:
+    """Its fields, but for those that do not apply."""
+    return {name: rounded(value) for name, value in dataclasses.asdict(timing).items() if value not in (None, "", {})}
+
+
+def ceiling_lines(ceilings: Mapping[str, float]) -> list[str]:
+    return [f"    {name:20} {value:10.4g}" for name, value in ceilings.items()]
 
 
 def rounded(value: Any) -> Any:

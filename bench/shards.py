@@ -22,6 +22,7 @@ from typing import Any
 
 START_SECONDS = 180.0  # for a process to import what it needs
 MOST_LOST = 8  # processes that one group of jobs may cost before the rest of it is left out
+JOIN_SECONDS = 10.0  # for killed processes to be gone
 # Never forked: a fork of a process that has used CUDA cannot use it.
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -80,11 +81,12 @@ def run(
     lost: collections.Counter[str] = collections.Counter()
     failed = "none was started"
     shards = [_Shard(make) for _ in range(min(processes, len(jobs)))]
+    ended: list[_Shard] = []
     try:
         while shards:
-            heard = multiprocessing.connection.wait([shard.connection for shard in shards], timeout=0.2)
+            multiprocessing.connection.wait([shard.connection for shard in shards], timeout=0.2)
             for shard in list(shards):
-                message = shard.message(shard.connection in heard, start_seconds if shard.job is None else job_seconds)
+                message = shard.message(start_seconds if shard.job is None else job_seconds)
                 if message is None:
                     continue
                 kind, result, sound = message
@@ -97,6 +99,7 @@ def run(
                     yield Event("lost", index, reason=result, seconds=seconds)
                 if not sound:
                     shards.remove(shard)
+                    ended.append(shard)
                     shard.end()
                     if index is None:
                         continue
@@ -115,12 +118,16 @@ def run(
                     shard.begin(index)
                 else:
                     shards.remove(shard)
+                    ended.append(shard)
                     shard.end()
         for index in waiting:
             yield Event("not run", index, reason=f"no process is left to run it: {failed}")
     finally:
         for shard in shards:
             shard.end()
+        deadline = time.monotonic() + JOIN_SECONDS  # a driver may hold on to a process for longer
+        for shard in [*ended, *shards]:
+            shard.process.join(max(0.0, deadline - time.monotonic()))
 
 
 class _Shard:
@@ -139,21 +146,22 @@ class _Shard:
         with contextlib.suppress(OSError):  # it is gone, which the next message says
             self.connection.send(index)
 
-    def message(self, is_heard: bool, limit: float) -> tuple[str, Any, bool] | None:
+    def message(self, limit: float) -> tuple[str, Any, bool] | None:
         """(kind, result or reason, whether the process is sound), or None while there is nothing to say."""
-        if is_heard:
+        # Asked now: what has come while others were attended to is no time-out.
+        if self.connection.poll():
             try:
                 return self.connection.recv()
             except (EOFError, OSError):
-                self.process.join(10)
+                self.process.join(JOIN_SECONDS)
                 return "died", f"its process died: {_ending(self.process.exitcode)}", False
         if time.monotonic() - self.since > limit:
             return "died", f"no end after {limit:g} s: its process was killed", False
         return None
 
     def end(self) -> None:
+        """Without waiting for it: the other processes' jobs go on."""
         self.process.kill()
-        self.process.join(10)  # a driver may hold on to it for longer; nobody waits for that
         self.connection.close()
 
 

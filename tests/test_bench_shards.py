@@ -72,6 +72,17 @@ def test_a_job_that_hangs_is_ended_and_the_others_go_on_behind_it() -> None:
     }  # fmt: skip
 
 
+def test_a_job_that_ended_while_others_were_attended_to_is_no_time_out() -> None:
+    words = [f"fine {n}" for n in range(6)]
+    found = []
+    for event in shards.run(
+        [shards.Job("fine", word) for word in words], functools.partial(shard_jobs.make, words), processes=3, job_seconds=1
+    ):
+        found.append(event)
+        time.sleep(0.6)  # two such, and a second is over
+    assert set(outcomes(found, words).values()) == {"ended"}
+
+
 def test_a_process_that_a_job_left_unsound_is_not_used_again() -> None:
     found = events(["fine 1", "breaks", "fine 2", "fine 3"], processes=1)
     first, breaks, second, third = (event.result[1] for event in found if event.kind == "ended")
@@ -201,6 +212,9 @@ def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tm
     assert "    not run, began, and never ended: hangs" in lines and lines[-2].endswith("cut off")
     assert command.main(["gates", str(file)]) == 0  # nothing is missed: nothing is measured
     assert "0 missed" in capsys.readouterr().out
+    (tmp_path / "latin").write_bytes(b"\xe4\n")
+    assert command.main(["report", str(tmp_path / "latin")]) == 2
+    assert "latin: line 1 must be one of a run's" in capsys.readouterr().err
 
 
 # ---- the lines of a run
@@ -281,5 +295,10 @@ def test_wrong_options_of_gpu_check_are_named(capsys, tmp_path, options: list[st
 
 
 def test_every_check_of_a_gpu_has_a_name_of_its_own() -> None:
-    names = [(op, name) for op, (name, _) in gpu_check.cases_of(dlm_fast.REFERENCE, torch.device("cuda"), checks.GPU, 1)]
-    assert len(set(names)) == len(names) > 500 and {op for op, _ in names} == set(checks.OPS)
+    arguments = dlm_fast.REFERENCE, torch.device("cuda"), checks.GPU, 1
+    said = {}  # two of one name draw the same numbers, and must be the same case
+    for op, module in gpu_check.CASES.items():
+        for name, case in module.cases(*arguments):
+            assert said.setdefault((op, name), repr(case.args)) == repr(case.args)
+    assert [(op, name) for op, (name, _) in gpu_check.cases_of(*arguments)] == list(said)
+    assert len(said) > 500 and {op for op, _ in said} == set(checks.OPS)

@@ -135,7 +135,12 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     file = tmp_path / "cache.tar.xz"
     file.write_text("no archive")
-    for path in (file, tmp_path / "absent"):
+    damaged = tmp_path / "damaged.tar.xz"
+    kernel_cache.pack(damaged, manifest(), tmp_path / "none", ["".join(f"{n * n};" for n in range(9999))])
+    whole = damaged.read_bytes()
+    middle = len(whole) // 2
+    damaged.write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000 :])
+    for path in (file, tmp_path / "absent", damaged):
         assert command.main(["gpu-check", "--out", str(tmp_path), "--cache", str(path)]) == 2
         assert capsys.readouterr().err.startswith(f"gpu-check: --cache {path}: must be a file of `precompile`, got ")
 
@@ -147,3 +152,5 @@ def test_precompile_says_what_it_lacks(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     assert command.main(["precompile", "--out", str(tmp_path / "a"), "--jobs", "0"]) == 2
     assert "precompile: --jobs must be at least 1, got 0" in capsys.readouterr().err
+    assert command.main(["precompile", "--out", str(tmp_path)]) == 2  # before anything is compiled
+    assert f"precompile: --out {tmp_path}: " in capsys.readouterr().err
