@@ -25,6 +25,7 @@ def covering(options: Options, strength: int, allowed: Callable[[dict[str, Any]]
     every time. Values of which 300 draws make no allowed choice are taken for values that do not go together.
     """
     rng = random.Random(0)
+    strength = min(strength, len(options))
     missing = {
         tuple(zip(names, values, strict=True)): None
         for names in itertools.combinations(options, strength)
@@ -124,7 +125,7 @@ CONFIDENCE = {
 LINEAR = {name: values for name, values in CONFIDENCE.items() if name not in ("kl", "top_k", "bias")} | {"H": (64, 80)}
 
 
-def confidence_options(choice: dict[str, Any], N: int, R: int, V: int) -> dict[str, Any]:
+def confidence_options(choice: dict[str, Any], N: int) -> dict[str, Any]:
     import torch
 
     outputs = tuple(name for name in ("second", "logsumexp", "entropy", "kl", "sampled", "query") if choice.get(name))
@@ -146,7 +147,7 @@ def call_confidence(choice: dict[str, Any], split: bool) -> None:
 
     N = R = 3
     logits = torch.zeros(R, 40000, dtype=getattr(torch, choice["dtype"]))
-    options = confidence_options(choice, N, R, 40000) | {"top_k": choice["top_k"]}
+    options = confidence_options(choice, N) | {"top_k": choice["top_k"]}
     if choice["kl"]:
         options |= {"previous": logits, "previous_logsumexp": torch.zeros(R)}
     if choice["bias"]:
@@ -161,7 +162,7 @@ def call_linear_confidence(choice: dict[str, Any]) -> None:
 
     dtype = getattr(torch, choice["dtype"])
     hidden, weight = torch.zeros(3, choice["H"], dtype=dtype), torch.zeros(3000, choice["H"], dtype=dtype)
-    linear_confidence.linear_confidence(hidden, weight, **confidence_options(choice, 3, 3, 3000))
+    linear_confidence.linear_confidence(hidden, weight, **confidence_options(choice, 3))
 
 
 ATTENTION = {
@@ -231,7 +232,7 @@ CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict
     "confidence, split and merged": (CONFIDENCE, lambda choice: True, lambda choice: call_confidence(choice, split=True)),
     "linear_confidence": (LINEAR, lambda choice: True, call_linear_confidence),
     "block_attention": (ATTENTION, attention_allowed, call_attention),
-    "drafts": ({"W": (20, 200, 3000), "": (None,), " ": (None,)}, lambda choice: True, call_drafts),
+    "drafts": ({"W": (20, 200, 3000)}, lambda choice: True, call_drafts),
 }
 
 

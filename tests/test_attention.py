@@ -290,6 +290,13 @@ def test_a_query_whose_scores_are_all_minus_infinity_gets_nan_and_not_zeros(kv_l
     for out in (low.kernel(), low.reference()):
         assert out[0, 0, :, 0].isnan().tolist() == [False, False, True, False]
         assert (out[0, 0, [0, 1, 3]] == 1).all()
+    case.q[0, 0, 2] = 1e25
+    case.k.fill_(-1e25), case.k_buffer.fill_(-1e25)
+    case.q[0, 0, [0, 1, 3]] = 0.0
+    low = case.to(torch.float32, device)
+    for out in (low.kernel(), low.reference()):  # every score of the query overflows
+        assert out[0, 0, :, 0].isnan().tolist() == [False, False, True, False]
+        assert (out[0, 0, [0, 1, 3]] == 1).all()
 
 
 def test_scores_near_the_lowest_number_of_float32_are_weighed_like_others(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="without Triton, there is no attention kernel to launch")
 import dlm_kernels.attention as kernel
-from attention_cases import FP8, TOY, assert_no_worse_than_torch, assert_same_bits, random_case
+from attention_cases import FP8, TOY, assert_same_bits, random_case
 from attention_oracle import by_the_loop
 from dlm_kernels import Window, reference
 
@@ -141,7 +141,7 @@ def test_wrong_values_are_named(message: str, block_attention) -> None:
 def test_head_sizes_without_a_tile_are_the_references_alone(D: int) -> None:
     case = random_case(41, B=1, W=2, H_kv=1, G=1, D=D, cache=False)
     low = case.to(torch.float32)
-    assert_no_worse_than_torch(low.reference(), low.reference(), by_the_loop(case))
+    torch.testing.assert_close(low.reference().double(), by_the_loop(case), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=f"D must be a multiple of 16 up to 256, or 512, got D={D}"):
         kernel.block_attention(*low.arguments, **low.options)
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,15 +103,20 @@ def finish():
 """
 
 
-def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
-    """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask for."""
+def recorded(*command: str) -> Any:
+    """What a script says on its last line, in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
+    """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask for."""
     path = folder / "calls.py"
     path.write_text(PRELUDE.format(tests=str(ROOT / "tests")) + script + "\nfinish()\n")
-    run = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return [tuple(item) for item in json.loads(run.stdout.splitlines()[-1])]
+    return [tuple(item) for item in recorded(str(path))]
 
 
 # LLaDA-8B, Dream-7B, SDAR-8B, LLaDA2-mini; DiffusionGemma's two kinds of layer.
@@ -171,12 +177,7 @@ def test_grids_follow_the_shapes(tmp_path):
 
 def front_end(strength: int) -> dict:
     """What launch_cases.py says of all calls."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "launch_cases.py"), str(strength)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return recorded(str(ROOT / "tests" / "launch_cases.py"), str(strength))
 
 
 KERNELS = {

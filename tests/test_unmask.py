@@ -9,6 +9,7 @@ import pytest
 import torch
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.reference.select import quota, select
+from dlm_kernels.reference.written import check_written
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, WIDE
 from dlm_kernels.unmask import BLOCK_L, unmask
@@ -360,6 +361,14 @@ def test_a_state_whose_fields_have_no_memory_of_their_own_is_refused_before_anyt
             dataclasses.replace(case, state=dataclasses.replace(case.state, **fields)).run(op)
     for field in dataclasses.fields(before):
         assert torch.equal(getattr(case.state, field.name), getattr(before, field.name)), field.name
+
+
+def test_memory_is_shared_by_where_tensors_begin_and_not_by_their_count_of_elements():
+    bytes_ = torch.zeros(64, dtype=torch.uint8)
+    longs, ints = bytes_.view(torch.int64), bytes_.view(torch.int32)
+    check_written("op", {"a": longs[4:6], "b": ints[4:6]})  # from byte 32 and from byte 16
+    with pytest.raises(ValueError, match="^op: a and b are written in place and must not share memory"):
+        check_written("op", {"a": longs[2:4], "b": ints[4:6]})  # both from byte 16
 
 
 def row_with(args: dict[str, object]) -> Case:

@@ -62,8 +62,9 @@ def block_attention(
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
         ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, a scale that is not finite,
-            sliding_window < 1, scales of the cache without an fp8 one or the other way round.  TypeError: dtype.
-        RuntimeError: a gradient is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.  NotImplementedError: a GPU
+            sliding_window < 1, scales of the cache without an fp8 one or the other way round; caches that are empty, expanded, share
+            memory or require a gradient.  TypeError: dtype.
+        RuntimeError: a gradient of q, k or v is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.  NotImplementedError: a GPU
             that `tiles.TARGETS` does not name.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored

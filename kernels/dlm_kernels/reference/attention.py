@@ -51,7 +51,7 @@ def block_attention(
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
     Raises:
         ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales of the cache without
-            an fp8 one or the other way round.  TypeError: dtype.
+            an fp8 one or the other way round; caches that are empty, expanded, share memory or require a gradient.  TypeError: dtype.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
     positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden slots and dead
@@ -89,10 +89,10 @@ def block_attention(
     keys, values = (tensor.masked_fill(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
     mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen. They come of a query that is not finite, or of
-    # keys none of which is: either way no score is finite, and such a softmax is not a number.
-    finite = queries.isfinite().all(-1, keepdim=True) & (mask & keys.isfinite().all(-1)[:, :, None]).any(-1, keepdim=True)
-    attended = attended.masked_fill(~finite, math.nan).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen: the weights, whose sum is 1 otherwise, show it.
+    # Such a softmax is not a number, whether a query or its keys are not finite or their product overflows.
+    weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values[..., :1]), attn_mask=mask, scale=scale)
+    attended = attended.masked_fill(weights == 0, math.nan).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     out.copy_(attended.unflatten(2, (H // H_kv, W)).flatten(1, 2).transpose(1, 2))
     return out.transpose(1, 2)
 

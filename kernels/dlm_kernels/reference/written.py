@@ -18,11 +18,11 @@ def check_written(op: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        if 0 in tensor.stride() and any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{op}: {name} is written in place and must not be expanded, got strides {tensor.stride()}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} is written in place and must not require a gradient, got requires_grad=True")
-        begin = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        begin = tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.element_size()
         if begin in begins:
             raise ValueError(f"{op}: {begins[begin]} and {name} are written in place and must not share memory")
         begins[begin] = name
