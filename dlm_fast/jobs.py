@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 from torch import nn
 
 from .generate import DecodeError, GenerateOutput, check_greedy, generate
-from .limits import number, whole
+from .limits import heat, whole
 from .patching import handle_of
 from .presets import resolve
 
@@ -37,7 +36,7 @@ def read_prompts(path: Path, settings: Mapping[str, Any] | None = None) -> list[
     "temperature", which replace the job's `settings` for that line. Every line is checked for them; other keys are refused.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what `splitlines` takes for the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--input {path} cannot be read: {error}") from error
     records = []
@@ -68,13 +67,16 @@ def _check_line(where: str, record: dict[str, Any], settings: Mapping[str, Any])
         raise ValueError(f"{where}: unknown keys {unknown}; a line may have {known}")
     if "canvas" in record and "max_new_tokens" in record:
         raise ValueError(f"{where}: max_new_tokens goes with a prompt; a canvas says itself where tokens are wanted")
+    for name in ("id", "meta"):
+        try:
+            json.dumps(record.get(name), ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise ValueError(f"{where}: {name} must be JSON that a file in UTF-8 can hold: {error}") from None
     for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0)):
         if name in record:
             whole(where, name, record[name], least)
     if "temperature" in record:
-        number(where, "temperature", record["temperature"], 0, MAX_TEMPERATURE)
-        if 0 < record["temperature"] < MIN_TEMPERATURE:
-            raise ValueError(f"{where}: temperature must be 0 or >= {MIN_TEMPERATURE:g}, got temperature={record['temperature']}")
+        heat(where, "temperature", record["temperature"])
     most, least = (_of_line(record, settings, name) for name in ("max_new_tokens", "min_new_tokens"))
     says = "max_new_tokens" in record or "min_new_tokens" in record
     if says and "prompt" in record and least > most:
@@ -93,11 +95,10 @@ def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict
     visibility = handle_of(model).diffusion.visibility
     preset = resolve(settings.get("preset"), visibility, options, settings.get("policy"))
     for index, record in enumerate(records):
-        if "temperature" in record:
-            try:
-                check_greedy(preset, [record["temperature"]], settings.get("top_k", 0), settings.get("top_p", 1.0))
-            except ValueError as error:
-                raise JobError(f"the line of index {index}: {error}") from error
+        try:
+            check_greedy(preset, [_of_line(record, settings, "temperature")], settings.get("top_k", 0), settings.get("top_p", 1.0))
+        except ValueError as error:
+            raise JobError(f"the line of index {index}: {error}") from error
 
 
 def result_lines(output: GenerateOutput, first_index: int, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

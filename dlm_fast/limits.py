@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
+
 # More than any model has positions. A sum of a few such numbers and positions is far inside int32, and a schedule of so many
 # steps is 64 MiB of fp32 per row.
 MAX_WHOLE = 2**24
@@ -41,6 +43,13 @@ def number(owner: str, name: str, value: Any, low: float = -MAX_NUMBER, high: fl
         kind = "a number" if high < MAX_NUMBER else "a finite number"
         rule = f" in [{low:g}, {high:g}]" if len(bounds) == 2 else "".join(bounds)
         raise ValueError(f"{owner}: {name} must be {kind}{rule}{' or None' if none else ''}, got {name}={shown(value)}")
+
+
+def heat(owner: str, name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a temperature: 0, or one by which logits may be divided in fp32."""
+    number(owner, name, value, 0)
+    if value and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise ValueError(f"{owner}: {name} must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got {name}={value:g}")
 
 
 def flag(owner: str, name: str, value: Any) -> None:

@@ -96,6 +96,15 @@ def stored_dtypes(files: list[Path]) -> dict[str, str]:
 
 def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
     """The one float dtype that weights are stored in. Raises CheckpointError where there are several or others."""
+    example = float_kinds(path, dtypes)
+    if len(example) > 1:
+        got = ", ".join(f"{name} {kind}" for kind, name in sorted(example.items()))
+        raise CheckpointError(f"load: the weights of {path} are stored in several dtypes ({got}); say which with dtype=")
+    return FLOATS[next(iter(example), "F32")]
+
+
+def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
+    """The float dtypes that weights are stored in, each with the first tensor of it. Raises CheckpointError where there are others."""
     wrong = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
     if wrong:
         raise CheckpointError(
@@ -103,11 +112,7 @@ def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
             f"({len(wrong)} of {len(dtypes)}); quantised weights are not converted"
         )
     # Old checkpoints store the rotary frequencies, which transformers computes: they are nobody's weights.
-    example = {kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")}
-    if len(example) > 1:
-        got = ", ".join(f"{name} {kind}" for kind, name in sorted(example.items()))
-        raise CheckpointError(f"load: the weights of {path} are stored in several dtypes ({got}); say which with dtype=")
-    return FLOATS[next(iter(example), "F32")]
+    return {kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")}
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
@@ -203,7 +208,7 @@ def load(
             f"load: {path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
             f"say adapter={str(path)!r} to merge it, or adapter=False to open the weights alone"
         )
-    if adapter is not None and adapter is not False and not isinstance(adapter, (str, Path)):
+    if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
     files = weight_files(path)
     stored = stored_dtypes(files)

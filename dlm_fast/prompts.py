@@ -38,7 +38,7 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
         return _without_pads(name, rows, attention_mask, tokenizer)
     if isinstance(given, (str, bytes, bytearray)):
         raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(given).__name__}")
-    if not isinstance(given, Iterable) or isinstance(given, (set, frozenset)):
+    if not isinstance(given, Iterable) or isinstance(given, (set, frozenset)) or isinstance(given, np.ndarray) and not given.ndim:
         raise TypeError(f"generate: {name} must be a list of {NOUNS[name]}, got {_got(given)}")
     items = list(given)
     if items and all(_is_id(item) or _is_array(item) and item.ndim == 0 for item in items):
@@ -48,14 +48,11 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
     rows = [_read_row(f"{name}[{b}]", item, tokenizer) for b, item in enumerate(items)]
     if attention_mask is None:
         return rows
+    if any(isinstance(item, Mapping) and item.get("attention_mask") is not None for item in items):
+        raise ValueError(f"generate: attention_mask must be given once, got one in {name} too")
     if any(row.text for row in rows):
         raise ValueError("generate: attention_mask must go with token ids, got one with text, which has no padding")
     return [Row(ids) for ids in _live(name, [row.ids for row in rows], attention_mask)]
-
-
-def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
-    """Token ids of one prompt: a string, a chat (list of {"role", "content"}), a sequence of ids or a tokenizer's result."""
-    return _read_row("prompt", prompt, tokenizer).ids
 
 
 def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
@@ -99,9 +96,12 @@ def _encode_chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) 
 
 def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
     try:
-        return list(encode())
+        ids = list(encode())
     except Exception as error:  # a template is code of its own, and raises what it likes
         raise ValueError(f"generate: {where} must be what the tokenizer can encode, got {type(error).__name__}: {error}") from error
+    if not all(map(_is_id, ids)):
+        raise TypeError(f"generate: {where} must become a list of token ids, got input_ids of the tokenizer that are none")
+    return ids
 
 
 def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, tokenizer: Any) -> list[Row]:
@@ -121,6 +121,8 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
         rows, one = _array_ids(f"{name}['input_ids']", ids, 1, 2), ids.ndim == 1
     elif isinstance(ids, (list, tuple)):
         one = bool(ids) and all(map(_is_id, ids))
+        if any(isinstance(row, str) for row in ids):
+            raise TypeError(f"generate: {name}['input_ids'] must be token ids, got a str")
         rows = list(ids) if one else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
     else:
         raise TypeError(f"generate: {name}['input_ids'] must be token ids, got {_got(ids)}")

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from dlm_kernels.reference.confidence import MAX_BANNED, MAX_TEMPERATURE, MIN_TEMPERATURE
+from dlm_kernels.reference.confidence import MAX_BANNED
 from dlm_kernels.reference.unmask_arguments import MAX_STOP_IDS
 from torch import Tensor
 
 from .diffusion import DiffusionConfig
+from .limits import heat
 from .presets import Preset
 from .prompts import read_rows
 from .stops import StopStrings, read_stop_strings
@@ -154,10 +155,9 @@ def read(
     ids = list(range(B)) if request_ids is None else _per_row("request_ids", request_ids, B, int, 0, scalar=False)
     if any(i >= 2**31 for i in ids):
         _fail(f"request_ids must be below 2^31, got {max(ids)}")
-    heat = _per_row("temperature", temperature, B, float, 0.0)
-    for t in heat:
-        if t and not MIN_TEMPERATURE <= t <= MAX_TEMPERATURE:
-            _fail(f"temperature must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got temperature={t:g}")
+    temperatures = _per_row("temperature", temperature, B, float, 0.0)
+    for value in temperatures:
+        heat("generate", "temperature", value)
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 0:
         _fail(f"top_k must be a whole number >= 0 (0 = off), got top_k={top_k!r}")
     if isinstance(top_p, bool) or not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
@@ -166,7 +166,7 @@ def read(
         canvases=canvases,
         prompt_lengths=prompt_lengths,
         min_new_tokens=least,
-        temperature=heat,
+        temperature=temperatures,
         top_k=int(top_k),
         top_p=float(top_p),
         seed=int(seed),

@@ -204,12 +204,6 @@ def filtered(
 def rule_choice(plan: Plan, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, sampling, state = plan.preset, view.sampling, view.state
-    score = view.score(preset.score)
-    rank = None if preset.rank is None else view.score(preset.rank)
-    if preset.suppress_eos:
-        is_eos = view.is_eos()
-        score = torch.where(is_eos, -torch.inf, score)
-        rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
     value, min_unmask = sampling.value, sampling.min_unmask
     if preset.quota and preset.quota_of == "block":
         min_unmask = view.quota()
@@ -217,29 +211,21 @@ def rule_choice(plan: Plan, view: View) -> Choice:
         last = state.step >= sampling.steps - 1
         share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
         if preset.rule == "bernoulli":
-            # u < r, as a score above a threshold.
-            score, value = -view.uniform(), -torch.where(last, 1.0, share)
+            value = -torch.where(last, 1.0, share)
             min_unmask = torch.zeros_like(min_unmask)
         else:
             masks = view.eligible.sum(1)
             count = (masks.to(torch.float32) * share).floor().to(torch.int32)
             count = count if preset.strict_reference else count.clamp(min=1)
             min_unmask = torch.where(last, masks.to(torch.int32), count)
-    if preset.order_temperature:
-        gumbel = -torch.log(-torch.log(view.uniform()))
-        rank = (score if rank is None else rank) / preset.order_temperature + gumbel
     allowed = None
     if preset.sub_block_length is not None:
         start, end = sub_block(plan, state)
         allowed = (view.position >= start[:, None]) & (view.position < end[:, None])
     return Choice(
-        pred=view.token,
-        score=score,
-        confidence=view.confidence,
+        **view.stated(),
         value=value,
         min_unmask=min_unmask,
-        rank=rank,
-        entropy=view.entropy if preset.rule == "entropy" else None,
         allowed=allowed,
         run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
     )

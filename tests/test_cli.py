@@ -484,10 +484,12 @@ def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(command, o
         ({"prompt": "a", "max_new_tokens": 0}, "line 2: max_new_tokens must be a whole number >= 1, got max_new_tokens=0"),
         ({"prompt": "a", "max_new_tokens": 10**30}, "line 2: max_new_tokens must be a whole number <= 16777216"),
         ({"prompt": "a", "min_new_tokens": "3"}, "line 2: min_new_tokens must be a whole number >= 0, got min_new_tokens='3'"),
-        ({"prompt": "a", "temperature": [1]}, "line 2: temperature must be a number in [0, 1e+06], got temperature=[1]"),
-        ({"prompt": "a", "temperature": 1e-9}, "line 2: temperature must be 0 or >= 1e-06, got temperature=1e-09"),
+        ({"prompt": "a", "temperature": [1]}, "line 2: temperature must be a finite number >= 0, got temperature=[1]"),
+        ({"prompt": "a", "temperature": 1e-9}, "line 2: temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09"),
         ({"prompt": "a", "min_new_tokens": 7}, "line 2: min_new_tokens must be at most max_new_tokens, got 7 > 6"),
         ({"canvas": [MASK], "max_new_tokens": 3}, "line 2: max_new_tokens goes with a prompt"),
+        ({"prompt": "a", "meta": [float("nan")]}, "line 2: meta must be JSON that a file in UTF-8 can hold: Out of range float values"),
+        ({"prompt": "a", "id": "\ud800"}, "line 2: id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode"),
     ],
 )
 def test_a_bad_setting_of_a_line_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys, line, message):
@@ -500,4 +502,15 @@ def test_a_temperature_that_the_decoder_refuses_is_named_before_anything_is_deco
     prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "temperature": 0.5}')
     message = error_of([*command, "--preset", "freedave", "--temperature", "0"], capsys)
     assert "the line of index 1: generate: drafts are lossless for greedy decoding only, got temperature=0.5" in message
+    prompts.write_text('{"prompt": "abc", "temperature": 0}\n{"prompt": "abc"}')
+    message = error_of([*command, "--preset", "freedave", "--temperature", "0.5"], capsys)
+    assert "the line of index 1: generate: drafts are lossless for greedy decoding only, got temperature=0.5" in message
+
+
+def test_a_line_ends_where_a_line_of_json_does(command, prompts, tmp_path, capsys):
+    meta = "a\u2028b\u0085c"
+    prompts.write_text(json.dumps({"prompt": "abc", "meta": meta}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "abc"}))
+    assert run(command, capsys)[0] == 0
+    lines = (tmp_path / "out.jsonl").read_bytes().decode().split("\n")[:-1]
+    assert [json.loads(line).get("meta") for line in lines] == [meta, None]
     assert not (tmp_path / "out.jsonl.partial").exists()

@@ -7,7 +7,7 @@ import torch
 from helpers import EOS, MASK, VOCAB, toy, toy_tokenizer
 
 import dlm_fast
-from dlm_fast.prompts import encode_prompt
+from dlm_fast.prompts import read_rows
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import CanvasShape, DatasetError, Steps, read_dataset
 from dlm_fast.training.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text
@@ -39,7 +39,7 @@ def test_text_is_tokenised_as_the_tiny_models_are_trained_and_prompted(tmp_path)
     text, messages = read_dataset(path, tokenizer, diffusion, SHAPE, vocab_size=256).samples
 
     assert (
-        text.prompt == messages.prompt == encode_prompt(chat, tokenizer) == tokenizer(prompt_text("Add 12 and 34"))["input_ids"]
+        text.prompt == messages.prompt == read_rows("prompts", [chat], None, tokenizer)[0].ids == tokenizer(prompt_text("Add 12 and 34"))["input_ids"]
     )
     assert text.answer == messages.answer == tokenizer(answer_text("2+4=6"))["input_ids"]
     assert (text.task, messages.task) == (0, -1)

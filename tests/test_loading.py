@@ -12,6 +12,7 @@ import pytest
 import torch
 from dlm_fast import CheckpointError
 from dlm_fast.loading import EMBEDDED, checkpoint_path, load_tokenizer
+from dlm_fast.training.networks import stored_dtype
 from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -293,7 +294,7 @@ def test_weights_of_several_floats_need_to_be_told_which(folder):
     # Frequencies that old checkpoints store are no weights.
     weights = {key: tensor.bfloat16() for key, tensor in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(weights, path, metadata={"format": "pt"})
-    assert load(folder).dtype == torch.bfloat16
+    assert load(folder).dtype == torch.bfloat16 == stored_dtype(str(folder))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -386,8 +387,8 @@ def test_an_adapter_is_merged_in_float32(folder, adapter, dtype):
 def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"adapter must be a folder with adapter_config.json and adapter_model.safetensors, got 'none' without"):
         load(folder, adapter="none")
-    for wrong in (True, 7):
-        with pytest.raises(TypeError, match=f"adapter must be a folder, False or None, got adapter={wrong}"):
+    for wrong in (True, 7, ""):
+        with pytest.raises(TypeError, match=f"adapter must be a folder, False or None, got adapter={wrong!r}"):
             load(folder, adapter=wrong)
     path = adapter / "adapter_model.safetensors"
     lora = load_file(path)

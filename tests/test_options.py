@@ -9,6 +9,7 @@ in 41; all of them:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
@@ -178,7 +179,7 @@ def values_of(option: str, preset: Preset) -> tuple:
 
 def check_pair(name: str, option: str) -> None:
     """Accepted: some value changes some decode, unless the preset can have no other value. Refused: none changes any."""
-    base, accepted, changed, alternatives = PRESETS[name], False, False, False
+    base, accepted, changed = PRESETS[name], False, False
     for given, arguments in contexts(name, option):
         before = base.replace(**given)
         for value in values_of(option, base):
@@ -194,21 +195,33 @@ def check_pair(name: str, option: str) -> None:
             if options.unread(after, [option], base):
                 assert ours == theirs, f"{name}: {option}={value!r} is refused and has an effect, {given}, {arguments}"
                 break
-            accepted = alternatives = True
+            accepted = True
             changed |= ours != theirs
         if changed:
             return
-    assert changed or not (accepted and alternatives), f"{name}: {option} is accepted and has no effect"
+    assert changed or not accepted, f"{name}: {option} is accepted and has no effect"
+
+
+def has_alternative(name: str, option: str) -> bool:
+    """Whether the preset can have another value of the option in any context: where not, there is nothing to compare."""
+    for given, _ in contexts(name, option):
+        before = PRESETS[name].replace(**given)
+        for value in values_of(option, before):
+            if before.options()[option] != value:
+                with contextlib.suppress(ValueError):
+                    before.replace(**{option: value})
+                    return True
+    return False
 
 
 PAIRS = [(name, option) for name in DECODERS for option in PRESETS[name].options()]
+# One of every 41 in the default run, all in the campaign.
+SAMPLE = [next(pair for pair in PAIRS[place:] if has_alternative(*pair)) for place in range(0, len(PAIRS) - 41, 41)]
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_what_is_accepted_has_an_effect_and_what_is_refused_has_none(name):
-    for place, (preset, option) in enumerate(PAIRS):
-        if preset == name and place % 41 == 0:
-            check_pair(name, option)
+@pytest.mark.parametrize("name, option", SAMPLE)
+def test_what_is_accepted_has_an_effect_and_what_is_refused_has_none(name, option):
+    check_pair(name, option)
     DECODES.clear()
 
 

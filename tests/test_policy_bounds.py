@@ -12,7 +12,7 @@ import torch
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS
 from dlm_fast.presets.options import unread
-from helpers import EOS, MASK, native_model, random_prompts
+from helpers import EOS, MASK, native_model, random_prompts, toy
 
 BLOCK, PROMPTS, NEW = 4, [1, 6], [10, 5]
 
@@ -247,3 +247,24 @@ def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
 
 def test_every_preset_has_a_bound():
     assert set(PRESETS) <= set(WRITES_EVERY_STEP) | set(OWN_BOUND)
+
+
+@pytest.mark.parametrize(
+    "preset, options",
+    [
+        ("dinfer-credit", {"rule": "quota", "steps_per_block": 8, "credit_weight": 5.0}),
+        ("dinfer-credit", {"rule": "threshold", "threshold": 0.99, "credit_weight": 5.0}),
+    ],
+)
+def test_a_bias_counts_in_what_orders_as_in_what_is_tested(preset: str, options: dict) -> None:
+    """The score orders where there is no rank: named as the rank, it must order in the same way, biased as it is."""
+    prompts = random_prompts([3, 2, 4, 1], 5)
+    for seed in range(4):
+        model = toy("full", seed=seed)
+        runs = [
+            dlm_fast.generate(model, prompts, preset=preset, block_length=8, max_new_tokens=16, **options, **rank)
+            for rank in ({}, {"rank": "confidence"})
+        ]
+        for name in ("unmask_step", "canvas"):
+            ours, theirs = (torch.cat(getattr(run, name)) for run in runs)
+            assert torch.equal(ours, theirs), f"{name}, seed {seed}"

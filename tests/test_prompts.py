@@ -58,7 +58,7 @@ def test_one_prompt_may_be_a_tokenizers_result_or_an_array():
 
     assert rows(tokenizer(TEXTS[1]), tokenizer) == expected
     assert all(rows([form], tokenizer) == expected for form in forms)
-    assert rows([*forms, tuple(ids)], tokenizer)[1:] != []
+    assert rows([*forms, tuple(ids)], tokenizer) == expected * 6
     assert rows(np.array([ids, ids[::-1]]), tokenizer)[0] == expected[0]
     assert rows((form for form in forms[:2]), tokenizer) == rows(forms[:2], tokenizer)
 
@@ -132,6 +132,9 @@ WRONG = [
     ({"prompts": [[5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]}, ValueError, r"rows of lengths \[1, 2\], got \[2, 2\]"),
     ({"prompts": [[5], "a"], "attention_mask": [[1], [1]]}, ValueError, r"prompts of text need a tokenizer"),
     ({"prompts": {"input_ids": TENSOR, "attention_mask": TENSOR}, "attention_mask": TENSOR}, ValueError, r"must be given once"),
+    ({"prompts": [{"input_ids": [5], "attention_mask": [1]}], "attention_mask": [[1]]}, ValueError, r"must be given once, got one in prompts too"),
+    ({"prompts": {"input_ids": ["ab"]}}, TypeError, r"prompts\['input_ids'\] must be token ids, got a str"),
+    ({"prompts": np.array("ab")}, TypeError, r"prompts must be a list of prompts, got a ndarray"),
 ]
 
 

@@ -120,6 +120,8 @@ def base_model(model: nn.Module) -> nn.Module:
 def altered(model: nn.Module, step: Step) -> str | None:
     """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through `step`."""
     layers = model.model.layers
+    if step.served == list(range(len(layers))):
+        return None
     missed = [index for index in range(len(layers)) if index not in step.served]
     if not missed:
         return None

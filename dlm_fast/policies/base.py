@@ -110,13 +110,25 @@ class View:
             return self.uniform()
         return -self.position.float() if name == "position" else self.confidence
 
+    def stated(self) -> dict[str, Tensor | None]:
+        """The fields of a `Choice` that are the step's statistics: what is predicted, what is tested and what orders."""
+        preset = self.plan.preset
+        score, rank = self.score(preset.score), None if preset.rank is None else self.score(preset.rank)
+        if preset.suppress_eos:
+            is_eos = self.is_eos()
+            score = torch.where(is_eos, -torch.inf, score)
+            rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
+        if preset.rule == "bernoulli":
+            score = -self.uniform()  # u < r, as a score above a threshold
+        if preset.order_temperature:
+            gumbel = -torch.log(-torch.log(self.uniform()))
+            rank = (score if rank is None else rank) / preset.order_temperature + gumbel
+        entropy = self.entropy if preset.rule == "entropy" else None
+        return {"pred": self.token, "score": score, "confidence": self.confidence, "rank": rank, "entropy": entropy}
+
     def restated(self, choice: Choice, ids: Tensor, bias: Tensor) -> Choice:
         """The choice by the statistics of biased logits (`restate`)."""
-        biased = self.restate(ids, bias)
-        score = biased.score(self.plan.preset.score)
-        if self.plan.preset.suppress_eos:
-            score = torch.where(biased.is_eos(), -torch.inf, score)
-        return dataclasses.replace(choice, pred=biased.token, score=score, confidence=biased.confidence)
+        return dataclasses.replace(choice, **self.restate(ids, bias).stated())
 
     def is_eos(self) -> Tensor:
         """[B, W] bool predictions that would end the text."""

@@ -42,7 +42,7 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     chosen = preset.replace(**{**overrides, "policies": policies})
     idle = unread(chosen, overrides, preset)
     if idle:
-        raise ValueError(f"generate: {'; '.join(idle.values())}")
+        raise ValueError(f"generate: {'; '.join(idle)}")
     return chosen
 
 

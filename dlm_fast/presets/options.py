@@ -127,6 +127,7 @@ STRUCTURE: dict[str, Reading] = {
             and p.cache in ("dual", "commit")
             and not (p.vicinity or p.seeded or p.cfg_scale or p.refresh_interval or p.warmup_steps or p.suppress_eos)
             and p.sub_block_length is None
+            and p.run_threshold is None
             and p.score != "random"
         ),
         "a static decoder of one token per step with cache 'dual' or 'commit'",
@@ -236,8 +237,8 @@ def part_of(policy: Policy) -> Part:
     return PARTS.get(type(policy), UNKNOWN)
 
 
-def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]:
-    """Of the options `given`, by which `preset` came of `base`, those that it does not read, each with the reason.
+def unread(preset: Preset, given: Iterable[str], base: Preset) -> list[str]:
+    """A sentence for each of the options `given`, by which `preset` came of `base`, that it does not read.
 
     An option that the preset could not do without is no such option (`horizon=None` beside a cache that allows none).
     """
@@ -258,17 +259,17 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> dict[str, str]
         by_rule = Reading(lambda p: False, f"a decoder whose {' or '.join(sorted(part.through))} decides", ())
         for field in dataclasses.fields(policy):
             numbers[field.name] = by_rule if idle else part.numbers.get(field.name, ALWAYS)
-    reasons = {}
+    reasons = []
     for name in given:
         reading = RULE.get(name) or STRUCTURE.get(name) or numbers.get(name, ALWAYS)
         if name in live or (name not in RULE and reading.when(preset)) or _needed(preset, name, base):
             continue
         if name in replaced:
-            reasons[name] = f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself"
+            reasons.append(f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself")
             continue
         shows = ", ".join(f"{field}={getattr(preset, field)!r}" for field in reading.shows)
         where = f"with {shows}" if shows else "here"
-        reasons[name] = f"{name} has no effect {where} (preset {preset.name}): it is read by {reading.by}"
+        reasons.append(f"{name} has no effect {where} (preset {preset.name}): it is read by {reading.by}")
     return reasons
 
 

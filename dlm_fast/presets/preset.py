@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 from dlm_kernels.rules import Scope, UnmaskRule
 
-from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, number, shown, whole
+from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, heat, number, shown, whole
 from ..policies import Policy
 from .options import part_of
 
@@ -257,10 +256,7 @@ def check(preset: Preset) -> None:
     number(owner, "schedule_eps", p.schedule_eps, 0, 1)
     if not p.schedule_eps > 0:
         fail(f"schedule_eps must be a number > 0, got schedule_eps={p.schedule_eps!r}")
-    number(owner, "order_temperature", p.order_temperature, 0)
-    if p.order_temperature and not MIN_TEMPERATURE <= p.order_temperature <= MAX_TEMPERATURE:
-        limits = f"[{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]"
-        fail(f"order_temperature must be 0 or in {limits}, got order_temperature={p.order_temperature:g}")
+    heat(owner, "order_temperature", p.order_temperature)
     for field in dataclasses.fields(p):
         if field.type == "bool":
             flag(owner, field.name, getattr(p, field.name))

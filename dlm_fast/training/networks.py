@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import patching
 from ..diffusion import DiffusionConfig
-from ..loading import FLOATS, checkpoint_path, load, stored_dtypes, weight_files
+from ..loading import FLOATS, checkpoint_path, float_kinds, load, stored_dtypes, weight_files
 from ..models import adapter_for
 
 
@@ -84,8 +84,9 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
 
 def stored_dtype(path: str) -> torch.dtype | None:
     """The dtype that a checkpoint folder's weights are stored in; None if they are in several."""
-    kinds = set(stored_dtypes(weight_files(checkpoint_path(path))).values())
-    return FLOATS[kinds.pop()] if len(kinds) == 1 else None
+    folder = checkpoint_path(path)
+    kinds = list(float_kinds(folder, stored_dtypes(weight_files(folder))))
+    return FLOATS[kinds[0]] if len(kinds) == 1 else None
 
 
 def weights_digest(path: str) -> str:
