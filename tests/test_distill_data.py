@@ -38,9 +38,8 @@ def test_text_is_tokenised_as_the_tiny_models_are_trained_and_prompted(tmp_path)
     diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS_ID,), visibility="full")
     text, messages = read_dataset(path, tokenizer, diffusion, SHAPE, vocab_size=256).samples
 
-    assert (
-        text.prompt == messages.prompt == read_rows("prompts", [chat], None, tokenizer)[0].ids == tokenizer(prompt_text("Add 12 and 34"))["input_ids"]
-    )
+    encoded = read_rows("prompts", [chat], None, tokenizer)[0].ids
+    assert text.prompt == messages.prompt == encoded == tokenizer(prompt_text("Add 12 and 34"))["input_ids"]
     assert text.answer == messages.answer == tokenizer(answer_text("2+4=6"))["input_ids"]
     assert (text.task, messages.task) == (0, -1)
 
