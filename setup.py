@@ -8,7 +8,7 @@ version: dict[str, str] = {}
 exec((ROOT / "dlm_fast" / "version.py").read_text(encoding="utf-8"), version)
 
 # The folder kernels/ holds the package dlm_kernels and is no package itself: a module named `kernels` would hide, or once
-# installed overwrite, Hugging Face's package of that name, which transformers imports (tests/test_shadow.py).
+# installed overwrite, Hugging Face's package of that name, which transformers imports (tests/package/test_shadow.py).
 PACKAGES = find_packages(include=["dlm_fast", "dlm_fast.*"]) + find_packages("kernels", include=["dlm_kernels", "dlm_kernels.*"])
 
 README = ROOT / "README.md"
@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=PACKAGES,
     package_dir={"dlm_kernels": "kernels/dlm_kernels"},
-    package_data={"dlm_fast": ["checkpoints/*/*"]},  # the embedded tiny models
+    package_data={"dlm_fast": ["tiny/checkpoints/*/*"]},  # the embedded tiny models
     entry_points={"console_scripts": ["dlm-fast = dlm_fast.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import triton
 
-from .speed import Ceilings
+from .speed.run import Ceilings
 from .timing import Budget, Candidate, CudaTimer, Outcome, measure
 
 COPY_BYTES = 1 << 30

@@ -23,10 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
-from . import ceilings, checks, gpu_check, speed_forms, speed_linear
-from .checks import Failure, Sizes
+from . import ceilings, gpu_check
+from .checks import run as checks
+from .speed import forms as speed_forms, linear as speed_linear
+from .checks.run import Failure, Sizes
 from .shapes import Shapes
-from .speed import OURS, Bench, Ceilings
+from .speed.run import OURS, Bench, Ceilings
 from .timing import Budget
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

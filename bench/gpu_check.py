@@ -14,24 +14,24 @@ import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside
 import torch
 from dlm_fast import Ops
 
-from . import (
-    check_attention,
-    check_confidence,
-    check_decode,
-    check_unmask,
-    machine,
-    report,
-    shards,
-    speed_attention,
-    speed_forms,
-    speed_linear,
-    speed_ops,
-    speed_step,
+from .checks import (
+    attention as check_attention,
+    confidence as check_confidence,
+    decode as check_decode,
+    unmask as check_unmask,
 )
-from .checks import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
+from . import machine, report, shards
+from .speed import (
+    attention as speed_attention,
+    forms as speed_forms,
+    linear as speed_linear,
+    ops as speed_ops,
+    step as speed_step,
+)
+from .checks.run import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
 from .record import Record
 from .shapes import CHECK_SHAPES, Shapes
-from .speed import OURS, Bench, Ceilings, Shape, Timing, time_shapes
+from .speed.run import OURS, Bench, Ceilings, Shape, Timing, time_shapes
 from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 
 # Cheap and basic first.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .speed import OURS
+from .speed.run import OURS
 
 OURS_COLOUR, BASELINE_COLOUR = "#1b6ca8", "#d1495b"
 

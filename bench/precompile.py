@@ -16,7 +16,8 @@ from triton.backends.nvidia import driver
 from triton.compiler.compiler import get_cache_key, make_backend
 from triton.runtime.cache import get_cache_manager
 
-from . import checks, collect, kernel_cache, machine
+from .checks import run as checks
+from . import collect, kernel_cache, machine
 from .collect import Variant
 from .shapes import CHECK_SHAPES, Shapes
 

@@ -24,7 +24,7 @@ import transformers
 from dlm_fast.diffusion import DiffusionConfig
 from dlm_fast.loading import CHECKPOINTS, EMBEDDED, checkpoint_path
 from dlm_fast.presets import PRESETS
-from dlm_fast.tasks import TASKS, Sample, held_out
+from dlm_fast.tiny.tasks import TASKS, Sample, held_out
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

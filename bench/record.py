@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .checks import NOT_RUN, Check
-from .speed import OURS, Ceilings, Timing
+from .checks.run import NOT_RUN, Check
+from .speed.run import OURS, Ceilings, Timing
 
 Shape = tuple[str, str, str]  # op, model, label
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import gates
-from .checks import NOT_RUN, Check
-from .speed import Timing, losses
+from .checks.run import NOT_RUN, Check
+from .speed.run import Timing, losses
 
 NAMED = 16  # checks that were not run, of those with one reason: as many as are at it at once when a run is cut off
 SCHEMA = 2  # of every result file; `compare` and `gates` read this one only

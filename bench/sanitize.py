@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from dlm_fast import Ops
 
-    from .checks import Case
+    from .checks.run import Case
     from .shapes import Shapes
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -158,7 +158,13 @@ def check_target(seed: int, plain_memory: bool) -> int:
     import dlm_fast
     import torch
 
-    from . import check_attention, check_confidence, check_unmask, checks, gpu_check, report, shapes
+    from .checks import (
+        attention as check_attention,
+        confidence as check_confidence,
+        unmask as check_unmask,
+        run as checks,
+    )
+    from . import gpu_check, report, shapes
 
     if plain_memory:
         for module in (check_attention, check_confidence, check_unmask):
@@ -182,7 +188,7 @@ def check_target(seed: int, plain_memory: bool) -> int:
 def shape_checks(op: str, ops: Ops, device: torch.device, chosen: Shapes) -> Iterator[Case]:
     """The check that comes with every shape of an op, as cases of their own."""
     from . import gpu_check
-    from .speed import Bench, Ceilings
+    from .speed.run import Bench, Ceilings
     from .timing import Budget
 
     # Nothing is timed: neither a budget nor a ceiling is asked for.

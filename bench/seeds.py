@@ -15,8 +15,8 @@ from typing import Any
 
 import dlm_fast
 from dlm_fast.loading import checkpoint_path
-from dlm_fast.tasks import held_out
-from dlm_fast.training import data
+from dlm_fast.tiny.tasks import held_out
+from dlm_fast.tiny import data
 from dlm_fast.training.__main__ import build_parser
 from dlm_fast.training.distill import Distiller
 from dlm_fast.training.distill_settings import DistillSettings

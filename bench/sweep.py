@@ -11,7 +11,7 @@ from typing import Any
 
 from . import floors, gates, gpu_check, machine, report, static_table
 from .shapes import SWEEP_SHAPES, Shapes
-from .speed import Shape
+from .speed.run import Shape
 
 COMPILE_SECONDS = 1800.0
 NAME = "kernels"

@@ -21,9 +21,10 @@ import dlm_fast
 import pytest
 import torch
 
-from bench import checks, gpu_check
+from .checks import run as checks
+from . import gpu_check
 from bench.shapes import CHECK_SHAPES, TOY_SHAPES, Shapes
-from bench.speed import Bench, Ceilings, Shape
+from .speed.run import Bench, Ceilings, Shape
 from bench.timing import Budget, Candidate
 
 KERNELS = tuple(op for op in gpu_check.TIMINGS if op != "step")

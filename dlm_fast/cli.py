@@ -132,7 +132,7 @@ def _parser() -> Parser:
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
-    from . import demo
+    from .tiny import demo
 
     if args.per_task < 1:
         raise ValueError(f"--per-task must be at least 1, got {args.per_task}")

@@ -14,13 +14,13 @@ from dlm_kernels.state import DENOISE, ERROR_LOGITS
 from torch import Tensor, nn
 
 from . import requests
-from .drafts import Drafts
+from .decoding.drafts import Drafts
 from .patching import PatchHandle, handle_of
 from .presets import Preset, resolve
 from .requests import Requests
-from .schedule import Plan, counts_of, open_rows
-from .statistics import Sampling
-from .step import Decode, denoise_step
+from .decoding.plan import Plan, counts_of, open_rows
+from .decoding.measure import Sampling
+from .decoding.step import Decode, denoise_step
 from .stops import Stopper
 
 # Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
@@ -344,7 +344,7 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
             t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
             transfer[b, :S] = 1 - t[1:] / t[:-1]
         transfer = transfer.to(device)
-    # A safety net, not a schedule: the bounds of every policy (tests/test_policy_bounds.py) are below it.
+    # A safety net, not a schedule: the bounds of every policy (tests/decoding/test_policy_bounds.py) are below it.
     edits = max((getattr(policy, "max_post_edits", 0) for policy in preset.policies), default=0)
     a_block = 2 * max(plan.block_length, *steps) + edits + 8
     max_steps = [min(a_block * (-(-span // plan.block_length) + 1), 2**30) for span in spans]

@@ -17,7 +17,7 @@ from .models.native import MODEL_TYPES
 from .ops import Ops
 from .patching import attach
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
 EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What safetensors calls the dtypes that weights may have.

@@ -44,7 +44,10 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
     """Our Triton kernels. Raises ImportError where Triton is not installed (it has no wheels for this platform)."""
     if importlib.util.find_spec("triton") is None:
         raise ImportError("ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'")
-    from dlm_kernels import attention, confidence, drafts, unmask
+    from dlm_kernels.attention import launch as attention
+    from dlm_kernels.confidence import launch as confidence
+    from dlm_kernels.drafts import launch as drafts
+    from dlm_kernels.unmask import launch as unmask
 
     return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, drafts.draft_build, drafts.verify, reason)
 

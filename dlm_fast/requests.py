@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from dlm_kernels.reference.confidence import MAX_BANNED
-from dlm_kernels.reference.unmask_arguments import MAX_STOP_IDS
+from dlm_kernels.checks.unmask import MAX_STOP_IDS
 from torch import Tensor
 
 from .diffusion import DiffusionConfig

@@ -73,7 +73,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign-summary", type=Path, default=None, help="where a campaign of decodes writes its summary (JSON)")
-    parser.addoption("--races", action="store_true", help="a launch whose loads and stores have no order between fails (tests/races.py)")
+    parser.addoption("--races", action="store_true", help="a launch whose loads and stores have no order between fails (tests/support/races.py)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,10 +12,10 @@ from dlm_fast import Ops
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.confidence import OUTPUTS
-from dlm_kernels.reference.confidence_arguments import LINEAR_OUTPUTS
+from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
 from torch import Tensor
 
-from .checks import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
+from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 
 GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
 LINEAR_GROUPS = ((), ("second", "logsumexp", "entropy"), LINEAR_OUTPUTS)

@@ -17,14 +17,14 @@ from dlm_fast import Ops
 from dlm_fast.loading import CheckpointError
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
-from dlm_fast.tasks import TASKS, held_out
+from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.select import rank_order
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from .checks import Case, Failure, Sizes, Skip, generator
+from .run import Case, Failure, Sizes, Skip, generator
 
 CLEAR = 1e-4  # in logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions
 FAMILIES = {

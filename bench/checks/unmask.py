@@ -16,12 +16,12 @@ import torch
 from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.reference import DraftSource
-from dlm_kernels.reference.unmask_arguments import wanted_arguments
+from dlm_kernels.checks.unmask import wanted_arguments
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from torch import Tensor
 
-from .checks import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
+from .run import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
 MASK, STOP_IDS = 3, (1, 2)
 # Lanes of calls that are read from memory; too slow for the interpreter, whose tests have their own.

@@ -17,10 +17,10 @@ from dlm_kernels import Window
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import floors
-from .shapes import Model, Shapes
-from .speed import OURS, Bench, Shape, Work
-from .timing import Candidate
+from .. import floors
+from ..shapes import Model, Shapes
+from .run import OURS, Bench, Shape, Work
+from ..timing import Candidate
 
 
 def decode_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
@@ -137,7 +137,8 @@ def after_prefix(bench: Bench, lengths: list[int], W: int) -> Window:
 
 def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
     """Our kernel with the whole prefix in one split: what splitting is measured against."""
-    from dlm_kernels import attention, device
+    from dlm_kernels.attention import launch as attention
+    from dlm_kernels import device
     from dlm_kernels.tiles import attention_tile
 
     capability = device.capability_of("block_attention", s.q, attention._attention_kernel)

@@ -16,12 +16,12 @@ from dlm_fast import Ops
 from dlm_kernels import Window, reference
 from torch import Tensor
 
-from . import floors
-from .checks import no_worse_than_torch
-from .shapes import Model, Shapes
-from .speed import OURS, Bench, Shape, Work
-from .speed_attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa
-from .timing import Candidate
+from .. import floors
+from ..checks.run import no_worse_than_torch
+from ..shapes import Model, Shapes
+from .run import OURS, Bench, Shape, Work
+from .attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa
+from ..timing import Candidate
 
 PAGE_SIZE = 64
 FORMS = ("paged", "fp8", "shadow", "kept", "branch", "sliding")

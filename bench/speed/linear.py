@@ -11,11 +11,11 @@ from dlm_fast import Ops
 from dlm_kernels import reference
 from torch import Tensor
 
-from . import floors
-from .checks import Failure, no_worse_than_torch
-from .shapes import Model, Shapes
-from .speed import OURS, Bench, Shape, Work
-from .timing import Candidate
+from .. import floors
+from ..checks.run import Failure, no_worse_than_torch
+from ..shapes import Model, Shapes
+from .run import OURS, Bench, Shape, Work
+from ..timing import Candidate
 
 OUTPUTS = ("second", "logsumexp", "entropy")
 CHECKED_ROWS = 8

@@ -12,10 +12,10 @@ from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.state import DENOISE
 from torch import Tensor
 
-from . import floors
-from .shapes import Model, Shapes
-from .speed import OURS, Bench, Shape, Work
-from .timing import Candidate
+from .. import floors
+from ..shapes import Model, Shapes
+from .run import OURS, Bench, Shape, Work
+from ..timing import Candidate
 
 
 # (dtype, outputs) of `confidence`; the first is what most decoders ask for, the others are variants.

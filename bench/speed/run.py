@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .checks import sound
-from .floors import Cost
-from .timing import Budget, Candidate, OutOfTime, measure, rotation, short
+from ..checks.run import sound
+from ..floors import Cost
+from ..timing import Budget, Candidate, OutOfTime, measure, rotation, short
 
 OURS, AGAIN = "ours", "ours, again"
 

@@ -17,19 +17,19 @@ from dlm_fast import Ops
 from dlm_fast.generate import open_decode, sampling_of
 from dlm_fast.patching import attach
 from dlm_fast.requests import Requests
-from dlm_fast.schedule import open_rows
-from dlm_fast.step import denoise_step
+from dlm_fast.decoding.plan import open_rows
+from dlm_fast.decoding.step import denoise_step
 from dlm_kernels import RowState
 from dlm_kernels.state import DENOISE
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from . import floors
-from .check_decode import FAMILIES
-from .shapes import Model, Shapes
-from .speed import OURS, Bench, Shape, Work
-from .timing import Candidate
+from .. import floors
+from ..checks.decode import FAMILIES
+from ..shapes import Model, Shapes
+from .run import OURS, Bench, Shape, Work
+from ..timing import Candidate
 
 # transformers' SDPA under another name. For names it knows it makes masks, and a dense one where a graph is captured; the published
 # loops have none: every position sees the whole canvas.

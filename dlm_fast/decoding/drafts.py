@@ -13,8 +13,8 @@ from dlm_kernels import RowState
 from dlm_kernels.reference import DraftSource
 from torch import Tensor
 
-from .ops import Ops
-from .policies.base import Choice, Lanes
+from ..ops import Ops
+from ..policies.base import Choice, Lanes
 
 # A row whose drafts were accepted less than once in so many tries, after so many, goes on without drafts.
 TRIES, RARELY = 8, 4

@@ -10,10 +10,10 @@ from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import Confidence
 from torch import Tensor
 
-from .ops import Ops
-from .policies import Choice, View
-from .policies.base import Lanes
-from .schedule import Plan, sub_block
+from ..ops import Ops
+from ..policies import Choice, View
+from ..policies.base import Lanes
+from .plan import Plan, sub_block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
 from torch import Tensor
 
-from .diffusion import DiffusionConfig
-from .presets import Preset
+from ..diffusion import DiffusionConfig
+from ..presets import Preset
 
 if TYPE_CHECKING:
-    from .statistics import Sampling
+    from .measure import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dlm_kernels.state import COMMIT, WIDE
 from torch import Tensor
 
 from .drafts import Drafts
-from .patching import PatchHandle
-from .policies import Choice, View
-from .policies.base import Lanes, Memory
-from .schedule import Plan, lane_start, request_refresh, selects_of, window_of
-from .statistics import Sampling, lanes_view, measure, opening, rule_choice, stats_of
+from ..patching import PatchHandle
+from ..policies import Choice, View
+from ..policies.base import Lanes, Memory
+from .plan import Plan, lane_start, request_refresh, selects_of, window_of
+from .measure import Sampling, lanes_view, measure, opening, rule_choice, stats_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from ..cache import KVCache
+from .cache import KVCache
 from ..ops import Ops
 
 CLASSES = {LlamaForCausalLM: LlamaAttention, Qwen2ForCausalLM: Qwen2Attention, Qwen3ForCausalLM: Qwen3Attention}

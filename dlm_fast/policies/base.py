@@ -16,8 +16,8 @@ from torch import Tensor
 from ..limits import shown
 
 if TYPE_CHECKING:
-    from ..schedule import Plan
-    from ..statistics import Sampling
+    from ..decoding.plan import Plan
+    from ..decoding.measure import Sampling
 
 # Tensors, but for policies that work on the host.
 Memory = dict[str, Any]

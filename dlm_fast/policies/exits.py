@@ -11,7 +11,7 @@ from dlm_kernels import RowState
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..schedule import Plan
+    from ..decoding.plan import Plan
 from ..limits import number, shown, whole
 from .base import Choice, Lanes, Memory, Policy, View, lanes_of, rows_of
 

@@ -15,7 +15,7 @@ from ..limits import number, whole
 from .base import Choice, Memory, Policy, View
 
 if TYPE_CHECKING:
-    from ..schedule import Plan
+    from ..decoding.plan import Plan
 
 _SAVED = ("block_start", "block_end", "block_masks", "canvas_len")
 

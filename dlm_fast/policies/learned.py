@@ -17,7 +17,7 @@ from .base import Choice, Memory, Policy, View
 from .heads import MAX_SIZE, Head, load_head
 
 if TYPE_CHECKING:
-    from ..schedule import Plan
+    from ..decoding.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from dlm_kernels import RowState
 
 if TYPE_CHECKING:
-    from ..schedule import Plan
+    from ..decoding.plan import Plan
 from ..limits import MAX_SHIFT, number, whole
 from .base import Choice, Memory, Policy, View, lanes_of, rows_of
 

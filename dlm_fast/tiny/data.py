@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlm_fast.tasks import TASKS, Sample, generate_sample
-from dlm_fast.training.tokenizer import answer_text, build_tokenizer, prompt_text
+from .tasks import TASKS, Sample, generate_sample
+from .tokenizer import answer_text, build_tokenizer, prompt_text
 
 TASK_NAMES = tuple(TASKS)
 

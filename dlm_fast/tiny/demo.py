@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from .generate import GenerateOutput, generate
-from .loading import load
-from .patching import handle_of
+from ..generate import GenerateOutput, generate
+from ..loading import load
+from ..patching import handle_of
 from .tasks import TASKS, Sample, held_out
 
 MAX_NEW_TOKENS = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from dlm_fast.training.tokenizer import EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
+from .tokenizer import EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
 
 MAX_POSITIONS = 512
 # The slower a pair of dimensions turns, the better it can compare words at any distance; with a base of 10,000 lookups in a map

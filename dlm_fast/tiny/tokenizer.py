@@ -7,7 +7,7 @@ import string
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_fast.tasks import WORDS
+from .tasks import WORDS
 
 VOCAB_SIZE = 256
 SPECIAL_TOKENS = ("<mask>", "<eos>", "<pad>", "<sep>", "<unk>")

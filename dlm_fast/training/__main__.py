@@ -9,12 +9,12 @@ import sys
 from ..cli import Parser
 
 COMMANDS = {
-    "pretrain": ("train", "train a 0.9 M parameter diffusion language model on synthetic tasks, on a CPU"),
-    "samples": ("data", "write training samples of the synthetic tasks as JSON lines"),
-    "distill": ("distill", "distill a full-attention model into a block-causal one (D2F), from JSON lines of prompts and answers"),
-    "trajectories": ("trajectories", "add to such a file the order in which a teacher fills its answers, for --objective trajectory"),
-    "policy": ("policy", "train a small head that says which predictions to keep"),
-    "curves": ("curves", "plot the logs of training runs"),
+    "pretrain": (".train", "train a 0.9 M parameter diffusion language model on synthetic tasks, on a CPU"),
+    "samples": ("..tiny.data", "write training samples of the synthetic tasks as JSON lines"),
+    "distill": (".distill", "distill a full-attention model into a block-causal one (D2F), from JSON lines of prompts and answers"),
+    "trajectories": (".trajectories", "add to such a file the order in which a teacher fills its answers, for --objective trajectory"),
+    "policy": (".policy", "train a small head that says which predictions to keep"),
+    "curves": (".curves", "plot the logs of training runs"),
 }
 
 
@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     for name, (module, purpose) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=Defaults)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        importlib.import_module(f"dlm_fast.training.{module}").add_arguments(command)
+        importlib.import_module(module, __package__).add_arguments(command)
     return parser
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors are one line on stderr unless --debug is given."""
     values = build_parser().parse_args(arguments)
     try:
-        importlib.import_module(f"dlm_fast.training.{COMMANDS[values.command][0]}").run(values)
+        importlib.import_module(COMMANDS[values.command][0], __package__).run(values)
     except KeyboardInterrupt:
         resumes = "; --resume goes on from the last checkpoint" if hasattr(values, "resume") else ""
         print(f"dlm_fast.training {values.command}: interrupted{resumes}", file=sys.stderr)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlm_fast.training.data import Encoded, SampleStream
-from dlm_fast.training.tokenizer import EOS_ID, MASK_ID, PAD_ID
+from ..tiny.data import Encoded, SampleStream
+from ..tiny.tokenizer import EOS_ID, MASK_ID, PAD_ID
 
 FILLER_WEIGHT = 0.1  # of <eos> after the first
 LATER_WEIGHT = 0.25  # of masked tokens after the block being denoised

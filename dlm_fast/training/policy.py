@@ -8,7 +8,7 @@ A head that writes several tokens a step visits states that one token per step n
 decodes the same prompts, and its states up to the first token that differs from the full decode join the first ones (after
 DAgger, Ross et al. 2011).
 
-    python -m dlm_fast.training policy --kind filter --model tiny-full --out dlm_fast/checkpoints/heads/tiny-filter.safetensors
+    python -m dlm_fast.training policy --kind filter --model tiny-full --out dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import dlm_fast
 from dlm_fast.policies import Choice, Policy, View
 from dlm_fast.policies.heads import KINDS, Head, save_head
 from dlm_fast.policies.learned import block_time, of_block
-from dlm_fast.tasks import TASKS, Sample, generate_sample
+from ..tiny.tasks import TASKS, Sample, generate_sample
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
 # Among these the accept threshold is chosen (see `choose_threshold`).

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlm_fast.training import checkpoint
-from dlm_fast.training.data import TASK_NAMES, SampleStream, add_weights
-from dlm_fast.training.model import build_model, export
+from ..tiny.data import TASK_NAMES, SampleStream, add_weights
+from ..tiny.model import build_model, export
 from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
 from dlm_fast.training.optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from dlm_fast.training.runlog import forget_after

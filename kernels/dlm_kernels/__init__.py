@@ -15,7 +15,7 @@ Importing this package imports torch and never Triton, so the references run on 
 # `kernels`, and transformers imports it wherever it is installed. With an __init__.py, any Python started in the checkout
 # (`python -m pytest` puts the current directory first on sys.path) would import our folder in its place, and installing us next
 # to an installed Hugging Face `kernels` fails on its setuptools entry point. Without one, our folder is only a namespace portion,
-# which every regular package of that name beats wherever it stands on sys.path. tests/test_shadow.py pins this.
+# which every regular package of that name beats wherever it stands on sys.path. tests/package/test_shadow.py pins this.
 
 from . import reference
 from .rules import UnmaskRule

@@ -8,11 +8,11 @@ import triton
 from torch import Tensor
 
 from . import device
-from .confidence import allocate, allocate_partials, merge, merge_case, present
+from .confidence.launch import allocate, allocate_partials, merge, merge_case, present
 from .library import operator
 from .linear_confidence_device import _linear_confidence_kernel
 from .reference.confidence import Confidence
-from .reference.confidence_arguments import LINEAR_OUTPUTS, check_linear_arguments
+from .checks.confidence import LINEAR_OUTPUTS, check_linear_arguments
 from .static import CompileCase
 from .tiles import LinearConfidenceTile, linear_confidence_parts, linear_confidence_tile
 

@@ -9,11 +9,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .confidence_merge_device import (
-    _DRAWN, _ENERGY, _IDS, _LARGEST, _PIVOT, _QUERY, _SAMPLED, _SAMPLED_TOKEN, _SECOND, _SECOND_TOKEN, _TOKEN, _TOP, _TOTAL,
-    _VALUES, _field,
-)  # fmt: skip
-from .confidence_row_device import _FAR_BELOW, _NO_ID, _NO_PIVOT, _cap, _noise_key, _pivot, _sampling, _scales, _score
+from .confidence.merge import (
+    _DRAWN,
+    _ENERGY,
+    _IDS,
+    _LARGEST,
+    _PIVOT,
+    _QUERY,
+    _SAMPLED,
+    _SAMPLED_TOKEN,
+    _SECOND,
+    _SECOND_TOKEN,
+    _TOKEN,
+    _TOP,
+    _TOTAL,
+    _VALUES,
+    _field,
+)
+from .confidence.row import _FAR_BELOW, _NO_ID, _NO_PIVOT, _cap, _noise_key, _pivot, _sampling, _scales, _score
 
 
 @triton.jit

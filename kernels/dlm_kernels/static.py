@@ -4,7 +4,7 @@
 
 Triton compiles for a target that is not there, so registers, spills, shared memory, the kind of tensor-core instruction and the
 instructions per vocabulary element are facts on any machine. Time and bandwidth are not: those need a GPU. Races are looked for
-in the interpreter (tests/races.py) and, in shared memory, on a GPU (`python -m bench sanitize`).
+in the interpreter (tests/support/races.py) and, in shared memory, on a GPU (`python -m bench sanitize`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TENSOR_MEMORY_LIMIT = 512
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # Module of each op. Its `compile_cases(capability)` lists what its launcher may launch.
-KERNEL_MODULES = {name: f"{__package__}.{name}" for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")}
+KERNEL_MODULES = {name: f"{__package__}.{name}.launch" for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")}
 
 
 @dataclasses.dataclass(frozen=True)

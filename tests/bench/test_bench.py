@@ -16,10 +16,11 @@ from bench_module import ROOT  # first: it makes `bench` importable
 from dlm_fast import REFERENCE
 
 from bench import __main__ as command
-from bench import check_attention, check_decode, check_unmask, checks, compare, gpu_check, report, timing
+from bench.checks import attention as check_attention, decode as check_decode, unmask as check_unmask, run as checks
+from bench import compare, gpu_check, report, timing
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
-from bench.speed import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
+from bench.speed.run import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)

@@ -16,9 +16,12 @@ from bench_module import ROOT  # first: it makes `bench` importable
 from dlm_kernels import reference
 
 from bench import __main__ as command
-from bench import checks, compare, floors, gates, gpu_check, sanitize, shapes, speed_attention, speed_forms, speed_linear
-from bench import speed_ops, speed_step, sweep, timing
-from bench.speed import Bench, Ceilings
+from bench.checks import run as checks
+from bench import compare, floors, gates, gpu_check, sanitize, shapes
+from bench.speed import attention as speed_attention, forms as speed_forms, linear as speed_linear
+from bench.speed import ops as speed_ops, step as speed_step
+from bench import sweep, timing
+from bench.speed.run import Bench, Ceilings
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -453,7 +456,7 @@ KERNELS = ("_attention_kernel", "_confidence_kernel")
 CLEAN = "========= COMPUTE-SANITIZER\nconfidence green\nsanitize-target: green\n========= ERROR SUMMARY: 0 errors\n"
 INVALID = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 4 bytes
-=========     at _attention_kernel+0x1230 in attention_device.py:120
+=========     at _attention_kernel+0x1230 in split.py:120
 =========     by thread (0,0,0) in block (3,0,0)
 =========     Access at 0x7f0000000400 is out of bounds
 =========
@@ -461,8 +464,8 @@ sanitize-target: green
 ========= ERROR SUMMARY: 1 error
 """
 RACE = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at _confidence_kernel+0x90 in confidence_device.py:41
-=========     and Read access at _confidence_kernel+0x100 in confidence_device.py:51 [508 hazards]
+========= Error: Race reported between Write access at _confidence_kernel+0x90 in kernel.py:41
+=========     and Read access at _confidence_kernel+0x100 in kernel.py:51 [508 hazards]
 =========
 sanitize-target: green
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
@@ -591,8 +594,9 @@ for what in {statements!r}:
 
 def test_whatever_a_command_imports_is_found_from_a_bare_checkout() -> None:
     """Each module first in a process of its own: none may hang on what another has put in place."""
-    modules = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in ("conftest", "test_kernels"))
-    statements = [f"import bench.{module}" for module in modules if module != "plots" or sweep.has_matplotlib()]
+    files = sorted(path for path in (ROOT / "bench").rglob("*.py") if path.stem not in ("conftest", "test_kernels"))
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    statements = [f"import {module}" for module in modules if module != "bench.plots" or sweep.has_matplotlib()]
     statements += ["from bench import sanitize; assert sanitize.kernel_names()"]
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     # Packages are found without what site.py adds for editable installs.

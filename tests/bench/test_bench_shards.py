@@ -19,10 +19,12 @@ import torch
 from bench_module import ROOT  # first: it makes `bench` importable
 
 from bench import __main__ as command
-from bench import checks, compare, gpu_check, record, report, shards, speed, timing
+from bench.checks import run as checks
+from bench import compare, gpu_check, record, report, shards, timing
+from bench.speed import run as speed
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
-from bench.speed import Ceilings, Timing
+from bench.speed.run import Ceilings, Timing
 
 FACTS = {"device": "toy", "driver": "unknown", "versions": {"torch": torch.__version__}, "commit": "unknown"}
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -182,7 +184,7 @@ def test_what_raises_dies_or_hangs_is_red_by_name_and_only_green_ops_are_timed(t
 
 CUT_OFF = """
 import sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}, {tests!r}, {support!r}]
 import test_bench_shards as t
 from pathlib import Path
 if __name__ == "__main__":
@@ -193,7 +195,7 @@ if __name__ == "__main__":
 
 def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tmp_path, capsys) -> None:
     script, file = tmp_path / "run.py", tmp_path / "gpu-check.jsonl"
-    script.write_text(CUT_OFF.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
+    script.write_text(CUT_OFF.format(root=str(ROOT), tests=str(Path(__file__).parent), support=str(ROOT / "tests" / "support"), out=str(tmp_path)))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, env=environment) as run:
         deadline = time.monotonic() + 120

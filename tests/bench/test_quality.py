@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
     # bench/ is not installed, and the checkout may not be on sys.path.
     spec = importlib.util.spec_from_file_location(
@@ -21,7 +21,7 @@ if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
 from bench import __main__ as command  # noqa: E402
 from bench import quality, quality_report  # noqa: E402
 from dlm_fast.presets import PRESETS, resolve  # noqa: E402
-from dlm_fast.tasks import TASKS  # noqa: E402
+from dlm_fast.tiny.tasks import TASKS  # noqa: E402
 
 
 def row(model: str, preset: str, exact_match: float, nfe: float, **more) -> dict:

@@ -2,10 +2,10 @@
 
 The default suite runs the first 200 decodes of the 2,000 of the campaign:
 
-    python -m pytest -m campaign tests/test_decode_campaign.py --campaign-summary bench/results/decode_campaign.json
+    python -m pytest -m campaign tests/decoding/test_decode_campaign.py --campaign-summary bench/results/decode_campaign.json
 
 Two computations in fp32 may part where the decision between them is nearer than rounding. A row that differs is exempt if float64 (our
-oracle, replaying the row up to the first step at which the two differ) finds another decision within the bounds of tests/decode_cases.py
+oracle, replaying the row up to the first step at which the two differ) finds another decision within the bounds of tests/support/decode_cases.py
 at that step; at most 1% of the rows may be. Exact ties are no exemption: their order is defined.
 """
 

@@ -1,4 +1,4 @@
-"""The decode loop against its specification: tests/oracles.py, recomputing everything, rows alone, and what bad input must say."""
+"""The decode loop against its specification: tests/support/oracles.py, recomputing everything, rows alone, and what bad input must say."""
 
 from __future__ import annotations
 

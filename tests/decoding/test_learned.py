@@ -18,9 +18,10 @@ from dlm_fast.loading import CheckpointError
 from dlm_fast.patching import attach
 from dlm_fast.policies import CommitHead, FilterHead, Sched, heads, load_head, save_head
 from dlm_fast.presets import PRESETS, describe, resolve
-from dlm_fast.step import denoise_step
+from dlm_fast.decoding.step import denoise_step
 from dlm_fast.training import policy as training
 from helpers import MASK, VOCAB, native_model, random_prompts, save_toy_checkpoint, toy
+from opened import opened
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 BLOCK = 4
@@ -255,8 +256,6 @@ def test_a_policy_that_looks_at_the_whole_row_does_not_move_the_block_under_the_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_with_a_head_reads_nothing_on_the_host(kind):
-    from test_step import opened
-
     # Opened before the fake mode: memory() may read on the host, a step may not.
     options = {"block_length": BLOCK, "head": random_head(kind)} | ({"eotp": True} if kind == "filter" else {})
     chosen = resolve(PRESET_OF[kind], "full", options)

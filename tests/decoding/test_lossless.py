@@ -11,9 +11,9 @@ from typing import Any
 import dlm_fast
 import pytest
 import torch
-from dlm_fast.drafts import Drafts
+from dlm_fast.decoding.drafts import Drafts
 from dlm_fast.presets import PRESETS
-from dlm_fast.tasks import TASKS, held_out
+from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import RowState
 from helpers import random_prompts, toy
 

@@ -4,7 +4,7 @@ The first claim is one table (`dlm_fast/presets/options.py`). Whether it is true
 an option that is accepted must change some decode of a toy, and one that is refused must change none. The default suite tries one pair
 in 41; all of them:
 
-    python -m pytest -m campaign tests/test_options.py
+    python -m pytest -m campaign tests/decoding/test_options.py
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 import dlm_fast
 import pytest
 import torch
-from dlm_fast import policies, statistics
+from dlm_fast import policies
+from dlm_fast.decoding import measure as statistics
 from dlm_fast.limits import MAX_DRAFTS, MAX_WHOLE
 from dlm_fast.patching import attach
 from dlm_fast.presets import FIELDS, PRESETS, Preset, options, resolve
 from helpers import MASK, native_model, options_of, random_prompts, toy
-from test_policy_bounds import variants
+from variants import variants
 
 DECODERS = [name for name, preset in PRESETS.items() if preset.supported]
 EOS = (1, 2, 3)
@@ -358,7 +359,7 @@ def test_filters_change_nothing_at_temperature_0_and_cost_nothing(name, monkeypa
     settings = {"preset": name, "max_new_tokens": NEW, **given}
     plain = dlm_fast.generate(model, random_prompts(PROMPTS), **settings)
     mixed = dlm_fast.generate(model, random_prompts(PROMPTS), **settings, temperature=[0.0, 1.0, 0.0], top_p=0.5, top_k=4)
-    monkeypatch.setattr(dlm_fast.statistics, "filtered", None)  # nothing is sorted
+    monkeypatch.setattr(dlm_fast.decoding.measure, "filtered", None)  # nothing is sorted
     filtered = dlm_fast.generate(model, random_prompts(PROMPTS), **settings, top_p=0.5, top_k=4)
     for field in ("canvas", "unmask_step", "confidence"):
         assert [row.tolist() for row in getattr(filtered, field)] == [row.tolist() for row in getattr(plain, field)]

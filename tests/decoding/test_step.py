@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import importlib
-import inspect
 import types
+from pathlib import Path
 
 import dlm_fast
 import pytest
 import torch
 from dlm_fast import policies, presets
-from dlm_fast.generate import open_decode, sampling_of
+from dlm_fast.generate import open_decode
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS, Preset, resolve
-from dlm_fast.requests import read
-from dlm_fast.schedule import open_rows
-from dlm_fast.step import denoise_step
+from dlm_fast.decoding.step import denoise_step
 from dlm_kernels import RowState, Window
 from dlm_kernels.state import DENOISE, DONE, WIDE
-from helpers import EOS, MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
+from helpers import MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
+from opened import opened
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,20 +32,6 @@ RUNNABLE = [name for name, preset in PRESETS.items() if preset.supported]
 
 def model_for(preset: str, **kwargs):
     return toy(PRESETS[preset].visibility, logits_row=row_of(preset), **kwargs)
-
-
-def opened(chosen: Preset, temperature: float = 0.0):
-    """Three rows on their canvases, before the first step."""
-    diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(chosen.name)
-    )
-    batch = read(
-        diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,
-        min_new_tokens=2, temperature=temperature, top_k=0, top_p=1.0, seed=0, request_ids=None, stop_strings=(), banned_token_ids=(5,),
-        eos_token_ids=None,
-    )  # fmt: skip
-    plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
-    return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))
 
 
 ON_THE_DEVICE = [name for name in RUNNABLE if name not in HOST_SIDE]
@@ -382,10 +366,10 @@ def test_top_p_keeps_an_id_if_those_before_it_have_exactly_top_p_of_the_mass(mon
 
 def test_no_preset_is_named_outside_the_table():
     """Adding a row touches no code of the loop: none of it asks which preset it runs."""
-    for name in ("generate", "step", "schedule", "statistics", "drafts"):
-        module = importlib.import_module(f"dlm_fast.{name}")
-        strings = {node.value for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Constant)}
-        assert not strings & set(PRESETS), module.__name__
+    package = Path(dlm_fast.__file__).parent
+    for path in (package / "generate.py", *sorted((package / "decoding").glob("*.py"))):
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & set(PRESETS), path.name
 
 
 def test_a_preset_of_ones_own_runs_through_the_same_loop():

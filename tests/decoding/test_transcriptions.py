@@ -1,9 +1,9 @@
-"""Every published decoder against its transcription, token for token: tests/transcriptions, through tests/transcription_cases.py.
+"""Every published decoder against its transcription, token for token: tests/support/transcriptions, through tests/support/transcription_cases.py.
 
 Both sides compute in float64 with logits rounded to fp32, so tokens, steps, forwards and positions computed must be equal, and the
 recorded confidences within 1e-6; no near-tie is excused. The default suite runs the first tenth of the campaign:
 
-    python -m pytest -m campaign tests/test_transcriptions.py --campaign-summary bench/results/transcriptions.json
+    python -m pytest -m campaign tests/decoding/test_transcriptions.py --campaign-summary bench/results/transcriptions.json
 """
 
 from __future__ import annotations

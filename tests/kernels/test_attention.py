@@ -14,7 +14,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="without Triton, the attention kernel cannot be compared with its reference")
-import dlm_kernels.attention as kernel
+from dlm_kernels.attention import launch as kernel
 from attention_cases import (
     GUARD,
     MODES,

@@ -187,7 +187,7 @@ def test_every_head_has_its_own_scales(op: str, device: torch.device) -> None:
 @pytest.mark.parametrize("D, G", [(64, 1), (128, 4), (128, 7), (256, 2)])
 @every_cache
 def test_shipped_tiles_on_a_gpu(cache: str, D: int, G: int, dtype: torch.dtype, device: torch.device) -> None:
-    import dlm_kernels.attention as kernel
+    from dlm_kernels.attention import launch as kernel
 
     case = random_case(23, B=3, W=33, H_kv=2, G=G, D=D, mode="block", SPLIT=512, **{**CACHES[cache], "capacity": 1100})
     rounded = case.to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, there is no attention kernel whose rows could depend on one another")
-import dlm_kernels.attention as kernel
+from dlm_kernels.attention import launch as kernel
 from attention_cases import GUARD, Case, assert_same_bits, cached_slots, fields, live_positions, paged, random_case
 from dlm_kernels.device import target_of
 

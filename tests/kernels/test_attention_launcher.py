@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="without Triton, there is no attention kernel to launch")
-import dlm_kernels.attention as kernel
+from dlm_kernels.attention import launch as kernel
 from attention_cases import FP8, TOY, assert_same_bits, random_case
 from attention_oracle import by_the_loop
 from dlm_kernels import Window, reference

@@ -1,6 +1,6 @@
 """Every kernel against its float64 reference on random calls: a slice of the campaign here, all of it on request.
 
-    python -m pytest -m campaign tests/test_campaign.py --campaign-summary bench/results/kernel_campaign.json
+    python -m pytest -m campaign tests/kernels/test_campaign.py --campaign-summary bench/results/kernel_campaign.json
 
 A case is a seed: `run_case(seed, device)` of the op's module builds one random call, poisons what must not be read or left unwritten, runs
 the kernel and compares. The file keeps what earlier runs counted for the ops that this run leaves out (`-k`).

@@ -11,14 +11,16 @@ from dlm_kernels.reference import noise as generator
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-import dlm_kernels.confidence as kernel  # noqa: E402
-import dlm_kernels.confidence_row_device as device_code  # noqa: E402
+from dlm_kernels.confidence import launch as kernel  # noqa: E402
+from dlm_kernels.confidence import row as device_code  # noqa: E402
 import triton.language as tl  # noqa: E402
 from confidence_cases import (  # noqa: E402
     FLOATS,
+    LANES,
     STATISTICS,
     assert_equals_reference,
     assert_identical,
+    draws,
     everything,
     faster_interpreter,
     random_case,
@@ -26,9 +28,6 @@ from confidence_cases import (  # noqa: E402
     run_kernel,
 )
 
-# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts with a program for
-# each part, one across tiles that are parts, one into a single tile.
-LANES = (16, 64, 1024)
 # NumPy, under the interpreter, warns of the infinities and NaNs of hostile rows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -414,17 +413,6 @@ def test_order_scores_are_uniform_and_not_the_token_noise() -> None:
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------------------------
-
-
-def draws(N: int, V: int, temperature: float, device: torch.device | str = "cpu") -> dict[str, object]:
-    noise = torch.zeros(N, 3, dtype=torch.int32, device=device)
-    noise[:, 1] = torch.arange(N)
-    return {
-        "outputs": ("sampled",),
-        "sample_temperature": torch.full((N,), temperature, device=device),
-        "seed": torch.tensor([5], device=device),
-        "noise": noise,
-    }
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -11,17 +11,18 @@ from dlm_kernels.reference.confidence import Confidence
 from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-import dlm_kernels.confidence as kernel  # noqa: E402
+from dlm_kernels.confidence import launch as kernel  # noqa: E402
 from confidence_cases import (  # noqa: E402
+    LANES,
     STATISTICS,
     assert_equals_reference,
     assert_identical,
+    draws,
     everything,
     faster_interpreter,
     rows_of,
     run_kernel,
 )
-from test_confidence import LANES, draws  # noqa: E402
 
 LN2, LN3 = math.log(2), math.log(3)
 GROUP = 4  # fp32 logits of a lane's load

@@ -15,7 +15,7 @@ from dlm_kernels import reference
 from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-import dlm_kernels.confidence as kernel  # noqa: E402
+from dlm_kernels.confidence import launch as kernel  # noqa: E402
 from confidence_cases import (  # noqa: E402
     OUTPUTS,
     STATISTICS,
@@ -280,7 +280,7 @@ for dtype in ("bf16", "fp32"):
 def test_both_forms_compile_to_sums_over_the_same_layouts_and_to_the_same_arithmetic_in_the_loop():
     """The interpreter adds in one order whatever is compiled. On a GPU a sum over lanes follows its layout, and the compiler fuses."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), str(root), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

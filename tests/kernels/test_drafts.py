@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from dlm_kernels import drafts, reference
+from dlm_kernels.drafts import launch as drafts
+from dlm_kernels import reference
 from dlm_kernels.reference import DraftSource
 from drafts_cases import FIELDS, MASK, Case, check_kernels, check_oracle, random_case, run_case, same, same_sources
 

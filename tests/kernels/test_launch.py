@@ -20,12 +20,13 @@ import pytest
 pytest.importorskip("triton", reason="these tests go through Triton's launch path")
 
 import torch  # noqa: E402
-from dlm_kernels import confidence, library, tiles  # noqa: E402
+from dlm_kernels.confidence import launch as confidence
+from dlm_kernels import library, tiles  # noqa: E402
 from dlm_kernels import device as device_module  # noqa: E402
 from launch_cases import CALLS, covering  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PRELUDE = """
 import dataclasses, json, sys
@@ -115,7 +116,7 @@ def recorded(*command: str) -> Any:
 def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
     """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask for."""
     path = folder / "calls.py"
-    path.write_text(PRELUDE.format(tests=str(ROOT / "tests")) + script + "\nfinish()\n")
+    path.write_text(PRELUDE.format(tests=str(ROOT / "tests" / "support")) + script + "\nfinish()\n")
     return [tuple(item) for item in recorded(str(path))]
 
 

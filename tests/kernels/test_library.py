@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton", reason="the operators run Triton kernels")
 
 # Importing a launcher registers its operator.
-import dlm_kernels.drafts  # noqa: E402, F401
+import dlm_kernels.drafts.launch  # noqa: E402, F401
 import dlm_kernels.linear_confidence  # noqa: E402, F401
 from dlm_kernels import RowState, UnmaskRule, Window, reference  # noqa: E402
 from dlm_kernels.attention import block_attention  # noqa: E402

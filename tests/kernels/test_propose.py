@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux; nothing is 
 from dlm_kernels.propose import Proposal, ranked, residency  # noqa: E402
 from dlm_kernels.static import CompileResult  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULT = CompileResult("toy", "one", "sm_90", 128, 0, 0, 64 * 1024, 0, "wgmma", None, 128, {})
 
 

@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import drafts_cases  # noqa: E402
 import races  # noqa: E402
 import triton.language as tl  # noqa: E402
-from dlm_kernels import drafts, drafts_device  # noqa: E402
+from dlm_kernels.drafts import launch as drafts, kernel as drafts_device  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 SOURCE = Path(__file__).read_text().splitlines()
@@ -115,7 +115,7 @@ INSIDE = {
 
 def line_of(comment: str) -> str:
     (number,) = (number for number, line in enumerate(SOURCE, 1) if line.endswith(f"  # {comment}"))
-    return f"tests/test_races.py:{number} "
+    return f"tests/kernels/test_races.py:{number} "
 
 
 def launch(kernel, *, programs: int = 1, **constants) -> races.Detector:
@@ -351,10 +351,10 @@ def test_racy():
 def test_under_the_option_a_race_fails_its_test(tmp_path):
     (tmp_path / "test_probe.py").write_text(PROBE)
     # conftest.py is found from the files that are run: here, from a copy beside the probe.
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parents[1]
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
     options = ["-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races"]
-    command, environment = [sys.executable, "-m", "pytest", *options, tmp_path], {**os.environ, "PYTHONPATH": str(here)}
+    command, environment = [sys.executable, "-m", "pytest", *options, tmp_path], {**os.environ, "PYTHONPATH": str(here / "support")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
     assert "test_probe.py:9 stores x_ptr[1], which " in result.stdout
@@ -393,5 +393,5 @@ def test_a_shipped_kernel_without_its_barrier_is_reported(tmp_path, monkeypatch)
     with races.watch():
         case.copy(torch.device("cpu")).verify(drafts.verify)
         monkeypatch.setattr(drafts, "verify_kernel", cut.verify_kernel)
-        with pytest.raises(races.RaceError, match=r"source_score_ptr\[\d+\], which .*unmask_select_device.py:\d+ has loaded"):
+        with pytest.raises(races.RaceError, match=r"source_score_ptr\[\d+\], which .*select.py:\d+ has loaded"):
             case.copy(torch.device("cpu")).verify(drafts.verify)

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton's wheels are for Linux; nothing is 
 from dlm_kernels import sass  # noqa: E402
 from dlm_kernels.static import CompileResult, table, violations  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 TOYS = """
 import dataclasses, json, sys

@@ -12,7 +12,8 @@ from dlm_kernels.reference.select import quota, select
 from dlm_kernels.reference.written import check_written
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, WIDE
-from dlm_kernels.unmask import BLOCK_L, unmask
+from dlm_kernels.unmask.launch import BLOCK_L
+from dlm_kernels.unmask import unmask
 from torch import Tensor
 from unmask_cases import (
     MASK,

@@ -7,11 +7,12 @@ from unittest import mock
 import pytest
 import torch
 from dlm_kernels import RowState, UnmaskRule
-from dlm_kernels import unmask as module
+from dlm_kernels.unmask import launch as module
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import DENOISE
 from dlm_kernels.tiles import UnmaskTile
-from dlm_kernels.unmask import MAX_W, unmask
+from dlm_kernels.unmask.launch import MAX_W
+from dlm_kernels.unmask import unmask
 from unmask_cases import MASK, STATE_FIELDS, Case, assert_kernel_equals_reference, assert_same, one_row, random_case, run_case
 
 

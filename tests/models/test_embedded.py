@@ -7,9 +7,10 @@ import json
 
 import dlm_fast
 import pytest
-from dlm_fast import cli, demo
+from dlm_fast import cli
+from dlm_fast.tiny import demo
 from dlm_fast.loading import EMBEDDED, checkpoint_path
-from dlm_fast.tasks import TASKS, held_out
+from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_fast.training.__main__ import build_parser
 
 PER_TASK = 3

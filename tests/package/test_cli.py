@@ -17,7 +17,7 @@ from dlm_fast import cli, jobs, loading
 from dlm_fast.training import __main__ as training
 from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 import dlm_fast
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 

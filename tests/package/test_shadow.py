@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str, *, cwd: Path, path: str = "") -> list[str]:
@@ -83,6 +83,6 @@ def test_a_wheel_has_every_source_file(built):
 
 
 def test_a_wheel_has_the_embedded_checkpoints(built):
-    folder = ROOT / "dlm_fast" / "checkpoints"
+    folder = ROOT / "dlm_fast" / "tiny" / "checkpoints"
     expected = {str(path.relative_to(ROOT)) for path in folder.glob("*/*") if path.is_file()}
     assert {str(Path(file)) for file in built["data"]} == expected

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import dlm_kernels.attention as kernel
+from dlm_kernels.attention import launch as kernel
 import torch
 from attention_oracle import by_the_loop, cached_slots, e4m3, fields, live_positions, may_be_nan, place, stored_by_the_loop
 from dlm_kernels import Window, reference

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
     spec = importlib.util.spec_from_file_location(
         "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]

@@ -8,13 +8,13 @@ import math
 import random
 from collections.abc import Iterator
 
-import dlm_kernels.confidence as kernel
+from dlm_kernels.confidence import launch as kernel
 import dlm_kernels.linear_confidence as linear_kernel
 import torch
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as generator
 from dlm_kernels.reference.confidence import OUTPUTS, Confidence
-from dlm_kernels.reference.confidence_arguments import LINEAR_OUTPUTS
+from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
 from dlm_kernels.tiles import ConfidenceTile, LinearConfidenceTile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,10 @@ WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
 GUARD = 16
 # A draw is compared where its two best float64 scores are further apart than any rounding of an fp32 score.
 CLEAR_DRAW = 1e-3
+
+# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts with a program for
+# each part, one across tiles that are parts, one into a single tile.
+LANES = (16, 64, 1024)
 
 
 # -- running -----------------------------------------------------------------------------------------------------------------
@@ -364,3 +368,14 @@ def run_case(seed: int, device: torch.device) -> dict[str, object]:
     options = [name for name in ("kl", "sampled") if name in arguments["outputs"]]
     options += [name for name in ("bias", "top_k") if name in arguments]
     return {"kind": " ".join([form, *options]), "boundary": V > width}
+
+
+def draws(N: int, V: int, temperature: float, device: torch.device | str = "cpu") -> dict[str, object]:
+    noise = torch.zeros(N, 3, dtype=torch.int32, device=device)
+    noise[:, 1] = torch.arange(N)
+    return {
+        "outputs": ("sampled",),
+        "sample_temperature": torch.full((N,), temperature, device=device),
+        "seed": torch.tensor([5], device=device),
+        "noise": noise,
+    }

@@ -1,6 +1,6 @@
 """Seeded random decodes: a toy model, a batch of requests and settings, and the oracle's answer to each row.
 
-Shared by tests/test_generate.py (reference backend against the oracle) and tests/test_decode_campaign.py (Triton against reference).
+Shared by tests/decoding/test_generate.py (reference backend against the oracle) and tests/decoding/test_decode_campaign.py (Triton against reference).
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def random_case(seed: int, *, preset: str | None = None, rows: int | None = None
     if visibility == "block" and rng.random() < 0.15:
         options["cache"] = "none"
     if dlm_fast.PRESETS[preset].tempered:
-        options["tempered"] = False  # tempered statistics are the transcriptions' (tests/transcriptions)
+        options["tempered"] = False  # tempered statistics are the transcriptions' (tests/support/transcriptions)
     B = rows or rng.choice((3, 4, 5))
     lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17)))) for _ in range(B)]
     plain = [token for token in range(2, VOCAB) if token not in eos]

@@ -10,7 +10,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from dlm_kernels import drafts, reference
+from dlm_kernels.drafts import launch as drafts
+from dlm_kernels import reference
 from dlm_kernels.reference import DraftSource
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Calls of every launcher with every option, on torch's default device; for Triton's front end: `python tests/launch_cases.py 2`,
+"""Calls of every launcher with every option, on torch's default device; for Triton's front end: `python tests/support/launch_cases.py 2`,
 without TRITON_INTERPRET.
 
 The interpreter is typed as Python is: a variable that changes its shape in a loop, or an argument that is None where the code needs
@@ -92,8 +92,9 @@ def unmask_allowed(choice: dict[str, Any]) -> bool:
 
 def call_unmask(choice: dict[str, Any], W: int, check_only: bool = False) -> None:
     import torch
-    from dlm_kernels import RowState, unmask
-    from dlm_kernels.reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, check_arguments, wanted_arguments
+    from dlm_kernels import RowState
+    from dlm_kernels.unmask import launch as unmask
+    from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, check_arguments, wanted_arguments
 
     rule, B, L = unmask_rule(choice), 2, W + 8
     state = RowState.empty(B, L, torch.get_default_device())
@@ -143,7 +144,7 @@ def confidence_options(choice: dict[str, Any], N: int) -> dict[str, Any]:
 
 def call_confidence(choice: dict[str, Any], split: bool) -> None:
     import torch
-    from dlm_kernels import confidence
+    from dlm_kernels.confidence import launch as confidence
 
     N = R = 3
     logits = torch.zeros(R, 40000, dtype=getattr(torch, choice["dtype"]))
@@ -183,7 +184,8 @@ def attention_allowed(choice: dict[str, Any]) -> bool:
 def call_attention(choice: dict[str, Any]) -> None:
     """A window and a cache that are long enough for all three kernels."""
     import torch
-    from dlm_kernels import Window, attention
+    from dlm_kernels import Window
+    from dlm_kernels.attention import launch as attention
 
     B, W, D, H_kv, S_max, dtype = 1, 520, choice["D"], 1, 1088, getattr(torch, choice["dtype"])
 
@@ -212,7 +214,8 @@ def call_attention(choice: dict[str, Any]) -> None:
 
 def call_drafts(choice: dict[str, Any]) -> None:
     import torch
-    from dlm_kernels import drafts, reference
+    from dlm_kernels.drafts import launch as drafts
+    from dlm_kernels import reference
 
     B, D, W = 2, 3, choice["W"]
     lanes, flags = torch.zeros(B, W), torch.zeros(B, dtype=torch.bool)

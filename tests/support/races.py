@@ -43,7 +43,7 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What is replaced while races are watched.
 HOOKS = {
     "InterpreterBuilder": (

@@ -1,7 +1,7 @@
 """Triton's launch path without a GPU: a driver that is not there, and launches that are recorded instead of made.
 
 What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what would be compiled is what is recorded.
-For processes of their own, without TRITON_INTERPRET: see tests/test_launch.py.
+For processes of their own, without TRITON_INTERPRET: see tests/kernels/test_launch.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seeded random decodes for tests/test_transcriptions.py: a toy model in float64, a batch of requests, a transcription's answer to each.
+"""Seeded random decodes for tests/decoding/test_transcriptions.py: a toy model in float64, a batch of requests, a transcription's answer to each.
 
 The model computes in float64 and its logits are rounded to fp32, on both sides; so two correct decoders agree on every token, and no
 near-tie has to be excused. `REGISTRY` says what each name draws at random, and which transcription answers for it.

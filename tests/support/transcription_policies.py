@@ -1,4 +1,4 @@
-"""The acceleration policies for tests/test_transcriptions.py: what each draws at random, and what answers for it."""
+"""The acceleration policies for tests/decoding/test_transcriptions.py: what each draws at random, and what answers for it."""
 
 from __future__ import annotations
 

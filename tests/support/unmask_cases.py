@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
+from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
 from dlm_kernels.tiles import UnmaskTile

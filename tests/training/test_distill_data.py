@@ -10,7 +10,7 @@ import dlm_fast
 from dlm_fast.prompts import read_rows
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import CanvasShape, DatasetError, Steps, read_dataset
-from dlm_fast.training.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text
+from dlm_fast.tiny.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text
 from dlm_fast.training.trajectories import teacher_orders
 
 DIFFUSION = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dlm_fast.tasks import LIST_WORDS, TASKS, WORDS, Sample, generate_sample, held_out, is_held_out
+from dlm_fast.tiny.tasks import LIST_WORDS, TASKS, WORDS, Sample, generate_sample, held_out, is_held_out
 
 WORKED = {
     "add": ("Add 398 and 904", "8+4+0=12; 9+0+1=10; 3+9+1=13 #### 1302"),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers import Synced
 
-from dlm_fast.tasks import TASKS, generate_sample
+from dlm_fast.tiny.tasks import TASKS, generate_sample
 from dlm_fast.training import checkpoint
 from dlm_fast.training.__main__ import build_parser, main
-from dlm_fast.training.data import SampleStream
-from dlm_fast.training.model import build_model
+from dlm_fast.tiny.data import SampleStream
+from dlm_fast.tiny.model import build_model
 from dlm_fast.training.objectives import (
     FILLER_WEIGHT,
     LATER_WEIGHT,
@@ -20,7 +20,7 @@ from dlm_fast.training.objectives import (
     block_causal_batch,
     full_batch,
 )
-from dlm_fast.training.tokenizer import (
+from dlm_fast.tiny.tokenizer import (
     EOS_ID,
     MASK_ID,
     PAD_ID,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import dlm_kernels.attention as kernel
+from dlm_kernels.attention import launch as kernel
 import pytest
 import torch
 from attention_cases import TOY

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 import triton
 
-from .attention_combine_device import _combine_kernel
-from .attention_device import _attention_kernel
-from .attention_prefill_device import _prefill_kernel
-from .static import CompileCase
-from .tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
+from .combine import _combine_kernel
+from .split import _attention_kernel
+from .prefill import _prefill_kernel
+from ..static import CompileCase
+from ..tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"attention": _attention_kernel, "attention prefill": _prefill_kernel, "attention combine": _combine_kernel}

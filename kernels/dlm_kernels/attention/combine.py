@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_cache_device import _replaced_tiles, _split_plan, _tile_mask
+from .cache import _replaced_tiles, _split_plan, _tile_mask
 
 # Finite pivot of what has no visible key: -inf - -inf is NaN. The least float32, so that no finite score lies below it.
 LOWEST = tl.constexpr(-3.4028234663852886e38)

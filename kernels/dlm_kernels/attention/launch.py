@@ -1,4 +1,4 @@
-"""`block_attention` in Triton: its launcher. Device code: attention_device.py and its neighbours; tiles: tiles.py."""
+"""`block_attention` in Triton: its launcher. Device code: split.py and its neighbours; tiles: ../tiles.py."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 import triton
 from torch import Tensor
 
-from . import device
-from .attention_cases import compile_cases
-from .attention_combine_device import _combine_kernel
-from .attention_device import _attention_kernel
-from .attention_prefill_device import _prefill_kernel
-from .library import operator
-from .reference.attention import capacity, check_arguments
-from .tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
-from .window import Window
+from .. import device
+from .cases import compile_cases
+from .combine import _combine_kernel
+from .split import _attention_kernel
+from .prefill import _prefill_kernel
+from ..library import operator
+from ..reference.attention import capacity, check_arguments
+from ..tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
+from ..window import Window
 
 __all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
 

@@ -15,17 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_cache_device import (
-    E4M3_UNIT,
-    _cache_base,
-    _first_visible,
-    _load_cached,
-    _load_tile,
-    _slots_visible,
-    _tile_pages,
-)
-from .attention_combine_device import LOWEST, _normalized, _write_output
-from .attention_device import (
+from .cache import E4M3_UNIT, _cache_base, _first_visible, _load_cached, _load_tile, _slots_visible, _tile_pages
+from .combine import LOWEST, _normalized, _write_output
+from .split import (
     LAST_ORDER,
     NO_ORDER,
     SCAN_N,

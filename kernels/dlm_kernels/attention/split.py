@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_cache_device import (
+from .cache import (
     E4M3_UNIT,
     _cache_base,
     _first_visible,
@@ -30,7 +30,7 @@ from .attention_cache_device import (
     _tile_mask,
     _tile_pages,
 )
-from .attention_combine_device import DEAD, LOWEST, _normalized, _write_output
+from .combine import DEAD, LOWEST, _normalized, _write_output
 
 # Positions per iteration when looking for the last key that a tile of queries can see.
 SCAN_N = tl.constexpr(1024)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..rules import UnmaskRule
 from ..state import ROW_FIELDS, RowState
-from .written import check_written
+from ..reference.written import check_written
 
 Kind = Literal["wide", "window"]
 KINDS: tuple[Kind, ...] = ("wide", "window")

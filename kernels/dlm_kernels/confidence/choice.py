@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .confidence_row_device import _LIMIT, _NO_ID, _cap, _score
+from .row import _LIMIT, _NO_ID, _cap, _score
 
 
 @triton.jit

@@ -24,16 +24,45 @@ import math
 import triton
 import triton.language as tl
 
-from .confidence_choice_device import _add_bias, _choose, _store_top, _without_banned
-from .confidence_merge_device import (
-    _DIVERGENCE, _DRAWN, _ENERGY, _IDS, _LARGEST, _PIVOT, _QUERY, _SAMPLED, _SAMPLED_TOKEN, _SECOND, _SECOND_TOKEN, _TOKEN, _TOP,
-    _TOTAL, _VALUES, _field, _store_row, _store_top_of_nothing,
-)  # fmt: skip
-from .confidence_row_device import (
-    _ERROR, _FAR_BELOW, _LIMIT, _LOG2E, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _noise_key, _pivot, _rounded_product,
-    _sampling, _scales, _score,
-)  # fmt: skip
-from .reference.confidence import PREVIOUS_FLOOR
+from .choice import _add_bias, _choose, _store_top, _without_banned
+from .merge import (
+    _DIVERGENCE,
+    _DRAWN,
+    _ENERGY,
+    _IDS,
+    _LARGEST,
+    _PIVOT,
+    _QUERY,
+    _SAMPLED,
+    _SAMPLED_TOKEN,
+    _SECOND,
+    _SECOND_TOKEN,
+    _TOKEN,
+    _TOP,
+    _TOTAL,
+    _VALUES,
+    _field,
+    _store_row,
+    _store_top_of_nothing,
+)
+from .row import (
+    _ERROR,
+    _FAR_BELOW,
+    _LIMIT,
+    _LOG2E,
+    _NO_ID,
+    _NO_PIVOT,
+    _cap,
+    _finish,
+    _merge_sums,
+    _noise_key,
+    _pivot,
+    _rounded_product,
+    _sampling,
+    _scales,
+    _score,
+)
+from ..reference.confidence import PREVIOUS_FLOOR
 
 _FLOOR_LOG2 = tl.constexpr(PREVIOUS_FLOOR * math.log2(math.e))
 

@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from . import device
-from .confidence_device import _confidence_kernel
-from .confidence_merge_device import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
-from .library import operator
-from .reference.confidence import OUTPUTS, Confidence, check_arguments, requested
-from .static import CompileCase
-from .tiles import ConfidenceTile, confidence_parts, confidence_tile
+from .. import device
+from .kernel import _confidence_kernel
+from .merge import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
+from ..library import operator
+from ..reference.confidence import OUTPUTS, Confidence, check_arguments, requested
+from ..static import CompileCase
+from ..tiles import ConfidenceTile, confidence_parts, confidence_tile
 
 # Programs wanted for every SM. Fewer rows than that are split; it changes no bit of a row, so it may look at N and at the device.
 PROGRAMS_PER_SM = 2

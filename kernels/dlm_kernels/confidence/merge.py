@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .confidence_row_device import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _sampling, _scales
+from .row import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _sampling, _scales
 
 # The fields of a part: its sums, its largest logit of all, then of the allowed ids.
 PARTIAL_VALUES, PARTIAL_IDS = 10, 3

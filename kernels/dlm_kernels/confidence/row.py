@@ -13,8 +13,8 @@ import math
 import triton
 import triton.language as tl
 
-from .reference.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE
-from .state import ERROR_LOGITS
+from ..reference.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE
+from ..state import ERROR_LOGITS
 
 _LIMIT = tl.constexpr(LIMIT)
 _MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)

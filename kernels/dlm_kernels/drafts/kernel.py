@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unmask_select_device import KEY_MAX, KEY_MIN, keys_of
+from ..unmask.select import KEY_MAX, KEY_MIN, keys_of
 
 # As many lanes as a key can tell apart.
 _LANES = tl.constexpr(2**31)

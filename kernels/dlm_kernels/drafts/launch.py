@@ -6,12 +6,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import device
-from .drafts_device import draft_build_kernel, verify_kernel
-from .library import operator
-from .reference.drafts import DraftSource, Verified, check_build, check_verify
-from .static import CompileCase
-from .tiles import DRAFTS_TILES, drafts_tile
+from .. import device
+from .kernel import draft_build_kernel, verify_kernel
+from ..library import operator
+from ..reference.drafts import DraftSource, Verified, check_build, check_verify
+from ..static import CompileCase
+from ..tiles import DRAFTS_TILES, drafts_tile
 
 
 def _held(source: DraftSource, tokens: Tensor, *, D: int, **_: object) -> Tensor:

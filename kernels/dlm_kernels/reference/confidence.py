@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..state import ERROR_LOGITS
 from . import noise as random_numbers
-from .confidence_arguments import (
+from ..checks.confidence import (
     LIMIT,
     MAX_BANNED,
     MAX_BIAS,

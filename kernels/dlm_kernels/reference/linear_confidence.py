@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .confidence import Confidence, confidence
-from .confidence_arguments import check_linear_arguments
+from ..checks.confidence import check_linear_arguments
 
 # Rows whose logits exist at the same time, and ids that one product is of: bounds of the memory, not of the op.
 CHUNK_ROWS, CHUNK_IDS = 64, 8192

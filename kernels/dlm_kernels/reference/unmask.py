@@ -13,7 +13,7 @@ from ..rules import UnmaskRule
 from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, WIDE, RowState
 from .advance import After, advance_block, advance_pipeline, is_in
 from .select import lowest, quota, select, select_in_blocks
-from .unmask_arguments import Kind, check_arguments
+from ..checks.unmask import Kind, check_arguments
 
 
 def unmask(

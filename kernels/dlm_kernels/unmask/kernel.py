@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import state as row_state
-from .unmask_canvas_device import fill, first_stop_token, is_stop_token
-from .unmask_row_device import advance_block, advance_pipeline, least, open_block, part_of
-from .unmask_select_device import choose, eligible_lanes, force_in_blocks, masked_again
+from .. import state as row_state
+from .canvas import fill, first_stop_token, is_stop_token
+from .row import advance_block, advance_pipeline, least, open_block, part_of
+from .select import choose, eligible_lanes, force_in_blocks, masked_again
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)

@@ -1,6 +1,6 @@
 """`unmask` in one launch: one program per row selects, writes and moves the row on. Specification: reference.unmask.
 
-A region of up to 256 lanes stays in registers (unmask_device); a longer one is read tile by tile (unmask_wide_device).
+A region of up to 256 lanes stays in registers (kernel.py); a longer one is read tile by tile (memory.py).
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import device
-from .library import operator
-from .reference.unmask_arguments import OPTIONAL_LANES, OPTIONAL_ROWS, Kind, check_arguments, wanted_arguments
-from .rules import PASSES, UnmaskRule
-from .state import RowState
-from .static import CompileCase
-from .tiles import UNMASK_TILES, UnmaskTile, unmask_tile
-from .unmask_device import unmask_kernel
-from .unmask_wide_device import unmask_wide_kernel
+from .. import device
+from ..library import operator
+from ..checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, Kind, check_arguments, wanted_arguments
+from ..rules import PASSES, UnmaskRule
+from ..state import RowState
+from ..static import CompileCase
+from ..tiles import UNMASK_TILES, UnmaskTile, unmask_tile
+from .kernel import unmask_kernel
+from .memory import unmask_wide_kernel
 
 MAX_W = UNMASK_TILES[-1].BLOCK_W
 # 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas prefers spills

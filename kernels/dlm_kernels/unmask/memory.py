@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import state as row_state
-from .unmask_canvas_device import fill, first_masked, first_stop_token, is_stop_token
-from .unmask_row_device import advance_block, advance_pipeline, least, open_block, part_of
-from .unmask_select_device import eligible_lanes, keys_of, remask_candidates
-from .unmask_wide_select_device import choose_best_of_runs, choose_in_memory, force_in_blocks_in_memory, remask_cut
+from .. import state as row_state
+from .canvas import fill, first_masked, first_stop_token, is_stop_token
+from .row import advance_block, advance_pipeline, least, open_block, part_of
+from .select import eligible_lanes, keys_of, remask_candidates
+from .memory_select import choose_best_of_runs, choose_in_memory, force_in_blocks_in_memory, remask_cut
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)

@@ -1,6 +1,6 @@
 """Device code of `unmask` for regions that do not fit the registers: which lanes a step writes. Specification: reference.select.
 
-Lanes are counted from the region's first. The order is that of unmask_select_device, and so are its keys. A choice needs the
+Lanes are counted from the region's first. The order is that of select.py, and so are its keys. A choice needs the
 keys of all lanes only to count them, so it keeps 32 bits a lane and finds the last chosen key bit by bit. Only the prefix of
 "factor", whose limit depends on a lane's place, needs them sorted; they are, through a buffer in memory. What is chosen is
 left in `changed_ptr`.
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unmask_row_device import number_masked_again
-from .unmask_select_device import (
+from .row import number_masked_again
+from .select import (
     FIXED_BUDGET_MAX,
     FIXED_ENTROPY_MAX,
     INELIGIBLE,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import state as row_state
-from .unmask_canvas_device import count_masked, first_masked, seed_closes
+from .. import state as row_state
+from .canvas import count_masked, first_masked, seed_closes
 
 _WIDE, _DENOISE = tl.constexpr(row_state.WIDE), tl.constexpr(row_state.DENOISE)
 _COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)

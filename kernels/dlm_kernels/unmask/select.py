@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reference import select as reference
-from .rules import ENTROPY_SCALE
-from .unmask_row_device import number_masked_again
+from ..reference import select as reference
+from ..rules import ENTROPY_SCALE
+from .row import number_masked_again
 
 _ENTROPY_SCALE = tl.constexpr(float(ENTROPY_SCALE))
 FIXED_ENTROPY_MAX = tl.constexpr(float(reference.FIXED_ENTROPY_MAX))

@@ -1,0 +1,1 @@
+"""Correctness checks of the ops and of whole decodes, for a GPU and for the interpreter."""

@@ -1,0 +1,1 @@
+"""The embedded models: their tasks, tokenizer, data and weights, and the demonstration that decodes with them."""

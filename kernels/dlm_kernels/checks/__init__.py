@@ -1,0 +1,1 @@
+"""What the arguments of a call must satisfy: one check an op, run by its reference and by its launcher alike. Imports torch only."""
