@@ -7,9 +7,12 @@ ROOT = Path(__file__).resolve().parent
 version: dict[str, str] = {}
 exec((ROOT / "dlm_fast" / "version.py").read_text(encoding="utf-8"), version)
 
-# The folder kernels/ holds the package dlm_kernels and is no package itself: a module named `kernels` would hide, or once
-# installed overwrite, Hugging Face's package of that name, which transformers imports (tests/package/test_shadow.py).
-PACKAGES = find_packages(include=["dlm_fast", "dlm_fast.*"]) + find_packages("kernels", include=["dlm_kernels", "dlm_kernels.*"])
+# The folder kernels/ holds the package dlm_kernels and is no package itself: a module named `kernels` would hide, or
+# once installed overwrite, Hugging Face's package of that name, which transformers imports
+# (tests/package/test_shadow.py).
+PACKAGES = find_packages(include=["dlm_fast", "dlm_fast.*"]) + find_packages(
+    "kernels", include=["dlm_kernels", "dlm_kernels.*"]
+)
 
 README = ROOT / "README.md"
 

@@ -1,4 +1,5 @@
-"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, precompile, report, sanitize, compare, gates, quality, seeds."""
+"""`python -m bench COMMAND`, from a checkout: kernels, gpu-check, precompile, report, sanitize, compare, gates,
+quality, seeds."""
 
 from __future__ import annotations
 
@@ -25,17 +26,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make = partial(argparse.ArgumentParser, allow_abbrev=False)
     parser = make(prog="python -m bench")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=make)
-    _kernels_options(commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table"))
-    _gpu_check_options(commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they"))
-    _precompile_options(commands.add_parser("precompile", help="every kernel that gpu-check launches, compiled without a GPU"))
-    report = commands.add_parser("report", help="a run of kernels or gpu-check as text, from its lines; also one that was cut off")
+    _kernels_options(
+        commands.add_parser("kernels", help="every kernel at published shapes; without a GPU, the static table")
+    )
+    _gpu_check_options(
+        commands.add_parser("gpu-check", help="are the kernels right on this GPU, and how fast are they")
+    )
+    _precompile_options(
+        commands.add_parser("precompile", help="every kernel that gpu-check launches, compiled without a GPU")
+    )
+    report = commands.add_parser(
+        "report", help="a run of kernels or gpu-check as text, from its lines; also one that was cut off"
+    )
     report.add_argument("lines", type=Path, metavar="RUN.jsonl")
     _sanitize_options(commands.add_parser("sanitize", help="the kernels' checks under compute-sanitizer"))
     _compare_options(commands.add_parser("compare", help="two result files, row by row"))
     gates = commands.add_parser("gates", help="what the kernels are held to, judged from a result file")
     gates.add_argument("result", type=Path, metavar="RESULT", help="RESULT.json, or the lines of a run (.jsonl)")
-    _quality_options(commands.add_parser("quality", help="exact match against forwards of every preset on the embedded models"))
-    _seeds_options(commands.add_parser("seeds", help="the training of the embedded pair, shortened, once for each seed"))
+    _quality_options(
+        commands.add_parser("quality", help="exact match against forwards of every preset on the embedded models")
+    )
+    _seeds_options(
+        commands.add_parser("seeds", help="the training of the embedded pair, shortened, once for each seed")
+    )
     target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
     target.add_argument("--seed", type=int, required=True)
     target.add_argument("--plain-memory", action="store_true")
@@ -63,74 +76,135 @@ def _kernels_options(kernels: argparse.ArgumentParser) -> None:
     kernels.add_argument("--out", type=Path, default=None, help="folder for JSON and plots; made if it does not exist")
     kernels.add_argument("--models", nargs="+", metavar="NAME", default=None, help="models (default: all)")
     kernels.add_argument("--ops", nargs="+", metavar="NAME", default=None, help="what is timed (default: all)")
-    kernels.add_argument("--seed", type=int, default=None, help="of the checks' inputs, to repeat a run (default: a fresh one)")
-    kernels.add_argument("--seconds", type=float, default=7200, help="what is not timed by then is SKIPPED (default: 7200)")
+    kernels.add_argument(
+        "--seed", type=int, default=None, help="of the checks' inputs, to repeat a run (default: a fresh one)"
+    )
+    kernels.add_argument(
+        "--seconds", type=float, default=7200, help="what is not timed by then is SKIPPED (default: 7200)"
+    )
     kernels.add_argument("--no-plots", action="store_true", help="JSON only")
-    kernels.add_argument("--without-gpu", action="store_true", help="the static table and floors, also where there is a GPU")
+    kernels.add_argument(
+        "--without-gpu", action="store_true", help="the static table and floors, also where there is a GPU"
+    )
     static = kernels.add_argument_group("without a GPU")
-    static.add_argument("--targets", nargs="+", metavar="90", default=[], help="compute capabilities (default: all six)")
-    static.add_argument("--kernels", nargs="+", metavar="NAME", default=[], help="compiled kernels (default: those of --ops)")
-    static.add_argument("--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)")
+    static.add_argument(
+        "--targets", nargs="+", metavar="90", default=[], help="compute capabilities (default: all six)"
+    )
+    static.add_argument(
+        "--kernels", nargs="+", metavar="NAME", default=[], help="compiled kernels (default: those of --ops)"
+    )
+    static.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)"
+    )
     static.add_argument("--no-static", action="store_true", help="floors only: the whole table takes minutes")
 
 
 def _gpu_check_options(check: argparse.ArgumentParser) -> None:
-    check.add_argument("--out", type=Path, required=True, help="folder for gpu-check.jsonl and .json; made if it does not exist")
-    check.add_argument("--seed", type=int, default=None, help="of the random inputs, to repeat a run (default: a fresh one)")
-    check.add_argument("--times", nargs="*", metavar="NAME", default=None, help="what is timed, in this order (default: all)")
     check.add_argument(
-        "--seconds", type=float, default=450, help="after these, what has not been timed is reported as skipped (default: 450)"
+        "--out", type=Path, required=True, help="folder for gpu-check.jsonl and .json; made if it does not exist"
     )
     check.add_argument(
-        "--compile-seconds", type=float, default=100, help="of these, for compiling baselines; 0 = no compiled ones (default: 100)"
+        "--seed", type=int, default=None, help="of the random inputs, to repeat a run (default: a fresh one)"
+    )
+    check.add_argument(
+        "--times", nargs="*", metavar="NAME", default=None, help="what is timed, in this order (default: all)"
+    )
+    check.add_argument(
+        "--seconds",
+        type=float,
+        default=450,
+        help="after these, what has not been timed is reported as skipped (default: 450)",
+    )
+    check.add_argument(
+        "--compile-seconds",
+        type=float,
+        default=100,
+        help="of these, for compiling baselines; 0 = no compiled ones (default: 100)",
     )
     check.add_argument(
         "--processes", type=int, default=None, metavar="N",
         help=f"that run the checks side by side; 0 = this one alone (default: one a core, at most {MOST_PROCESSES})",
     )  # fmt: skip
     check.add_argument(
-        "--case-seconds", type=float, default=120, help="a check that takes longer costs its process, and is red (default: 120)"
+        "--case-seconds",
+        type=float,
+        default=120,
+        help="a check that takes longer costs its process, and is red (default: 120)",
     )
     check.add_argument(
-        "--cache", type=Path, default=None, metavar="FILE", help="kernels compiled ahead by precompile, and their seed (default: none)"
+        "--cache",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="kernels compiled ahead by precompile, and their seed (default: none)",
     )
 
 
 def _precompile_options(precompile: argparse.ArgumentParser) -> None:
-    precompile.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file for gpu-check --cache, a tar.xz")
-    precompile.add_argument("--targets", nargs="+", type=int, metavar="90", default=[90], help="compute capabilities (default: 90)")
-    precompile.add_argument("--seed", type=int, default=1, help="of the checks' inputs; gpu-check --cache takes it over (default: 1)")
-    precompile.add_argument("--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)")
+    precompile.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the file for gpu-check --cache, a tar.xz"
+    )
+    precompile.add_argument(
+        "--targets", nargs="+", type=int, metavar="90", default=[90], help="compute capabilities (default: 90)"
+    )
+    precompile.add_argument(
+        "--seed", type=int, default=1, help="of the checks' inputs; gpu-check --cache takes it over (default: 1)"
+    )
+    precompile.add_argument(
+        "--jobs", type=int, default=None, metavar="N", help="processes that compile (default: one a core)"
+    )
 
 
 def _sanitize_options(sanitize: argparse.ArgumentParser) -> None:
     tools = "memcheck, racecheck, initcheck, synccheck"
     sanitize.add_argument("--tool", action="append", metavar="NAME", help=f"of {tools}; may be repeated (default: all)")
-    sanitize.add_argument("--out", type=Path, default=None, help="folder for sanitize.json and the tools' logs (default: none)")
+    sanitize.add_argument(
+        "--out", type=Path, default=None, help="folder for sanitize.json and the tools' logs (default: none)"
+    )
     sanitize.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
 
 
 def _compare_options(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("a", type=Path, metavar="A.json")
     compare.add_argument("b", type=Path, metavar="B.json")
-    compare.add_argument("--tolerance", type=float, default=0.05, help="slower: beyond its noise and this share (default: 0.05)")
-    compare.add_argument("--across-devices", action="store_true", help="ratios even if device, driver or versions differ")
+    compare.add_argument(
+        "--tolerance", type=float, default=0.05, help="slower: beyond its noise and this share (default: 0.05)"
+    )
+    compare.add_argument(
+        "--across-devices", action="store_true", help="ratios even if device, driver or versions differ"
+    )
 
 
 def _quality_options(quality: argparse.ArgumentParser) -> None:
-    quality.add_argument("--out", type=Path, default=RESULTS, help="folder for quality.json, .md, .png (default: bench/results)")
+    quality.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for quality.json, .md, .png (default: bench/results)"
+    )
     quality.add_argument("--per-task", type=int, default=100, help="held-out prompts of every task (default: 100)")
     quality.add_argument("--seed", type=int, default=0, help="of the prompts (default: 0)")
-    quality.add_argument("--batch-size", type=int, default=10, help="prompts decoded together, which changes no result (10)")
+    quality.add_argument(
+        "--batch-size", type=int, default=10, help="prompts decoded together, which changes no result (10)"
+    )
     quality.add_argument("--models", nargs="+", metavar="NAME", default=None, help="embedded models (default: all)")
     quality.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="presets (default: all)")
     quality.add_argument(
-        "--from", nargs="+", type=Path, metavar="FILE", default=[], dest="earlier", help="results to take measured settings from"
+        "--from",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        default=[],
+        dest="earlier",
+        help="results to take measured settings from",
     )
     quality.add_argument(
-        "--check", type=Path, metavar="FILE", default=None, help="measure a sample of a quality.json again, on its own prompts"
+        "--check",
+        type=Path,
+        metavar="FILE",
+        default=None,
+        help="measure a sample of a quality.json again, on its own prompts",
     )
-    quality.add_argument("--settings", type=int, default=6, help="of --check: how many settings (default: 6); --seed chooses them")
+    quality.add_argument(
+        "--settings", type=int, default=6, help="of --check: how many settings (default: 6); --seed chooses them"
+    )
 
 
 def _seeds_options(seeds: argparse.ArgumentParser) -> None:
@@ -149,7 +223,8 @@ def _need_cuda() -> None:
 
 
 def _make(file: Path | None) -> None:
-    """The file's folder; and the file can be written, which is better known now than when there is something to write."""
+    """The file's folder; and the file can be written, which is better known now than when there is something to
+    write."""
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +269,9 @@ def _gpu_check(given: argparse.Namespace) -> int:
             rig = gpu_check.cuda_rig(processes, **options, commit=cache.commit, facts={"kernel_cache": cache.facts})
 
             def finish(result: dict[str, Any]) -> None:
-                print(f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead, compiled baselines among them")
+                print(
+                    f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead, compiled baselines among them"
+                )
 
             left = began + given.seconds - time.monotonic()
             return gpu_check.gpu_check(rig, given.out, seed, left, wanted=wanted, finish=finish)
@@ -242,14 +319,21 @@ def _kernels(given: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not given.without_gpu and torch.cuda.is_available():
-        table = {"--targets": given.targets, "--kernels": given.kernels, "--jobs": given.jobs, "--no-static": given.no_static}
+        table = {
+            "--targets": given.targets,
+            "--kernels": given.kernels,
+            "--jobs": given.jobs,
+            "--no-static": given.no_static,
+        }
         wrong = [name for name, value in table.items() if value]
         if wrong:
             raise UsageError(f"{', '.join(wrong)}: of the form without a GPU; add --without-gpu, or leave it out")
         _need_cuda()
         plots = given.out is not None and not given.no_plots
         if plots and not sweep.has_matplotlib():
-            raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
+            raise UsageError(
+                "plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots"
+            )
         _make(_in(given.out, "kernels.jsonl"))
         rig = gpu_check.cuda_rig(_processes(), shapes=shapes, compile_seconds=sweep.COMPILE_SECONDS)
         return sweep.measured(rig, given.out, ops, given.seed, given.seconds, plots)
@@ -307,7 +391,10 @@ def _sanitize(given: argparse.Namespace) -> int:
     facts = machine.device_facts(torch.device("cuda", torch.cuda.current_device()))
     facts |= {"versions": machine.versions(), "commit": machine.commit()}
     kernels, verdicts = sanitize.kernel_names(), []
-    print(f"{facts['device']}, driver {facts['driver']}, commit {facts['commit']}; kernels: {', '.join(kernels)}", flush=True)
+    print(
+        f"{facts['device']}, driver {facts['driver']}, commit {facts['commit']}; kernels: {', '.join(kernels)}",
+        flush=True,
+    )
     for tool in dict.fromkeys(tools):
         log = None if given.out is None else given.out / f"sanitize-{tool}.log"
         verdict = sanitize.run(sanitizer, tool, kernels, given.seed, log, ROOT)

@@ -1,5 +1,5 @@
-"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: their own cases run, on CPU tensors, with
-a driver that is not there, and what Triton would compile is collected instead of launched.
+"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: their own cases run, on
+CPU tensors, with a driver that is not there, and what Triton would compile is collected instead of launched.
 
 For a process of its own, without TRITON_INTERPRET: what stands in for a GPU stays in place.
 """
@@ -12,22 +12,24 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside it in place
-import dlm_kernels.device
 import torch
-from dlm_fast import Ops
-from dlm_kernels import reference
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction, driver
 
+import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside it in place
+import dlm_kernels.device
+from dlm_fast import Ops
+from dlm_kernels import reference
+
 from . import ceilings, gpu_check
 from .checks import run as checks
-from .speed import forms as speed_forms, linear as speed_linear
 from .checks.run import Failure, Sizes
 from .shapes import Shapes
+from .speed import forms as speed_forms
+from .speed import linear as speed_linear
 from .speed.run import OURS, Bench, Ceilings
 from .timing import Budget
 
@@ -76,7 +78,8 @@ class Collector:
         torch.cuda.mem_get_info = lambda device=None: (1 << 40, 1 << 40)
         torch.Generator = _CPUGenerator
 
-    # As much of a Triton driver as a launch asks for. Triton keeps what it made by device: every capability is a device of its own.
+    # As much of a Triton driver as a launch asks for. Triton keeps what it made by device: every capability is a device
+    # of its own.
 
     def get_current_device(self) -> int:
         return self.capability
@@ -151,7 +154,8 @@ def checks_and_timings(
             yield _follow(collector, f"{op}: {name}", case, blank=False)
     bench = _OneSet(GPU, lambda candidate: lambda: 0.0, Budget(1e9, 0), Ceilings(1, 1, 1, 1, 1), 1, 1)
     thin = [
-        dataclasses.replace(m, layers=1, hidden=m.hidden // THINNER, intermediate=m.intermediate // THINNER) for m in shapes.models
+        dataclasses.replace(m, layers=1, hidden=m.hidden // THINNER, intermediate=m.intermediate // THINNER)
+        for m in shapes.models
     ]
     for timed, (shapes_of, needed) in gpu_check.TIMINGS.items():
         if not set(needed) <= set(ops):

@@ -20,7 +20,8 @@ class ResultError(ValueError):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file of `kernels` or `gpu-check`: the document, or the lines (.jsonl) of a run that may have been cut off.
+    """A result file of `kernels` or `gpu-check`: the document, or the lines (.jsonl) of a run that may have been cut
+    off.
 
     Raises ResultError.
     """
@@ -43,7 +44,8 @@ def load(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One row that both files have a time for. ratio: B over A, above 1 is slower. noise: of both, as shares of their times."""
+    """One row that both files have a time for. ratio: B over A, above 1 is slower. noise: of both, as shares of their
+    times."""
 
     key: Key
     a_us: float
@@ -64,9 +66,9 @@ class Comparison:
     """What two files say of each other.
 
     Attributes:
-        differences: facts of the machine that differ, "name: A, B". pairs: rows with a time in both. only: rows of one file
-            alone, with the file's letter. lost: rows that had a time in A and FAILED in B, with the reason. untimed: rows without
-            a time in one or both, other than lost ones.
+        differences: facts of the machine that differ, "name: A, B". pairs: rows with a time in both. only: rows of one
+            file alone, with the file's letter. lost: rows that had a time in A and FAILED in B, with the reason.
+            untimed: rows without a time in one or both, other than lost ones.
     """
 
     differences: list[str]
@@ -104,7 +106,8 @@ def _rows(document: dict[str, Any]) -> dict[Key, dict[str, Any]]:
 
 
 def _noise(row: dict[str, Any]) -> float:
-    """What a difference must exceed: ours against ours in the shape, or the spread of the row itself if that is more."""
+    """What a difference must exceed: ours against ours in the shape, or the spread of the row itself if that is
+    more."""
     return max(row.get("noise", 0.0), (row["p80_us"] - row["p20_us"]) / 2 / row["p50_us"])
 
 
@@ -117,7 +120,9 @@ def report(found: Comparison, tolerance: float, across_devices: bool) -> tuple[l
     lines = [f"the machines differ in {difference}" for difference in found.differences]
     status = 0
     if found.differences and not across_devices:
-        lines.append("no ratios: times of different machines do not compare kernels (--across-devices prints them all the same)")
+        lines.append(
+            "no ratios: times of different machines do not compare kernels (--across-devices prints them all the same)"
+        )
         status = 2
     else:
         verdicts = {pair.key: pair.verdict(tolerance) for pair in found.pairs}
@@ -126,7 +131,9 @@ def report(found: Comparison, tolerance: float, across_devices: bool) -> tuple[l
             times = f"{pair.ratio:7.3f} {pair.noise:7.1%} {pair.a_us:10.4g} {pair.b_us:10.4g}"
             lines.append(f"{times}  {verdicts[pair.key]:6}  {_name(pair.key)}")
         counts = {word: sum(v == word for v in verdicts.values()) for word in ("slower", "same", "faster")}
-        lines.append(", ".join(f"{count} {word}" for word, count in counts.items()) + f", beyond noise + {tolerance:.0%}")
+        lines.append(
+            ", ".join(f"{count} {word}" for word, count in counts.items()) + f", beyond noise + {tolerance:.0%}"
+        )
         status = 1 if counts["slower"] or found.lost else 0
     lines += [f"FAILED in B, timed in A: {_name(key)}: {reason}" for key, reason in found.lost]
     lines += [f"only in {letter}: {_name(key)}" for letter, key in found.only]

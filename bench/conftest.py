@@ -15,4 +15,6 @@ for package, folder in (("bench", ROOT), ("dlm_fast", ROOT), ("dlm_kernels", ROO
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "toy: toy shapes in Triton's interpreter; exercises the code, its times say nothing")
+    config.addinivalue_line(
+        "markers", "toy: toy shapes in Triton's interpreter; exercises the code, its times say nothing"
+    )

@@ -1,4 +1,5 @@
-"""The least a kernel can do: bytes it must move and operations it must multiply, from the shape alone. Arithmetic, no torch."""
+"""The least a kernel can do: bytes it must move and operations it must multiply, from the shape alone. Arithmetic, no
+torch."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from .shapes import Model
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a piece of work cannot do without. What runs one after the other adds up, each part bound by its own ceiling.
+    """What a piece of work cannot do without. What runs one after the other adds up, each part bound by its own
+    ceiling.
 
     Attributes:
         parts: (bytes moved, operations multiplied) of each part.
@@ -35,8 +37,8 @@ def cost(nbytes: float, flops: float = 0.0) -> Cost:
     return Cost(((float(nbytes), float(flops)),))
 
 
-# Device copy and bf16 product on random data, as one expects of the card: (TB/s, TFLOP/s). Nothing here measured them. The two
-# cards have the same multiprocessors and differ in their memory.
+# Device copy and bf16 product on random data, as one expects of the card: (TB/s, TFLOP/s). Nothing here measured them.
+# The two cards have the same multiprocessors and differ in their memory.
 CARDS = {"H100": (3.0, 790.0), "H200": (4.3, 790.0)}
 
 
@@ -46,9 +48,12 @@ def kv_bytes(model: Model, positions: int, itemsize: float = 2) -> float:
 
 
 def decode(model: Model, lengths: Sequence[int], window: int | None = None, cache_itemsize: float = 2) -> Cost:
-    """A window over cached prefixes: prefixes and the window's q, k, v read; its keys, values and the output written."""
+    """A window over cached prefixes: prefixes and the window's q, k, v read; its keys, values and the output
+    written."""
     B, W = len(lengths), window or model.window
-    moved = kv_bytes(model, sum(lengths), cache_itemsize) + kv_bytes(model, B * W) + kv_bytes(model, B * W, cache_itemsize)
+    moved = (
+        kv_bytes(model, sum(lengths), cache_itemsize) + kv_bytes(model, B * W) + kv_bytes(model, B * W, cache_itemsize)
+    )
     moved += 2 * 2 * B * W * model.heads * model.head_dim
     return cost(moved, 4 * model.heads * model.head_dim * W * (sum(lengths) + B * W))
 

@@ -26,7 +26,8 @@ INSTRUCTIONS_PER_ELEMENT = 10.5
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """One line of the table. `value`: the worst measured; `detail`: of which row, out of how many, or why there is none."""
+    """One line of the table. `value`: the worst measured; `detail`: of which row, out of how many, or why there is
+    none."""
 
     goal: str
     rule: str
@@ -113,11 +114,15 @@ def _decode(rows: list[Row], copy: float | None) -> Iterator[Gate]:
         above = most
     yield _gate(goal, "best torch baseline / ours >= 1.0", large, Row.best_baseline, 1.0)
     special = [r for r in large if not r.facts["equal"] or r.facts["G"] == 7]
-    yield _gate(goal, "best torch baseline / ours >= 1.3 where lengths differ or G = 7", special, Row.best_baseline, 1.3)
+    yield _gate(
+        goal, "best torch baseline / ours >= 1.3 where lengths differ or G = 7", special, Row.best_baseline, 1.3
+    )
     single = [r for r in rows if r.facts["B"] == 1 and r.facts["prefix"] >= 4096]
     goal = "decode attention, B=1, prefix >= 4k"
     memory_bound = [r for r in single if r.W_x_G <= DECODE_CLASSES[-1][0]]
-    yield _gate(goal, "share of copy bandwidth >= 0.5 at W x G <= 224", memory_bound, lambda r: _share_of_copy(r, copy), 0.5)
+    yield _gate(
+        goal, "share of copy bandwidth >= 0.5 at W x G <= 224", memory_bound, lambda r: _share_of_copy(r, copy), 0.5
+    )
     few_heads = [r for r in single if r.facts["kv_heads"] == 4]
     yield _gate(goal, "our unsplit form / ours >= 5 at 4 KV heads", few_heads, lambda r: r.over_ours(UNSPLIT), 5.0)
 
@@ -168,7 +173,11 @@ def _unmask(rows: list[Row]) -> Iterator[Gate]:
 def _step(rows: list[Row]) -> Iterator[Gate]:
     goal = "denoise step, LLaDA-8B, B=1, prefix 1k"
     chosen = [r for r in rows if r.facts.get("kind") == "step" and r.name.startswith("LLaDA-8B ")]
-    chosen = [r for r in chosen if (r.facts["B"], r.facts["prefix"]) == (1, 1024) and FEWER_LAYERS not in r.ours.get("note", "")]
+    chosen = [
+        r
+        for r in chosen
+        if (r.facts["B"], r.facts["prefix"]) == (1, 1024) and FEWER_LAYERS not in r.ours.get("note", "")
+    ]
     graphed = [r for r in chosen if r.ours.get("graph")]
     yield _gate(goal, "time / floor <= 1.3 in a graph", graphed, lambda r: 1 / r.ours["share"], 1.3, at_most=True)
     yield _gate(goal, "published eager loop / ours >= 2.5", graphed, lambda r: r.over_ours(PUBLISHED), 2.5)
@@ -177,11 +186,17 @@ def _step(rows: list[Row]) -> Iterator[Gate]:
 def _static(static: dict[str, Any] | None) -> Iterator[Gate]:
     goal = "static"
     if static is None:
-        for rule in (f"instructions an element <= {INSTRUCTIONS_PER_ELEMENT}", "violations = 0", f"targets = {STATIC_TARGETS}"):
+        for rule in (
+            f"instructions an element <= {INSTRUCTIONS_PER_ELEMENT}",
+            "violations = 0",
+            f"targets = {STATIC_TARGETS}",
+        ):
             yield Gate(goal, rule, None, NOT_MEASURED, "the file has no static table")
         return
     confidence = [r for r in static["kernels"] if r["kernel"].startswith("confidence") and r["target"] == "sm_90"]
-    counted = [(r["instructions_per_element"], r["config"]) for r in confidence if r["instructions_per_element"] is not None]
+    counted = [
+        (r["instructions_per_element"], r["config"]) for r in confidence if r["instructions_per_element"] is not None
+    ]
     rule = f"confidence: instructions an element <= {INSTRUCTIONS_PER_ELEMENT} on sm_90"
     if counted:
         worst, name = max(counted)
@@ -191,7 +206,9 @@ def _static(static: dict[str, Any] | None) -> Iterator[Gate]:
         yield Gate(goal, rule, None, NOT_MEASURED, "the table has no confidence on sm_90")
     targets, found = {result["target"] for result in static["kernels"]}, len(static["violations"])
     detail = f"{len(static['kernels'])} binaries" + (f"; first: {static['violations'][0]}" if found else "")
-    yield Gate(goal, "spills, shared memory and other limits: violations = 0", float(found), MISSED if found else MET, detail)
+    yield Gate(
+        goal, "spills, shared memory and other limits: violations = 0", float(found), MISSED if found else MET, detail
+    )
     complete = len(targets) >= STATIC_TARGETS and not static["only"]
     kernels = ", ".join(static["only"]) or "every kernel"
     detail = "every configuration" if complete else f"a part: {', '.join(sorted(targets))}; {kernels}"
@@ -205,6 +222,9 @@ def lines(gates: Iterable[Gate]) -> list[str]:
     rows = [(g.verdict, "-" if g.value is None else f"{g.value:.3g}", g.goal, g.rule, g.detail) for g in gates]
     header = ("verdict", "value", "gate", "rule", "of")
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(4)]
-    text = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip() for row in (header, *rows)]
+    text = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip()
+        for row in (header, *rows)
+    ]
     counts = {verdict: sum(g.verdict == verdict for g in gates) for verdict in (MET, MISSED, NOT_MEASURED)}
     return [*text, ", ".join(f"{count} {verdict}" for verdict, count in counts.items())]

@@ -10,34 +10,54 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside it in place
 import torch
+
+import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside it in place
 from dlm_fast import Ops
 
+from . import machine, report, shards
 from .checks import (
     attention as check_attention,
-    confidence as check_confidence,
-    decode as check_decode,
-    unmask as check_unmask,
 )
-from . import machine, report, shards
-from .speed import (
-    attention as speed_attention,
-    forms as speed_forms,
-    linear as speed_linear,
-    ops as speed_ops,
-    step as speed_step,
+from .checks import (
+    confidence as check_confidence,
+)
+from .checks import (
+    decode as check_decode,
+)
+from .checks import (
+    unmask as check_unmask,
 )
 from .checks.run import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
 from .record import Record
 from .shapes import CHECK_SHAPES, Shapes
+from .speed import (
+    attention as speed_attention,
+)
+from .speed import (
+    forms as speed_forms,
+)
+from .speed import (
+    linear as speed_linear,
+)
+from .speed import (
+    ops as speed_ops,
+)
+from .speed import (
+    step as speed_step,
+)
 from .speed.run import OURS, Bench, Ceilings, Shape, Timing, time_shapes
 from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 
 # Cheap and basic first.
-CASES = {"confidence": check_confidence, "unmask": check_unmask, "block_attention": check_attention, "decode": check_decode}
-# What is timed: its shapes, and the ops whose checks must be green for that. What a gate is about comes first: time may run out. The
-# forms of attention and linear_confidence are also checked at every shape, by `Work.check`.
+CASES = {
+    "confidence": check_confidence,
+    "unmask": check_unmask,
+    "block_attention": check_attention,
+    "decode": check_decode,
+}
+# What is timed: its shapes, and the ops whose checks must be green for that. What a gate is about comes first: time may
+# run out. The forms of attention and linear_confidence are also checked at every shape, by `Work.check`.
 TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "attention-decode": (speed_attention.decode_shapes, ("block_attention",)),
     "attention-ragged": (speed_attention.ragged_shapes, ("block_attention",)),
@@ -58,7 +78,9 @@ def needed_checks(timings: Collection[str]) -> tuple[str, ...]:
     return tuple(op for op in OPS if any(op in TIMINGS[name][1] for name in timings))
 
 
-def cases_of(ops: Ops, device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str] = OPS) -> list[tuple[str, Case]]:
+def cases_of(
+    ops: Ops, device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str] = OPS
+) -> list[tuple[str, Case]]:
     """Every case of the wanted ops, with its op; the same code for a GPU and for the interpreter, at other sizes.
 
     A name comes once in an op: two cases of one name draw the same random numbers, and are the same case.
@@ -190,7 +212,9 @@ def _runner(
         with torch.no_grad():
             (check,) = run(op, [case], device)
         if check.status == "FAILED" and not sound(device):
-            return dataclasses.replace(check, detail=f"{check.detail} (the GPU did not answer its process after that)"), False
+            return dataclasses.replace(
+                check, detail=f"{check.detail} (the GPU did not answer its process after that)"
+            ), False
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the processes share the memory
         return check, True
@@ -209,9 +233,12 @@ def _in_a_process(cases: CasesOf, make_ops: Callable[[], Ops], device: torch.dev
 def time_all(
     bench: Bench, ops: Ops, shapes: Shapes, wanted: Sequence[str], record: Record, say: Callable[[str], None]
 ) -> None:
-    """Times what is correct, in the order wanted; what is not gets a row that says so. A line as each row is measured."""
+    """Times what is correct, in the order wanted; what is not gets a row that says so. A line as each row is
+    measured."""
     checks = record.of_ops()
-    record.plan_timings((shape.op, shape.model, shape.label) for op in wanted for shape in TIMINGS[op][0](None, None, shapes))
+    record.plan_timings(
+        (shape.op, shape.model, shape.label) for op in wanted for shape in TIMINGS[op][0](None, None, shapes)
+    )
 
     def show(rows: list[Timing]) -> None:
         for row in rows:
@@ -243,9 +270,10 @@ def gpu_check(
     """Prints everything and returns the exit status: 0 green, 1 red.
 
     Args:
-        out: folder for `command`.jsonl, which is written line by line, and `command`.json at the end; None = print only.
-        wanted: names of TIMINGS in the order in which they are timed. "gpu-check" checks every op whatever is timed, others those that
-            these need.
+        out: folder for `command`.jsonl, which is written line by line, and `command`.json at the end; None = print
+            only.
+        wanted: names of TIMINGS in the order in which they are timed. "gpu-check" checks every op whatever is timed,
+            others those that these need.
         finish: called with the document before it is printed (plots).
     """
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,9 +1,10 @@
 """Kernels compiled on another machine: the file they travel in, and their place in this machine's Triton cache.
 
-The file is a tar.xz of `manifest.json`, `launchers.json` and a folder for each kernel with its machine code and metadata. Triton finds
-a kernel by a key over its source, its options and the installation, down to the bytes of its libraries, which differ from one Python
-version to another. So the file holds a kernel under the part of the key that is the kernel's own, and the rest is added where it is
-placed. Where the kernel's own part does not agree, Triton compiles: a cache makes a run faster, never different.
+The file is a tar.xz of `manifest.json`, `launchers.json` and a folder for each kernel with its machine code and
+metadata. Triton finds a kernel by a key over its source, its options and the installation, down to the bytes of its
+libraries, which differ from one Python version to another. So the file holds a kernel under the part of the key that is
+the kernel's own, and the rest is added where it is placed. Where the kernel's own part does not agree, Triton compiles:
+a cache makes a run faster, never different.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 
 from . import machine
 
-# Without line numbers the machine code is smaller. The variable is part of the key: it must be the same where a kernel is looked for.
+# Without line numbers the machine code is smaller. The variable is part of the key: it must be the same where a kernel
+# is looked for.
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 KEPT = (".cubin", ".json")
 GROUP = "__grp__"  # what Triton calls the file that lists a kernel's files
@@ -51,8 +53,8 @@ class Manifest:
 
     Attributes:
         triton: version. ptxas: version, by target. environment: the variables that Triton counts as part of a key.
-        commit, sources: of the checkout; `sources` is a hash of its Python files. seed: of the checks' inputs, which decide which
-            optional arguments a case has, and thereby its kernels.
+        commit, sources: of the checkout; `sources` is a hash of its Python files. seed: of the checks' inputs, which
+            decide which optional arguments a case has, and thereby its kernels.
     """
 
     triton: str
@@ -79,7 +81,8 @@ def pack(path: Path, manifest: Manifest, files: Path, launchers: Sequence[str]) 
 
 
 def unpack(path: Path, folder: Path) -> tuple[Manifest, list[str]]:
-    """The manifest, and the C sources of the launchers; the kernels' files lie in the folder then. Raises CacheError."""
+    """The manifest, and the C sources of the launchers; the kernels' files lie in the folder then. Raises
+    CacheError."""
     try:
         with tarfile.open(path, "r:xz") as archive:
             archive.extractall(folder, filter="data")
@@ -118,7 +121,11 @@ def place(manifest: Manifest, files: Path, cache: Path) -> tuple[int, str]:
     if environment() != manifest.environment:
         return 0, f"made under {manifest.environment}, here is {environment()}"
     here = {target: ptxas(int(target)) for target in manifest.ptxas}
-    other = [f"ptxas {made} for sm_{target}, here {here[target]}" for target, made in manifest.ptxas.items() if here[target] != made]
+    other = [
+        f"ptxas {made} for sm_{target}, here {here[target]}"
+        for target, made in manifest.ptxas.items()
+        if here[target] != made
+    ]
     if other:
         return 0, f"made by {', '.join(other)}"
     variables = str(sorted(environment().items()))
@@ -136,13 +143,18 @@ def place(manifest: Manifest, files: Path, cache: Path) -> tuple[int, str]:
 
 
 def build_launchers(sources: Sequence[str]) -> int:
-    """Builds, where Triton looks for them, the C extensions through which it launches; older Tritons have one for each signature."""
+    """Builds, where Triton looks for them, the C extensions through which it launches; older Tritons have one for each
+    signature."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 
     if not hasattr(driver, "make_launcher"):
         return 0
-    options = {"library_dirs": driver.library_dirs(), "include_dirs": driver.include_dirs, "libraries": driver.libraries}
+    options = {
+        "library_dirs": driver.library_dirs(),
+        "include_dirs": driver.include_dirs,
+        "libraries": driver.libraries,
+    }
 
     def build(source: str) -> None:
         compile_module_from_src(src=source, name="__triton_launcher", **options)
@@ -154,7 +166,8 @@ def build_launchers(sources: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A cache in use. folder: Triton's. commit: of its sources, None if they are not those here. facts: for the report."""
+    """A cache in use. folder: Triton's. commit: of its sources, None if they are not those here. facts: for the
+    report."""
 
     manifest: Manifest
     folder: Path
@@ -168,9 +181,13 @@ class Placed:
 
 @contextlib.contextmanager
 def placed(path: Path) -> Iterator[Placed]:
-    """For this process and those it starts: a Triton cache of their own that holds the kernels of a file. Raises CacheError."""
+    """For this process and those it starts: a Triton cache of their own that holds the kernels of a file. Raises
+    CacheError."""
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="dlm-fast-") as files, tempfile.TemporaryDirectory(prefix="dlm-fast-triton-") as cache:
+    with (
+        tempfile.TemporaryDirectory(prefix="dlm-fast-") as files,
+        tempfile.TemporaryDirectory(prefix="dlm-fast-triton-") as cache,
+    ):
         manifest, sources = unpack(path, Path(files))
         os.environ |= ENVIRONMENT | {"TRITON_CACHE_DIR": cache}
         try:
@@ -180,9 +197,16 @@ def placed(path: Path) -> Iterator[Placed]:
             try:
                 launchers = build_launchers(sources) if count else 0
             except Exception as error:  # each is built at its first launch then
-                reason = f"the launchers cannot be built ahead: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                reason = (
+                    f"the launchers cannot be built ahead: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                )
             same = machine.sources() == manifest.sources
-            facts = {"placed": count, "launchers": launchers, "seconds": round(time.monotonic() - began, 1), "reason": reason}
+            facts = {
+                "placed": count,
+                "launchers": launchers,
+                "seconds": round(time.monotonic() - began, 1),
+                "reason": reason,
+            }
             facts |= {"commit": manifest.commit, "same_sources": same}
             yield Placed(manifest, Path(cache), manifest.commit if same else None, facts)
         finally:
@@ -194,10 +218,16 @@ def lines(found: Placed) -> list[str]:
     """What the cache is worth here, in words."""
     facts, manifest = found.facts, found.manifest
     targets = ", ".join(f"sm_{target}" for target in manifest.ptxas)
-    made = f"compiled ahead: {len(manifest.kernels)} kernels for {targets}, Triton {manifest.triton}, seed {manifest.seed}"
-    variables = " ".join(f"{name}={value}" for name, value in ({"TRITON_CACHE_DIR": found.folder} | ENVIRONMENT).items())
+    made = (
+        f"compiled ahead: {len(manifest.kernels)} kernels for {targets}, Triton {manifest.triton}, seed {manifest.seed}"
+    )
+    variables = " ".join(
+        f"{name}={value}" for name, value in ({"TRITON_CACHE_DIR": found.folder} | ENVIRONMENT).items()
+    )
     lines = [f"{made}, commit {manifest.commit}"]
-    lines += [f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; for this run {variables}"]
+    lines += [
+        f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; for this run {variables}"
+    ]
     if facts["reason"]:
         lines.append(f"    {facts['reason']}: what is missing is compiled when it is launched")
     if not facts["same_sources"]:

@@ -13,8 +13,8 @@ OURS_COLOUR, BASELINE_COLOUR = "#1b6ca8", "#d1495b"
 def draw(result: dict[str, Any], out: Path) -> list[Path]:
     """Writes `out`/kernels_<op>.png for every op that has a time, and returns the paths. Needs matplotlib.
 
-    A shape in which ours has no time is on the plot too, without a mark: a gap is a finding. The bar through a mark spans the 20th
-    to the 80th percentile.
+    A shape in which ours has no time is on the plot too, without a mark: a gap is a finding. The bar through a mark
+    spans the 20th to the 80th percentile.
     """
     import matplotlib
 
@@ -34,7 +34,9 @@ def draw(result: dict[str, Any], out: Path) -> list[Path]:
             best = min(baselines, key=lambda row: row["p50_us"], default=None)
             if best is not None:
                 _mark(axes, best, place + 0.12, "s", BASELINE_COLOUR)
-                axes.annotate(best["candidate"], (best["share"], place + 0.12), (6, -3), textcoords="offset points", fontsize=6)
+                axes.annotate(
+                    best["candidate"], (best["share"], place + 0.12), (6, -3), textcoords="offset points", fontsize=6
+                )
             for row in timed:
                 if row["candidate"] == OURS:
                     _mark(axes, row, place - 0.12, "o", OURS_COLOUR)

@@ -16,8 +16,8 @@ from triton.backends.nvidia import driver
 from triton.compiler.compiler import get_cache_key, make_backend
 from triton.runtime.cache import get_cache_manager
 
-from .checks import run as checks
 from . import collect, kernel_cache, machine
+from .checks import run as checks
 from .collect import Variant
 from .shapes import CHECK_SHAPES, Shapes
 
@@ -35,11 +35,14 @@ def precompile(
     shapes: Shapes = CHECK_SHAPES,
     ops: tuple[str, ...] = checks.OPS,
 ) -> int:
-    """Collects, compiles and packs. Exit status: 0; 1 if something did not compile or could not be followed, each named.
+    """Collects, compiles and packs. Exit status: 0; 1 if something did not compile or could not be followed, each
+    named.
 
     Args:
-        targets: compute capabilities (90). seed: of the checks' inputs: which optional arguments a case has hangs on it.
-        jobs: processes that compile. ops: of checks.OPS; what is timed is followed where all ops that it needs are among them.
+        targets: compute capabilities (90). seed: of the checks' inputs: which optional arguments a case has hangs on
+            it.
+        jobs: processes that compile. ops: of checks.OPS; what is timed is followed where all ops that it needs are
+            among them.
     """
     torch.set_num_threads(1)
     collector, lost = collect.Collector(), 0
@@ -77,9 +80,12 @@ def precompile(
 
 
 def _compiled(variants: Sequence[Variant], jobs: int, say: Callable[[str], None]) -> Iterator[tuple[int, str]]:
-    """(index, error or "") of each, as they come. In forked processes: what was collected is there, and cannot be pickled."""
+    """(index, error or "") of each, as they come. In forked processes: what was collected is there, and cannot be
+    pickled."""
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context, initializer=_hold, initargs=(variants,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=context, initializer=_hold, initargs=(variants,)
+    ) as pool:
         pending = {pool.submit(_compile, index): index for index in range(len(variants))}
         for number, future in enumerate(concurrent.futures.as_completed(pending), 1):
             yield pending[future], future.result()
@@ -109,13 +115,16 @@ def _compile(index: int) -> str:
 
 def _kernel(variant: Variant, cache: Path) -> kernel_cache.Kernel:
     """Its entry: where Triton has put it, and the parts of its key that are its own."""
-    key = get_cache_key(variant.source, make_backend(variant.target), variant.options, env_vars=kernel_cache.environment())
+    key = get_cache_key(
+        variant.source, make_backend(variant.target), variant.options, env_vars=kernel_cache.environment()
+    )
     folder = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).key
     return kernel_cache.Kernel(folder, variant.source.hash(), variant.options.hash(), variant.target.arch)
 
 
 def _launchers(variants: Sequence[Variant]) -> list[str]:
-    """The C sources of the extensions through which Triton launches them: one for each signature; none where it has one for all."""
+    """The C sources of the extensions through which Triton launches them: one for each signature; none where it has one
+    for all."""
     if not hasattr(driver, "make_launcher"):
         return []
 

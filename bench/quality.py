@@ -1,7 +1,8 @@
 """Quality against cost: every preset on held-out prompts of the embedded models.
 
-A point is a preset with its options: exact match against forwards per answer (NFE) and against positions computed (query tokens).
-Everything is counted, nothing is timed, and greedy decoding of seeded prompts makes the numbers reproducible.
+A point is a preset with its options: exact match against forwards per answer (NFE) and against positions computed
+(query tokens). Everything is counted, nothing is timed, and greedy decoding of seeded prompts makes the numbers
+reproducible.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import dlm_fast
 import torch
 import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import dlm_fast
 from dlm_fast.diffusion import DiffusionConfig
 from dlm_fast.loading import CHECKPOINTS, EMBEDDED, checkpoint_path
 from dlm_fast.presets import PRESETS
 from dlm_fast.tiny.tasks import TASKS, Sample, held_out
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .machine import commit, versions
 from .quality_report import plot, table
@@ -70,8 +72,9 @@ ONLY = {
         "llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer", "dkv-cache", "d3llm", "dllm-var",
     ),
 }  # fmt: skip
-# Fractions of the prompts, so that all of it takes about half an hour of one core: a tenth for decoders of one forward per position
-# of the canvas, a fifth for those of one per token or nearly so; half for variations that no comparison of the report is about.
+# Fractions of the prompts, so that all of it takes about half an hour of one core: a tenth for decoders of one forward
+# per position of the canvas, a fifth for those of one per token or nearly so; half for variations that no comparison of
+# the report is about.
 CANVAS = ("dream", "dream-origin")
 SLOW = (
     "llada", "klass", "ccd", "ccd-ds", "rcr", "saber", "wino", "certainty-prior", "dkv-cache", "entropy-cache", "freedave",
@@ -149,12 +152,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share_error(share: float, n: int) -> float:
-    """Standard error of a share of n prompts, after two more of either kind (Agresti and Coull 1998): not 0 where all are right."""
+    """Standard error of a share of n prompts, after two more of either kind (Agresti and Coull 1998): not 0 where all
+    are right."""
     p = (share * n + 2) / (n + 4)
     return math.sqrt(p * (1 - p) / (n + 4))
 
 
-def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sample]], batch_size: int) -> dict[str, Any]:
+def measure(
+    model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sample]], batch_size: int
+) -> dict[str, Any]:
     """Decodes every prompt, task by task, and averages over all of them."""
     right: dict[str, float] = {}
     nfe: list[int] = []
@@ -168,7 +174,9 @@ def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sa
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             chats = [[{"role": "user", "content": sample.prompt}] for sample in batch]
-            out = dlm_fast.generate(model, chats, preset=setting.preset, max_new_tokens=MAX_NEW_TOKENS, **setting.options)
+            out = dlm_fast.generate(
+                model, chats, preset=setting.preset, max_new_tokens=MAX_NEW_TOKENS, **setting.options
+            )
             hits += sum(TASKS[task].check(sample.prompt, text) for sample, text in zip(batch, out.text))
             nfe, query_tokens = nfe + out.nfe, query_tokens + out.query_tokens
             tokens += sum(len(ids) for ids in out.sequences)
@@ -191,7 +199,13 @@ def measure(model: torch.nn.Module, setting: Setting, prompts: dict[str, list[Sa
 
 def conditions(per_task: int, seed: int) -> dict[str, Any]:
     """What a result file must share with a run that goes on with it."""
-    return {"per_task": per_task, "seed": seed, "max_new_tokens": MAX_NEW_TOKENS, "tasks": list(TASKS), "weights": weights()}
+    return {
+        "per_task": per_task,
+        "seed": seed,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "tasks": list(TASKS),
+        "weights": weights(),
+    }
 
 
 @functools.cache
@@ -209,7 +223,9 @@ def read(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QualityError(f"quality: {file} must be a quality.json of this command: {error!r}") from None
     if len(rows) != len(document["settings"]):
-        raise QualityError(f"quality: {file} must hold every setting once, got {len(document['settings'])} rows of {len(rows)}")
+        raise QualityError(
+            f"quality: {file} must hold every setting once, got {len(document['settings'])} rows of {len(rows)}"
+        )
     for name, value in wanted.items():
         if document.get(name) != value:
             raise QualityError(f"quality: {file} must hold {name}={value}, got {name}={document.get(name)}")
@@ -253,13 +269,20 @@ def run(
     presets: Sequence[str] | None,
     earlier: Sequence[Path],
 ) -> dict[str, Any]:
-    """Measures every setting that `earlier` results do not hold; writes quality.json after each, then the table and the plot."""
+    """Measures every setting that `earlier` results do not hold; writes quality.json after each, then the table and the
+    plot."""
     wanted = settings(models, presets)
     done = finished(earlier, per_task, seed)
     prompts, opened = drawn(per_task, seed), Models()
     rows: list[dict[str, Any]] = []
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"command": "quality", **conditions(per_task, seed), "left_out": LEFT_OUT, "commit": commit(), "versions": versions()}
+    facts = {
+        "command": "quality",
+        **conditions(per_task, seed),
+        "left_out": LEFT_OUT,
+        "commit": commit(),
+        "versions": versions(),
+    }
     document = {**facts, "settings": rows}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -281,17 +304,20 @@ def run(
 
 
 def check(file: Path, *, count: int, batch_size: int, choice: int = 0) -> list[str]:
-    """Measures `count` settings of a result file again, on its own prompts; says of each whether it is within the stated noise.
+    """Measures `count` settings of a result file again, on its own prompts; says of each whether it is within the
+    stated noise.
 
-    The prompts are the same and decoding is greedy, so what may differ is rounding: by at most one stated standard error.
-    choice: seeds which settings. Every line begins with "same" or "DIFFERS".
+    The prompts are the same and decoding is greedy, so what may differ is rounding: by at most one stated standard
+    error. choice: seeds which settings. Every line begins with "same" or "DIFFERS".
     """
     document = read(file, {name: value for name, value in conditions(0, 0).items() if name not in ("per_task", "seed")})
     prompts, opened, lines = drawn(document["per_task"], document["seed"]), Models(), []
     known = {setting.key for setting in settings()}
     rows = [row for row in document["settings"] if Setting(row["model"], row["preset"], row["options"]).key in known]
     if not rows:
-        raise QualityError(f"quality: {file} must hold a setting that this version runs, got {len(document['settings'])} others")
+        raise QualityError(
+            f"quality: {file} must hold a setting that this version runs, got {len(document['settings'])} others"
+        )
     for row in random.Random(choice).sample(rows, min(count, len(rows))):
         setting = Setting(row["model"], row["preset"], row["options"])
         some = {task: samples[: row["prompts"] // len(TASKS)] for task, samples in prompts.items()}

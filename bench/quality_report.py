@@ -63,7 +63,8 @@ def find(rows: Sequence[Row], preset: str, model: str | None = None, **options: 
 
 
 def stale_section(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[str]:
-    """What caches of full-visibility models lose against the same decoder uncached, with and without an isolated prompt."""
+    """What caches of full-visibility models lose against the same decoder uncached, with and without an isolated
+    prompt."""
     compared = [
         (model, cache, row, find(rows, STALE[0][1], model))
         for model in dict.fromkeys(row["model"] for row in rows)
@@ -95,7 +96,8 @@ def points(difference: float) -> str:
 
 
 def d2f_section(rows: Sequence[Row]) -> Iterator[str]:
-    """The pipelined decoder against the same student's blocks one at a time, and against the teacher with a dual cache."""
+    """The pipelined decoder against the same student's blocks one at a time, and against the teacher with a dual
+    cache."""
     single = find(rows, "llada2", threshold=0.9)
     pipelined = [row for row in rows if row["preset"] == "d2f"]
     if single is None or not pipelined:
@@ -145,7 +147,8 @@ def wrong(row: Row) -> float:
 
 
 def name_points(axis: Any, named: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each (x, y, name) beside its point, moved up or down until it covers no other name, with a line to the point if far."""
+    """Writes each (x, y, name) beside its point, moved up or down until it covers no other name, with a line to the
+    point if far."""
     height, width = 8.5, 3.7  # points a line and a character take
     scale = axis.figure.dpi / 72
     taken: list[tuple[float, float, float]] = []  # left, middle, right, in points
@@ -174,7 +177,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in document["settings"]))
     costs = (("nfe", "forwards per answer (NFE)"), ("query_tokens", "positions computed per answer (query tokens)"))
-    figure, axes = pyplot.subplots(len(models), len(costs), figsize=(16, 7.5 * len(models)), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        len(models), len(costs), figsize=(16, 7.5 * len(models)), squeeze=False, layout="constrained"
+    )
     named: list[tuple[Any, list[tuple[float, float, str]]]] = []
     for axis_row, model in zip(axes, models):
         rows = [row for row in document["settings"] if row["model"] == model]
@@ -184,21 +189,36 @@ def plot(document: dict[str, Any], path: Path) -> None:
                 x, y = [row[cost] for row in points_of], [wrong(row) for row in points_of]
                 error = [100 * row["exact_match_se"] for row in points_of]
                 low = [min(e, v - LEAST_WRONG / 2) for e, v in zip(error, y)]
-                bars = {"fmt": marker, "color": color, "alpha": 0.7, "elinewidth": 0.6, "label": f"{exactness} decoders"}
+                bars = {
+                    "fmt": marker,
+                    "color": color,
+                    "alpha": 0.7,
+                    "elinewidth": 0.6,
+                    "label": f"{exactness} decoders",
+                }
                 axis.errorbar(x, y, yerr=(low, error), **bars)
             best = frontier(rows, cost)
             axis.plot([row[cost] for row in best], [wrong(row) for row in best], color="0.6", linewidth=1, zorder=0)
             defaults = [row for row in rows if row["label"] == row["preset"]]
             chosen = {row["label"]: row for row in (*best, *defaults)}.values()
             named.append((axis, [(row[cost], wrong(row), row["label"]) for row in chosen]))
-            axis.set(xscale="log", yscale="log", ylim=(105, LEAST_WRONG / 1.5), xlabel=title, ylabel="wrong answers, %", title=model)
+            axis.set(
+                xscale="log",
+                yscale="log",
+                ylim=(105, LEAST_WRONG / 1.5),
+                xlabel=title,
+                ylabel="wrong answers, %",
+                title=model,
+            )
             axis.set_xlim(right=axis.get_xlim()[1] * 1.5)  # room for names
             axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axis.grid(alpha=0.3)
             axis.legend(loc="lower right", fontsize=8)
     prompts = f"{document['per_task']} held-out prompts a task (slow decoders fewer), {len(document['tasks'])} tasks"
     none = f"no mistake is drawn at {LEAST_WRONG} %"
-    figure.suptitle(f"{prompts}, seed {document['seed']}, greedy; bars: one standard error; line: what nothing beats; {none}")
+    figure.suptitle(
+        f"{prompts}, seed {document['seed']}, greedy; bars: one standard error; line: what nothing beats; {none}"
+    )
     figure.canvas.draw()  # places the axes, which names need
     for axis, points in named:
         name_points(axis, points)

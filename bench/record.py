@@ -34,7 +34,8 @@ class Record:
     """Everything a run has found. Made empty for a run, or by `read` from its file.
 
     Attributes:
-        head: what the line `run` says. checks, timings: as they came. seconds: of the last line. ended: the run came to its end.
+        head: what the line `run` says. checks, timings: as they came. seconds: of the last line. ended: the run came to
+            its end.
     """
 
     def __init__(self, path: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,7 +51,7 @@ class Record:
         self._begun: set[tuple[str, ...]] = set()
         self._clock, self._start = clock, clock()
         # By line: what is written is in the hands of the system, whatever becomes of this process.
-        self._file = None if path is None else open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = None if path is None else open(path, "w", encoding="utf-8", buffering=1)
 
     def begin(self, command: str, started: str, seed: int, machine: dict[str, Any]) -> None:
         self._say("run", command=command, schema=report.SCHEMA, time=started, seed=seed, machine=machine)
@@ -128,14 +129,20 @@ class Record:
         done = {(row.op, row.model, row.shape) for row in self.timings}
         red = {row.op for row in self.timings if row.shape == "any"}  # one row for all of its shapes
         cut = [shape for shape in self._shapes if shape not in done and shape[0] not in red]
-        reasons = {shape: "began, and the run was cut off" if shape in self._begun else "the run was cut off" for shape in cut}
+        reasons = {
+            shape: "began, and the run was cut off" if shape in self._begun else "the run was cut off" for shape in cut
+        }
         return [*self.timings, *(Timing(*shape, OURS, "SKIPPED", reason) for shape, reason in reasons.items())]
 
     def lines(self) -> list[str]:
         """The run as text, as it printed itself, but for the checks that passed."""
         lines = [*report.heading_lines(self.head), "", "ceilings"]
         lines += report.ceiling_lines(self.ceilings or {}) or ["    not measured"]
-        lines += ["", "correctness", *(line for op, done in self.of_ops().items() for line in report.check_lines(op, done))]
+        lines += [
+            "",
+            "correctness",
+            *(line for op, done in self.of_ops().items() for line in report.check_lines(op, done)),
+        ]
         lines += ["", "times", report.timing_header()]
         rows = self.rows()
         for shape in dict.fromkeys((row.op, row.model, row.shape) for row in rows):
@@ -152,7 +159,9 @@ class Record:
 
 def read(path: Path) -> Record:
     """The record of a file. A last line that was cut off is left out. Raises OSError, LineError."""
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # behind the last newline: nothing, or what was cut off
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    )  # behind the last newline: nothing, or what was cut off
     record = Record()
     for number, text in enumerate(lines, 1):
         try:

@@ -26,7 +26,8 @@ def heading_lines(head: dict[str, Any]) -> list[str]:
 
 
 def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
-    """One line for an op, one for each check in it that is red or skipped, one for those that were not run for one reason."""
+    """One line for an op, one for each check in it that is red or skipped, one for those that were not run for one
+    reason."""
     counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped", NOT_RUN)}
     verdict = "green" if is_green(checks) else "RED"
     seconds = sum(c.seconds for c in checks)
@@ -112,8 +113,8 @@ def document(
     checks: dict[str, list[Check]],
     timings: Sequence[Timing],
 ) -> dict[str, Any]:
-    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was to be checked is green.
-    `ended`: the run came to its end."""
+    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was to be
+    checked is green. `ended`: the run came to its end."""
     ops = {
         op: {
             "green": is_green(done),

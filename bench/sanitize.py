@@ -1,12 +1,14 @@
-"""`python -m bench sanitize`: the kernels' checks at small size under NVIDIA's compute-sanitizer, a process for each tool.
+"""`python -m bench sanitize`: the kernels' checks at small size under NVIDIA's compute-sanitizer, a process for each
+tool.
 
     memcheck   reads and writes outside of allocations, misaligned ones, failing CUDA calls
     racecheck  unordered accesses of shared memory
     initcheck  reads of device memory that nobody wrote
     synccheck  barriers that not all of a program's threads reach
 
-The allocator's caching is switched off: inside its blocks no access is out of bounds. All tools but initcheck look at our kernels
-only; initcheck has to see who writes, so it watches everything, and reports that lie in other kernels are counted apart.
+The allocator's caching is switched off: inside its blocks no access is out of bounds. All tools but initcheck look at
+our kernels only; initcheck has to see who writes, so it watches everything, and reports that lie in other kernels are
+counted apart.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
     from dlm_fast import Ops
 
     from .checks.run import Case
@@ -54,7 +57,8 @@ class Verdict:
 
     Attributes:
         ok: it ran to its end, found nothing in our kernels, and their checks passed under it.
-        errors: of its summary; None = it printed none. findings: as many as it printed. elsewhere: of those, in others' kernels.
+        errors: of its summary; None = it printed none. findings: as many as it printed. elsewhere: of those, in others'
+            kernels.
         reason: why it is not ok.
     """
 
@@ -101,7 +105,9 @@ def command(sanitizer: str, tool: str, kernels: Sequence[str], seed: int) -> lis
 
 
 _SUMMARY = re.compile(r"^=+ (?:RACECHECK SUMMARY: (\d+) hazards? displayed|ERROR SUMMARY: (\d+) errors?)", re.MULTILINE)
-_KINDS = "Invalid|Uninitialized|Race reported|Potential|Barrier|Misaligned|Program hit|Missing|Out-of-range|Malloc|Divergent"
+_KINDS = (
+    "Invalid|Uninitialized|Race reported|Potential|Barrier|Misaligned|Program hit|Missing|Out-of-range|Malloc|Divergent"
+)
 _FINDING = re.compile(rf"^=+ (?:Error: |Warning: )?((?:{_KINDS})\b.*)$")
 _AT = re.compile(r"(?:\bat |\bin )(?:0x[0-9a-f]+ in )?([A-Za-z_][\w:<>~]*)(?:\(|\+0x|\b)")
 _BROKEN = re.compile(r"^=+ (?:Internal Sanitizer Error|Error: (?!Race)).*$", re.MULTILINE)
@@ -110,8 +116,8 @@ _BROKEN = re.compile(r"^=+ (?:Internal Sanitizer Error|Error: (?!Race)).*$", re.
 def parse(tool: str, status: int, output: str, kernels: Collection[str]) -> Verdict:
     """The verdict of a run: its exit status, all it printed, and which functions are ours.
 
-    Nothing is taken for clean that did not say so: no summary, an error of the tool's own, or fewer printed reports than counted
-    ones make a run red.
+    Nothing is taken for clean that did not say so: no summary, an error of the tool's own, or fewer printed reports
+    than counted ones make a run red.
     """
     findings: list[Finding] = []
     lines = output.splitlines()
@@ -119,7 +125,9 @@ def parse(tool: str, status: int, output: str, kernels: Collection[str]) -> Verd
         match = _FINDING.match(line)
         if match:
             following = "\n".join([line, *lines[number + 1 : number + 3]])
-            named = [name for name in _AT.findall(following) if any(ours in name for ours in kernels)] or _AT.findall(following)
+            named = [name for name in _AT.findall(following) if any(ours in name for ours in kernels)] or _AT.findall(
+                following
+            )
             findings.append(Finding(match[1].strip(), named[0] if named else ""))
     counts = [int(a or b) for a, b in _SUMMARY.findall(output)]
     errors = sum(counts) if counts else None
@@ -155,16 +163,23 @@ def run(sanitizer: str, tool: str, kernels: Sequence[str], seed: int, log: Path 
 
 def check_target(seed: int, plain_memory: bool) -> int:
     """What runs under the tool: every op's checks but the whole decodes, at toy size. Exit status: 0 green, 1 red."""
-    import dlm_fast
     import torch
 
+    import dlm_fast
+
+    from . import gpu_check, report, shapes
     from .checks import (
         attention as check_attention,
+    )
+    from .checks import (
         confidence as check_confidence,
-        unmask as check_unmask,
+    )
+    from .checks import (
         run as checks,
     )
-    from . import gpu_check, report, shapes
+    from .checks import (
+        unmask as check_unmask,
+    )
 
     if plain_memory:
         for module in (check_attention, check_confidence, check_unmask):
@@ -199,4 +214,11 @@ def shape_checks(op: str, ops: Ops, device: torch.device, chosen: Shapes) -> Ite
 
 def document(verdicts: Sequence[Verdict], machine: dict[str, Any], seed: int, schema: int) -> dict[str, Any]:
     tools = {v.tool: {name: value for name, value in dataclasses.asdict(v).items() if name != "tool"} for v in verdicts}
-    return {"command": "sanitize", "schema": schema, "ok": all(v.ok for v in verdicts), "seed": seed, **machine, "tools": tools}
+    return {
+        "command": "sanitize",
+        "schema": schema,
+        "ok": all(v.ok for v in verdicts),
+        "seed": seed,
+        **machine,
+        "tools": tools,
+    }

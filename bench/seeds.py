@@ -1,7 +1,7 @@
 """How much the seed matters: the whole recipe of the embedded pair, shortened, once for each seed.
 
-A run pretrains a teacher, writes samples, distills a student, and decodes held-out prompts with both. Short runs answer worse than the
-embedded models and probably scatter more.
+A run pretrains a teacher, writes samples, distills a student, and decodes held-out prompts with both. Short runs answer
+worse than the embedded models and probably scatter more.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import dlm_fast
 from dlm_fast.loading import checkpoint_path
-from dlm_fast.tiny.tasks import held_out
 from dlm_fast.tiny import data
+from dlm_fast.tiny.tasks import held_out
 from dlm_fast.training.__main__ import build_parser
 from dlm_fast.training.distill import Distiller
 from dlm_fast.training.distill_settings import DistillSettings
@@ -99,7 +99,13 @@ def run(out: Path, seeds: list[int], short: Short, folder: Path) -> dict[str, An
     runs: list[dict[str, Any]] = []
     for seed in seeds:
         runs.append(run_seed(seed, short, folder / f"seed-{seed}"))
-        document = {"command": "seeds", "commit": commit(), "versions": versions(), "short": dataclasses.asdict(short), "runs": runs}
+        document = {
+            "command": "seeds",
+            "commit": commit(),
+            "versions": versions(),
+            "short": dataclasses.asdict(short),
+            "runs": runs,
+        }
         if len(runs) > 1:
             document["summary"] = summary(runs)
         quality.write(out / "seeds.json", json.dumps(document, indent=1) + "\n")
@@ -114,6 +120,8 @@ def lines(document: dict[str, Any]) -> list[str]:
         found.append(f"{name}: {each}")
         if "summary" in document:
             row = document["summary"][name]
-            found[-1] += f"; mean {row['exact_match_mean']:.1%}, standard deviation {100 * row['exact_match_std']:.1f} points; NFE "
+            found[-1] += (
+                f"; mean {row['exact_match_mean']:.1%}, standard deviation {100 * row['exact_match_std']:.1f} points; NFE "
+            )
             found[-1] += f"{row['nfe_mean']:.2f} +- {row['nfe_std']:.2f}"
     return found

@@ -1,8 +1,8 @@
-"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is named; the
-others go on behind it in a new one.
+"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is
+named; the others go on behind it in a new one.
 
-Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the one that started it, however
-that one ends.
+Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the one that started
+it, however that one ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Work = Callable[[int], tuple[Any, bool]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is done, by name. group: jobs that are alike; where many of them break their process, the others are not tried."""
+    """What is done, by name. group: jobs that are alike; where many of them break their process, the others are not
+    tried."""
 
     group: str
     name: str
@@ -42,7 +43,8 @@ class Event:
     """What happened to a job.
 
     Attributes:
-        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run": never begun.
+        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run":
+            never begun.
         index: which of the jobs. seconds: since it began.
     """
 
@@ -65,8 +67,8 @@ def run(
     """Does the jobs in order, as many at a time as there are processes, and yields what happens as it happens.
 
     Args:
-        make: called once in every process; what it returns does a job by its index and says (result, whether the process is still
-            sound). It is pickled: a function of a module, or a partial of one.
+        make: called once in every process; what it returns does a job by its index and says (result, whether the
+            process is still sound). It is pickled: a function of a module, or a partial of one.
         processes: 0 = this one does them all, and nothing guards it.
         job_seconds: a job that has not ended by then is lost. start_seconds: the same of a process that is starting.
         most_lost: so many lost processes of one group, and the rest of the group is not run.

@@ -1,4 +1,5 @@
-"""`kernels`: on a GPU every kernel at every shape; without one the static table and computed floors, which measure nothing."""
+"""`kernels`: on a GPU every kernel at every shape; without one the static table and computed floors, which measure
+nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ STATIC_KERNELS = {
     "linear-confidence": "linear_confidence",
     "attention-forms": "attention",
 }
-NOT_MEASURED = "No CUDA GPU was used: nothing here was measured. It holds facts of compiled code and floors computed from shapes."
+NOT_MEASURED = (
+    "No CUDA GPU was used: nothing here was measured. It holds facts of compiled code and floors computed from shapes."
+)
 
 
 def choose(models: Sequence[str] | None, ops: Sequence[str] | None) -> tuple[Shapes, tuple[str, ...]]:
@@ -37,11 +40,16 @@ def choose(models: Sequence[str] | None, ops: Sequence[str] | None) -> tuple[Sha
         if wrong:
             raise ValueError(f"--{option} must be among {', '.join(names)}, got {', '.join(wrong)}")
     chosen = tuple(model for model in SWEEP_SHAPES.models if models is None or model.name in models)
-    return dataclasses.replace(SWEEP_SHAPES, models=chosen), tuple(op for op in gpu_check.TIMINGS if ops is None or op in ops)
+    return dataclasses.replace(SWEEP_SHAPES, models=chosen), tuple(
+        op for op in gpu_check.TIMINGS if ops is None or op in ops
+    )
 
 
-def measured(rig: gpu_check.Rig, out: Path | None, ops: Sequence[str], seed: int | None, seconds: float, plots: bool) -> int:
-    """Ceilings, checks, times, gates, JSON, and a plot per op. Exit status: 0 every needed check is green, 1 one is red."""
+def measured(
+    rig: gpu_check.Rig, out: Path | None, ops: Sequence[str], seed: int | None, seconds: float, plots: bool
+) -> int:
+    """Ceilings, checks, times, gates, JSON, and a plot per op. Exit status: 0 every needed check is green, 1 one is
+    red."""
 
     def finish(result: dict[str, Any]) -> None:
         if out is not None and plots:
@@ -144,11 +152,17 @@ def _floor(shape: Shape) -> dict[str, Any]:
 def floor_lines(result: dict[str, Any]) -> list[str]:
     """The computed floors as text."""
     cards = list(result["cards"])
-    ceilings = "; ".join(f"{card} {c['copy_tb_s']} TB/s, {c['gemm_tflop_s']:g} TFLOP/s" for card, c in result["cards"].items())
+    ceilings = "; ".join(
+        f"{card} {c['copy_tb_s']} TB/s, {c['gemm_tflop_s']:g} TFLOP/s" for card, c in result["cards"].items()
+    )
     lines = [f"computed floors (not measured), microseconds at assumed ceilings: {ceilings}"]
-    lines.append(f"{'op':18}{'model':24}{'shape':58}{'MB':>10}{'GFLOP':>11}" + "".join(f"{card + ' us':>11}" for card in cards))
+    lines.append(
+        f"{'op':18}{'model':24}{'shape':58}{'MB':>10}{'GFLOP':>11}" + "".join(f"{card + ' us':>11}" for card in cards)
+    )
     for row in result["floors"]:
-        numbers = f"{row['nbytes'] / 1e6:10.4g}{row['flops'] / 1e9:11.4g}" + "".join(f"{row['floor_us'][c]:11.4g}" for c in cards)
+        numbers = f"{row['nbytes'] / 1e6:10.4g}{row['flops'] / 1e9:11.4g}" + "".join(
+            f"{row['floor_us'][c]:11.4g}" for c in cards
+        )
         lines.append(f"{row['op']:18}{row['model']:24}{row['shape']:58}" + numbers)
     return lines
 
@@ -165,7 +179,10 @@ def _page(result: dict[str, Any], floor_text: list[str], verdicts: list[str]) ->
         names = ("kernel", "config", "target", "registers", "spills", "shared_bytes", "mma", "instructions_per_element")
         heading = f"## Static table\n\n{len(kernels)} binaries, {len(result['static']['violations'])} violations."
         rows = [" | ".join(_cell(row[name]) for name in names) for row in kernels]
-        parts += [heading, "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {row} |" for row in rows)])]
+        parts += [
+            heading,
+            "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {row} |" for row in rows)]),
+        ]
     for title, text in (("Computed floors", floor_text), ("Gates", verdicts)):
         parts += [f"## {title}", "\n".join(["```text", *text, "```"])]
     return "\n\n".join(parts) + "\n"

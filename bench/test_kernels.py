@@ -3,9 +3,10 @@
     python -m pytest bench/test_kernels.py --benchmark-only                               # a CUDA GPU
     TRITON_INTERPRET=1 python -m pytest bench/test_kernels.py -m toy --benchmark-only     # none: toy shapes, meaningless times
 
-A round replays one CUDA graph with a call for every set of inputs and waits for the device; `extra_info` says how many calls that
-is.
-No round is timed before the op's checks are green. `python -m bench kernels` has the baselines, the ceilings and the gates.
+A round replays one CUDA graph with a call for every set of inputs and waits for the device; `extra_info` says how many
+calls that is.
+No round is timed before the op's checks are green. `python -m bench kernels` has the baselines, the ceilings and the
+gates.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-import dlm_fast
 import pytest
 import torch
 
-from .checks import run as checks
-from . import gpu_check
+import dlm_fast
 from bench.shapes import CHECK_SHAPES, TOY_SHAPES, Shapes
-from .speed.run import Bench, Ceilings, Shape
 from bench.timing import Budget, Candidate
+
+from . import gpu_check
+from .checks import run as checks
+from .speed.run import Bench, Ceilings, Shape
 
 KERNELS = tuple(op for op in gpu_check.TIMINGS if op != "step")
 ROUNDS, WARM_UP = 30, 3
@@ -56,7 +58,9 @@ def run(benchmark, key: Key, chosen: Shapes, device: torch.device, l2_bytes: int
     if findings:
         pytest.fail(f"not timed, {len(findings)} checks are red: {findings[0]}")
     # Neither a floor nor a budget is asked for here.
-    bench = Bench(device, lambda candidate: lambda: 0.0, Budget(math.inf, 0), Ceilings(*[math.nan] * 5), l2_bytes, ROUNDS)
+    bench = Bench(
+        device, lambda candidate: lambda: 0.0, Budget(math.inf, 0), Ceilings(*[math.nan] * 5), l2_bytes, ROUNDS
+    )
     with torch.no_grad():
         shape = shapes(chosen, bench, dlm_fast.triton_ops())[key]
         work = shape.build()
@@ -65,7 +69,9 @@ def run(benchmark, key: Key, chosen: Shapes, device: torch.device, l2_bytes: int
         ours = work.candidates[0]
         benchmark.group = key[0]
         cost, rounds = work.cost, ROUNDS if device.type == "cuda" else 1
-        benchmark.extra_info.update(calls_per_round=len(ours.calls), nbytes=cost.nbytes, flops=cost.flops, cold=work.cold)
+        benchmark.extra_info.update(
+            calls_per_round=len(ours.calls), nbytes=cost.nbytes, flops=cost.flops, cold=work.cold
+        )
         setup = None if ours.before is None else partial(_restore, ours.before)
         benchmark.pedantic(_round(ours, device), setup=setup, rounds=rounds, warmup_rounds=min(rounds, WARM_UP))
 
@@ -100,7 +106,9 @@ def _round(candidate: Candidate, device: torch.device) -> Callable[[], None]:
     return replay
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: it would have timed our kernel at this shape")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU: it would have timed our kernel at this shape"
+)
 @pytest.mark.parametrize("key", shapes(CHECK_SHAPES), ids=" ".join)
 def test_kernel(benchmark, key: Key) -> None:
     device = torch.device("cuda", torch.cuda.current_device())

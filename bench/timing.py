@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 REPLAYS = 24
-# Beyond this many copies of the inputs, an input that is too small to leave the L2 cache is timed in it, and its row says "warm".
+# Beyond this many copies of the inputs, an input that is too small to leave the L2 cache is timed in it, and its row
+# says "warm".
 MAX_SETS = 64
 
 

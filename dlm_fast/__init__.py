@@ -1,8 +1,8 @@
 """dlm-fast: fast, exact decoding of diffusion language models on your own GPU.
 
-    model = dlm_fast.load("tiny-full")
-    out = dlm_fast.generate(model, [[{"role": "user", "content": "Add 398 and 904"}]], preset="fast-dllm", max_new_tokens=64)
-    out.text[0], out.nfe[0]
+model = dlm_fast.load("tiny-full")
+out = dlm_fast.generate(model, [[{"role": "user", "content": "Add 398 and 904"}]], preset="fast-dllm",
+max_new_tokens=64) out.text[0], out.nfe[0]
 """
 
 import importlib.util as _util

@@ -53,7 +53,8 @@ FOREIGN_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows every flag by its whole name only, and says which one a wrong one may have meant."""
+    """An argument parser that knows every flag by its whole name only, and says which one a wrong one may have
+    meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -86,12 +87,16 @@ def _parser() -> Parser:
     where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", parents=[common, where], help="watch the embedded models decode, and a small table")
+    demo = commands.add_parser(
+        "demo", parents=[common, where], help="watch the embedded models decode, and a small table"
+    )
     demo.add_argument("--per-task", type=int, default=15, help="held-out prompts of each task (default: 15)")
     demo.add_argument("--seed", type=int, default=0, help="which held-out prompts (default: 0)")
 
     gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
-    gen.add_argument("--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full")
+    gen.add_argument(
+        "--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full"
+    )
     source = gen.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     source.add_argument(
@@ -111,23 +116,46 @@ def _parser() -> Parser:
     gen.add_argument("--seed", type=int, default=0)
     gen.add_argument("--stop-string", action="append", default=[], help="may be repeated")
     gen.add_argument("--batch-size", type=int, default=16)
-    gen.add_argument("--adapter", default=None, help="folder of a LoRA adapter to merge; none: without the one beside the weights")
+    gen.add_argument(
+        "--adapter", default=None, help="folder of a LoRA adapter to merge; none: without the one beside the weights"
+    )
     gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
     for name, kind in OPTION_TYPES.items():
-        gen.add_argument("--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}")
-    gen.add_argument("--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all; not at temperature 0")
-    gen.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this mass; 1 = all; not at temperature 0")
+        gen.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}"
+        )
     gen.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="any option of the preset or its policies; may be repeated"
+        "--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all; not at temperature 0"
     )
-    gen.add_argument("--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold")
+    gen.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest of this mass; 1 = all; not at temperature 0"
+    )
+    gen.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any option of the preset or its policies; may be repeated",
+    )
+    gen.add_argument(
+        "--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold"
+    )
 
     commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
     table = commands.add_parser("presets", parents=[common], help="the table of decoders")
     table.add_argument("--markdown", action="store_true", help="as the README shows it")
-    report = commands.add_parser("compile-report", parents=[common], help="compile every kernel for six GPU targets, without a GPU")
+    report = commands.add_parser(
+        "compile-report", parents=[common], help="compile every kernel for six GPU targets, without a GPU"
+    )
     report.add_argument("--kernel", action="append", default=None, help="only this kernel; may be repeated")
-    report.add_argument("--target", type=int, action="append", default=None, help="only this compute capability, e.g. 90; may be repeated")
+    report.add_argument(
+        "--target",
+        type=int,
+        action="append",
+        default=None,
+        help="only this compute capability, e.g. 90; may be repeated",
+    )
     return parser
 
 
@@ -195,7 +223,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             args.output,
             settings=settings,
             batch_size=args.batch_size,
-            source={"model": args.model, "dtype": args.dtype, "raw": args.raw, **({"adapter": args.adapter} if args.adapter else {})},
+            source={
+                "model": args.model,
+                "dtype": args.dtype,
+                "raw": args.raw,
+                **({"adapter": args.adapter} if args.adapter else {}),
+            },
             restart=args.restart,
             overwrite=args.overwrite,
             wrap_prompt=wrap,
@@ -245,7 +278,11 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
         for package, number in report["packages"].items():
             print(f"  {package:14}{number or 'not installed'}")
         gpu = report["gpu"]
-        print(f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}" if gpu else "GPU: none that torch can use")
+        print(
+            f"GPU: {gpu['name']}, {gpu['capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"
+            if gpu
+            else "GPU: none that torch can use"
+        )
         for name, facts in report["embedded"].items():
             if "refused" in facts:
                 print(f"{name}: {facts['refused']}")
@@ -267,7 +304,9 @@ def _presets(args: argparse.Namespace) -> dict[str, Any]:
         for row in rows:
             policy = ", ".join(p["name"] for p in row["policies"]) or ("drafts" if row["drafts"] > 1 else "-")
             exactness, source = row["exactness"].split(":")[0], row["source"]
-            print(f"{row['name']:18}{row['visibility']:7}{row['schedule']:10}{row['cache']:10}{row['rule']:11}{policy:22}{exactness:12} {source}")
+            print(
+                f"{row['name']:18}{row['visibility']:7}{row['schedule']:10}{row['cache']:10}{row['rule']:11}{policy:22}{exactness:12} {source}"
+            )
             if row["needs"]:
                 print(f"{'':18}needs {row['needs']}")
     return {"presets": rows}
@@ -290,7 +329,13 @@ def _compile_report(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-COMMANDS = {"demo": _demo, "generate": _generate, "doctor": _doctor, "presets": _presets, "compile-report": _compile_report}
+COMMANDS = {
+    "demo": _demo,
+    "generate": _generate,
+    "doctor": _doctor,
+    "presets": _presets,
+    "compile-report": _compile_report,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,20 +24,22 @@ class DiffusionConfig:
     Attributes:
         mask_token_id: id of [MASK].
         eos_token_ids: ids that end a response.
-        visibility: "full": every position sees every position (LLaDA, Dream). "block": block-causal, a position sees its
-            own block and all earlier ones (SDAR, LLaDA2, D2F); only then is a key/value cache exact.
+        visibility: "full": every position sees every position (LLaDA, Dream). "block": block-causal, a position sees
+            its own block and all earlier ones (SDAR, LLaDA2, D2F); only then is a key/value cache exact.
         block_length: tokens of a diffusion block the model was trained with; None where any length will do ("full").
-        block_alignment: where blocks begin. "abs": at multiples of block_length (SDAR, LLaDA2). "rel": at the end of the
-            prompt, which is one bidirectional block of its own (D2F).
-        logits_row: which position's logits predict a position. "self": its own (LLaDA, SDAR, LLaDA2). "previous": those of the
-            position before it, as in the autoregressive model it was made from (Dream, Fast-dLLM v2); position 0 has its own.
-        prompt_isolated: with visibility "full": the prompt, which is everything before the first mask, sees itself only, and every
-            position of the response sees everything; of a canvas to fill in, what follows the first mask is response, given or not.
-            A decoder with a cache then computes the prompt once per row, and those keys are exact for good. Exact by that are the
-            first block of a cache "prefix", "once" (freecache) and "delayed", which recompute all of the response in it, and, where
-            the response is one block (block_length >= max_new_tokens), every cache but "scattered". All else is approximate as with
-            any model of full visibility: keys of earlier blocks ("prefix", "once", "delayed", "fused"), of later ones too ("dual"),
-            and of decoded positions within a block ("scattered") are older than what they have seen.
+        block_alignment: where blocks begin. "abs": at multiples of block_length (SDAR, LLaDA2). "rel": at the end of
+            the prompt, which is one bidirectional block of its own (D2F).
+        logits_row: which position's logits predict a position. "self": its own (LLaDA, SDAR, LLaDA2). "previous": those
+            of the position before it, as in the autoregressive model it was made from (Dream, Fast-dLLM v2); position 0
+            has its own.
+        prompt_isolated: with visibility "full": the prompt, which is everything before the first mask, sees itself
+            only, and every position of the response sees everything; of a canvas to fill in, what follows the first
+            mask is response, given or not. A decoder with a cache then computes the prompt once per row, and those keys
+            are exact for good. Exact by that are the first block of a cache "prefix", "once" (freecache) and "delayed",
+            which recompute all of the response in it, and, where the response is one block (block_length >=
+            max_new_tokens), every cache but "scattered". All else is approximate as with any model of full visibility:
+            keys of earlier blocks ("prefix", "once", "delayed", "fused"), of later ones too ("dual"), and of decoded
+            positions within a block ("scattered") are older than what they have seen.
     """
 
     mask_token_id: int
@@ -62,7 +64,9 @@ class DiffusionConfig:
         if self.visibility not in VISIBILITIES:
             fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={self.visibility!r}")
         if self.block_alignment not in ALIGNMENTS:
-            fail(f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}")
+            fail(
+                f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}"
+            )
         if self.logits_row not in LOGITS_ROWS:
             fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={self.logits_row!r}")
         whole("DiffusionConfig", "block_length", self.block_length, 1, none=True)
@@ -96,10 +100,13 @@ class DiffusionConfig:
 
 
 def check_vocabulary(diffusion: DiffusionConfig, vocab_size: int) -> None:
-    """Raises ValueError unless a model of `vocab_size` ids has the mask and every EOS, TypeError if `diffusion` is no DiffusionConfig."""
+    """Raises ValueError unless a model of `vocab_size` ids has the mask and every EOS, TypeError if `diffusion` is no
+    DiffusionConfig."""
     if not isinstance(diffusion, DiffusionConfig):
         raise TypeError(f"dlm_fast: diffusion must be a DiffusionConfig, got {type(diffusion).__name__}")
     for name, ids in (("mask_token_id", [diffusion.mask_token_id]), ("eos_token_ids", diffusion.eos_token_ids)):
         outside = [i for i in ids if i >= vocab_size]
         if outside:
-            raise ValueError(f"DiffusionConfig: {name} must be below the model's vocab_size={vocab_size}, got {outside[0]}")
+            raise ValueError(
+                f"DiffusionConfig: {name} must be below the model's vocab_size={vocab_size}, got {outside[0]}"
+            )

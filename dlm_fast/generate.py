@@ -9,18 +9,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from dlm_kernels import RowState
 from dlm_kernels.state import DENOISE, ERROR_LOGITS
-from torch import Tensor, nn
 
 from . import requests
 from .decoding.drafts import Drafts
+from .decoding.measure import Sampling
+from .decoding.plan import Plan, counts_of, open_rows
+from .decoding.step import Decode, denoise_step
 from .patching import PatchHandle, handle_of
 from .presets import Preset, resolve
 from .requests import Requests
-from .decoding.plan import Plan, counts_of, open_rows
-from .decoding.measure import Sampling
-from .decoding.step import Decode, denoise_step
 from .stops import Stopper
 
 # Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
@@ -41,11 +42,11 @@ class GenerateOutput:
     """What was decoded and what it cost; one entry per prompt, in order.
 
     Attributes:
-        sequences: generated ids up to and excluding the first EOS or special token that is a stop string; 1-D int64. Where a stop
-            string ends the row, the fewest ids whose text begins with `text`.
-        text: `tokenizer.decode(sequences, skip_special_tokens=True)`, cut where the first stop string begins; None without a
-            tokenizer. The cut takes something away only where the last id spells both an end of `text` and a beginning of the stop
-            string: no id spells less.
+        sequences: generated ids up to and excluding the first EOS or special token that is a stop string; 1-D int64.
+            Where a stop string ends the row, the fewest ids whose text begins with `text`.
+        text: `tokenizer.decode(sequences, skip_special_tokens=True)`, cut where the first stop string begins; None
+            without a tokenizer. The cut takes something away only where the last id spells both an end of `text` and a
+            beginning of the stop string: no id spells less.
         canvas: the whole canvas, given tokens included, as the loop left it; 1-D int64.
         finish: "eos", "stop" (a stop string), "length", or "error" (see DecodeError).
         nfe: forwards the row took part in, prefill, refreshes and commits included.
@@ -73,7 +74,8 @@ class _Progress:
     """What rows still need, read by the host from a pinned copy that may be one step old.
 
     A kind that only wide steps can serve is known to be served as soon as one was launched, so a late count never asks
-    for a second wide forward that nobody needs. A pipeline appends one block a step at most: a late width is that much too small.
+    for a second wide forward that nobody needs. A pipeline appends one block a step at most: a late width is that much
+    too small.
     """
 
     def __init__(self, decode: Decode, late: int) -> None:
@@ -111,11 +113,14 @@ class _Progress:
         return "wide" if self.wide else "window" if self.window else None
 
     def bucket(self, kind: str) -> dict[str, int]:
-        """The shape of the next step, where it varies: the narrowest multiple of the block length that holds every row."""
+        """The shape of the next step, where it varies: the narrowest multiple of the block length that holds every
+        row."""
         plan = self.decode.plan
         shape = {}
         if plan.varies:
-            grain, margin = (plan.block_length, plan.block_length * self.late) if plan.preset.pipeline else (WIDTH_GRAIN, 0)
+            grain, margin = (
+                (plan.block_length, plan.block_length * self.late) if plan.preset.pipeline else (WIDTH_GRAIN, 0)
+            )
 
             def up(need: int, most: int) -> int:
                 return max(1, min(-(-(need + margin) // grain) * grain, most))
@@ -133,7 +138,8 @@ class _Progress:
 def _decode(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
     """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
     plan = decode.plan
-    # A wide step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step late.
+    # A wide step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
+    # late.
     repeats = plan.preset.cache not in ("none", "commit", "fused", "once") or decode.drafts is not None
     late = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
     progress = _Progress(decode, late)
@@ -174,36 +180,40 @@ def generate(
 ) -> GenerateOutput:
     """Completes every prompt (or fills every canvas) by diffusion decoding. A batch equals its rows run alone.
 
-    That is exact of every op and decision; torch's matrix products may round a row differently in a batch of another shape. In
-    float32 only near-ties can tell. In bf16 and fp16 tokens can differ, and are bitwise independent of what the neighbours hold
-    where the shapes are the same: rows, lengths, and the widths of windows, which follow the rows with cache "scattered",
-    pipelines and drafts.
+    That is exact of every op and decision; torch's matrix products may round a row differently in a batch of another
+    shape. In float32 only near-ties can tell. In bf16 and fp16 tokens can differ, and are bitwise independent of what
+    the neighbours hold where the shapes are the same: rows, lengths, and the widths of windows, which follow the rows
+    with cache "scattered", pipelines and drafts.
 
     Args:
-        model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration; in eval mode, outside autocast.
-        prompts: strings, chats (lists of {"role", "content"}) or token ids (lists, 1-D tensors or arrays), of any lengths >= 1; or a
-            tokenizer's result, whose ids are taken where its attention_mask is 1; or a 2-D tensor or array [B, L] of ids.
-        canvas: instead of prompts, in the same forms: ids (or text) that hold the mask wherever a token is wanted (infilling). The
-            response begins at the first mask; `text` and `sequences` hold what was given after it too.
-        attention_mask: [B, L] of 0 and 1 beside token ids, 0 = padding, at either end of a row. Without it a 2-D tensor with the
-            tokenizer's pad id at an end of a row is refused; lists of ids are taken as they are.
+        model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration; in eval mode,
+            outside autocast.
+        prompts: strings, chats (lists of {"role", "content"}) or token ids (lists, 1-D tensors or arrays), of any
+            lengths >= 1; or a tokenizer's result, whose ids are taken where its attention_mask is 1; or a 2-D tensor or
+            array [B, L] of ids.
+        canvas: instead of prompts, in the same forms: ids (or text) that hold the mask wherever a token is wanted
+            (infilling). The response begins at the first mask; `text` and `sequences` hold what was given after it too.
+        attention_mask: [B, L] of 0 and 1 beside token ids, 0 = padding, at either end of a row. Without it a 2-D tensor
+            with the tokenizer's pad id at an end of a row is refused; lists of ids are taken as they are.
         preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
-        policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a score),
-            a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
-        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ... Unknown ones
-            raise, and so do those that the decoder would not read (a threshold where the rule is a quota).
-        max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens is
-            128 by default, and refused with `canvas`, which says itself where tokens are wanted.
+        policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a
+            score), a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
+        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ...
+            Unknown ones raise, and so do those that the decoder would not read (a threshold where the rule is a quota).
+        max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens
+            is 128 by default, and refused with `canvas`, which says itself where tokens are wanted.
         temperature: per call or per row, 0 = greedy. Draws are a function of (seed, request id, position, step) only.
         request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
             temperature (LLaDA, arXiv:2502.09992) unless the preset is `tempered`.
-        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the vocabulary. Rows of
-            temperature 0 draw nothing and are as without them, unless the preset has `greedy_filters`.
-        stop_strings: the text ends where the earliest of them begins; a special token among them is found by its id. The same text as
-            without them, cut; a row ends early once that is certain, so only by finished blocks where a decoder edits or takes
-            tokens back. Costs a host read per step.
+        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the
+            vocabulary. Rows of temperature 0 draw nothing and are as without them, unless the preset has
+            `greedy_filters`.
+        stop_strings: the text ends where the earliest of them begins; a special token among them is found by its id.
+            The same text as without them, cut; a row ends early once that is certain, so only by finished blocks where
+            a decoder edits or takes tokens back. Costs a host read per step.
         banned_token_ids: never drawn, besides the mask id. eos_token_ids: default the model's.
-        tokenizer: default the one that `load` found. on_step: called after every step with the state (host reads allowed).
+        tokenizer: default the one that `load` found. on_step: called after every step with the state (host reads
+            allowed).
     Returns:
         GenerateOutput.
     Raises:
@@ -218,7 +228,9 @@ def generate(
         raise TypeError(f"generate: on_step must be a function of the state, got on_step={on_step!r}")
     handle = handle_of(model)
     if handle.diffusion is None:
-        raise ValueError("generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load")
+        raise ValueError(
+            "generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load"
+        )
     check_mode(model)
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
     chosen = resolve(preset, handle.diffusion.visibility, options, policy)
@@ -266,7 +278,8 @@ def generate(
 
 
 def check_mode(model: nn.Module) -> None:
-    """Raises ValueError where a decode would not be the model's own: a module in training mode (dropout), or autocast."""
+    """Raises ValueError where a decode would not be the model's own: a module in training mode (dropout), or
+    autocast."""
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         where = "" if model.training else f" in {training[0]}"
@@ -282,7 +295,9 @@ def check_mode(model: nn.Module) -> None:
 def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p: float) -> None:
     """Raises ValueError for draws or filters that a decoder of greedy predictions cannot make."""
     if preset.drafts > 1 and any(t > 0 for t in temperature):
-        raise ValueError(f"generate: drafts are lossless for greedy decoding only, got temperature={max(temperature):g}")
+        raise ValueError(
+            f"generate: drafts are lossless for greedy decoding only, got temperature={max(temperature):g}"
+        )
     if any(policy.greedy_only for policy in preset.policies) and (any(temperature) or top_k or top_p < 1):
         got = f"temperature={max(temperature, default=0.0):g}, top_k={top_k}, top_p={top_p}"
         raise ValueError(f"generate: preset {preset.name} decodes greedily, got {got}")
@@ -293,9 +308,13 @@ def _failure(state: RowState, rows: list[int]) -> str:
     stalled = [row for row in rows if row not in broken]
     said = []
     if broken:
-        said.append(f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}")
+        said.append(
+            f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}"
+        )
     if stalled:
-        said.append(f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps in rows {stalled}")
+        said.append(
+            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps in rows {stalled}"
+        )
     return "generate: " + "; ".join(said)
 
 
@@ -319,7 +338,9 @@ def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Samp
         cache=handle.adapter.new_cache(handle.model, guided * B, plan.capacity) if plan.capacity else None,
         memory=tuple(policy.memory(plan, state) for policy in plan.preset.policies),
         history=history,
-        last_hidden=torch.zeros(B, handle.model.config.hidden_size, dtype=dtype, device=device) if plan.previous else None,
+        last_hidden=torch.zeros(B, handle.model.config.hidden_size, dtype=dtype, device=device)
+        if plan.previous
+        else None,
         drafts=Drafts.empty(state, lanes) if plan.preset.drafts > 1 else None,
     )
 
@@ -377,7 +398,9 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     )
 
 
-def _output(batch: Requests, state: RowState, tokenizer: Any, diffusion: Any, preset: Preset, seconds: float) -> GenerateOutput:
+def _output(
+    batch: Requests, state: RowState, tokenizer: Any, diffusion: Any, preset: Preset, seconds: float
+) -> GenerateOutput:
     tokens, steps, confidence = state.tokens.cpu(), state.unmask_step.cpu(), state.unmask_confidence.cpu()
     nfe, query_tokens = state.nfe.tolist(), state.query_tokens.tolist()
     ends = [requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))]

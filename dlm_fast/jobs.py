@@ -17,7 +17,6 @@ from .limits import heat, whole
 from .patching import handle_of
 from .presets import resolve
 
-
 # What a line may say for itself, and what holds where neither it nor the job's settings do.
 LINE_SETTINGS: dict[str, Any] = {"max_new_tokens": 128, "min_new_tokens": 0, "temperature": 0.0}
 # Of `generate`; whatever else its settings hold is an option of the preset.
@@ -32,11 +31,14 @@ class JobError(ValueError):
 def read_prompts(path: Path, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The lines of a prompts.jsonl: {"prompt": text, chat or ids} or {"canvas": ids}.
 
-    Optional keys: "id" and "meta", any JSON, which the line's result repeats; "max_new_tokens" (of a prompt), "min_new_tokens" and
-    "temperature", which replace the job's `settings` for that line. Every line is checked for them; other keys are refused.
+    Optional keys: "id" and "meta", any JSON, which the line's result repeats; "max_new_tokens" (of a prompt),
+    "min_new_tokens" and "temperature", which replace the job's `settings` for that line. Every line is checked for
+    them; other keys are refused.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold what `splitlines` takes for the end of a line
+        lines = path.read_text(encoding="utf-8").split(
+            "\n"
+        )  # JSON may hold what `splitlines` takes for the end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--input {path} cannot be read: {error}") from error
     records = []
@@ -96,7 +98,12 @@ def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict
     preset = resolve(settings.get("preset"), visibility, options, settings.get("policy"))
     for index, record in enumerate(records):
         try:
-            check_greedy(preset, [_of_line(record, settings, "temperature")], settings.get("top_k", 0), settings.get("top_p", 1.0))
+            check_greedy(
+                preset,
+                [_of_line(record, settings, "temperature")],
+                settings.get("top_k", 0),
+                settings.get("top_p", 1.0),
+            )
         except ValueError as error:
             raise JobError(f"the line of index {index}: {error}") from error
 
@@ -132,7 +139,9 @@ def _resume(partial: Path, header: dict[str, Any]) -> int:
     found = json.loads(kept[0])
     if found != header:
         differs = sorted(k for k in {**found, **header} if found.get(k) != header.get(k))
-        raise JobError(f"{partial} is from a run with other {', '.join(differs)}; use the same settings, or --restart to discard it")
+        raise JobError(
+            f"{partial} is from a run with other {', '.join(differs)}; use the same settings, or --restart to discard it"
+        )
     with partial.open("r+b") as file:
         file.truncate(sum(map(len, kept)))
     return len(kept) - 1
@@ -224,5 +233,7 @@ def run(
         raise
     partial.unlink()
     if failed:
-        raise JobError(f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows {failed}")
+        raise JobError(
+            f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows {failed}"
+        )
     return resumed

@@ -6,8 +6,8 @@ from typing import Any
 
 from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-# More than any model has positions. A sum of a few such numbers and positions is far inside int32, and a schedule of so many
-# steps is 64 MiB of fp32 per row.
+# More than any model has positions. A sum of a few such numbers and positions is far inside int32, and a schedule of so
+# many steps is 64 MiB of fp32 per row.
 MAX_WHOLE = 2**24
 # Every draft is one more canvas of its row in each forward, and is of use only if all before it are accepted.
 MAX_DRAFTS = 64
@@ -31,10 +31,14 @@ def whole(owner: str, name: str, value: Any, least: int = 0, most: int = MAX_WHO
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         too_large = isinstance(value, int) and value > most
         rule = f"<= {most}" if too_large else f">= {least}"
-        raise ValueError(f"{owner}: {name} must be a whole number {rule}{' or None' if none else ''}, got {name}={shown(value)}")
+        raise ValueError(
+            f"{owner}: {name} must be a whole number {rule}{' or None' if none else ''}, got {name}={shown(value)}"
+        )
 
 
-def number(owner: str, name: str, value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER, *, none: bool = False) -> None:
+def number(
+    owner: str, name: str, value: Any, low: float = -MAX_NUMBER, high: float = MAX_NUMBER, *, none: bool = False
+) -> None:
     """Raises ValueError unless the value is a finite fp32 number in [low, high] (or None, if `none`)."""
     if value is None and none:
         return
@@ -49,7 +53,9 @@ def heat(owner: str, name: str, value: Any) -> None:
     """Raises ValueError unless the value is a temperature: 0, or one by which logits may be divided in fp32."""
     number(owner, name, value, 0)
     if value and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
-        raise ValueError(f"{owner}: {name} must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got {name}={value:g}")
+        raise ValueError(
+            f"{owner}: {name} must be 0 or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}], got {name}={value:g}"
+        )
 
 
 def flag(owner: str, name: str, value: Any) -> None:

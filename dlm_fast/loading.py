@@ -1,4 +1,5 @@
-"""Opening a checkpoint folder: safetensors only, native classes only, no remote code, nothing read outside the folder."""
+"""Opening a checkpoint folder: safetensors only, native classes only, no remote code, nothing read outside the
+folder."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ def checkpoint_path(name_or_path: str | Path) -> Path:
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)
     if not path.is_dir():
-        raise CheckpointError(f"load: path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got {str(name_or_path)!r}")
+        raise CheckpointError(
+            f"load: path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got {str(name_or_path)!r}"
+        )
     return path
 
 
@@ -76,7 +79,8 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def stored_dtypes(files: list[Path]) -> dict[str, str]:
-    """The dtype of every tensor of safetensors files, as their headers name it. Raises CheckpointError unless all files are intact."""
+    """The dtype of every tensor of safetensors files, as their headers name it. Raises CheckpointError unless all files
+    are intact."""
     dtypes: dict[str, str] = {}
     for file in files:
         try:
@@ -89,7 +93,9 @@ def stored_dtypes(files: list[Path]) -> dict[str, str]:
             raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
         twice = sorted(found.keys() & dtypes.keys())
         if twice:
-            raise CheckpointError(f"load: {file} holds tensors that another file of {file.parent} holds too: {twice[:8]}")
+            raise CheckpointError(
+                f"load: {file} holds tensors that another file of {file.parent} holds too: {twice[:8]}"
+            )
         dtypes |= found
     return dtypes
 
@@ -99,12 +105,15 @@ def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
     example = float_kinds(path, dtypes)
     if len(example) > 1:
         got = ", ".join(f"{name} {kind}" for kind, name in sorted(example.items()))
-        raise CheckpointError(f"load: the weights of {path} are stored in several dtypes ({got}); say which with dtype=")
+        raise CheckpointError(
+            f"load: the weights of {path} are stored in several dtypes ({got}); say which with dtype="
+        )
     return FLOATS[next(iter(example), "F32")]
 
 
 def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
-    """The float dtypes that weights are stored in, each with the first tensor of it. Raises CheckpointError where there are others."""
+    """The float dtypes that weights are stored in, each with the first tensor of it. Raises CheckpointError where there
+    are others."""
     wrong = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
     if wrong:
         raise CheckpointError(
@@ -112,7 +121,9 @@ def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
             f"({len(wrong)} of {len(dtypes)}); quantised weights are not converted"
         )
     # Old checkpoints store the rotary frequencies, which transformers computes: they are nobody's weights.
-    return {kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")}
+    return {
+        kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")
+    }
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
@@ -170,34 +181,44 @@ def load(
     """Opens a checkpoint folder as a native transformers model that decodes by diffusion.
 
     The model also answers a plain `model(input_ids, attention_mask=...)`, with its family's own visibility
-    (bidirectional, with or without an isolated prompt, or block-causal), never causal. Its `PatchHandle`, with the tokenizer, is `handle_of(model)`.
+    (bidirectional, with or without an isolated prompt, or block-causal), never causal. Its `PatchHandle`, with the
+    tokenizer, is `handle_of(model)`.
 
     Args:
-        path: a folder (config.json, *.safetensors, tokenizer.json), or the name of an embedded model, e.g. "tiny-full" (`EMBEDDED`).
+        path: a folder (config.json, *.safetensors, tokenizer.json), or the name of an embedded model, e.g. "tiny-full"
+            (`EMBEDDED`).
         diffusion: default: the `dlm` section of config.json. Its mask must be the tokenizer's, where that has one.
-        dtype: of the weights, a float of 16, 32 or 64 bits; default: as stored, whatever config.json says, and needed where they are
-            stored in several. device: default: "cuda" if there is one, else "cpu".
+        dtype: of the weights, a float of 16, 32 or 64 bits; default: as stored, whatever config.json says, and needed
+            where they are stored in several. device: default: "cuda" if there is one, else "cpu".
         backend: "auto", "triton", "reference" or an `Ops`.
-        rope_scale: multiplies the base of the rotary positions, to decode contexts longer than the model was trained on: for LLaDA 4
-            at 8k tokens, 14 at 16k, 31 at 24k, 55 at 32k (LongLLaDA, arXiv:2506.14429). max_position_embeddings is raised with it.
-        adapter: a folder with a LoRA adapter, merged into the weights in float32 (peft does it). False: none. An adapter beside the
-            weights in `path` is never applied unasked: one of the two must be said.
+        rope_scale: multiplies the base of the rotary positions, to decode contexts longer than the model was trained
+            on: for LLaDA 4 at 8k tokens, 14 at 16k, 31 at 24k, 55 at 32k (LongLLaDA, arXiv:2506.14429).
+            max_position_embeddings is raised with it.
+        adapter: a folder with a LoRA adapter, merged into the weights in float32 (peft does it). False: none. An
+            adapter beside the weights in `path` is never applied unasked: one of the two must be said.
     Raises:
         ValueError: rope_scale below 1, ids outside the vocabulary, another mask than the tokenizer's. TypeError: dtype.
-        CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, weights that are missing, unexpected or no
-            floats, a config.json that describes no model, no diffusion configuration, an adapter that is not asked for or does not fit.
-        NotImplementedError: an architecture without an adapter of ours, a quantised checkpoint; a GPU or a head size that the
+        CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, weights that are missing,
+        unexpected or no
+            floats, a config.json that describes no model, no diffusion configuration, an adapter that is not asked for
+            or does not fit.
+        NotImplementedError: an architecture without an adapter of ours, a quantised checkpoint; a GPU or a head size
+        that the
             Triton kernels do not have, where they are the backend.
     """
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
         raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
     if dtype is not None and dtype not in FLOATS.values():
-        raise TypeError(f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got dtype={dtype!r}")
+        raise TypeError(
+            f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got dtype={dtype!r}"
+        )
     path = checkpoint_path(path)
     values = read_config(path)
     config_type = values.get("model_type")
     if not isinstance(config_type, str) or config_type not in MODEL_TYPES:
-        raise NotImplementedError(f"load: unsupported model_type {config_type!r} in {path}; supported are {', '.join(MODEL_TYPES)}")
+        raise NotImplementedError(
+            f"load: unsupported model_type {config_type!r} in {path}; supported are {', '.join(MODEL_TYPES)}"
+        )
     if values.get("quantization_config") is not None:
         raise NotImplementedError(
             f"load: quantised checkpoints are not supported, got quantization_config={values['quantization_config']!r} in {path}; "

@@ -1,4 +1,5 @@
-"""The device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a mode.
+"""The device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a
+mode.
 
 A backend that cannot run says so by raising; nothing falls back from one to the other.
 """
@@ -10,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Collection
 
 import torch
+
 from dlm_kernels import reference
 from dlm_kernels.tiles import HEAD_DIMS
 
@@ -43,13 +45,23 @@ BACKENDS = ("auto", "triton", "reference")
 def triton_ops(reason: str = "asked for by name") -> Ops:
     """Our Triton kernels. Raises ImportError where Triton is not installed (it has no wheels for this platform)."""
     if importlib.util.find_spec("triton") is None:
-        raise ImportError("ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'")
+        raise ImportError(
+            "ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'"
+        )
     from dlm_kernels.attention import launch as attention
     from dlm_kernels.confidence import launch as confidence
     from dlm_kernels.drafts import launch as drafts
     from dlm_kernels.unmask import launch as unmask
 
-    return Ops("triton", attention.block_attention, confidence.confidence, unmask.unmask, drafts.draft_build, drafts.verify, reason)
+    return Ops(
+        "triton",
+        attention.block_attention,
+        confidence.confidence,
+        unmask.unmask,
+        drafts.draft_build,
+        drafts.verify,
+        reason,
+    )
 
 
 def check_head_dims(ops: Ops, head_dims: Collection[int]) -> None:
@@ -69,14 +81,17 @@ def choose(backend: str | Ops, device: torch.device | str) -> Ops:
         backend: "triton", "reference", an `Ops` of your own, or "auto": Triton on a CUDA device, the plain-torch
             reference elsewhere (same tokens, slower). `explain` reports what was chosen and why.
     Raises:
-        ValueError: unknown backend. ImportError: Triton needed and not installed. NotImplementedError: Triton needed, and a GPU
+        ValueError: unknown backend. ImportError: Triton needed and not installed. NotImplementedError: Triton needed,
+        and a GPU
             that has no kernels.
     """
     if isinstance(backend, Ops):
         return backend
     device = torch.device(device)
     if backend == "auto" and device.type != "cuda":
-        return dataclasses.replace(REFERENCE, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device")
+        return dataclasses.replace(
+            REFERENCE, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device"
+        )
     if backend in ("auto", "triton"):
         chosen = triton_ops(f"auto: the model is on {device}") if backend == "auto" else triton_ops()
         from dlm_kernels.device import target_of  # needs triton

@@ -9,8 +9,9 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
-from dlm_kernels import Window
 from torch import Tensor, nn
+
+from dlm_kernels import Window
 
 from . import models
 from .diffusion import DiffusionConfig, check_vocabulary
@@ -23,18 +24,20 @@ _ATTRIBUTE = "_dlm_fast_patch"
 class PatchHandle:
     """A patched model: what the decode loop needs to know about it, and the way back.
 
-    Also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a pickle of the model is
-    patched too, by a handle of its own (`handle_of`).
+    Also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a pickle of
+    the model is patched too, by a handle of its own (`handle_of`).
 
     Attributes:
         model: the patched instance. adapter: its family. ops: the backend in use.
         diffusion: the model's diffusion configuration, or None (then only plain forwards run).
         tokenizer: set by `load`.
-        attention_calls: attention calls through our op since the model was patched, one per layer and forward. Eager forwards only:
-            a counter in a compiled graph would compile it again at every call.
+        attention_calls: attention calls through our op since the model was patched, one per layer and forward. Eager
+            forwards only: a counter in a compiled graph would compile it again at every call.
     """
 
-    def __init__(self, model: nn.Module, adapter: ModuleType, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> None:
+    def __init__(
+        self, model: nn.Module, adapter: ModuleType, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str
+    ) -> None:
         self.model = model
         self.adapter = adapter
         self.ops = ops
@@ -57,14 +60,16 @@ class PatchHandle:
         self.__dict__.update(state, adapter=importlib.import_module(state["adapter"]), _lock=threading.Lock())
 
     def window_hidden(self, input_ids: Tensor, window: Window, cache: Any) -> Tensor:
-        """Last hidden states [B, W, d] of a window of tokens [B, W]. Raises RuntimeError where the patch is not in place any more."""
+        """Last hidden states [B, W, d] of a window of tokens [B, W]. Raises RuntimeError where the patch is not in
+        place any more."""
         step = Step(window, cache, self.ops)
         hidden = self.adapter.window_hidden(self.model, input_ids, step)
         self._finish(step)
         return hidden
 
     def _finish(self, step: Step) -> None:
-        """Raises RuntimeError unless every layer attended through `step`: by transformers' own attention it would be causal."""
+        """Raises RuntimeError unless every layer attended through `step`: by transformers' own attention it would be
+        causal."""
         altered = self.adapter.altered(self.model, step)
         if altered is not None:
             raise RuntimeError(
@@ -84,7 +89,8 @@ class PatchHandle:
     def _bind(self) -> None:
         base = self.adapter.base_model(self.model)
         self._old_config = self.model.config
-        # Two models may share one config object; the attention is chosen through it, so this instance gets its own copy.
+        # Two models may share one config object; the attention is chosen through it, so this instance gets its own
+        # copy.
         config = copy.copy(self._old_config)
         config._attn_implementation = ATTENTION_NAME
         try:
@@ -114,7 +120,8 @@ class PatchHandle:
             self._hooks = kept
 
     def _begin_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's visibility."""
+        """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's
+        visibility."""
         if kwargs.get("dlm_step") is not None:
             return args, kwargs
         kwargs = dict(kwargs)
@@ -164,7 +171,9 @@ class PatchHandle:
     def __enter__(self) -> PatchHandle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             self._restore()
 
@@ -192,7 +201,9 @@ def plain_window(
     if attention_mask is not None and tuple(attention_mask.shape) != (B, L):
         raise ValueError(f"forward: attention_mask must have shape {(B, L)}, got {tuple(attention_mask.shape)}")
     if position_ids is not None and attention_mask is None and bool((position_ids.diff(dim=-1) != 1).any()):
-        raise NotImplementedError("forward: packed sequences (position_ids that jump, no attention_mask) are not supported")
+        raise NotImplementedError(
+            "forward: packed sequences (position_ids that jump, no attention_mask) are not supported"
+        )
     if prompt_lengths is not None and mode not in ("block", "isolated"):
         raise ValueError(
             "forward: prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, "
@@ -200,7 +211,9 @@ def plain_window(
         )
 
     int32 = {"dtype": torch.int32, "device": device}
-    live = torch.ones(B, L, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.to(device) != 0
+    live = (
+        torch.ones(B, L, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.to(device) != 0
+    )
     index = torch.arange(L, **int32).expand(B, L)
     place = live.int().cumsum(-1, dtype=torch.int32) - 1  # index among the row's real tokens
     block = torch.zeros(B, L, **int32)
@@ -210,7 +223,9 @@ def plain_window(
         if diffusion.block_alignment == "rel":
             if prompt_lengths is None:
                 if input_ids is None:
-                    raise ValueError("forward: a model that treats the prompt differently needs prompt_lengths with inputs_embeds")
+                    raise ValueError(
+                        "forward: a model that treats the prompt differently needs prompt_lengths with inputs_embeds"
+                    )
                 given = live & (input_ids != diffusion.mask_token_id)
                 # Real tokens before the first mask: those whose running count of masks is still zero.
                 prompt_lengths = (given & ((live & ~given).cumsum(-1) == 0)).sum(-1)
@@ -248,15 +263,17 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
     """Runs `model`'s attention through our op, and lets `generate` decode it. Returns the handle that undoes it.
 
     Inside the patch a plain forward keeps the visibility the class has in transformers (causal), and equals the
-    original's logits within rounding, under autocast too. Only this instance changes; other models, even ones that share its
-    config, do not. A forward in which a layer did not attend through our op raises RuntimeError. To compile it, patch first.
+    original's logits within rounding, under autocast too. Only this instance changes; other models, even ones that
+    share its config, do not. A forward in which a layer did not attend through our op raises RuntimeError. To compile
+    it, patch first.
 
     Args:
         model: a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM with full attention in every layer.
         diffusion: how the model was trained to be decoded; default: the `dlm` section of its config, if it has one.
         backend: "auto", "triton", "reference" or an `Ops`.
     Raises:
-        NotImplementedError: another class, a modified attention module, a sliding window; a GPU or a head size that the Triton kernels
+        NotImplementedError: another class, a modified attention module, a sliding window; a GPU or a head size that the
+        Triton kernels
             do not have, where they are the backend. RuntimeError: patched already.
         ValueError: ids of the diffusion configuration that the vocabulary does not hold.
     """
@@ -269,7 +286,9 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
 def handle_of(model: nn.Module) -> PatchHandle:
     """The handle of a patched or loaded model. Raises ValueError if it is neither, TypeError if it is no model."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}")
+        raise TypeError(
+            f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"
+        )
     handle = model.__dict__.get(_ATTRIBUTE)
     if handle is None:
         advice = "use dlm_fast.load(path) or dlm_fast.patch(model)"

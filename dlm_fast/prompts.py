@@ -34,15 +34,24 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
     if _is_array(given):
         rows = _array_ids(name, given, 1, 2)
         if given.ndim == 1:
-            raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one row of token ids; did you mean [{name}]?")
+            raise ValueError(
+                f"generate: {name} must be a list of {NOUNS[name]}, got one row of token ids; did you mean [{name}]?"
+            )
         return _without_pads(name, rows, attention_mask, tokenizer)
     if isinstance(given, (str, bytes, bytearray)):
         raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(given).__name__}")
-    if not isinstance(given, Iterable) or isinstance(given, (set, frozenset)) or isinstance(given, np.ndarray) and not given.ndim:
+    if (
+        not isinstance(given, Iterable)
+        or isinstance(given, (set, frozenset))
+        or isinstance(given, np.ndarray)
+        and not given.ndim
+    ):
         raise TypeError(f"generate: {name} must be a list of {NOUNS[name]}, got {_got(given)}")
     items = list(given)
     if items and all(_is_id(item) or _is_array(item) and item.ndim == 0 for item in items):
-        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one list of token ids; did you mean [{name}]?")
+        raise ValueError(
+            f"generate: {name} must be a list of {NOUNS[name]}, got one list of token ids; did you mean [{name}]?"
+        )
     if items and all(_is_message(item) for item in items):
         raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one chat; did you mean [chat]?")
     rows = [_read_row(f"{name}[{b}]", item, tokenizer) for b, item in enumerate(items)]
@@ -58,10 +67,14 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
 def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
     if isinstance(item, str):
         if tokenizer is None:
-            raise ValueError("generate: prompts of text need a tokenizer; the checkpoint has none, pass tokenizer= or token ids")
+            raise ValueError(
+                "generate: prompts of text need a tokenizer; the checkpoint has none, pass tokenizer= or token ids"
+            )
         return Row(_encoded(where, lambda: tokenizer(item)["input_ids"]), text=True)
     if _is_message(item):
-        raise ValueError(f"generate: {where} must be a string, a chat or token ids, got one message of a chat; a chat is a list of them")
+        raise ValueError(
+            f"generate: {where} must be a string, a chat or token ids, got one message of a chat; a chat is a list of them"
+        )
     if isinstance(item, Mapping):
         rows = _read_encoding(where, item, None, tokenizer)
         if len(rows) != 1:
@@ -76,14 +89,18 @@ def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
         return Row(_encode_chat(where, parts, tokenizer), text=True)
     for part in parts:
         if not _is_id(part):
-            raise TypeError(f"generate: {where} must be a string, a chat or token ids, got an item of type {type(part).__name__}")
+            raise TypeError(
+                f"generate: {where} must be a string, a chat or token ids, got an item of type {type(part).__name__}"
+            )
     return Row([int(part) for part in parts])
 
 
 def _encode_chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) -> list[int]:
     for message in messages:
         if not _is_message(message):
-            raise ValueError(f"generate: {where} must be a chat of messages with a role, got one with the keys {_keys(message)}")
+            raise ValueError(
+                f"generate: {where} must be a chat of messages with a role, got one with the keys {_keys(message)}"
+            )
     if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("generate: prompts of chats need a tokenizer with a chat template")
 
@@ -98,9 +115,13 @@ def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
     try:
         ids = list(encode())
     except Exception as error:  # a template is code of its own, and raises what it likes
-        raise ValueError(f"generate: {where} must be what the tokenizer can encode, got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"generate: {where} must be what the tokenizer can encode, got {type(error).__name__}: {error}"
+        ) from error
     if not all(map(_is_id, ids)):
-        raise TypeError(f"generate: {where} must become a list of token ids, got input_ids of the tokenizer that are none")
+        raise TypeError(
+            f"generate: {where} must become a list of token ids, got input_ids of the tokenizer that are none"
+        )
     return ids
 
 
@@ -112,7 +133,9 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
         )
     unknown = {key: None for key in encoding if key not in ("input_ids", "attention_mask", *IGNORED_KEYS)}
     if unknown:
-        raise TypeError(f"generate: {name} must hold input_ids and attention_mask, got the keys {_keys(unknown)} beside them")
+        raise TypeError(
+            f"generate: {name} must hold input_ids and attention_mask, got the keys {_keys(unknown)} beside them"
+        )
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
     if mask is not None and attention_mask is not None:
         raise ValueError(f"generate: attention_mask must be given once, got one in {name} too")
@@ -123,7 +146,9 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
         one = bool(ids) and all(map(_is_id, ids))
         if any(isinstance(row, str) for row in ids):
             raise TypeError(f"generate: {name}['input_ids'] must be token ids, got a str")
-        rows = list(ids) if one else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
+        rows = (
+            list(ids) if one else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
+        )
     else:
         raise TypeError(f"generate: {name}['input_ids'] must be token ids, got {_got(ids)}")
     if one:
@@ -132,7 +157,8 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
 
 
 def _without_pads(name: str, rows: list[list[int]], attention_mask: Any, tokenizer: Any) -> list[Row]:
-    """Rows that stood in a rectangle, less what `attention_mask` calls padding; refused if they seem padded and there is none."""
+    """Rows that stood in a rectangle, less what `attention_mask` calls padding; refused if they seem padded and there
+    is none."""
     if attention_mask is not None:
         return [Row(ids) for ids in _live(name, rows, attention_mask)]
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -152,7 +178,9 @@ def _live(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[in
     shaped = isinstance(mask, list) and all(isinstance(row, list) for row in mask)
     if not shaped or [len(row) for row in mask] != lengths:
         got = [len(row) for row in mask] if shaped else mask
-        raise ValueError(f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {got!r}")
+        raise ValueError(
+            f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {got!r}"
+        )
     kept = []
     for b, (ids, row) in enumerate(zip(rows, mask)):
         wrong = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
@@ -161,7 +189,9 @@ def _live(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[in
         live = [j for j, value in enumerate(row) if value]
         start, end = (live[0], live[-1] + 1) if live else (0, 0)
         if end - start != len(live):
-            raise ValueError(f"generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row {b}")
+            raise ValueError(
+                f"generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row {b}"
+            )
         kept.append(ids[start:end])
     return kept
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from dlm_kernels.reference.confidence import MAX_BANNED
-from dlm_kernels.checks.unmask import MAX_STOP_IDS
 from torch import Tensor
+
+from dlm_kernels.checks.unmask import MAX_STOP_IDS
+from dlm_kernels.reference.confidence import MAX_BANNED
 
 from .diffusion import DiffusionConfig
 from .limits import heat
@@ -62,11 +63,17 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
     else:
         values = _listed(name, f"{what} or one per row" if scalar else f"a list of one {what[2:]} per row", value)
     if len(values) != B:
-        _fail(f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for {B} rows")
+        _fail(
+            f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for {B} rows"
+        )
     out = []
     for v in values:
         v = v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v
-        if isinstance(v, bool) or not isinstance(v, numbers.Real) or (kind is int and not isinstance(v, numbers.Integral)):
+        if (
+            isinstance(v, bool)
+            or not isinstance(v, numbers.Real)
+            or (kind is int and not isinstance(v, numbers.Integral))
+        ):
             raise TypeError(f"generate: {name} must be {what}, got {name}={v!r}")
         try:
             number = kind(v)
@@ -81,9 +88,13 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
 def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
     """Raises ValueError where `preset` does not fit the model's rows."""
     if preset.seeded and diffusion.logits_row != "previous":
-        _fail(f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}")
+        _fail(
+            f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}"
+        )
     if preset.shadow and diffusion.logits_row != "self":
-        _fail(f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}")
+        _fail(
+            f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}"
+        )
 
 
 def read(
@@ -116,7 +127,9 @@ def read(
     B = len(rows)
     mask_id = diffusion.mask_token_id
     if canvas is not None and max_new_tokens is not None:
-        _fail(f"max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got max_new_tokens={max_new_tokens!r}")
+        _fail(
+            f"max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got max_new_tokens={max_new_tokens!r}"
+        )
     new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
     least = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
     eos = _ids("eos_token_ids", diffusion.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
@@ -140,7 +153,9 @@ def read(
         if canvas is None and mask_id in ids:
             _fail(f"prompts[{b}] must not contain the mask id {mask_id}; to fill masks inside a text use canvas=")
         if canvas is not None and text and mask_id not in ids:
-            _fail(f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text without it")
+            _fail(
+                f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text without it"
+            )
         length = len(ids) + (new[b] if canvas is None else 0)
         if length > max_positions:
             _fail(f"{name}[{b}] with its new tokens must fit the model's {max_positions} positions, got {length}")
@@ -196,7 +211,8 @@ def _token(tokenizer: Any, token_id: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A row's response up to the first EOS or stop string: the fewest ids that spell its text, why it ended, and how many it wrote."""
+    """A row's response up to the first EOS or stop string: the fewest ids that spell its text, why it ended, and how
+    many it wrote."""
 
     ids: Tensor
     text: str | None
@@ -204,8 +220,11 @@ class Response:
     written: int
 
 
-def response(batch: Requests, b: int, tokens: Tensor, unmask_step: Tensor, tokenizer: Any, diffusion: DiffusionConfig) -> Response:
-    """The response of row b from its canvas [L]: its filled positions up to the first EOS that was written, or up to a stop string."""
+def response(
+    batch: Requests, b: int, tokens: Tensor, unmask_step: Tensor, tokenizer: Any, diffusion: DiffusionConfig
+) -> Response:
+    """The response of row b from its canvas [L]: its filled positions up to the first EOS that was written, or up to a
+    stop string."""
     start, end, finish = batch.prompt_lengths[b], len(batch.canvases[b]), "length"
     ids = tokens[start:end].tolist()
     written = (unmask_step[start:end] >= 0).tolist()

@@ -8,29 +8,32 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DONE
-from torch import Tensor
 
 if TYPE_CHECKING:
     from .requests import Requests
 
 # A character that is not spelled to its end, or bytes that are none.
 REPLACEMENT = "\ufffd"
-# What `clean_up_tokenization_spaces` joins is found at most so many characters before a text's end (" n't" without its last).
+# What `clean_up_tokenization_spaces` joins is found at most so many characters before a text's end (" n't" without its
+# last).
 CLEANED_TAIL = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """What ends a response: the earliest of `strings` in its text, and the first of `ids`, special tokens, which no text shows.
+    """What ends a response: the earliest of `strings` in its text, and the first of `ids`, special tokens, which no
+    text shows.
 
     A text is `tokenizer.decode(ids, skip_special_tokens=True)`. Where two strings begin at one place, both cut there.
 
     Attributes:
         tokenizer: decodes.
-        byte_ids: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special_ids: what a text leaves out,
-            which does not end such a run.
+        byte_ids: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special_ids: what a text
+            leaves out, which does not end such a run.
     """
 
     strings: tuple[str, ...]
@@ -56,7 +59,8 @@ class StopStrings:
         return min((at for at in map(text.find, self.strings) if at >= 0), default=None)
 
     def decided(self, text: str) -> bool:
-        """Whether `text` has a stop string that stays the earliest whatever follows: none that begins before it is still unfinished."""
+        """Whether `text` has a stop string that stays the earliest whatever follows: none that begins before it is
+        still unfinished."""
         at = self.find(text)
         if at is None:
             return False
@@ -137,11 +141,12 @@ def _byte_ids(tokenizer: Any) -> list[int]:
 
 
 class Stopper:
-    """Ends a row once a stop string is certain in what the decoder can no longer change. Reads the canvas on the host each step.
+    """Ends a row once a stop string is certain in what the decoder can no longer change. Reads the canvas on the host
+    each step.
 
-    That is the filled, contiguous text from the row's first mask on; of a decoder that edits or takes tokens back, only that of
-    finished blocks. A step decodes its new tokens and a window before them, and the whole text only where that window has a stop
-    string: what the window says decides when a row ends, never where its text does.
+    That is the filled, contiguous text from the row's first mask on; of a decoder that edits or takes tokens back, only
+    that of finished blocks. A step decodes its new tokens and a window before them, and the whole text only where that
+    window has a stop string: what the window says decides when a row ends, never where its text does.
     """
 
     def __init__(self, batch: Requests, mask_id: int, takes_back: bool) -> None:

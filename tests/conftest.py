@@ -1,4 +1,5 @@
-"""What every test runs under: kernels on the GPU if there is one, else in Triton's interpreter; few threads; a fixed seed."""
+"""What every test runs under: kernels on the GPU if there is one, else in Triton's interpreter; few threads; a fixed
+seed."""
 
 from __future__ import annotations
 
@@ -14,16 +15,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A bare checkout runs its tests too. An installed copy (editable or not) is left alone: nothing is put before it. kernels/ is
-# added for the package inside it; it has no __init__.py, so it never is a module named `kernels` (see dlm_kernels/__init__.py).
+# A bare checkout runs its tests too. An installed copy (editable or not) is left alone: nothing is put before it.
+# kernels/ is added for the package inside it; it has no __init__.py, so it never is a module named `kernels` (see
+# dlm_kernels/__init__.py).
 for package, folder in (("dlm_kernels", ROOT / "kernels"), ("dlm_fast", ROOT)):
     if importlib.util.find_spec(package) is None:
         sys.path.append(str(folder))
 
-# Triton reads the variable when a function is decorated, its own library's functions included: it must be set before any import.
+# Triton reads the variable when a function is decorated, its own library's functions included: it must be set before
+# any import.
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
-        raise pytest.UsageError("triton was imported before tests/conftest.py turned its interpreter on: set TRITON_INTERPRET=1")
+        raise pytest.UsageError(
+            "triton was imported before tests/conftest.py turned its interpreter on: set TRITON_INTERPRET=1"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Toy tensors: a second thread costs more than it gives, and on a busy machine many times more.
@@ -31,8 +36,9 @@ torch.set_num_threads(1)
 
 
 def patch_the_language_once() -> None:
-    """Halves the interpreter's time: it looks for every builtin of triton.language again at each call of each device function, though
-    a launch has patched them all. Here a launch patches a module once; what is patched, and how, is the interpreter's."""
+    """Halves the interpreter's time: it looks for every builtin of triton.language again at each call of each device
+    function, though a launch has patched them all. Here a launch patches a module once; what is patched, and how, is
+    the interpreter's."""
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):
@@ -41,7 +47,11 @@ def patch_the_language_once() -> None:
     patched: set[int] = set()
 
     def patch_lang(function):
-        modules = {id(value) for value in function.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core}
+        modules = {
+            id(value)
+            for value in function.__globals__.values()
+            if value is interpreter.tl or value is interpreter.tl.core
+        }
         if modules and modules <= patched:
             return interpreter._LangPatchScope()
         patched.update(modules)
@@ -58,7 +68,8 @@ def patch_the_language_once() -> None:
 
 
 def drop_nan_from_maxima() -> None:
-    """A GPU's maximum of a number and NaN is the number (PTX max.f32), and the kernels are written for that; numpy's is NaN."""
+    """A GPU's maximum of a number and NaN is the number (PTX max.f32), and the kernels are written for that; numpy's is
+    NaN."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -72,8 +83,14 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--campaign-summary", type=Path, default=None, help="where a campaign of decodes writes its summary (JSON)")
-    parser.addoption("--races", action="store_true", help="a launch whose loads and stores have no order between fails (tests/support/races.py)")
+    parser.addoption(
+        "--campaign-summary", type=Path, default=None, help="where a campaign of decodes writes its summary (JSON)"
+    )
+    parser.addoption(
+        "--races",
+        action="store_true",
+        help="a launch whose loads and stores have no order between fails (tests/support/races.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,5 @@
-"""Is `block_attention` its float64 reference in every mode, dtype, group, head dim and cache? Does a row depend on anything but itself?"""
+"""Is `block_attention` its float64 reference in every mode, dtype, group, head dim and cache? Does a row depend on
+anything but itself?"""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
 from dlm_kernels.window import MODES
-from torch import Tensor
 
 from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 
@@ -24,7 +26,8 @@ CACHES = ("none", "contiguous", "pages", "fp8", "fp8 pages")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a call is like. features: of "kept", "branches", "sliding", "long" (one row's window is long enough for the prefill form)."""
+    """What a call is like. features: of "kept", "branches", "sliding", "long" (one row's window is long enough for the
+    prefill form)."""
 
     dtype: torch.dtype
     mode: str
@@ -87,7 +90,9 @@ def case(
     return case_of(ops, device, sizes, seed, kind, equals_reference)
 
 
-def case_of(ops: Ops, device: torch.device, sizes: Sizes, seed: int, kind: Kind, check: Callable, what: str = "") -> Case:
+def case_of(
+    ops: Ops, device: torch.device, sizes: Sizes, seed: int, kind: Kind, check: Callable, what: str = ""
+) -> Case:
     name = f"{kind}: {what}" if what else str(kind)
     return name, partial(check, ops, device, sizes, seed, name, kind)
 
@@ -115,7 +120,9 @@ class Call:
                 return None if tensor is None else tensor.clone()
             return tensor.to(dtype, copy=True)
 
-        return dataclasses.replace(self, **{name: copy(getattr(self, name)) for name in ("q", "k", "v", "k_cache", "v_cache")})
+        return dataclasses.replace(
+            self, **{name: copy(getattr(self, name)) for name in ("q", "k", "v", "k_cache", "v_cache")}
+        )
 
     def run(self, op) -> Tensor:
         options = {name: getattr(self, name) for name in ("k_scale", "v_scale", "sliding_window")}
@@ -124,9 +131,11 @@ class Call:
 
 
 def random_call(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch.device) -> Call:
-    """Five rows: a long prefix; a row that sits out; one query and no prefix; dead positions and an overlay; a hidden cache.
+    """Five rows: a long prefix; a row that sits out; one query and no prefix; dead positions and an overlay; a hidden
+    cache.
 
-    q, k and v are the transposed views that transformers hands over. With "long", the first row's window is long, the others' are not.
+    q, k and v are the transposed views that transformers hands over. With "long", the first row's window is long, the
+    others' are not.
     """
     B, H_kv, G, D, short = 5, 2, kind.G, kind.D, sizes.width
     W = LONG * short if "long" in kind.features else short
@@ -173,7 +182,15 @@ def random_call(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch
     some = {"kept": kept.to(device)} if "kept" in kind.features else {}
     some |= {"q_branch": int32(torch.randint(-1, 3, (B, W), generator=random))} if "branches" in kind.features else {}
     window = Window(
-        int32(q_pos), int32(q_block), int32(q_len), int32(slot), int32(kv_len), int32(replaced), int32(cache_row), kind.mode, **some
+        int32(q_pos),
+        int32(q_block),
+        int32(q_len),
+        int32(slot),
+        int32(kv_len),
+        int32(replaced),
+        int32(cache_row),
+        kind.mode,
+        **some,
     )
     live = (lane < torch.tensor(q_len)[:, None]) & (q_block >= 0)
 
@@ -334,7 +351,14 @@ def far_cache(ops: Ops, device: torch.device, seed: int, name: str, cache: str) 
     kv_len = 1000
     lanes = torch.arange(kv_len, kv_len + W, dtype=torch.int32, device=device)[None]
     window = Window(
-        lanes, torch.zeros_like(lanes), int32([W]), lanes.clone(), int32([kv_len]), int32([[0, 0]]), int32([R - 1]), "full"
+        lanes,
+        torch.zeros_like(lanes),
+        int32([W]),
+        lanes.clone(),
+        int32([kv_len]),
+        int32([[0, 0]]),
+        int32([R - 1]),
+        "full",
     )
     shape = (R, H_kv, S_max, D) if cache == "contiguous" else (R * S_max // page_size, H_kv, page_size, D)
     caches = [torch.empty(*shape, dtype=dtype, device=device) for _ in range(2)]

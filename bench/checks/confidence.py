@@ -1,5 +1,5 @@
-"""Are `confidence` and `linear_confidence` their float64 reference, on every group of outputs and every dtype? Does a row depend on the
-other rows, or on how many there are?"""
+"""Are `confidence` and `linear_confidence` their float64 reference, on every group of outputs and every dtype? Does a
+row depend on the other rows, or on how many there are?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import reference
+from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.confidence import OUTPUTS
-from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
-from torch import Tensor
 
 from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 
@@ -42,18 +43,26 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         kind = f"linear {str(dtype).removeprefix('torch.')}"
         for outputs in LINEAR_GROUPS:
             name = f"{kind} V={sizes.vocab} outputs={'+'.join(outputs) or 'none'}"
-            yield name, partial(linear_equals_reference, ops, device, seed, name, sizes.rows, sizes.vocab, dtype, outputs)
+            yield (
+                name,
+                partial(linear_equals_reference, ops, device, seed, name, sizes.rows, sizes.vocab, dtype, outputs),
+            )
         for V in (V for V in sizes.vocabs if V <= 2 * sizes.vocab):
             name = f"{kind} V={V} everything"
             yield name, partial(linear_equals_reference, ops, device, seed, name, sizes.rows, V, dtype, LINEAR_OUTPUTS)
         if ops.name == "triton":
             name = f"{kind} row alone = row in the batch"
-            yield name, partial(linear_rows_are_independent, ops, device, seed, name, sizes.rows + 1, sizes.vocab, dtype)
+            yield (
+                name,
+                partial(linear_rows_are_independent, ops, device, seed, name, sizes.rows + 1, sizes.vocab, dtype),
+            )
     if sizes.far:
         yield "offsets beyond 2^31 elements", partial(far_rows, ops, device, seed)
 
 
-def random_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool) -> dict:
+def random_call(
+    generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool
+) -> dict:
     """Arguments of one call on the CPU: ragged row list, ties, banned winners, and rows that must end in an error.
 
     plain: what a decoder passes (one banned id, no temperature, no cap); else every optional argument.
@@ -140,7 +149,9 @@ def equals_reference(
 def compare(ours: reference.Confidence, call: dict) -> None:
     """Raises Failure unless `ours` is what the reference makes of the call."""
     low = reference.confidence(**call)
-    exact = reference.confidence(**call | {name: call[name].double() for name in ("logits", "previous") if name in call})
+    exact = reference.confidence(
+        **call | {name: call[name].double() for name in ("logits", "previous") if name in call}
+    )
     fields = ours._asdict()
     for field, expected in exact._asdict().items():
         if (fields[field] is None) != (expected is None):
@@ -153,19 +164,26 @@ def compare(ours: reference.Confidence, call: dict) -> None:
         clear = clear_draws(call) | (exact.error != 0)
         if clear.double().mean() < 0.9:
             raise Failure(f"sampled_token: only {int(clear.sum())} of {len(clear)} draws are clear enough to compare")
-        same_bits("sampled_token", torch.where(clear, ours.sampled_token, 0), torch.where(clear, exact.sampled_token, 0))
-    # A capped logit is cap * tanh(.): fp32 rounds on the scale of the cap, however small the logit. A probability moves by at most
-    # a quarter of what its logit does.
+        same_bits(
+            "sampled_token", torch.where(clear, ours.sampled_token, 0), torch.where(clear, exact.sampled_token, 0)
+        )
+    # A capped logit is cap * tanh(.): fp32 rounds on the scale of the cap, however small the logit. A probability moves
+    # by at most a quarter of what its logit does.
     unit = max(1.0, call.get("soft_cap") or 0.0)
     for field, expected in exact._asdict().items():
         if expected is None or field in IDS or field == "sampled_token":
             continue
         keep = clear if field == "sampled_confidence" else torch.ones_like(clear)
         units = dict.fromkeys(("logit", "second_logit", "top_logits", "logsumexp"), unit)
-        # A divergence is a mean of differences of log-probabilities; they are of size 2^6 here, and fp32 rounds each to 2^-18.
+        # A divergence is a mean of differences of log-probabilities; they are of size 2^6 here, and fp32 rounds each to
+        # 2^-18.
         units["kl"] = max(4.0, unit)
         no_worse_than_torch(
-            field, fields[field][keep], getattr(low, field)[keep], expected[keep], unit=units.get(field, max(1.0, unit / 4))
+            field,
+            fields[field][keep],
+            getattr(low, field)[keep],
+            expected[keep],
+            unit=units.get(field, max(1.0, unit / 4)),
         )
 
 
@@ -176,20 +194,26 @@ def clear_draws(call: dict) -> Tensor:
     logits = call["logits"][rows.clamp(0, R - 1)].double()
     if "bias" in call:
         inside = (call["bias_ids"] >= 0) & (call["bias_ids"] < V)
-        logits = logits.scatter_add(1, torch.where(inside, call["bias_ids"], 0), torch.where(inside, call["bias"], 0.0).double())
+        logits = logits.scatter_add(
+            1, torch.where(inside, call["bias_ids"], 0), torch.where(inside, call["bias"], 0.0).double()
+        )
     if call.get("soft_cap") is not None:
         logits = torch.where(logits > -math.inf, call["soft_cap"] * torch.tanh(logits / call["soft_cap"]), logits)
     ids = torch.arange(V, device=logits.device)
     temperature = call["sample_temperature"].double()
     key = random_numbers.row_key(call["seed"], call["noise"])
-    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None] + random_numbers.gumbel(key, ids, torch.float64)
+    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None] + random_numbers.gumbel(
+        key, ids, torch.float64
+    )
     banned = (ids == call["banned"].expand(len(rows), call["banned"].shape[-1])[..., None]).any(1)
     best = torch.where(banned | scores.isnan(), -math.inf, scores).topk(min(2, V), dim=1).values
     gap = best[:, 0] - best[:, -1] if V > 1 else torch.full_like(best[:, 0], math.inf)
     return (temperature == 0) | (rows < 0) | (rows >= R) | ~(gap <= CLEAR_DRAW)
 
 
-def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype) -> None:
+def rows_are_independent(
+    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype
+) -> None:
     """Every row, bit for bit: alone, in the batch, and in the batch turned round."""
     random = generator(seed, name)
     call = on_device(random_call(random, R, V, dtype, OUTPUTS, plain=False), device, -V % 16 + 16)
@@ -239,7 +263,8 @@ def linear_op(ops: Ops) -> Callable:
 
 
 def linear_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...]) -> dict:
-    """Arguments of one call on the CPU. Inputs are multiples of 1/4, so the products' sums are exact and the ids have no excuse."""
+    """Arguments of one call on the CPU. Inputs are multiples of 1/4, so the products' sums are exact and the ids have
+    no excuse."""
     H = 136  # no multiple of the kernel's BLOCK_H
     call = random_call(generator, R, V, dtype, outputs, plain=False)
     for argument in ("logits", "top_k", "bias_ids", "bias"):
@@ -264,12 +289,15 @@ def linear_equals_reference(
     compare(ours, call | {"logits": logits.float()})
 
 
-def linear_rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype) -> None:
+def linear_rows_are_independent(
+    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype
+) -> None:
     """Every row, bit for bit: alone, and in batches of one and of several row tiles."""
     random = generator(seed, name)
     hidden, weight = (torch.randn(n, 136, generator=random).to(device, dtype) for n in (R, V))
     if device.type == "cpu":
-        # The interpreter's product is NumPy's, whose order of sums hangs on a row's place in the tile: only exact sums do not.
+        # The interpreter's product is NumPy's, whose order of sums hangs on a row's place in the tile: only exact sums
+        # do not.
         hidden, weight = ((values * 4).round() / 4 for values in (hidden, weight))
     op, outputs = linear_op(ops), ("second", "logsumexp", "entropy")
     together = op(hidden, weight, outputs=outputs)
@@ -281,7 +309,8 @@ def linear_rows_are_independent(ops: Ops, device: torch.device, seed: int, name:
 
 
 def far_rows(ops: Ops, device: torch.device, seed: int) -> None:
-    """Rows whose offset does not fit 32 bits. Only the rows that are asked for are filled; the others are never read."""
+    """Rows whose offset does not fit 32 bits. Only the rows that are asked for are filled; the others are never
+    read."""
     V, dtype = 126464, torch.bfloat16
     R = 2**31 // V + 40
     torch.cuda.empty_cache()  # what earlier cases left reserved is free too

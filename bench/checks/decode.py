@@ -1,7 +1,9 @@
-"""Whole decodes, Triton against the reference on the same device: random toy models, and the embedded tiny models where present.
+"""Whole decodes, Triton against the reference on the same device: random toy models, and the embedded tiny models where
+present.
 
-Token for token, except where the reference itself decided by a hair: two float32 computations of one model differ in the last
-bits, and a decision between candidates that lie closer than that is nobody's to make. `Watch` measures how close it was.
+Token for token, except where the reference itself decided by a hair: two float32 computations of one model differ in
+the last bits, and a decision between candidates that lie closer than that is nobody's to make. `Watch` measures how
+close it was.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import dlm_fast
 import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import dlm_fast
 from dlm_fast import Ops
 from dlm_fast.loading import CheckpointError
 from dlm_fast.ops import REFERENCE
@@ -21,8 +26,6 @@ from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import reference
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.select import rank_order
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from .run import Case, Failure, Sizes, Skip, generator
 
@@ -134,7 +137,8 @@ def embedded_decode(
 
 
 def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, watch: Watch) -> None:
-    """Raises Failure unless every clearly decided row has the reference's tokens, steps and NFE, and most rows are clear."""
+    """Raises Failure unless every clearly decided row has the reference's tokens, steps and NFE, and most rows are
+    clear."""
     clear = (watch.gap > CLEAR).tolist()
     for b in range(len(clear)):
         same = (
@@ -160,7 +164,9 @@ class Watch:
         self._tokens: Tensor | None = None  # [B * lanes] gap between the two best candidates of each position
 
     def ops(self) -> Ops:
-        return dataclasses.replace(REFERENCE, confidence=self._confidence, unmask=self._unmask, reason="watched by a check")
+        return dataclasses.replace(
+            REFERENCE, confidence=self._confidence, unmask=self._unmask, reason="watched by a check"
+        )
 
     def _confidence(self, logits: Tensor, *, outputs: tuple[str, ...], **arguments) -> reference.Confidence:
         asked = reference.confidence(logits, outputs=outputs, **arguments)
@@ -177,12 +183,20 @@ class Watch:
         self._tokens = torch.where(arguments["rows"] >= 0, self._tokens, math.inf)
         return asked
 
-    def _unmask(self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, lane_start: Tensor, **arguments) -> Tensor:
+    def _unmask(
+        self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, lane_start: Tensor, **arguments
+    ) -> Tensor:
         B, W = score.shape
         lane = lane_start[:, None] + torch.arange(W, device=score.device)
-        inside = (lane < state.block_end[:, None]) & (lane >= state.block_start[:, None]) & (arguments["query_len"] > 0)[:, None]
+        inside = (
+            (lane < state.block_end[:, None])
+            & (lane >= state.block_start[:, None])
+            & (arguments["query_len"] > 0)[:, None]
+        )
         eligible = inside & (state.tokens.gather(1, lane.clamp(max=state.tokens.shape[1] - 1).long()) == mask_id)
-        chosen = reference.unmask(state, rule, score=score, value=value, mask_id=mask_id, lane_start=lane_start, **arguments)
+        chosen = reference.unmask(
+            state, rule, score=score, value=value, mask_id=mask_id, lane_start=lane_start, **arguments
+        )
         chosen = chosen & eligible
         if self.gap is None:
             self.gap = torch.full((B,), math.inf, device=score.device)
@@ -219,7 +233,8 @@ class Watch:
 
     @staticmethod
     def _cut(rule, rank: Tensor, eligible: Tensor, chosen: Tensor, block_length: Tensor) -> Tensor:
-        """[B] the cut between the worst position chosen and the best one left; in a pipeline, the best two of any block."""
+        """[B] the cut between the worst position chosen and the best one left; in a pipeline, the best two of any
+        block."""
         if not rule.pipeline:
             left = eligible & ~chosen & chosen.any(1, keepdim=True)
             return torch.where(chosen, rank, math.inf).amin(1) - torch.where(left, rank, -math.inf).amax(1)

@@ -1,4 +1,5 @@
-"""What every correctness check is made of: sizes, poisoned memory with guard zones, comparisons, and the runner that makes rows of them."""
+"""What every correctness check is made of: sizes, poisoned memory with guard zones, comparisons, and the runner that
+makes rows of them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Skip(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the checks are. The code is the same for all; only these numbers differ between a GPU and the interpreter.
+    """How large the checks are. The code is the same for all; only these numbers differ between a GPU and the
+    interpreter.
 
     Attributes:
         vocab: vocabulary of the products of outputs and dtypes. vocabs: vocabularies that get one call with everything.
@@ -34,7 +36,8 @@ class Sizes:
         head_dims, groups: every pair is one attention call of the first attention dtype, every third of the others.
         width, prefix: longest window and cached prefix of an attention call.
         canvases: rows of an unmask call. widths: lanes of an unmask call; the first is used for all rules.
-        presets: how many of the decode checks run. layers: of the random models. prompt_lengths, new_tokens: of their decodes.
+        presets: how many of the decode checks run. layers: of the random models. prompt_lengths, new_tokens: of their
+            decodes.
         prompts: per task, for the embedded models; 0 = leave them out.
         far: also read and write beyond 2^31 elements. every: of the cases of an op, every n-th runs.
     """
@@ -112,9 +115,7 @@ class Check:
     seconds: float
 
 
-def run(
-    op: str, cases: Iterable[Case], device: torch.device
-) -> list[Check]:
+def run(op: str, cases: Iterable[Case], device: torch.device) -> list[Check]:
     """Runs every case to its end; a case that raises becomes a row that says so."""
     done = []
     for name, case in cases:
@@ -135,7 +136,8 @@ def run(
 
 
 def sound(device: torch.device) -> bool:
-    """Whether the device still answers. After an illegal access nothing does in the process that made it, whatever it computes."""
+    """Whether the device still answers. After an illegal access nothing does in the process that made it, whatever it
+    computes."""
     if device.type != "cuda":
         return True
     try:
@@ -166,12 +168,16 @@ class GuardedMemory:
         self.buffers: list[tuple[Tensor, int]] = []
         self.gaps: list[tuple[Tensor, Tensor]] = []
 
-    def empty(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def empty(
+        self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """A poisoned tensor of that shape and stride, aligned as the allocator aligns."""
         itemsize = torch.empty((), dtype=dtype).element_size()
         elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride))
         nbytes = elements * itemsize
-        buffer = torch.full((GUARD_BYTES + -(-nbytes // 256) * 256 + GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device)
+        buffer = torch.full(
+            (GUARD_BYTES + -(-nbytes // 256) * 256 + GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device
+        )
         payload = buffer[GUARD_BYTES : GUARD_BYTES + nbytes].view(dtype)
         if dtype.is_floating_point:
             payload.fill_(float("nan"))
@@ -205,7 +211,8 @@ class GuardedMemory:
 
 
 class poisoned(TorchFunctionMode):
-    """While active, every uninitialised tensor a launcher asks torch for comes from `memory`: poisoned, between guards."""
+    """While active, every uninitialised tensor a launcher asks torch for comes from `memory`: poisoned, between
+    guards."""
 
     def __init__(self, memory: GuardedMemory) -> None:
         super().__init__()
@@ -241,13 +248,21 @@ def same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
 
 
 def no_worse_than_torch(
-    name: str, ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6, unit: float = 1.0
+    name: str,
+    ours: Tensor,
+    low_precision: Tensor,
+    exact: Tensor,
+    factor: float = 2,
+    floor: float = 1e-6,
+    unit: float = 1.0,
 ) -> None:
-    """Raises Failure unless our largest error against float64 is at most `factor` times that of plain torch in our dtype.
+    """Raises Failure unless our largest error against float64 is at most `factor` times that of plain torch in our
+    dtype.
 
-    Where torch's largest error is less than the rounding of a result to our dtype, that rounding takes its place: of few results,
-    torch's may all happen to lie close to a number of the dtype. An error of `floor` relative to the largest number involved (at
-    least `unit`) is always allowed. Infinities and NaN must stand exactly where the float64 result has them.
+    Where torch's largest error is less than the rounding of a result to our dtype, that rounding takes its place: of
+    few results, torch's may all happen to lie close to a number of the dtype. An error of `floor` relative to the
+    largest number involved (at least `unit`) is always allowed. Infinities and NaN must stand exactly where the float64
+    result has them.
     """
     if ours.shape != exact.shape:
         raise Failure(f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}")

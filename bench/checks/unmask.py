@@ -1,7 +1,8 @@
-"""Are `unmask`, `draft_build` and `verify` their references, bit for bit, under every rule and in every phase? Does a row
-depend on the other rows?
+"""Are `unmask`, `draft_build` and `verify` their references, bit for bit, under every rule and in every phase? Does a
+row depend on the other rows?
 
-There is no float64 form: the reference decides by comparisons and integer sums only, so it is exact. It runs on the CPU.
+There is no float64 form: the reference decides by comparisons and integer sums only, so it is exact. It runs on the
+CPU.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.reference import DraftSource
 from dlm_kernels.checks.unmask import wanted_arguments
+from dlm_kernels.reference import DraftSource
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
-from torch import Tensor
 
 from .run import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
@@ -51,7 +53,10 @@ VARIANTS = [
         for stop in ("never", "after_block", "closed", "appends", "fill")
     ),
     *(
-        (UnmaskRule(passes, remask=remask, quota=passes == "none", runs=passes == "threshold", cache="commit"), "window")
+        (
+            UnmaskRule(passes, remask=remask, quota=passes == "none", runs=passes == "threshold", cache="commit"),
+            "window",
+        )
         for passes in PASSES
         for remask in ("lowest", "saber", "wino")
     ),
@@ -91,7 +96,8 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
     ]
     wider = dataclasses.replace(sizes, canvases=WIDER_CANVASES)
     for W in (*sizes.widths[1:], *(WIDER if device.type == "cuda" else ())):
-        # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer variants.
+        # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer
+        # variants.
         some = 3 if W <= 256 else 6
         for n, (rule, kind) in enumerate(plain + VARIANTS[:: 3 * some]):
             if (n + W) % some == 0 or n >= len(plain):
@@ -123,7 +129,8 @@ def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: 
 
 
 def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind: str) -> tuple[RowState, dict]:
-    """A batch on the CPU with rows in every phase, blocks of every length up to W, ties, garbage in every lane nobody needs."""
+    """A batch on the CPU with rows in every phase, blocks of every length up to W, ties, garbage in every lane nobody
+    needs."""
     L = 3 * W + 5
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -140,7 +147,9 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
     # A pipeline's region holds whole blocks, unless the canvas ends in the last.
     length = integers(1, W + 1) if not rule.pipeline else (W // block_length).clamp(max=integers(1, 6)) * block_length
     end = torch.minimum(start + length, torch.tensor(L, dtype=torch.int32))
-    canvas_len = torch.minimum(end + integers(0, W + 6) * (not rule.pipeline or drawn(0.8)), torch.tensor(L, dtype=torch.int32))
+    canvas_len = torch.minimum(
+        end + integers(0, W + 6) * (not rule.pipeline or drawn(0.8)), torch.tensor(L, dtype=torch.int32)
+    )
     tokens = torch.randint(0, 9, (B, L), generator=random)
     share = torch.tensor([0.0, 0.05, 0.5, 1.0])[integers(0, 4).long()]
     tokens = torch.where(torch.rand(B, L, generator=random) < share[:, None], MASK, tokens)
@@ -184,7 +193,9 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
     def scores() -> Tensor:
         """A coarse grid makes ties; NaN counts as -inf."""
         score = torch.where(
-            chance(0.5)[:, None], torch.randint(0, 12, (B, W), generator=random) / 12, torch.rand(B, W, generator=random)
+            chance(0.5)[:, None],
+            torch.randint(0, 12, (B, W), generator=random) / 12,
+            torch.rand(B, W, generator=random),
         )
         score[chance(0.02, B, W)] = math.nan
         score[chance(0.02, B, W)] = -math.inf
@@ -270,7 +281,9 @@ def compare_states(ours: RowState, expected: RowState, note: str = "") -> None:
         same_bits(f"state.{name}{note}", getattr(ours, name), getattr(expected, name))
 
 
-def equals_reference(ops: Ops, device: torch.device, seed: int, name: str, B: int, W: int, rule: UnmaskRule, kind: str) -> None:
+def equals_reference(
+    ops: Ops, device: torch.device, seed: int, name: str, B: int, W: int, rule: UnmaskRule, kind: str
+) -> None:
     state, call = random_call(generator(seed, name), B, W, rule, kind)
     memory = GuardedMemory()
     ours, ours_call = guarded_state(state, memory, device), moved(call, device)
@@ -285,7 +298,9 @@ def equals_reference(ops: Ops, device: torch.device, seed: int, name: str, B: in
     same_bits("the lanes written", changed, expected)
 
 
-def rows_are_independent(ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, rule: UnmaskRule, kind: str) -> None:
+def rows_are_independent(
+    ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, rule: UnmaskRule, kind: str
+) -> None:
     """Every row, bit for bit: alone with as few lanes as its block has, and in the batch."""
     B, W = min(8, sizes.canvases), sizes.widths[0]
     state, call = random_call(generator(seed, name), B, W, rule, kind)

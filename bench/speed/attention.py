@@ -1,6 +1,8 @@
-"""`block_attention` against what torch offers: SDPA without and with a mask, variable-length attention, compiled FlexAttention.
+"""`block_attention` against what torch offers: SDPA without and with a mask, variable-length attention, compiled
+FlexAttention.
 
-The baselines get their keys ready-made in one contiguous cache: ours stores the window's keys in the time measured, they do not.
+The baselines get their keys ready-made in one contiguous cache: ours stores the window's keys in the time measured,
+they do not.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from dlm_fast import Ops
-from dlm_kernels import Window
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dlm_fast import Ops
+from dlm_kernels import Window
+
 from .. import floors
 from ..shapes import Model, Shapes
-from .run import OURS, Bench, Shape, Work
 from ..timing import Candidate
+from .run import OURS, Bench, Shape, Work
 
 
 def decode_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """A window over cached prefixes of one length. A layer that sees only part of a prefix is timed once for all longer ones."""
+    """A window over cached prefixes of one length. A layer that sees only part of a prefix is timed once for all longer
+    ones."""
     for model in chosen.models:
         for B, prefix in dict.fromkeys((B, model.prefix(prefix)) for B, prefix in chosen.decode):
             yield _decode_shape(bench, ops, model, [prefix] * B, f"prefix={prefix}")
@@ -39,21 +43,38 @@ def ragged_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
 
 
 def prefill_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """One window of L positions and no cache. Left out where a layer sees less than L: no such predicate is a kernel's."""
+    """One window of L positions and no cache. Left out where a layer sees less than L: no such predicate is a
+    kernel's."""
     for model in chosen.models:
         for L in chosen.prefill:
             if model.prefix(L) < L - 1:
                 continue
             cost = floors.prefill(model, L)
-            facts = {"kind": "prefill", "L": L, "G": model.group, "D": model.head_dim, "visibility": model.prefill_visibility}
+            facts = {
+                "kind": "prefill",
+                "L": L,
+                "G": model.group,
+                "D": model.head_dim,
+                "visibility": model.prefill_visibility,
+            }
             label = f"prefill B=1 L={L} {model.prefill_visibility}"
-            yield Shape("attention-prefill", model.name, label, partial(_prefill, bench, ops, model, L, cost), cost, facts)
+            yield Shape(
+                "attention-prefill", model.name, label, partial(_prefill, bench, ops, model, L, cost), cost, facts
+            )
 
 
 def _decode_shape(bench: Bench, ops: Ops, model: Model, lengths: list[int], prefix: str) -> Shape:
     B, W, cost = len(lengths), model.window, floors.decode(model, lengths)
     equal = len(set(lengths)) == 1
-    facts = {"kind": "decode", "B": B, "W": W, "prefix": max(lengths), "equal": equal, "G": model.group, "D": model.head_dim}
+    facts = {
+        "kind": "decode",
+        "B": B,
+        "W": W,
+        "prefix": max(lengths),
+        "equal": equal,
+        "G": model.group,
+        "D": model.head_dim,
+    }
     facts |= {"kv_heads": model.kv_heads, "kv_bytes": floors.kv_bytes(model, sum(lengths) + B * W)}
     op, label = f"attention-{'decode' if equal else 'ragged'}", f"decode B={B} {prefix} window={W}"
     return Shape(op, model.name, label, partial(_decode, bench, ops, model, lengths, cost), cost, facts)
@@ -87,7 +108,8 @@ def int32(bench: Bench, values) -> Tensor:
 
 def projections(bench: Bench, model: Model, B: int, W: int) -> list[Tensor]:
     return [
-        normal(bench, B, W, heads, model.head_dim).transpose(1, 2) for heads in (model.heads, model.kv_heads, model.kv_heads)
+        normal(bench, B, W, heads, model.head_dim).transpose(1, 2)
+        for heads in (model.heads, model.kv_heads, model.kv_heads)
     ]
 
 
@@ -110,7 +132,9 @@ def _decode(bench: Bench, ops: Ops, model: Model, lengths: list[int], cost: floo
         candidates.append(Candidate(UNSPLIT, [partial(unsplit, s, window, scale) for s in sets]))
     gqa = {"enable_gqa": model.heads != model.kv_heads, "scale": scale}
     if len(set(lengths)) == 1:
-        candidates.append(Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
+        candidates.append(
+            Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets])
+        )
     mask = (torch.arange(S, device=bench.device) < (kv_len[:, None] + W))[:, None, None].expand(B, 1, W, S)
     candidates.append(Candidate("SDPA, mask", [sdpa(s, None, mask, gqa) for s in sets]))
     candidates.append(Candidate("SDPA cuDNN, mask", [sdpa(s, SDPBackend.CUDNN_ATTENTION, mask, gqa) for s in sets]))
@@ -137,8 +161,8 @@ def after_prefix(bench: Bench, lengths: list[int], W: int) -> Window:
 
 def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
     """Our kernel with the whole prefix in one split: what splitting is measured against."""
-    from dlm_kernels.attention import launch as attention
     from dlm_kernels import device
+    from dlm_kernels.attention import launch as attention
     from dlm_kernels.tiles import attention_tile
 
     capability = device.capability_of("block_attention", s.q, attention._attention_kernel)
@@ -165,14 +189,22 @@ def _prefill(bench: Bench, ops: Ops, model: Model, L: int, cost: floors.Cost) ->
     gqa = {"enable_gqa": model.heads != model.kv_heads, "scale": scale}
     candidates, note = [Candidate(OURS, calls(window))], ""
     if visibility == "full":
-        candidates.append(Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets]))
-        candidates.append(Candidate("SDPA cuDNN, no mask", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, gqa) for s in sets]))
+        candidates.append(
+            Candidate("SDPA flash, no mask", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, gqa) for s in sets])
+        )
+        candidates.append(
+            Candidate("SDPA cuDNN, no mask", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, gqa) for s in sets])
+        )
         return Work(candidates, cost, count, cold)
     candidates.append(Candidate(DENSE, calls(dataclasses.replace(window, mode="full"))))
     if visibility == "causal":
         causal = gqa | {"is_causal": True}
-        candidates.append(Candidate("SDPA flash, causal", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, causal) for s in sets]))
-        candidates.append(Candidate("SDPA cuDNN, causal", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, causal) for s in sets]))
+        candidates.append(
+            Candidate("SDPA flash, causal", [sdpa(s, SDPBackend.FLASH_ATTENTION, None, causal) for s in sets])
+        )
+        candidates.append(
+            Candidate("SDPA cuDNN, causal", [sdpa(s, SDPBackend.CUDNN_ATTENTION, None, causal) for s in sets])
+        )
         candidates.append(flex(bench, sets, 1, L, L, lambda b, h, i, j: j <= i, gqa))
     else:
         mask = (block[0][None, :] <= block[0][:, None])[None, None]

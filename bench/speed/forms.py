@@ -1,7 +1,8 @@
-"""The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, drafts, a sliding window.
+"""The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, drafts, a
+sliding window.
 
-Each is checked against its reference at the shape that is timed, before it is timed. A paged or fp8 cache is compared with our
-own contiguous bf16 cache too: what the form costs, or saves.
+Each is checked against its reference at the shape that is timed, before it is timed. A paged or fp8 cache is compared
+with our own contiguous bf16 cache too: what the form costs, or saves.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
-from torch import Tensor
 
 from .. import floors
 from ..checks.run import no_worse_than_torch
 from ..shapes import Model, Shapes
-from .run import OURS, Bench, Shape, Work
-from .attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa
 from ..timing import Candidate
+from .attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa
+from .run import OURS, Bench, Shape, Work
 
 PAGE_SIZE = 64
 FORMS = ("paged", "fp8", "shadow", "kept", "branch", "sliding")
@@ -34,11 +36,21 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
         for form in FORMS:
             if form == "sliding" and model.reach is None:
                 continue
-            reach = model.prefix if form != "sliding" else int  # a sliding window is given all of the prefix, and reads its end
+            reach = (
+                model.prefix if form != "sliding" else int
+            )  # a sliding window is given all of the prefix, and reads its end
             for B, prefix in dict.fromkeys((B, reach(prefix)) for B, prefix in chosen.forms):
                 W = model.window * (2 if form in TWICE else 1)
                 cost = floors.decode(model, [model.prefix(prefix)] * B, W, 1 if form == "fp8" else 2)
-                facts = {"kind": "form", "form": form, "B": B, "W": W, "prefix": prefix, "G": model.group, "D": model.head_dim}
+                facts = {
+                    "kind": "form",
+                    "form": form,
+                    "B": B,
+                    "W": W,
+                    "prefix": prefix,
+                    "G": model.group,
+                    "D": model.head_dim,
+                }
                 label = f"decode B={B} prefix={prefix} window={W} {form}"
                 build = partial(_form, bench, ops, model, B, prefix, form, cost)
                 yield Shape("attention-forms", model.name, label, build, cost, facts, seconds=4)
@@ -60,16 +72,24 @@ class Call:
         return op(self.q, self.k, self.v, self.k_cache, self.v_cache, self.window, **self.options)
 
     def row(self, b: int, dtype: torch.dtype | None = None) -> Call:
-        """Row b alone, the caches copied; q, k, v and the caches in another dtype, but for an fp8 cache, which stays one."""
-        alone = {name: tensor[b : b + 1].contiguous() for name, tensor in self.window.tensors().items() if name != "page_table"}
-        q, k, v = (tensor[b : b + 1] if dtype is None else tensor[b : b + 1].to(dtype) for tensor in (self.q, self.k, self.v))
+        """Row b alone, the caches copied; q, k, v and the caches in another dtype, but for an fp8 cache, which stays
+        one."""
+        alone = {
+            name: tensor[b : b + 1].contiguous()
+            for name, tensor in self.window.tensors().items()
+            if name != "page_table"
+        }
+        q, k, v = (
+            tensor[b : b + 1] if dtype is None else tensor[b : b + 1].to(dtype) for tensor in (self.q, self.k, self.v)
+        )
         stored = None if "k_scale" in self.options else dtype
         caches = (tensor.clone() if stored is None else tensor.to(stored) for tensor in (self.k_cache, self.v_cache))
         return Call(q, k, v, *caches, dataclasses.replace(self.window, **alone), self.options)
 
 
 def check(call: Call, op) -> None:
-    """Raises Failure unless the first row of the call is what the reference makes of it. Rows do not depend on each other."""
+    """Raises Failure unless the first row of the call is what the reference makes of it. Rows do not depend on each
+    other."""
     alone, exact = call.row(0), call.row(0, torch.float64)  # before the op writes anything
     ours = call.run(op)[:1]
     no_worse_than_torch("out", ours, alone.run(reference.block_attention), exact.run(reference.block_attention))
@@ -116,7 +136,8 @@ def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, 
 
 
 def _shadow(window: Window) -> Window:
-    """The first half of the window once more in the second, as the next block: its copies predict every token from the others."""
+    """The first half of the window once more in the second, as the next block: its copies predict every token from the
+    others."""
     half = window.shape[1] // 2
     position, slot = window.q_pos.clone(), window.kv_slot.clone()
     position[:, half:], slot[:, half:] = position[:, :half], -1
@@ -154,7 +175,9 @@ def _variant(bench: Bench, call: Call, form: str) -> Call:
         window = dataclasses.replace(call.window, page_table=int32(bench, order.view(B, per_row)))
 
         def pages(cache: Tensor) -> Tensor:
-            by_page = cache.view(B, H_kv, per_row, PAGE_SIZE, D).transpose(1, 2).reshape(B * per_row, H_kv, PAGE_SIZE, D)
+            by_page = (
+                cache.view(B, H_kv, per_row, PAGE_SIZE, D).transpose(1, 2).reshape(B * per_row, H_kv, PAGE_SIZE, D)
+            )
             return torch.empty_like(by_page).index_copy_(0, order, by_page)
 
         return dataclasses.replace(call, k_cache=pages(call.k_cache), v_cache=pages(call.v_cache), window=window)

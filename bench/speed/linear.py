@@ -1,4 +1,5 @@
-"""`linear_confidence` (head and statistics in one, logits never written) against cuBLAS and then our `confidence`, or torch's."""
+"""`linear_confidence` (head and statistics in one, logits never written) against cuBLAS and then our `confidence`, or
+torch's."""
 
 from __future__ import annotations
 
@@ -7,15 +8,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import reference
-from torch import Tensor
 
 from .. import floors
 from ..checks.run import Failure, no_worse_than_torch
 from ..shapes import Model, Shapes
-from .run import OURS, Bench, Shape, Work
 from ..timing import Candidate
+from .run import OURS, Bench, Shape, Work
 
 OUTPUTS = ("second", "logsumexp", "entropy")
 CHECKED_ROWS = 8

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.state import DENOISE
-from torch import Tensor
 
 from .. import floors
 from ..shapes import Model, Shapes
-from .run import OURS, Bench, Shape, Work
 from ..timing import Candidate
-
+from .run import OURS, Bench, Shape, Work
 
 # (dtype, outputs) of `confidence`; the first is what most decoders ask for, the others are variants.
 CALLS: tuple[tuple[torch.dtype, tuple[str, ...]], ...] = (
@@ -39,12 +39,16 @@ def confidence_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]
             yield _confidence_shape(bench, ops, model, chosen.rows[-1], dtype, outputs)
 
 
-def _confidence_shape(bench: Bench, ops: Ops, model: Model, N: int, dtype: torch.dtype, outputs: tuple[str, ...]) -> Shape:
+def _confidence_shape(
+    bench: Bench, ops: Ops, model: Model, N: int, dtype: torch.dtype, outputs: tuple[str, ...]
+) -> Shape:
     kind = "bf16" if dtype == torch.bfloat16 else "fp32"
     label = f"N={N} V={model.vocab} {kind} {'+'.join(outputs)}" + (f" cap={model.soft_cap:g}" if model.soft_cap else "")
     cost = floors.confidence(N, model.vocab, dtype.itemsize, "kl" in outputs)
     facts = {"kind": "confidence", "N": N, "V": model.vocab, "dtype": kind, "outputs": list(outputs)}
-    return Shape("confidence", model.name, label, partial(_confidence, bench, ops, model, N, dtype, outputs, cost), cost, facts)
+    return Shape(
+        "confidence", model.name, label, partial(_confidence, bench, ops, model, N, dtype, outputs, cost), cost, facts
+    )
 
 
 def _cap(logits: Tensor, soft_cap: float | None) -> Tensor:
@@ -98,7 +102,10 @@ def _confidence(
         arguments["soft_cap"] = model.soft_cap
     if "kl" in outputs:
         previous = (sets[0].float() + torch.randn(N, V, device=device)).to(dtype)
-        arguments["previous"], arguments["previous_logsumexp"] = previous, _cap(previous.float(), model.soft_cap).logsumexp(1)
+        arguments["previous"], arguments["previous_logsumexp"] = (
+            previous,
+            _cap(previous.float(), model.soft_cap).logsumexp(1),
+        )
     if "sampled" in outputs:
         arguments["sample_temperature"] = torch.ones(N, device=device)
         arguments["seed"] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -194,7 +201,8 @@ def _loop(
     value: Tensor,
     **_: object,
 ) -> None:
-    """Threshold unmasking as decoders written for one row do it: a host loop over rows, and over positions until one fails."""
+    """Threshold unmasking as decoders written for one row do it: a host loop over rows, and over positions until one
+    fails."""
     for b in range(score.shape[0]):
         start, end = int(state.block_start[b]), int(state.block_end[b])
         masked = state.tokens[b, start:end] == mask_id

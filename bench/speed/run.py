@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterable
-
 from typing import Any
 
 import torch
@@ -45,7 +44,8 @@ class Work:
 
     Attributes:
         candidates: "ours" first. cost: what no implementation can do without. sets, cold: rotation of the inputs.
-        note: what a reader must know about the shape. check: raises if ours is wrong here, for ops whose checks do not cover it.
+        note: what a reader must know about the shape. check: raises if ours is wrong here, for ops whose checks do not
+            cover it.
     """
 
     candidates: list[Candidate]
@@ -75,7 +75,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One row of the report. `speedup`: this candidate's time over ours; above 1, ours is faster. `facts`: the shape as data."""
+    """One row of the report. `speedup`: this candidate's time over ours; above 1, ours is faster. `facts`: the shape as
+    data."""
 
     op: str
     model: str
@@ -157,7 +158,8 @@ def _attempt(bench: Bench, shape: Shape) -> list[Timing]:
 
 
 def _clean_up(bench: Bench) -> None:
-    """Frees what the last shape held. Forgets what was compiled, too: past 8 shapes of one function torch stops compiling it."""
+    """Frees what the last shape held. Forgets what was compiled, too: past 8 shapes of one function torch stops
+    compiling it."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     if bench.device.type == "cuda":
@@ -217,5 +219,8 @@ def losses(rows: Iterable[Timing]) -> list[Timing]:
     return [
         r
         for r in rows
-        if r.speedup is not None and r.candidate != OURS and not r.candidate.startswith("ours") and r.speedup < 1 - (r.noise or 0)
+        if r.speedup is not None
+        and r.candidate != OURS
+        and not r.candidate.startswith("ours")
+        and r.speedup < 1 - (r.noise or 0)
     ]

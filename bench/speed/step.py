@@ -1,6 +1,7 @@
 """One denoise step of a model of published shape with random weights: window forward, head, confidence, unmask.
 
-A random model takes the same time as a trained one: every step computes the same shapes, and the state is put back after each.
+A random model takes the same time as a trained one: every step computes the same shapes, and the state is put back
+after each.
 """
 
 from __future__ import annotations
@@ -11,28 +12,29 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
-import dlm_fast
 import torch
-from dlm_fast import Ops
-from dlm_fast.generate import open_decode, sampling_of
-from dlm_fast.patching import attach
-from dlm_fast.requests import Requests
-from dlm_fast.decoding.plan import open_rows
-from dlm_fast.decoding.step import denoise_step
-from dlm_kernels import RowState
-from dlm_kernels.state import DENOISE
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import dlm_fast
+from dlm_fast import Ops
+from dlm_fast.decoding.plan import open_rows
+from dlm_fast.decoding.step import denoise_step
+from dlm_fast.generate import open_decode, sampling_of
+from dlm_fast.patching import attach
+from dlm_fast.requests import Requests
+from dlm_kernels import RowState
+from dlm_kernels.state import DENOISE
+
 from .. import floors
 from ..checks.decode import FAMILIES
 from ..shapes import Model, Shapes
-from .run import OURS, Bench, Shape, Work
 from ..timing import Candidate
+from .run import OURS, Bench, Shape, Work
 
-# transformers' SDPA under another name. For names it knows it makes masks, and a dense one where a graph is captured; the published
-# loops have none: every position sees the whole canvas.
+# transformers' SDPA under another name. For names it knows it makes masks, and a dense one where a graph is captured;
+# the published loops have none: every position sees the whole canvas.
 UNMASKED_SDPA = "bench_sdpa"
 AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
 PUBLISHED = "whole canvas, no cache, launched by the host"  # a candidate that the gates look for by name
@@ -41,7 +43,8 @@ PRESET_OF = {"full": "fast-dllm-dual", "block": "llada2"}
 
 
 def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """Dense models only: a mixture of experts is bound by which experts its tokens choose, and random weights choose at random."""
+    """Dense models only: a mixture of experts is bound by which experts its tokens choose, and random weights choose at
+    random."""
     for model in chosen.models:
         if model.family is None:
             continue
@@ -49,12 +52,15 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
         for B, prefix in chosen.steps:
             cost, facts = floors.step(model, B, prefix), {"kind": "step", "B": B, "prefix": prefix, "W": model.window}
             label = f"step B={B} prefix={prefix} window={model.window}"
-            yield Shape("step", model.name, label, partial(_step, bench, ops, model, B, prefix, built), cost, facts, seconds=20)
+            yield Shape(
+                "step", model.name, label, partial(_step, bench, ops, model, B, prefix, built), cost, facts, seconds=20
+            )
         built.clear()
 
 
 def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
-    """bfloat16 weights (float32 on a CPU), with as many layers as fit next to what a step needs; and a note if those are fewer."""
+    """bfloat16 weights (float32 on a CPU), with as many layers as fit next to what a step needs; and a note if those
+    are fewer."""
     layers, note = model.layers, ""
     if device.type == "cuda":
         per_layer = 2 * model.hidden * (2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.intermediate)
@@ -166,7 +172,12 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
     cost = floors.step(model, B, prefix, weights.config.num_hidden_layers)
     note = "; ".join(
         filter(
-            None, [built["note"], "random weights", "no compiled model among the baselines: compiling one does not fit the time"]
+            None,
+            [
+                built["note"],
+                "random weights",
+                "no compiled model among the baselines: compiling one does not fit the time",
+            ],
         )
     )
     return Work(candidates, cost, 1, True, note)
@@ -183,7 +194,8 @@ def _restore(state: RowState, opened: RowState) -> None:
 
 
 def _published_step(model: nn.Module, tokens: Tensor, mask_id: int) -> None:
-    """One step of the published uncached loop (LLaDA, arXiv:2502.09992): a forward of the whole canvas, the most confident mask written."""
+    """One step of the published uncached loop (LLaDA, arXiv:2502.09992): a forward of the whole canvas, the most
+    confident mask written."""
     logits = model(input_ids=tokens, use_cache=False).logits
     token = logits.argmax(-1)
     probability = logits.softmax(-1).gather(-1, token[..., None])[..., 0]

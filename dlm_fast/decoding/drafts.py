@@ -1,7 +1,7 @@
 """Lossless self-speculation: a step verifies several canvases, each one token further along the static decoder's path.
 
-The tensor work is in the ops `draft_build` and `verify` (dlm_kernels.reference.drafts); here is what a decoder keeps between
-steps and how it asks for them. FreeDave, arXiv:2510.00294.
+The tensor work is in the ops `draft_build` and `verify` (dlm_kernels.reference.drafts); here is what a decoder keeps
+between steps and how it asks for them. FreeDave, arXiv:2510.00294.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState
 from dlm_kernels.reference import DraftSource
-from torch import Tensor
 
 from ..ops import Ops
 from ..policies.base import Choice, Lanes

@@ -1,4 +1,5 @@
-"""From logits to what a rule needs: predictions, probabilities, margins, entropies; and the choice that a preset's rule makes of them."""
+"""From logits to what a rule needs: predictions, probabilities, margins, entropies; and the choice that a preset's rule
+makes of them."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import Confidence
-from torch import Tensor
 
 from ..ops import Ops
 from ..policies import Choice, View
@@ -26,9 +28,12 @@ class Sampling:
             None where no row has such a rule.
         value: [B] fp32 of the pass test. min_unmask, steps, block_length: [B] int32.
         max_steps: [B] int32 denoise steps after which a row has stalled.
-        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes, None for other rules.
-        append_masks, activate_masks: [B] int32 of a pipeline, else None. delay: [B] int32 of cache "delayed", else None.
-        top_k, top_p: the filters; 0 and 1.0 are off. draws: whether any row has a temperature above 0. The host knows these three.
+        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes, None for other
+            rules.
+        append_masks, activate_masks: [B] int32 of a pipeline, else None. delay: [B] int32 of cache "delayed", else
+            None.
+        top_k, top_p: the filters; 0 and 1.0 are off. draws: whether any row has a temperature above 0. The host knows
+            these three.
     """
 
     temperature: Tensor
@@ -104,7 +109,9 @@ def measure(
             # A bias changes what the filters keep.
             ids, values = bias
             inside = (ids >= 0) & (ids < logits.shape[1]) & narrowed[:, None]
-            logits = logits.scatter_add(1, torch.where(inside, ids, 0), torch.where(inside, values, 0.0).to(logits.dtype))
+            logits = logits.scatter_add(
+                1, torch.where(inside, ids, 0), torch.where(inside, values, 0.0).to(logits.dtype)
+            )
             bias = torch.where(narrowed[:, None], -1, ids), values
         logits = filtered(logits, plan, sampling, heat, banned, needed.flatten(), narrowed)
 
@@ -130,17 +137,28 @@ def measure(
     # One pass over the vocabulary, unless what is drawn from is another distribution than the model's.
     apart = bool(own) and (raw is not logits or "temperature" in more)
     if apart:
-        stats = stats_of(ops, logits, rows=rows, outputs=(*outputs, *(("second",) if "margin" in wanted else ())), banned=banned, **more)
+        stats = stats_of(
+            ops,
+            logits,
+            rows=rows,
+            outputs=(*outputs, *(("second",) if "margin" in wanted else ())),
+            banned=banned,
+            **more,
+        )
         model_stats = stats_of(ops, raw, rows=rows, outputs=tuple(own), banned=banned, **own_more)
     else:
-        stats = model_stats = stats_of(ops, logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more)
+        stats = model_stats = stats_of(
+            ops, logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more
+        )
     if history is not None:
         # A row that sits this step out keeps its own: what was computed for it is nobody's.
         own_rows = needed.flatten()
         history["logits"].copy_(torch.where(own_rows[:, None], raw, history["logits"]))
         history["logsumexp"].copy_(torch.where(own_rows, model_stats.logsumexp, history["logsumexp"]))
 
-    token, confidence = (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
+    token, confidence = (
+        (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
+    )
     result = {
         "token": token,
         "confidence": confidence,
@@ -156,21 +174,30 @@ def measure(
 
 
 def stats_of(ops: Ops, logits: Tensor, **given: Any) -> Confidence:
-    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for all."""
+    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for
+    all."""
     stats = ops.confidence(logits, **given)
     if logits.dtype != torch.float64:
         return stats
-    return stats._replace(**{n: x.float() for n, x in stats._asdict().items() if x is not None and x.is_floating_point()})
+    return stats._replace(
+        **{n: x.float() for n, x in stats._asdict().items() if x is not None and x.is_floating_point()}
+    )
 
 
 def filtered(
-    logits: Tensor, plan: Plan, sampling: Sampling, temperature: Tensor, banned: Tensor, needed: Tensor, narrowed: Tensor
+    logits: Tensor,
+    plan: Plan,
+    sampling: Sampling,
+    temperature: Tensor,
+    banned: Tensor,
+    needed: Tensor,
+    narrowed: Tensor,
 ) -> Tensor:
-    """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l). The best allowed id is kept.
-    Rows that are not `narrowed` [N] bool keep all.
+    """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l). The best allowed
+    id is kept. Rows that are not `narrowed` [N] bool keep all.
 
-    top-p keeps an id if those strictly better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large
-    as the k-th. Plain torch on any backend: it sorts the vocabulary.
+    top-p keeps an id if those strictly better (ties: lower ids first) have at most top_p of the mass; top-k keeps every
+    id as large as the k-th. Plain torch on any backend: it sorts the vocabulary.
     """
     N, V = logits.shape
     work = torch.where(needed[:, None], logits, 0.0)
@@ -195,7 +222,9 @@ def filtered(
         keep = step(keep)
     keep = keep | ~narrowed[:, None]
     ids = banned.expand(N, -1)
-    allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device).scatter(1, torch.where(ids < 0, V, ids), False)[:, :V]
+    allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device).scatter(
+        1, torch.where(ids < 0, V, ids), False
+    )[:, :V]
     best = torch.where(allowed, work, -torch.inf).argmax(1, keepdim=True)
     keep = keep.scatter(1, best, True)
     return torch.where(keep, work, -torch.inf)

@@ -10,11 +10,12 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState, Window
 from dlm_kernels.reference.advance import first_masked
 from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
-from torch import Tensor
 
 from ..diffusion import DiffusionConfig
 from ..presets import Preset
@@ -31,9 +32,10 @@ class Plan:
         preset, diffusion: what is decoded, and how.
         block_length: positions of a block. first: [B] where the first block begins; of a prompt-aligned ("rel") model
             that is the end of the prompt, of an "abs" model a multiple of block_length.
-        wide, window: widths of the two kinds of step (see `Window`), the largest where they vary; wide is 0 where no such step exists.
-        lanes: positions whose statistics a step needs, the most of them where that varies. whole_row: they start at `first`, not at
-            the block, since a policy looks at all masks of the row and every step computes them.
+        wide, window: widths of the two kinds of step (see `Window`), the largest where they vary; wide is 0 where no
+            such step exists.
+        lanes: positions whose statistics a step needs, the most of them where that varies. whole_row: they start at
+            `first`, not at the block, since a policy looks at all masks of the row and every step computes them.
         varies: window widths differ from step to step.
         capacity: cache slots per row.
     """
@@ -56,7 +58,8 @@ class Plan:
 
     @property
     def shadow_block(self) -> int:
-        """Block id of shadow rows: behind that of the canvas, or of prompt and response where the prompt is isolated."""
+        """Block id of shadow rows: behind that of the canvas, or of prompt and response where the prompt is
+        isolated."""
         return 1 + int(self.diffusion.prompt_isolated)
 
     @property
@@ -65,7 +68,9 @@ class Plan:
         return self.preset.cache == "scattered" or self.preset.keep_last or self.preset.scatter_suffix
 
 
-def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig, device: torch.device) -> tuple[Plan, RowState]:
+def open_rows(
+    canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig, device: torch.device
+) -> tuple[Plan, RowState]:
     """The plan and the initial state of a batch of canvases (token ids with masks, 1-D, of any lengths >= 1).
 
     Rows without a mask are done before they start. Blocks begin at the first mask ("rel") or at multiples of the block
@@ -102,7 +107,9 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
     starts = state.block_start.tolist()
     rest = max((len(c) - s for c, s in zip(canvases, starts)), default=0)
     before = int(diffusion.logits_row == "previous")
-    wide = {"none": 0, "commit": max(starts, default=0), "fused": max(state.block_end.tolist(), default=0)}.get(preset.cache, L)
+    wide = {"none": 0, "commit": max(starts, default=0), "fused": max(state.block_end.tolist(), default=0)}.get(
+        preset.cache, L
+    )
     window = {
         "none": L, "prefix": rest, "once": rest + before, "commit": block, "fused": rest, "delayed": rest, "scattered": L,
         "dual": min(block + 2 * preset.vicinity, L),
@@ -127,7 +134,8 @@ def open_rows(canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig
 
 
 def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width: int | None = None) -> Window:
-    """The window that a step of `kind` ("wide" or "window") computes, rows that need another kind or a wider one sitting it out.
+    """The window that a step of `kind` ("wide" or "window") computes, rows that need another kind or a wider one
+    sitting it out.
 
     width: positions of the bucket; None = the plan's.
     """
@@ -200,11 +208,13 @@ def selects_of(plan: Plan, state: RowState, kind: str) -> Tensor:
 
 
 def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row [B]: the range [begin, stop) that a step computes, the cached slots it sees, and those it replaces [B, 2].
+    """Per row [B]: the range [begin, stop) that a step computes, the cached slots it sees, and those it replaces [B,
+    2].
 
-    Wide: commit prefills [0, block); fused computes the appended blocks besides; all others compute and store the whole canvas.
-    Window: none [0, canvas) | prefix, once, delayed [block, canvas) | dual, commit [block] | fused [first uncommitted, appended end).
-    The keys of an isolated prompt never change: with a cache, the row's first step computes them and no other one does.
+    Wide: commit prefills [0, block); fused computes the appended blocks besides; all others compute and store the whole
+    canvas. Window: none [0, canvas) | prefix, once, delayed [block, canvas) | dual, commit [block] | fused [first
+    uncommitted, appended end). The keys of an isolated prompt never change: with a cache, the row's first step computes
+    them and no other one does.
     """
     start, end, length = state.block_start, state.block_end, state.canvas_len
     cache, preset = plan.preset.cache, plan.preset
@@ -266,7 +276,9 @@ def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, begin: Te
         distance = (position - state.block_end[:, None]).clamp(min=0).double()
         z = 4 * distance / max(1, preset.horizon - 1)
         keep = (1.6 * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)).clamp(max=1)
-        request, place, block = (x.expand(B, L) for x in (sampling.request[:, None], position, state.block_start[:, None]))
+        request, place, block = (
+            x.expand(B, L) for x in (sampling.request[:, None], position, state.block_start[:, None])
+        )
         noise = uniform_scores(sampling.seed, torch.stack([request, place, block], -1).flatten(0, 1)).view(B, L)
         flags = flags & ((position < state.block_end[:, None]) | (noise < keep))
     if preset.keep_last:
@@ -275,7 +287,8 @@ def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, begin: Te
 
 
 def block_of(plan: Plan, position: Tensor) -> Tensor:
-    """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks count from 0."""
+    """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks
+    count from 0."""
     first = plan.first[:, None]
     if plan.diffusion.block_alignment == "abs":
         return 1 + torch.div(position - first % plan.block_length, plan.block_length, rounding_mode="floor")
@@ -283,7 +296,8 @@ def block_of(plan: Plan, position: Tensor) -> Tensor:
 
 
 def sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor]:
-    """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are none)."""
+    """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are
+    none)."""
     length = plan.preset.sub_block_length
     masked = first_masked(state.tokens, state.block_start, state.block_end, plan.diffusion.mask_token_id)
     masked = torch.maximum(torch.minimum(masked, state.block_end - 1), state.block_start)
@@ -297,7 +311,8 @@ def lane_start(plan: Plan, state: RowState) -> Tensor:
 
 
 def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor | None) -> None:
-    """Turns rows that go on in their block to a WIDE step where the preset or a policy (`more` [B] bool) refreshes the cache."""
+    """Turns rows that go on in their block to a WIDE step where the preset or a policy (`more` [B] bool) refreshes the
+    cache."""
     preset = plan.preset
     wanted = torch.zeros_like(took_part) if more is None else more
     if preset.warmup_steps:
@@ -313,15 +328,16 @@ def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor
 
 
 def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
-    """[4] int32 on the device: rows that need a wide step, rows that need a window step, and if widths vary, the widest window and
-    the most lanes that a row needs."""
+    """[4] int32 on the device: rows that need a wide step, rows that need a window step, and if widths vary, the widest
+    window and the most lanes that a row needs."""
     wide = state.phase == WIDE
     window = ~wide & (state.phase != DONE)
     widest = most = torch.zeros((), dtype=torch.int32, device=wide.device)
     if plan.varies and wide.numel():
         begin, stop, _, _ = _extent(plan, state, "window")
         need = _flags(plan, state, sampling, "window", begin, stop).sum(1) if plan.flagged else stop - begin
-        # Rows that are still to take their wide step count too: a host that reads this late has them in its next window.
+        # Rows that are still to take their wide step count too: a host that reads this late has them in its next
+        # window.
         widest = torch.where(window | wide, need, 0).amax()
         most = torch.where(window | wide, state.block_end - state.block_start, 0).amax()
     return torch.stack([wide.sum(), window.sum(), widest, most]).int()

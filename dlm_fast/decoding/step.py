@@ -1,4 +1,5 @@
-"""One denoise step: what is captured, profiled and tested. Fixed shapes, no host read, everything it changes in `Decode`."""
+"""One denoise step: what is captured, profiled and tested. Fixed shapes, no host read, everything it changes in
+`Decode`."""
 
 from __future__ import annotations
 
@@ -7,16 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dlm_kernels import RowState, Window
-from dlm_kernels.state import COMMIT, WIDE
 from torch import Tensor
 
-from .drafts import Drafts
+from dlm_kernels import RowState, Window
+from dlm_kernels.state import COMMIT, WIDE
+
 from ..patching import PatchHandle
 from ..policies import Choice, View
 from ..policies.base import Lanes, Memory
-from .plan import Plan, lane_start, request_refresh, selects_of, window_of
+from .drafts import Drafts
 from .measure import Sampling, lanes_view, measure, opening, rule_choice, stats_of
+from .plan import Plan, lane_start, request_refresh, selects_of, window_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Decode:
 
     Attributes:
         memory: the buffers of every policy. history: the logits of the step before, where a policy compares with them.
-        last_hidden: [B, d] hidden state of the position before every row's window, for models that predict the next position.
+        last_hidden: [B, d] hidden state of the position before every row's window, for models that predict the next
+            position.
         drafts: the source of speculation, None without.
     """
 
@@ -40,8 +43,11 @@ class Decode:
     drafts: Drafts | None
 
 
-def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: int | None = None, drafts: int = 1) -> None:
-    """One forward and what follows from it, in place, with no host read: window -> model -> confidence -> policies -> unmask.
+def denoise_step(
+    decode: Decode, kind: str, *, width: int | None = None, lanes: int | None = None, drafts: int = 1
+) -> None:
+    """One forward and what follows from it, in place, with no host read: window -> model -> confidence -> policies ->
+    unmask.
 
     Args:
         kind: "wide" (prefill or refresh) or "window"; rows that need the other kind are left unchanged.
@@ -63,7 +69,9 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
     if plan.preset.cfg_scale:
         query_len = 2 * query_len
     hidden = _forward(decode, window, canvases, drafts)
-    first_branch = hidden[: len(canvases)] if plan.preset.cfg_scale else hidden.view(-1, drafts, *hidden.shape[1:])[:, 0]
+    first_branch = (
+        hidden[: len(canvases)] if plan.preset.cfg_scale else hidden.view(-1, drafts, *hidden.shape[1:])[:, 0]
+    )
 
     stats: dict[str, Any] = {}
     if kind == "wide" and plan.preset.cache == "commit":
@@ -75,7 +83,16 @@ def denoise_step(decode: Decode, kind: str, *, width: int | None = None, lanes: 
         def view_with(bias: tuple[Tensor, Tensor] | None = None) -> View:
             history = decode.history if bias is None else None
             measured = measure(
-                decode.handle.ops, plan, state, sampling, logits, view_lanes, needed, history=history, bias=bias, branches=drafts
+                decode.handle.ops,
+                plan,
+                state,
+                sampling,
+                logits,
+                view_lanes,
+                needed,
+                history=history,
+                bias=bias,
+                branches=drafts,
             )
             return View(
                 plan=plan, state=state, memory={}, selects=selects, **vars(view_lanes), **measured, sampling=sampling,
@@ -132,7 +149,10 @@ def nothing_chosen(lanes: Lanes) -> Choice:
     B, W = lanes.position.shape
     device = lanes.position.device
     none = torch.zeros(B, W, dtype=torch.float32, device=device)
-    rows = {"value": torch.zeros(B, dtype=torch.float32, device=device), "min_unmask": torch.zeros(B, dtype=torch.int32, device=device)}
+    rows = {
+        "value": torch.zeros(B, dtype=torch.float32, device=device),
+        "min_unmask": torch.zeros(B, dtype=torch.int32, device=device),
+    }
     return Choice(pred=torch.zeros(B, W, dtype=torch.int64, device=device), score=none, confidence=none, **rows)
 
 
@@ -153,7 +173,9 @@ def _forward(decode: Decode, window: Window, canvases: Tensor, drafts: int) -> T
         window = repeat_rows(window, lambda x: x.repeat_interleave(drafts, 0))
         window = dataclasses.replace(window, kv_slot=torch.where(first[:, None], window.kv_slot, -1))
     if plan.preset.cfg_scale:
-        given = (state.unmask_step < 0) & (torch.arange(state.tokens.shape[1], device=canvases.device) < state.canvas_len[:, None])
+        given = (state.unmask_step < 0) & (
+            torch.arange(state.tokens.shape[1], device=canvases.device) < state.canvas_len[:, None]
+        )
         canvases = torch.cat([canvases, torch.where(given, plan.diffusion.mask_token_id, canvases)])
         rows = window.cache_row
         window = repeat_rows(window, lambda x: torch.cat([x, x]))
@@ -166,7 +188,9 @@ def _forward(decode: Decode, window: Window, canvases: Tensor, drafts: int) -> T
 
 def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
     """The window with `repeat` applied to the rows of every tensor."""
-    return dataclasses.replace(window, **{name: repeat(tensor).contiguous() for name, tensor in window.tensors().items()})
+    return dataclasses.replace(
+        window, **{name: repeat(tensor).contiguous() for name, tensor in window.tensors().items()}
+    )
 
 
 def _index_of(plan: Plan, window: Window, position: Tensor, L: int) -> Tensor:
@@ -184,7 +208,8 @@ def _rows_of(decode: Decode, window: Window, hidden: Tensor, position: Tensor) -
     """Hidden states [B, N, d] of the rows that predict `position` [B, N]."""
     L = decode.state.tokens.shape[1]
     if decode.plan.previous:
-        # Position 0 has no row before it. What the window does not hold is the position before it, kept from an earlier forward.
+        # Position 0 has no row before it. What the window does not hold is the position before it, kept from an earlier
+        # forward.
         position = torch.where(position > 0, position - 1, position)
         hidden = torch.cat([hidden, decode.last_hidden[:, None]], 1)
     index = _index_of(decode.plan, window, position, L).clamp(max=hidden.shape[1] - 1)
@@ -192,7 +217,8 @@ def _rows_of(decode: Decode, window: Window, hidden: Tensor, position: Tensor) -
 
 
 def _lane_logits(decode: Decode, window: Window, hidden: Tensor, position: Tensor, drafts: int) -> Tensor:
-    """Logits [B * drafts * lanes, V] that predict the lanes; with guidance u + (scale + 1) (c - u), u without the given tokens."""
+    """Logits [B * drafts * lanes, V] that predict the lanes; with guidance u + (scale + 1) (c - u), u without the given
+    tokens."""
     handle, preset = decode.handle, decode.plan.preset
 
     def logits_of(hidden: Tensor) -> Tensor:
@@ -223,26 +249,35 @@ def _shadow_confidence(decode: Decode, window: Window, hidden: Tensor, lanes: La
     """[B, W] fp32 probability of the held token at written lanes, predicted by the shadow of its position."""
     # The shadow of the block's j-th position lies j behind the canvas; block lanes begin at the block.
     length = window.q_len - (decode.state.block_end - decode.state.block_start)
-    index = (length[:, None] + torch.arange(lanes.position.shape[1], device=hidden.device)).clamp(0, hidden.shape[1] - 1).long()
+    index = (
+        (length[:, None] + torch.arange(lanes.position.shape[1], device=hidden.device))
+        .clamp(0, hidden.shape[1] - 1)
+        .long()
+    )
     rows_hidden = hidden.gather(1, index[..., None].expand(*index.shape, hidden.shape[2])).flatten(0, 1)
     logits = decode.handle.adapter.head(decode.handle.model, rows_hidden)
     written = (lanes.written & needed).flatten()
     rows = torch.where(written, torch.arange(written.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
     query = torch.where(written, lanes.tokens.flatten(), 0)
-    stats = stats_of(decode.handle.ops, logits, rows=rows, outputs=("query",), banned=decode.sampling.banned, query=query)
+    stats = stats_of(
+        decode.handle.ops, logits, rows=rows, outputs=("query",), banned=decode.sampling.banned, query=query
+    )
     return stats.query_confidence.view(lanes.position.shape)
 
 
 def _accept(decode: Decode, view: View, ready: Tensor, held: Tensor) -> Choice:
     """The choice of a step that verified the drafts `held` [B, D, W]."""
-    score = dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)).score(decode.plan.preset.score)
+    score = dataclasses.replace(view, position=view.position.repeat_interleave(held.shape[1], 0)).score(
+        decode.plan.preset.score
+    )
     by_draft = (x.view(held.shape) for x in (view.token, score, view.confidence))
     mask_id = decode.plan.diffusion.mask_token_id
     return decode.drafts.choose(decode.handle.ops, view, ready, view.selects, held, *by_draft, mask_id)
 
 
 def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:
-    """The most likely token after the window's last position, per row: what opens the next block after a prefill or commit."""
+    """The most likely token after the window's last position, per row: what opens the next block after a prefill or
+    commit."""
     sampling = decode.sampling
     last = (window.q_len - 1).clamp(min=0).long()
     rows_hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]

@@ -22,4 +22,6 @@ def adapter_for(model: nn.Module) -> ModuleType:
         hint = "; merge the adapter first (model.merge_and_unload())"
     elif hasattr(model, "_orig_mod"):
         hint = "; patch the model that was compiled (model._orig_mod), and compile it after that"
-    raise NotImplementedError(f"dlm_fast: unsupported model class {type(model).__name__}; supported are {supported}{hint}")
+    raise NotImplementedError(
+        f"dlm_fast: unsupported model class {type(model).__name__}; supported are {supported}{hint}"
+    )

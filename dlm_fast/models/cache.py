@@ -48,7 +48,15 @@ class KVCache(Cache):
     """
 
     def __init__(
-        self, *, num_layers: int, num_kv_heads: int, head_dim: int, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.capacity = capacity
         shape = (rows, num_kv_heads, capacity, head_dim)

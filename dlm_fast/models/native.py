@@ -1,7 +1,7 @@
 """Llama, Qwen2 and Qwen3 as transformers ships them, driven through its attention interface and a `Cache` subclass.
 
-No forward is rewritten. The base model is called with one extra keyword, `dlm_step`, which transformers hands through to
-the attention function; there our op stores the window's keys and values and attends, in one call.
+No forward is rewritten. The base model is called with one extra keyword, `dlm_step`, which transformers hands through
+to the attention function; there our op stores the window's keys and values and attends, in one call.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from dlm_kernels import Window
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .cache import KVCache
+from dlm_kernels import Window
+
 from ..ops import Ops
+from .cache import KVCache
 
 CLASSES = {LlamaForCausalLM: LlamaAttention, Qwen2ForCausalLM: Qwen2Attention, Qwen3ForCausalLM: Qwen3Attention}
 MODEL_TYPES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
@@ -56,16 +57,21 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H, D]."""
+    """transformers' attention function: query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H,
+    D]."""
     if dlm_step is None:
-        raise RuntimeError("dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load")
+        raise RuntimeError(
+            "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
+        )
     for name, given in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
         if given is not None:
             raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
     if dropout:
         raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
     if query.requires_grad and torch.is_grad_enabled() and dlm_step.ops.name == "triton":
-        raise NotImplementedError("dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'")
+        raise NotImplementedError(
+            "dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'"
+        )
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in past_key_values"
@@ -74,7 +80,8 @@ def attention(
     caches = (None, None) if layer is None else (layer.keys, layer.values)
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # As torch's own attention does there: RoPE leaves queries and keys in float32, where the projection of values has not.
+        # As torch's own attention does there: RoPE leaves queries and keys in float32, where the projection of values
+        # has not.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
             out = dlm_step.ops.block_attention(query, key, value, *caches, dlm_step.window, scale=scaling)
@@ -102,9 +109,13 @@ def verify(model: nn.Module) -> None:
         module = layer.self_attn
         if type(module) is not expected or "forward" in module.__dict__:
             found = type(module).__name__ + (" with a replaced forward" if "forward" in module.__dict__ else "")
-            raise NotImplementedError(f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {found}")
+            raise NotImplementedError(
+                f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {found}"
+            )
         if getattr(module, "sliding_window", None) is not None:
-            raise NotImplementedError(f"dlm_fast: layer {index} has sliding_window={module.sliding_window}; only full attention is supported")
+            raise NotImplementedError(
+                f"dlm_fast: layer {index} has sliding_window={module.sliding_window}; only full attention is supported"
+            )
 
 
 def head_dims(model: nn.Module) -> set[int]:
@@ -118,7 +129,8 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def altered(model: nn.Module, step: Step) -> str | None:
-    """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through `step`."""
+    """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through
+    `step`."""
     layers = model.model.layers
     if step.served == list(range(len(layers))):
         return None
@@ -134,8 +146,11 @@ def altered(model: nn.Module, step: Step) -> str | None:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of hidden states, keys and values: that of the first norm's output. A quantised layer's weights have another one."""
-    return torch.promote_types(model.model.embed_tokens.weight.dtype, model.model.layers[0].input_layernorm.weight.dtype)
+    """The dtype of hidden states, keys and values: that of the first norm's output. A quantised layer's weights have
+    another one."""
+    return torch.promote_types(
+        model.model.embed_tokens.weight.dtype, model.model.layers[0].input_layernorm.weight.dtype
+    )
 
 
 def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:

@@ -1,6 +1,7 @@
 """Acceleration policies: what modifies a preset's rule, as torch functions on the device.
 
-To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or subclass `Policy` if it needs memory between steps:
+To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or subclass `Policy` if it needs memory
+between steps:
 
     def leftmost_two(view, choice):                        # exactly these positions
         return view.best(torch.full_like(view.step, 2), score=-view.position.float())

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState
 from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.reference.select import quota, rank_order
-from torch import Tensor
 
 from ..limits import shown
 
 if TYPE_CHECKING:
-    from ..decoding.plan import Plan
     from ..decoding.measure import Sampling
+    from ..decoding.plan import Plan
 
 # Tensors, but for policies that work on the host.
 Memory = dict[str, Any]
@@ -27,8 +28,9 @@ Memory = dict[str, Any]
 class Lanes:
     """The positions that a step may write, lane by lane [B, W]; the first half of a `View`.
 
-    position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the block (or the
-    pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder wrote.
+    position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the
+    block (or the pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder
+    wrote.
     """
 
     position: Tensor
@@ -41,7 +43,8 @@ class Lanes:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being `position[:, j]`.
+    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being
+    `position[:, j]`.
 
     Statistics hold where they were needed (`Policy.reads`) and are 0 (token -1) elsewhere.
 
@@ -49,12 +52,13 @@ class View:
         plan, state: what is decoded, and where every row stands, before this step's writes.
         memory: the policy's own buffers (`Policy.memory`), kept between steps.
         selects: [B] bool rows that take part in this step; nothing of the others is used.
-        position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the block
-            (or the pipeline's blocks). eligible: bool, both. written: bool positions of the region that the decoder wrote.
-        token: int64 prediction (drawn if there is a temperature). confidence: its probability. greedy, greedy_confidence: the
-            most likely token and its probability. margin: top-1 minus top-2 probability. gap: top-1 minus top-2 logit of the
-            model's own distribution, whatever may be drawn. entropy: nats. kl: nats, to the step before. error: int32.
-            None where the policy did not ask for it in `outputs`.
+        position: int32. tokens: int64 held tokens. masked: bool masked positions of the canvas. in_region: bool, of the
+            block (or the pipeline's blocks). eligible: bool, both. written: bool positions of the region that the
+            decoder wrote.
+        token: int64 prediction (drawn if there is a temperature). confidence: its probability. greedy,
+            greedy_confidence: the most likely token and its probability. margin: top-1 minus top-2 probability. gap:
+            top-1 minus top-2 logit of the model's own distribution, whatever may be drawn. entropy: nats. kl: nats, to
+            the step before. error: int32. None where the policy did not ask for it in `outputs`.
         block_start, block_end, block_step, step: of the state, [B].
         restate: statistics again, with a sparse logit bias (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
         logits: [B, W, V] as the model's head gave them (guidance included), for policies that want all of them.
@@ -98,7 +102,9 @@ class View:
         """A number in (0, 1) per lane, fp32 [B, W], that depends on (seed, request, position, the row's step) only."""
         B, W = self.position.shape
         request, step = (x[:, None].expand(B, W) for x in (self.sampling.request, self.state.step))
-        return uniform_scores(self.sampling.seed, torch.stack([request, self.position, step], -1).flatten(0, 1)).view(B, W)
+        return uniform_scores(self.sampling.seed, torch.stack([request, self.position, step], -1).flatten(0, 1)).view(
+            B, W
+        )
 
     def score(self, name: str) -> Tensor:
         """The numbers [B, W] fp32 that a preset's `score` or `rank` names."""
@@ -111,7 +117,8 @@ class View:
         return -self.position.float() if name == "position" else self.confidence
 
     def stated(self) -> dict[str, Tensor | None]:
-        """The fields of a `Choice` that are the step's statistics: what is predicted, what is tested and what orders."""
+        """The fields of a `Choice` that are the step's statistics: what is predicted, what is tested and what
+        orders."""
         preset = self.plan.preset
         score, rank = self.score(preset.score), None if preset.rank is None else self.score(preset.rank)
         if preset.suppress_eos:
@@ -135,7 +142,8 @@ class View:
         return (self.token[:, :, None] == self.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
-        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are masked."""
+        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are
+        masked."""
         spread = self.sampling.block_length if self.plan.preset.quota_of == "block" else self.state.block_masks
         return quota(spread, self.state.block_step, self.sampling.steps)
 
@@ -155,8 +163,8 @@ class View:
 class Choice:
     """What the `unmask` op is told, lane by lane [B, W] or row by row [B]; see its reference for the meaning of each.
 
-    A policy returns a changed copy: `dataclasses.replace(choice, score=...)`. `exact`: `score` > `value` decides, whatever the
-    preset's rule (`only` sets it).
+    A policy returns a changed copy: `dataclasses.replace(choice, score=...)`. `exact`: `score` > `value` decides,
+    whatever the preset's rule (`only` sets it).
     """
 
     pred: Tensor
@@ -179,7 +187,8 @@ class Choice:
     exact: bool = False
 
     def only(self, chosen: Tensor, fallback: Tensor | None = None) -> Choice:
-        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32 best."""
+        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32
+        best."""
         least = torch.zeros_like(self.min_unmask) if fallback is None else torch.ones_like(self.min_unmask)
         return dataclasses.replace(
             self,
@@ -194,13 +203,16 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A rule for what a step writes, in torch functions that run on the device. Subclasses are frozen dataclasses of their numbers.
+    """A rule for what a step writes, in torch functions that run on the device. Subclasses are frozen dataclasses of
+    their numbers.
 
-    Nothing in them may read a tensor on the host or make a shape that depends on values, so that a step can be captured.
+    Nothing in them may read a tensor on the host or make a shape that depends on values, so that a step can be
+    captured.
 
     Class attributes:
         outputs: statistics it needs beyond token and confidence: any of "margin", "gap", "entropy", "kl".
-        reads: whose statistics: "masked" (eligible positions), "region" (also written ones), "row" (masked ones of the canvas).
+        reads: whose statistics: "masked" (eligible positions), "region" (also written ones), "row" (masked ones of the
+            canvas).
         family: what it replaces, to refuse what makes no sense together: "select", "exit", "revise", "edit", "refresh".
         greedy_only: it makes its own predictions, and refuses a temperature, top_k and top_p.
         remask: how a revising policy masks tokens again (`UnmaskRule.remask`).
@@ -249,14 +261,19 @@ class Function(Policy):
         if isinstance(result, Choice):
             return result
         shape = tuple(view.position.shape)
-        if not isinstance(result, Tensor) or tuple(result.shape) != shape or result.dtype not in (torch.bool, torch.float32):
+        if (
+            not isinstance(result, Tensor)
+            or tuple(result.shape) != shape
+            or result.dtype not in (torch.bool, torch.float32)
+        ):
             got = f"{tuple(result.shape)}, {result.dtype}" if isinstance(result, Tensor) else repr(result)
             raise TypeError(f"generate: policy must return a Choice or a bool or float32 tensor {shape}, got {got}")
         return choice.only(result) if result.dtype == torch.bool else dataclasses.replace(choice, score=result)
 
 
 def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
-    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, naming the argument."""
+    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, naming the
+    argument."""
     if policy is None:
         return ()
     if isinstance(policy, Policy):
@@ -270,9 +287,12 @@ def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
 
 
 def places(among: Tensor, score: Tensor) -> Tensor:
-    """The place of every lane in the order of `unmask` (score descending, position ascending), W for lanes not `among`. [B, W] int64"""
+    """The place of every lane in the order of `unmask` (score descending, position ascending), W for lanes not `among`.
+    [B, W] int64"""
     order = rank_order(among, score)
-    place = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    place = torch.zeros_like(order).scatter(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return torch.where(among, place, order.shape[1])
 
 

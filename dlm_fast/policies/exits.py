@@ -7,8 +7,9 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from dlm_kernels import RowState
 from torch import Tensor
+
+from dlm_kernels import RowState
 
 if TYPE_CHECKING:
     from ..decoding.plan import Plan
@@ -30,7 +31,8 @@ def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
 
 
 def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
-    """One number per row [B] float64 from the gaps `among` [B, W] bool; "median" is the lower one, "quantile" is 0.2, interpolated."""
+    """One number per row [B] float64 from the gaps `among` [B, W] bool; "median" is the lower one, "quantile" is 0.2,
+    interpolated."""
     n = among.sum(1)
     if how == "mean":
         return torch.where(among, gap.double(), 0.0).sum(1) / n.clamp(min=1)
@@ -48,12 +50,13 @@ def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Prophet(Policy):
-    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet, arXiv:2508.19982.
+    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet,
+    arXiv:2508.19982.
 
     Where a cache leaves later blocks uncomputed (dual, block-causal), an exit finishes the block instead of the row.
 
-    answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of the row.
-    gap_thresholds: for the first third of the schedule, the second, and the rest.
+    answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of
+    the row. gap_thresholds: for the first third of the schedule, the second, and the rest.
     """
 
     answer_start: int | None = None
@@ -74,7 +77,11 @@ class Prophet(Policy):
         if self.answer_start is None:
             return lanes.masked
         start = plan.first[:, None] + self.answer_start
-        answer = (lanes.position >= start) & (lanes.position < start + ANSWER_LENGTH) & (lanes.position < state.canvas_len[:, None])
+        answer = (
+            (lanes.position >= start)
+            & (lanes.position < start + ANSWER_LENGTH)
+            & (lanes.position < state.canvas_len[:, None])
+        )
         # With a cache, steps do not compute what lies before the block.
         return answer if plan.preset.cache == "none" else answer & (lanes.position >= state.block_start[:, None])
 
@@ -92,10 +99,12 @@ class Prophet(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Sched(Policy):
-    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED, arXiv:2512.02892.
+    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED,
+    arXiv:2512.02892.
 
-    curve: over u = step / (steps - 1): "cosine", "linear", or "exponential" with `rate`. reduce: what is made of the gaps. With
-    max_change below 1, the predictions must besides have changed in at most that share of positions, for `patience` + 1 steps.
+    curve: over u = step / (steps - 1): "cosine", "linear", or "exponential" with `rate`. reduce: what is made of the
+    gaps. With max_change below 1, the predictions must besides have changed in at most that share of positions, for
+    `patience` + 1 steps.
     """
 
     curve: str = "cosine"
@@ -113,7 +122,9 @@ class Sched(Policy):
     def __post_init__(self) -> None:
         for name, known in (("curve", CURVES), ("reduce", REDUCTIONS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"policy Sched: {name} must be one of {', '.join(known)}, got {name}={shown(getattr(self, name))}")
+                raise ValueError(
+                    f"policy Sched: {name} must be one of {', '.join(known)}, got {name}={shown(getattr(self, name))}"
+                )
         for name in ("high", "low"):
             number("policy Sched", name, getattr(self, name))
         number("policy Sched", "rate", self.rate, 0)

@@ -26,8 +26,8 @@ MAX_SIZE = 4096
 def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
     """The sum over one dimension, halves added until one is left.
 
-    Elementwise additions alone: the order in which an entry's terms are added depends on their number only, where a matrix
-    product's or a reduction's may depend on how many rows are computed together.
+    Elementwise additions alone: the order in which an entry's terms are added depends on their number only, where a
+    matrix product's or a reduction's may depend on how many rows are computed together.
     """
     x = x.movedim(dim, -1)
     size = 1 << (x.shape[-1] - 1).bit_length()
@@ -39,7 +39,8 @@ def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that gives a row the same bits in any batch. In training, where that does not matter, a matrix product."""
+    """A linear layer that gives a row the same bits in any batch. In training, where that does not matter, a matrix
+    product."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -53,7 +54,8 @@ def probability(logits: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """A trained head. Subclasses say what they read; `logits` has their arguments, and `forward` gives sigmoid(logits) in [0, 1].
+    """A trained head. Subclasses say what they read; `logits` has their arguments, and `forward` gives sigmoid(logits)
+    in [0, 1].
 
     Attributes:
         block_length: of the block that it reads, position by position. width: of its hidden layer.
@@ -64,7 +66,14 @@ class Head(nn.Module):
     kind: ClassVar[str]
 
     def __init__(
-        self, block_length: int, width: int, *, accept_threshold: float = 0.5, trained_on: str = "", seed: int = 0, step: int = 0
+        self,
+        block_length: int,
+        width: int,
+        *,
+        accept_threshold: float = 0.5,
+        trained_on: str = "",
+        seed: int = 0,
+        step: int = 0,
     ) -> None:
         super().__init__()
         self.block_length, self.width, self.accept_threshold = block_length, width, accept_threshold
@@ -83,9 +92,11 @@ class Head(nn.Module):
 
 
 class FilterHead(Head):
-    """Learn2PD's filter: a block's confidences through two layers. arXiv:2509.25188 (published for blocks of 32, 32 wide).
+    """Learn2PD's filter: a block's confidences through two layers. arXiv:2509.25188 (published for blocks of 32, 32
+    wide).
 
-    confidence [B, block_length] fp32, 0 where nothing is masked -> [B, block_length] logits of "this prediction is final".
+    confidence [B, block_length] fp32, 0 where nothing is masked -> [B, block_length] logits of "this prediction is
+    final".
     """
 
     kind = "filter"
@@ -99,11 +110,13 @@ class FilterHead(Head):
 
 
 class CommitHead(Head):
-    """One transformer layer from a block's confidences to the probability that a position is written, after Jazbec et al. 2025.
+    """One transformer layer from a block's confidences to the probability that a position is written, after Jazbec et
+    al. 2025.
 
-    confidence [B, W] fp32, 0 where nothing is masked; masked [B, W] bool; time [B] fp32, the share of the block's steps that are
-    over -> [B, W] logits, W the block length. Two attention heads. The paper's is 128 wide, 300 thousand parameters, for
-    models of 8 billion; the one that is shipped runs beside a model of 0.9 million and is 32 wide, 9 thousand.
+    confidence [B, W] fp32, 0 where nothing is masked; masked [B, W] bool; time [B] fp32, the share of the block's steps
+    that are over -> [B, W] logits, W the block length. Two attention heads. The paper's is 128 wide, 300 thousand
+    parameters, for models of 8 billion; the one that is shipped runs beside a model of 0.9 million and is 32 wide, 9
+    thousand.
     """
 
     kind = "commit"
@@ -123,7 +136,9 @@ class CommitHead(Head):
     def logits(self, confidence: Tensor, masked: Tensor, time: Tensor) -> Tensor:
         # Most confidences are close to 1, where their logarithm still tells them apart.
         certainty = -torch.log((1 - confidence).clamp(min=2.0**-24)) / self.certain
-        features = torch.stack([confidence, certainty, masked.to(confidence.dtype), time[:, None].expand_as(confidence)], -1)
+        features = torch.stack(
+            [confidence, certainty, masked.to(confidence.dtype), time[:, None].expand_as(confidence)], -1
+        )
         x = self.features(features) + self.position
         x = x + self.attended(self._attention(_normed(x)))
         x = x + self.shrunk(F.relu(self.hidden(_normed(x))))
@@ -151,7 +166,8 @@ def shipped() -> list[str]:
 
 
 def save_head(head: Head, path: str | Path) -> None:
-    """Writes a head. The file appears under its name once it is complete; an earlier one survives until then, and an OSError."""
+    """Writes a head. The file appears under its name once it is complete; an earlier one survives until then, and an
+    OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -171,10 +187,11 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
     """A trained head for the presets "learn2pd" (kind "filter") and "learned-commit" (kind "commit").
 
     Args:
-        name_or_path: a head that comes with the package ("tiny-filter", "tiny-commit"), or a *.safetensors file. device: default
-            "cuda" if there is one, else "cpu".
+        name_or_path: a head that comes with the package ("tiny-filter", "tiny-commit"), or a *.safetensors file.
+            device: default "cuda" if there is one, else "cpu".
     Raises:
-        CheckpointError: no such head, a file that is not a head's, another kind, tensors missing, unknown, of another shape or
+        CheckpointError: no such head, a file that is not a head's, another kind, tensors missing, unknown, of another
+        shape or
             dtype, or not finite.
     """
     path = Path(name_or_path)
@@ -215,7 +232,9 @@ def _head_of(path: Path, metadata: dict[str, str]) -> Head:
         got = ", ".join(sorted(metadata)) or "none"
         raise CheckpointError(f"load_head: metadata of {path} must be {', '.join(FIELDS)}, got {got}")
     if metadata["kind"] not in KINDS:
-        raise CheckpointError(f"load_head: kind of {path} must be one of {', '.join(KINDS)}, got kind={metadata['kind']!r}")
+        raise CheckpointError(
+            f"load_head: kind of {path} must be one of {', '.join(KINDS)}, got kind={metadata['kind']!r}"
+        )
     facts: dict[str, Any] = {"trained_on": metadata["trained_on"]}
     for name, kind, low, high in (
         ("block_length", int, 1, MAX_SIZE),

@@ -1,4 +1,5 @@
-"""Policies that remember earlier steps of the block: stable predictions, consistent trajectories, accumulated credit."""
+"""Policies that remember earlier steps of the block: stable predictions, consistent trajectories, accumulated
+credit."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+
 from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BIAS
 
@@ -15,7 +17,8 @@ from .base import Choice, Memory, Policy, View, lanes_of
 
 @dataclasses.dataclass(frozen=True)
 class KLStability(Policy):
-    """Writes every confident position whose distribution stood still for `kl_history` steps, or else the schedule's share.
+    """Writes every confident position whose distribution stood still for `kl_history` steps, or else the schedule's
+    share.
 
     ready = score > threshold, and KL(p_t || p_{t-1}) < kl_threshold in the last kl_history steps of this block.
     KLASS, arXiv:2511.05664.
@@ -42,13 +45,15 @@ class KLStability(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class ConsistentTrajectory(Policy):
-    """Writes candidates that stayed on the short list with the same prediction, instead of this step's best. CCD, list form.
+    """Writes candidates that stayed on the short list with the same prediction, instead of this step's best. CCD, list
+    form.
 
     dynamic: all of them (CCD-DS), else as many as the schedule writes. CCD: arXiv:2512.02044.
     """
 
     dynamic: bool = False
-    # Steps before the list may decide; candidates a step gains from then on; the list's longest length in shares of the schedule.
+    # Steps before the list may decide; candidates a step gains from then on; the list's longest length in shares of the
+    # schedule.
     warmup: ClassVar[int] = 4
     longest: ClassVar[int] = 5
 
@@ -81,8 +86,8 @@ class ConsistentTrajectory(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Credit(Policy):
-    """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding (arXiv:2510.06133) in dInfer,
-    sparse form.
+    """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding (arXiv:2510.06133) in
+    dInfer, sparse form.
 
     C <- credit_decay * C;  C[top-1] += p ** credit_power;  decode from logits + credit_weight * ln(1 + C). Every step touches one
     token per position, so one slot per step of the block holds all of C.
@@ -100,7 +105,9 @@ class Credit(Policy):
     def memory(self, plan, state: RowState) -> Memory:
         B, slots = state.tokens.shape[0], plan.block_length
         if slots > MAX_BIAS:
-            raise ValueError(f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got block_length={slots}")
+            raise ValueError(
+                f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got block_length={slots}"
+            )
         device = state.tokens.device
         return {
             "ids": torch.full((B, plan.lanes, slots), -1, dtype=torch.int64, device=device),
@@ -114,11 +121,12 @@ class Credit(Policy):
         slots = torch.arange(ids.shape[2], device=ids.device)
         known = ids == view.greedy[:, :, None]
         # The first step at which a token leads gives it the slot of that step.
-        own = torch.where(known.any(2, keepdim=True), known, slots == view.block_step[:, None, None]) & view.eligible[:, :, None]
+        own = (
+            torch.where(known.any(2, keepdim=True), known, slots == view.block_step[:, None, None])
+            & view.eligible[:, :, None]
+        )
         ids = torch.where(own, view.greedy[:, :, None], ids)
         credit = torch.where(own, credit + view.greedy_confidence[:, :, None] ** self.credit_power, credit)
         view.keep("ids", ids)
         view.keep("credit", credit)
         return view.restated(choice, ids, self.credit_weight * torch.log1p(credit))
-
-

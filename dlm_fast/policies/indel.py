@@ -1,4 +1,5 @@
-"""Insert and delete: a block whose tokens move between positions. Plain torch on the host, on every backend; it cannot be captured."""
+"""Insert and delete: a block whose tokens move between positions. Plain torch on the host, on every backend; it cannot
+be captured."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
+
 from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DENOISE, DONE
-from torch import Tensor
 
 from ..limits import number, whole
 from .base import Choice, Memory, Policy, View
@@ -33,8 +35,8 @@ class _Slot:
 
 @dataclasses.dataclass
 class _Row:
-    """A row's block while it is edited. seen: contents that steps have begun with. history: by position, what was written there,
-    commands included; it stays where it is when tokens move."""
+    """A row's block while it is edited. seen: contents that steps have begun with. history: by position, what was
+    written there, commands included; it stays where it is when tokens move."""
 
     slots: list[_Slot]
     seen: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
@@ -47,14 +49,15 @@ class _Row:
 class InsertDelete(Policy):
     """The joint threshold with two more predictions: DELETE drops its position, SPLIT puts a mask before it. LLaDA2.2.
 
-    A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written tokens above
-    `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the one that writes the last
-    of them), or after more than block length + `max_post_edits` steps; a final step writes everything, and no mask, DELETE or
-    SPLIT. Where the block returns to a content it has had, the least certain change avoids what was written at its position before,
-    DELETE and SPLIT included; the position's history stays when tokens move.
+    A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written
+    tokens above `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the
+    one that writes the last of them), or after more than block length + `max_post_edits` steps; a final step writes
+    everything, and no mask, DELETE or SPLIT. Where the block returns to a content it has had, the least certain change
+    avoids what was written at its position before, DELETE and SPLIT included; the position's history stays when tokens
+    move.
 
-    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text. max_post_edits: SGLang's
-    max_post_edit_steps.
+    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text. max_post_edits:
+    SGLang's max_post_edit_steps.
     """
 
     delete_id: int | None = None
@@ -73,7 +76,9 @@ class InsertDelete(Policy):
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         if self.delete_id is None or self.split_id is None:
-            raise ValueError("generate: preset llada2.2 needs delete_id= and split_id=, the ids of the model's two commands")
+            raise ValueError(
+                "generate: preset llada2.2 needs delete_id= and split_id=, the ids of the model's two commands"
+            )
         return {"rows": {}, "held": {}}
 
     def choose(self, view: View, choice: Choice) -> Choice:
@@ -131,7 +136,10 @@ class InsertDelete(Policy):
         row.post += not original
         limit = self.max_post_edits
         final = (limit > 0 and row.post >= limit) or (limit == 0 and not original) or row.updates > n + limit
-        best = [predict(j, {mask_id} if slots[j].original and slots[j].token == mask_id and not final else set()) for j in range(n)]
+        best = [
+            predict(j, {mask_id} if slots[j].original and slots[j].token == mask_id and not final else set())
+            for j in range(n)
+        ]
 
         def chosen_masks() -> list[int]:
             if final or not original:
@@ -184,4 +192,6 @@ class InsertDelete(Policy):
         end = start + len(row.slots)
         state.tokens[b, start:end] = torch.tensor([slot.token for slot in row.slots])
         state.unmask_step[b, start:end] = torch.tensor([slot.step for slot in row.slots], dtype=torch.int32)
-        state.unmask_confidence[b, start:end] = torch.tensor([slot.confidence for slot in row.slots], dtype=torch.float32)
+        state.unmask_confidence[b, start:end] = torch.tensor(
+            [slot.confidence for slot in row.slots], dtype=torch.float32
+        )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from dlm_kernels import RowState
 from torch import Tensor
+
+from dlm_kernels import RowState
 
 from ..limits import flag, number, shown
 from .base import Choice, Memory, Policy, View
@@ -25,7 +26,8 @@ class _Learned(Policy):
     """What the two have in common: opening a head, and showing it its block.
 
     head: a `Head`, its name or file (opened on the model's device when a decode starts), or a function.
-    accept_threshold: what the head's probabilities are compared with; None = what the head was trained for, or `published`.
+    accept_threshold: what the head's probabilities are compared with; None = what the head was trained for, or
+    `published`.
     """
 
     head: Callable[..., Tensor] | str | Path | None = None
@@ -35,17 +37,22 @@ class _Learned(Policy):
         number(f"policy {type(self).__name__}", "accept_threshold", self.accept_threshold, 0, 1, none=True)
 
     def _opened(self, plan: Plan, state: RowState, kind: str, called: str, signature: str, published: float) -> Memory:
-        """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not fit."""
+        """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not
+        fit."""
         name, head = f"preset {plan.preset.name}", self.head
         if head is None:
-            raise ValueError(f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}")
+            raise ValueError(
+                f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}"
+            )
         if isinstance(head, (str, Path)):
             head = load_head(head, device=state.tokens.device)
         if plan.block_length > MAX_SIZE:
             rule = f"a head reads a block of at most {MAX_SIZE} positions"
             raise ValueError(f"generate: {name}: {rule}, got block_length={plan.block_length}")
         if not callable(head):
-            raise TypeError(f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}")
+            raise TypeError(
+                f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}"
+            )
         if isinstance(head, Head):
             device = next(head.parameters()).device
             wrong = {
@@ -64,7 +71,8 @@ class _Learned(Policy):
 
 
 def of_block(view: View, values: Tensor) -> Tensor:
-    """Values [B, W] of the lanes as values [B, block_length] of the block's positions, 0 (False) where there is no lane."""
+    """Values [B, W] of the lanes as values [B, block_length] of the block's positions, 0 (False) where there is no
+    lane."""
     W, length = values.shape[1], view.plan.block_length
     if not view.plan.whole_row:
         return F.pad(values, (0, length - W)) if W < length else values
@@ -90,7 +98,8 @@ class LearnedFilter(_Learned):
     Learn2PD, arXiv:2509.25188.
 
     head: (confidence [B, block_length] fp32, 0 where not eligible) -> [B, block_length] in [0, 1], on the device.
-    eotp: end-of-text prediction: the row is cut after the first accepted position that predicts an EOS, or else after the most
+    eotp: end-of-text prediction: the row is cut after the first accepted position that predicts an EOS, or else after
+    the most
         confident masked one of the block that does. What is cut off is not computed any more, and never written.
     """
 
@@ -124,13 +133,14 @@ class LearnedFilter(_Learned):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedCommit(_Learned):
-    """A learned head writes the positions to which it gives more than `accept_threshold`; none: the one to which it gives most.
+    """A learned head writes the positions to which it gives more than `accept_threshold`; none: the one to which it
+    gives most.
 
-    Learning Unmasking Policies, arXiv:2512.09106, decoded greedily. There the head is trained by reinforcement; the heads that
-    come with this package are trained on targets (`python -m dlm_fast.training policy`).
+    Learning Unmasking Policies, arXiv:2512.09106, decoded greedily. There the head is trained by reinforcement; the
+    heads that come with this package are trained on targets (`python -m dlm_fast.training policy`).
 
-    head: (confidence [B, block_length] fp32, 0 where not eligible; eligible [B, block_length] bool; time [B] fp32, steps taken in
-    the block over its length, at most 1) -> [B, block_length] in [0, 1], on the device.
+    head: (confidence [B, block_length] fp32, 0 where not eligible; eligible [B, block_length] bool; time [B] fp32,
+    steps taken in the block over its length, at most 1) -> [B, block_length] in [0, 1], on the device.
     """
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
@@ -147,4 +157,3 @@ class LearnedCommit(_Learned):
 def block_time(view: View) -> Tensor:
     """[B] fp32 in [0, 1]: denoise steps taken in the block over its length."""
     return (view.block_step.float() / view.plan.block_length).clamp(max=1.0)
-

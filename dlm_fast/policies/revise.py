@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+
 from dlm_kernels import RowState
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ from .base import Choice, Memory, Policy, View, lanes_of, rows_of
 class RunningConfidence(Policy):
     """Every step writes all masks and takes back the least confident, so that the block fills on a fixed schedule.
 
-    After step i of S, ceil(m0 (i + 1) / S) of the block's m0 masks are written; a token keeps the score of the step that wrote it.
-    RCR in MDPO, arXiv:2508.13148.
+    After step i of S, ceil(m0 (i + 1) / S) of the block's m0 masks are written; a token keeps the score of the step
+    that wrote it. RCR in MDPO, arXiv:2508.13148.
     """
 
     family: ClassVar[str] = "revise"
@@ -49,7 +50,11 @@ class Backtrack(Policy):
 
     def memory(self, plan: Plan, state: RowState) -> Memory:
         whole = torch.zeros_like(state.unmask_confidence)
-        return {"last": lanes_of(plan, state, torch.float32), "final": whole, "ever": torch.zeros_like(whole, dtype=torch.bool)}
+        return {
+            "last": lanes_of(plan, state, torch.float32),
+            "final": whole,
+            "ever": torch.zeros_like(whole, dtype=torch.bool),
+        }
 
     def choose(self, view: View, choice: Choice) -> Choice:
         last = torch.where((view.block_step == 0)[:, None], 0.0, view.memory["last"])
@@ -78,15 +83,16 @@ class Backtrack(Policy):
 class Wino(Policy):
     """Wide in, narrow out: writes boldly, and takes back what its context no longer supports. WINO, arXiv:2507.18578.
 
-    A shadow copy of the block predicts every written token from all the others; the lowest of those below verify_threshold are
-    masked again, fewer than the step before has written.
+    A shadow copy of the block predicts every written token from all the others; the lowest of those below
+    verify_threshold are masked again, fewer than the step before has written.
     """
 
     verify_threshold: float = 0.9
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "wino"
-    # Tokens a step may write: this share of the masks, within bounds. What the first step of a block counts as the step before it.
+    # Tokens a step may write: this share of the masks, within bounds. What the first step of a block counts as the step
+    # before it.
     share: ClassVar[float] = 0.7
     least: ClassVar[int] = 5
     most: ClassVar[int] = 20
@@ -115,10 +121,11 @@ class Wino(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class JointThreshold(Policy):
-    """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1, arXiv:2602.08676.
+    """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1,
+    arXiv:2602.08676.
 
-    A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. repeat_penalty is subtracted from the
-    logit of the token before each position, of the block; its first position has none (SGLang).
+    A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. repeat_penalty is
+    subtracted from the logit of the token before each position, of the block; its first position has none (SGLang).
     """
 
     edit_threshold: float = 0.0
@@ -144,4 +151,6 @@ class JointThreshold(Policy):
         full = ~view.eligible.any(1)
         post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)
         settled = full & (post > self.max_post_edits)
-        return dataclasses.replace(choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(settled, math.inf))
+        return dataclasses.replace(
+            choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(settled, math.inf)
+        )

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from ..limits import number, whole
 from .base import Choice, Policy, View
 
-
 # Narrower than this, a neighbour's weight is 0 in float64 anyway, and the square of the width soon is.
 MIN_SIGMA = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class NearBest(Policy):
-    """The threshold is lowered to just below the best score where nothing reaches it, so near-ties of the best are written with it.
+    """The threshold is lowered to just below the best score where nothing reaches it, so near-ties of the best are
+    written with it.
 
     value = min(value, best score - slack). dInfer, arXiv:2510.08666.
     """
@@ -35,7 +35,8 @@ class NearBest(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveThreshold(Policy):
-    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM, arXiv:2601.17917."""
+    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM,
+    arXiv:2601.17917."""
 
     alpha: float = 0.3
 
@@ -87,7 +88,9 @@ class CertaintyPrior(Policy):
         last = decoded.gather(1, (state.canvas_len[:, None] - 1).clamp(min=0).long())
         inside = torch.arange(L, device=decoded.device) < state.canvas_len[:, None]
         decoded = torch.where(inside, decoded, last).double()
-        padded = torch.cat([torch.ones_like(decoded[:, :1]).expand(-1, self.reach), decoded, last.double().expand(-1, self.reach)], 1)
+        padded = torch.cat(
+            [torch.ones_like(decoded[:, :1]).expand(-1, self.reach), decoded, last.double().expand(-1, self.reach)], 1
+        )
         offset = torch.arange(-self.reach, self.reach + 1, device=decoded.device, dtype=torch.float64)
         weight = torch.exp(-(offset**2) / (2 * float(self.sigma) ** 2))
         share = F.conv1d(padded[:, None], (weight / weight.sum())[None, None])[:, 0]

@@ -18,9 +18,9 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
 
     policy: what `generate(policy=...)` was given; it acts after the preset's own policies.
 
-    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or option, for an
-    option that the decoder does not read (`presets/options.py`), for a combination that makes no sense, and where the preset's
-    visibility is not the model's.
+    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or
+    option, for an option that the decoder does not read (`presets/options.py`), for a combination that makes no sense,
+    and where the preset's visibility is not the model's.
     """
     if preset is None:
         preset = "llada" if visibility == "full" else "sdar"
@@ -33,12 +33,16 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     known = {*FIELDS, *(field.name for each in policies for field in dataclasses.fields(each))}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise ValueError(f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are {', '.join(preset.options())}")
+        raise ValueError(
+            f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are {', '.join(preset.options())}"
+        )
     if not preset.supported:
         raise NotImplementedError(f"preset {preset.name} needs {preset.needs}; its rule is UnmaskRule(renoise=True)")
     if preset.visibility != visibility:
         fitting = ", ".join(p.name for p in PRESETS.values() if p.visibility == visibility)
-        raise ValueError(f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; use {fitting}")
+        raise ValueError(
+            f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; use {fitting}"
+        )
     chosen = preset.replace(**{**overrides, "policies": policies})
     idle = unread(chosen, overrides, preset)
     if idle:
@@ -55,15 +59,29 @@ def describe(preset: Preset) -> dict[str, Any]:
 
 def _plain(policy: Any) -> dict[str, Any]:
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    return {name: getattr(value, "__name__", repr(value)) if callable(value) else value for name, value in fields.items()}
+    return {
+        name: getattr(value, "__name__", repr(value)) if callable(value) else value for name, value in fields.items()
+    }
 
 
 def markdown() -> str:
     """The table as Markdown, as the README shows it."""
     lines = ["| preset | model | schedule | cache | rule | policy | exact? | needs | source |", "|-|-|-|-|-|-|-|-|-|"]
     for preset in PRESETS.values():
-        policy = ", ".join(type(policy).__name__ for policy in preset.policies) or (f"{preset.drafts} drafts" if preset.drafts > 1 else "")
+        policy = ", ".join(type(policy).__name__ for policy in preset.policies) or (
+            f"{preset.drafts} drafts" if preset.drafts > 1 else ""
+        )
         rule = preset.rule + (f" on {preset.score}" if preset.score != "confidence" else "")
-        cells = (f"`{preset.name}`", preset.visibility, preset.schedule, preset.cache, rule, policy, preset.exactness.split(":")[0], preset.needs, preset.source)
+        cells = (
+            f"`{preset.name}`",
+            preset.visibility,
+            preset.schedule,
+            preset.cache,
+            rule,
+            policy,
+            preset.exactness.split(":")[0],
+            preset.needs,
+            preset.source,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """When an option is read: one table, by which `generate` refuses an option that would change nothing.
 
-An option that a decoder does not read is the first thing people tune, and they conclude that it does not matter. A preset's own
-fields may hold such numbers (a default is a default); what is given in a call must be read.
+An option that a decoder does not read is the first thing people tune, and they conclude that it does not matter. A
+preset's own fields may hold such numbers (a default is a default); what is given in a call must be read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _orders(p: Preset) -> bool:
 
 
 def _falls_back(p: Preset) -> bool:
-    """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the test."""
+    """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the
+    test."""
     near = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
     return not (near and p.rule == "threshold" and p.min_unmask == 1)
 
@@ -79,11 +80,10 @@ def _refreshed(p: Preset) -> bool:
     return p.cache in ("prefix", "dual", "scattered", "delayed") and p.drafts == 1
 
 
-REFRESHED = Reading(
-    _refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts")
-)
+REFRESHED = Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts"))
 ALWAYS = Reading(_always, "every decoder", ())
-# A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is not read.
+# A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is
+# not read.
 STRUCTURE: dict[str, Reading] = {
     "schedule": ALWAYS,
     "cache": ALWAYS,
@@ -91,10 +91,14 @@ STRUCTURE: dict[str, Reading] = {
     "policies": ALWAYS,
     "block_length": Reading(lambda p: p.schedule != "canvas", "schedule 'block' and 'pipeline'", ("schedule",)),
     "sub_block_length": Reading(
-        lambda p: not p.pipeline and p.drafts == 1, "decoders of one block at a time, without drafts", ("schedule", "drafts")
+        lambda p: not p.pipeline and p.drafts == 1,
+        "decoders of one block at a time, without drafts",
+        ("schedule", "drafts"),
     ),
     "causal_commit": Reading(lambda p: p.cache == "commit", "cache='commit'", ("cache",)),
-    "seeded": Reading(lambda p: p.cache == "commit" and p.drafts == 1, "cache='commit' without drafts", ("cache", "drafts")),
+    "seeded": Reading(
+        lambda p: p.cache == "commit" and p.drafts == 1, "cache='commit' without drafts", ("cache", "drafts")
+    ),
     "sub_block_cache": Reading(
         lambda p: p.cache == "commit" and p.sub_block_length is not None,
         "cache='commit' with a sub_block_length",
@@ -107,7 +111,9 @@ STRUCTURE: dict[str, Reading] = {
     ),
     "keep_last": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
     "scatter_suffix": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
-    "vicinity": Reading(lambda p: p.cache == "dual" and p.drafts == 1, "cache='dual' without drafts", ("cache", "drafts")),
+    "vicinity": Reading(
+        lambda p: p.cache == "dual" and p.drafts == 1, "cache='dual' without drafts", ("cache", "drafts")
+    ),
     "warmup_steps": REFRESHED,
     "refresh_interval": REFRESHED,
     "commit_delay": Reading(lambda p: p.cache == "delayed", "cache='delayed'", ("cache",)),
@@ -136,7 +142,9 @@ STRUCTURE: dict[str, Reading] = {
     # What happens to a drawn token; without a temperature nothing is drawn, and the option waits for one.
     "tempered": Reading(_draws, "decoders that may draw", ("drafts",)),
     "top_k_first": Reading(_draws, "decoders that may draw", ("drafts",)),
-    "greedy_filters": Reading(lambda p: not any(policy.greedy_only for policy in p.policies), "decoders with filters", ()),
+    "greedy_filters": Reading(
+        lambda p: not any(policy.greedy_only for policy in p.policies), "decoders with filters", ()
+    ),
 }
 # What decides which positions a step writes; a policy may decide it instead.
 RULE: dict[str, Reading] = {
@@ -156,8 +164,12 @@ RULE: dict[str, Reading] = {
         ("rule", "rank"),
     ),
     "rank": Reading(_ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")),
-    "order_temperature": Reading(_ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")),
-    "suppress_eos": Reading(lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")),
+    "order_temperature": Reading(
+        _ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")
+    ),
+    "suppress_eos": Reading(
+        lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")
+    ),
     "min_unmask": Reading(
         lambda p: p.rule in ("threshold", "factor", "entropy") and not (p.pipeline and p.scope != "first"),
         "rule 'threshold', 'factor' or 'entropy', of a pipeline with scope='first'",
@@ -182,10 +194,12 @@ RULE: dict[str, Reading] = {
 class Part:
     """What a policy makes of the rule.
 
-    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole block,
+    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole
+    block,
         and nothing besides, would wait for positions that may not be written.
     replaces: options that its own decision puts out of use. reads: options that it reads whatever the rule does.
-    through: options of the rule through which it acts; its numbers are read where one of them is. numbers: when single numbers
+    through: options of the rule through which it acts; its numbers are read where one of them is. numbers: when single
+    numbers
         of its own are read, for those that are not always.
     """
 
@@ -208,7 +222,9 @@ _WEIGHTED = Reading(
     ("rule", "rank", "order_temperature"),
 )
 _EXPONENTIAL = Reading(
-    lambda p: any(isinstance(policy, Sched) and policy.curve == "exponential" for policy in p.policies), "curve='exponential'", ()
+    lambda p: any(isinstance(policy, Sched) and policy.curve == "exponential" for policy in p.policies),
+    "curve='exponential'",
+    (),
 )
 # Policies that are not here may read any option of the rule, and may decide without it.
 UNKNOWN = Part(reads=_ALL)
@@ -246,7 +262,8 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> list[str]:
     replaced: dict[str, str] = {}
     for policy in preset.policies:
         part = part_of(policy)
-        # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as it is.
+        # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as
+        # it is.
         reads = {name for name in part.reads if part is UNKNOWN or name in _QUOTA or name not in replaced}
         replaced |= {name: type(policy).__name__ for name in part.replaces & live}
         live = (live - part.replaces) | reads
@@ -265,7 +282,9 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> list[str]:
         if name in live or (name not in RULE and reading.when(preset)) or _needed(preset, name, base):
             continue
         if name in replaced:
-            reasons.append(f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself")
+            reasons.append(
+                f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself"
+            )
             continue
         shows = ", ".join(f"{field}={getattr(preset, field)!r}" for field in reading.shows)
         where = f"with {shows}" if shows else "here"

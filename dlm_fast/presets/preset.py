@@ -36,9 +36,9 @@ class Preset:
         visibility: the model visibility it decodes ("full" or "block").
         needs: what it needs beyond an ordinary checkpoint, e.g. weights trained for it; "" = nothing.
 
-        schedule: "block": one block at a time. "canvas": everything is one block (Dream). "pipeline": several blocks at once; the
-            next is appended when the last is filled to `append_threshold`, and must write a token per step when the one before it is
-            filled to `activate_threshold` (D2F).
+        schedule: "block": one block at a time. "canvas": everything is one block (Dream). "pipeline": several blocks at
+            once; the next is appended when the last is filled to `append_threshold`, and must write a token per step
+            when the one before it is filled to `activate_threshold` (D2F).
         block_length: positions denoised together; None = the model's own, or the whole generation where it has none.
         sub_block_length: only the leftmost sub-block with masks is written (Fast-dLLM v2); None = no sub-blocks.
 
@@ -46,51 +46,59 @@ class Preset:
             "none": the whole canvas is recomputed (C0).
             "prefix": at the start of a block, a forward of everything; then keys before the block are kept (C3).
             "dual": the same, and keys after the block are kept too, the block's own replaced (C3 + C4).
-            "once": a forward of everything at the start of the row; keys of a finished block stay as its last step left them.
-            "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at least two
-                steps ago are not recomputed (dKV-Cache).
+            "once": a forward of everything at the start of the row; keys of a finished block stay as its last step left
+                them.
+            "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at
+                least two steps ago are not recomputed (dKV-Cache).
             "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
-            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a time,
-                after `commit_delay` forwards that found it finished and all before it appended; until then forwards are of
-                everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
+            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a
+                time, after `commit_delay` forwards that found it finished and all before it appended; until then
+                forwards are of everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
         causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
         sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
-        horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's last one.
-        scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block (DPad).
+        horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's
+            last one.
+        scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block
+            (DPad).
         vicinity: with "dual", window steps recompute so many positions on either side of the block too.
-        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts them; the
-            one after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
-        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed", every
-            forward whose number in the row, from 1, is a multiple of n, unless it appends. None = only a block's first.
+        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts
+            them; the one after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
+        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed",
+            every forward whose number in the row, from 1, is a multiple of n, unless it appends. None = only a block's
+            first.
 
         rule: which masked positions of the block a step writes.
             "quota": a fixed number: the block spread over `steps_per_block` steps (`quota_of`).
             "threshold": score > `threshold` (>= if `inclusive`), and at least `min_unmask`, or the quota if None.
             "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
-            "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in `steps_per_block`
-                steps, at least one unless `strict_reference`. "bernoulli": each position with that probability (Dream).
-            "renoise": there are no masks: positions within `entropy_bound` receive their tokens, all others new random ones
-                (uniform-noise models; `generate` refuses it until a model family has them).
+            "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in
+                `steps_per_block` steps, at least one unless `strict_reference`. "bernoulli": each position with that
+                probability (Dream).
+            "renoise": there are no masks: positions within `entropy_bound` receive their tokens, all others new random
+                ones (uniform-noise models; `generate` refuses it until a model family has them).
         score: what is tested: "confidence" (probability of the drawn token), "margin" (top-1 minus top-2 probability),
             "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
         order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
-        run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None = not.
+        run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None =
+            not.
         steps_per_block: of the quota; None = one token per step.
-        quota_of: what is spread over them, the first steps taking one more where it does not divide. "masks": those that the block
-            holds when it is opened (LLaDA's num_transfer_tokens). "block": its full length, also where it begins with the end of
-            the prompt; a step writes the masks that are left at most (SDAR, LLaDA2).
+        quota_of: what is spread over them, the first steps taking one more where it does not divide. "masks": those
+            that the block holds when it is opened (LLaDA's num_transfer_tokens). "block": its full length, also where
+            it begins with the end of the prompt; a step writes the masks that are left at most (SDAR, LLaDA2).
         scope: of a pipeline's forced tokens, "each" or "first" block.
-        tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of the model's.
+        tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of
+            the model's.
         top_k_first: order of generate's filters. greedy_filters: they hold at temperature 0 too (Dream, D2F, RCR):
             the token is the same, but confidences rise, so that thresholds pass sooner. Else filters are for draws.
         suppress_eos: predicted EOS tokens are ranked last.
         cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
-        stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop": after a block of
-            nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars further blocks; "fill": it fills the
-            tail. The text ends at the first EOS under each of them; what differs is the cost, and for "fill" with full visibility
-            also the text: masks before the EOS see the filled tail (d3LLM).
+        stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop":
+            after a block of nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars
+            further blocks; "fill": it fills the tail. The text ends at the first EOS under each of them; what differs
+            is the cost, and for "fill" with full visibility also the text: masks before the EOS see the filled tail
+            (d3LLM).
     """
 
     name: str
@@ -165,7 +173,9 @@ class Preset:
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
-        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold", "renoise": "entropy"}.get(self.rule, self.rule)
+        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold", "renoise": "entropy"}.get(
+            self.rule, self.rule
+        )
         remask = next((policy.remask for policy in self.policies if policy.family == "revise"), "none")
         return UnmaskRule(
             passes="threshold" if exact else passes,
@@ -185,7 +195,12 @@ class Preset:
     @property
     def value(self) -> float:
         """The number its pass test compares with (unused by "quota")."""
-        numbers = {"threshold": self.threshold, "factor": self.factor, "entropy": self.entropy_bound, "renoise": self.entropy_bound}
+        numbers = {
+            "threshold": self.threshold,
+            "factor": self.factor,
+            "entropy": self.entropy_bound,
+            "renoise": self.entropy_bound,
+        }
         return numbers.get(self.rule, 0.0)
 
     @property
@@ -197,28 +212,38 @@ class Preset:
         """What `generate` may replace: its own fields and its policies' numbers, with their values."""
         own = {name: getattr(self, name) for name in FIELDS}
         for policy in self.policies:
-            own |= {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name not in own}
+            own |= {
+                field.name: getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name not in own
+            }
         return own
 
     def replace(self, **options: Any) -> Preset:
-        """A copy with some options replaced; an option of a policy reaches every policy that has it. Unknown ones raise.
+        """A copy with some options replaced; an option of a policy reaches every policy that has it. Unknown ones
+        raise.
 
-        Options that the copy does not read are allowed here: a preset may be made in several steps. `generate` refuses them.
+        Options that the copy does not read are allowed here: a preset may be made in several steps. `generate` refuses
+        them.
         """
         own = {name: value for name, value in options.items() if name in FIELDS}
         policies, before = [], own.pop("policies", self.policies)
         known = {*FIELDS, *(field.name for policy in before for field in dataclasses.fields(policy))}
         unknown = sorted(set(options) - known)
         if unknown:
-            raise ValueError(f"preset {self.name}: unknown options {', '.join(unknown)}; options are {', '.join(self.options())}")
+            raise ValueError(
+                f"preset {self.name}: unknown options {', '.join(unknown)}; options are {', '.join(self.options())}"
+            )
         for policy in before:
             names = {field.name for field in dataclasses.fields(policy)} - set(FIELDS)
-            policies.append(dataclasses.replace(policy, **{name: value for name, value in options.items() if name in names}))
+            policies.append(
+                dataclasses.replace(policy, **{name: value for name, value in options.items() if name in names})
+            )
         return dataclasses.replace(self, **own, policies=tuple(policies))
 
 
 FIELDS = tuple(
-    field.name for field in dataclasses.fields(Preset) if field.name not in ("name", "source", "exactness", "visibility", "needs")
+    field.name
+    for field in dataclasses.fields(Preset)
+    if field.name not in ("name", "source", "exactness", "visibility", "needs")
 )
 
 
@@ -229,7 +254,14 @@ def check(preset: Preset) -> None:
         raise ValueError(f"preset {preset.name}: {rule}")
 
     p = preset
-    known = {"visibility": VISIBILITIES, "schedule": SCHEDULES, "cache": CACHES, "rule": RULES, "score": SCORES, "stop": STOPS}
+    known = {
+        "visibility": VISIBILITIES,
+        "schedule": SCHEDULES,
+        "cache": CACHES,
+        "rule": RULES,
+        "score": SCORES,
+        "stop": STOPS,
+    }
     known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS}
     for name, values in known.items():
         if getattr(p, name) not in values:
@@ -272,8 +304,15 @@ def _check_caches(p: Preset, fail: Any) -> None:
         fail(f"cache='commit' needs a block-causal model (visibility 'block'), got visibility={p.visibility!r}")
     if p.cache in ("prefix", "dual", "once", "scattered") and p.visibility != "full":
         fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache='commit'")
-    if (p.cache in ("fused", "delayed")) and not p.pipeline or p.pipeline and p.cache not in ("none", "fused", "delayed"):
-        fail(f"schedule='pipeline' goes with cache 'none', 'fused' or 'delayed', got schedule={p.schedule!r}, cache={p.cache!r}")
+    if (
+        (p.cache in ("fused", "delayed"))
+        and not p.pipeline
+        or p.pipeline
+        and p.cache not in ("none", "fused", "delayed")
+    ):
+        fail(
+            f"schedule='pipeline' goes with cache 'none', 'fused' or 'delayed', got schedule={p.schedule!r}, cache={p.cache!r}"
+        )
     if p.cache == "delayed" and p.visibility != "full":
         fail("cache='delayed' approximates full visibility; a block-causal model has an exact one, cache='fused'")
     if p.schedule == "canvas" and p.cache != "none":
@@ -289,7 +328,9 @@ def _check_caches(p: Preset, fail: Any) -> None:
     if (p.keep_last or p.scatter_suffix) and p.horizon is None:
         fail("keep_last and scatter_suffix need a horizon")
     if (p.warmup_steps or p.refresh_interval) and p.cache not in ("prefix", "dual", "scattered", "delayed"):
-        fail(f"warmup_steps and refresh_interval refresh a cache 'prefix', 'dual', 'scattered' or 'delayed', got cache={p.cache!r}")
+        fail(
+            f"warmup_steps and refresh_interval refresh a cache 'prefix', 'dual', 'scattered' or 'delayed', got cache={p.cache!r}"
+        )
 
 
 def _check_rules(p: Preset, fail: Any) -> None:
@@ -297,7 +338,9 @@ def _check_rules(p: Preset, fail: Any) -> None:
         fail("rule='entropy' needs an order by score, got score='random'")
     if p.score == "position" and (p.rule in ("threshold", "factor") or p.run_threshold is not None):
         tests = f"rule={p.rule!r}" if p.run_threshold is None else "run_threshold"
-        fail(f"{tests} tests a score, and a position is none; to go from the left use rank='position', got score='position'")
+        fail(
+            f"{tests} tests a score, and a position is none; to go from the left use rank='position', got score='position'"
+        )
     if p.rule in ("schedule", "bernoulli") and p.schedule != "canvas":
         fail(f"rule={p.rule!r} is a schedule over the whole canvas, got schedule={p.schedule!r}")
     if p.rule == "bernoulli" and p.order_temperature:
@@ -324,7 +367,9 @@ def _check_policies(p: Preset, fail: Any) -> None:
         part, name = part_of(policy), type(policy).__name__
         for field, values in (("rule", part.rules), ("cache", part.caches)):
             if values is not None and getattr(p, field) not in values:
-                fail(f"policy {name} goes with {field} {' or '.join(map(repr, values))}, got {field}={getattr(p, field)!r}")
+                fail(
+                    f"policy {name} goes with {field} {' or '.join(map(repr, values))}, got {field}={getattr(p, field)!r}"
+                )
         if p.sub_block_length is not None and not part.sub_blocks:
             fail(f"policy {name} chooses in the whole block, got sub_block_length={p.sub_block_length}")
     families = [policy.family for policy in p.policies]
@@ -348,12 +393,22 @@ def _check_policies(p: Preset, fail: Any) -> None:
             fail("drafts assume that masks only shrink, which a policy that takes tokens back breaks")
         if "exit" in families:
             fail("drafts are lossless and an early exit is not")
-        if p.rule != "quota" or p.steps_per_block is not None or p.policies or p.order_temperature or p.score == "random":
-            fail("drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order")
+        if (
+            p.rule != "quota"
+            or p.steps_per_block is not None
+            or p.policies
+            or p.order_temperature
+            or p.score == "random"
+        ):
+            fail(
+                "drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order"
+            )
         if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
             fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")
         if p.cache not in ("dual", "commit") or p.vicinity or p.seeded or p.sub_block_length is not None or p.cfg_scale:
-            fail("drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale")
+            fail(
+                "drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale"
+            )
         if p.refresh_interval or p.warmup_steps:
             fail("drafts go without refresh_interval and warmup_steps")
     if p.cfg_scale and (p.pipeline or p.shadow):

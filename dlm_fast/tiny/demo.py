@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dlm_kernels import RowState
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+
+from dlm_kernels import RowState
 
 from ..generate import GenerateOutput, generate
 from ..loading import load
@@ -56,7 +57,8 @@ def samples(per_task: int, seed: int) -> list[Sample]:
 
 
 def measure(model: nn.Module, run: Run, prompts: Sequence[Sample], batch_size: int) -> dict[str, Any]:
-    """Decodes `prompts` and averages: exact match, NFE, query tokens, TPF (tokens before EOS / NFE), tokens per second."""
+    """Decodes `prompts` and averages: exact match, NFE, query tokens, TPF (tokens before EOS / NFE), tokens per
+    second."""
     outputs: list[GenerateOutput] = []
     # A batch costs what its longest row does: rows of like length go together, which changes no result.
     prompts = sorted(prompts, key=lambda sample: len(sample.answer))
@@ -110,17 +112,30 @@ def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any],
             def on_step(state: RowState) -> None:
                 live.update(render(state), refresh=True)
 
-            out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, on_step=on_step, **options)
+            out = generate(
+                model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, on_step=on_step, **options
+            )
             live.update(Text(out.text[0].strip()), refresh=True)
     else:
         out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, **options)
         console.print(Text.assemble(("answer  ", "bold"), out.text[0].strip()))
     right = TASKS[sample.task].check(sample.prompt, out.text[0])
-    console.print(f"        {'right' if right else 'wrong'}, {len(out.sequences[0])} tokens in {out.nfe[0]} forwards ({preset})", style="dim")
+    console.print(
+        f"        {'right' if right else 'wrong'}, {len(out.sequences[0])} tokens in {out.nfe[0]} forwards ({preset})",
+        style="dim",
+    )
     return right
 
 
-def run(*, per_task: int = 15, seed: int = 0, batch_size: int = 16, backend: str = "auto", device: str | None = None, quiet: bool = False) -> dict:
+def run(
+    *,
+    per_task: int = 15,
+    seed: int = 0,
+    batch_size: int = 16,
+    backend: str = "auto",
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict:
     """The whole demo. Returns {"decoders": [...]}, one entry per row of the table it prints.
 
     Args:
@@ -138,7 +153,9 @@ def run(*, per_task: int = 15, seed: int = 0, batch_size: int = 16, backend: str
         console.print()
 
     prompts = samples(per_task, seed)
-    console.print(f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, at most {MAX_NEW_TOKENS} new tokens:")
+    console.print(
+        f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, at most {MAX_NEW_TOKENS} new tokens:"
+    )
     rows = []
     for decoder in RUNS:
         with console.status(f"{decoder.model} {decoder.preset}: {decoder.note}"):
@@ -157,5 +174,7 @@ def run(*, per_task: int = 15, seed: int = 0, batch_size: int = 16, backend: str
             f"{row['tokens_per_s']:.0f}",
         )
     console.print(table)
-    console.print("NFE: forwards per prompt, refreshes and commits included. TPF: tokens before EOS per forward.", style="dim")
+    console.print(
+        "NFE: forwards per prompt, refreshes and commits included. TPF: tokens before EOS per forward.", style="dim"
+    )
     return {"decoders": rows}

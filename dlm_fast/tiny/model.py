@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3Fo
 from .tokenizer import EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
 
 MAX_POSITIONS = 512
-# The slower a pair of dimensions turns, the better it can compare words at any distance; with a base of 10,000 lookups in a map
-# were not learned in 900 steps that sufficed with this one.
+# The slower a pair of dimensions turns, the better it can compare words at any distance; with a base of 10,000 lookups
+# in a map were not learned in 900 steps that sufficed with this one.
 ROPE_THETA = 1e6
 
 _SHAPE = dict(
@@ -34,8 +34,8 @@ _SHAPE = dict(
 
 
 def build_model(*, seed: int, prompt_isolated: bool = False) -> PreTrainedModel:
-    """An untrained fp32 Qwen3 with two key/value heads, about 0.9 M parameters, whose positions all see one another; of an
-    isolated prompt, the prompt does not see the response.
+    """An untrained fp32 Qwen3 with two key/value heads, about 0.9 M parameters, whose positions all see one another; of
+    an isolated prompt, the prompt does not see the response.
 
     Which positions see which is decided by the 4-D mask given to forward, not by the class.
     """

@@ -143,7 +143,6 @@ def held_out(task: str, n: int, seed: int = 0) -> list[Sample]:
     return list(samples.values())
 
 
-
 def _add_prompt(rng: random.Random) -> str:
     def operand() -> int:
         digits = rng.randint(2, 4)
@@ -170,7 +169,6 @@ def _add_solve(prompt: str) -> str:
 
 def _add_content(prompt: str) -> str:
     return " ".join(sorted(_add_operands(prompt)))
-
 
 
 def _word_prompt(rng: random.Random) -> str:
@@ -219,9 +217,9 @@ def _word_content(prompt: str) -> str:
     return f"{value}" + "".join(f"{'+' if verb in GAIN_VERBS else '-'}{amount}" for verb, amount in steps)
 
 
-
 def _trace_prompt(rng: random.Random) -> str:
-    """Every assignment reads the variable before it: of prompts with one that read another, a trained model answered 0 of 24."""
+    """Every assignment reads the variable before it: of prompts with one that read another, a trained model answered 0
+    of 24."""
     count = rng.randint(3, 5)
     names = rng.sample(VARIABLES, count)
     values = [rng.randint(1, MAX_VALUE - 1)]
@@ -257,7 +255,6 @@ def _trace_content(prompt: str) -> str:
     return re.sub(r"[a-z]", lambda match: number.setdefault(match[0], f"v{len(number)}"), prompt.removeprefix("Run "))
 
 
-
 def _kv_prompt(rng: random.Random) -> str:
     keys = rng.sample(LIST_WORDS, rng.randint(5, 12))
     return _kv_map(rng, keys, rng.randint(3, 4))
@@ -270,8 +267,9 @@ def _kv_easy_prompt(rng: random.Random) -> str:
 
 def _kv_map(rng: random.Random, keys: list[str], queries: int) -> str:
     pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
-    # Asked for in the map's order. In any order, models this small learn which values are asked for, but not soon which of them
-    # belongs to which key: between steps 1,450 and 2,050 of a run like ours the share of right tokens stood still at 0.80.
+    # Asked for in the map's order. In any order, models this small learn which values are asked for, but not soon which
+    # of them belongs to which key: between steps 1,450 and 2,050 of a run like ours the share of right tokens stood
+    # still at 0.80.
     asked = sorted(rng.sample(keys, queries), key=keys.index)
     return f"Map {pairs} Find {' '.join(asked)}"
 
@@ -290,7 +288,6 @@ def _kv_solve(prompt: str) -> str:
 def _kv_content(prompt: str) -> str:
     pairs, queries = _kv_parts(prompt)
     return f"{' '.join(sorted(pairs))} ? {' '.join(sorted(queries))}"
-
 
 
 def _calc_prompt(rng: random.Random) -> str:
@@ -313,7 +310,6 @@ def _calc_solve(prompt: str) -> str:
     return " ".join(answers)
 
 
-
 def _sort_prompt(rng: random.Random) -> str:
     return "Sort " + " ".join(str(rng.randint(10, 99)) for _ in range(rng.randint(5, 8)))
 
@@ -325,7 +321,9 @@ def _grids() -> tuple[str, ...]:
     found = []
     for grid in itertools.product(rows, repeat=4):
         columns_differ = all(len(set(column)) == 4 for column in zip(*grid))
-        if columns_differ and all(len(set(grid[r][c : c + 2] + grid[r + 1][c : c + 2])) == 4 for r in (0, 2) for c in (0, 2)):
+        if columns_differ and all(
+            len(set(grid[r][c : c + 2] + grid[r + 1][c : c + 2])) == 4 for r in (0, 2) for c in (0, 2)
+        ):
             found.append("".join(grid))
     return tuple(found)
 
@@ -364,7 +362,6 @@ def _sudoku_solve(prompt: str) -> str:
     return _sudoku_rows(_grids()[fits.bit_length() - 1])
 
 
-
 def _words_prompt(keyword: str, least: int, most: int) -> Callable[[random.Random], str]:
     return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(least, most)))}"
 
@@ -392,6 +389,8 @@ TASKS: dict[str, Task] = {
         Task("sudoku", 0.09, _sudoku_prompt, _sudoku_solve, _first_order),
         Task("calc", 0.12, _calc_prompt, _calc_solve, _sorted_items),
         Task("reverse", 0.03, _words_prompt("Reverse", 5, 8), _reverse_solve, _sorted_items),
-        ShuffleTask("shuffle", 0.07, _words_prompt("Shuffle", 5, 8), _first_order, _sorted_items, _words_prompt("Shuffle", 2, 4)),
+        ShuffleTask(
+            "shuffle", 0.07, _words_prompt("Shuffle", 5, 8), _first_order, _sorted_items, _words_prompt("Shuffle", 2, 4)
+        ),
     )
 }

@@ -1,4 +1,5 @@
-"""The training package's command line: python -m dlm_fast.training {pretrain,samples,distill,trajectories,policy,curves} --help"""
+"""The training package's command line: python -m dlm_fast.training
+{pretrain,samples,distill,trajectories,policy,curves} --help"""
 
 from __future__ import annotations
 
@@ -11,8 +12,14 @@ from ..cli import Parser
 COMMANDS = {
     "pretrain": (".train", "train a 0.9 M parameter diffusion language model on synthetic tasks, on a CPU"),
     "samples": ("..tiny.data", "write training samples of the synthetic tasks as JSON lines"),
-    "distill": (".distill", "distill a full-attention model into a block-causal one (D2F), from JSON lines of prompts and answers"),
-    "trajectories": (".trajectories", "add to such a file the order in which a teacher fills its answers, for --objective trajectory"),
+    "distill": (
+        ".distill",
+        "distill a full-attention model into a block-causal one (D2F), from JSON lines of prompts and answers",
+    ),
+    "trajectories": (
+        ".trajectories",
+        "add to such a file the order in which a teacher fills its answers, for --objective trajectory",
+    ),
     "policy": (".policy", "train a small head that says which predictions to keep"),
     "curves": (".curves", "plot the logs of training runs"),
 }
@@ -28,10 +35,14 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> Parser:
     """A subcommand for each module; its `add_arguments` and `run` do the rest."""
-    parser = Parser(prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding.")
+    parser = Parser(
+        prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, purpose) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=Defaults)
+        command = commands.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", formatter_class=Defaults
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         importlib.import_module(module, __package__).add_arguments(command)
     return parser
@@ -49,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if values.debug:
             raise
-        print(f"dlm_fast.training {values.command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(
+            f"dlm_fast.training {values.command}: {' '.join(str(error).split()) or type(error).__name__}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

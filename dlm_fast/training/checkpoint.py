@@ -27,8 +27,8 @@ def save(
     """Writes weights, optimizer state and text metadata to `path`.
 
     model: a module, or the named tensors of one (of a LoRA run, those that are trained).
-    Raises CheckpointWriteError when the disk refuses; `path` then still holds the checkpoint before, and nothing else is left
-    behind.
+    Raises CheckpointWriteError when the disk refuses; `path` then still holds the checkpoint before, and nothing else
+    is left behind.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in state.items()}
@@ -60,7 +60,9 @@ def load(
     metadata, tensors = _read(path)
     result = model.load_state_dict(_below(tensors, "model."), strict=not partial)
     if result.unexpected_keys:
-        raise ValueError(f"checkpoint: {path} must hold tensors of this model only, got {sorted(result.unexpected_keys)[:4]}")
+        raise ValueError(
+            f"checkpoint: {path} must hold tensors of this model only, got {sorted(result.unexpected_keys)[:4]}"
+        )
     for optimizer_name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _below(tensors, f"{optimizer_name}.").items():

@@ -1,6 +1,6 @@
 """Loss and accuracy of training runs as a picture, from their logs.
 
-    python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png
+python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(logs: Sequence[str | Path], out: str | Path) -> None:
-    """Writes one picture (its kind is `out`'s suffix): loss of every run on the left, accuracy on masked tokens on the right.
+    """Writes one picture (its kind is `out`'s suffix): loss of every run on the left, accuracy on masked tokens on the
+    right.
 
     One run: every task's accuracy. Several: one curve a run, its accuracy over all tasks or their mean.
     """

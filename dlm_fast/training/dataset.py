@@ -42,7 +42,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples in the file's order. tasks: names that Sample.task counts. digest: of the file's bytes. dropped: lines left out."""
+    """Samples in the file's order. tasks: names that Sample.task counts. digest: of the file's bytes. dropped: lines
+    left out."""
 
     samples: list[Sample]
     tasks: tuple[str, ...]
@@ -57,8 +58,8 @@ class CanvasShape:
     Attributes:
         block_length: tokens of a block. absolute: blocks are cut from position 0, not from the end of the prompt.
         max_length: most positions of a canvas.
-        extra: probability of one more block of EOS, and of another after it, and so on: a decoder opens blocks before it knows
-            that the answer has ended. 1: every canvas is as long as max_length allows.
+        extra: probability of one more block of EOS, and of another after it, and so on: a decoder opens blocks before
+            it knows that the answer has ended. 1: every canvas is as long as max_length allows.
     """
 
     block_length: int
@@ -110,7 +111,9 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
         _fail(path, number, "prompt must be text or a list of messages with role and content")
     for name in ("prompt_ids", "answer_ids", "order"):
         values = record.get(name, [])
-        if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values):
+        if not isinstance(values, list) or any(
+            isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values
+        ):
             _fail(path, number, f"{name} must be a list of whole numbers")
     if not isinstance(record.get("task", ""), str):
         _fail(path, number, f"task must be a name, got {record['task']!r}")
@@ -145,7 +148,9 @@ def _close(path: Path, number: int, answer: list[int], diffusion: DiffusionConfi
     # A template may go on after the EOS (a newline): a decoder has stopped there.
     if eos[0] == 0 or (as_ids and eos[0] != len(answer) - 1):
         _fail(
-            path, number, f"answer must have its EOS {answer[eos[0]]} at its end only, got it at place {eos[0]} of {len(answer)}"
+            path,
+            number,
+            f"answer must have its EOS {answer[eos[0]]} at its end only, got it at place {eos[0]} of {len(answer)}",
         )
     return answer[: eos[0] + 1]
 
@@ -163,10 +168,10 @@ def read_dataset(
     """Reads and checks every line.
 
     Args:
-        too_long: "raise": a sample whose canvas exceeds shape.max_length is an error. "drop": it is left out and counted. Nothing
-            is ever truncated.
-        needs_order: every line must have an "order": the step at which a teacher wrote each answer token, at least as many
-            numbers as the answer has tokens, its EOS included (dlm_fast.training.trajectories makes them).
+        too_long: "raise": a sample whose canvas exceeds shape.max_length is an error. "drop": it is left out and
+            counted. Nothing is ever truncated.
+        needs_order: every line must have an "order": the step at which a teacher wrote each answer token, at least as
+            many numbers as the answer has tokens, its EOS included (dlm_fast.training.trajectories makes them).
     Raises:
         DatasetError: naming the file, the line (from 1) and the rule.
     """
@@ -225,7 +230,9 @@ def _tokenised(
             for i, text in enumerate(lines[begin : begin + CHUNK])
             if text.strip()
         ]
-        texts = [(n, *_render(path, n, record, _needed(path, n, tokenizer))) for n, record in records if "prompt" in record]
+        texts = [
+            (n, *_render(path, n, record, _needed(path, n, tokenizer))) for n, record in records if "prompt" in record
+        ]
         ids: dict[int, tuple[list[int], list[int]]] = {}
         if texts:
             special = getattr(tokenizer, "chat_template", None) is None
@@ -251,8 +258,8 @@ class Canvases:
     Attributes:
         tokens: [B, L] int64; padding holds EOS. prompt, length: [B] int64 lengths of prompt and canvas.
         first_eos: [B] int64, the position of the answer's EOS. task: [B] int64, -1 = none.
-        rank: [B, L] int64, the place of each answer position in the order a teacher wrote the answer, -1 elsewhere; None if not
-            asked for.
+        rank: [B, L] int64, the place of each answer position in the order a teacher wrote the answer, -1 elsewhere;
+            None if not asked for.
     """
 
     tokens: Tensor
@@ -269,9 +276,10 @@ class Canvases:
 class Steps:
     """The canvases of each optimizer step, in an order that (seed, epoch) decides.
 
-    A step is a random set of samples of about `tokens_per_step` positions, cut by length into `micro_batches` batches: so padding
-    is small, and which samples meet in a step is still chance alone. `position` is (epoch, step of the epoch); set, it resumes.
-    ranked: canvases have a `rank`, from the samples' orders; positions beyond an order follow it from left to right.
+    A step is a random set of samples of about `tokens_per_step` positions, cut by length into `micro_batches` batches:
+    so padding is small, and which samples meet in a step is still chance alone. `position` is (epoch, step of the
+    epoch); set, it resumes. ranked: canvases have a `rank`, from the samples' orders; positions beyond an order follow
+    it from left to right.
     """
 
     def __init__(

@@ -1,10 +1,11 @@
-"""Distillation of a diffusion model: D2F's block-causal student of a full-attention teacher, and two cousins (see forcing.py).
+"""Distillation of a diffusion model: D2F's block-causal student of a full-attention teacher, and two cousins (see
+forcing.py).
 
     python -m dlm_fast.training distill --model MODEL --data DATA.jsonl --out STUDENT --block-length 16
 
-Teacher and student read the same masked canvas; the teacher with its own visibility and no dropout, the student block-causally.
-With LoRA the teacher is the same network with the adapter off. The run can be stopped and resumed to the same weights, bit for
-bit.
+Teacher and student read the same masked canvas; the teacher with its own visibility and no dropout, the student
+block-causally. With LoRA the teacher is the same network with the adapter off. The run can be stopped and resumed to
+the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from .distill_settings import DistillSettings, add_arguments, settings_of
 from .export import write_student
 from .forcing import certainty_loss, forcing_loss
 from .masking import Masked, Masking
-from .networks import RowLogits, check_vocabularies, checkpoint_activations, open_model, require, stored_dtype, weights_digest
+from .networks import (
+    RowLogits,
+    check_vocabularies,
+    checkpoint_activations,
+    open_model,
+    require,
+    stored_dtype,
+    weights_digest,
+)
 from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from .runlog import RunLog
 from .visibility import attention_mask, block_labels
@@ -43,8 +52,8 @@ __all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
 class Distiller:
     """One run: `step()` trains once, `run()` to the end, `save()` checkpoints, `export()` writes the student.
 
-    accelerate does mixed precision and several processes (data parallel); a run of one process in fp32 does not use it, so that
-    its results do not depend on whether it is installed. peft makes the LoRA layers.
+    accelerate does mixed precision and several processes (data parallel); a run of one process in fp32 does not use it,
+    so that its results do not depend on whether it is installed. peft makes the LoRA layers.
     """
 
     def __init__(self, settings: DistillSettings) -> None:
@@ -63,16 +72,22 @@ class Distiller:
             raise FileExistsError(f"distill: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
 
         dtype = (
-            torch.float32 if settings.full_finetune else (None if settings.dtype == "stored" else getattr(torch, settings.dtype))
+            torch.float32
+            if settings.full_finetune
+            else (None if settings.dtype == "stored" else getattr(torch, settings.dtype))
         )
-        self.model, self.teacher_diffusion, self.tokenizer = open_model(settings.model, self.device, dtype, self.attention)
+        self.model, self.teacher_diffusion, self.tokenizer = open_model(
+            settings.model, self.device, dtype, self.attention
+        )
         self.export_dtype = stored_dtype(settings.model) or self.model.dtype
         self.diffusion = self._student_diffusion(self.teacher_diffusion)
         self._teacher, self.peft = None, None
         self._prepare_networks()
         limit = self.model.config.max_position_embeddings
         if settings.max_length > limit:
-            raise ValueError(f"distill: max_length must fit the model's {limit} positions, got max_length={settings.max_length}")
+            raise ValueError(
+                f"distill: max_length must fit the model's {limit} positions, got max_length={settings.max_length}"
+            )
 
         length, absolute = self.diffusion.block_length, self.diffusion.block_alignment == "abs"
         shape = CanvasShape(length, absolute, settings.max_length, settings.extra_blocks)
@@ -120,7 +135,9 @@ class Distiller:
         if settings.precision == "fp32" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
         if settings.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"distill: device must be cpu or cuda where accelerate chooses it, got device={settings.device!r}")
+            raise ValueError(
+                f"distill: device must be cpu or cuda where accelerate chooses it, got device={settings.device!r}"
+            )
         accelerate = require("accelerate", "mixed precision or more than one process")
         precision = "no" if settings.precision == "fp32" else settings.precision
         accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=settings.device == "cpu")
@@ -143,20 +160,24 @@ class Distiller:
         changes: dict[str, Any] = {
             "visibility": visibility,
             "block_length": block_length,
-            "block_alignment": settings.block_alignment or ("rel" if settings.objective == "forcing" else own.block_alignment),
+            "block_alignment": settings.block_alignment
+            or ("rel" if settings.objective == "forcing" else own.block_alignment),
         }
         if visibility == "block":
             changes["prompt_isolated"] = False
         return dataclasses.replace(own, **changes)
 
     def _prepare_networks(self) -> None:
-        """Student, and the teacher: the adapter off, a frozen copy, another checkpoint, or none where targets are hard."""
+        """Student, and the teacher: the adapter off, a frozen copy, another checkpoint, or none where targets are
+        hard."""
         settings = self.settings
         needs_teacher = settings.objective == "forcing" and not settings.hard_targets
         if settings.teacher is not None:
             dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
             teacher = open_model(settings.teacher, self.device, dtype, self.attention)
-            check_vocabularies((self.model, self.diffusion, self.tokenizer), teacher, (settings.model, settings.teacher))
+            check_vocabularies(
+                (self.model, self.diffusion, self.tokenizer), teacher, (settings.model, settings.teacher)
+            )
             self._teacher, self.teacher_diffusion = (
                 RowLogits(teacher[0].requires_grad_(False).eval(), compiled=settings.compile),
                 teacher[1],
@@ -184,7 +205,9 @@ class Distiller:
             (p for p in self.model.parameters() if p.requires_grad),
             adapter_for(self.model).base_model(self.model).layers,
             adamw={"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay},
-            muon={"lr": settings.muon_lr, "weight_decay": settings.weight_decay} if settings.optimizer == "muon" else None,
+            muon={"lr": settings.muon_lr, "weight_decay": settings.weight_decay}
+            if settings.optimizer == "muon"
+            else None,
         )
 
     def student_logits(self, batch: Masked) -> Tensor:
@@ -193,7 +216,8 @@ class Distiller:
 
     @torch.no_grad()
     def teacher_logits(self, batch: Masked) -> Tensor | None:
-        """[N, V] logits of the teacher, without dropout and with its own visibility; None if the objective has no teacher."""
+        """[N, V] logits of the teacher, without dropout and with its own visibility; None if the objective has no
+        teacher."""
         if not self._needs_teacher:
             return None
         if self._teacher is not None:
@@ -238,7 +262,9 @@ class Distiller:
         batches = [self.masking(part, generator, self.step_number / settings.steps) for part in canvases]
         batches = [batch for batch in batches if len(batch.row)] or batches[:1]
         weights = [batch.weight.sum().item() for batch in batches]
-        scale = learning_rate_scale(self.step_number, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
+        scale = learning_rate_scale(
+            self.step_number, steps=settings.steps, warmup=settings.warmup, decay=settings.decay
+        )
         for name, peak in (("adamw", settings.lr), ("muon", settings.muon_lr)):
             for group in self.optimizers[name].param_groups if name in self.optimizers else ():
                 group["lr"] = peak * scale
@@ -247,7 +273,11 @@ class Distiller:
         total = 0.0
         for number, (batch, weight) in enumerate(zip(batches, weights)):
             is_last = number == len(batches) - 1
-            with self._accelerator.no_sync(self._student) if self._accelerator and not is_last else contextlib.nullcontext():
+            with (
+                self._accelerator.no_sync(self._student)
+                if self._accelerator and not is_last
+                else contextlib.nullcontext()
+            ):
                 total += self._backward(batch.to(self.device), weight / (sum(weights) or 1.0))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self._accelerator:
@@ -274,7 +304,8 @@ class Distiller:
         return loss.item()
 
     def save(self) -> None:
-        """Writes the checkpoint: trained weights, optimizers, place in the data. Raises checkpoint.CheckpointWriteError."""
+        """Writes the checkpoint: trained weights, optimizers, place in the data. Raises
+        checkpoint.CheckpointWriteError."""
         if self.rank:
             return
         scaler = getattr(self._accelerator, "scaler", None)
@@ -298,8 +329,14 @@ class Distiller:
             raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
         metadata = checkpoint.read_metadata(self.checkpoint_path)
         if metadata.get("kind") != KIND:
-            raise ValueError(f"distill: out must hold a checkpoint of a distillation to resume, got another one at {self.checkpoint_path}")
-        theirs = json.loads(metadata["settings"]) | json.loads(metadata["digests"]) | {"processes": int(metadata["processes"])}
+            raise ValueError(
+                f"distill: out must hold a checkpoint of a distillation to resume, got another one at {self.checkpoint_path}"
+            )
+        theirs = (
+            json.loads(metadata["settings"])
+            | json.loads(metadata["digests"])
+            | {"processes": int(metadata["processes"])}
+        )
         ours = self.settings.fixed() | self.digests | {"processes": self.processes}
         for name in sorted(theirs.keys() | ours.keys()):
             if theirs.get(name) != ours.get(name):
@@ -332,7 +369,8 @@ class Distiller:
         )
 
     def run(self) -> None:
-        """Trains to settings.steps or for settings.minutes, with checkpoints and a log; exports the student at the last step."""
+        """Trains to settings.steps or for settings.minutes, with checkpoints and a log; exports the student at the last
+        step."""
         settings = self.settings
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         started = last_saved = time.monotonic()
@@ -359,7 +397,8 @@ class Distiller:
             self.export()
 
     def _agree(self, stop: bool) -> bool:
-        """The first process's answer: clocks differ, and a process that went on alone would wait for the others for ever."""
+        """The first process's answer: clocks differ, and a process that went on alone would wait for the others for
+        ever."""
         if self.processes == 1:
             return stop
         from accelerate.utils import broadcast_object_list

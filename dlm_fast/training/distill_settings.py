@@ -20,11 +20,12 @@ FREE = {"out", "data", "resume", "minutes", "checkpoint_minutes", "log_every", "
 
 @dataclass
 class DistillSettings:
-    """Settings of one distillation. LoRA, masking rates, loss and optimizer are by default those that D2F published for LLaDA; precision, schedule, block
-    length and extra blocks are ours.
+    """Settings of one distillation. LoRA, masking rates, loss and optimizer are by default those that D2F published for
+    LLaDA; precision, schedule, block length and extra blocks are ours.
 
-    `minutes` stops a run early with a checkpoint and leaves the schedule alone. Compiled, mixed-precision and multi-process runs
-    round differently, so the same weights come out of the same settings, number of processes and threads only.
+    `minutes` stops a run early with a checkpoint and leaves the schedule alone. Compiled, mixed-precision and
+    multi-process runs round differently, so the same weights come out of the same settings, number of processes and
+    threads only.
     """
 
     model: str
@@ -107,7 +108,8 @@ class DistillSettings:
         if self.optimizer == "muon" and not self.full_finetune:
             fail("optimizer 'muon' trains whole matrices and goes with full_finetune, got LoRA")
         if self.optimizer == "muon" and self.precision == "fp16":
-            # accelerate moves the loss scale after each optimizer's step, so the second would unscale its gradients twice.
+            # accelerate moves the loss scale after each optimizer's step, so the second would unscale its gradients
+            # twice.
             fail("optimizer 'muon' goes with precision fp32 or bf16, got precision=fp16")
         if self.save_adapter and self.full_finetune:
             fail("save_adapter goes with LoRA, got full_finetune")
@@ -185,7 +187,15 @@ CHOICES = {
     "objective": OBJECTIVES, "visibility": ("full", "block"), "block_alignment": ("rel", "abs"), "optimizer": OPTIMIZERS,
     "precision": PRECISIONS, "dtype": DTYPES, "attention": IMPLEMENTATIONS, "too_long": ("raise", "drop"),
 }  # fmt: skip
-TYPES = {"float": float, "float | None": float, "int": int, "int | None": int, "str": str, "str | None": str, "Path": Path}
+TYPES = {
+    "float": float,
+    "float | None": float,
+    "int": int,
+    "int | None": int,
+    "str": str,
+    "str | None": str,
+    "Path": Path,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

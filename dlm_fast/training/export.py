@@ -18,13 +18,16 @@ from .checkpoint import CheckpointWriteError
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with its LoRA layers folded in, in float32 and then rounded to their dtype; the model is not changed.
+    """The model's state with its LoRA layers folded in, in float32 and then rounded to their dtype; the model is not
+    changed.
 
     bf16 weights of 1e-2 plus an update of 1e-5 would round the update away if it were added in bf16.
     """
     state = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     layers = {
-        name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }
     for name, layer in layers.items():
         for part in ("weight", "bias"):
@@ -34,25 +37,35 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         merged = weight.float()
         for adapter in layer.active_adapters:
             merged = (
-                merged + (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()) * layer.scaling[adapter]
+                merged
+                + (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()) * layer.scaling[adapter]
             )
         state[f"{name}.weight"] = merged.to(weight.dtype)
     return {name: value.detach() for name, value in state.items()}
 
 
 def write_student(
-    model: nn.Module, folder: Path, *, diffusion: DiffusionConfig, tokenizer: Any, dtype: torch.dtype, adapter: Any = None
+    model: nn.Module,
+    folder: Path,
+    *,
+    diffusion: DiffusionConfig,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    adapter: Any = None,
 ) -> None:
-    """Writes config with its `dlm` section, safetensors in `dtype`, tokenizer, and on request the adapter in folder/adapter.
+    """Writes config with its `dlm` section, safetensors in `dtype`, tokenizer, and on request the adapter in
+    folder/adapter.
 
-    model: a transformers model, with or without LoRA layers in it; unchanged. adapter: a PeftModel. Files are replaced one by one
-    once all are written and synced. Raises CheckpointWriteError when the disk refuses.
+    model: a transformers model, with or without LoRA layers in it; unchanged. adapter: a PeftModel. Files are replaced
+    one by one once all are written and synced. Raises CheckpointWriteError when the disk refuses.
     """
     config = copy.deepcopy(model.config)
     config.dlm = dataclasses.asdict(diffusion)
     with torch.device("meta"):
         student = type(model)(config)
-    student.load_state_dict({name: value.to("cpu", dtype) for name, value in merged_weights(model).items()}, assign=True)
+    student.load_state_dict(
+        {name: value.to("cpu", dtype) for name, value in merged_weights(model).items()}, assign=True
+    )
     student.tie_weights()
     student.generation_config = model.generation_config
     partial = folder / "student.partial"

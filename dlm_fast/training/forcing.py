@@ -1,7 +1,8 @@
 """Noise and losses of the distillations: D2F's asymmetric one, certainty forcing, and pseudo-trajectories.
 
     forcing     Discrete diffusion forcing (D2F, arXiv:2508.09192): every block of the answer is masked at its own rate, rates do
-                not fall from block to block, and a block-causal student imitates a full-attention teacher on the same canvas.
+                not fall from block to block, and a block-causal student imitates a full-attention teacher on the same
+                canvas.
     certainty   Certainty-forcing distillation (dParallel, arXiv:2509.26488): half of the answer masked, the other half
                 in a second copy; cross-entropy, and the entropy of the tokens that are right already.
     trajectory  Pseudo-trajectory distillation (d3LLM): a block masked in the order in which a teacher filled it.
@@ -26,10 +27,11 @@ class Noise:
 
     Attributes:
         low, high: bounds of a block's masking rate ("forcing"). The published recipe: 0.2, 0.7.
-        settled: probability that a canvas is one a decoder meets at the start of a block: the blocks before a random one are
-            clean.
+        settled: probability that a canvas is one a decoder meets at the start of a block: the blocks before a random
+            one are clean.
             0: never, as published.
-        fresh: of those, the share in which all blocks after that one are wholly masked, as a decoder appends them. 0: none.
+        fresh: of those, the share in which all blocks after that one are wholly masked, as a decoder appends them. 0:
+            none.
         rate: masking rate of "certainty".
     """
 
@@ -49,13 +51,15 @@ class Noise:
             raise ValueError(f"distill: rate must be in (0, 1), got rate={self.rate}")
 
 
-def block_rates(num_blocks: Tensor, noise: Noise, generator: torch.Generator, *, starts: Tensor | None = None) -> Tensor:
+def block_rates(
+    num_blocks: Tensor, noise: Noise, generator: torch.Generator, *, starts: Tensor | None = None
+) -> Tensor:
     """Masking rate of every answer block, [B, max(num_blocks)] fp32, of which row b uses the first num_blocks[b].
 
         p_1 ~ U(low, high)        p_(j+1) = p_j + U(0, (high - p_1) / (M - 1))        M = num_blocks[b]
 
-    so rates never fall and stay within [low, high]; D2F. In a `settled` row the blocks before a random one have rate 0, and if it
-    is `fresh` too those after it have rate 1. That block is one of the first starts[b]; None: of all.
+    so rates never fall and stay within [low, high]; D2F. In a `settled` row the blocks before a random one have rate 0,
+    and if it is `fresh` too those after it have rate 1. That block is one of the first starts[b]; None: of all.
     """
     B, most = len(num_blocks), int(num_blocks.max())
     draw = torch.rand(B, most, generator=generator, dtype=torch.float64)
@@ -78,7 +82,8 @@ def bernoulli(rates: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def predicting_row(position: Tensor, logits_row: str) -> Tensor:
-    """Which row of the logits predicts a position: its own ("self") or the one before ("previous"; position 0 has its own)."""
+    """Which row of the logits predicts a position: its own ("self") or the one before ("previous"; position 0 has its
+    own)."""
     return (position - 1).clamp(min=0) if logits_row == "previous" else position
 
 
@@ -89,7 +94,8 @@ def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def token_loss(student: Tensor, targets: Tensor, teacher: Tensor | None, *, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy of each token, [N] fp32: against the teacher's distribution, or against the target where there is no teacher.
+    """Cross-entropy of each token, [N] fp32: against the teacher's distribution, or against the target where there is
+    no teacher.
 
         soft    -sum_v softmax(teacher / T)_v log softmax(student / T)_v * T^2        hard    -log softmax(student)_target
 
@@ -115,7 +121,8 @@ def forcing_loss(
     inverse_rate_weight: bool = True,
     temperature: float = 1.0,
 ) -> Tensor:
-    """D2F's loss over the masked tokens: the weighted mean of their cross-entropy, each divided by the rate of its block.
+    """D2F's loss over the masked tokens: the weighted mean of their cross-entropy, each divided by the rate of its
+    block.
 
     Args:
         student, teacher: [N, V] logits of the rows that predict the N masked tokens; teacher None: hard targets.
@@ -138,8 +145,8 @@ def certainty_loss(
 ) -> Tensor:
     """scale * sum over the two complementary halves of  (mean CE + entropy_weight * mean entropy of the tokens that are right).
 
-    A token is right if the student's top token is the target; the entropy is that of softmax(student / entropy_temperature),
-    nats.
+    A token is right if the student's top token is the target; the entropy is that of softmax(student /
+    entropy_temperature), nats.
 
     Args:
         student: [N, V] logits. targets: [N]. half: [N], 0 or 1, which of the two canvases masks the token. weight: [N].

@@ -1,4 +1,5 @@
-"""Which tokens of a batch of canvases are masked, what each masked token is worth, and which row of the logits predicts it."""
+"""Which tokens of a batch of canvases are masked, what each masked token is worth, and which row of the logits predicts
+it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Masked:
         tokens: [B, L] int64 with the mask id. prompt, length: [B] int64.
         row, position: [N] int64, canvas and place of each masked token.
         targets: [N] int64. rate: [N] fp32, masking rate of its block. weight: [N] fp32. half: [N] int64, which of two
-            complementary canvases masks it. in_answer: [N] bool, up to and with the first EOS. task: [N] int64, -1 = none.
+            complementary canvases masks it. in_answer: [N] bool, up to and with the first EOS. task: [N] int64, -1 =
+            none.
     """
 
     tokens: Tensor
@@ -50,12 +52,13 @@ class Masking:
     """How an objective masks canvases.
 
     Attributes:
-        objective: see dlm_fast.training.forcing. noise: its rates. diffusion: of the student; its blocks are those that are
-            masked.
+        objective: see dlm_fast.training.forcing. noise: its rates. diffusion: of the student; its blocks are those that
+            are masked.
         filler_weight: weight of EOS after the first. 1: as published.
-        trajectory: (from, to) of t, the share of the block that is masked; it is drawn from U(from + (to - from) * progress, to).
-        first_block_length: of "trajectory": block length at the start of training, from where it grows to the student's. None: it
-            is the student's throughout.
+        trajectory: (from, to) of t, the share of the block that is masked; it is drawn from U(from + (to - from) *
+            progress, to).
+        first_block_length: of "trajectory": block length at the start of training, from where it grows to the
+            student's. None: it is the student's throughout.
     """
 
     objective: str
@@ -79,8 +82,8 @@ class Masking:
             return self._pick(canvases, bernoulli(rate, generator), rate, half=None)
         current = (torch.rand(len(block), 1, generator=generator) * (last + 1)[:, None]).long()
         if self.objective == "certainty":
-            # A row is either masked as a whole, or in one block as a decoder would meet it: masks after that block, which do not
-            # count.
+            # A row is either masked as a whole, or in one block as a decoder would meet it: masks after that block,
+            # which do not count.
             by_block = torch.rand(len(block), 1, generator=generator) < self.noise.settled
             candidate = answer & (~by_block | (block == current))
             later = answer & by_block & (block > current)
@@ -88,7 +91,9 @@ class Masking:
         else:
             candidate, later = answer & (block == current), answer & (block > current)
             low, high = self.trajectory
-            t = (low + (high - low) * progress) + (high - low) * (1 - progress) * torch.rand(len(block), 1, generator=generator)
+            t = (low + (high - low) * progress) + (high - low) * (1 - progress) * torch.rand(
+                len(block), 1, generator=generator
+            )
             # Within the block, the teacher's first int((1 - t) * length) tokens are given.
             order = torch.where(candidate, canvases.rank, 2**40).argsort(1).argsort(1)
             chosen = order >= ((1 - t) * candidate.sum(1, keepdim=True)).long()
@@ -118,7 +123,9 @@ class Masking:
         row, position = masked.nonzero(as_tuple=True)
         in_answer = position <= canvases.first_eos[row]
         return Masked(
-            tokens=torch.where(masked if hidden is None else masked | hidden, self.diffusion.mask_token_id, canvases.tokens),
+            tokens=torch.where(
+                masked if hidden is None else masked | hidden, self.diffusion.mask_token_id, canvases.tokens
+            ),
             prompt=canvases.prompt,
             length=canvases.length,
             row=row,

@@ -1,4 +1,5 @@
-"""Models as a distillation uses them: opened for training, compared by vocabulary, asked for the logits of chosen rows."""
+"""Models as a distillation uses them: opened for training, compared by vocabulary, asked for the logits of chosen
+rows."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class VocabularyError(ValueError):
 
 
 class RowLogits(nn.Module):
-    """Logits of chosen rows only: a vocabulary of 126,464 times a canvas of 512 is a quarter of a gigabyte in float32."""
+    """Logits of chosen rows only: a vocabulary of 126,464 times a canvas of 512 is a quarter of a gigabyte in
+    float32."""
 
     def __init__(self, model: nn.Module, *, compiled: bool) -> None:
         super().__init__()
@@ -47,13 +49,16 @@ def require(module: str, purpose: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise ModuleNotFoundError(f"training: {purpose} needs {module}: pip install 'dlm-fast[train]'", name=module) from error
+        raise ModuleNotFoundError(
+            f"training: {purpose} needs {module}: pip install 'dlm-fast[train]'", name=module
+        ) from error
 
 
 def open_model(
     path: str, device: torch.device, dtype: torch.dtype | None, attention: str
 ) -> tuple[nn.Module, DiffusionConfig, Any]:
-    """An unpatched transformers model for training, its diffusion configuration and its tokenizer. Raises what `load` raises."""
+    """An unpatched transformers model for training, its diffusion configuration and its tokenizer. Raises what `load`
+    raises."""
     model = load(path, device=device, dtype=dtype, backend="reference")
     handle = patching.handle_of(model)
     handle.unpatch()
@@ -62,7 +67,8 @@ def open_model(
 
 
 def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -> None:
-    """Raises VocabularyError unless both (model, diffusion, tokenizer) have the same number of ids, tokens and mask id."""
+    """Raises VocabularyError unless both (model, diffusion, tokenizer) have the same number of ids, tokens and mask
+    id."""
 
     def fail(what: str, ours: Any, theirs: Any) -> None:
         raise VocabularyError(
@@ -79,7 +85,11 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
         ours, theirs = student[2].get_vocab(), teacher[2].get_vocab()
         different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         if different:
-            fail(f"id of {different[0]!r} ({len(different)} tokens differ)", ours.get(different[0]), theirs.get(different[0]))
+            fail(
+                f"id of {different[0]!r} ({len(different)} tokens differ)",
+                ours.get(different[0]),
+                theirs.get(different[0]),
+            )
 
 
 def stored_dtype(path: str) -> torch.dtype | None:

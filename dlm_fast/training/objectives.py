@@ -46,10 +46,9 @@ def _load(samples: list[dict]) -> list[Encoded]:
     return [Encoded(**sample) for sample in samples]
 
 
-
 class FullBatches:
-    """Canvases of one length a batch, the response filled up with <eos>, everything visible, but for an isolated prompt, which
-    sees itself alone.
+    """Canvases of one length a batch, the response filled up with <eos>, everything visible, but for an isolated
+    prompt, which sees itself alone.
 
     A sample takes the shortest canvas that holds it with probability `tight`, else any that does: at
     decode time the canvas is longer than the answer, so long tails of <eos> must be familiar.
@@ -136,7 +135,11 @@ def full_batch(
     weight[position > first_eos] *= FILLER_WEIGHT
     task = torch.tensor([[sample.task] for sample in samples]).expand(rows, canvas_length)
     in_prompt = position < prompt_length
-    visible = in_prompt[:, None, :] | ~in_prompt[:, :, None] if prompt_isolated else torch.ones(1, canvas_length, canvas_length, dtype=torch.bool)
+    visible = (
+        in_prompt[:, None, :] | ~in_prompt[:, :, None]
+        if prompt_isolated
+        else torch.ones(1, canvas_length, canvas_length, dtype=torch.bool)
+    )
     return Batch(
         tokens=torch.where(is_masked, MASK_ID, targets),
         position_ids=position.expand(rows, canvas_length),
@@ -145,7 +148,6 @@ def full_batch(
         weight=weight,
         task=task,
     )
-
 
 
 class BlockCausalBatches:

@@ -23,12 +23,15 @@ def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> 
 def build_optimizers(
     parameters: Iterable[nn.Parameter], layers: nn.Module, *, adamw: dict[str, Any], muon: dict[str, Any] | None
 ) -> dict[str, torch.optim.Optimizer]:
-    """Muon for those parameters that are matrices of the layers, AdamW for all others; without `muon`, AdamW for all."""
+    """Muon for those parameters that are matrices of the layers, AdamW for all others; without `muon`, AdamW for
+    all."""
     trained = list(parameters)
     in_layers = {id(p) for p in layers.parameters()} if muon is not None else set()
     hidden = [p for p in trained if p.ndim == 2 and id(p) in in_layers]
     chosen = {id(p) for p in hidden}
-    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW([p for p in trained if id(p) not in chosen], **adamw)}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW([p for p in trained if id(p) not in chosen], **adamw)
+    }
     if muon is not None:
         optimizers["muon"] = torch.optim.Muon(hidden, momentum=0.95, **muon)
     return optimizers

@@ -1,14 +1,15 @@
 """Trains the heads of `learn2pd` and `learned-commit` on a model's own full decodes, by supervision.
 
-The model decodes training prompts with one token per step; the target of a masked position at a step is whether its prediction
-already equals the token that this decode ends with (Learn2PD, arXiv:2509.25188; its optimizer: AdamW, 3e-3, binary cross
-entropy). The policy of arXiv:2512.09106 is trained by reinforcement there; here it has these same targets.
+The model decodes training prompts with one token per step; the target of a masked position at a step is whether its
+prediction already equals the token that this decode ends with (Learn2PD, arXiv:2509.25188; its optimizer: AdamW, 3e-3,
+binary cross entropy). The policy of arXiv:2512.09106 is trained by reinforcement there; here it has these same targets.
 
-A head that writes several tokens a step visits states that one token per step never does. So there is a second round: the head
-decodes the same prompts, and its states up to the first token that differs from the full decode join the first ones (after
-DAgger, Ross et al. 2011).
+A head that writes several tokens a step visits states that one token per step never does. So there is a second round:
+the head decodes the same prompts, and its states up to the first token that differs from the full decode join the first
+ones (after DAgger, Ross et al. 2011).
 
-    python -m dlm_fast.training policy --kind filter --model tiny-full --out dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
+    python -m dlm_fast.training policy --kind filter --model tiny-full --out
+    dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import dlm_fast
 from dlm_fast.policies import Choice, Policy, View
 from dlm_fast.policies.heads import KINDS, Head, save_head
 from dlm_fast.policies.learned import block_time, of_block
+
 from ..tiny.tasks import TASKS, Sample, generate_sample
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
@@ -121,7 +123,8 @@ def record(
     block_length: int,
     head: Head | None = None,
 ) -> States:
-    """The states of full decodes, one token per step; with a head, those that it visits while it agrees with the full decodes.
+    """The states of full decodes, one token per step; with a head, those that it visits while it agrees with the full
+    decodes.
 
     fulls: the full decodes by prompt: written without a head, read with one.
     """
@@ -136,7 +139,9 @@ def record(
             for sample, canvas, text, nfe in zip(batch, out.canvas, out.text, out.nfe):
                 fulls[sample.prompt] = Full(canvas, TASKS[sample.task].check(sample.prompt, text), nfe)
         else:
-            decode(model, batch, preset=PRESETS[head.kind], head=head, accept_threshold=EXPLORE, policy=recorder, **common)
+            decode(
+                model, batch, preset=PRESETS[head.kind], head=head, accept_threshold=EXPLORE, policy=recorder, **common
+            )
         canvases = [fulls[sample.prompt].canvas for sample in batch]
         final = torch.full((len(batch), max(map(len, canvases)) + block_length), mask_id)
         for row, canvas in zip(final, canvases):
@@ -153,7 +158,9 @@ def record(
 
 def loss_of(head: Head, states: States, wrong_weight: float) -> Tensor:
     """Mean binary cross entropy over masked positions; a prediction that is not final counts `wrong_weight` times."""
-    loss = F.binary_cross_entropy_with_logits(head.logits(*states.inputs(head.kind)), states.right.float(), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        head.logits(*states.inputs(head.kind)), states.right.float(), reduction="none"
+    )
     weight = states.counts * torch.where(states.right, 1.0, wrong_weight)
     return (loss * weight).sum() / weight.sum()
 
@@ -217,7 +224,8 @@ def quality(model: nn.Module, samples: list[Sample], *, preset: str, **options: 
 
 
 def choose_threshold(rows: dict[float, dict[str, float]]) -> float:
-    """The threshold with the fewest forwards among those at most a point of exact match below the best (ties: the highest)."""
+    """The threshold with the fewest forwards among those at most a point of exact match below the best (ties: the
+    highest)."""
     best = max(row["exact_match"] for row in rows.values())
     good = [value for value, row in rows.items() if row["exact_match"] >= best - 0.01 - 1e-9]
     return min(good, key=lambda value: (rows[value]["nfe"], -value))
@@ -243,9 +251,11 @@ def train(
     """A trained head with its threshold, and what was measured: per round, on prompts that it did not train on.
 
     Args:
-        model: from `dlm_fast.load`, of full visibility, with a tokenizer. kind: "filter" or "commit". trained_on: its name.
+        model: from `dlm_fast.load`, of full visibility, with a tokenizer. kind: "filter" or "commit". trained_on: its
+            name.
         tasks: to draw prompts from, default all. prompts: how many, a quarter of them kept from training.
-        rounds: 1: states of full decodes alone; 2: also those that the head visits. steps: of AdamW, each with `batch` states.
+        rounds: 1: states of full decodes alone; 2: also those that the head visits. steps: of AdamW, each with `batch`
+            states.
         wrong_weight: what writing a token that is not final costs more than not writing one that is.
     Raises:
         ValueError: an argument out of range, by name.
@@ -254,7 +264,13 @@ def train(
         raise ValueError(f"training: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
     if prompts < 8:
         raise ValueError(f"training: prompts must be at least 8, got prompts={prompts}")
-    for name, value in (("rounds", rounds), ("steps", steps), ("batch", batch), ("block_length", block_length), ("width", width)):
+    for name, value in (
+        ("rounds", rounds),
+        ("steps", steps),
+        ("batch", batch),
+        ("block_length", block_length),
+        ("width", width),
+    ):
         if value < 1:
             raise ValueError(f"training: {name} must be at least 1, got {name}={value}")
     if not wrong_weight > 0:
@@ -264,7 +280,13 @@ def train(
     held = [samples[i] for i in sorted(kept)]
     trained = [samples[i] for i in range(prompts) if i not in set(kept)]
     common = {"max_new_tokens": max_new_tokens, "block_length": block_length}
-    optimizer = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "wrong_weight": wrong_weight, "seed": seed}
+    optimizer = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "wrong_weight": wrong_weight,
+        "seed": seed,
+    }
     fulls: dict[str, Full] = {}
     report: dict[str, Any] = {"kind": kind, "rounds": []}
     states: list[States] = []
@@ -277,7 +299,9 @@ def train(
         losses = fit(head, joined(states), **optimizer)
         last = sum(losses[-20:]) / len(losses[-20:])
         report["rounds"].append({"states": len(states[-1]), "first_loss": losses[0], "last_loss": last})
-    by_threshold = {v: quality(model, held, preset=PRESETS[kind], head=head, accept_threshold=v, **common) for v in THRESHOLDS}
+    by_threshold = {
+        v: quality(model, held, preset=PRESETS[kind], head=head, accept_threshold=v, **common) for v in THRESHOLDS
+    }
     head.accept_threshold = choose_threshold(by_threshold)
     report |= {"threshold": head.accept_threshold, "by_threshold": by_threshold}
     report["check"] = [accuracy(head, s, head.accept_threshold) for s in check]
@@ -291,15 +315,25 @@ def train(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m dlm_fast.training policy`."""
-    parser.add_argument("--kind", choices=sorted(KINDS), required=True, help="filter: of learn2pd; commit: of learned-commit")
-    parser.add_argument("--model", default="tiny-full", help="an embedded model or a checkpoint folder, of full visibility")
+    parser.add_argument(
+        "--kind", choices=sorted(KINDS), required=True, help="filter: of learn2pd; commit: of learned-commit"
+    )
+    parser.add_argument(
+        "--model", default="tiny-full", help="an embedded model or a checkpoint folder, of full visibility"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the head's file, *.safetensors")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help="of the prompts")
-    parser.add_argument("--prompts", type=int, default=600, help="of the training split; a quarter chooses the threshold")
+    parser.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help="of the prompts"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=600, help="of the training split; a quarter chooses the threshold"
+    )
     parser.add_argument("--block-length", type=int, default=8, help="that the head decodes with")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--width", type=int, default=32, help="of the head's hidden layer")
-    parser.add_argument("--rounds", type=int, default=2, help="2: train again with the states that the head itself visits")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="2: train again with the states that the head itself visits"
+    )
     parser.add_argument("--steps", type=int, default=1500, help="of AdamW, each round")
     parser.add_argument("--batch", type=int, default=256, help="states in a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="at the first step, falling to 0")

@@ -15,9 +15,9 @@ from .masking import Masked
 class RunLog:
     """Sums of a run between two lines. tasks: names that Masked.task counts; with none, accuracy is one number.
 
-    A line has step, seconds, tokens (canvas positions so far), loss, accuracy (share of masked answer tokens, up to and with the
-    first EOS, whose top token is right; "all" and by task) and, where there is a teacher, agreement (share of masked tokens on
-    which student and teacher have the same top token).
+    A line has step, seconds, tokens (canvas positions so far), loss, accuracy (share of masked answer tokens, up to and
+    with the first EOS, whose top token is right; "all" and by task) and, where there is a teacher, agreement (share of
+    masked tokens on which student and teacher have the same top token).
     """
 
     def __init__(self, path: Path, tasks: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
 """Pretrains a tiny full-attention model on a CPU in about an hour: Muon and AdamW, constant rate then linear to zero.
 
-The block-causal objective gets several times as many predictions out of a forward, so it comes first; then the model is taught
-to see the whole canvas. Masks alone make the difference: the weights are one network's.
+The block-causal objective gets several times as many predictions out of a forward, so it comes first; then the model is
+taught to see the whole canvas. Masks alone make the difference: the weights are one network's.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dlm_fast.training import checkpoint
-from ..tiny.data import TASK_NAMES, SampleStream, add_weights
-from ..tiny.model import build_model, export
 from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
 from dlm_fast.training.optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from dlm_fast.training.runlog import forget_after
+
+from ..tiny.data import TASK_NAMES, SampleStream, add_weights
+from ..tiny.model import build_model, export
 
 FREE = {"out", "threads", "minutes", "checkpoint_minutes", "log_every", "resume"}
 
@@ -34,10 +35,11 @@ FREE = {"out", "threads", "minutes", "checkpoint_minutes", "log_every", "resume"
 class Settings:
     """Everything that decides the trained weights, and where they go.
 
-    The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share of `steps`. `minutes`
-    stops a run early with a checkpoint and leaves the schedule alone. The first `block_causal` share of the steps trains the
-    block-causal objective, the others full attention, of which `prompt_isolated` hides the response from the prompt. The bf16 and compiled variants round
-    differently, so a run is reproducible only with the same settings and thread count.
+    The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share of `steps`.
+    `minutes` stops a run early with a checkpoint and leaves the schedule alone. The first `block_causal` share of the
+    steps trains the block-causal objective, the others full attention, of which `prompt_isolated` hides the response
+    from the prompt. The bf16 and compiled variants round differently, so a run is reproducible only with the same
+    settings and thread count.
     """
 
     out: Path
@@ -74,7 +76,8 @@ class Settings:
             raise ValueError(f"training: block_causal must be in [0, 1], got block_causal={self.block_causal}")
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues; the rest is where it runs, how often it reports and when it stops."""
+        """What a resumed run must share with the run it continues; the rest is where it runs, how often it reports and
+        when it stops."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
     @property
@@ -149,7 +152,9 @@ class Trainer:
             raise FileNotFoundError(f"training: resume needs a checkpoint, got none at {self.checkpoint_path}")
         metadata = checkpoint.read_metadata(self.checkpoint_path)
         if "batches" not in metadata:
-            raise ValueError(f"training: out must hold a checkpoint of a pretraining to resume, got another one at {self.checkpoint_path}")
+            raise ValueError(
+                f"training: out must hold a checkpoint of a pretraining to resume, got another one at {self.checkpoint_path}"
+            )
         theirs = json.loads(metadata["settings"])
         # A block-causal prompt is isolated anyway: a run forks into its two endings where that objective ends.
         forks = int(metadata["step"]) <= self.settings.block_causal_steps
@@ -199,7 +204,9 @@ class Trainer:
             "step": self.step,
             "seconds": round(seconds, 1),
             "loss": round(self.loss_average, 4),
-            "cross_entropy": {name: round(cross_entropy[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]},
+            "cross_entropy": {
+                name: round(cross_entropy[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]
+            },
             "accuracy": {name: round(right[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]},
         }
         self._task_sums.zero_()
@@ -235,7 +242,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder for checkpoint, log and trained model")
     add("--prompt-isolated", action="store_true", help="the prompt does not see the response")
     add("--steps", type=int, default=default.steps, help="length of the schedule")
-    add("--block-causal", type=float, default=default.block_causal, help="share of steps, the first, that train block-causally")
+    add(
+        "--block-causal",
+        type=float,
+        default=default.block_causal,
+        help="share of steps, the first, that train block-causally",
+    )
     add("--seed", type=int, default=default.seed, help="of weights, samples and masks")
     add("--tokens-per-step", type=int, default=default.tokens_per_step, help="positions in one batch")
     add("--muon-lr", type=float, default=default.muon_lr, help="peak rate of hidden matrices")

@@ -1,4 +1,5 @@
-"""The order in which a teacher fills its answers, one token a step, added to a data file for the objective "trajectory".
+"""The order in which a teacher fills its answers, one token a step, added to a data file for the objective
+"trajectory".
 
 Pseudo-trajectories (d3LLM): the masks of a training canvas follow that order, on the data's own answer.
 """
@@ -21,16 +22,19 @@ from .dataset import CanvasShape, Dataset, read_dataset
 
 
 def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, batch_size: int) -> list[list[int]]:
-    """For each sample, the denoise step at which the teacher wrote each position of the whole blocks that hold the answer.
+    """For each sample, the denoise step at which the teacher wrote each position of the whole blocks that hold the
+    answer.
 
-    The teacher (from `dlm_fast.load`) writes its own answer, one token a step, block by block; it does not stop at an EOS, since
-    the data's answer may be longer than its own.
+    The teacher (from `dlm_fast.load`) writes its own answer, one token a step, block by block; it does not stop at an
+    EOS, since the data's answer may be longer than its own.
     """
     one_a_step: dict[str, Any] = {"preset": "sdar", "steps_per_block": block_length}
     if handle_of(model).diffusion.visibility == "full":
         one_a_step |= {"preset": "llada", "block_length": block_length}
     orders: list[list[int]] = [[] for _ in dataset.samples]
-    by_length = sorted(range(len(dataset.samples)), key=lambda i: len(dataset.samples[i].prompt) + len(dataset.samples[i].answer))
+    by_length = sorted(
+        range(len(dataset.samples)), key=lambda i: len(dataset.samples[i].prompt) + len(dataset.samples[i].answer)
+    )
     for begin in tqdm(range(0, len(by_length), batch_size), desc="trajectories", mininterval=5):
         chosen = by_length[begin : begin + batch_size]
         samples = [dataset.samples[i] for i in chosen]
@@ -42,7 +46,14 @@ def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, bat
 
 
 def write_orders(
-    model: str, data: Path, out: Path, *, block_length: int, max_length: int, batch_size: int = 32, device: str | None = None
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    block_length: int,
+    max_length: int,
+    batch_size: int = 32,
+    device: str | None = None,
 ) -> None:
     """Copies the JSON lines of `data` to `out`, each with its "order". Raises DatasetError as `read_dataset` does."""
     teacher = load(model, device=device)
@@ -52,7 +63,9 @@ def write_orders(
     orders = teacher_orders(teacher, dataset, block_length=block_length, batch_size=batch_size)
     records = [json.loads(line) for line in data.read_text(encoding="utf-8").split("\n") if line.strip()]
     with open(out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record | {"order": order}) + "\n" for record, order in zip(records, orders, strict=True))
+        file.writelines(
+            json.dumps(record | {"order": order}) + "\n" for record, order in zip(records, orders, strict=True)
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Triton kernels for decoding diffusion language models, each with the plain-torch reference that specifies it.
 
-The ops, `block_attention`, `confidence`, `linear_confidence`, `unmask`, `draft_build` and `verify`, are told everything by device
-tensors. Each is a launcher here, an operator `torch.ops.dlm_kernels.*` where it is traced (`library`), and, under the same name and
-signature, a plain-torch function in `dlm_kernels.reference`:
+The ops, `block_attention`, `confidence`, `linear_confidence`, `unmask`, `draft_build` and `verify`, are told everything
+by device tensors. Each is a launcher here, an operator `torch.ops.dlm_kernels.*` where it is traced (`library`), and,
+under the same name and signature, a plain-torch function in `dlm_kernels.reference`:
 
     from dlm_kernels.confidence import confidence      # imports Triton
     from dlm_kernels import reference                  # torch only
@@ -11,11 +11,12 @@ signature, a plain-torch function in `dlm_kernels.reference`:
 Importing this package imports torch and never Triton, so the references run on a machine without Triton or a GPU.
 """
 
-# Why the folder above this one, kernels/, has no __init__.py, and must never get one: Hugging Face publishes a package named
-# `kernels`, and transformers imports it wherever it is installed. With an __init__.py, any Python started in the checkout
-# (`python -m pytest` puts the current directory first on sys.path) would import our folder in its place, and installing us next
-# to an installed Hugging Face `kernels` fails on its setuptools entry point. Without one, our folder is only a namespace portion,
-# which every regular package of that name beats wherever it stands on sys.path. tests/package/test_shadow.py pins this.
+# Why the folder above this one, kernels/, has no __init__.py, and must never get one: Hugging Face publishes a package
+# named `kernels`, and transformers imports it wherever it is installed. With an __init__.py, any Python started in the
+# checkout (`python -m pytest` puts the current directory first on sys.path) would import our folder in its place, and
+# installing us next to an installed Hugging Face `kernels` fails on its setuptools entry point. Without one, our folder
+# is only a namespace portion, which every regular package of that name beats wherever it stands on sys.path.
+# tests/package/test_shadow.py pins this.
 
 from . import reference
 from .rules import UnmaskRule

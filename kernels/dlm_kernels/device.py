@@ -18,14 +18,16 @@ _HERE = contextlib.nullcontext()
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Inside, the tensor's GPU is the current one: Triton launches on the current device and its stream, whatever the arguments' is."""
+    """Inside, the tensor's GPU is the current one: Triton launches on the current device and its stream, whatever the
+    arguments' is."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.get_device())
 
 
 def capability_of(op: str, tensor: Tensor, kernel: object) -> int:
-    """Compute capability (90 for 9.0) whose tiles the tensor's GPU runs; INTERPRETED's for a CPU tensor under Triton's interpreter.
+    """Compute capability (90 for 9.0) whose tiles the tensor's GPU runs; INTERPRETED's for a CPU tensor under Triton's
+    interpreter.
 
     Raises:
         RuntimeError: a CPU tensor, and `kernel` is compiled, not interpreted.

@@ -1,11 +1,11 @@
 """The launchers as PyTorch operators, `torch.ops.dlm_kernels.<name>`, for whatever traces instead of running.
 
 In eager mode a launcher runs as it stands: going through the dispatcher costs the host more than the launch does. Under
-`torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node with a fake implementation and
-a schema that says what it mutates. Both ways run the same code; nothing else differs.
+`torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node with a fake
+implementation and a schema that says what it mutates. Both ways run the same code; nothing else differs.
 
-The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`) goes in field by field, and a result
-of optional tensors comes out as the list of those that are there:
+The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`) goes in field by
+field, and a result of optional tensors comes out as the list of those that are there:
 
     block_attention(q, ..., window, *, scale)  ->  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor
 """
@@ -49,14 +49,16 @@ def operator(
     result: type | None = None,
     present: Callable[..., Sequence[str]] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Registers a launcher as an operator; what is returned calls the launcher, or the operator where that is being traced.
+    """Registers a launcher as an operator; what is returned calls the launcher, or the operator where that is being
+    traced.
 
     Args:
         mutates: arguments written in place; of a dataclass, all its tensors.
         fake: called with the launcher's arguments, returns empty tensors like the launcher's.
         result: type of a result that is a NamedTuple of tensors.
-        present: of a NamedTuple of optional tensors, the fields that are not None, from the launcher's arguments (without reading
-            tensors). Such an operator must not mutate: functionalization takes no list of tensors then.
+        present: of a NamedTuple of optional tensors, the fields that are not None, from the launcher's arguments
+            (without reading tensors). Such an operator must not mutate: functionalization takes no list of tensors
+            then.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -65,7 +67,9 @@ def operator(
         parameters, dataclass_of = _parameters(arguments, hints, mutates)
         name = launcher.__name__
         fields = present or (lambda **_: result._fields)
-        returns = _returns(hints["return"]) if result is None else "Tensor[]" if present else _tuple_of(len(result._fields))
+        returns = (
+            _returns(hints["return"]) if result is None else "Tensor[]" if present else _tuple_of(len(result._fields))
+        )
         schema = f"({', '.join(f'{p.schema} {p.name}' for p in parameters)}) -> {returns}"
         names = tuple(arguments)
         defaults = {key: p.default for key, p in arguments.items() if p.default is not inspect.Parameter.empty}
@@ -99,9 +103,15 @@ def operator(
             unknown = [key for key in given if key not in arguments]
             missing = [key for key in names if key not in given]
             if unknown or missing or len(positional) > len(names):
-                raise TypeError(f"{name}: missing arguments {missing}, unknown arguments {unknown}, {len(positional)} positional ones")
+                raise TypeError(
+                    f"{name}: missing arguments {missing}, unknown arguments {unknown}, {len(positional)} positional ones"
+                )
             out = getattr(torch.ops.dlm_kernels, name)(*(p.of(given) for p in parameters))
-            return out if result is None else result(**{**dict.fromkeys(result._fields), **dict(zip(fields(**given), out))})
+            return (
+                out
+                if result is None
+                else result(**{**dict.fromkeys(result._fields), **dict(zip(fields(**given), out))})
+            )
 
         return dispatched
 
@@ -125,7 +135,7 @@ def _parameters(
     def add(name: str, argument: str, field: str | None, hint: Any) -> None:
         kind = _schema(hint, name)
         if argument in mutates and kind.startswith("Tensor"):
-            kind = f"Tensor(a{len(parameters)}!){kind[len('Tensor'):]}"
+            kind = f"Tensor(a{len(parameters)}!){kind[len('Tensor') :]}"
         parameters.append(_Parameter(name, argument, field, kind))
 
     for argument in arguments:

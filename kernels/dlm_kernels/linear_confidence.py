@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import triton
 from torch import Tensor
 
 from . import device
+from .checks.confidence import LINEAR_OUTPUTS, check_linear_arguments
 from .confidence.launch import allocate, allocate_partials, merge, merge_case, present
 from .library import operator
 from .linear_confidence_device import _linear_confidence_kernel
 from .reference.confidence import Confidence
-from .checks.confidence import LINEAR_OUTPUTS, check_linear_arguments
 from .static import CompileCase
 from .tiles import LinearConfidenceTile, linear_confidence_parts, linear_confidence_tile
 
@@ -38,15 +38,18 @@ def linear_confidence(
 ) -> Confidence:
     """What `confidence` says of the logits of a head without a bias, hidden @ weight.T, which are never written.
 
-    Arguments, results and errors are those of `reference.linear_confidence`, which specifies it; float64 is not accepted. The
-    logits are the fp32 sums of the products, never rounded to the inputs' dtype: where a head writes bf16, two logits that it
-    rounds to the same are told apart here. A row's bits do not depend on the other rows and not on their number.
+    Arguments, results and errors are those of `reference.linear_confidence`, which specifies it; float64 is not
+    accepted. The logits are the fp32 sums of the products, never rounded to the inputs' dtype: where a head writes
+    bf16, two logits that it rounds to the same are told apart here. A row's bits do not depend on the other rows and
+    not on their number.
 
-    This is the option for memory, not for speed: 128 blocks of 32 rows of bf16 logits over 126,464 ids are 1.04 GB, the partials
-    here (two launches, `tiles.linear_confidence_parts`) 26 MB. Fusing saves the logits' write and read, 2% of the head's time at
-    32 rows and about 15% from 256 on, and the product of a general kernel loses as much or more against the vendor's.
+    This is the option for memory, not for speed: 128 blocks of 32 rows of bf16 logits over 126,464 ids are 1.04 GB, the
+    partials here (two launches, `tiles.linear_confidence_parts`) 26 MB. Fusing saves the logits' write and read, 2% of
+    the head's time at 32 rows and about 15% from 256 on, and the product of a general kernel loses as much or more
+    against the vendor's.
 
-    Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that `tiles.TARGETS` does not
+    Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that
+    `tiles.TARGETS` does not
         name.
     """
     N = check_linear_arguments(
@@ -128,20 +131,31 @@ def launch(
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Both launches, on every GPU by the same tiles: what a decoder asks of a head in bf16, and all outputs in every dtype."""
+    """Both launches, on every GPU by the same tiles: what a decoder asks of a head in bf16, and all outputs in every
+    dtype."""
     V, H = 126464, 4096
-    kinds = (("bf16", "second+logsumexp+entropy"), ("bf16", "everything"), ("fp16", "everything"), ("fp32", "everything"))
+    kinds = (
+        ("bf16", "second+logsumexp+entropy"),
+        ("bf16", "everything"),
+        ("fp16", "everything"),
+        ("fp32", "everything"),
+    )
     cases = []
     for dtype, name in kinds:
         everything = name == "everything"
         tile = linear_confidence_tile(4 if dtype == "fp32" else 2)
         part_tiles, parts = linear_confidence_parts(V, tile)
-        signature = {argument: "constexpr" for argument in _linear_confidence_kernel.arg_names}
+        signature = dict.fromkeys(_linear_confidence_kernel.arg_names, "constexpr")
         signature |= {f"{name}_ptr": f"*{dtype}" for name in ("hidden", "weight")}
         signature |= {"rows_ptr": "*i32", "banned_ptr": "*i64", "values_ptr": "*fp32", "ids_ptr": "*i32"}
-        signature |= {argument: "i32" for argument in ("hidden_stride", "weight_stride", "banned_stride", "N", "R", "V", "H")}
+        signature |= dict.fromkeys(("hidden_stride", "weight_stride", "banned_stride", "N", "R", "V", "H"), "i32")
         if everything:
-            signature |= {"temperature_ptr": "*fp32", "sample_temperature_ptr": "*fp32", "seed_ptr": "*i64", "noise_ptr": "*i32"}
+            signature |= {
+                "temperature_ptr": "*fp32",
+                "sample_temperature_ptr": "*fp32",
+                "seed_ptr": "*i64",
+                "noise_ptr": "*i32",
+            }
             signature |= {"query_ptr": "*i64", "soft_cap": "fp32"}
         flags = {
             "HAS_ROWS": True,
@@ -166,7 +180,9 @@ def compile_cases(capability: int) -> list[CompileCase]:
                 config=f"{dtype} {name}",
                 fn=_linear_confidence_kernel,
                 signature=signature,
-                constexprs={argument: flags.get(argument) for argument, kind in signature.items() if kind == "constexpr"},
+                constexprs={
+                    argument: flags.get(argument) for argument, kind in signature.items() if kind == "constexpr"
+                },
                 divisible_by_16=(*pointers, "hidden_stride", "weight_stride", "V", "H"),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,

@@ -1,7 +1,8 @@
-"""Device code of `linear_confidence`: the head's product and the statistics of its logits, which live in registers only.
+"""Device code of `linear_confidence`: the head's product and the statistics of its logits, which live in registers
+only.
 
-One program computes BLOCK_M rows x one part of the vocabulary, BLOCK_V ids at a time, and leaves that part's partials to
-`_merge_kernel`. Row m of a tile depends on row m of `hidden` alone.
+One program computes BLOCK_M rows x one part of the vocabulary, BLOCK_V ids at a time, and leaves that part's partials
+to `_merge_kernel`. Row m of a tile depends on row m of `hidden` alone.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def _linear_confidence_kernel(
     for tile in range(first, last):
         ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         weight_rows = ids.to(tl.int64) * weight_stride
-        x = _logits(hidden_ptr, weight_ptr, hidden_rows, weight_rows, is_row, ids < V, H, EVEN_H, BLOCK_M, BLOCK_V, BLOCK_H)
+        x = _logits(
+            hidden_ptr, weight_ptr, hidden_rows, weight_rows, is_row, ids < V, H, EVEN_H, BLOCK_M, BLOCK_V, BLOCK_H
+        )
         x = tl.where((ids < V)[None, :], x, float("-inf"))
 
         # The sums of all ids, as in `confidence`, a row at a time instead of a lane.

@@ -1,10 +1,12 @@
 """Entries for the tile table, proposed by compiling candidates: what fits, without a GPU.
 
-    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 [--set BLOCK_M=64,128] [--jobs N]
+    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 [--set
+    BLOCK_M=64,128] [--jobs N]
 
-A candidate is a shipped configuration with other tile numbers. What the machine code shows decides: nothing that spills or exceeds a
-target's shared memory is proposed; of the rest, the instruction it was designed for, then the warps that an SM can hold. Among the
-first few only a GPU can tell, so a proposal is where to begin a measurement and not its result.
+A candidate is a shipped configuration with other tile numbers. What the machine code shows decides: nothing that spills
+or exceeds a target's shared memory is proposed; of the rest, the instruction it was designed for, then the warps that
+an SM can hold. Among the first few only a GPU can tell, so a proposal is where to begin a measurement and not its
+result.
 """
 
 from __future__ import annotations
@@ -24,14 +26,25 @@ from .static import CompileCase, CompileResult
 
 # Per kernel, the numbers that a table entry consists of and the values worth trying.
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
-    "attention": {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "attention": {
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_N": (16, 32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
     "confidence": {"LANES": (256, 512, 1024, 2048), "num_warps": (4, 8, 16), "num_stages": (1,)},
-    "linear_confidence": {"BLOCK_V": (64, 128, 256), "BLOCK_H": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "linear_confidence": {
+        "BLOCK_V": (64, 128, 256),
+        "BLOCK_H": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
     "unmask": {"num_warps": (1, 2, 4, 8, 16, 32)},
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
-# Of one SM: shared memory in KiB and resident warps (CUDA C++ Programming Guide, "Compute Capabilities"). 65,536 registers everywhere.
+# Of one SM: shared memory in KiB and resident warps (CUDA C++ Programming Guide, "Compute Capabilities"). 65,536
+# registers everywhere.
 SM_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 SM_REGISTERS = 65536
@@ -62,14 +75,19 @@ def candidates(case: CompileCase, axes: Mapping[str, Sequence[int]]) -> list[tup
     """`case` with every combination of numbers. Raises ValueError for a number that is not the kernel's."""
     for name in axes:
         if name not in LAUNCH_OPTIONS and name not in case.constexprs:
-            raise ValueError(f"propose: {case.kernel} has no number {name}; it has {', '.join((*_numbers(case), *LAUNCH_OPTIONS))}")
+            raise ValueError(
+                f"propose: {case.kernel} has no number {name}; it has {', '.join((*_numbers(case), *LAUNCH_OPTIONS))}"
+            )
     made = []
     for values in itertools.product(*axes.values()):
         numbers = dict(zip(axes, values))
         options = {name: numbers[name] for name in LAUNCH_OPTIONS if name in numbers}
         constexprs = case.constexprs | {name: value for name, value in numbers.items() if name not in LAUNCH_OPTIONS}
         if "LANES" in numbers:  # what one trip consumes, and how many trips a vocabulary takes, follow from it
-            elements = case.elements_per_iteration and case.elements_per_iteration * numbers["LANES"] // case.constexprs["LANES"]
+            elements = (
+                case.elements_per_iteration
+                and case.elements_per_iteration * numbers["LANES"] // case.constexprs["LANES"]
+            )
             constexprs["COLUMN"] = max(1, case.constexprs["COLUMN"] * case.constexprs["LANES"] // numbers["LANES"])
             options["elements_per_iteration"] = elements
         made.append((numbers, dataclasses.replace(case, constexprs=constexprs, **options)))
@@ -121,7 +139,8 @@ def propose(
     """Compiles the candidates of one shipped configuration, best first.
 
     Args:
-        kernel, config: names of a shipped configuration (`dlm-fast compile-report` lists them). axes: replaces AXES of the kernel, number by number.
+        kernel, config: names of a shipped configuration (`dlm-fast compile-report` lists them). axes: replaces AXES of
+            the kernel, number by number.
     Raises:
         ValueError: unknown kernel, config or number.  RuntimeError: as static.compile_case.
     """
@@ -131,9 +150,13 @@ def propose(
         raise ValueError(f"propose: target must be one of {', '.join(map(str, static.CAPABILITIES))}, got {capability}")
     shipped = {f"{case.config}": case for case in static.shipped(kernel, capability)}
     if config not in shipped:
-        raise ValueError(f"propose: {kernel} has no configuration {config!r} on sm_{capability}; it has {', '.join(shipped)}")
+        raise ValueError(
+            f"propose: {kernel} has no configuration {config!r} on sm_{capability}; it has {', '.join(shipped)}"
+        )
     case = shipped[config]
-    chosen = {name: values for name, values in AXES.get(kernel, {}).items() if name in (*case.constexprs, *LAUNCH_OPTIONS)}
+    chosen = {
+        name: values for name, values in AXES.get(kernel, {}).items() if name in (*case.constexprs, *LAUNCH_OPTIONS)
+    }
     tasks = [(numbers, candidate, capability) for numbers, candidate in candidates(case, {**chosen, **(axes or {})})]
     own = judged({}, case, capability)
     if jobs <= 1:
@@ -180,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", required=True, help="op whose table entry is looked for")
     parser.add_argument("--config", required=True, help="a configuration that it ships, as compile-report names it")
     parser.add_argument("--target", required=True, help="compute capability, e.g. 90")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=V,V", help="values of one number; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=V,V", help="values of one number; may be repeated"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last line")
     given = parser.parse_args(arguments)
@@ -201,7 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(case, proposals))
     if given.json:
         found = [dataclasses.asdict(proposal) for proposal in proposals]
-        print(json.dumps({"kernel": given.kernel, "config": given.config, "target": f"sm_{target}", "candidates": found}))
+        print(
+            json.dumps({"kernel": given.kernel, "config": given.config, "target": f"sm_{target}", "candidates": found})
+        )
     return 0 if any(proposal.fits for proposal in proposals) else 1
 
 

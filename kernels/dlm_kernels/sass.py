@@ -1,4 +1,5 @@
-"""What a kernel's machine code says: loops, loads, tensor-core instructions. Text of `nvdisasm -c` goes in, facts come out."""
+"""What a kernel's machine code says: loops, loads, tensor-core instructions. Text of `nvdisasm -c` goes in, facts come
+out."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _BARRIER = re.compile(r"\bB\d+\b")
 
-# Components of a load's opcode that give its width; a load that has none of them is 32 bits wide. LDGSTS.E.BYPASS.LTC128B.128 is
-# 128 bits wide for its last component: LTC128B is a prefetch size.
+# Components of a load's opcode that give its width; a load that has none of them is 32 bits wide.
+# LDGSTS.E.BYPASS.LTC128B.128 is 128 bits wide for its last component: LTC128B is a prefetch size.
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 # First component of the opcode. HFMA2.MMA is not among them: it is a plain half-precision multiply-add.
@@ -42,8 +43,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A natural loop. `instructions` counts its body once, nested loops' bodies included; `load_bytes` is what a thread loads
-    from global memory in one iteration, nested loops excluded."""
+    """A natural loop. `instructions` counts its body once, nested loops' bodies included; `load_bytes` is what a thread
+    loads from global memory in one iteration, nested loops excluded."""
 
     instructions: int
     load_bytes: int
@@ -72,7 +73,8 @@ def parse(disassembly: str, kernel: str) -> tuple[list[Instruction], dict[str, i
 
 
 def mma_kind(instructions: list[Instruction]) -> str:
-    """Which tensor-core instructions the kernel uses: "wgmma", "tcgen05", "mma.sync" or "none", the newest if several."""
+    """Which tensor-core instructions the kernel uses: "wgmma", "tcgen05", "mma.sync" or "none", the newest if
+    several."""
     names = {instruction.name for instruction in instructions}
     for kind, members in (("tcgen05", _TCGEN05), ("wgmma", _WGMMA), ("mma.sync", _MMA_SYNC)):
         if names & members:
@@ -81,7 +83,8 @@ def mma_kind(instructions: list[Instruction]) -> str:
 
 
 def widest_load(instructions: list[Instruction]) -> int:
-    """Bits of the widest load from global memory that a thread issues; 0 if it issues none (none at all, or by TMA only)."""
+    """Bits of the widest load from global memory that a thread issues; 0 if it issues none (none at all, or by TMA
+    only)."""
     return max((instruction.global_load_bits for instruction in instructions), default=0)
 
 
@@ -114,7 +117,11 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
     """The natural loops of the kernel: for every header, what reaches a jump back to it without leaving through it."""
     successors = _successors(instructions, labels)
     starts = {0} | {target for index, targets in enumerate(successors) for target in targets if targets != [index + 1]}
-    starts |= {index + 1 for index, targets in enumerate(successors) if targets != [index + 1] and index + 1 < len(instructions)}
+    starts |= {
+        index + 1
+        for index, targets in enumerate(successors)
+        if targets != [index + 1] and index + 1 < len(instructions)
+    }
     ordered = sorted(starts)
     end = dict(zip(ordered, [*ordered[1:], len(instructions)], strict=True))  # blocks: [start, end)
     after = {start: successors[end[start] - 1] for start in ordered}
@@ -165,9 +172,11 @@ _IR_LOAD = re.compile(r"\btt\.load\b.*tensor<((?:\d+x)+)!tt\.ptr<[a-z]+(\d+)")
 
 
 def ttir_loop_bytes(ttir: str) -> int:
-    """Bytes that a program reads in one iteration of the source's loading loop: the largest over the loops, nested ones excluded.
+    """Bytes that a program reads in one iteration of the source's loading loop: the largest over the loops, nested ones
+    excluded.
 
-    The compilers below unroll loops as they like. What an iteration of the machine's loop loads, over this, is how far they did.
+    The compilers below unroll loops as they like. What an iteration of the machine's loop loads, over this, is how far
+    they did.
     """
     largest, depth, open_loops = 0, 0, []
     for line in ttir.splitlines():

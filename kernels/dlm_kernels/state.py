@@ -17,12 +17,12 @@ ERROR_STALLED = 2  # the row took more denoise steps than its decoder allows
 
 @dataclasses.dataclass(frozen=True)
 class RowState:
-    """Where every row of the batch stands. Only `unmask` (and the loop's set-up) writes it; no field is read by the host
-    inside a step.
+    """Where every row of the batch stands. Only `unmask` (and the loop's set-up) writes it; no field is read by the
+    host inside a step.
 
     `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
-    [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet committed.
-    int32 unless said otherwise.
+    [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet
+    committed. int32 unless said otherwise.
 
     Attributes:
         tokens: [B, L] int64 canvas; masked positions hold the mask id.
@@ -31,7 +31,8 @@ class RowState:
         canvas_len: [B] end of the row's canvas.
         block_start, block_end: [B] current region.
         block_masks: [B] masked positions of the current block when it was opened (the quota's m0).
-        block_step: [B] denoise steps taken in the current block; in a delayed pipeline, those that found the first finished.
+        block_step: [B] denoise steps taken in the current block; in a delayed pipeline, those that found the first
+            finished.
         step: [B] denoise steps taken by the row.
         phase: [B] WIDE, DENOISE, COMMIT or DONE: what the row needs next.
         nfe: [B] forwards the row took part in, cache refreshes and commits included.
@@ -71,4 +72,15 @@ class RowState:
         )
 
 
-ROW_FIELDS = ("canvas_len", "block_start", "block_end", "block_masks", "block_step", "step", "phase", "nfe", "query_tokens", "error")
+ROW_FIELDS = (
+    "canvas_len",
+    "block_start",
+    "block_end",
+    "block_masks",
+    "block_step",
+    "step",
+    "phase",
+    "nfe",
+    "query_tokens",
+    "error",
+)

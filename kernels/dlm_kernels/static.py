@@ -1,10 +1,12 @@
-"""The proof without a GPU: every shipped configuration, compiled to machine code for six targets, and what that code shows.
+"""The proof without a GPU: every shipped configuration, compiled to machine code for six targets, and what that code
+shows.
 
     python -m dlm_kernels.static [--json] [--kernel NAME] [--target 90] [--jobs N]
 
-Triton compiles for a target that is not there, so registers, spills, shared memory, the kind of tensor-core instruction and the
-instructions per vocabulary element are facts on any machine. Time and bandwidth are not: those need a GPU. Races are looked for
-in the interpreter (tests/support/races.py) and, in shared memory, on a GPU (`python -m bench sanitize`).
+Triton compiles for a target that is not there, so registers, spills, shared memory, the kind of tensor-core instruction
+and the instructions per vocabulary element are facts on any machine. Time and bandwidth are not: those need a GPU.
+Races are looked for in the interpreter (tests/support/races.py) and, in shared memory, on a GPU
+(`python -m bench sanitize`).
 """
 
 from __future__ import annotations
@@ -34,20 +36,26 @@ from triton.runtime.jit import JITFunction
 from . import sass
 from .tiles import TARGETS
 
-# Compiled unless another is asked for: the targets with tiles of their own. The others of `TARGETS` run the same configurations.
+# Compiled unless another is asked for: the targets with tiles of their own. The others of `TARGETS` run the same
+# configurations.
 CAPABILITIES = tuple(sorted(set(TARGETS.values())))
 
-# KiB that one program may use: CUDA C++ Programming Guide, "Compute Capabilities", maximum shared memory per thread block.
+# KiB that one program may use: CUDA C++ Programming Guide, "Compute Capabilities", maximum shared memory per thread
+# block.
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 # Columns of tensor memory (sm_100), all of it.
 TENSOR_MEMORY_LIMIT = 512
 
-# SASS instructions per vocabulary element on sm_90: more, and the reduction no longer keeps up with the memory of an H100.
+# SASS instructions per vocabulary element on sm_90: more, and the reduction no longer keeps up with the memory of an
+# H100.
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # Module of each op. Its `compile_cases(capability)` lists what its launcher may launch.
-KERNEL_MODULES = {name: f"{__package__}.{name}.launch" for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")}
+KERNEL_MODULES = {
+    name: f"{__package__}.{name}.launch"
+    for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +68,14 @@ class CompileCase:
         fn: the `@triton.jit` function.
         signature: every argument's Triton type: "*bf16", "*i64", "i32", "fp32", "constexpr", or a tuple of types.
         constexprs: the value of every "constexpr" argument.
-        divisible_by_16: arguments that the launcher passes as multiples of 16 (pointers: 16-byte aligned), which Triton would
-            infer at launch; "strides.0" is the first item of a tuple argument. Without them loads are scalar.
+        divisible_by_16: arguments that the launcher passes as multiples of 16 (pointers: 16-byte aligned), which Triton
+            would infer at launch; "strides.0" is the first item of a tuple argument. Without them loads are scalar.
         num_warps, num_stages: launch options.
-        elements_per_iteration: vocabulary elements that one program consumes in one iteration of its vocabulary loop; None where
-            there is no such loop.
+        elements_per_iteration: vocabulary elements that one program consumes in one iteration of its vocabulary loop;
+            None where there is no such loop.
         mma: kind of tensor-core instruction that the configuration was designed for ("wgmma"); None: whatever it gets.
-        maxnreg: launch option, registers of a thread at most; None: ptxas decides, and may prefer spills to few programs.
+        maxnreg: launch option, registers of a thread at most; None: ptxas decides, and may prefer spills to few
+            programs.
     """
 
     kernel: str
@@ -90,8 +99,8 @@ class CompileResult:
         kernel, config: of the case. target: "sm_90".
         registers: per thread.
         spills: bytes of spill stores and loads in the code, as ptxas counts them.
-        stack_bytes: local memory of a thread (STACK + LOCAL of cuobjdump). 0 proves that there are no spills; more need not be
-            spills: the slow path of `sin` keeps an array there.
+        stack_bytes: local memory of a thread (STACK + LOCAL of cuobjdump). 0 proves that there are no spills; more need
+            not be spills: the slow path of `sin` keeps an array there.
         shared_bytes: shared memory of a program, dynamic and static. From sm_90 on, the static part includes the 1 KiB
             that the system reserves, so the number errs to the safe side.
         tensor_memory: columns (sm_100), else 0.
@@ -136,9 +145,13 @@ def _run_tool(name: str, *arguments: str) -> str:
 
 def _refuse_what_changes_the_code() -> None:
     if knobs.runtime.interpret or not isinstance(tl.sum, JITFunction):
-        raise RuntimeError("static: Triton's interpreter is on, so nothing compiles; run in a process without TRITON_INTERPRET")
+        raise RuntimeError(
+            "static: Triton's interpreter is on, so nothing compiles; run in a process without TRITON_INTERPRET"
+        )
     if knobs.compilation.override or knobs.nvidia.disable_ptxas_opt or knobs.nvidia.ptxas_options:
-        raise RuntimeError("static: unset TRITON_KERNEL_OVERRIDE, DISABLE_PTXAS_OPT and PTXAS_OPTIONS: they change the code")
+        raise RuntimeError(
+            "static: unset TRITON_KERNEL_OVERRIDE, DISABLE_PTXAS_OPT and PTXAS_OPTIONS: they change the code"
+        )
 
 
 def _attributes(case: CompileCase) -> dict[tuple[int, ...], list[list[object]]]:
@@ -146,7 +159,9 @@ def _attributes(case: CompileCase) -> dict[tuple[int, ...], list[list[object]]]:
     for name in case.divisible_by_16:
         argument, *path = name.split(".")
         if argument not in case.fn.arg_names:
-            raise ValueError(f"{case.kernel} {case.config}: divisible_by_16 must name arguments of the function, got {name!r}")
+            raise ValueError(
+                f"{case.kernel} {case.config}: divisible_by_16 must name arguments of the function, got {name!r}"
+            )
         attributes[(case.fn.arg_names.index(argument), *map(int, path))] = [["tt.divisibility", 16]]
     return attributes
 
@@ -159,16 +174,20 @@ def _check(case: CompileCase) -> None:
         )
     if set(case.signature) != set(case.fn.arg_names):
         odd = sorted(set(case.signature) ^ set(case.fn.arg_names))
-        raise ValueError(f"{case.kernel} {case.config}: signature must name exactly the function's arguments, differs in {odd}")
+        raise ValueError(
+            f"{case.kernel} {case.config}: signature must name exactly the function's arguments, differs in {odd}"
+        )
     declared = {name for name, kind in case.signature.items() if kind == "constexpr"}
     if declared != set(case.constexprs):
         odd = sorted(declared ^ set(case.constexprs))
-        raise ValueError(f"{case.kernel} {case.config}: constexprs must be exactly the 'constexpr' arguments, differs in {odd}")
+        raise ValueError(
+            f"{case.kernel} {case.config}: constexprs must be exactly the 'constexpr' arguments, differs in {odd}"
+        )
 
 
 def _spill_bytes(ptx: str, capability: int, fusion: bool, stack: int) -> int:
-    """Bytes of spill stores and loads of a kernel that uses `stack` bytes of local memory. Only ptxas tells them from arrays, and
-    its count is not kept in the binary, so it is asked again."""
+    """Bytes of spill stores and loads of a kernel that uses `stack` bytes of local memory. Only ptxas tells them from
+    arrays, and its count is not kept in the binary, so it is asked again."""
     target = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
     ptxas = "ptxas_blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +212,9 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
     """
     _refuse_what_changes_the_code()
     if capability not in TARGETS:
-        raise ValueError(f"compile_case: capability must be one of {', '.join(map(str, sorted(TARGETS)))}, got {capability}")
+        raise ValueError(
+            f"compile_case: capability must be one of {', '.join(map(str, sorted(TARGETS)))}, got {capability}"
+        )
     _check(case)
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=_attributes(case))
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
@@ -215,20 +236,28 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
 
     per_element = None
     if case.elements_per_iteration is not None:
-        per_element = _instructions_per_element(case, instructions, labels, compiled.asm["ttir"], 32 * metadata.num_warps)
+        per_element = _instructions_per_element(
+            case, instructions, labels, compiled.asm["ttir"], 32 * metadata.num_warps
+        )
     return CompileResult(
         kernel=case.kernel,
         config=case.config,
         target=f"sm_{capability}",
         registers=registers,
-        spills=_spill_bytes(compiled.asm["ptx"], capability, metadata.enable_fp_fusion, stack + local) if stack + local else 0,
+        spills=_spill_bytes(compiled.asm["ptx"], capability, metadata.enable_fp_fusion, stack + local)
+        if stack + local
+        else 0,
         stack_bytes=stack + local,
         shared_bytes=metadata.shared + static_shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         mma=sass.mma_kind(instructions),
         instructions_per_element=per_element,
         widest_load=sass.widest_load(instructions),
-        tiles={name: value for name, value in case.constexprs.items() if name.startswith("BLOCK_") and isinstance(value, int)},
+        tiles={
+            name: value
+            for name, value in case.constexprs.items()
+            if name.startswith("BLOCK_") and isinstance(value, int)
+        },
         designed_mma=case.mma,
     )
 
@@ -236,11 +265,16 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
 def _instructions_per_element(
     case: CompileCase, instructions: list[sass.Instruction], labels: dict[str, int], ttir: str, threads: int
 ) -> float:
-    """Instructions of the vocabulary loop x threads / elements it consumes. The vocabulary loop is the one that loads most."""
-    loop = max(sass.loops(instructions, labels), key=lambda loop: (loop.load_bytes, loop.instructions), default=sass.Loop(0, 0))
+    """Instructions of the vocabulary loop x threads / elements it consumes. The vocabulary loop is the one that loads
+    most."""
+    loop = max(
+        sass.loops(instructions, labels), key=lambda loop: (loop.load_bytes, loop.instructions), default=sass.Loop(0, 0)
+    )
     iteration_bytes = sass.ttir_loop_bytes(ttir)
     if not loop.load_bytes or not iteration_bytes:
-        raise RuntimeError(f"{case.kernel} {case.config}: elements_per_iteration is given, but no loop loads from global memory")
+        raise RuntimeError(
+            f"{case.kernel} {case.config}: elements_per_iteration is given, but no loop loads from global memory"
+        )
     unrolled = max(1, round(loop.load_bytes * threads / iteration_bytes))
     return loop.instructions * threads / (case.elements_per_iteration * unrolled)
 
@@ -271,12 +305,15 @@ def report(
         jobs: processes; None: one for every core. The result does not depend on it, nor on what Triton's cache holds.
 
     Raises:
-        ValueError: unknown capability or kernel, or two shipped configurations of one name.  RuntimeError: as compile_case.
+        ValueError: unknown capability or kernel, or two shipped configurations of one name.  RuntimeError: as
+        compile_case.
     """
     _refuse_what_changes_the_code()
     for capability in capabilities:
         if capability not in TARGETS:
-            raise ValueError(f"report: capabilities must be out of {', '.join(map(str, sorted(TARGETS)))}, got {capability}")
+            raise ValueError(
+                f"report: capabilities must be out of {', '.join(map(str, sorted(TARGETS)))}, got {capability}"
+            )
     wanted = None if kernels is None else set(kernels)
     tasks, known = [], set(KERNEL_MODULES)
     for capability in capabilities:
@@ -290,12 +327,15 @@ def report(
                 if wanted is None or wanted & {op, case.kernel}:
                     tasks.append((module, index, capability))
     if wanted is not None and wanted - known:
-        raise ValueError(f"report: kernels must be out of {', '.join(sorted(known))}, got {', '.join(sorted(wanted - known))}")
+        raise ValueError(
+            f"report: kernels must be out of {', '.join(sorted(known))}, got {', '.join(sorted(wanted - known))}"
+        )
 
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         return [_compile_shipped(task) for task in tasks]
-    # Forked, so that nobody's main module runs again and torch is imported once. The children touch no CUDA and no thread pool.
+    # Forked, so that nobody's main module runs again and torch is imported once. The children touch no CUDA and no
+    # thread pool.
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile_shipped, tasks))
 
@@ -311,9 +351,13 @@ def violations(results: Iterable[CompileResult]) -> list[str]:
         if result.shared_bytes > limit:
             found.append(f"{name}: shared memory must be at most {limit} bytes, got {result.shared_bytes}")
         if result.tensor_memory > TENSOR_MEMORY_LIMIT:
-            found.append(f"{name}: tensor memory must be at most {TENSOR_MEMORY_LIMIT} columns, got {result.tensor_memory}")
+            found.append(
+                f"{name}: tensor memory must be at most {TENSOR_MEMORY_LIMIT} columns, got {result.tensor_memory}"
+            )
         if result.designed_mma is not None and result.mma != result.designed_mma:
-            found.append(f"{name}: tensor-core instructions must be {result.designed_mma}, as designed, got {result.mma}")
+            found.append(
+                f"{name}: tensor-core instructions must be {result.designed_mma}, as designed, got {result.mma}"
+            )
         per_element = result.instructions_per_element
         if result.target == "sm_90" and per_element is not None and per_element > INSTRUCTIONS_PER_ELEMENT_LIMIT:
             limit = INSTRUCTIONS_PER_ELEMENT_LIMIT
@@ -350,7 +394,8 @@ def as_dict(result: CompileResult) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; status 1 if a configuration must not ship. With --json the last line of stdout is one JSON object."""
+    """Print the report; status 1 if a configuration must not ship. With --json the last line of stdout is one JSON
+    object."""
     purpose = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dlm_kernels.static", description=purpose, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object, last line")

@@ -1,8 +1,9 @@
-"""The tile table: what every launcher may launch, by shape class and compute capability. Data only, and the only place for it.
+"""The tile table: what every launcher may launch, by shape class and compute capability. Data only, and the only place
+for it.
 
-Every entry compiles for its targets without a spill and within their shared memory (`dlm-fast compile-report`). There is no autotune:
-a tile fixes the order of a row's sums, so one that was chosen by timing could change a greedy token from run to run. A tile never
-depends on the batch, the bucket or the capacity of a cache, for the same reason.
+Every entry compiles for its targets without a spill and within their shared memory (`dlm-fast compile-report`). There
+is no autotune: a tile fixes the order of a row's sums, so one that was chosen by timing could change a greedy token
+from run to run. A tile never depends on the batch, the bucket or the capacity of a cache, for the same reason.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import dataclasses
 
 import torch
 
-# Compute capability (90 for 9.0) of every GPU that the kernels run on: the one whose tiles it runs, compiled for its own target. Those
-# that borrow have the tensor cores of the lender's family and at least its shared memory.
+# Compute capability (90 for 9.0) of every GPU that the kernels run on: the one whose tiles it runs, compiled for its
+# own target. Those that borrow have the tensor cores of the lender's family and at least its shared memory.
 TARGETS = {80: 80, 86: 86, 87: 86, 89: 89, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 
 
@@ -21,14 +22,17 @@ class AttentionTile:
     """How one launch cuts the work. BLOCK_N, SPLIT and MAX_SPLITS set the order in which a row's keys are summed.
 
     Attributes:
-        BLOCK_M: (query, head of the group) rows a program. BLOCK_N: keys an iteration. num_warps, num_stages: launch options.
-        SPLIT: slots a split has at least. The fp32 partial results of a split are rows / SPLIT of the bytes of its 16-bit keys and
-            values, written once and read once: with 512, 1/16 (32 rows) to 1/4 (128 rows).
+        BLOCK_M: (query, head of the group) rows a program. BLOCK_N: keys an iteration. num_warps, num_stages: launch
+            options.
+        SPLIT: slots a split has at least. The fp32 partial results of a split are rows / SPLIT of the bytes of its
+            16-bit keys and values, written once and read once: with 512, 1/16 (32 rows) to 1/4 (128 rows).
         MAX_SPLITS: a longer prefix than MAX_SPLITS * SPLIT is cut into splits of two, three, ... times SPLIT.
-        SWAP: keys and head dim, not queries, in the first operand of the products (wgmma wants 64 rows there, and 4 warps).
-        PREFILL_ROWS: a batch row of more query rows (queries times heads of a group) is the prefill kernel's: by then its products
-            take longer than its keys, and partial results would cost more than the keys themselves.
-        max_registers: launch option; None leaves the number to ptxas, which for some small tiles prefers spills to fewer programs.
+        SWAP: keys and head dim, not queries, in the first operand of the products (wgmma wants 64 rows there, and 4
+            warps).
+        PREFILL_ROWS: a batch row of more query rows (queries times heads of a group) is the prefill kernel's: by then
+            its products take longer than its keys, and partial results would cost more than the keys themselves.
+        max_registers: launch option; None leaves the number to ptxas, which for some small tiles prefers spills to
+            fewer programs.
     """
 
     BLOCK_M: int
@@ -48,9 +52,10 @@ HEAD_DIMS = (*range(16, 257, 16), 512)
 # fp32 numbers of a tile that a program of the combine merges.
 COMBINE_ELEMENTS = 2048
 
-# By padded head dim: the tile for at most two query heads per KV head, for more, and for the prefill. Never by batch, bucket or
-# capacity: wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the bucket could change bits.
-# Registers are the limit everywhere: zero spills on every target of `compile_cases` with triton 3.6.0 and 3.7.1.
+# By padded head dim: the tile for at most two query heads per KV head, for more, and for the prefill. Never by batch,
+# bucket or capacity: wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the
+# bucket could change bits. Registers are the limit everywhere: zero spills on every target of `compile_cases` with
+# triton 3.6.0 and 3.7.1.
 _SM_90_TILES = {
     16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
@@ -77,7 +82,9 @@ _MMA_SYNC_TILES = {
     256: (AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3)),
     512: (AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2)),
 }
-_SM_80_TILES = _MMA_SYNC_TILES | {128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))}
+_SM_80_TILES = _MMA_SYNC_TILES | {
+    128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))
+}
 # float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
 _FLOAT32_TILES = {
     16: (AttentionTile(16, 32, 4, 2, max_registers=255),) * 3,
@@ -129,9 +136,9 @@ def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, plac
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceTile:
-    """LANES x (16 bytes of logits) are consumed a trip, PART_TILES (a power of 2) such tiles are a part, whose sums are its own. A
-    row's sums depend on all of it, so the choice looks at the GPU, the dtype and the arguments' presence and never at the number of
-    rows."""
+    """LANES x (16 bytes of logits) are consumed a trip, PART_TILES (a power of 2) such tiles are a part, whose sums are
+    its own. A row's sums depend on all of it, so the choice looks at the GPU, the dtype and the arguments' presence and
+    never at the number of rows."""
 
     lanes: int
     num_warps: int
@@ -140,8 +147,9 @@ class ConfidenceTile:
     max_registers: int | None = None
 
 
-# (compute capability, bytes of a logit): tile. On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a thread, on sm_120 also
-# with 16 warps. Parts are 16,384 ids everywhere: 8 programs a row of LLaDA's or Dream's vocabulary, 256 or more for 32 rows.
+# (compute capability, bytes of a logit): tile. On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a thread, on
+# sm_120 also with 16 warps. Parts are 16,384 ids everywhere: 8 programs a row of LLaDA's or Dream's vocabulary, 256 or
+# more for 32 rows.
 CONFIDENCE_TILES = {
     **{(capability, 2): ConfidenceTile(lanes=1024, num_warps=8, part_tiles=2) for capability in (80, 86, 89, 90)},
     **{(capability, 4): ConfidenceTile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90)},
@@ -170,8 +178,8 @@ def confidence_parts(V: int, tile: ConfidenceTile, itemsize: int) -> tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfidenceTile:
-    """BLOCK_M rows x BLOCK_V ids of logits at a time, BLOCK_H of the hidden size a trip; part_tiles (a power of 2) tiles of ids are
-    a part, the work of one program. None of it depends on the number of rows."""
+    """BLOCK_M rows x BLOCK_V ids of logits at a time, BLOCK_H of the hidden size a trip; part_tiles (a power of 2)
+    tiles of ids are a part, the work of one program. None of it depends on the number of rows."""
 
     BLOCK_M: int
     BLOCK_V: int
@@ -181,10 +189,12 @@ class LinearConfidenceTile:
     part_tiles: int
 
 
-# 64 rows: the fewest that wgmma takes, and all of a block of 32 or 64. Parts of 1,024 ids: a program for almost every SM of an H100
-# from the first row on, and partials that are 2% of the logits.
+# 64 rows: the fewest that wgmma takes, and all of a block of 32 or 64. Parts of 1,024 ids: a program for almost every
+# SM of an H100 from the first row on, and partials that are 2% of the logits.
 _LINEAR_TILE = LinearConfidenceTile(BLOCK_M=64, BLOCK_V=64, BLOCK_H=64, num_warps=8, num_stages=4, part_tiles=16)
-_LINEAR_FLOAT32_TILE = LinearConfidenceTile(BLOCK_M=32, BLOCK_V=32, BLOCK_H=32, num_warps=8, num_stages=2, part_tiles=32)
+_LINEAR_FLOAT32_TILE = LinearConfidenceTile(
+    BLOCK_M=32, BLOCK_V=32, BLOCK_H=32, num_warps=8, num_stages=2, part_tiles=32
+)
 # Parts of a row at most, as CONFIDENCE_PARTS.
 LINEAR_CONFIDENCE_PARTS = 256
 
@@ -207,15 +217,17 @@ def _parts(tiles: int, part_tiles: int, most: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class UnmaskTile:
-    """BLOCK_W lanes of a row, all in registers; or, with BLOCK_T, read again and again from memory in tiles of BLOCK_T lanes."""
+    """BLOCK_W lanes of a row, all in registers; or, with BLOCK_T, read again and again from memory in tiles of BLOCK_T
+    lanes."""
 
     BLOCK_W: int
     num_warps: int
     BLOCK_T: int | None = None
 
 
-# The narrowest that holds the lanes is used. One warp needs no barrier; in registers, wide tiles are bound by the sort, whose 64-bit
-# keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 (the entropies), in 128 registers a thread.
+# The narrowest that holds the lanes is used. One warp needs no barrier; in registers, wide tiles are bound by the sort,
+# whose 64-bit keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 (the entropies),
+# in 128 registers a thread.
 UNMASK_TILES = (UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), UnmaskTile(8192, 16, 1024))
 
 

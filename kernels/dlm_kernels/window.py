@@ -17,14 +17,16 @@ class Window:
     """Which positions a forward computes, what they see, and where their keys go.
 
     Every decoder is data in these tensors: sub-blocks, pipelines, overlays and padding differ here and nowhere else.
-    All tensors (but `kept`, bool) are int32 on the model's device; `W` is the width of the bucket, of which row `b` uses `q_len[b]`.
+    All tensors (but `kept`, bool) are int32 on the model's device; `W` is the width of the bucket, of which row `b`
+    uses `q_len[b]`.
 
-    A window position `j` of row `b` is *live* if `j < q_len[b]` and `q_block[b, j] >= 0`. A dead position is attended by
-    nobody, its output is zero and its key is not stored. A live query `i` sees
+    A window position `j` of row `b` is *live* if `j < q_len[b]` and `q_block[b, j] >= 0`. A dead position is attended
+    by nobody, its output is zero and its key is not stored. A live query `i` sees
 
         cached slot s    if  s < kv_len[b]  and not  replaced[b, 0] <= s < replaced[b, 1]  and kept[b, s]     (in every mode)
         live window j    if  "full": always | "causal": q_pos[j] <= q_pos[i] | "block": q_block[j] <= q_block[i]
-                         | "shadow": as "block", except that a position never sees its twin of an earlier block (equal q_pos):
+                         | "shadow": as "block", except that a position never sees its twin of an earlier block (equal
+                         q_pos):
                            a copy of the block with its own q_block then predicts every token from all the others (WINO)
                          and, with branches, only  if  q_branch[j] == q_branch[i]  or  q_branch[j] < 0
 
@@ -41,14 +43,14 @@ class Window:
         replaced: [B, 2] half-open range of cache slots hidden by this window (dual cache: its own slots).
         cache_row: [B] row of the cache buffers that belongs to each batch row.
         mode: the predicate inside the window.
-        kept: [B, S_max] bool: cached slots that are not hidden one by one; None = all are kept. Decoders that recompute scattered
-            positions (dKV-Cache) hide those.
-        page_table: [R, P]: the caches are pages, [num_pages, H_kv, page_size, D] with page_size a power of two >= 16, and slot s of
-            cache row r lies in page `page_table[r, s // page_size]` at `s % page_size`; S_max is P * page_size. kv_slot, kv_len,
-            replaced and kept stay logical. A page may be in several rows; entries of slots that are neither visible nor stored
-            are not used. None = the caches are [R, H_kv, S_max, D].
-        q_branch: [B, W]: draft of each position; several drafts share the prefix, the cache, and the positions of branch < 0, which
-            all of them see. None = one draft.
+        kept: [B, S_max] bool: cached slots that are not hidden one by one; None = all are kept. Decoders that recompute
+            scattered positions (dKV-Cache) hide those.
+        page_table: [R, P]: the caches are pages, [num_pages, H_kv, page_size, D] with page_size a power of two >= 16,
+            and slot s of cache row r lies in page `page_table[r, s // page_size]` at `s % page_size`; S_max is P *
+            page_size. kv_slot, kv_len, replaced and kept stay logical. A page may be in several rows; entries of slots
+            that are neither visible nor stored are not used. None = the caches are [R, H_kv, S_max, D].
+        q_branch: [B, W]: draft of each position; several drafts share the prefix, the cache, and the positions of
+            branch < 0, which all of them see. None = one draft.
     """
 
     q_pos: Tensor
@@ -67,7 +69,14 @@ class Window:
         if self.mode not in MODES:
             raise ValueError(f"Window: mode must be one of {', '.join(MODES)}, got mode={self.mode!r}")
         B, W = self.shape
-        expected = {"q_block": (B, W), "q_len": (B,), "kv_slot": (B, W), "kv_len": (B,), "replaced": (B, 2), "cache_row": (B,)}
+        expected = {
+            "q_block": (B, W),
+            "q_len": (B,),
+            "kv_slot": (B, W),
+            "kv_len": (B,),
+            "replaced": (B, 2),
+            "cache_row": (B,),
+        }
         if self.q_branch is not None:
             expected["q_branch"] = (B, W)
         for name, shape in expected.items():
@@ -75,7 +84,9 @@ class Window:
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"Window: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if self.kept is not None and (self.kept.dtype != torch.bool or self.kept.dim() != 2 or self.kept.shape[0] != B):
-            raise ValueError(f"Window: kept must be [B, S_max] bool with B={B}, got {tuple(self.kept.shape)}, {self.kept.dtype}")
+            raise ValueError(
+                f"Window: kept must be [B, S_max] bool with B={B}, got {tuple(self.kept.shape)}, {self.kept.dtype}"
+            )
         if self.page_table is not None and self.page_table.dim() != 2:
             raise ValueError(f"Window: page_table must be [R, P], got shape {tuple(self.page_table.shape)}")
         for name, tensor in self.tensors().items():

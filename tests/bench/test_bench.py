@@ -9,18 +9,21 @@ import os
 import subprocess
 import sys
 
-import dlm_fast
 import pytest
 import torch
-from bench_module import ROOT  # first: it makes `bench` importable
-from dlm_fast import REFERENCE
+from bench_module import ROOT
 
+import dlm_fast
 from bench import __main__ as command
-from bench.checks import attention as check_attention, decode as check_decode, unmask as check_unmask, run as checks
 from bench import compare, gpu_check, report, timing
+from bench.checks import attention as check_attention
+from bench.checks import decode as check_decode
+from bench.checks import run as checks
+from bench.checks import unmask as check_unmask
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
 from bench.speed.run import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
+from dlm_fast import REFERENCE
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -48,7 +51,9 @@ def rig(ops: dlm_fast.Ops) -> gpu_check.Rig:
         ops=lambda: ops,
         ceilings=lambda: CEILINGS,
         prepare=timing.HostTimer(),
-        sizes=dataclasses.replace(checks.TOY, every=9),  # leaves out the bitwise invariance that plain torch does not promise
+        sizes=dataclasses.replace(
+            checks.TOY, every=9
+        ),  # leaves out the bitwise invariance that plain torch does not promise
         shapes=TOY_SHAPES,
         l2_bytes=1000,
         replays=1,
@@ -68,7 +73,9 @@ def failures(done: list[checks.Check]) -> list[str]:
 def test_the_kernels_are_green_under_the_interpreter() -> None:
     done = gpu_check.check_all(dlm_fast.triton_ops(), CPU, checks.TOY, seed=3, say=print)
     assert list(done) == list(checks.OPS)
-    assert all(report.is_green(of_op) for of_op in done.values()), [line for of_op in done.values() for line in failures(of_op)]
+    assert all(report.is_green(of_op) for of_op in done.values()), [
+        line for of_op in done.values() for line in failures(of_op)
+    ]
 
 
 def _wrong_token(logits, **arguments):
@@ -120,7 +127,9 @@ def _beyond_the_row(state, rule, **arguments):
     state.tokens.as_strided((1,), (1,), state.tokens.storage_offset() + state.tokens.shape[1]).fill_(4)
 
 
-@pytest.mark.parametrize("broken, finding", [(_one_position_more, "state.tokens: 1 of"), (_beyond_the_row, "between the rows")])
+@pytest.mark.parametrize(
+    "broken, finding", [(_one_position_more, "state.tokens: 1 of"), (_beyond_the_row, "between the rows")]
+)
 def test_a_broken_unmask_is_red(broken, finding: str) -> None:
     case = next(check_unmask.cases(dataclasses.replace(REFERENCE, unmask=broken), CPU, checks.TOY, 0))
     (check,) = checks.run("unmask", [case], CPU)
@@ -171,13 +180,16 @@ def test_an_error_beyond_twice_torchs_own_is_a_failure_and_nan_never_passes() ->
         checks.no_worse_than_torch("x", exact + 2.1e-3, low, exact)
     with pytest.raises(checks.Failure, match="NaN"):
         checks.no_worse_than_torch("x", torch.tensor([1.0, math.nan]), low, exact)
-    # A result of a 16-bit dtype may be off by two of its own roundings, also where torch hits the number: 2**-10 in [1, 2), 2**-9 in [2, 4).
+    # A result of a 16-bit dtype may be off by two of its own roundings, also where torch hits the number: 2**-10 in [1,
+    # 2), 2**-9 in [2, 4).
     exact = torch.tensor([1.75, 2.0], dtype=torch.float64)
     checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-10, 2 + 2**-9], dtype=torch.float16), exact, exact)
     with pytest.raises(checks.Failure, match="error 0.00195 against float64, torch's largest is 0 "):
         checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-9, 2], dtype=torch.float16), exact, exact)
     with pytest.raises(checks.Failure, match="error 1.01e-06 against"):
-        checks.no_worse_than_torch("x", torch.tensor([17 * 2**-24], dtype=torch.float16), torch.zeros(1), torch.zeros(1).double())
+        checks.no_worse_than_torch(
+            "x", torch.tensor([17 * 2**-24], dtype=torch.float16), torch.zeros(1), torch.zeros(1).double()
+        )
 
 
 def test_a_check_that_crashes_is_a_row_and_the_next_one_runs() -> None:
@@ -228,7 +240,12 @@ def test_candidates_are_sampled_in_turn_and_a_failing_one_is_a_row() -> None:
     outcomes = timing.measure(candidates, timer, timing.Budget(10, 0), replays=3)
     assert timer.order == ["a", "b", "a", "b", "a", "b"]
     assert outcomes["a"] == timing.Outcome("ok", timing.Stats(2.0, 1.4, 2.6, 3))
-    assert [(name, o.status) for name, o in outcomes.items()] == [("a", "ok"), ("b", "FAILED"), ("c", "FAILED"), ("d", "SKIPPED")]
+    assert [(name, o.status) for name, o in outcomes.items()] == [
+        ("a", "ok"),
+        ("b", "FAILED"),
+        ("c", "FAILED"),
+        ("d", "SKIPPED"),
+    ]
     assert outcomes["c"].reason == "NotImplementedError: c is not available"
 
 
@@ -263,7 +280,11 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
         ("1", "ours", "ok"), ("1", "theirs", "ok"), ("1", "absent", "FAILED"), ("2", "ours", "FAILED"), ("3", "ours", "SKIPPED"),
         ("4", "ours", "FAILED"),
     ]  # fmt: skip
-    assert rows[1].share == pytest.approx(0.625) and rows[1].speedup == pytest.approx(0.8) and rows[1].noise == pytest.approx(0.1)
+    assert (
+        rows[1].share == pytest.approx(0.625)
+        and rows[1].speedup == pytest.approx(0.8)
+        and rows[1].noise == pytest.approx(0.1)
+    )
     assert rows[3].reason == "MemoryError: no room" and rows[5].reason == "Failure: out: error 1"
     assert losses(rows) == [rows[1]]
 
@@ -300,7 +321,12 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
         "losses",
     } == set(document)
     assert document == compare.load(tmp_path / "gpu-check.jsonl")  # the lines of the run hold all of it
-    assert document["ended"] is True and document["ok"] is True and document["seed"] == 5 and document["ceilings"] == dataclasses.asdict(CEILINGS)
+    assert (
+        document["ended"] is True
+        and document["ok"] is True
+        and document["seed"] == 5
+        and document["ceilings"] == dataclasses.asdict(CEILINGS)
+    )
     assert {op: entry["green"] for op, entry in document["checks"].items()} == dict.fromkeys(checks.OPS, True)
     assert {row["op"] for row in document["timings"]} == set(gpu_check.TIMINGS)
     for row in document["timings"]:

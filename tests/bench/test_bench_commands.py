@@ -9,19 +9,21 @@ import os
 import subprocess
 import sys
 
-import dlm_fast
 import pytest
 import torch
-from bench_module import ROOT  # first: it makes `bench` importable
-from dlm_kernels import reference
+from bench_module import ROOT
 
+import dlm_fast
 from bench import __main__ as command
+from bench import compare, floors, gates, gpu_check, sanitize, shapes, sweep, timing
 from bench.checks import run as checks
-from bench import compare, floors, gates, gpu_check, sanitize, shapes
-from bench.speed import attention as speed_attention, forms as speed_forms, linear as speed_linear
-from bench.speed import ops as speed_ops, step as speed_step
-from bench import sweep, timing
+from bench.speed import attention as speed_attention
+from bench.speed import forms as speed_forms
+from bench.speed import linear as speed_linear
+from bench.speed import ops as speed_ops
+from bench.speed import step as speed_step
 from bench.speed.run import Bench, Ceilings
+from dlm_kernels import reference
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -75,13 +77,30 @@ def kernels_without_a_gpu(capsys, *options: str) -> tuple[int, list[str]]:
 
 
 def test_without_a_gpu_the_floors_are_computed_and_said_to_be(tmp_path, capsys) -> None:
-    options = ["--no-static", "--models", "Dream-7B", "LLaDA2-mini", "--ops", "attention-decode", "step", "--out", str(tmp_path)]
+    options = [
+        "--no-static",
+        "--models",
+        "Dream-7B",
+        "LLaDA2-mini",
+        "--ops",
+        "attention-decode",
+        "step",
+        "--out",
+        str(tmp_path),
+    ]
     status, lines = kernels_without_a_gpu(capsys, *options)
     document = json.loads(lines[-1])
     assert status == 0 and lines[0].startswith("No CUDA GPU was used: nothing here was measured.")
     assert document == json.loads((tmp_path / "kernels_static.json").read_text())
-    assert document["measured"] is False and document["static"] is None and "timings" not in document and "device" not in document
-    row = next(r for r in document["floors"] if (r["model"], r["shape"]) == ("Dream-7B", "decode B=1 prefix=4096 window=32"))
+    assert (
+        document["measured"] is False
+        and document["static"] is None
+        and "timings" not in document
+        and "device" not in document
+    )
+    row = next(
+        r for r in document["floors"] if (r["model"], r["shape"]) == ("Dream-7B", "decode B=1 prefix=4096 window=32")
+    )
     cost = floors.decode(shapes.DREAM, [4096])
     assert row["floor_us"] == {card: pytest.approx(cost.floor_us(*at), rel=1e-4) for card, at in floors.CARDS.items()}
     assert {r["op"] for r in document["floors"]} == {"attention-decode", "step"}
@@ -111,7 +130,9 @@ def fake_static(monkeypatch, status: int, output: str, errors: str = "") -> list
     return calls
 
 
-def test_the_static_table_is_made_outside_of_the_interpreter_for_the_asked_kernels(monkeypatch, tmp_path, capsys) -> None:
+def test_the_static_table_is_made_outside_of_the_interpreter_for_the_asked_kernels(
+    monkeypatch, tmp_path, capsys
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     calls = fake_static(monkeypatch, 0, "the table\n" + json.dumps({"kernels": [STATIC_ROW]}) + "\n")
     options = ["--targets", "90", "80", "--jobs", "1", "--ops", "confidence", "unmask", "--out", str(tmp_path)]
@@ -125,7 +146,10 @@ def test_the_static_table_is_made_outside_of_the_interpreter_for_the_asked_kerne
     assert "TRITON_INTERPRET" not in environment
     static = json.loads(lines[-1])["static"]
     assert static == {"kernels": [STATIC_ROW], "violations": [], "only": ["confidence", "unmask"]}
-    assert "| confidence | bf16 second | sm_90 | 40 | 0 | 1024 | none | 9.50 |" in (tmp_path / "kernels_static.md").read_text()
+    assert (
+        "| confidence | bf16 second | sm_90 | 40 | 0 | 1024 | none | 9.50 |"
+        in (tmp_path / "kernels_static.md").read_text()
+    )
 
 
 def test_a_violation_of_the_static_table_is_printed_and_exits_1(monkeypatch, capsys) -> None:
@@ -209,7 +233,10 @@ def test_every_op_with_a_time_has_a_plot(tmp_path) -> None:
     from bench import plots
 
     rows = [row("ours", 10.0, share=0.8, floor_us=8.0), row("theirs", 16.0, share=0.5, floor_us=8.0)]
-    rows += [row("ours", 1.0) | {"shape": "B=9", "status": "FAILED"}, row("ours", 1.0) | {"op": "step", "status": "SKIPPED"}]
+    rows += [
+        row("ours", 1.0) | {"shape": "B=9", "status": "FAILED"},
+        row("ours", 1.0) | {"op": "step", "status": "SKIPPED"},
+    ]
     (path,) = plots.draw(result(rows, commit="unknown"), tmp_path)
     assert path == tmp_path / "kernels_unmask.png" and path.read_bytes().startswith(b"\x89PNG")
 
@@ -233,10 +260,14 @@ def test_a_form_of_attention_that_ignores_its_form_is_not_timed(form: str) -> No
     def ignores(q, k, v, k_cache, v_cache, window, **options):
         without = {"kept": None, "q_branch": None, "mode": "full"}
         if window.page_table is not None:
-            without |= {"page_table": torch.arange(window.page_table.numel(), dtype=torch.int32).view_as(window.page_table)}
+            without |= {
+                "page_table": torch.arange(window.page_table.numel(), dtype=torch.int32).view_as(window.page_table)
+            }
         options.pop("sliding_window", None)
         options |= {name: torch.ones_like(options[name]) for name in ("k_scale", "v_scale") if name in options}
-        return dlm_fast.REFERENCE.block_attention(q, k, v, k_cache, v_cache, dataclasses.replace(window, **without), **options)
+        return dlm_fast.REFERENCE.block_attention(
+            q, k, v, k_cache, v_cache, dataclasses.replace(window, **without), **options
+        )
 
     model = dataclasses.replace(shapes.TOY_MODELS[0], reach=9)
     chosen = dataclasses.replace(shapes.TOY_SHAPES, models=(model,), forms=((2, 90),))
@@ -272,8 +303,19 @@ def timings(chosen: shapes.Shapes, speedups: dict[str, float], share: float = 0.
         ours = shape.cost.floor_us(2.0, 500.0) / share
         for candidate, speedup in {"ours": 1.0, **speedups}.items():
             row = {"op": shape.op, "model": shape.model, "shape": shape.label, "candidate": candidate, "status": "ok"}
-            row |= {"p50_us": ours * speedup, "p20_us": ours * speedup, "p80_us": ours * speedup, "share": share / speedup}
-            row |= {"nbytes": shape.cost.nbytes, "flops": shape.cost.flops, "facts": shape.facts, "graph": True, "noise": 0.01}
+            row |= {
+                "p50_us": ours * speedup,
+                "p20_us": ours * speedup,
+                "p80_us": ours * speedup,
+                "share": share / speedup,
+            }
+            row |= {
+                "nbytes": shape.cost.nbytes,
+                "flops": shape.cost.flops,
+                "facts": shape.facts,
+                "graph": True,
+                "noise": 0.01,
+            }
             rows.append(row)
     return rows
 
@@ -285,7 +327,13 @@ SPEEDUPS = {
 
 
 def result(rows: list[dict], **changes) -> dict:
-    document = {"command": "kernels", "schema": 2, "measured": True, "device": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
+    document = {
+        "command": "kernels",
+        "schema": 2,
+        "measured": True,
+        "device": "NVIDIA H100 80GB HBM3",
+        "capability": "9.0",
+    }
     document |= {"driver": "1", "versions": {"torch": "2.13.0"}, "ceilings": {"copy_tb_s": 2.0, "gemm_tflop_s": 500.0}}
     return document | {"timings": rows} | changes
 
@@ -361,7 +409,11 @@ def test_static_gates_need_every_target_and_kernel() -> None:
 
 
 def test_the_names_that_gates_look_for_are_those_that_are_timed() -> None:
-    modules = {"UNSPLIT DENSE FLEX": speed_attention, "EAGER FLOAT64 LOOP": speed_ops, "PUBLISHED FEWER_LAYERS": speed_step}
+    modules = {
+        "UNSPLIT DENSE FLEX": speed_attention,
+        "EAGER FLOAT64 LOOP": speed_ops,
+        "PUBLISHED FEWER_LAYERS": speed_step,
+    }
     for names, module in modules.items():
         assert [getattr(gates, name) for name in names.split()] == [getattr(module, name) for name in names.split()]
 
@@ -392,7 +444,9 @@ def compared(tmp_path, capsys, a: dict, b: dict, *options: str) -> tuple[int, st
     return status, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("p50, options, status", [(10.8, (), 0), (11.2, (), 1), (11.2, ("--tolerance", "0.1"), 0), (5.0, (), 0)])
+@pytest.mark.parametrize(
+    "p50, options, status", [(10.8, (), 0), (11.2, (), 1), (11.2, ("--tolerance", "0.1"), 0), (5.0, (), 0)]
+)
 def test_slower_means_beyond_the_noise_of_both_and_the_tolerance(
     tmp_path, capsys, p50: float, options: tuple, status: int
 ) -> None:
@@ -419,7 +473,12 @@ def test_rows_of_one_file_alone_are_listed_and_one_that_fails_now_exits_1(tmp_pa
 def test_another_machine_is_said_and_compared_only_when_asked_to(tmp_path, capsys, changes: dict) -> None:
     files = result([row("ours", 10.0)]), result([row("ours", 99.0)], **changes)
     status, out, _ = compared(tmp_path, capsys, *files)
-    assert status == 2 and f"the machines differ in {next(iter(changes))}: " in out and "no ratios" in out and "9.9" not in out
+    assert (
+        status == 2
+        and f"the machines differ in {next(iter(changes))}: " in out
+        and "no ratios" in out
+        and "9.9" not in out
+    )
     status, out, _ = compared(tmp_path, capsys, *files, "--across-devices")
     assert status == 1 and "9.900" in out and "the machines differ" in out
 
@@ -528,7 +587,10 @@ def test_only_initcheck_watches_kernels_that_are_not_ours() -> None:
 
 def test_sanitize_says_what_it_lacks(monkeypatch, tmp_path, capsys) -> None:
     assert command.main(["sanitize", "--tool", "valgrind"]) == 2
-    assert "sanitize: --tool must be among memcheck, racecheck, initcheck, synccheck, got valgrind" in capsys.readouterr().err
+    assert (
+        "sanitize: --tool must be among memcheck, racecheck, initcheck, synccheck, got valgrind"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["sanitize"]) == 2
     assert "sanitize: needs a CUDA GPU" in capsys.readouterr().err
@@ -557,13 +619,18 @@ def test_the_kernels_that_are_sanitized_are_those_that_are_launched(monkeypatch)
 
 @pytest.mark.parametrize("op, count", [("linear-confidence", 1), ("attention-forms", len(speed_forms.FORMS) - 1)])
 def test_what_is_checked_only_where_it_is_timed_is_sanitized_too(op: str, count: int) -> None:
-    cases = list(sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES))  # the toy model has no sliding layers
+    cases = list(
+        sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES)
+    )  # the toy model has no sliding layers
     assert len({name for name, _ in cases}) == len(cases) == count
     assert {check.status for check in checks.run(op, cases, CPU)} == {"passed"}
 
 
 def test_a_sanitize_run_is_a_document(tmp_path) -> None:
-    verdicts = [sanitize.parse("memcheck", 0, CLEAN, KERNELS), sanitize.parse("racecheck", sanitize.ERROR_STATUS, RACE, KERNELS)]
+    verdicts = [
+        sanitize.parse("memcheck", 0, CLEAN, KERNELS),
+        sanitize.parse("racecheck", sanitize.ERROR_STATUS, RACE, KERNELS),
+    ]
     document = json.loads(json.dumps(sanitize.document(verdicts, {"device": "toy"}, 3, 2)))
     assert document["ok"] is False and document["tools"]["memcheck"]["ok"] is True
     assert document["tools"]["racecheck"]["findings"][0]["function"] == "_confidence_kernel"

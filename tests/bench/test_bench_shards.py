@@ -1,4 +1,5 @@
-"""The checks in processes side by side: what breaks one costs that one and is named, and a run that is cut off loses nothing."""
+"""The checks in processes side by side: what breaks one costs that one and is named, and a run that is cut off loses
+nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-import dlm_fast
 import pytest
 import shard_jobs
 import torch
-from bench_module import ROOT  # first: it makes `bench` importable
+from bench_module import ROOT
 
+import dlm_fast
 from bench import __main__ as command
-from bench.checks import run as checks
 from bench import compare, gpu_check, record, report, shards, timing
-from bench.speed import run as speed
+from bench.checks import run as checks
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
+from bench.speed import run as speed
 from bench.speed.run import Ceilings, Timing
 
 FACTS = {"device": "toy", "driver": "unknown", "versions": {"torch": torch.__version__}, "commit": "unknown"}
@@ -51,7 +52,9 @@ def outcomes(found: list[shards.Event], words: list[str]) -> dict[str, str]:
     assert sorted(event.index for event in ends) == list(range(len(words)))
     for event in ends:
         begun = [other for other in found if (other.kind, other.index) == ("begun", event.index)]
-        assert len(begun) == (event.kind != "not run") and all(found.index(other) < found.index(event) for other in begun)
+        assert len(begun) == (event.kind != "not run") and all(
+            found.index(other) < found.index(event) for other in begun
+        )
     return {words[event.index]: event.reason or event.kind for event in ends}
 
 
@@ -78,7 +81,10 @@ def test_a_job_that_ended_while_others_were_attended_to_is_no_time_out() -> None
     words = [f"fine {n}" for n in range(6)]
     found = []
     for event in shards.run(
-        [shards.Job("fine", word) for word in words], functools.partial(shard_jobs.make, words), processes=3, job_seconds=1
+        [shards.Job("fine", word) for word in words],
+        functools.partial(shard_jobs.make, words),
+        processes=3,
+        job_seconds=1,
     ):
         found.append(event)
         time.sleep(0.6)  # two such, and a second is over
@@ -177,9 +183,13 @@ def test_what_raises_dies_or_hangs_is_red_by_name_and_only_green_ops_are_timed(t
         ("confidence", "ok"), ("attention-prefill", "SKIPPED"),
     ]  # fmt: skip
     # A line as a case begins, and one as it ends; in the order of what happened.
-    assert lines.index("begins  unmask  raises") < lines.index(next(line for line in lines if line.startswith("FAILED  unmask  raises")))
+    assert lines.index("begins  unmask  raises") < lines.index(
+        next(line for line in lines if line.startswith("FAILED  unmask  raises"))
+    )
     assert any(line.startswith("passed  confidence  fine 1  ") for line in lines)
-    assert json.loads((tmp_path / "gpu-check.json").read_text()) == document == compare.load(tmp_path / "gpu-check.jsonl")
+    assert (
+        json.loads((tmp_path / "gpu-check.json").read_text()) == document == compare.load(tmp_path / "gpu-check.jsonl")
+    )
 
 
 CUT_OFF = """
@@ -195,7 +205,11 @@ if __name__ == "__main__":
 
 def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tmp_path, capsys) -> None:
     script, file = tmp_path / "run.py", tmp_path / "gpu-check.jsonl"
-    script.write_text(CUT_OFF.format(root=str(ROOT), tests=str(Path(__file__).parent), support=str(ROOT / "tests" / "support"), out=str(tmp_path)))
+    script.write_text(
+        CUT_OFF.format(
+            root=str(ROOT), tests=str(Path(__file__).parent), support=str(ROOT / "tests" / "support"), out=str(tmp_path)
+        )
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, env=environment) as run:
         deadline = time.monotonic() + 120
@@ -234,7 +248,9 @@ def recorded(path: Path) -> record.Record:
     run.check(checks.Check("unmask", "a", "passed", "", 0.1))
     run.plan_timings([("unmask", "any", "1"), ("unmask", "any", "2"), ("unmask", "any", "3")])
     run.begin_timing("unmask", "any", "1")
-    run.timing(Timing("unmask", "any", "1", "ours", "ok", p50_us=1.234567, p20_us=1.0, p80_us=2.0, share=0.5, speedup=1.0))
+    run.timing(
+        Timing("unmask", "any", "1", "ours", "ok", p50_us=1.234567, p20_us=1.0, p80_us=2.0, share=0.5, speedup=1.0)
+    )
     run.begin_timing("unmask", "any", "2")
     return run
 
@@ -257,7 +273,9 @@ def test_a_run_that_was_cut_off_has_a_row_for_everything_it_did_not_come_to(tmp_
     assert any(line.startswith("  ours") and "1.235" in line for line in text)
 
 
-@pytest.mark.parametrize("text, finding", [("", "got none that begins one"), ("{\n", "line 1 must be one of a run's, got '{'")])
+@pytest.mark.parametrize(
+    "text, finding", [("", "got none that begins one"), ("{\n", "line 1 must be one of a run's, got '{'")]
+)
 def test_what_holds_no_lines_of_a_run_is_refused(tmp_path, capsys, text: str, finding: str) -> None:
     file = tmp_path / "run.jsonl"
     file.write_text(text)
@@ -268,7 +286,9 @@ def test_what_holds_no_lines_of_a_run_is_refused(tmp_path, capsys, text: str, fi
 
 def test_a_check_that_was_not_run_is_not_green() -> None:
     passed = checks.Check("unmask", "a", "passed", "", 0.1)
-    assert report.is_green([passed]) and not report.is_green([passed, dataclasses.replace(passed, status=checks.NOT_RUN)])
+    assert report.is_green([passed]) and not report.is_green(
+        [passed, dataclasses.replace(passed, status=checks.NOT_RUN)]
+    )
 
 
 def test_after_the_gpu_stopped_to_answer_no_row_has_a_time(monkeypatch) -> None:

@@ -1,4 +1,5 @@
-"""`python -m bench precompile` and `gpu-check --cache`: what the checks launch is compiled without a GPU, and found again by Triton."""
+"""`python -m bench precompile` and `gpu-check --cache`: what the checks launch is compiled without a GPU, and found
+again by Triton."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ import tarfile
 
 import pytest
 import torch
-from bench_module import ROOT  # first: it makes `bench` importable
+from bench_module import ROOT
 
 from bench import __main__ as command
 from bench import kernel_cache, machine
 
 pytest.importorskip("triton", reason="these tests compile kernels")
 
-# One case, what the ceilings launch, a kernel that does not compile and a case that raises. In a process of its own: there the driver is
-# stood in for.
+# One case, what the ceilings launch, a kernel that does not compile and a case that raises. In a process of its own:
+# there the driver is stood in for.
 SCRIPT = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -93,14 +94,20 @@ def test_what_does_not_compile_and_what_cannot_be_followed_is_named_and_the_othe
     said = precompiled["said"]
     assert precompiled["status"] == 1 and said[-1] == "1 did not compile, 1 could not be followed"
     kernel = "_empty_kernel for sm_90, asked for by ceilings"
-    assert f"DOES NOT COMPILE {kernel}: AssertionError: Loop-carried variable candidates" in [line.strip() for line in said]
+    assert f"DOES NOT COMPILE {kernel}: AssertionError: Loop-carried variable candidates" in [
+        line.strip() for line in said
+    ]
     assert "NOT FOLLOWED confidence: broken: RuntimeError: not to be followed" in said
 
 
 def manifest(**changes) -> kernel_cache.Manifest:
     import triton
 
-    given = {"triton": triton.__version__, "ptxas": {"90": kernel_cache.ptxas(90)}, "environment": kernel_cache.environment()}
+    given = {
+        "triton": triton.__version__,
+        "ptxas": {"90": kernel_cache.ptxas(90)},
+        "environment": kernel_cache.environment(),
+    }
     given |= {"commit": "abc", "sources": machine.sources(), "seed": 3, "kernels": []}
     return kernel_cache.Manifest(**given | changes)
 

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("bench") is None or "bench" not in sys.modules:
-    # bench/ is not installed, and the checkout may not be on sys.path.
-    spec = importlib.util.spec_from_file_location(
-        "bench", ROOT / "bench" / "__init__.py", submodule_search_locations=[str(ROOT / "bench")]
-    )
-    sys.modules["bench"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["bench"])
-
-from bench import __main__ as command  # noqa: E402
-from bench import quality, quality_report  # noqa: E402
-from dlm_fast.presets import PRESETS, resolve  # noqa: E402
-from dlm_fast.tiny.tasks import TASKS  # noqa: E402
+from bench import __main__ as command
+from bench import quality, quality_report
+from dlm_fast.presets import PRESETS, resolve
+from dlm_fast.tiny.tasks import TASKS
 
 
 def row(model: str, preset: str, exact_match: float, nfe: float, **more) -> dict:
     """A row as `measure` makes it."""
     cost = {"nfe": nfe, "nfe_se": 0.1, "query_tokens": 10 * nfe, "query_tokens_se": 1.0}
-    right = {"exact_match": exact_match, "exact_match_se": 0.01, "exact_match_by_task": {"add": exact_match}, "prompts": 9}
-    return {"model": model, "preset": preset, "options": {}, "label": preset, "exactness": "exact", **right, **cost, **more}
+    right = {
+        "exact_match": exact_match,
+        "exact_match_se": 0.01,
+        "exact_match_by_task": {"add": exact_match},
+        "prompts": 9,
+    }
+    return {
+        "model": model,
+        "preset": preset,
+        "options": {},
+        "label": preset,
+        "exactness": "exact",
+        **right,
+        **cost,
+        **more,
+    }
 
 
 def document(rows: list[dict]) -> dict:
@@ -49,7 +51,9 @@ def test_every_preset_is_run_on_a_model_or_left_out_with_a_reason():
 def test_a_model_with_an_isolated_prompt_runs_what_keeps_prompt_keys(monkeypatch):
     monkeypatch.setattr(quality, "visibility_of", lambda model: "full")
     settings = quality.settings(["tiny-isolated"])
-    assert [setting.preset for setting in settings if setting.options == {"block_length": 8}] == [s.preset for s in settings]
+    assert [setting.preset for setting in settings if setting.options == {"block_length": 8}] == [
+        s.preset for s in settings
+    ]
     assert {setting.preset for setting in settings} == set(quality.ONLY["tiny-isolated"])
 
 
@@ -62,15 +66,35 @@ def test_slow_decoders_are_measured_on_fewer_prompts_and_the_baseline_on_all():
 
 def test_a_run_writes_results_that_a_second_run_takes_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quality, "plot", lambda document, path: path.write_text("plot"))
-    arguments = ["quality", "--out", str(tmp_path), "--per-task", "1", "--models", "tiny-block", "--presets", "llada2", "d2f"]
+    arguments = [
+        "quality",
+        "--out",
+        str(tmp_path),
+        "--per-task",
+        "1",
+        "--models",
+        "tiny-block",
+        "--presets",
+        "llada2",
+        "d2f",
+    ]
     assert command.main(arguments) == 0
     written = json.loads((tmp_path / "quality.json").read_text())
     assert [row["preset"] for row in written["settings"]].count("d2f") == 1 + len(quality.SWEEPS["d2f"])
     for found in written["settings"]:
-        assert found["prompts"] == len(TASKS) and 0 <= found["exact_match"] <= 1 and found["query_tokens"] >= found["nfe"] > 0
+        assert (
+            found["prompts"] == len(TASKS)
+            and 0 <= found["exact_match"] <= 1
+            and found["query_tokens"] >= found["nfe"] > 0
+        )
         assert 0 < found["exact_match_se"] < 0.25 and found["nfe_se"] >= 0 and found["cpu_seconds"] > 0
     printed = capsys.readouterr().out
-    assert "| d2f |" in printed and "## D2F pays" in printed and "stale" not in printed and (tmp_path / "quality.png").exists()
+    assert (
+        "| d2f |" in printed
+        and "## D2F pays" in printed
+        and "stale" not in printed
+        and (tmp_path / "quality.png").exists()
+    )
 
     # The same settings measured again are within the stated noise; other numbers are not.
     assert command.main(["quality", "--check", str(tmp_path / "quality.json"), "--settings", "1"]) == 0

@@ -2,11 +2,13 @@
 
 The default suite runs the first 200 decodes of the 2,000 of the campaign:
 
-    python -m pytest -m campaign tests/decoding/test_decode_campaign.py --campaign-summary bench/results/decode_campaign.json
+    python -m pytest -m campaign tests/decoding/test_decode_campaign.py --campaign-summary
+    bench/results/decode_campaign.json
 
-Two computations in fp32 may part where the decision between them is nearer than rounding. A row that differs is exempt if float64 (our
-oracle, replaying the row up to the first step at which the two differ) finds another decision within the bounds of tests/support/decode_cases.py
-at that step; at most 1% of the rows may be. Exact ties are no exemption: their order is defined.
+Two computations in fp32 may part where the decision between them is nearer than rounding. A row that differs is exempt
+if float64 (our oracle, replaying the row up to the first step at which the two differ) finds another decision within
+the bounds of tests/support/decode_cases.py at that step; at most 1% of the rows may be. Exact ties are no exemption:
+their order is defined.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import json
 import random
 from collections.abc import Iterator
 
-import dlm_fast
 import pytest
 import torch
 from decode_cases import LOGIT_BOUND, SCORE_BOUND, Case, first_difference, near_tie, random_case
-from dlm_fast.presets import PRESETS, resolve
 from helpers import bolder, options_of, random_prompts, row_of, toy
+
+import dlm_fast
+from dlm_fast.presets import PRESETS, resolve
 
 DECODES_A_PART, PARTS, DEFAULT_PARTS = 100, 20, 2
 CONFIDENCE_BOUND = 2e-4
@@ -69,13 +72,17 @@ def run_part(part: int, device: str) -> tuple[collections.Counter, list[str], li
             }
             counts.update(name for name, present in features.items() if present)
             where = f"seed {case.seed} row {row}: {case.preset} {case.options} {case.model}"
-            step = first_difference(*((out.canvas[row].tolist(), out.unmask_step[row].tolist()) for out in (triton, reference)))
+            step = first_difference(
+                *((out.canvas[row].tolist(), out.unmask_step[row].tolist()) for out in (triton, reference))
+            )
             if step is not None:
                 (exempt if near_tie(case, row, reference, step) else wrong).append(f"{where}: step {step}")
                 continue
             for name in ("nfe", "query_tokens", "finish"):
                 if getattr(triton, name)[row] != getattr(reference, name)[row]:
-                    wrong.append(f"{where}: {name} {getattr(triton, name)[row]} instead of {getattr(reference, name)[row]}")
+                    wrong.append(
+                        f"{where}: {name} {getattr(triton, name)[row]} instead of {getattr(reference, name)[row]}"
+                    )
             error = (triton.confidence[row] - reference.confidence[row]).abs().max().item()
             if not error <= CONFIDENCE_BOUND:
                 wrong.append(f"{where}: confidence differs by {error:.2g}")
@@ -99,8 +106,12 @@ def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
     options |= {"max_post_edits": 1} if preset == "llada2.1" else {"drafts": 2} if PRESETS[preset].drafts > 1 else {}
     outputs = []
     for backend in ("triton", "reference"):
-        model = toy(PRESETS[preset].visibility, block_length=2, layers=1, logits_row=row_of(preset), backend=backend).to(device)
-        outputs.append(dlm_fast.generate(model, random_prompts([2, 3]), preset=preset, max_new_tokens=[5, 2], **options))
+        model = toy(
+            PRESETS[preset].visibility, block_length=2, layers=1, logits_row=row_of(preset), backend=backend
+        ).to(device)
+        outputs.append(
+            dlm_fast.generate(model, random_prompts([2, 3]), preset=preset, max_new_tokens=[5, 2], **options)
+        )
     ours, expected = outputs
     assert [canvas.tolist() for canvas in ours.canvas] == [canvas.tolist() for canvas in expected.canvas]
     assert [steps.tolist() for steps in ours.unmask_step] == [steps.tolist() for steps in expected.unmask_step]

@@ -1,4 +1,5 @@
-"""The decode loop against its specification: tests/support/oracles.py, recomputing everything, rows alone, and what bad input must say."""
+"""The decode loop against its specification: tests/support/oracles.py, recomputing everything, rows alone, and what bad
+input must say."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ import math
 from pathlib import Path
 
 import decode_cases
-import dlm_fast
 import numpy as np
 import oracles
 import pytest
 import torch
 from decode_cases import BLOCK_PRESETS, FULL_PRESETS, first_difference, near_tie, random_case
+from helpers import EOS, MASK, VOCAB, bolder, native_model, random_prompts, toy, toy_tokenizer
+
+import dlm_fast
 from dlm_fast.patching import handle_of
 from dlm_fast.presets import PRESETS, resolve
 from dlm_kernels.state import COMMIT, DENOISE, DONE
-from helpers import EOS, MASK, VOCAB, bolder, native_model, random_prompts, toy, toy_tokenizer
 
 PRESET_NAMES = FULL_PRESETS + BLOCK_PRESETS
 
@@ -67,15 +69,43 @@ def test_the_cases_cover_what_the_specification_names():
         preset = resolve(case.preset, case.diffusion.visibility, case.options)
         length = preset.block_length or case.diffusion.block_length
         heads = case.model.heads // case.model.kv_heads
-        seen.update({f"preset {case.preset}", f"rule {preset.rule}", f"score {preset.score}", f"stop {preset.stop}", f"GQA {heads}"})
-        seen.update({f"align {case.diffusion.block_alignment}", f"twist {case.model.twist}", f"family {case.model.family}"})
+        seen.update(
+            {
+                f"preset {case.preset}",
+                f"rule {preset.rule}",
+                f"score {preset.score}",
+                f"stop {preset.stop}",
+                f"GQA {heads}",
+            }
+        )
+        seen.update(
+            {f"align {case.diffusion.block_alignment}", f"twist {case.model.twist}", f"family {case.model.family}"}
+        )
         seen.update(f"prompt {n - length:+d}" for n in map(len, case.prompts or []) if length and abs(n - length) <= 1)
         seen.update(f"prompt of {len(p)}" for p in case.prompts or [])
         seen.update(name for name, has in (("canvas", case.canvas), ("sampled", any(case.temperature))) if has)
     wanted = [f"preset {p}" for p in PRESET_NAMES] + [f"rule {r}" for r in ("quota", "threshold", "factor", "entropy")]
     wanted += [f"score {s}" for s in ("confidence", "margin", "neg_entropy", "random")] + ["GQA 1", "GQA 4", "GQA 7"]
-    wanted += ["stop never", "stop after_block", "stop closed", "align abs", "align rel", "twist twins", "twist flat", "prompt of 1"]
-    wanted += ["prompt -1", "prompt +0", "prompt +1", "canvas", "sampled", "family llama", "family qwen2", "family qwen3"]
+    wanted += [
+        "stop never",
+        "stop after_block",
+        "stop closed",
+        "align abs",
+        "align rel",
+        "twist twins",
+        "twist flat",
+        "prompt of 1",
+    ]
+    wanted += [
+        "prompt -1",
+        "prompt +0",
+        "prompt +1",
+        "canvas",
+        "sampled",
+        "family llama",
+        "family qwen2",
+        "family qwen3",
+    ]
     assert not [name for name in wanted if not seen[name]]
     assert all(case.model.layers >= 2 and len(case) >= 3 for case in cases)
 
@@ -89,14 +119,18 @@ def test_every_decoder_equals_its_oracle_token_for_token(part):
         for row in range(len(case)):
             expected = case.oracle(row)
             where = f"seed {seed} row {row} {case.preset} {case.options}"
-            step = first_difference((out.canvas[row].tolist(), out.unmask_step[row].tolist()), (expected.tokens, expected.unmask_step))
+            step = first_difference(
+                (out.canvas[row].tolist(), out.unmask_step[row].tolist()), (expected.tokens, expected.unmask_step)
+            )
             if step is not None and near_tie(case, row, out, step):
                 near_ties += 1  # float32 against float64, nearer than rounding
                 continue
             assert out.canvas[row].tolist() == expected.tokens, where
             assert out.unmask_step[row].tolist() == expected.unmask_step, where
             assert (out.nfe[row], out.query_tokens[row]) == (expected.nfe, expected.query_tokens), where
-            torch.testing.assert_close(out.confidence[row].double(), torch.tensor(expected.confidence).double(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                out.confidence[row].double(), torch.tensor(expected.confidence).double(), atol=1e-4, rtol=0
+            )
     assert near_ties <= 1
 
 
@@ -106,7 +140,8 @@ def test_decoding_with_the_cache_equals_recomputing_everything(preset, alignment
     model = toy("block", block_alignment=alignment, block_length=4, layers=3)
     prompts = random_prompts([1, 3, 4, 5, 11])
     cached, recomputed = (
-        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, **bolder(preset)) for cache in ("commit", "none")
+        dlm_fast.generate(model, prompts, preset=preset, cache=cache, max_new_tokens=13, **bolder(preset))
+        for cache in ("commit", "none")
     )
     assert tokens(cached) == tokens(recomputed)
     assert [s.tolist() for s in cached.unmask_step] == [s.tolist() for s in recomputed.unmask_step]
@@ -123,7 +158,9 @@ def test_a_batch_of_unequal_prompts_equals_its_rows_alone(preset, temperature):
     batch = dlm_fast.generate(model, prompts, max_new_tokens=new, temperature=temperature, **settings)
     for row, prompt in enumerate(prompts):
         t = temperature[row] if temperature else 0.0
-        alone = dlm_fast.generate(model, [prompt], max_new_tokens=new[row], temperature=t, request_ids=[row], **settings)
+        alone = dlm_fast.generate(
+            model, [prompt], max_new_tokens=new[row], temperature=t, request_ids=[row], **settings
+        )
         same, other = everything(alone, 0), everything(batch, row)
         assert same[:3] == other[:3] and same[4:] == other[4:]
         assert same[3] == pytest.approx(other[3], abs=1e-5)
@@ -226,7 +263,10 @@ def test_the_stop_rules_differ_in_cost_and_never_in_text_while_later_tokens_are_
     """Block-causal: what follows an EOS cannot change what precedes it."""
     model = toy("block", eos=tuple(range(1, 8)), block_length=4)
     prompts = random_prompts([3, 5, 8, 2, 6])
-    outs = {stop: dlm_fast.generate(model, prompts, preset="sdar", stop=stop, max_new_tokens=16) for stop in ("never", "after_block", "closed")}
+    outs = {
+        stop: dlm_fast.generate(model, prompts, preset="sdar", stop=stop, max_new_tokens=16)
+        for stop in ("never", "after_block", "closed")
+    }
     texts = {stop: [s.tolist() for s in out.sequences] for stop, out in outs.items()}
     assert texts["never"] == texts["after_block"] == texts["closed"]
     assert outs["closed"].finish.count("eos") >= 3
@@ -253,7 +293,9 @@ def test_closed_waits_until_nothing_before_the_eos_is_masked():
 
 def test_finish_reasons_and_sequences_stop_before_the_eos():
     model = toy("full", eos=tuple(range(1, 17)))
-    out = dlm_fast.generate(model, random_prompts([4, 4, 4, 4]), max_new_tokens=6, block_length=1, min_new_tokens=[0, 0, 6, 6])
+    out = dlm_fast.generate(
+        model, random_prompts([4, 4, 4, 4]), max_new_tokens=6, block_length=1, min_new_tokens=[0, 0, 6, 6]
+    )
     assert out.finish[2:] == ["length", "length"] and "eos" in out.finish[:2]
     for sequence, canvas, finish in zip(out.sequences, out.canvas, out.finish):
         assert canvas[4 : 4 + len(sequence)].tolist() == sequence.tolist()
@@ -282,7 +324,9 @@ def test_llada_writes_one_token_a_step_by_descending_confidence_within_a_step_co
 
 
 def test_steps_per_block_is_the_number_of_forwards():
-    out = dlm_fast.generate(toy("full", eos=()), random_prompts([5]), preset="llada", block_length=5, steps_per_block=2, max_new_tokens=10)
+    out = dlm_fast.generate(
+        toy("full", eos=()), random_prompts([5]), preset="llada", block_length=5, steps_per_block=2, max_new_tokens=10
+    )
     assert out.nfe == [4]
     assert [out.unmask_step[0].tolist().count(step) for step in range(4)] == [3, 2, 3, 2]
 
@@ -299,9 +343,11 @@ def test_forwards_are_counted_by_hand_for_every_cache():
     # Prefill of 6, two blocks of two steps, and one commit between them.
     committed = dlm_fast.generate(block, prompt, preset="sdar", **settings)
     assert committed.nfe == [1 + 2 + 1 + 2] and committed.query_tokens == [6 + 2 * 4 + 4 + 2 * 4]
-    # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12, 14). A step
-    # takes half a block of 4.
-    absolute = dlm_fast.generate(toy("block", eos=(), block_length=4, block_alignment="abs"), prompt, preset="sdar", **settings)
+    # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12,
+    # 14). A step takes half a block of 4.
+    absolute = dlm_fast.generate(
+        toy("block", eos=(), block_length=4, block_alignment="abs"), prompt, preset="sdar", **settings
+    )
     assert absolute.nfe == [1 + 1 + 1 + 2 + 1 + 1] and absolute.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2]
 
 
@@ -314,7 +360,9 @@ def test_every_denoise_step_of_a_row_writes_at_least_one_token(preset):
         history.append((masks.sum(1).tolist(), state.step.tolist(), state.nfe.tolist(), state.phase.tolist()))
 
     prompts = random_prompts([2, 5, 8, 1])
-    dlm_fast.generate(toy_for(preset), prompts, preset=preset, max_new_tokens=[8, 3, 11, 9], on_step=on_step, **block_of(preset, 3))
+    dlm_fast.generate(
+        toy_for(preset), prompts, preset=preset, max_new_tokens=[8, 3, 11, 9], on_step=on_step, **block_of(preset, 3)
+    )
     for (before, steps, nfe, phase), (after, steps_after, nfe_after, _) in zip(history, history[1:]):
         for row in range(4):
             assert nfe_after[row] - nfe[row] in (0, 1)
@@ -329,7 +377,13 @@ def test_every_denoise_step_of_a_row_writes_at_least_one_token(preset):
 
 def test_no_row_pays_for_a_commit_that_nothing_follows():
     model, phases = toy("block", eos=()), []
-    out = dlm_fast.generate(model, random_prompts([4, 4]), preset="llada2", max_new_tokens=4, on_step=lambda s: phases.append(s.phase.tolist()))
+    out = dlm_fast.generate(
+        model,
+        random_prompts([4, 4]),
+        preset="llada2",
+        max_new_tokens=4,
+        on_step=lambda s: phases.append(s.phase.tolist()),
+    )
     assert all(COMMIT not in step for step in phases) and phases[-1] == [DONE, DONE] and DENOISE in phases[0]
     assert all(nfe == 1 + int(steps.max()) + 1 for nfe, steps in zip(out.nfe, out.unmask_step))
 
@@ -339,7 +393,11 @@ BAD = [
     ({"preset": 5}, TypeError, r"preset must be a name of dlm_fast.PRESETS or a Preset, got preset=5"),
     ({"on_step": 5}, TypeError, r"on_step must be a function of the state, got on_step=5"),
     ({"tokenizer": 5}, TypeError, r"tokenizer must be a transformers tokenizer, got tokenizer=5"),
-    ({"preset": "sdar"}, ValueError, r"preset sdar decodes models of visibility 'block', this model is 'full'; use llada"),
+    (
+        {"preset": "sdar"},
+        ValueError,
+        r"preset sdar decodes models of visibility 'block', this model is 'full'; use llada",
+    ),
     ({"block_length": 0}, ValueError, r"block_length must be a whole number >= 1 or None, got block_length=0"),
     ({"block_length": 2.5}, ValueError, r"block_length must be a whole number.*2.5"),
     ({"steps_per_block": 0}, ValueError, r"steps_per_block must be a whole number >= 1 or None, got steps_per_block=0"),
@@ -348,7 +406,11 @@ BAD = [
     ({"threshold": 90}, ValueError, r"threshold must be a number in \[0, 1\], got threshold=90"),
     ({"threshold": math.nan}, ValueError, r"threshold must be a number in \[0, 1\], got threshold=nan"),
     ({"factor": "x"}, ValueError, r"factor must be a finite number >= 0, got factor='x'"),
-    ({"rule": "best"}, ValueError, r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, renoise, got rule='best'"),
+    (
+        {"rule": "best"},
+        ValueError,
+        r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, renoise, got rule='best'",
+    ),
     ({"score": "p"}, ValueError, r"score must be one of .* got score='p'"),
     ({"stop": "soon"}, ValueError, r"stop must be one of never, after_block, closed, .*got stop='soon'"),
     ({"cache": "commit"}, ValueError, r"cache='commit' needs a block-causal model"),
@@ -359,24 +421,59 @@ BAD = [
     ({"prompts": [[VOCAB]]}, ValueError, rf"prompts\[0\] must hold ids in \[0, {VOCAB}\), got {VOCAB}"),
     ({"prompts": [[-1]]}, ValueError, r"prompts\[0\] must hold ids in .*got -1"),
     ({"prompts": ["hello"]}, ValueError, r"prompts of text need a tokenizer"),
-    ({"prompts": [[{"role": "user", "content": "hi"}]]}, ValueError, r"prompts of chats need a tokenizer with a chat template"),
+    (
+        {"prompts": [[{"role": "user", "content": "hi"}]]},
+        ValueError,
+        r"prompts of chats need a tokenizer with a chat template",
+    ),
     ({"prompts": None}, ValueError, r"exactly one of prompts and canvas must be given"),
     ({"canvas": [[5, MASK]]}, ValueError, r"exactly one of prompts and canvas must be given"),
-    ({"prompts": None, "canvas": [[]], "max_new_tokens": None}, ValueError, r"canvas\[0\] must have at least one token, got an empty one"),
+    (
+        {"prompts": None, "canvas": [[]], "max_new_tokens": None},
+        ValueError,
+        r"canvas\[0\] must have at least one token, got an empty one",
+    ),
     ({"max_new_tokens": 0}, ValueError, r"max_new_tokens must be a finite number >= 1, got max_new_tokens=0"),
     ({"max_new_tokens": 2.0}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=2.0"),
-    ({"max_new_tokens": [3, 4]}, ValueError, r"max_new_tokens must be one value or one per row, got 2 values for 1 rows"),
-    ({"max_new_tokens": 1000}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003"),
-    ({"max_new_tokens": 10**30}, ValueError, r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 10+3$"),
-    ({"max_new_tokens": {8: 1}}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=\{8: 1\}"),
+    (
+        {"max_new_tokens": [3, 4]},
+        ValueError,
+        r"max_new_tokens must be one value or one per row, got 2 values for 1 rows",
+    ),
+    (
+        {"max_new_tokens": 1000},
+        ValueError,
+        r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 1003",
+    ),
+    (
+        {"max_new_tokens": 10**30},
+        ValueError,
+        r"prompts\[0\] with its new tokens must fit the model's 256 positions, got 10+3$",
+    ),
+    (
+        {"max_new_tokens": {8: 1}},
+        TypeError,
+        r"max_new_tokens must be a whole number or one per row, got max_new_tokens=\{8: 1\}",
+    ),
     ({"max_new_tokens": {8}}, TypeError, r"max_new_tokens must be in the order of the rows, got max_new_tokens=\{8\}"),
-    ({"max_new_tokens": b"a"}, TypeError, r"max_new_tokens must be a whole number or one per row, got max_new_tokens=b'a'"),
+    (
+        {"max_new_tokens": b"a"},
+        TypeError,
+        r"max_new_tokens must be a whole number or one per row, got max_new_tokens=b'a'",
+    ),
     ({"max_new_tokens": True}, TypeError, r"max_new_tokens must be a whole number, got max_new_tokens=True"),
-    ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": None, "min_new_tokens": 2**40}, ValueError,
-     r"min_new_tokens must be at most the model's 256 positions, got 1099511627776 in row 0"),
+    (
+        {"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": None, "min_new_tokens": 2**40},
+        ValueError,
+        r"min_new_tokens must be at most the model's 256 positions, got 1099511627776 in row 0",
+    ),
     ({"min_new_tokens": 99}, ValueError, r"min_new_tokens must be at most max_new_tokens, got 99 > 8 in row 0"),
     ({"temperature": -0.1}, ValueError, r"temperature must be a finite number >= 0, got temperature=-0.1"),
-    ({"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": 4}, ValueError, r"max_new_tokens goes with prompts.*got max_new_tokens=4"),
+    (
+        {"prompts": None, "canvas": [[5, MASK]], "max_new_tokens": 4},
+        ValueError,
+        r"max_new_tokens goes with prompts.*got max_new_tokens=4",
+    ),
     ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0, got temperature=nan"),
     ({"temperature": 1e-9}, ValueError, r"temperature must be 0 or in \[1e-06, 1e\+06\], got temperature=1e-09"),
     ({"temperature": 10**400}, ValueError, r"temperature must be a finite number >= 0, got temperature=10"),
@@ -385,7 +482,11 @@ BAD = [
     ({"top_p": 0}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=0"),
     ({"top_p": 1.01}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=1.01"),
     ({"top_k": -1}, ValueError, r"top_k must be a whole number >= 0 \(0 = off\), got top_k=-1"),
-    ({"threshold": 0.1}, ValueError, r"threshold has no effect with rule='quota' \(preset llada\): it is read by rule='threshold'"),
+    (
+        {"threshold": 0.1},
+        ValueError,
+        r"threshold has no effect with rule='quota' \(preset llada\): it is read by rule='threshold'",
+    ),
     ({"seed": -1}, ValueError, r"seed must be a whole number in \[0, 2\^63\), got seed=-1"),
     ({"seed": 1.5}, ValueError, r"seed must be a whole number .*got seed=1.5"),
     ({"request_ids": [2**31]}, ValueError, r"request_ids must be below 2\^31, got 2147483648"),
@@ -402,17 +503,27 @@ BAD = [
     ({"banned_token_ids": None}, TypeError, r"banned_token_ids must be a list of token ids, got banned_token_ids=None"),
     ({"banned_token_ids": "ab"}, TypeError, r"banned_token_ids must be a list of token ids, got banned_token_ids='ab'"),
     ({"eos_token_ids": 5}, TypeError, r"eos_token_ids must be a list of token ids, got eos_token_ids=5"),
-    ({"eos_token_ids": torch.tensor(5)}, TypeError, r"eos_token_ids must be a list of token ids, got eos_token_ids=tensor\(5\)"),
+    (
+        {"eos_token_ids": torch.tensor(5)},
+        TypeError,
+        r"eos_token_ids must be a list of token ids, got eos_token_ids=tensor\(5\)",
+    ),
     ({"eos_token_ids": [2.0]}, TypeError, r"eos_token_ids must be token ids, got 2.0"),
     ({"banned_token_ids": ["a"]}, TypeError, r"banned_token_ids must be token ids, got 'a'"),
     ({"banned_token_ids": list(range(2, 46))}, ValueError, r"banned_token_ids must hold at most 31 ids, got 44"),
-    ({"banned_token_ids": list(range(2, 33)), "min_new_tokens": 1}, ValueError, r"banned_token_ids must hold at most 30 ids .*got 31"),
+    (
+        {"banned_token_ids": list(range(2, 33)), "min_new_tokens": 1},
+        ValueError,
+        r"banned_token_ids must hold at most 30 ids .*got 31",
+    ),
     ({"eos_token_ids": [MASK]}, ValueError, rf"eos_token_ids must not hold the mask id {MASK}"),
     ({"eos_token_ids": list(range(1, 20))}, ValueError, r"eos_token_ids must hold at most 16 ids, got 19"),
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", BAD, ids=[" ".join(f"{k}={v!r}" for k, v in bad[0].items())[:50] for bad in BAD])
+@pytest.mark.parametrize(
+    "changes, error, message", BAD, ids=[" ".join(f"{k}={v!r}" for k, v in bad[0].items())[:50] for bad in BAD]
+)
 def test_bad_input_names_argument_rule_and_value(changes, error, message):
     model = toy("full")
     with pytest.raises(error, match=message):
@@ -422,10 +533,19 @@ def test_bad_input_names_argument_rule_and_value(changes, error, message):
 
 def test_lists_may_be_tensors_arrays_or_generators():
     model, prompts = toy("full"), random_prompts([3, 4])
-    as_lists = {"max_new_tokens": [4, 6], "temperature": [0.0, 1.0], "request_ids": [7, 9], "banned_token_ids": [5, 6], "eos_token_ids": [1, 2]}
+    as_lists = {
+        "max_new_tokens": [4, 6],
+        "temperature": [0.0, 1.0],
+        "request_ids": [7, 9],
+        "banned_token_ids": [5, 6],
+        "eos_token_ids": [1, 2],
+    }
     expected = tokens(dlm_fast.generate(model, prompts, **as_lists))
     for form in (torch.tensor, np.array, iter, tuple):
-        assert tokens(dlm_fast.generate(model, iter(prompts), **{name: form(value) for name, value in as_lists.items()})) == expected
+        assert (
+            tokens(dlm_fast.generate(model, iter(prompts), **{name: form(value) for name, value in as_lists.items()}))
+            == expected
+        )
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -438,19 +558,25 @@ def test_a_canvas_of_exactly_the_models_positions_is_decoded_and_one_more_is_ref
     assert MASK not in tokens(dlm_fast.generate(model, [prompt], max_new_tokens=8, eos_token_ids=[], **settings))[0]
     assert len(tokens(dlm_fast.generate(model, canvas=[canvas], **settings))[0]) == room
     for longer in ({"prompts": [prompt], "max_new_tokens": 9}, {"canvas": [[5, *canvas]]}):
-        with pytest.raises(ValueError, match=f"with its new tokens must fit the model's {room} positions, got {room + 1}"):
+        with pytest.raises(
+            ValueError, match=f"with its new tokens must fit the model's {room} positions, got {room + 1}"
+        ):
             dlm_fast.generate(model, **longer, **settings)
 
 
 @pytest.mark.parametrize("model", [5, None, "tiny-full"])
 def test_what_is_no_model_is_refused(model):
-    with pytest.raises(TypeError, match=rf"model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"):
+    with pytest.raises(
+        TypeError, match=rf"model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"
+    ):
         dlm_fast.generate(model, [[5]])
 
 
 def test_a_model_that_is_not_patched_or_has_no_diffusion_configuration_is_refused():
     model = native_model()
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM is not patched; use dlm_fast.load\(path\) or dlm_fast.patch\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM is not patched; use dlm_fast.load\(path\) or dlm_fast.patch\(model\)"
+    ):
         dlm_fast.generate(model, [[5]])
     with dlm_fast.patch(model), pytest.raises(ValueError, match=r"no diffusion configuration; pass diffusion="):
         dlm_fast.generate(model, [[5]])
@@ -463,7 +589,13 @@ def test_nan_logits_are_an_error_that_still_carries_the_other_rows(preset, tempe
     poison = 47
     with torch.no_grad():
         model.model.embed_tokens.weight[poison] = math.nan
-    settings = {"preset": preset, "max_new_tokens": 6, "temperature": temperature, "banned_token_ids": [poison], **block_of(preset)}
+    settings = {
+        "preset": preset,
+        "max_new_tokens": 6,
+        "temperature": temperature,
+        "banned_token_ids": [poison],
+        **block_of(preset),
+    }
     prompts = [[5, 6], [7, poison, 8], [9]]
     with pytest.raises(dlm_fast.DecodeError, match=r"logits must be finite.*got NaN.* in rows \[1\]") as caught:
         dlm_fast.generate(model, prompts, **settings)

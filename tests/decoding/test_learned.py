@@ -7,22 +7,23 @@ import dataclasses
 import json
 import math
 
-import dlm_fast
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from helpers import MASK, VOCAB, native_model, random_prompts, save_toy_checkpoint, toy
+from opened import opened
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dlm_fast
 from dlm_fast import cli
+from dlm_fast.decoding.step import denoise_step
 from dlm_fast.generate import open_decode
 from dlm_fast.loading import CheckpointError
 from dlm_fast.patching import attach
 from dlm_fast.policies import CommitHead, FilterHead, Sched, heads, load_head, save_head
 from dlm_fast.presets import PRESETS, describe, resolve
-from dlm_fast.decoding.step import denoise_step
 from dlm_fast.training import policy as training
-from helpers import MASK, VOCAB, native_model, random_prompts, save_toy_checkpoint, toy
-from opened import opened
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 BLOCK = 4
 PRESET_OF = {"filter": "learn2pd", "commit": "learned-commit"}
@@ -131,14 +132,19 @@ def edited(path, metadata=None, drop=None, **tensors):
     head = random_head("filter")
     facts = {name: str(getattr(head, name)) for name in heads.FIELDS} | (metadata or {})
     kept = {name: t for name, t in {**head.state_dict(), **tensors}.items() if name != drop}
-    safetensors.torch.save_file(kept, path, metadata={name: value for name, value in facts.items() if value is not None})
+    safetensors.torch.save_file(
+        kept, path, metadata={name: value for name, value in facts.items() if value is not None}
+    )
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"metadata": {"kind": "oracle"}}, "kind of .* must be one of filter, commit, got kind='oracle'"),
-        ({"metadata": {"seed": None}}, "metadata of .* must be kind, block_length, .*, got accept_threshold, block_length"),
+        (
+            {"metadata": {"seed": None}},
+            "metadata of .* must be kind, block_length, .*, got accept_threshold, block_length",
+        ),
         ({"metadata": {"more": "1"}}, "metadata of .* must be .*more"),
         ({"metadata": {"block_length": "four"}}, "block_length of .* must be int in .*, got block_length='four'"),
         ({"metadata": {"block_length": "0"}}, "block_length of .* must be int"),
@@ -149,7 +155,10 @@ def edited(path, metadata=None, drop=None, **tensors):
         ({"metadata": {"kind": "commit"}}, "has missing tensors"),
         ({"drop": "out.bias"}, r"has missing tensors: \['out.bias'\]"),
         ({"extra": torch.zeros(1)}, r"has unknown tensors: \['extra'\]"),
-        ({"out.bias": torch.zeros(BLOCK).double()}, r"tensor out.bias of .* must be \(4,\) torch.float32, got .* torch.float64"),
+        (
+            {"out.bias": torch.zeros(BLOCK).double()},
+            r"tensor out.bias of .* must be \(4,\) torch.float32, got .* torch.float64",
+        ),
         ({"out.bias": torch.full((BLOCK,), float("nan"))}, "tensor out.bias of .* must be finite"),
     ],
 )
@@ -199,7 +208,10 @@ def test_the_shipped_heads_fit_the_embedded_model(name):
     "change, message",
     [
         ({"block_length": 5}, "head must be of block_length 5 as this decode is, got a head of block_length 4"),
-        ({"head": random_head("commit")}, "head must be of kind 'filter' as this decode is, got a head of kind 'commit'"),
+        (
+            {"head": random_head("commit")},
+            "head must be of kind 'filter' as this decode is, got a head of kind 'commit'",
+        ),
         ({"head": random_head("filter").to("meta")}, "head must be of device 'cpu' as .*, got a head of device 'meta'"),
         ({"head": random_head("filter").train()}, "head must be in eval mode"),
         ({"head": "nowhere"}, "load_head: head must be a"),
@@ -210,7 +222,9 @@ def test_a_head_that_does_not_fit_is_named_before_anything_is_decoded(change, me
     steps = []
     options = {"head": random_head("filter"), "block_length": BLOCK, **change}
     with pytest.raises(ValueError, match=message):
-        dlm_fast.generate(toy(), random_prompts([2]), preset="learn2pd", on_step=steps.append, max_new_tokens=6, **options)
+        dlm_fast.generate(
+            toy(), random_prompts([2]), preset="learn2pd", on_step=steps.append, max_new_tokens=6, **options
+        )
     assert not steps
 
 
@@ -229,7 +243,9 @@ def test_a_batch_with_a_head_equals_its_rows_alone(kind, options):
     options = {"preset": PRESET_OF[kind], "head": random_head(kind), "block_length": BLOCK, **options}
     together = dlm_fast.generate(model, prompts, max_new_tokens=new, **options)
     for b, (prompt, n) in enumerate(zip(prompts, new)):
-        assert everything(dlm_fast.generate(model, [prompt], max_new_tokens=[n], **options), 0) == everything(together, b)
+        assert everything(dlm_fast.generate(model, [prompt], max_new_tokens=[n], **options), 0) == everything(
+            together, b
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,7 +307,16 @@ def test_a_head_by_file_is_the_same_head_and_stays_plain_data(kind, tmp_path, ca
 
     command = ["generate", "--model", str(tmp_path / "model"), "--prompt", "abc", "--raw", "--json"]
     command += ["--backend", "reference", "--device", "cpu"]
-    command += ["--preset", PRESET_OF[kind], "--block-length", str(BLOCK), "--max-new-tokens", "8", "--set", f"head={path}"]
+    command += [
+        "--preset",
+        PRESET_OF[kind],
+        "--block-length",
+        str(BLOCK),
+        "--max-new-tokens",
+        "8",
+        "--set",
+        f"head={path}",
+    ]
     assert cli.main(command) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"][0]["text"] == by_name.text[0]
 
@@ -329,7 +354,10 @@ def test_eotp_cuts_after_the_first_accepted_end_or_else_after_the_likeliest(acce
     )  # fmt: skip
     assert lengths[0] == [len(prompt) + cut + 1]
     # What is cut off is never written, and later forwards do not compute it.
-    assert out.unmask_step[0][len(prompt) + cut + 1 :].eq(-1).all() and out.canvas[0][len(prompt) + cut + 1 :].eq(MASK).all()
+    assert (
+        out.unmask_step[0][len(prompt) + cut + 1 :].eq(-1).all()
+        and out.canvas[0][len(prompt) + cut + 1 :].eq(MASK).all()
+    )
     assert out.query_tokens[0] == len(prompt) + new + sum(length for (length,) in lengths[:-1])
     if accepts:
         assert out.nfe == [1] and out.sequences[0].tolist() == tokens[:cut] and out.finish == ["eos"]
@@ -337,12 +365,20 @@ def test_eotp_cuts_after_the_first_accepted_end_or_else_after_the_likeliest(acce
 
 def test_eotp_leaves_a_row_that_predicts_no_end_as_long_as_it_is():
     lengths = []
-    options = {"preset": "learn2pd", "block_length": 4, "max_new_tokens": 8, "head": lambda c: c, "accept_threshold": 0.2}
+    options = {
+        "preset": "learn2pd",
+        "block_length": 4,
+        "max_new_tokens": 8,
+        "head": lambda c: c,
+        "accept_threshold": 0.2,
+    }
     options |= {"banned_token_ids": [VOCAB - 1]}
     model = toy(eos=(VOCAB - 1,))
     (prompt,) = random_prompts([5], seed=2)
     plain = dlm_fast.generate(model, [prompt], **options)
-    cut = dlm_fast.generate(model, [prompt], eotp=True, on_step=lambda s: lengths.append(s.canvas_len.tolist()), **options)
+    cut = dlm_fast.generate(
+        model, [prompt], eotp=True, on_step=lambda s: lengths.append(s.canvas_len.tolist()), **options
+    )
     assert everything(plain, 0) == everything(cut, 0) and set(map(tuple, lengths)) == {(13,)}
 
 
@@ -369,7 +405,9 @@ def trained(request, model):
 def test_two_runs_with_one_seed_give_identical_weights(trained, model):
     kind, head, report = trained
     again, second = training.train(model, kind, **TINY)
-    assert second == report and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values()))
+    assert second == report and all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values())
+    )
     assert again.accept_threshold == head.accept_threshold in training.THRESHOLDS
     other = training.new_head(kind, BLOCK, 8, "", 1, 60)
     assert not torch.equal(other.out.weight, training.new_head(kind, BLOCK, 8, "", 0, 60).out.weight)
@@ -407,7 +445,8 @@ def recorded(model):
 
 def test_a_recorded_target_is_whether_the_prediction_is_the_final_token(recorded, model):
     samples, fulls, states = recorded
-    # One token per step: a row's block of four has four states, with four masks to one; the prediction that is written is final.
+    # One token per step: a row's block of four has four states, with four masks to one; the prediction that is written
+    # is final.
     assert len(states) == sum(full.nfe for full in fulls.values())
     masks = states.counts.sum(1)
     assert torch.equal(masks, states.eligible.sum(1)) and (states.right & states.counts).any(1).all()
@@ -471,7 +510,9 @@ def test_the_command_writes_a_head_and_prints_what_it_measured(tmp_path, capsys,
     printed = capsys.readouterr().out.splitlines()
     head = load_head(out, device="cpu")
     assert (head.kind, head.block_length, head.width, head.seed, head.step) == ("filter", BLOCK, 4, 5, 2)
-    assert json.loads(printed[-1])["threshold"] == head.accept_threshold and any("precision" in line for line in printed)
+    assert json.loads(printed[-1])["threshold"] == head.accept_threshold and any(
+        "precision" in line for line in printed
+    )
 
 
 @pytest.mark.parametrize(

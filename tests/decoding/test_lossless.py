@@ -1,6 +1,8 @@
-"""Exact means the same tokens as the decoder it is exact to, in float32: on random models, and on held-out prompts of the tiny ones.
+"""Exact means the same tokens as the decoder it is exact to, in float32: on random models, and on held-out prompts of
+the tiny ones.
 
-The tiny models' decisions are far from ties. Random models are compared in float32 too, where a near-tie may flip; seeds are fixed.
+The tiny models' decisions are far from ties. Random models are compared in float32 too, where a near-tie may flip;
+seeds are fixed.
 """
 
 from __future__ import annotations
@@ -8,14 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import dlm_fast
 import pytest
 import torch
+from helpers import random_prompts, toy
+
+import dlm_fast
 from dlm_fast.decoding.drafts import Drafts
 from dlm_fast.presets import PRESETS
 from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import RowState
-from helpers import random_prompts, toy
 
 # (preset, its options, what it equals, options of that one)
 BLOCK = {"block_length": 8}
@@ -26,10 +29,18 @@ PAIRS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("freedave-block", {}, "sdar", {}),
     ("freedave-block", {"drafts": 3}, "sdar", {"cache": "none"}),
     ("d2f", {}, "d2f", {"cache": "none"}),
-    ("d2f", {"append_threshold": 0.5, "threshold": 0.5}, "d2f", {"append_threshold": 0.5, "threshold": 0.5, "cache": "none"}),
+    (
+        "d2f",
+        {"append_threshold": 0.5, "threshold": 0.5},
+        "d2f",
+        {"append_threshold": 0.5, "threshold": 0.5, "cache": "none"},
+    ),
     # Blocks that wait for the one before them are blocks one at a time.
     ("d2f", {"append_threshold": 1.0, "activate_threshold": 1.0}, "llada2", {"threshold": 0.9}),
-    *((name, {}, name, {"cache": "none"}) for name in ("sdar-dynamic", "sdar-sequential", "sdar-entropy", "llada2", "llada2-quota", "efficient-dlm")),
+    *(
+        (name, {}, name, {"cache": "none"})
+        for name in ("sdar-dynamic", "sdar-sequential", "sdar-entropy", "llada2", "llada2-quota", "efficient-dlm")
+    ),
 ]
 IDS = [f"{a} {' '.join(f'{k}={v}' for k, v in x.items())}" for a, x, _, _ in PAIRS]
 
@@ -47,13 +58,22 @@ def same_text(model, prompts, pair, **more) -> tuple[Any, Any]:
 @pytest.mark.parametrize("pair", PAIRS, ids=IDS)
 def test_tokens_are_those_of_the_static_decoder_on_random_models(pair):
     for seed in range(4):
-        model = toy(PRESETS[pair[0]].visibility, block_length=3 + seed, seed=seed, kv_heads=1 + seed % 2, family=("llama", "qwen3")[seed % 2])
+        model = toy(
+            PRESETS[pair[0]].visibility,
+            block_length=3 + seed,
+            seed=seed,
+            kv_heads=1 + seed % 2,
+            family=("llama", "qwen3")[seed % 2],
+        )
         same_text(model, random_prompts([2, 7, 5], seed), pair, max_new_tokens=[11, 6, 9])
 
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Any]:
-    return {"full": dlm_fast.load("tiny-full", backend="reference"), "block": dlm_fast.load("tiny-block", backend="reference")}
+    return {
+        "full": dlm_fast.load("tiny-full", backend="reference"),
+        "block": dlm_fast.load("tiny-block", backend="reference"),
+    }
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=IDS)

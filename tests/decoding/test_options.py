@@ -1,8 +1,9 @@
-"""An option that is given is read: what a decoder does not read is refused, what it reads changes some decode, and bounds are named.
+"""An option that is given is read: what a decoder does not read is refused, what it reads changes some decode, and
+bounds are named.
 
-The first claim is one table (`dlm_fast/presets/options.py`). Whether it is true is tried out here: for every preset and every option,
-an option that is accepted must change some decode of a toy, and one that is refused must change none. The default suite tries one pair
-in 41; all of them:
+The first claim is one table (`dlm_fast/presets/options.py`). Whether it is true is tried out here: for every preset and
+every option, an option that is accepted must change some decode of a toy, and one that is refused must change none. The
+default suite tries one pair in 41; all of them:
 
     python -m pytest -m campaign tests/decoding/test_options.py
 """
@@ -16,16 +17,17 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import dlm_fast
 import pytest
 import torch
+from helpers import MASK, native_model, options_of, random_prompts, toy
+from variants import variants
+
+import dlm_fast
 from dlm_fast import policies
 from dlm_fast.decoding import measure as statistics
 from dlm_fast.limits import MAX_DRAFTS, MAX_WHOLE
 from dlm_fast.patching import attach
 from dlm_fast.presets import FIELDS, PRESETS, Preset, options, resolve
-from helpers import MASK, native_model, options_of, random_prompts, toy
-from variants import variants
 
 DECODERS = [name for name, preset in PRESETS.items() if preset.supported]
 EOS = (1, 2, 3)
@@ -117,7 +119,12 @@ def model_of(visibility: str, logits_row: str, seed: int, sharp: bool):
         with torch.no_grad():
             model.lm_head.weight.mul_(1000)
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=EOS, visibility=visibility, block_length=4, block_alignment="rel", logits_row=logits_row
+        mask_token_id=MASK,
+        eos_token_ids=EOS,
+        visibility=visibility,
+        block_length=4,
+        block_alignment="rel",
+        logits_row=logits_row,
     )
     attach(model, backend="reference", diffusion=diffusion, plain_mode=visibility)
     return model
@@ -163,7 +170,9 @@ def outcome(preset: Preset, row: str, seed: int, sharp: bool = False, **argument
     if key not in DECODES:
         try:
             model = model_of(preset.visibility, row, seed, sharp)
-            out = dlm_fast.generate(model, random_prompts(PROMPTS, seed), preset=preset, max_new_tokens=NEW, **arguments)
+            out = dlm_fast.generate(
+                model, random_prompts(PROMPTS, seed), preset=preset, max_new_tokens=NEW, **arguments
+            )
         except (ValueError, dlm_fast.DecodeError) as error:
             DECODES[key] = str(error)
         else:
@@ -179,7 +188,8 @@ def values_of(option: str, preset: Preset) -> tuple:
 
 
 def check_pair(name: str, option: str) -> None:
-    """Accepted: some value changes some decode, unless the preset can have no other value. Refused: none changes any."""
+    """Accepted: some value changes some decode, unless the preset can have no other value. Refused: none changes
+    any."""
     base, accepted, changed = PRESETS[name], False, False
     for given, arguments in contexts(name, option):
         before = base.replace(**given)
@@ -204,7 +214,8 @@ def check_pair(name: str, option: str) -> None:
 
 
 def has_alternative(name: str, option: str) -> bool:
-    """Whether the preset can have another value of the option in any context: where not, there is nothing to compare."""
+    """Whether the preset can have another value of the option in any context: where not, there is nothing to
+    compare."""
     for given, _ in contexts(name, option):
         before = PRESETS[name].replace(**given)
         for value in values_of(option, before):
@@ -241,27 +252,57 @@ def test_campaign_of_every_option_of_every_preset(name):
 
 
 REFUSED = [
-    ("llada", {"threshold": 0.1}, "threshold has no effect with rule='quota' (preset llada): it is read by rule='threshold'"),
-    ("llada", {"steps_per_block": 2, "factor": 1.0}, "factor has no effect with rule='quota' (preset llada): it is read by rule='factor'"),
+    (
+        "llada",
+        {"threshold": 0.1},
+        "threshold has no effect with rule='quota' (preset llada): it is read by rule='threshold'",
+    ),
+    (
+        "llada",
+        {"steps_per_block": 2, "factor": 1.0},
+        "factor has no effect with rule='quota' (preset llada): it is read by rule='factor'",
+    ),
     ("fast-dllm", {"threshold": 0.9, "entropy_bound": 0.1}, "entropy_bound has no effect with rule='threshold'"),
     ("fast-dllm", {"steps_per_block": 4}, "steps_per_block has no effect with rule='threshold', min_unmask=1"),
-    ("sdar", {"horizon": None}, "horizon has no effect with visibility='block', schedule='block', cache='commit' (preset sdar)"),
+    (
+        "sdar",
+        {"horizon": None},
+        "horizon has no effect with visibility='block', schedule='block', cache='commit' (preset sdar)",
+    ),
     ("d3llm", {"activate_threshold": 0.5}, "activate_threshold has no effect with schedule='pipeline', scope='first'"),
-    ("klass", {"inclusive": True}, "inclusive has no effect with policy KLStability (preset klass), which decides that itself"),
+    (
+        "klass",
+        {"inclusive": True},
+        "inclusive has no effect with policy KLStability (preset klass), which decides that itself",
+    ),
     ("learned-commit", {"rule": "quota"}, "rule has no effect with policy LearnedCommit"),
     ("saber", {"threshold": 0.5}, "threshold has no effect with policy Backtrack"),
     ("sched", {"rate": 2.0}, "rate has no effect here (preset sched): it is read by curve='exponential'"),
     ("dream", {"block_length": 4}, "block_length has no effect with schedule='canvas' (preset dream)"),
-    ("freedave", {"suppress_eos": True}, "drafts verify the order of the score: no rank, suppress_eos or run_threshold"),
+    (
+        "freedave",
+        {"suppress_eos": True},
+        "drafts verify the order of the score: no rank, suppress_eos or run_threshold",
+    ),
     ("llada2.2", {"cache": "none"}, "policy InsertDelete goes with cache 'commit', got cache='none'"),
-    ("entropy-cache", {"cache": "none"}, "policy EntropyRefresh goes with cache 'prefix' or 'dual' or 'scattered', got cache='none'"),
+    (
+        "entropy-cache",
+        {"cache": "none"},
+        "policy EntropyRefresh goes with cache 'prefix' or 'dual' or 'scattered', got cache='none'",
+    ),
     ("local-leap", {"rule": "quota"}, "policy LocalLeap goes with rule 'threshold', got rule='quota'"),
     ("ccd", {"sub_block_length": 2}, "policy ConsistentTrajectory chooses in the whole block, got sub_block_length=2"),
-    ("fast-dllm", {"score": "position"}, "rule='threshold' tests a score, and a position is none; to go from the left use rank='position'"),
+    (
+        "fast-dllm",
+        {"score": "position"},
+        "rule='threshold' tests a score, and a position is none; to go from the left use rank='position'",
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, given, message", REFUSED, ids=[f"{name} {' '.join(given)}" for name, given, _ in REFUSED])
+@pytest.mark.parametrize(
+    "name, given, message", REFUSED, ids=[f"{name} {' '.join(given)}" for name, given, _ in REFUSED]
+)
 def test_what_would_change_nothing_is_refused_with_the_reason(name, given, message):
     with pytest.raises(ValueError) as caught:
         resolve(name, PRESETS[name].visibility, given)
@@ -322,21 +363,37 @@ def test_an_extreme_value_is_refused_by_name_or_decodes(option):
                 continue  # edits that go on for as long as they may
             model = model_of(preset.visibility, row_of(name, option), 0, False)
             try:
-                out = dlm_fast.generate(model, [[7, 8, 9]], preset=name, max_new_tokens=6, **{**own, **more, option: value})
+                out = dlm_fast.generate(
+                    model, [[7, 8, 9]], preset=name, max_new_tokens=6, **{**own, **more, option: value}
+                )
             except (ValueError, TypeError) as error:
                 assert option in str(error), f"{name}: {error}"
                 continue
             assert out.finish[0] in ("eos", "length")
             is_switch = isinstance(preset.options()[option], bool)
-            assert not isinstance(value, bool) or is_switch or option == "head", f"{name}: {option}={value!r} is accepted"
+            assert not isinstance(value, bool) or is_switch or option == "head", (
+                f"{name}: {option}={value!r} is accepted"
+            )
 
 
 @pytest.mark.parametrize(
     "name, given, message",
     [
-        ("dllm-rl", {"horizon": 2**32 + 3}, "preset dllm-rl: horizon must be a whole number <= 16777216 or None, got horizon=4294967299"),
-        ("fast-dllm-dual", {"vicinity": 2**31 - 1}, "vicinity must be a whole number <= 16777216, got vicinity=2147483647"),
-        ("fast-dllm", {"threshold": 10**400}, "threshold must be a number in [0, 1], got threshold=a whole number of 1329 bits"),
+        (
+            "dllm-rl",
+            {"horizon": 2**32 + 3},
+            "preset dllm-rl: horizon must be a whole number <= 16777216 or None, got horizon=4294967299",
+        ),
+        (
+            "fast-dllm-dual",
+            {"vicinity": 2**31 - 1},
+            "vicinity must be a whole number <= 16777216, got vicinity=2147483647",
+        ),
+        (
+            "fast-dllm",
+            {"threshold": 10**400},
+            "threshold must be a number in [0, 1], got threshold=a whole number of 1329 bits",
+        ),
         ("fast-dllm", {"threshold": 90}, "threshold must be a number in [0, 1], got threshold=90"),
         ("freedave", {"drafts": 10**6}, "drafts must be a whole number <= 64, got drafts=1000000"),
         ("local-leap", {"distance": True}, "policy LocalLeap: distance must be a whole number >= 0, got distance=True"),
@@ -344,7 +401,11 @@ def test_an_extreme_value_is_refused_by_name_or_decodes(option):
         ("prophet", {"gap_thresholds": (1, 2)}, "gap_thresholds must be three numbers, got gap_thresholds=(1, 2)"),
         ("llada", {"suppress_eos": 1}, "suppress_eos must be true or false, got suppress_eos=1"),
         ("dream", {"schedule_eps": 0}, "schedule_eps must be a number > 0, got schedule_eps=0"),
-        ("dream", {"order_temperature": 1e-30}, "order_temperature must be 0 or in [1e-06, 1e+06], got order_temperature=1e-30"),
+        (
+            "dream",
+            {"order_temperature": 1e-30},
+            "order_temperature must be 0 or in [1e-06, 1e+06], got order_temperature=1e-30",
+        ),
     ],
 )
 def test_a_bound_is_named(name, given, message):
@@ -358,7 +419,9 @@ def test_filters_change_nothing_at_temperature_0_and_cost_nothing(name, monkeypa
     model, given = toy(PRESETS[name].visibility), {**options_of(name), "threshold": 0.4}
     settings = {"preset": name, "max_new_tokens": NEW, **given}
     plain = dlm_fast.generate(model, random_prompts(PROMPTS), **settings)
-    mixed = dlm_fast.generate(model, random_prompts(PROMPTS), **settings, temperature=[0.0, 1.0, 0.0], top_p=0.5, top_k=4)
+    mixed = dlm_fast.generate(
+        model, random_prompts(PROMPTS), **settings, temperature=[0.0, 1.0, 0.0], top_p=0.5, top_k=4
+    )
     monkeypatch.setattr(dlm_fast.decoding.measure, "filtered", None)  # nothing is sorted
     filtered = dlm_fast.generate(model, random_prompts(PROMPTS), **settings, top_p=0.5, top_k=4)
     for field in ("canvas", "unmask_step", "confidence"):
@@ -390,7 +453,8 @@ def test_the_nucleus_by_hand():
         left = statistics.filtered(logits, plan, sampling, heat, nothing, needed, narrowed)
         return (left > -torch.inf).nonzero()[:, 1].tolist()
 
-    # An id stays while those better than it have at most top_p: the one that crosses it, and at equality the next one too.
+    # An id stays while those better than it have at most top_p: the one that crosses it, and at equality the next one
+    # too.
     assert kept(top_p=0.49) == [0] and kept(top_p=0.5) == [0, 1] and kept(top_p=0.51) == [0, 1]
     assert kept(top_p=0.75) == [0, 1, 2] and kept(top_p=0.8) == [0, 1, 2] and kept(top_p=0.875) == [0, 1, 2, 3]
     assert kept(top_p=0.5, temperature=0.25) == [0] and kept(top_k=3) == [0, 1, 2, 3] and kept(top_k=2) == [0, 1]

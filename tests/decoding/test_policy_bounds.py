@@ -1,4 +1,5 @@
-"""Every decoder makes progress and ends: bounds on what its steps do to the masks, measured on whole decodes of toy models."""
+"""Every decoder makes progress and ends: bounds on what its steps do to the masks, measured on whole decodes of toy
+models."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ import dataclasses
 import functools
 import importlib
 
-import dlm_fast
 import pytest
 import torch
-from dlm_fast.patching import attach
-from dlm_fast.presets import PRESETS
 from helpers import EOS, MASK, native_model, random_prompts, toy
 from variants import variants
+
+import dlm_fast
+from dlm_fast.patching import attach
+from dlm_fast.presets import PRESETS
 
 BLOCK, PROMPTS, NEW = 4, [1, 6], [10, 5]
 
@@ -121,7 +123,9 @@ def test_rcr_fills_a_block_in_its_number_of_steps(steps):
             assert len(taken) <= steps
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.05, "verify_threshold": 1.0}, {"threshold": 0.3}, {"threshold": 0.999}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": 0.05, "verify_threshold": 1.0}, {"threshold": 0.3}, {"threshold": 0.999}]
+)
 def test_wino_writes_more_than_it_takes_back(options):
     for row in trace("wino", {"block_length": 9, "stop": "never", **options}):
         assert row[-1].masks == 0
@@ -134,7 +138,9 @@ def test_wino_writes_more_than_it_takes_back(options):
 
 
 @pytest.mark.parametrize("alignment", ["abs", "rel"])
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.05}, {"threshold": 0.999, "edit_threshold": 0.3}, {"max_post_edits": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.05}, {"threshold": 0.999, "edit_threshold": 0.3}, {"max_post_edits": 0}]
+)
 def test_joint_threshold_ends_within_its_edits(options, alignment):
     edits = options.get("max_post_edits", 16)
     for row in trace("llada2.1", {"stop": "never", **options}, alignment):
@@ -171,7 +177,8 @@ class Opened(Exception):
 @pytest.mark.parametrize("alignment", ["abs", "rel"])
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.supported])
 def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
-    """What ends a decoder that makes no progress must not end one that takes as long as it may, however many blocks there are."""
+    """What ends a decoder that makes no progress must not end one that takes as long as it may, however many blocks
+    there are."""
 
     def stop(decode, after_step):
         raise Opened(decode)

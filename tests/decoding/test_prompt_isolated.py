@@ -1,4 +1,5 @@
-"""Models of full visibility whose prompt sees itself only: who sees whom, what a cache keeps for good, and what is exact then."""
+"""Models of full visibility whose prompt sees itself only: who sees whom, what a cache keeps for good, and what is
+exact then."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import dataclasses
 import importlib
 import random
 
-import dlm_fast
 import pytest
 import torch
 import transcription_policies
@@ -14,6 +14,8 @@ from decode_cases import FULL_PRESETS, random_case
 from helpers import EOS, MASK, bolder, native_model, options_of, random_prompts, save_toy_checkpoint, toy
 from transcription_cases import REGISTRY, differences
 from transcription_cases import random_case as transcribed_case
+
+import dlm_fast
 
 REGISTRY.update(transcription_policies.REGISTRY)
 DECODERS = [name for name, decoder in REGISTRY.items() if decoder.visibility == "full"]
@@ -25,7 +27,9 @@ CACHED = (
 
 def isolated(case):
     """The case on a model whose prompt is isolated."""
-    return dataclasses.replace(case, diffusion=dataclasses.replace(case.diffusion, prompt_isolated=True, block_alignment="rel"))
+    return dataclasses.replace(
+        case, diffusion=dataclasses.replace(case.diffusion, prompt_isolated=True, block_alignment="rel")
+    )
 
 
 def logits(model, *args, **kwargs) -> torch.Tensor:
@@ -48,15 +52,26 @@ def tokens_of(out) -> list[list[int]]:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"visibility": "block", "block_length": 4}, "prompt_isolated goes with visibility 'full', got visibility='block'"),
-        ({"visibility": "full", "block_alignment": "abs"}, "goes with block_alignment 'rel', got block_alignment='abs'"),
+        (
+            {"visibility": "block", "block_length": 4},
+            "prompt_isolated goes with visibility 'full', got visibility='block'",
+        ),
+        (
+            {"visibility": "full", "block_alignment": "abs"},
+            "goes with block_alignment 'rel', got block_alignment='abs'",
+        ),
         ({"visibility": "full", "prompt_isolated": 1}, "prompt_isolated must be true or false, got prompt_isolated=1"),
-        ({"visibility": "full", "prompt_isolated": "yes"}, "prompt_isolated must be true or false, got prompt_isolated='yes'"),
+        (
+            {"visibility": "full", "prompt_isolated": "yes"},
+            "prompt_isolated must be true or false, got prompt_isolated='yes'",
+        ),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        dlm_fast.DiffusionConfig.from_dict({"mask_token_id": MASK, "eos_token_ids": [EOS], "prompt_isolated": True, **fields})
+        dlm_fast.DiffusionConfig.from_dict(
+            {"mask_token_id": MASK, "eos_token_ids": [EOS], "prompt_isolated": True, **fields}
+        )
 
 
 def test_a_plain_forward_shows_the_prompt_itself_only():
@@ -87,7 +102,9 @@ def test_patch_keeps_transformers_visibility_in_a_plain_forward():
     with dlm_fast.patch(model, diffusion=diffusion, backend="reference"):
         torch.testing.assert_close(logits(model, tokens), before, atol=2e-5, rtol=1e-4)
         patched = dlm_fast.generate(model, [[5, 6, 7]], max_new_tokens=6)
-    assert tokens_of(patched) == tokens_of(dlm_fast.generate(toy("full", prompt_isolated=True), [[5, 6, 7]], max_new_tokens=6))
+    assert tokens_of(patched) == tokens_of(
+        dlm_fast.generate(toy("full", prompt_isolated=True), [[5, 6, 7]], max_new_tokens=6)
+    )
 
 
 @pytest.mark.parametrize("preset", FULL_PRESETS)
@@ -98,9 +115,14 @@ def test_the_loop_equals_its_oracle_token_for_token(preset):
         out = case.generate()
         for row in range(len(case)):
             expected, where = case.oracle(row), f"seed {seed} row {row} {case.options}"
-            assert (out.canvas[row].tolist(), out.unmask_step[row].tolist()) == (expected.tokens, expected.unmask_step), where
+            assert (out.canvas[row].tolist(), out.unmask_step[row].tolist()) == (
+                expected.tokens,
+                expected.unmask_step,
+            ), where
             assert (out.nfe[row], out.query_tokens[row]) == (expected.nfe, expected.query_tokens), where
-        seeing = dataclasses.replace(case, diffusion=dataclasses.replace(case.diffusion, prompt_isolated=False)).generate()
+        seeing = dataclasses.replace(
+            case, diffusion=dataclasses.replace(case.diffusion, prompt_isolated=False)
+        ).generate()
         changed += tokens_of(seeing) != tokens_of(out)
     assert changed >= 2  # the test can tell an isolated prompt from another
 
@@ -116,7 +138,11 @@ def test_a_decoder_equals_its_transcription_and_a_row_alone_its_batch(name):
         assert not wrong, "\n".join(wrong)
         b = random.Random(seed).randrange(len(case))
         alone = case.generate([b])
-        assert (tokens_of(alone)[0], alone.nfe[0], alone.query_tokens[0]) == (tokens_of(out)[b], out.nfe[b], out.query_tokens[b])
+        assert (tokens_of(alone)[0], alone.nfe[0], alone.query_tokens[0]) == (
+            tokens_of(out)[b],
+            out.nfe[b],
+            out.query_tokens[b],
+        )
 
 
 def keys_after_every_step(monkeypatch, model, preset: str, canvases: list[list[int]], **options) -> list[torch.Tensor]:
@@ -146,7 +172,9 @@ def test_the_keys_of_an_isolated_prompt_are_what_its_first_forward_made_them(mon
     options |= {"vicinity": 2, "warmup_steps": 2} if preset == "dinfer-vicinity" else {}
     canvas = random_prompts([5])[0] + [MASK] * 11
     model = toy("full", prompt_isolated=True, logits_row=logits_row, eos=())
-    first, *later = (keys[:, :, :, :5] for keys in keys_after_every_step(monkeypatch, model, preset, [canvas], **options))
+    first, *later = (
+        keys[:, :, :, :5] for keys in keys_after_every_step(monkeypatch, model, preset, [canvas], **options)
+    )
     assert later and all(torch.equal(first, keys) for keys in later)
 
 
@@ -208,7 +236,8 @@ def test_over_several_blocks_only_the_first_is_exact(preset):
 
 
 @pytest.mark.parametrize(
-    "preset", ["llada", "fast-dllm-prefix", "fast-dllm-dual", "dinfer-vicinity", "d3llm", "dllm-var", "dkv-cache", "wino"]
+    "preset",
+    ["llada", "fast-dllm-prefix", "fast-dllm-dual", "dinfer-vicinity", "d3llm", "dllm-var", "dkv-cache", "wino"],
 )
 def test_triton_decodes_as_the_reference_does(preset, device):
     pytest.importorskip("triton")
@@ -232,7 +261,10 @@ def test_a_checkpoint_says_so_itself_and_keeps_saying_it(tmp_path):
     model.save_pretrained(tmp_path / "a")
     loaded = dlm_fast.load(tmp_path / "a", backend="reference", device="cpu")
     assert dlm_fast.handle_of(loaded).diffusion.prompt_isolated
-    assert (dlm_fast.explain(loaded)["plain_forward"], dlm_fast.explain(loaded)["prompt_isolated"]) == ("isolated", True)
+    assert (dlm_fast.explain(loaded)["plain_forward"], dlm_fast.explain(loaded)["prompt_isolated"]) == (
+        "isolated",
+        True,
+    )
     call = {"prompts": [[5, 6, 7]], "preset": "fast-dllm-dual", "block_length": 4, "max_new_tokens": 8}
     out, expected = (dlm_fast.generate(model, **call) for model in (loaded, toy("full", prompt_isolated=True)))
     assert tokens_of(out) == tokens_of(expected)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 
-import dlm_fast
 import numpy as np
 import pytest
 import torch
-from dlm_fast.patching import handle_of
 from helpers import MASK, toy, toy_tokenizer
+
+import dlm_fast
+from dlm_fast.patching import handle_of
 
 TEXTS = ["ab", "abcde", "q"]
 NEW = {"max_new_tokens": 3}
@@ -44,9 +45,13 @@ def test_the_hugging_face_chat_flow_equals_the_chat():
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     whole = rows(chats, tokenizer)
 
-    assert rows(tokenizer.apply_chat_template(chats[1], add_generation_prompt=True, return_tensors="pt"), tokenizer) == [whole[1]]
+    assert rows(
+        tokenizer.apply_chat_template(chats[1], add_generation_prompt=True, return_tensors="pt"), tokenizer
+    ) == [whole[1]]
     assert rows(tokenizer.apply_chat_template(chats[1], add_generation_prompt=True), tokenizer) == [whole[1]]
-    several = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
+    several = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
     assert rows(several, tokenizer) == whole
 
 
@@ -54,7 +59,13 @@ def test_one_prompt_may_be_a_tokenizers_result_or_an_array():
     tokenizer = padded_tokenizer()
     ids = tokenizer(TEXTS[1])["input_ids"]
     expected = rows([TEXTS[1]], tokenizer)
-    forms = [tokenizer(TEXTS[1]), tokenizer(TEXTS[1], return_tensors="pt"), np.array(ids), np.array(ids, np.uint16), torch.tensor(ids).int()]
+    forms = [
+        tokenizer(TEXTS[1]),
+        tokenizer(TEXTS[1], return_tensors="pt"),
+        np.array(ids),
+        np.array(ids, np.uint16),
+        torch.tensor(ids).int(),
+    ]
 
     assert rows(tokenizer(TEXTS[1]), tokenizer) == expected
     assert all(rows([form], tokenizer) == expected for form in forms)
@@ -94,8 +105,16 @@ WRONG = [
     ({"prompts": b"hello"}, ValueError, r"prompts must be a list of prompts, got a single bytes"),
     ({"prompts": {"a", "b"}}, TypeError, r"prompts must be a list of prompts, got a set"),
     ({"prompts": torch.tensor(5)}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(\), torch.int64"),
-    ({"prompts": torch.zeros(1, 2, 3).long()}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(1, 2, 3\)"),
-    ({"prompts": TENSOR.float()}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(2, 3\), torch.float32"),
+    (
+        {"prompts": torch.zeros(1, 2, 3).long()},
+        TypeError,
+        r"prompts must be 1-D or 2-D token ids, got shape \(1, 2, 3\)",
+    ),
+    (
+        {"prompts": TENSOR.float()},
+        TypeError,
+        r"prompts must be 1-D or 2-D token ids, got shape \(2, 3\), torch.float32",
+    ),
     ({"prompts": TENSOR > 5}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(2, 3\), torch.bool"),
     ({"prompts": np.zeros((2, 3))}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(2, 3\), float64"),
     ({"prompts": [5, 6, 7]}, ValueError, r"got one list of token ids; did you mean \[prompts\]\?"),
@@ -104,10 +123,18 @@ WRONG = [
     ({"prompts": CHAT}, ValueError, r"prompts must be a list of prompts, got one chat; did you mean \[chat\]\?"),
     ({"prompts": CHAT[0]}, TypeError, r"tokenizer's result with input_ids, got a mapping with the keys role, content"),
     ({"prompts": {"ids": [[5]]}}, TypeError, r"tokenizer's result with input_ids, got a mapping with the keys ids"),
-    ({"prompts": collections.UserDict()}, TypeError, r"tokenizer's result with input_ids, got a mapping with the keys none"),
+    (
+        {"prompts": collections.UserDict()},
+        TypeError,
+        r"tokenizer's result with input_ids, got a mapping with the keys none",
+    ),
     ({"prompts": {"input_ids": [[5]], "pixel_values": 0}}, TypeError, r"got the keys pixel_values beside them"),
     ({"prompts": {"input_ids": 5}}, TypeError, r"prompts\['input_ids'\] must be token ids, got 5"),
-    ({"prompts": {"input_ids": [[5.5]]}}, TypeError, r"prompts\['input_ids'\]\[0\] must be .*got an item of type float"),
+    (
+        {"prompts": {"input_ids": [[5.5]]}},
+        TypeError,
+        r"prompts\['input_ids'\]\[0\] must be .*got an item of type float",
+    ),
     # One of its items.
     ({"prompts": [[5], None]}, TypeError, r"prompts\[1\] must be a string, a chat or token ids, got None"),
     ({"prompts": [[5], 6]}, TypeError, r"prompts\[1\] must be a string, a chat or token ids, got 6"),
@@ -116,29 +143,67 @@ WRONG = [
     ({"prompts": [{5, 6}]}, TypeError, r"prompts\[0\] must be .*got a set"),
     ({"prompts": [[1.5]]}, TypeError, r"prompts\[0\] must be a string, a chat or token ids, got an item of type float"),
     ({"prompts": [[True]]}, TypeError, r"prompts\[0\] must be .*got an item of type bool"),
-    ({"prompts": [torch.tensor([1.0])]}, TypeError, r"prompts\[0\] must be 1-D token ids, got shape \(1,\), torch.float32"),
+    (
+        {"prompts": [torch.tensor([1.0])]},
+        TypeError,
+        r"prompts\[0\] must be 1-D token ids, got shape \(1,\), torch.float32",
+    ),
     ({"prompts": [TENSOR]}, TypeError, r"prompts\[0\] must be 1-D token ids, got shape \(2, 3\), torch.int64"),
     ({"prompts": [{"input_ids": TENSOR}]}, ValueError, r"prompts\[0\] must hold one row of input_ids, got 2"),
-    ({"prompts": [[5], CHAT[0]]}, ValueError, r"prompts\[1\] must be .*got one message of a chat; a chat is a list of them"),
-    ({"prompts": [[{"content": "hi"}]]}, ValueError, r"prompts\[0\] must be a chat of messages with a role, got one with the keys content"),
+    (
+        {"prompts": [[5], CHAT[0]]},
+        ValueError,
+        r"prompts\[1\] must be .*got one message of a chat; a chat is a list of them",
+    ),
+    (
+        {"prompts": [[{"content": "hi"}]]},
+        ValueError,
+        r"prompts\[0\] must be a chat of messages with a role, got one with the keys content",
+    ),
     # Padding.
-    ({"attention_mask": TENSOR[:, :2] * 0 + 1}, ValueError, r"attention_mask must have the shape of the ids, .*\[3, 3\], got \[2, 2\]"),
+    (
+        {"attention_mask": TENSOR[:, :2] * 0 + 1},
+        ValueError,
+        r"attention_mask must have the shape of the ids, .*\[3, 3\], got \[2, 2\]",
+    ),
     ({"attention_mask": [1, 1, 1]}, ValueError, r"attention_mask must have the shape of the ids.*got \[1, 1, 1\]"),
     ({"attention_mask": 1}, ValueError, r"attention_mask must have the shape of the ids.*got 1$"),
-    ({"attention_mask": [[1, 0, 1], [1, 1, 1]]}, ValueError, r"attention_mask must be 1 from a row's first token to its last, .* in row 0"),
+    (
+        {"attention_mask": [[1, 0, 1], [1, 1, 1]]},
+        ValueError,
+        r"attention_mask must be 1 from a row's first token to its last, .* in row 0",
+    ),
     ({"attention_mask": [[1, 1, 1], [1, 2, 1]]}, ValueError, r"attention_mask must hold 0 and 1, got 2 in row 1"),
     ({"attention_mask": TENSOR.float() * 0}, ValueError, r"attention_mask must hold 0 and 1, got 0.0 in row 0"),
-    ({"attention_mask": [[1, 1, 1], [0, 0, 0]]}, ValueError, r"prompts\[1\] must have at least one token, got an empty one"),
-    ({"prompts": [[5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]}, ValueError, r"rows of lengths \[1, 2\], got \[2, 2\]"),
+    (
+        {"attention_mask": [[1, 1, 1], [0, 0, 0]]},
+        ValueError,
+        r"prompts\[1\] must have at least one token, got an empty one",
+    ),
+    (
+        {"prompts": [[5], [6, 7]], "attention_mask": [[1, 1], [1, 1]]},
+        ValueError,
+        r"rows of lengths \[1, 2\], got \[2, 2\]",
+    ),
     ({"prompts": [[5], "a"], "attention_mask": [[1], [1]]}, ValueError, r"prompts of text need a tokenizer"),
-    ({"prompts": {"input_ids": TENSOR, "attention_mask": TENSOR}, "attention_mask": TENSOR}, ValueError, r"must be given once"),
-    ({"prompts": [{"input_ids": [5], "attention_mask": [1]}], "attention_mask": [[1]]}, ValueError, r"must be given once, got one in prompts too"),
+    (
+        {"prompts": {"input_ids": TENSOR, "attention_mask": TENSOR}, "attention_mask": TENSOR},
+        ValueError,
+        r"must be given once",
+    ),
+    (
+        {"prompts": [{"input_ids": [5], "attention_mask": [1]}], "attention_mask": [[1]]},
+        ValueError,
+        r"must be given once, got one in prompts too",
+    ),
     ({"prompts": {"input_ids": ["ab"]}}, TypeError, r"prompts\['input_ids'\] must be token ids, got a str"),
     ({"prompts": np.array("ab")}, TypeError, r"prompts must be a list of prompts, got a ndarray"),
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", WRONG, ids=[" ".join(f"{k}={v!r}" for k, v in wrong[0].items())[:60] for wrong in WRONG])
+@pytest.mark.parametrize(
+    "changes, error, message", WRONG, ids=[" ".join(f"{k}={v!r}" for k, v in wrong[0].items())[:60] for wrong in WRONG]
+)
 def test_what_is_no_list_of_prompts_is_refused_by_name_and_nothing_is_decoded(changes, error, message):
     model = toy("full")
     with pytest.raises(error, match=message):
@@ -146,7 +211,9 @@ def test_what_is_no_list_of_prompts_is_refused_by_name_and_nothing_is_decoded(ch
     assert handle_of(model).attention_calls == 0
 
 
-@pytest.mark.parametrize("wrong", [[5, MASK], CHAT, MASK, [None], b"a", {"ids": [5]}, torch.tensor([5, MASK])], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [[5, MASK], CHAT, MASK, [None], b"a", {"ids": [5]}, torch.tensor([5, MASK])], ids=repr
+)
 def test_a_canvas_is_refused_as_a_prompt_would_be(wrong):
     with pytest.raises((TypeError, ValueError), match=r"generate: canvas(\[0\])? must be"):
         dlm_fast.generate(toy("full"), canvas=wrong)
@@ -164,19 +231,25 @@ def test_a_padded_tensor_without_its_mask_is_refused(side):
 
 @pytest.mark.parametrize("text", ["ab", "a<mask>"])
 def test_a_text_canvas_without_the_mask_token_says_that_nothing_is_to_be_filled(text):
-    with pytest.raises(ValueError, match=r"canvas\[1\] must hold the mask token '\[MASK\]' where text is wanted, got a text without it"):
+    with pytest.raises(
+        ValueError, match=r"canvas\[1\] must hold the mask token '\[MASK\]' where text is wanted, got a text without it"
+    ):
         rows(canvas=["a[MASK]", text], tokenizer=toy_tokenizer())
 
 
 def test_what_a_tokenizer_or_its_template_refuses_is_named():
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no such role') if messages[0]['role'] != 'user' }}"
-    with pytest.raises(ValueError, match=r"prompts\[1\] must be what the tokenizer can encode, got TemplateError: no such role"):
+    with pytest.raises(
+        ValueError, match=r"prompts\[1\] must be what the tokenizer can encode, got TemplateError: no such role"
+    ):
         rows([[5], [{"role": "tool", "content": "a"}]], tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[0\] must be what the tokenizer can encode, got "):
         rows(["\ud800"], tokenizer)
 
 
 def test_a_mask_beside_text_is_refused():
-    with pytest.raises(ValueError, match=r"attention_mask must go with token ids, got one with text, which has no padding"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must go with token ids, got one with text, which has no padding"
+    ):
         rows(["ab"], toy_tokenizer(), attention_mask=[[1, 1]])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import types
 
-import dlm_fast
 import pytest
 import torch
-from dlm_fast.policies.indel import InsertDelete, _Row, _Slot
-from dlm_fast.presets import PRESETS
 from helpers import EOS, MASK, VOCAB, random_prompts, toy
 
-# Of 9 positions, 6 the prompt, a token a forward. delay 1: the first forward caches the prompt, the second recomputes the block,
-# the third everything. delay 2: the second caches the prompt, so it is of everything too.
+import dlm_fast
+from dlm_fast.policies.indel import InsertDelete, _Row, _Slot
+from dlm_fast.presets import PRESETS
+
+# Of 9 positions, 6 the prompt, a token a forward. delay 1: the first forward caches the prompt, the second recomputes
+# the block, the third everything. delay 2: the second caches the prompt, so it is of everything too.
 D3LLM = [
     (1, None, 9 + 3 + 3),
     (1, 3, 9 + 3 + 9),
@@ -33,14 +34,17 @@ def test_d3llm_counts_forwards_from_one_and_waits_before_it_caches_the_prompt(de
 
 
 def test_d3llm_commits_a_block_by_the_forward_that_recomputes_it():
-    # 2 + 2 + 2 positions, a token a forward, blocks opened one after the other. Forward 1 caches the prompt, 2 finishes the first
-    # block, 3 recomputes everything while it waits, 4 recomputes both blocks and commits it.
+    # 2 + 2 + 2 positions, a token a forward, blocks opened one after the other. Forward 1 caches the prompt, 2 finishes
+    # the first block, 3 recomputes everything while it waits, 4 recomputes both blocks and commits it.
     options = dict(block_length=2, max_new_tokens=4, threshold=-1e-9, append_threshold=1.0, stop="never")
-    out = dlm_fast.generate(toy("full"), random_prompts([2]), preset="d3llm", commit_delay=1, refresh_interval=None, **options)
+    out = dlm_fast.generate(
+        toy("full"), random_prompts([2]), preset="d3llm", commit_delay=1, refresh_interval=None, **options
+    )
     assert (out.nfe, out.query_tokens) == ([4], [6 + 4 + 6 + 4])
 
 
-# A block of 4 over 2 steps writes 2 and 2, though the prompt leaves it 1 to 3 masks: the schedule is of a block's length.
+# A block of 4 over 2 steps writes 2 and 2, though the prompt leaves it 1 to 3 masks: the schedule is of a block's
+# length.
 SHARED = [(2, [0, 0], 1), (1, [0, 0, 1], 2), (3, [0], 1), (4, [0, 0, 1, 1], 2)]
 BY_QUOTA = {
     "sdar": {},
@@ -76,14 +80,16 @@ def test_what_a_quota_is_of_is_an_option():
     # 3 masks over 3 steps are 1, 1, 1; a block of 4 is 2, 1, 1.
     canvas = [[MASK, 5, MASK, MASK, MASK]]
     for quota_of, steps in (("masks", [0, 1, 2]), ("block", [0, 0, 1])):
-        out = dlm_fast.generate(toy("full"), canvas=canvas, preset="llada", block_length=4, steps_per_block=3, quota_of=quota_of)
+        out = dlm_fast.generate(
+            toy("full"), canvas=canvas, preset="llada", block_length=4, steps_per_block=3, quota_of=quota_of
+        )
         assert sorted(step for step in out.unmask_step[0].tolist()[:4] if step >= 0) == steps
     with pytest.raises(ValueError, match="quota_of must be one of masks, block, got quota_of='steps'"):
         dlm_fast.generate(model, prompt, preset="sdar", quota_of="steps")
 
 
-# 40 positions, 8 the prompt, two blocks of 16, a token a step; window steps compute the block and one position on either side,
-# where there is one: 18 and 17.
+# 40 positions, 8 the prompt, two blocks of 16, a token a step; window steps compute the block and one position on
+# either side, where there is one: 18 and 17.
 @pytest.mark.parametrize("warmup, full", [(0, 1), (1, 2), (2, 3), (20, 21)])
 def test_dinfer_warms_up_by_forwards_that_fill_no_cache_and_then_fills_it(warmup, full):
     options = dict(block_length=16, threshold=1.0, vicinity=1, max_new_tokens=32, stop="never")
@@ -94,14 +100,16 @@ def test_dinfer_warms_up_by_forwards_that_fill_no_cache_and_then_fills_it(warmup
     assert out.query_tokens == [first * 40 + (16 - first) * 18 + second * 40 + (16 - second) * 17]
 
 
-# LLaDA2.2's insert and delete, step by step: a block, what each position prefers (best first), and what SGLang makes of them.
+# LLaDA2.2's insert and delete, step by step: a block, what each position prefers (best first), and what SGLang makes of
+# them.
 DELETE, SPLIT = 2, 3
 
 
 def edited(
     tokens: list[int], prefers: list[list[int]], original: set[int], seen: bool = False, history: dict | None = None
 ) -> tuple[list[int], dict[int, set[int]]]:
-    """One step of a block whose first position is given: its tokens then, and what was written at each position so far."""
+    """One step of a block whose first position is given: its tokens then, and what was written at each position so
+    far."""
     policy = InsertDelete(delete_id=DELETE, split_id=SPLIT)
     row = _Row([_Slot(token, j == 0, j in original, -1, 0.0) for j, token in enumerate(tokens)])
     row.seen |= {tuple(tokens)} if seen else set()
@@ -122,7 +130,8 @@ def edited(
 
 
 def test_llada22_remembers_what_was_written_at_a_place_not_what_a_token_has_been():
-    # 5 is deleted and 6, now 7, moves to its place: that has had 5 and DELETE written, the next one 6 and 7, and the last one 8.
+    # 5 is deleted and 6, now 7, moves to its place: that has had 5 and DELETE written, the next one 6 and 7, and the
+    # last one 8.
     drawn = {1: {5}, 2: {6}, 3: {8}}
     tokens, history = edited([9, 5, 6, 8], [[9], [DELETE], [7], [8]], original={1, 2, 3}, history=drawn)
     assert tokens == [9, 7, 8, MASK] and history == {1: {5, DELETE}, 2: {6, 7}, 3: {8}}
@@ -135,7 +144,9 @@ def test_llada22_leaves_a_content_that_comes_again_by_its_least_certain_change()
     assert edited([9, 4, 4], prefers, original={1, 2})[0] == [9, 5, 7]
     assert edited([9, 4, 4], prefers, original={1, 2}, seen=True, history={1: {5}, 2: {7}})[0] == [9, 6, 7]
     # An introduced mask that is predicted to stay one is no change, however uncertain.
-    tokens, history = edited([9, MASK, 4], [[9], [MASK, 6], [7, 8]], original={2}, seen=True, history={1: {MASK}, 2: {7}})
+    tokens, history = edited(
+        [9, MASK, 4], [[9], [MASK, 6], [7, 8]], original={2}, seen=True, history={1: {MASK}, 2: {7}}
+    )
     assert tokens == [9, MASK, 8] and history == {1: {MASK}, 2: {7, 8}}
 
 

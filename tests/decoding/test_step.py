@@ -1,4 +1,5 @@
-"""Every preset's denoise step: no host read, one loop for all, policies of one's own, and what makes no sense is refused."""
+"""Every preset's denoise step: no host read, one loop for all, policies of one's own, and what makes no sense is
+refused."""
 
 from __future__ import annotations
 
@@ -7,23 +8,24 @@ import dataclasses
 import types
 from pathlib import Path
 
-import dlm_fast
 import pytest
 import torch
-from dlm_fast import policies, presets
-from dlm_fast.generate import open_decode
-from dlm_fast.ops import REFERENCE
-from dlm_fast.patching import attach
-from dlm_fast.presets import PRESETS, Preset, resolve
-from dlm_fast.decoding.step import denoise_step
-from dlm_kernels import RowState, Window
-from dlm_kernels.state import DENOISE, DONE, WIDE
 from helpers import MASK, VOCAB, native_model, options_of, random_prompts, row_of, toy
 from opened import opened
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import dlm_fast
+from dlm_fast import policies, presets
+from dlm_fast.decoding.step import denoise_step
+from dlm_fast.generate import open_decode
+from dlm_fast.ops import REFERENCE
+from dlm_fast.patching import attach
+from dlm_fast.presets import PRESETS, Preset, resolve
+from dlm_kernels import RowState, Window
+from dlm_kernels.state import DENOISE, DONE, WIDE
 
 # Host-side by design: they move tokens between positions.
 HOST_SIDE = ("llada2.2",)
@@ -60,7 +62,9 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
 
         def to_fake(values):
             fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
-            return dataclasses.replace(values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)})
+            return dataclasses.replace(
+                values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)}
+            )
 
         handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
@@ -96,7 +100,8 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("preset", ["llada", "fast-dllm-dual", "sdar", "d2f"])
 def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_launches(preset):
-    """In a captured graph a small launch costs a microsecond or two: a hundred of them, a few percent of an 8B model's step."""
+    """In a captured graph a small launch costs a microsecond or two: a hundred of them, a few percent of an 8B model's
+    step."""
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
     diffusion, plan, state, sampling = opened(chosen)
     counter = Launches()
@@ -117,7 +122,8 @@ def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_lau
 
 
 @pytest.mark.parametrize(
-    "preset, backend", [("fast-dllm-dual", "reference"), ("d2f", "reference"), ("d2f", "triton"), ("freedave-block", "triton")]
+    "preset, backend",
+    [("fast-dllm-dual", "reference"), ("d2f", "reference"), ("d2f", "triton"), ("freedave-block", "triton")],
 )
 def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend):
     if backend == "triton":
@@ -127,14 +133,19 @@ def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend
     @torch.no_grad()
     def state_after(step) -> RowState:
         diffusion, plan, state, sampling = opened(chosen)
-        handle = attach(native_model().requires_grad_(False), backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
+        handle = attach(
+            native_model().requires_grad_(False), backend=backend, diffusion=diffusion, plain_mode=chosen.visibility
+        )
         decode = open_decode(handle, plan, state, sampling)
         for kind in ("wide", "window", "window"):
             step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
         return state
 
     torch._dynamo.reset()
-    expected, found = state_after(denoise_step), state_after(torch.compile(denoise_step, backend="aot_eager", fullgraph=True))
+    expected, found = (
+        state_after(denoise_step),
+        state_after(torch.compile(denoise_step, backend="aot_eager", fullgraph=True)),
+    )
     for field in dataclasses.fields(RowState):
         assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
 
@@ -144,7 +155,9 @@ def test_a_batch_of_unequal_rows_equals_its_rows_alone(preset):
     model, prompts, new = model_for(preset), random_prompts([3, 6, 1]), [9, 5, 13]
     together = dlm_fast.generate(model, prompts, max_new_tokens=new, preset=preset, **options_of(preset))
     for row, (prompt, length) in enumerate(zip(prompts, new)):
-        alone = dlm_fast.generate(model, [prompt], max_new_tokens=length, preset=preset, request_ids=[row], **options_of(preset))
+        alone = dlm_fast.generate(
+            model, [prompt], max_new_tokens=length, preset=preset, request_ids=[row], **options_of(preset)
+        )
         assert alone.canvas[0].tolist() == together.canvas[row].tolist()
         assert (alone.nfe[0], alone.query_tokens[0]) == (together.nfe[row], together.query_tokens[row])
         assert alone.unmask_step[0].tolist() == together.unmask_step[row].tolist()
@@ -184,7 +197,9 @@ def test_nothing_depends_on_the_process_wide_default_dtype(preset, default_dtype
                 found = dlm_fast.generate(model, prompts, **settings, **more)
             assert found.nfe == expected.nfe
             for name in ("canvas", "confidence", "unmask_step"):
-                assert all(torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(expected, name), strict=True)), (name, dtype)
+                assert all(
+                    torch.equal(a, b) for a, b in zip(getattr(found, name), getattr(expected, name), strict=True)
+                ), (name, dtype)
             # A tensor of a default that is nobody's own dtype was made by leaving the dtype out.
             assert dtype == torch.float64 or dtype not in made.dtypes
 
@@ -214,7 +229,9 @@ class Quantised(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.scale = linear.weight.detach().abs().amax() / 127
-        self.weight = nn.Parameter((linear.weight.detach() / self.scale + 128).round().to(torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (linear.weight.detach() / self.scale + 128).round().to(torch.uint8), requires_grad=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ ((self.weight.float() - 128) * self.scale).to(x.dtype).T
@@ -225,7 +242,11 @@ class Quantised(nn.Module):
 def test_a_quantised_model_decodes_with_every_kind_of_buffer(preset, dtype):
     def quantised(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
-            setattr(module, name, Quantised(child) if isinstance(child, nn.Linear) and name != "lm_head" else quantised(child))
+            setattr(
+                module,
+                name,
+                Quantised(child) if isinstance(child, nn.Linear) and name != "lm_head" else quantised(child),
+            )
         return module
 
     diffusion = dlm_fast.handle_of(model_for(preset)).diffusion
@@ -237,7 +258,9 @@ def test_a_quantised_model_decodes_with_every_kind_of_buffer(preset, dtype):
     if dtype == torch.float32:
         # The same weights, not quantised.
         plain = native_model()
-        for (_, ours), (_, theirs) in zip(model.model.layers.named_modules(), plain.model.layers.named_modules(), strict=True):
+        for (_, ours), (_, theirs) in zip(
+            model.model.layers.named_modules(), plain.model.layers.named_modules(), strict=True
+        ):
             if isinstance(ours, Quantised):
                 theirs.weight.data = (ours.weight.float() - 128) * ours.scale
         attach(plain, backend="reference", diffusion=diffusion, plain_mode=diffusion.plain_mode)
@@ -245,13 +268,16 @@ def test_a_quantised_model_decodes_with_every_kind_of_buffer(preset, dtype):
         assert [row.tolist() for row in found.canvas] == [row.tolist() for row in expected.canvas]
 
 
-FIXED_SHAPES = [n for n in RUNNABLE if not (PRESETS[n].pipeline or PRESETS[n].cache == "scattered" or PRESETS[n].drafts > 1)]
+FIXED_SHAPES = [
+    n for n in RUNNABLE if not (PRESETS[n].pipeline or PRESETS[n].cache == "scattered" or PRESETS[n].drafts > 1)
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("preset", FIXED_SHAPES)
 def test_a_row_in_16_bits_depends_on_its_neighbours_lengths_and_not_on_what_they_say(preset, dtype):
-    """A matrix product may change its kernel, and so its rounding, with its shape; rows of one product are independent."""
+    """A matrix product may change its kernel, and so its rounding, with its shape; rows of one product are
+    independent."""
     model = model_for(preset, dtype=dtype)
     row, neighbours, others = random_prompts([6])[0], random_prompts([3, 9], seed=1), random_prompts([3, 9], seed=2)
     settings = {"preset": preset, "max_new_tokens": [7, 6, 9], **options_of(preset)}
@@ -278,7 +304,9 @@ def watched(preset: str, options: dict | None = None):
         return REFERENCE.confidence(logits, rows=rows, **arguments)
 
     ops = dataclasses.replace(REFERENCE, confidence=confidence)
-    handle = attach(native_model().requires_grad_(False), backend=ops, diffusion=diffusion, plain_mode=chosen.visibility)
+    handle = attach(
+        native_model().requires_grad_(False), backend=ops, diffusion=diffusion, plain_mode=chosen.visibility
+    )
     hidden = handle.window_hidden
     handle.window_hidden = lambda input_ids, window, cache: windows.append(window) or hidden(input_ids, window, cache)
     return open_decode(handle, plan, state, sampling), windows, measured
@@ -309,7 +337,9 @@ def test_a_row_wider_than_its_bucket_sits_the_step_out():
 
 
 @pytest.mark.parametrize("kind", ["wide", "window"])
-@pytest.mark.parametrize("preset", ["fast-dllm-prefix", "fast-dllm-dual", "klass", "d2f", "dkv-cache", "sdar", "streaming-dllm", "freedave"])
+@pytest.mark.parametrize(
+    "preset", ["fast-dllm-prefix", "fast-dllm-dual", "klass", "d2f", "dkv-cache", "sdar", "streaming-dllm", "freedave"]
+)
 def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
     decode, windows, measured = watched(preset, {"cache": "dual"} if preset == "klass" else {})
     if decode.plan.wide:
@@ -360,7 +390,9 @@ def test_top_p_keeps_an_id_if_those_before_it_have_exactly_top_p_of_the_mass(mon
     head = lambda model, hidden: equal.expand(*hidden.shape[:-1], VOCAB)  # noqa: E731
     monkeypatch.setattr(handle, "adapter", types.SimpleNamespace(**{**vars(handle.adapter), "head": head}))
     for top_p, kept in ((0.24, [7]), (0.25, [7, 9]), (0.5, [7, 9, 20]), (0.74, [7, 9, 20]), (0.75, [7, 9, 20, 30])):
-        out = dlm_fast.generate(model, random_prompts([2]), max_new_tokens=40, block_length=4, temperature=1.0, top_p=top_p)
+        out = dlm_fast.generate(
+            model, random_prompts([2]), max_new_tokens=40, block_length=4, temperature=1.0, top_p=top_p
+        )
         assert sorted(set(out.canvas[0][2:].tolist())) == kept, top_p
 
 
@@ -373,7 +405,17 @@ def test_no_preset_is_named_outside_the_table():
 
 
 def test_a_preset_of_ones_own_runs_through_the_same_loop():
-    mine = Preset("mine", "here", "exact: nothing is approximated", "full", "none", rule="threshold", threshold=0.2, score="margin", block_length=3)
+    mine = Preset(
+        "mine",
+        "here",
+        "exact: nothing is approximated",
+        "full",
+        "none",
+        rule="threshold",
+        threshold=0.2,
+        score="margin",
+        block_length=3,
+    )
     out = dlm_fast.generate(toy(), random_prompts([4]), preset=mine, max_new_tokens=7)
     assert out.preset == mine and MASK not in out.canvas[0]
 
@@ -385,13 +427,20 @@ def test_a_function_may_say_which_positions_are_written():
     def rightmost(view, choice):
         return view.best(torch.ones_like(view.step), score=view.position.float())
 
-    out = dlm_fast.generate(toy(eos=()), random_prompts([2, 5]), preset="llada", policy=rightmost, max_new_tokens=5, block_length=5)
+    out = dlm_fast.generate(
+        toy(eos=()), random_prompts([2, 5]), preset="llada", policy=rightmost, max_new_tokens=5, block_length=5
+    )
     assert [steps[-5:].tolist() for steps in out.unmask_step] == [[4, 3, 2, 1, 0]] * 2
 
 
 def test_a_function_may_return_a_score():
     out = dlm_fast.generate(
-        toy(eos=()), random_prompts([3]), preset="llada", policy=lambda view, choice: -view.position.float(), max_new_tokens=5, block_length=5
+        toy(eos=()),
+        random_prompts([3]),
+        preset="llada",
+        policy=lambda view, choice: -view.position.float(),
+        max_new_tokens=5,
+        block_length=5,
     )
     assert out.unmask_step[0][-5:].tolist() == [0, 1, 2, 3, 4]
 
@@ -408,7 +457,9 @@ def test_a_policy_may_keep_memory_between_steps():
             calls = view.keep("calls", view.memory["calls"] + 1)
             return choice.only(view.best((calls % 2 == 0).int()))
 
-    out = dlm_fast.generate(toy(eos=()), random_prompts([3]), preset="llada", policy=EveryOther(), max_new_tokens=4, block_length=4)
+    out = dlm_fast.generate(
+        toy(eos=()), random_prompts([3]), preset="llada", policy=EveryOther(), max_new_tokens=4, block_length=4
+    )
     assert sorted(out.unmask_step[0][-4:].tolist()) == [1, 3, 5, 7] and out.nfe == [8]
 
 
@@ -426,14 +477,21 @@ def test_a_policy_that_writes_nothing_raises_and_loses_nothing():
     def lazy(view, choice):
         return choice.only(view.eligible & (view.position < 5))
 
-    with pytest.raises(dlm_fast.DecodeError, match=r"a policy must fill its blocks, got no end within max_steps=\d+ denoise steps in rows \[1\]") as error:
+    with pytest.raises(
+        dlm_fast.DecodeError,
+        match=r"a policy must fill its blocks, got no end within max_steps=\d+ denoise steps in rows \[1\]",
+    ) as error:
         dlm_fast.generate(toy(eos=()), random_prompts([2, 3]), policy=lazy, max_new_tokens=3, block_length=3)
     assert error.value.rows == [1] and error.value.output.finish == ["length", "error"]
     assert (error.value.output.unmask_step[1] >= 0).sum() == 2
 
 
 BAD_POLICIES = [
-    (lambda view, choice: None, TypeError, r"policy must return a Choice or a bool or float32 tensor \(1, 3\), got None"),
+    (
+        lambda view, choice: None,
+        TypeError,
+        r"policy must return a Choice or a bool or float32 tensor \(1, 3\), got None",
+    ),
     (lambda view, choice: view.eligible[:, :1], TypeError, r"policy must return .* got \(1, 1\), torch.bool"),
     (7, TypeError, r"policy must be a Policy, a function .* got policy=7"),
     (policies.Prophet, TypeError, r"policy must be a Policy, a function"),
@@ -448,10 +506,21 @@ def test_a_wrong_policy_is_named(policy, kind, message):
 
 def test_an_exit_ends_the_row_where_its_masks_are_computed_and_the_block_elsewhere():
     eager = policies.Sched(high=0.0, low=0.0, max_change=1.0)
-    for visibility, cache, expected in (("full", "none", [1]), ("full", "prefix", [1]), ("full", "dual", [3]), ("block", "commit", [6])):
+    for visibility, cache, expected in (
+        ("full", "none", [1]),
+        ("full", "prefix", [1]),
+        ("full", "dual", [3]),
+        ("block", "commit", [6]),
+    ):
         options = {"block_length": 4} if visibility == "full" else {}
         out = dlm_fast.generate(
-            toy(visibility, eos=()), random_prompts([3]), preset=None, policies=eager, cache=cache, max_new_tokens=10, **options
+            toy(visibility, eos=()),
+            random_prompts([3]),
+            preset=None,
+            policies=eager,
+            cache=cache,
+            max_new_tokens=10,
+            **options,
         )
         assert out.nfe == expected, cache
         assert MASK not in out.canvas[0]
@@ -490,7 +559,10 @@ def test_a_combination_that_makes_no_sense_is_refused_with_its_reason(preset, op
         resolve(preset, PRESETS[preset].visibility, options)
 
 
-@pytest.mark.parametrize("preset, row, message", [("nbdiff", "self", "needs logits_row 'previous'"), ("wino", "previous", "needs logits_row 'self'")])
+@pytest.mark.parametrize(
+    "preset, row, message",
+    [("nbdiff", "self", "needs logits_row 'previous'"), ("wino", "previous", "needs logits_row 'self'")],
+)
 def test_a_preset_that_does_not_fit_the_models_rows_is_refused(preset, row, message):
     with pytest.raises(ValueError, match=message):
         dlm_fast.generate(toy(PRESETS[preset].visibility, logits_row=row), random_prompts([2]), preset=preset)

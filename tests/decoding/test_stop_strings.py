@@ -6,9 +6,13 @@ import functools
 import random
 import types
 
-import dlm_fast
 import pytest
 import torch
+from helpers import EOS, MASK, options_of, random_prompts, row_of, toy, toy_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import dlm_fast
 from dlm_fast import cli
 from dlm_fast.loading import load_tokenizer
 from dlm_fast.presets import PRESETS
@@ -16,9 +20,6 @@ from dlm_fast.requests import Requests, response
 from dlm_fast.stops import Stopper, read_stop_strings
 from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DENOISE, DONE
-from helpers import EOS, MASK, options_of, random_prompts, row_of, toy, toy_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[MASK]", "[EOS]", "<|turn|>", "<|end|>"]
 
@@ -26,17 +27,22 @@ SPECIAL = ["[MASK]", "[EOS]", "<|turn|>", "<|end|>"]
 def tokenizer_of(pieces: list[str], decoder, *, merges: bool = False, clean: bool = False) -> PreTrainedTokenizerFast:
     """A tokenizer that is only asked to decode: the special tokens are ids 0 to 3, then come the pieces."""
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *pieces])}
-    model = models.BPE(vocabulary, [], byte_fallback=True) if merges else models.WordLevel(vocabulary, unk_token=pieces[0])
+    model = (
+        models.BPE(vocabulary, [], byte_fallback=True) if merges else models.WordLevel(vocabulary, unk_token=pieces[0])
+    )
     raw = Tokenizer(model)
     raw.decoder = decoder
     raw.add_tokens([AddedToken("<think>", special=False)])
     # "<|turn|>" and "<|end|>" are special without being anybody's EOS.
     raw.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="[EOS]", mask_token="[MASK]", clean_up_tokenization_spaces=clean)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="[EOS]", mask_token="[MASK]", clean_up_tokenization_spaces=clean
+    )
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As of Qwen and Llama 3: a character may be several tokens, and a token the end of one and the beginning of another."""
+    """As of Qwen and Llama 3: a character may be several tokens, and a token the end of one and the beginning of
+    another."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     spelled = "".join(piece for piece, _ in split.pre_tokenize_str("a é€🦙ab"))
@@ -46,7 +52,8 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As of Llama 2: characters out of the vocabulary are runs of byte tokens, and a run that is no text is all replacements."""
+    """As of Llama 2: characters out of the vocabulary are runs of byte tokens, and a run that is no text is all
+    replacements."""
     used = sorted({*"a\né€🦙".encode(), 0xFF})
     pieces = ["▁", "a", "▁a", "b", "▁ab", "ba", "é", "c", *(f"<0x{byte:02X}>" for byte in used)]
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -83,7 +90,11 @@ def random_ids(name: str, rng: random.Random, length: int) -> list[int]:
             ids.append(rng.choice([id for id in special if id != tok.mask_token_id]))
         elif name.startswith("byte") and rng.random() < 0.7:
             character = rng.choice(["a", "é", "€", "🦙", "\n"])
-            letters = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(character)[0][0] if name == "byte level" else ""
+            letters = (
+                pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(character)[0][0]
+                if name == "byte level"
+                else ""
+            )
             ids += tok.convert_tokens_to_ids(list(letters) or [f"<0x{byte:02X}>" for byte in character.encode()])
         else:
             ids.append(rng.choice(plain))
@@ -160,7 +171,8 @@ def test_a_row_that_a_stop_string_ended_early_has_the_uninterrupted_text_cut_at_
 
         where = f"trial {trial}: {stops} in {ids}"
         assert (got.text, got.finish) == cut(ids, tok, stops, eos), where
-        # The ids are a beginning of those written, their text begins with the text, and equals it if that of any beginning does.
+        # The ids are a beginning of those written, their text begins with the text, and equals it if that of any
+        # beginning does.
         kept = got.ids.tolist()
         assert kept == ids[: len(kept)] and tok.decode(kept, skip_special_tokens=True).startswith(got.text), where
         if any(tok.decode(ids[:n], skip_special_tokens=True) == got.text for n in range(len(ids) + 1)):
@@ -214,7 +226,9 @@ DECODERS += [
 ]
 
 
-@pytest.mark.parametrize("preset, options", DECODERS, ids=[" ".join([name, *map(str, more.values())])[:40] for name, more in DECODERS])
+@pytest.mark.parametrize(
+    "preset, options", DECODERS, ids=[" ".join([name, *map(str, more.values())])[:40] for name, more in DECODERS]
+)
 def test_every_decoder_gives_the_uninterrupted_text_cut_at_the_stop_string(preset, options):
     model, tok = toy(PRESETS[preset].visibility, logits_row=row_of(preset)), toy_tokenizer()
     settings = {"preset": preset, "max_new_tokens": 16, "tokenizer": tok, **options_of(preset), **options}
@@ -265,7 +279,14 @@ def test_the_earliest_of_several_stop_strings_cuts_whatever_their_order(stops):
 def test_a_string_that_ends_first_waits_for_one_that_began_before_it():
     tok = toy_tokenizer()
     stops = read_stop_strings(["b", "abcz", "bc"], tok, MASK)
-    assert [stops.decided(text) for text in ("xa", "xab", "xabc", "xabcz", "xabd", "xb")] == [False, False, False, True, True, True]
+    assert [stops.decided(text) for text in ("xa", "xab", "xabc", "xabcz", "xabd", "xb")] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
     assert [stops.find(text) for text in ("xa", "xab", "xabc", "xabcz", "xabd", "xb")] == [None, 2, 2, 1, 2, 1]
 
 
@@ -294,7 +315,9 @@ def test_an_added_token_that_text_shows_is_found_in_the_text():
         batch = request(ids, read_stop_strings([stop], tok, tok.mask_token_id), (), tok.mask_token_id)
         state = opened(batch)
         write(state, range(len(ids)), ids)
-        got = response(batch, 0, state.tokens[0], state.unmask_step[0], tok, types.SimpleNamespace(mask_token_id=tok.mask_token_id))
+        got = response(
+            batch, 0, state.tokens[0], state.unmask_step[0], tok, types.SimpleNamespace(mask_token_id=tok.mask_token_id)
+        )
         assert (got.text, got.finish) == (text, "stop")
         # "ab<" is spelled by the token that goes on with "think>".
         assert got.ids.tolist() == ids[: {"a": 1, "ab": 2}.get(text, 3)]
@@ -303,7 +326,10 @@ def test_an_added_token_that_text_shows_is_found_in_the_text():
 @pytest.mark.parametrize(
     "stop, message",
     [
-        ("[EOS]\n", r"must not hold a special token beside other text, which leaves it out, got '\[EOS\]\\n' with '\[EOS\]'"),
+        (
+            "[EOS]\n",
+            r"must not hold a special token beside other text, which leaves it out, got '\[EOS\]\\n' with '\[EOS\]'",
+        ),
         ("a[MASK]", r"must not hold a special token beside other text"),
         ("[MASK]", r"must be what can be written, got the mask token '\[MASK\]'"),
     ],
@@ -346,7 +372,9 @@ def test_a_step_decodes_new_tokens_and_a_window_not_the_whole_text(name, ends):
     tok.decoded = 0
     text = tok.tokenizer.decode(ids, skip_special_tokens=True)
     if ends:
-        batch = request(ids, read_stop_strings([text[-1], text[-9:]], tok, diffusion.mask_token_id), (), diffusion.mask_token_id)
+        batch = request(
+            ids, read_stop_strings([text[-1], text[-9:]], tok, diffusion.mask_token_id), (), diffusion.mask_token_id
+        )
     response(batch, 0, state.tokens[0], state.unmask_step[0], tok, diffusion)
     assert tok.decoded <= len(ids) * (3 + 11)  # the text, and a binary search over its beginnings
 
@@ -366,8 +394,20 @@ def test_a_window_that_begins_inside_a_character_finds_nothing_that_the_text_has
 def test_the_command_line_cuts_as_generate_does(capsys):
     model = dlm_fast.load("tiny-block", device="cpu")
     chat = [{"role": "user", "content": "Sort 52 17 80 33 61"}]
-    whole, out = (dlm_fast.generate(model, [chat], max_new_tokens=32, stop_strings=stops) for stops in ((), [" 80", " 61"]))
-    argv = ["generate", "--model", "tiny-block", "--device", "cpu", "--prompt", chat[0]["content"], "--max-new-tokens", "32"]
+    whole, out = (
+        dlm_fast.generate(model, [chat], max_new_tokens=32, stop_strings=stops) for stops in ((), [" 80", " 61"])
+    )
+    argv = [
+        "generate",
+        "--model",
+        "tiny-block",
+        "--device",
+        "cpu",
+        "--prompt",
+        chat[0]["content"],
+        "--max-new-tokens",
+        "32",
+    ]
     assert cli.main([*argv, "--stop-string", " 80", "--stop-string", " 61"]) == 0
     assert out.text[0] + "\n" == capsys.readouterr().out
     assert out.text[0] == whole.text[0].split(" 61")[0] and out.finish == ["stop"]

@@ -1,9 +1,12 @@
-"""Every published decoder against its transcription, token for token: tests/support/transcriptions, through tests/support/transcription_cases.py.
+"""Every published decoder against its transcription, token for token: tests/support/transcriptions, through
+tests/support/transcription_cases.py.
 
-Both sides compute in float64 with logits rounded to fp32, so tokens, steps, forwards and positions computed must be equal, and the
-recorded confidences within 1e-6; no near-tie is excused. The default suite runs the first tenth of the campaign:
+Both sides compute in float64 with logits rounded to fp32, so tokens, steps, forwards and positions computed must be
+equal, and the recorded confidences within 1e-6; no near-tie is excused. The default suite runs the first tenth of the
+campaign:
 
-    python -m pytest -m campaign tests/decoding/test_transcriptions.py --campaign-summary bench/results/transcriptions.json
+    python -m pytest -m campaign tests/decoding/test_transcriptions.py --campaign-summary
+    bench/results/transcriptions.json
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import math
 import random
 from pathlib import Path
 
-import dlm_fast
 import oracles
 import pytest
 import torch
@@ -24,6 +26,8 @@ import transcription_policies
 import transcriptions
 from transcription_cases import REGISTRY, Case, differences, features, random_case
 from transcriptions.common import Settings, kept, quota, units
+
+import dlm_fast
 
 # The policies are written in a file of their own, on top of the same cases.
 REGISTRY.update(transcription_policies.REGISTRY)
@@ -54,7 +58,8 @@ def everything(out: dlm_fast.GenerateOutput, row: int) -> tuple:
 
 
 def check(case: Case) -> tuple[collections.Counter, list[str]]:
-    """Counts of what was compared, and what differs: each row from its transcription, and one row alone from the same row in its batch."""
+    """Counts of what was compared, and what differs: each row from its transcription, and one row alone from the same
+    row in its batch."""
     counts, wrong = collections.Counter(cases=1), []
     out = case.generate()
     for b in range(len(case)):
@@ -68,7 +73,9 @@ def check(case: Case) -> tuple[collections.Counter, list[str]]:
     alone = case.generate([b])
     counts["rows alone"] += 1
     if everything(alone, 0) != everything(out, b):
-        wrong.append(f"{case.name} seed {case.seed} row {b}: alone {everything(alone, 0)}, in its batch {everything(out, b)}")
+        wrong.append(
+            f"{case.name} seed {case.seed} row {b}: alone {everything(alone, 0)}, in its batch {everything(out, b)}"
+        )
     error = (alone.confidence[0] - out.confidence[b]).abs().max().item()
     if not error <= 1e-6:
         wrong.append(f"{case.name} seed {case.seed} row {b}: alone, confidence differs by {error:.2g}")
@@ -140,7 +147,9 @@ def test_the_comparison_notices_another_option(name, option, ours, theirs):
     there(name)
     for seed in range(20):
         case = random_case(name, seed)
-        here, elsewhere = (dataclasses.replace(case, options={**case.options, option: value}) for value in (ours, theirs))
+        here, elsewhere = (
+            dataclasses.replace(case, options={**case.options, option: value}) for value in (ours, theirs)
+        )
         if differences(case, 0, here.generate([0]), 0, elsewhere.answer(0)):
             return
     raise AssertionError(f"{name} with {option}={ours} equals {option}={theirs} in 20 cases")
@@ -162,7 +171,9 @@ def test_filters_quotas_and_budgets_by_hand():
     assert units(0.5) == 2**23 and units(-1e-9) == 0 and units(math.ldexp(1, -25)) == 0
 
 
-@pytest.mark.parametrize("path", [Path(oracles.__file__), *sorted(Path(transcriptions.__file__).parent.glob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [Path(oracles.__file__), *sorted(Path(transcriptions.__file__).parent.glob("*.py"))], ids=lambda p: p.name
+)
 def test_a_transcription_imports_nothing_of_the_project(path):
     tree = ast.parse(path.read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

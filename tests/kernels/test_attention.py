@@ -1,7 +1,8 @@
-"""`block_attention`: who sees whom, by pictures; the reference against a loop over visible keys; the kernel within the error bound.
+"""`block_attention`: who sees whom, by pictures; the reference against a loop over visible keys; the kernel within the
+error bound.
 
-Caches that are paged or fp8 are in test_attention_caches.py, what may not change a bit in test_attention_invariance.py, errors, launches
-and addresses in test_attention_launcher.py.
+Caches that are paged or fp8 are in test_attention_caches.py, what may not change a bit in test_attention_invariance.py,
+errors, launches and addresses in test_attention_launcher.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import random
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="without Triton, the attention kernel cannot be compared with its reference")
-from dlm_kernels.attention import launch as kernel
+triton = pytest.importorskip(
+    "triton", reason="without Triton, the attention kernel cannot be compared with its reference"
+)
 from attention_cases import (
     GUARD,
     MODES,
@@ -29,11 +31,14 @@ from attention_cases import (
     random_case,
 )
 from attention_oracle import by_the_loop, stored_by_the_loop
+
 from dlm_kernels import Window
+from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
 from dlm_kernels.tiles import ATTENTION_TILES
 
-# What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2 but where changed.
+# What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2
+# but where changed.
 ALL = "11111. "
 PICTURES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "full": (dict(), (ALL + "1111",) * 4),
@@ -68,7 +73,10 @@ PICTURES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "sliding over everything": (dict(sliding_window=1000), (ALL + "1111",) * 4),
     "sliding and replaced": (dict(sliding_window=4, replaced=[3, 4]), ("..1.1. 1111",) * 4),
     "branches over one prefix": (dict(q_branch=[0, 0, 1, 1]), (ALL + "11..", ALL + "11..", ALL + "..11", ALL + "..11")),
-    "a trunk for all branches": (dict(q_branch=[-1, 0, 1, 0]), (ALL + "1...", ALL + "11.1", ALL + "1.1.", ALL + "11.1")),
+    "a trunk for all branches": (
+        dict(q_branch=[-1, 0, 1, 0]),
+        (ALL + "1...", ALL + "11.1", ALL + "1.1.", ALL + "11.1"),
+    ),
     "any number below zero is the trunk": (
         dict(q_branch=[-1, -2, 7, -1]),
         (ALL + "11.1", ALL + "11.1", ALL + "1111", ALL + "11.1"),
@@ -88,14 +96,21 @@ PICTURES: dict[str, tuple[dict, tuple[str, ...]]] = {
 }
 
 
-def picture_case(q_len: int = 4, kv_len: int = 5, mode: str = "full", sliding_window: int | None = None, **changes) -> Case:
+def picture_case(
+    q_len: int = 4, kv_len: int = 5, mode: str = "full", sliding_window: int | None = None, **changes
+) -> Case:
     """Queries of zeros, so every visible key has one weight; key number n carries the n-th unit vector as its value."""
     capacity, D = 16, 32
     rows = {"q_pos": [4, 5, 6, 7], "q_block": [1, 1, 2, 2], "kv_slot": [-1] * 4, "replaced": [0, 0]} | changes
     if "kept" in rows:
         rows["kept"] = rows["kept"] + [1] * (capacity - 6)
-    ints = {name: torch.tensor([row], dtype=torch.bool if name == "kept" else torch.int32) for name, row in rows.items()}
-    lens = {name: torch.tensor([n], dtype=torch.int32) for name, n in (("q_len", q_len), ("kv_len", kv_len), ("cache_row", 0))}
+    ints = {
+        name: torch.tensor([row], dtype=torch.bool if name == "kept" else torch.int32) for name, row in rows.items()
+    }
+    lens = {
+        name: torch.tensor([n], dtype=torch.int32)
+        for name, n in (("q_len", q_len), ("kv_len", kv_len), ("cache_row", 0))
+    }
     k_buffer, v_buffer = (torch.zeros(1, 1, capacity + 2 * GUARD, D, dtype=torch.float64) for _ in range(2))
     v_buffer[0, 0, GUARD:-GUARD, :capacity] = torch.eye(capacity)
     q, k, v = (torch.zeros(1, 1, 4, D, dtype=torch.float64) for _ in range(3))
@@ -147,7 +162,9 @@ def test_live_positions_with_a_slot_are_stored_and_nothing_else_is_written(op: s
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "features", [(), ("kept",), ("branch",), ("sliding",), ("shared",), ("kept", "branch", "sliding", "shared")], ids="+".join
+    "features",
+    [(), ("kept",), ("branch",), ("sliding",), ("shared",), ("kept", "branch", "sliding", "shared")],
+    ids="+".join,
 )
 def test_reference_is_a_softmax_over_the_visible_keys(mode: str, features: tuple[str, ...]) -> None:
     for seed in range(3):
@@ -200,7 +217,9 @@ def test_prefix_lengths_around_tile_and_split_boundaries(kv_len: int, device: to
     for buffer in case.buffers:
         buffer[:, :, GUARD:-GUARD] = torch.randn_like(buffer[:, :, GUARD:-GUARD]).half()
     case.window.kv_len.fill_(kv_len), case.window.kv_slot.fill_(-1)
-    case.window.replaced.copy_(torch.tensor([[0, 0] if kv_len % 2 else [0, 33]]))  # even ones: the first tiles are all hidden
+    case.window.replaced.copy_(
+        torch.tensor([[0, 0] if kv_len % 2 else [0, 33]])
+    )  # even ones: the first tiles are all hidden
     for buffer in case.buffers:
         buffer[:, :, GUARD + kv_len : -GUARD] = math.nan
     check_against_the_loop(case, torch.float32, device)
@@ -216,7 +235,8 @@ def test_window_lengths_around_tile_boundaries(rows: int, mode: str, device: tor
 
 @pytest.mark.parametrize("mode", ["causal", "block", "shadow"])
 def test_tiles_without_a_visible_key_come_first(mode: str, device: torch.device) -> None:
-    """The first queries see the last keys only, behind hidden slots: an online softmax starts from nothing several times over."""
+    """The first queries see the last keys only, behind hidden slots: an online softmax starts from nothing several
+    times over."""
     case = random_case(9, B=1, W=40, G=1, H_kv=1, mode=mode, cache=True, capacity=80, full_rows=True)
     window = case.window
     window.q_pos.copy_(torch.arange(60, 20, -1)), window.q_block.copy_(torch.arange(40, 0, -1))
@@ -228,17 +248,30 @@ def test_tiles_without_a_visible_key_come_first(mode: str, device: torch.device)
     check_against_the_loop(case, torch.float32, device)
 
 
-@pytest.mark.parametrize("tiles", TOYS, ids=["plain", "swapped", "wide", "prefill from 17 rows on", "prefill from 25 rows on"])
+@pytest.mark.parametrize(
+    "tiles", TOYS, ids=["plain", "swapped", "wide", "prefill from 17 rows on", "prefill from 25 rows on"]
+)
 def test_tiles_do_not_change_what_is_computed(tiles: tuple, device: torch.device) -> None:
     case = random_case(
-        10, B=2, W=17, G=2, H_kv=1, mode="shadow", page_size=16, kept=True, branch=True, q_lens=(17, 11), kv_lens=(77, 33)
+        10,
+        B=2,
+        W=17,
+        G=2,
+        H_kv=1,
+        mode="shadow",
+        page_size=16,
+        kept=True,
+        branch=True,
+        q_lens=(17, 11),
+        kv_lens=(77, 33),
     )
     check_against_the_loop(case, torch.float32, device, tiles[0], prefill=tiles[1])
 
 
 @pytest.mark.parametrize("PREFILL_ROWS", [48, 64], ids=["prefill", "split"])
 def test_a_tile_may_hold_a_shadow_and_what_it_is_not_the_shadow_of(PREFILL_ROWS: int, device: torch.device) -> None:
-    """Positions 0..39 of one block, then copies of 0..23 in another: the third tile of queries has both, the first of keys their twins."""
+    """Positions 0..39 of one block, then copies of 0..23 in another: the third tile of queries has both, the first of
+    keys their twins."""
     case = random_case(14, B=1, W=64, G=1, H_kv=1, mode="shadow", cache=False, full_rows=True)
     case.window.q_pos.copy_(torch.tensor([*range(40), *range(24)]))
     case.window.q_block.copy_(torch.tensor([3] * 40 + [4] * 24))
@@ -266,15 +299,21 @@ PATHS: dict[str, dict] = {
     "fp8": dict(kv_lens=(80, 20), mode="block", fp8=True),
     "pages": dict(kv_lens=(80, 20), mode="full", page_size=16, kept=True),
     "sliding": dict(kv_lens=(80, 60), mode="full", sliding=40),
-    "everything": dict(kv_lens=(80, 60), mode="shadow", sliding=60, fp8=True, page_size=32, kept=True, branch=True, W=20),
+    "everything": dict(
+        kv_lens=(80, 60), mode="shadow", sliding=60, fp8=True, page_size=32, kept=True, branch=True, W=20
+    ),
 }
 
 
 @pytest.mark.parametrize("swap", [False, True], ids=["", "swapped"])
 @pytest.mark.parametrize("path", PATHS)
-def test_what_is_not_finite_stands_where_the_formula_has_it_and_nowhere_else(path: str, swap: bool, device: torch.device) -> None:
+def test_what_is_not_finite_stands_where_the_formula_has_it_and_nowhere_else(
+    path: str, swap: bool, device: torch.device
+) -> None:
     options = dict(W=9, q_lens=(9, 8)) | PATHS[path]
-    tile = dataclasses.replace(TOY, SWAP=swap, PREFILL_ROWS=16 if path in ("prefill", "everything") else TOY.PREFILL_ROWS)
+    tile = dataclasses.replace(
+        TOY, SWAP=swap, PREFILL_ROWS=16 if path in ("prefill", "everything") else TOY.PREFILL_ROWS
+    )
     for seed in range(3):
         case = not_finite(random_case(seed, B=2, H_kv=1, G=2, **options), random.Random(seed))
         check_against_the_loop(case, torch.float32, device, tile, prefill=TOY)
@@ -312,7 +351,8 @@ def test_scores_near_the_lowest_number_of_float32_are_weighed_like_others(device
 
 
 def test_strided_views_need_no_copy(device: torch.device) -> None:
-    """q, k and v as slices of one fused projection [B, W, (H + 2 H_kv) D], the caches as slices of one buffer of all layers."""
+    """q, k and v as slices of one fused projection [B, W, (H + 2 H_kv) D], the caches as slices of one buffer of all
+    layers."""
     case = random_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True)
     fused = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in (case.q, case.k, case.v)], 2)
     q, k, v = (part.unflatten(2, (-1, 16)).transpose(1, 2) for part in fused.split([64, 32, 32], 2))
@@ -353,11 +393,15 @@ def test_the_tile_of_a_model_reaches_every_head_dim() -> None:
 SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
 
 
-@pytest.mark.gpu("with the tiles as shipped, every mode in bfloat16 and float16 is within the error bound on tensor cores")
+@pytest.mark.gpu(
+    "with the tiles as shipped, every mode in bfloat16 and float16 is within the error bound on tensor cores"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("D, G", SHIPPED)
 def test_shipped_tiles_on_a_gpu(D: int, G: int, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode=mode, cache=True, SPLIT=512, capacity=1100, kept=True, branch=True)
+    case = random_case(
+        53, B=3, W=33, H_kv=2, G=G, D=D, mode=mode, cache=True, SPLIT=512, capacity=1100, kept=True, branch=True
+    )
     tile = kernel.attention_tile(target_of("test", device), D=D, G=G, dtype=dtype)
     check_against_the_loop(case.to(dtype).to(torch.float64), dtype, device, tile)

@@ -1,4 +1,5 @@
-"""`block_attention` over paged and fp8 caches: the reference against the loop, the kernel against both, and the bytes that are stored."""
+"""`block_attention` over paged and fp8 caches: the reference against the loop, the kernel against both, and the bytes
+that are stored."""
 
 from __future__ import annotations
 
@@ -11,8 +12,19 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, the attention kernel cannot be compared with its reference")
-from attention_cases import FP8, GUARD, MODES, Case, assert_same_bits, check_against_the_loop, fields, paged, random_case
+from attention_cases import (
+    FP8,
+    GUARD,
+    MODES,
+    Case,
+    assert_same_bits,
+    check_against_the_loop,
+    fields,
+    paged,
+    random_case,
+)
 from attention_oracle import E4M3, by_the_loop, cached_slots, e4m3, stored_by_the_loop
+
 from dlm_kernels.device import target_of
 
 CACHES = {
@@ -47,7 +59,9 @@ def test_kernel_is_no_worse_than_the_reference_and_stores_exactly(cache: str, mo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("features", [("kept", "branch"), ("sliding", "shared"), ("kept", "branch", "sliding")], ids="+".join)
+@pytest.mark.parametrize(
+    "features", [("kept", "branch"), ("sliding", "shared"), ("kept", "branch", "sliding")], ids="+".join
+)
 @pytest.mark.parametrize("cache", ["pages of 16", "fp8, pages of 16"])
 def test_features_combine(cache: str, features: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> None:
     case = random_case(5, B=2, W=17, H_kv=1, G=1, D=48, mode="shadow", **CACHES[cache], **dict.fromkeys(features, True))
@@ -128,8 +142,11 @@ def storing(values: Tensor, scale: float, dtype: torch.dtype) -> Case:
 @ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 0.3, 2.0**-10, 500.0])
-def test_stored_bytes_are_the_nearest_even_e4m3(scale: float, dtype: torch.dtype, op: str, device: torch.device) -> None:
-    """At every number of e4m3, at every midpoint between two of them, and next to both; beyond the largest; at zero of either sign."""
+def test_stored_bytes_are_the_nearest_even_e4m3(
+    scale: float, dtype: torch.dtype, op: str, device: torch.device
+) -> None:
+    """At every number of e4m3, at every midpoint between two of them, and next to both; beyond the largest; at zero of
+    either sign."""
     between = (E4M3[1:] + E4M3[:-1]) / 2
     exact = torch.cat([E4M3, between, torch.tensor([464.0, 480.0, 1e4])]) * scale
     values = exact.to(dtype)

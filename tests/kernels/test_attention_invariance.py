@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="without Triton, there is no attention kernel whose rows could depend on one another")
-from dlm_kernels.attention import launch as kernel
+pytest.importorskip(
+    "triton", reason="without Triton, there is no attention kernel whose rows could depend on one another"
+)
 from attention_cases import GUARD, Case, assert_same_bits, cached_slots, fields, live_positions, paged, random_case
+
+from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
 
 # One call for every feature, rows off by one from the tiles, three rows of different lengths.
@@ -36,7 +39,8 @@ cached_features = pytest.mark.parametrize("feature", ["full", "shadow", "fp8", "
 
 
 def case_of(feature: str, seed: int, **changes) -> Case:
-    """Three rows that differ in all their lengths; every one has live positions, and with a cache the first spans several tiles.
+    """Three rows that differ in all their lengths; every one has live positions, and with a cache the first spans
+    several tiles.
 
     The first such call from the seed on: chance hides and kills much.
     """
@@ -153,7 +157,9 @@ def test_pages_give_the_bits_of_a_contiguous_cache(feature: str, device: torch.d
     assert_same_bits(ours.kernel(), theirs.kernel())
     w = fields(case)
     for b, row in enumerate(w["cache_row"]):
-        for s in cached_slots(case, w, b) + [w["kv_slot"][b][j] for j in live_positions(w, b) if w["kv_slot"][b][j] >= 0]:
+        for s in cached_slots(case, w, b) + [
+            w["kv_slot"][b][j] for j in live_positions(w, b) if w["kv_slot"][b][j] >= 0
+        ]:
             page, at = int(pages.window.page_table[row, s // page_size]), GUARD + s % page_size
             for mine, contiguous in zip(ours.buffers, theirs.buffers, strict=True):
                 assert_same_bits(mine[page, :, at], contiguous[row, :, GUARD + s])

@@ -1,4 +1,5 @@
-"""`block_attention`'s launchers: what they refuse and how they say it, what they launch and allocate, and how far their addresses reach."""
+"""`block_attention`'s launchers: what they refuse and how they say it, what they launch and allocate, and how far their
+addresses reach."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton", reason="without Triton, there is no attention kernel to launch")
-from dlm_kernels.attention import launch as kernel
 from attention_cases import FP8, TOY, assert_same_bits, random_case
 from attention_oracle import by_the_loop
+
 from dlm_kernels import Window, reference
+from dlm_kernels.attention import launch as kernel
 
 
-def zeros(*, W: int = 5, capacity: int | None = None, pages: bool = False, fp8: bool = False, **options) -> tuple[tuple, dict]:
+def zeros(
+    *, W: int = 5, capacity: int | None = None, pages: bool = False, fp8: bool = False, **options
+) -> tuple[tuple, dict]:
     """Arguments and options of a call of [2, 4, W, 16] in tensors of zeros; q and k are float16."""
     ints = {name: torch.zeros(2, W, dtype=torch.int32) for name in ("q_pos", "q_block", "kv_slot")}
     lens = {name: torch.zeros(2, dtype=torch.int32) for name in ("q_len", "kv_len", "cache_row")}
@@ -49,7 +53,9 @@ FEATURES = {
     "several splits": dict(capacity=1040),
     "long window": dict(W=300),
     "long window, several splits": dict(W=300, capacity=1040),
-    "everything": dict(W=300, capacity=1040, pages=True, fp8=True, kept=True, branch=True, sliding_window=900, mode="shadow"),
+    "everything": dict(
+        W=300, capacity=1040, pages=True, fp8=True, kept=True, branch=True, sliding_window=900, mode="shadow"
+    ),
 }
 
 
@@ -78,7 +84,9 @@ BAD = {
     "v must have the shape of k (2, 2, 17, 32), got (2, 1, 17, 32)": lambda a: a.update(v=torch.zeros(2, 1, 17, 32)),
     "H must be a multiple of H_kv, got H=3, H_kv=2": lambda a: a.update(q=torch.zeros(2, 3, 17, 32)),
     "k_cache and v_cache must be given together, got only k_cache": lambda a: a.update(v_cache=None),
-    "window must describe [B, W]=[2, 16] of q, got [2, 17]": lambda a: a.update({n: torch.zeros(2, 2, 16, 32) for n in "qkv"}),
+    "window must describe [B, W]=[2, 16] of q, got [2, 17]": lambda a: a.update(
+        {n: torch.zeros(2, 2, 16, 32) for n in "qkv"}
+    ),
     "k_cache must be [R, H_kv, S_max, D] with H_kv=2, D=32, got (4, 1, 80, 32)": lambda a: a.update(
         k_cache=torch.zeros(4, 1, 80, 32), v_cache=torch.zeros(4, 1, 80, 32)
     ),
@@ -117,8 +125,8 @@ BAD = {
     "k_scale must be given with a cache of torch.float8_e4m3fn and with no other, got k_scale (2,) and a cache of torch.float32": (
         lambda a: a.update(k_scale=torch.ones(2), v_scale=torch.ones(2))
     ),
-    "v_scale must be given with a cache of torch.float8_e4m3fn and with no other, got no v_scale and a cache": lambda a: a.update(
-        k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(2)
+    "v_scale must be given with a cache of torch.float8_e4m3fn and with no other, got no v_scale and a cache": lambda a: (
+        a.update(k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(2))
     ),
     "k_scale must be contiguous [H_kv] with H_kv=2, got (1,)": lambda a: a.update(
         k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(1), v_scale=torch.ones(1)
@@ -127,7 +135,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-@pytest.mark.parametrize("block_attention", [reference.block_attention, kernel.block_attention], ids=["reference", "kernel"])
+@pytest.mark.parametrize(
+    "block_attention", [reference.block_attention, kernel.block_attention], ids=["reference", "kernel"]
+)
 def test_wrong_values_are_named(message: str, block_attention) -> None:
     case = random_case(37, B=2, W=17, H_kv=2, G=1, D=32, cache=True).to(torch.float32)
     arguments = dict(zip(("q", "k", "v", "k_cache", "v_cache", "window"), case.arguments, strict=True))
@@ -147,11 +157,15 @@ def test_head_sizes_without_a_tile_are_the_references_alone(D: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e39])
-@pytest.mark.parametrize("block_attention", [reference.block_attention, kernel.block_attention], ids=["reference", "kernel"])
+@pytest.mark.parametrize(
+    "block_attention", [reference.block_attention, kernel.block_attention], ids=["reference", "kernel"]
+)
 def test_a_scale_that_is_not_finite_is_refused(scale: float, block_attention) -> None:
     low = random_case(41, B=1, W=2, H_kv=1, G=1, cache=True).to(torch.float32)
     before = [buffer.clone() for buffer in low.buffers]
-    with pytest.raises(ValueError, match=re.escape(f"scale must be a finite number, at most 1e+38 in size, got scale={scale}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"scale must be a finite number, at most 1e+38 in size, got scale={scale}")
+    ):
         block_attention(*low.arguments, scale=scale)
     with pytest.raises(TypeError, match="scale must be a float, got str"):
         block_attention(*low.arguments, scale="0.25")
@@ -167,7 +181,9 @@ def test_wrong_dtypes_are_named_with_their_values() -> None:
         kernel.block_attention(case.q, case.k, case.v, None, None, window, scale=1.0)
     with pytest.raises(TypeError, match="v must have the dtype of q, torch.float64, got torch.float16"):
         reference.block_attention(case.q, case.k, case.v.half(), None, None, window, scale=1.0)
-    with pytest.raises(TypeError, match="v_cache must have dtype torch.float8_e4m3fn, as there are scales, got torch.float32"):
+    with pytest.raises(
+        TypeError, match="v_cache must have dtype torch.float8_e4m3fn, as there are scales, got torch.float32"
+    ):
         kernel.block_attention(low.q, low.k, low.v, low.caches[0], low.caches[1].float(), window, **caches)
     with pytest.raises(TypeError, match="v_scale must be torch.float32, got torch.float16"):
         kernel.block_attention(low.q, low.k, low.v, *low.caches, window, **caches | {"v_scale": low.v_scale.half()})
@@ -183,7 +199,11 @@ def test_wrong_dtypes_are_named_with_their_values() -> None:
         (dict(q_branch=torch.zeros(1, 2).long()), TypeError, "q_branch must be int32, got torch.int64"),
         (dict(page_table=torch.zeros(3).int()), ValueError, r"page_table must be \[R, P\], got shape \(3,\)"),
         (dict(page_table=torch.zeros(3, 2).long()), TypeError, "page_table must be int32, got torch.int64"),
-        (dict(kept=torch.ones(1, 9)), ValueError, r"kept must be \[B, S_max\] bool with B=1, got \(1, 9\), torch.float32"),
+        (
+            dict(kept=torch.ones(1, 9)),
+            ValueError,
+            r"kept must be \[B, S_max\] bool with B=1, got \(1, 9\), torch.float32",
+        ),
     ],
 )
 def test_a_window_refuses_what_does_not_fit(changes: dict, error: type[Exception], message: str) -> None:
@@ -286,7 +306,8 @@ def test_a_workspace_that_is_too_small_takes_several_pairs_of_launches(launches:
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float16", "fp8"])
 def test_pages_beyond_2_31_elements_are_addressed(fp8: bool, device: torch.device) -> None:
-    """Three pages 2^30 elements apart, so that the last one's offset needs 64 bits. What lies between is never touched, nor given."""
+    """Three pages 2^30 elements apart, so that the last one's offset needs 64 bits. What lies between is never touched,
+    nor given."""
     case = random_case(3, B=1, W=5, G=2, H_kv=1, mode="block", capacity=48, page_size=16, fp8=fp8, full_rows=True)
     near, far = case.to(torch.float16, device), case.to(torch.float16, device)
     used = sorted(page for page in set(case.window.page_table.flatten().tolist()) if 0 <= page < 10**6)
@@ -294,7 +315,9 @@ def test_pages_beyond_2_31_elements_are_addressed(fp8: bool, device: torch.devic
     try:
         buffer = torch.empty(2**31 + 2**21, dtype=near.k_buffer.dtype, device=device)
     except RuntimeError as error:
-        pytest.skip(f"no {2**31 * near.k_buffer.element_size() / 1e9:.0f} GB of addresses here: {str(error).splitlines()[0]}")
+        pytest.skip(
+            f"no {2**31 * near.k_buffer.element_size() / 1e9:.0f} GB of addresses here: {str(error).splitlines()[0]}"
+        )
     shape = near.k_buffer.shape
     strides = (2**30, *near.k_buffer.stride()[1:])
     far.k_buffer, far.v_buffer = (buffer.as_strided((3, *shape[1:]), strides, offset) for offset in (0, 2**20))

@@ -2,8 +2,9 @@
 
     python -m pytest -m campaign tests/kernels/test_campaign.py --campaign-summary bench/results/kernel_campaign.json
 
-A case is a seed: `run_case(seed, device)` of the op's module builds one random call, poisons what must not be read or left unwritten, runs
-the kernel and compares. The file keeps what earlier runs counted for the ops that this run leaves out (`-k`).
+A case is a seed: `run_case(seed, device)` of the op's module builds one random call, poisons what must not be read or
+left unwritten, runs the kernel and compares. The file keeps what earlier runs counted for the ops that this run leaves
+out (`-k`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import importlib
 import json
 import time
 
-import dlm_fast
 import pytest
 import torch
+
+import dlm_fast
 
 triton = pytest.importorskip("triton", reason="without Triton, no kernel can be compared with its reference")
 
@@ -74,7 +76,9 @@ def test_campaign_of_a_kernel_against_its_reference(op, device, request):
         total = {
             "what": "random calls of every kernel against the float64 reference: ids and integers exact, floats within the error bound",
             "cases": sum(entry["counts"].get("cases", 0) for entry in kernels.values()),
-            "crossing a boundary": sum(entry["counts"].get("crossing a tile or split boundary", 0) for entry in kernels.values()),
+            "crossing a boundary": sum(
+                entry["counts"].get("crossing a tile or split boundary", 0) for entry in kernels.values()
+            ),
             "wrong": sum(len(entry["wrong"]) for entry in kernels.values()),
             "kernels": {name: kernels[name] for name in CASES if name in kernels},
         }

@@ -1,4 +1,5 @@
-"""`confidence`: a hand-worked table, the reference against an independent transcription, the kernel against the reference, properties."""
+"""`confidence`: a hand-worked table, the reference against an independent transcription, the kernel against the
+reference, properties."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import math
 
 import pytest
 import torch
-from dlm_kernels import reference
-from dlm_kernels.reference import noise as generator
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-from dlm_kernels.confidence import launch as kernel  # noqa: E402
-from dlm_kernels.confidence import row as device_code  # noqa: E402
-import triton.language as tl  # noqa: E402
-from confidence_cases import (  # noqa: E402
+from dlm_kernels import reference
+from dlm_kernels.reference import noise as generator
+
+triton = pytest.importorskip(
+    "triton", reason="without Triton, the confidence kernel cannot be compared with its reference"
+)
+import triton.language as tl
+from confidence_cases import (
     FLOATS,
     LANES,
     STATISTICS,
@@ -28,6 +30,9 @@ from confidence_cases import (  # noqa: E402
     run_kernel,
 )
 
+from dlm_kernels.confidence import launch as kernel
+from dlm_kernels.confidence import row as device_code
+
 # NumPy, under the interpreter, warns of the infinities and NaNs of hostile rows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -38,7 +43,8 @@ def fast():
         yield
 
 
-# -- hand-worked -------------------------------------------------------------------------------------------------------------
+# -- hand-worked
+# -------------------------------------------------------------------------------------------------------------
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -107,17 +113,25 @@ def test_a_row_that_is_not_needed_is_not_read(op, device) -> None:
     rows = torch.tensor([-1, 1, -1], dtype=torch.int32, device=device)
     result = op(logits, rows=rows, **everything(3, 70, device))
     assert result.error.tolist() == [0, 0, 0]
-    assert result.token.tolist()[::2] == result.second_token.tolist()[::2] == result.sampled_token.tolist()[::2] == [-1, -1]
+    assert (
+        result.token.tolist()[::2]
+        == result.second_token.tolist()[::2]
+        == result.sampled_token.tolist()[::2]
+        == [-1, -1]
+    )
     assert all(getattr(result, name).tolist()[::2] == [0, 0] for name in FLOATS)
 
 
-# -- the reference equals an independent transcription --------------------------------------------------------------------------
+# -- the reference equals an independent transcription
+# --------------------------------------------------------------------------
 
 
 def transcription(row: Tensor, banned: set[int], temperature: float) -> tuple[int, int, float, float, float, float]:
     """The definitions, one row at a time: softmax and a sort."""
     p = torch.softmax(row / temperature, 0)
-    order = sorted((i for i in range(len(row)) if i not in banned and row[i] > -math.inf), key=lambda i: (-row[i].item(), i))
+    order = sorted(
+        (i for i in range(len(row)) if i not in banned and row[i] > -math.inf), key=lambda i: (-row[i].item(), i)
+    )
     first, second = order[0], order[1] if len(order) > 1 else -1
     entropy = -sum(value * math.log(value) for value in p.tolist() if value > 0)
     margin = p[first].item() - (p[second].item() if second >= 0 else 0.0)
@@ -153,7 +167,8 @@ def test_soft_cap_is_applied_before_the_temperature() -> None:
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name))
 
 
-# -- the kernel equals the reference ---------------------------------------------------------------------------------------------
+# -- the kernel equals the reference
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -200,7 +215,13 @@ def test_kernel_equals_reference_on_random_calls(seed, device) -> None:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize(
     ("tied", "expected"),
-    [((3, 5, 9), (3, 5)), ((1, 70), (1, 70)), ((70, 1, 300), (1, 70)), ((255, 256), (255, 256)), ((6, 70, 134), (6, 70))],
+    [
+        ((3, 5, 9), (3, 5)),
+        ((1, 70), (1, 70)),
+        ((70, 1, 300), (1, 70)),
+        ((255, 256), (255, 256)),
+        ((6, 70, 134), (6, 70)),
+    ],
     ids=["in a group", "in tiles", "three tiles", "either side of a boundary", "one lane, three tiles"],
 )
 def test_ties_go_to_the_lowest_ids_within_and_across_tiles(tied, expected, lanes, device) -> None:
@@ -230,7 +251,11 @@ def test_the_32_largest_banned_leave_the_33rd_and_34th(lanes, device) -> None:
 @pytest.mark.parametrize("lanes", LANES)
 def test_a_banned_maximum_hides_nothing_in_its_group_or_lane(lanes, device) -> None:
     logits = torch.zeros(2, 400, device=device)
-    logits[:, 65], logits[:, 66], logits[:, 129] = 5.0, 4.0, 3.0  # 65 and 66 in one group; 129 in the same lane at 16 lanes
+    logits[:, 65], logits[:, 66], logits[:, 129] = (
+        5.0,
+        4.0,
+        3.0,
+    )  # 65 and 66 in one group; 129 in the same lane at 16 lanes
     banned = torch.tensor([[65, -1], [65, 66]], device=device)
     result = run_kernel(logits, lanes, banned=banned)
     assert result.token.tolist() == [66, 129]
@@ -263,7 +288,8 @@ def test_one_bad_logit_anywhere_is_found(value, where, device) -> None:
     assert result.error.tolist() == [0, 1] and result.confidence[1] == 0
 
 
-# -- layout: strides, rows, batches ------------------------------------------------------------------------------------------------
+# -- layout: strides, rows, batches
+# ------------------------------------------------------------------------------------------------
 
 
 def test_strided_rows_are_read_in_place(device) -> None:
@@ -291,7 +317,10 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise(device) -> None:
     arguments = everything(4, 700, device)
     together = run_kernel(logits, 32, **arguments)
     for n in range(4):
-        alone = {name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
+        alone = {
+            name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value
+            for name, value in arguments.items()
+        }
         assert_identical(run_kernel(logits[n : n + 1], 32, **alone), rows_of(together, slice(n, n + 1)))
 
 
@@ -324,7 +353,8 @@ def test_no_rows_launch_nothing(device) -> None:
     assert result.token.shape == result.confidence.shape == (0,)
 
 
-# -- noise -------------------------------------------------------------------------------------------------------------------------
+# -- noise
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,7 +362,11 @@ def test_no_rows_launch_nothing(device) -> None:
     [
         ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
         ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
     ],
 )
 def test_philox_equals_the_known_answers_of_random123(counter, key, expected) -> None:
@@ -409,10 +443,13 @@ def test_order_scores_are_uniform_and_not_the_token_noise() -> None:
     assert scores.dtype == torch.float32 and 0 < scores.min() and scores.max() < 1
     counts = torch.bincount((scores * 16).long(), minlength=16).double()
     assert ((counts - 256) ** 2 / 256).sum().item() < 45  # 15 degrees of freedom
-    assert not torch.isin(generator._row_words(seed, noise, generator.ORDER_STREAM)[:, 0], generator.row_key(seed, noise)).any()
+    assert not torch.isin(
+        generator._row_words(seed, noise, generator.ORDER_STREAM)[:, 0], generator.row_key(seed, noise)
+    ).any()
 
 
-# -- sampling ------------------------------------------------------------------------------------------------------------------------
+# -- sampling
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -430,7 +467,9 @@ def test_kernel_samples_what_the_reference_samples(device) -> None:
     logits = torch.randn(N, V, device=device) * 2
     arguments = draws(N, V, 0.8, device) | {"banned": logits.argmax(1)[:, None].contiguous()}
     ours = run_kernel(logits, 16, **arguments)
-    noise = generator.gumbel(generator.row_key(arguments["seed"], arguments["noise"]), torch.arange(V, device=device), torch.float64)
+    noise = generator.gumbel(
+        generator.row_key(arguments["seed"], arguments["noise"]), torch.arange(V, device=device), torch.float64
+    )
     best = (logits.double() / 0.8 + noise).scatter(1, arguments["banned"], -math.inf).topk(2)
     clear = best.values[:, 0] - best.values[:, 1] > 1e-4
     assert torch.equal(ours.sampled_token[clear], best.indices[clear, 0]) and clear.sum() >= 0.99 * N
@@ -442,7 +481,10 @@ def test_draws_do_not_depend_on_the_tile_or_the_batch(lanes, device) -> None:
     logits = torch.randn(4, 700, device=device)
     arguments = everything(4, 700, device)
     order = torch.tensor([3, 1, 0], device=device)
-    some = {name: value[order] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
+    some = {
+        name: value[order] if isinstance(value, Tensor) and name != "seed" else value
+        for name, value in arguments.items()
+    }
     expected = run_kernel(logits, 128, **arguments).sampled_token[order]
     assert torch.equal(run_kernel(logits, lanes, rows=order.int(), **some).sampled_token, expected)
 
@@ -462,7 +504,8 @@ def test_another_seed_position_step_or_request_draws_anew(device) -> None:
     assert len(set(first + other)) == 8
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------------------
+# -- refusals
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", [reference.confidence, kernel.confidence])

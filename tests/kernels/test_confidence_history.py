@@ -1,4 +1,5 @@
-"""`confidence` with what earlier steps left: a sparse bias on the logits, and the divergence from the previous step's."""
+"""`confidence` with what earlier steps left: a sparse bias on the logits, and the divergence from the previous
+step's."""
 
 from __future__ import annotations
 
@@ -6,13 +7,13 @@ import math
 
 import pytest
 import torch
-from dlm_kernels import reference
-from dlm_kernels.reference.confidence import Confidence
 from torch import Tensor
 
+from dlm_kernels import reference
+from dlm_kernels.reference.confidence import Confidence
+
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-from dlm_kernels.confidence import launch as kernel  # noqa: E402
-from confidence_cases import (  # noqa: E402
+from confidence_cases import (
     LANES,
     STATISTICS,
     assert_equals_reference,
@@ -23,6 +24,8 @@ from confidence_cases import (  # noqa: E402
     rows_of,
     run_kernel,
 )
+
+from dlm_kernels.confidence import launch as kernel
 
 LN2, LN3 = math.log(2), math.log(3)
 GROUP = 4  # fp32 logits of a lane's load
@@ -39,7 +42,10 @@ both = pytest.mark.parametrize("op", [reference.confidence, kernel.confidence], 
 
 
 def biased(ids: list[list[int]], values: list[list[float]], device: torch.device) -> dict[str, Tensor]:
-    return {"bias_ids": torch.tensor(ids, device=device), "bias": torch.tensor(values, device=device, dtype=torch.float32)}
+    return {
+        "bias_ids": torch.tensor(ids, device=device),
+        "bias": torch.tensor(values, device=device, dtype=torch.float32),
+    }
 
 
 def after(previous: Tensor, temperature: Tensor | None = None) -> dict[str, object]:
@@ -112,7 +118,9 @@ def test_a_previous_row_that_is_no_distribution_gives_infinity_and_no_error(op, 
     logits[1, where] = -math.inf  # probability 0 does not hide it
     previous = torch.zeros(4, 300, device=device)
     previous[1:3, where] = bad
-    arguments = after(previous) | {"previous_logsumexp": torch.tensor([math.log(300), 1.0, 1.0, math.nan], device=device)}
+    arguments = after(previous) | {
+        "previous_logsumexp": torch.tensor([math.log(300), 1.0, 1.0, math.nan], device=device)
+    }
     result = op(logits, soft_cap=soft_cap, **arguments)
     assert result.kl.tolist() == pytest.approx([0, math.inf, math.inf, math.inf], abs=1e-5)
     assert result.error.tolist() == [0, 0, 0, 0] and result.confidence[2].item() == pytest.approx(1 / 300)
@@ -157,13 +165,26 @@ def test_reference_kl_equals_dense_probabilities(soft_cap) -> None:
     temperature = torch.rand(N) + 0.5
 
     def probabilities(values: Tensor) -> Tensor:
-        values = values if soft_cap is None else torch.where(values.isinf(), values, soft_cap * torch.tanh(values / soft_cap))
+        values = (
+            values
+            if soft_cap is None
+            else torch.where(values.isinf(), values, soft_cap * torch.tanh(values / soft_cap))
+        )
         return torch.softmax(values / temperature[:, None], 1)
 
-    capped = previous if soft_cap is None else torch.where(previous.isinf(), previous, soft_cap * torch.tanh(previous / soft_cap))
+    capped = (
+        previous
+        if soft_cap is None
+        else torch.where(previous.isinf(), previous, soft_cap * torch.tanh(previous / soft_cap))
+    )
     logsumexp = (capped / temperature[:, None]).logsumexp(1).float()
     ours = reference.confidence(
-        logits, outputs=("kl",), temperature=temperature, soft_cap=soft_cap, previous=previous, previous_logsumexp=logsumexp
+        logits,
+        outputs=("kl",),
+        temperature=temperature,
+        soft_cap=soft_cap,
+        previous=previous,
+        previous_logsumexp=logsumexp,
     )
     p, q = probabilities(logits), probabilities(previous)
     expected = torch.special.xlogy(p, p).sum(1) - (p * q.clamp(min=1e-12).log()).sum(1)
@@ -199,7 +220,9 @@ def test_kernel_with_a_bias_equals_reference_across_tiles(V, lanes, device) -> N
 @pytest.mark.parametrize("lanes", LANES)
 def test_a_bias_on_either_side_of_every_boundary_is_found(lanes, device) -> None:
     tile, V = lanes * GROUP, 2 * max(LANES) * GROUP + 5
-    places = sorted({place for edge in (0, tile, 2 * tile, V) for place in (edge - 1, edge, edge + GROUP) if 0 <= place < V})
+    places = sorted(
+        {place for edge in (0, tile, 2 * tile, V) for place in (edge - 1, edge, edge + GROUP) if 0 <= place < V}
+    )
     places = torch.tensor(places, device=device)
     N = len(places)
     row = torch.zeros(1, V, device=device).expand(N, V)
@@ -208,7 +231,9 @@ def test_a_bias_on_either_side_of_every_boundary_is_found(lanes, device) -> None
     assert torch.equal(zeros.second_token, (places == 0).long())
     assert zeros.confidence.tolist() == pytest.approx([math.exp(2) / (V - 1 + math.exp(2))] * N)
     # All of them at once: the lowest two of equal logits.
-    together = run_kernel(row[:1], lanes, bias_ids=places[None].contiguous(), bias=torch.full((1, N), 2.0, device=device))
+    together = run_kernel(
+        row[:1], lanes, bias_ids=places[None].contiguous(), bias=torch.full((1, N), 2.0, device=device)
+    )
     assert [together.token.item(), together.second_token.item()] == places[:2].tolist()
 
 
@@ -225,7 +250,10 @@ def test_a_negative_bias_on_the_winner_leaves_its_group_lane_and_tile_intact(lan
 
 def test_biases_of_no_id_change_nothing(device) -> None:
     logits, arguments = torch.randn(3, 700, device=device), everything(3, 700, device)
-    nowhere = {"bias_ids": torch.tensor([[-1, 700]] * 3, device=device), "bias": torch.full((3, 2), math.nan, device=device)}
+    nowhere = {
+        "bias_ids": torch.tensor([[-1, 700]] * 3, device=device),
+        "bias": torch.full((3, 2), math.nan, device=device),
+    }
     ours, plain = run_kernel(logits, 16, **arguments, **nowhere), run_kernel(logits, 16, **arguments)
     for name in Confidence._fields:
         if getattr(plain, name) is not None:
@@ -280,7 +308,10 @@ def test_kernel_kl_equals_reference_across_tiles(V, lanes, device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("soft_cap", [None, 2.0, 30.0])
 def test_kernel_kl_equals_reference_with_hostile_values(dtype, soft_cap, device) -> None:
-    logits, previous = (torch.randn(6, 400, device=device) * 10).to(dtype), (torch.randn(6, 400, device=device) * 10).to(dtype)
+    logits, previous = (
+        (torch.randn(6, 400, device=device) * 10).to(dtype),
+        (torch.randn(6, 400, device=device) * 10).to(dtype),
+    )
     logits[0, :390] = logits[1, 10:] = logits[2, ::2] = -math.inf
     previous[0, 395:] = previous[1, :200] = previous[3, ::3] = previous[4] = -math.inf
     previous[5, 7] = 300.0  # everything else lies below the floor
@@ -322,7 +353,9 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise_with_bias_and_kl(device) 
     arguments |= {"bias_ids": torch.randint(-1, V, (N, 6), device=device), "bias": torch.randn(N, 6, device=device) * 4}
     together = run_kernel(logits, 32, **arguments)
     for n in range(N):
-        of_row = {name: value[n : n + 1] for name, value in arguments.items() if isinstance(value, Tensor) and name != "seed"}
+        of_row = {
+            name: value[n : n + 1] for name, value in arguments.items() if isinstance(value, Tensor) and name != "seed"
+        }
         assert_identical(run_kernel(logits[n : n + 1], 32, **arguments | of_row), rows_of(together, slice(n, n + 1)))
 
 
@@ -348,13 +381,25 @@ PREVIOUS = {"outputs": ("kl",), "previous": torch.zeros(2, 3), "previous_logsume
         (BIAS | {"bias_ids": torch.zeros(2, 1, dtype=torch.int32)}, TypeError, "bias_ids must be torch.int64"),
         (BIAS | {"bias": torch.zeros(2, 1, dtype=torch.float64)}, TypeError, "bias must be torch.float32"),
         (BIAS | {"bias": torch.zeros(1, 1).expand(2, 1)}, ValueError, "bias must be contiguous"),
-        ({"bias_ids": torch.zeros(2, 0, dtype=torch.int64), "bias": torch.zeros(2, 0)}, ValueError, "1 to 64 ids a row, got K=0"),
+        (
+            {"bias_ids": torch.zeros(2, 0, dtype=torch.int64), "bias": torch.zeros(2, 0)},
+            ValueError,
+            "1 to 64 ids a row, got K=0",
+        ),
         ({"bias_ids": torch.zeros(2, 65, dtype=torch.int64), "bias": torch.zeros(2, 65)}, ValueError, "got K=65"),
         ({"outputs": ("kl",)}, ValueError, "previous is required only with 'kl'"),
         (PREVIOUS | {"previous_logsumexp": None}, ValueError, "previous_logsumexp is required only with 'kl'"),
         (PREVIOUS | {"outputs": ()}, ValueError, "previous is used only with 'kl' in outputs"),
-        (PREVIOUS | {"previous": torch.zeros(2, 3).half()}, TypeError, "previous must have the logits' dtype torch.float32"),
-        (PREVIOUS | {"previous": torch.zeros(2, 4)}, ValueError, r"previous must have the logits' shape \[2, 3\], got \[2, 4\]"),
+        (
+            PREVIOUS | {"previous": torch.zeros(2, 3).half()},
+            TypeError,
+            "previous must have the logits' dtype torch.float32",
+        ),
+        (
+            PREVIOUS | {"previous": torch.zeros(2, 4)},
+            ValueError,
+            r"previous must have the logits' shape \[2, 3\], got \[2, 4\]",
+        ),
         (PREVIOUS | {"previous": torch.zeros(3, 2).T}, ValueError, "previous must have last stride 1"),
         (PREVIOUS | {"previous_logsumexp": torch.zeros(3)}, ValueError, "previous_logsumexp must have shape"),
     ],

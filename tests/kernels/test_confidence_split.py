@@ -1,4 +1,5 @@
-"""`confidence` by one program a row and by one a part of it: the same bits. And its top k, and what a call launches and allocates."""
+"""`confidence` by one program a row and by one a part of it: the same bits. And its top k, and what a call launches and
+allocates."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dlm_kernels import reference
 from torch import Tensor
 
+from dlm_kernels import reference
+
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
-from dlm_kernels.confidence import launch as kernel  # noqa: E402
-from confidence_cases import (  # noqa: E402
+from confidence_cases import (
     OUTPUTS,
     STATISTICS,
     assert_equals_reference,
@@ -30,7 +31,9 @@ from confidence_cases import (  # noqa: E402
     run_kernel,
     toy_tile,
 )
-from dlm_kernels.tiles import CONFIDENCE_PARTS, CONFIDENCE_TILES, confidence_parts  # noqa: E402
+
+from dlm_kernels.confidence import launch as kernel
+from dlm_kernels.tiles import CONFIDENCE_PARTS, CONFIDENCE_TILES, confidence_parts
 
 LANES, PART_TILES = 4, 2
 TILE = 4 * LANES  # fp32 ids
@@ -57,13 +60,19 @@ def both_forms(logits: Tensor, **arguments: object) -> reference.Confidence:
     return split
 
 
-# -- equal bits, and equal to the reference ------------------------------------------------------------------------------------
+# -- equal bits, and equal to the reference
+# ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("V", [PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART, 2 * PART + 1, PART + TILE - 1, PART + TILE + 1])
+@pytest.mark.parametrize(
+    "V", [PART - 1, PART, PART + 1, 2 * PART - 1, 2 * PART, 2 * PART + 1, PART + TILE - 1, PART + TILE + 1]
+)
 def test_split_equals_unsplit_bitwise_and_the_reference_off_by_one_from_every_boundary(V, device):
     logits = torch.randn(2, V, device=device) * 4
-    arguments = everything(2, V, device, greedy_every=2) | {"top_k": 3, "banned": torch.randint(-1, V, (2, 2), device=device)}
+    arguments = everything(2, V, device, greedy_every=2) | {
+        "top_k": 3,
+        "banned": torch.randint(-1, V, (2, 2), device=device),
+    }
     arguments["banned"][0] = logits[0].topk(2).indices
     arguments |= {"outputs": OUTPUTS, "previous": logits + torch.randn(2, V, device=device), "soft_cap": 20.0}
     arguments["previous_logsumexp"] = arguments["previous"].logsumexp(1)
@@ -94,7 +103,10 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise(split, device):
     arguments = everything(N, V, device)
     together = run(logits, split, top_k=2, **arguments)
     for n in range(N):
-        alone = {name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
+        alone = {
+            name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value
+            for name, value in arguments.items()
+        }
         # Alone by the other form: what the number of rows decides.
         assert_identical(run(logits[n : n + 1], not split, top_k=2, **alone), rows_of(together, slice(n, n + 1)))
 
@@ -112,7 +124,8 @@ def test_pivots_far_apart_do_not_overflow_where_parts_meet(split, device):
     assert result.confidence.tolist() == pytest.approx([1 / PART, 1.0])
 
 
-# -- hostile rows --------------------------------------------------------------------------------------------------------------
+# -- hostile rows
+# --------------------------------------------------------------------------------------------------------------
 
 
 @forms
@@ -171,12 +184,15 @@ def test_rows_that_are_not_needed_or_not_there_are_not_read(split, device):
     assert result.top_tokens.tolist() == [[-1, -1], [0, 1], [-1, -1]] and result.top_logits.abs().sum() == 0
 
 
-# -- the top k -----------------------------------------------------------------------------------------------------------------
+# -- the top k
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @both
 def test_the_top_k_by_hand(op, device):
-    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0, -math.inf], [-math.inf, -math.inf, 2.0, -math.inf, -math.inf]], device=device)
+    logits = torch.tensor(
+        [[0.0, 3.0, 1.0, 3.0, -math.inf], [-math.inf, -math.inf, 2.0, -math.inf, -math.inf]], device=device
+    )
     result = op(logits, outputs=(), top_k=3, banned=torch.tensor([0], device=device))
     assert result.top_tokens.tolist() == [[1, 3, 2], [2, -1, -1]]
     assert result.top_logits.tolist() == [[3, 3, 1], [2, -math.inf, -math.inf]]
@@ -189,7 +205,9 @@ def test_the_top_16_equal_a_sort(split, device):
     logits = (torch.randn(2, 3 * PART + 1, device=device) * 2).round()  # many ties
     result = run(logits, split, top_k=16, outputs=("second",))
     assert torch.equal(result.top_tokens, logits.sort(dim=1, descending=True, stable=True).indices[:, :16])
-    assert torch.equal(result.top_tokens[:, 0], result.token) and torch.equal(result.top_tokens[:, 1], result.second_token)
+    assert torch.equal(result.top_tokens[:, 0], result.token) and torch.equal(
+        result.top_tokens[:, 1], result.second_token
+    )
 
 
 @forms
@@ -209,7 +227,8 @@ def test_a_top_k_that_is_not_defined_is_refused(op, top_k):
         op(torch.zeros(2, 3), top_k=top_k)
 
 
-# -- parts and launches ----------------------------------------------------------------------------------------------------------
+# -- parts and launches
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("V", [1, 50257, 126464, 151936, 262144, 2**30 - 1])
@@ -229,7 +248,8 @@ def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocatio
             logits = torch.zeros(N, V, device=device)
             with recorded() as calls:
                 kernel.confidence(logits, outputs=("second", "entropy"), top_k=top_k)
-            # token, logit, second_token, second_logit, entropy, confidence, margin, error; the top k; each also of the parts
+            # token, logit, second_token, second_logit, entropy, confidence, margin, error; the top k; each also of the
+            # parts
             results, partials = 8 + 2 * bool(top_k), (2 + 2 * bool(top_k)) * split
             expected = ["aten.empty"] * (results + partials) + ["_confidence_kernel"] + ["_merge_kernel"] * split
             assert calls == expected, (N, V)
@@ -242,7 +262,8 @@ def test_no_rows_launch_nothing(device):
     assert set(calls) == {"aten.empty"} and result.top_tokens.shape == (0, 2)
 
 
-# -- the same order in machine code ----------------------------------------------------------------------------------------------
+# -- the same order in machine code
+# ----------------------------------------------------------------------------------------------
 
 COMPILE = """
 import collections, json, re
@@ -278,7 +299,8 @@ for dtype in ("bf16", "fp32"):
 
 
 def test_both_forms_compile_to_sums_over_the_same_layouts_and_to_the_same_arithmetic_in_the_loop():
-    """The interpreter adds in one order whatever is compiled. On a GPU a sum over lanes follows its layout, and the compiler fuses."""
+    """The interpreter adds in one order whatever is compiled. On a GPU a sum over lanes follows its layout, and the
+    compiler fuses."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), str(root), os.environ.get("PYTHONPATH", "")])

@@ -8,17 +8,19 @@ from unittest import mock
 
 import pytest
 import torch
-from dlm_kernels.drafts import launch as drafts
-from dlm_kernels import reference
-from dlm_kernels.reference import DraftSource
 from drafts_cases import FIELDS, MASK, Case, check_kernels, check_oracle, random_case, run_case, same, same_sources
+
+from dlm_kernels import reference
+from dlm_kernels.drafts import launch as drafts
+from dlm_kernels.reference import DraftSource
 
 BUILDS = pytest.mark.parametrize("op", [reference.draft_build, drafts.draft_build], ids=["reference", "kernel"])
 VERIFIES = pytest.mark.parametrize("op", [reference.verify, drafts.verify], ids=["reference", "kernel"])
 
 
 def one_row(held: list[list[int]], token: list[list[int]], score: list[list[float]], **given) -> Case:
-    """Four masked lanes whose source predicts 1 2 3 4 and likes them from left to right, and what their drafts hold and say."""
+    """Four masked lanes whose source predicts 1 2 3 4 and likes them from left to right, and what their drafts hold and
+    say."""
     row = {"tokens": [MASK] * 4, "eligible": [True] * 4, "ready": True, "drafting": True, "selects": True,
            "source_score": [4.0, 3.0, 2.0, 1.0]} | given  # fmt: skip
     source = DraftSource(
@@ -30,7 +32,9 @@ def one_row(held: list[list[int]], token: list[list[int]], score: list[list[floa
     )
     flags = {name: torch.tensor([row[name]]) for name in ("tokens", "eligible", "ready", "drafting", "selects")}
     confidence = torch.arange(len(held))[None, :, None].expand(1, -1, 4).float().contiguous()
-    by_draft = dict(held=torch.tensor([held]), token=torch.tensor([token]), score=torch.tensor([score]), confidence=confidence)
+    by_draft = dict(
+        held=torch.tensor([held]), token=torch.tensor([token]), score=torch.tensor([score]), confidence=confidence
+    )
     return Case(source, **by_draft, **flags)
 
 
@@ -166,7 +170,12 @@ ERRORS = [
     ("source.score", lambda x: x.double(), TypeError, "source.score must be torch.float32, got torch.float64"),
     ("eligible", lambda x: x.int(), TypeError, "eligible must be torch.bool, got torch.int32"),
     ("ready", lambda x: x[:1], ValueError, r"ready must have shape \(2,\), got \(1,\)"),
-    ("source.token", lambda x: x.t().contiguous().t(), ValueError, r"last dimension of source.token must have stride 1"),
+    (
+        "source.token",
+        lambda x: x.t().contiguous().t(),
+        ValueError,
+        r"last dimension of source.token must have stride 1",
+    ),
     ("source.tried", lambda x: x.to("meta"), ValueError, "source.tried must be on cpu like "),
 ]
 
@@ -183,7 +192,10 @@ def test_a_wrong_argument_is_named(kernel, name, change, error, message):
 @BUILDS
 def test_drafts_are_counted_with_an_int_of_at_least_one(op):
     case = random_case(3, W=5)
-    for D, error, message in ((0, ValueError, "D must be at least 1, got D=0"), (1.0, TypeError, "D must be an int, got float")):
+    for D, error, message in (
+        (0, ValueError, "D must be at least 1, got D=0"),
+        (1.0, TypeError, "D must be an int, got float"),
+    ):
         with pytest.raises(error, match=f"draft_build: {message}"):
             op(case.source, case.tokens, case.eligible, case.ready, D=D)
 
@@ -193,7 +205,9 @@ def test_what_verify_writes_has_memory_of_its_own_and_a_mask_is_a_token(op):
     case = random_case(3, B=2, W=5)
     before = case.source.token.clone()
     shared = dataclasses.replace(case, source=dataclasses.replace(case.source, accepted=case.source.tried))
-    with pytest.raises(ValueError, match="verify: source.tried and source.accepted are written in place and must not share memory"):
+    with pytest.raises(
+        ValueError, match="verify: source.tried and source.accepted are written in place and must not share memory"
+    ):
         shared.verify(op)
     with pytest.raises(ValueError, match=r"verify: mask_id must be in \[0, 2\^31\), got mask_id=-1"):
         op(case.source, case.held, case.token, case.score, case.confidence, eligible=case.eligible, ready=case.ready,
@@ -205,5 +219,7 @@ def test_what_verify_writes_has_memory_of_its_own_and_a_mask_is_a_token(op):
 def test_drafts_are_three_dimensional(op):
     case = random_case(3, W=5)
     case.held = case.held[:, 0]
-    with pytest.raises(ValueError, match=r"verify: held must be \[B, D, W\] with at least one lane, got shape \(2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"verify: held must be \[B, D, W\] with at least one lane, got shape \(2, 5\)"
+    ):
         case.verify(op)

@@ -1,7 +1,8 @@
 """What the launchers launch, as a GPU would see it: Triton's own specialisation of real calls, recorded without a GPU.
 
-Two promises. The configurations that the static report compiles are those that decoders launch, argument types and alignment included. And lengths,
-batches and buckets make no new machine code: a decode compiles at its first step and not again.
+Two promises. The configurations that the static report compiles are those that decoders launch, argument types and
+alignment included. And lengths, batches and buckets make no new machine code: a decode compiles at its first step and
+not again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import pytest
 
 pytest.importorskip("triton", reason="these tests go through Triton's launch path")
 
-import torch  # noqa: E402
+import torch
+from launch_cases import CALLS, covering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dlm_kernels import device as device_module
+from dlm_kernels import library, tiles
 from dlm_kernels.confidence import launch as confidence
-from dlm_kernels import library, tiles  # noqa: E402
-from dlm_kernels import device as device_module  # noqa: E402
-from launch_cases import CALLS, covering  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,7 +116,8 @@ def recorded(*command: str) -> Any:
 
 
 def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
-    """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask for."""
+    """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask
+    for."""
     path = folder / "calls.py"
     path.write_text(PRELUDE.format(tests=str(ROOT / "tests" / "support")) + script + "\nfinish()\n")
     return [tuple(item) for item in recorded(str(path))]
@@ -138,7 +141,14 @@ head(64)
 def test_what_the_models_decoders_launch_is_what_the_static_report_compiles(tmp_path):
     found = variants(MODELS, tmp_path)
     assert [function for function, shipped, _ in found if shipped is None] == []
-    assert {shipped.split()[0] for _, shipped, _ in found} == {"attention", "confidence", "linear_confidence", "unmask", "draft_build", "verify"}
+    assert {shipped.split()[0] for _, shipped, _ in found} == {
+        "attention",
+        "confidence",
+        "linear_confidence",
+        "unmask",
+        "draft_build",
+        "verify",
+    }
 
 
 LENGTHS = """
@@ -245,11 +255,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "device", machine.device)
     monkeypatch.setattr(device_module, "_capability", lambda index: 90)
     monkeypatch.setattr(library, "_is_traced", lambda positional: False)
-    monkeypatch.setattr(confidence, "_multiprocessors", confidence._multiprocessors)  # the calls choose it; put back afterwards
+    monkeypatch.setattr(
+        confidence, "_multiprocessors", confidence._multiprocessors
+    )  # the calls choose it; put back afterwards
 
     def run(self, *_, grid, warmup, **arguments):
         devices = {value.device for value in arguments.values() if isinstance(value, torch.Tensor)}
-        assert devices == {torch.device("cuda", machine.current)}, f"{self.fn.__name__} on GPU {machine.current}, its tensors on {devices}"
+        assert devices == {torch.device("cuda", machine.current)}, (
+            f"{self.fn.__name__} on GPU {machine.current}, its tensors on {devices}"
+        )
         machine.launches.append((self.fn.__name__, machine.current))
 
     monkeypatch.setattr(type(confidence._confidence_kernel), "run", run)

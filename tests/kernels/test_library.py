@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 
-import dlm_fast
 import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import dlm_fast
+
 pytest.importorskip("triton", reason="the operators run Triton kernels")
 
 # Importing a launcher registers its operator.
-import dlm_kernels.drafts.launch  # noqa: E402, F401
-import dlm_kernels.linear_confidence  # noqa: E402, F401
-from dlm_kernels import RowState, UnmaskRule, Window, reference  # noqa: E402
-from dlm_kernels.attention import block_attention  # noqa: E402
-from dlm_kernels.confidence import confidence  # noqa: E402
-from dlm_kernels.library import operator  # noqa: E402
-from dlm_kernels.unmask import unmask  # noqa: E402
+from helpers import toy
 
-from helpers import toy  # noqa: E402
+import dlm_kernels.drafts.launch
+import dlm_kernels.linear_confidence  # noqa: F401
+from dlm_kernels import RowState, UnmaskRule, Window, reference
+from dlm_kernels.attention import block_attention
+from dlm_kernels.confidence import confidence
+from dlm_kernels.library import operator
+from dlm_kernels.unmask import unmask
 
 OPS = torch.ops.dlm_kernels
 
@@ -81,7 +82,9 @@ def flat(*values) -> list:
     """Operator arguments: dataclasses field by field."""
     out = []
     for value in values:
-        out += [getattr(value, f.name) for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [value]
+        out += (
+            [getattr(value, f.name) for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [value]
+        )
     return out
 
 
@@ -100,7 +103,9 @@ def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
 def test_opcheck_of_block_attention(device, fields):
     if "q_branch" in fields:
         fields = {"q_branch": torch.tensor([[0, 0, 1, 1, -1]] * 2, dtype=torch.int32, device=device)}
-    torch.library.opcheck(OPS.block_attention.default, (*flat(*attention_call(device, **fields)), 0.25, None, None, None))
+    torch.library.opcheck(
+        OPS.block_attention.default, (*flat(*attention_call(device, **fields)), 0.25, None, None, None)
+    )
 
 
 @pytest.mark.parametrize("outputs", [(), ("second", "logsumexp", "entropy")])
@@ -108,21 +113,38 @@ def test_opcheck_of_confidence(device, outputs):
     logits = torch.randn(3, 70, device=device)
     op = OPS.confidence.default
     rows = torch.tensor([2, -1], dtype=torch.int32, device=device)
-    given = {"logits": logits, "rows": rows, "outputs": list(outputs), "banned": torch.tensor([5], device=device), "top_k": 2}
+    given = {
+        "logits": logits,
+        "rows": rows,
+        "outputs": list(outputs),
+        "banned": torch.tensor([5], device=device),
+        "top_k": 2,
+    }
     torch.library.opcheck(op, tuple(given.get(argument.name) for argument in op._schema.arguments))
 
 
 def test_opcheck_of_linear_confidence(device):
     op = OPS.linear_confidence.default
-    given = {"hidden": torch.randn(3, 32, device=device), "weight": torch.randn(70, 32, device=device), "outputs": ["second"]}
-    torch.library.opcheck(op, tuple(given.get(argument.name, 0 if str(argument.type) == "int" else None) for argument in op._schema.arguments))
+    given = {
+        "hidden": torch.randn(3, 32, device=device),
+        "weight": torch.randn(70, 32, device=device),
+        "outputs": ["second"],
+    }
+    torch.library.opcheck(
+        op,
+        tuple(
+            given.get(argument.name, 0 if str(argument.type) == "int" else None) for argument in op._schema.arguments
+        ),
+    )
 
 
 def test_opcheck_of_drafts(device):
     B, D, W = 2, 3, 5
     lanes = torch.randint(0, 9, (B, W), device=device)
     counts = [torch.zeros(B, dtype=torch.int32, device=device) for _ in range(2)]
-    source = reference.DraftSource(lanes.clone(), torch.rand(B, W, device=device), torch.rand(B, W, device=device), *counts)
+    source = reference.DraftSource(
+        lanes.clone(), torch.rand(B, W, device=device), torch.rand(B, W, device=device), *counts
+    )
     eligible, rows = torch.rand(B, W, device=device) < 0.5, torch.ones(B, dtype=torch.bool, device=device)
     torch.library.opcheck(OPS.draft_build.default, (*flat(source), lanes, eligible, rows, D))
     held = torch.randint(0, 9, (B, D, W), device=device)
@@ -133,7 +155,7 @@ def test_opcheck_of_drafts(device):
 def test_opcheck_of_unmask(device):
     state, rule, given = unmask_call(device)
     op = OPS.unmask.default
-    rest = [given.get(argument.name) for argument in op._schema.arguments[len(flat(state, rule)):]]
+    rest = [given.get(argument.name) for argument in op._schema.arguments[len(flat(state, rule)) :]]
     torch.library.opcheck(op, (*flat(state, rule), *rest))
 
 
@@ -207,7 +229,9 @@ def test_a_decode_of_a_stack_compiled_in_place_equals_an_eager_one(device):
     eager_calls = dlm_fast.handle_of(model).attention_calls
     model.model.compile(backend="eager", fullgraph=True, dynamic=True)
     found = dlm_fast.generate(model, prompts, max_new_tokens=9)
-    assert [row.tolist() for row in found.canvas] == [row.tolist() for row in expected.canvas] and found.nfe == expected.nfe
+    assert [row.tolist() for row in found.canvas] == [
+        row.tolist() for row in expected.canvas
+    ] and found.nfe == expected.nfe
     assert dlm_fast.handle_of(model).attention_calls == 2 * eager_calls
 
 
@@ -247,7 +271,9 @@ def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):
 def test_a_compiled_call_raises_what_an_eager_one_does(device):
     q, k, v, k_cache, v_cache, window = attention_call(device)
     with pytest.raises(Exception, match="block_attention: k_cache and v_cache must be given together"):
-        torch.compile(lambda q: block_attention(q, k, v, k_cache, None, window, scale=1.0), backend="eager", fullgraph=True)(q)
+        torch.compile(
+            lambda q: block_attention(q, k, v, k_cache, None, window, scale=1.0), backend="eager", fullgraph=True
+        )(q)
 
 
 def test_a_launcher_whose_arguments_no_schema_has_is_refused():

@@ -1,4 +1,5 @@
-"""`linear_confidence`: its reference is `confidence` of the product, the kernel is its reference, and no row depends on another."""
+"""`linear_confidence`: its reference is `confidence` of the product, the kernel is its reference, and no row depends on
+another."""
 
 from __future__ import annotations
 
@@ -6,12 +7,12 @@ import math
 
 import pytest
 import torch
-from dlm_kernels import reference
 from torch import Tensor
 
+from dlm_kernels import reference
+
 pytest.importorskip("triton", reason="without Triton, the kernel cannot be compared with its reference")
-import dlm_kernels.linear_confidence as kernel  # noqa: E402
-from confidence_cases import (  # noqa: E402
+from confidence_cases import (
     FLOATS,
     STATISTICS,
     assert_equals_reference,
@@ -23,7 +24,9 @@ from confidence_cases import (  # noqa: E402
     rows_of,
     run_linear,
 )
-from dlm_kernels.tiles import (  # noqa: E402
+
+import dlm_kernels.linear_confidence as kernel
+from dlm_kernels.tiles import (
     LINEAR_CONFIDENCE_PARTS,
     LinearConfidenceTile,
     linear_confidence_parts,
@@ -33,7 +36,9 @@ from dlm_kernels.tiles import (  # noqa: E402
 TILE = LinearConfidenceTile(BLOCK_M=4, BLOCK_V=16, BLOCK_H=16, num_warps=1, num_stages=1, part_tiles=2)
 PART = TILE.BLOCK_V * TILE.part_tiles
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-both = pytest.mark.parametrize("op", [reference.linear_confidence, kernel.linear_confidence], ids=["reference", "kernel"])
+both = pytest.mark.parametrize(
+    "op", [reference.linear_confidence, kernel.linear_confidence], ids=["reference", "kernel"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +83,10 @@ def test_the_reference_is_confidence_of_the_product_in_chunks_of_rows_and_ids(mo
 def test_kernel_equals_reference_off_by_one_from_every_boundary(V, dtype, device):
     hidden, weight = quarters(5, 33, device=device, dtype=dtype), quarters(V, 33, device=device, dtype=dtype)
     logits = product(hidden, weight)
-    arguments = everything(5, V, device, greedy_every=2) | {"soft_cap": 20.0, "banned": torch.randint(-1, V, (5, 2), device=device)}
+    arguments = everything(5, V, device, greedy_every=2) | {
+        "soft_cap": 20.0,
+        "banned": torch.randint(-1, V, (5, 2), device=device),
+    }
     arguments["banned"][0] = logits[0].topk(2).indices if V > 2 else -1
     result = run_linear(hidden, weight, TILE, **arguments)
     assert_equals_reference(result, logits, **arguments)
@@ -116,7 +124,10 @@ def test_a_row_alone_equals_the_row_in_any_batch_bitwise(device):
     together = run_linear(hidden, weight, TILE, **arguments)
     order = torch.tensor([8, 3, 3, 0, 7, 5], device=device)
     for index in (torch.tensor([4], device=device), torch.tensor([8], device=device), order):
-        some = {name: value[index] if isinstance(value, Tensor) and name != "seed" else value for name, value in arguments.items()}
+        some = {
+            name: value[index] if isinstance(value, Tensor) and name != "seed" else value
+            for name, value in arguments.items()
+        }
         expected = rows_of(together, index)
         assert_identical(run_linear(hidden, weight, TILE, rows=index.int(), **some), expected)
         assert_identical(run_linear(hidden[index], weight, TILE, **some), expected)
@@ -125,8 +136,9 @@ def test_a_row_alone_equals_the_row_in_any_batch_bitwise(device):
 def test_what_else_is_requested_changes_nothing(device):
     hidden, weight = torch.randn(3, 20, device=device), torch.randn(70, 20, device=device)
     arguments = everything(3, 70, device)
-    full, lean = run_linear(hidden, weight, TILE, **arguments), run_linear(
-        hidden, weight, TILE, outputs=(), temperature=arguments["temperature"]
+    full, lean = (
+        run_linear(hidden, weight, TILE, **arguments),
+        run_linear(hidden, weight, TILE, outputs=(), temperature=arguments["temperature"]),
     )
     assert torch.equal(full.token, lean.token) and torch.equal(full.confidence, lean.confidence)
 
@@ -134,7 +146,12 @@ def test_what_else_is_requested_changes_nothing(device):
 def test_ties_across_tiles_and_parts_go_to_the_lowest_ids(device):
     V = 3 * PART
     weight = torch.zeros(V, 1, device=device)
-    for tied in ((5, 6, 40), (TILE.BLOCK_V - 1, TILE.BLOCK_V), (PART - 1, PART, 2 * PART), (2 * PART + 17, 2 * PART + 18)):
+    for tied in (
+        (5, 6, 40),
+        (TILE.BLOCK_V - 1, TILE.BLOCK_V),
+        (PART - 1, PART, 2 * PART),
+        (2 * PART + 17, 2 * PART + 18),
+    ):
         weight[:] = 0.0
         weight[list(tied)] = 2.0
         result = run_linear(torch.ones(1, 1, device=device), weight, TILE)
@@ -155,7 +172,10 @@ def test_banned_winners_of_every_part_leave_the_next_ones(device):
 
 def test_logits_below_the_limit_count_as_minus_infinity_whole_parts_first(device):
     V = 2 * PART + 4
-    weight, hidden = torch.zeros(V, 2, device=device), torch.tensor([[2.0**60, 1.0], [0.0, 1.0], [-(2.0**60), 0.0]], device=device)
+    weight, hidden = (
+        torch.zeros(V, 2, device=device),
+        torch.tensor([[2.0**60, 1.0], [0.0, 1.0], [-(2.0**60), 0.0]], device=device),
+    )
     weight[: 2 * PART, 0], weight[2 * PART :, 1] = -(2.0**60), torch.arange(4.0, device=device)
     result = run_linear(hidden, weight, TILE, outputs=STATISTICS)
     assert result.token.tolist() == [V - 1, V - 1, 0] and result.error.tolist() == [0, 0, 1]
@@ -176,7 +196,9 @@ def test_a_bad_hidden_value_is_an_error_of_its_row_only(value, device):
 def test_rows_that_are_not_needed_or_not_there_are_not_read(device):
     hidden, weight = torch.full((3, 8), math.nan, device=device), quarters(PART + 1, 8, device=device)
     hidden[1] = 1.0
-    rows = torch.tensor([-1, 1, 3, -4, -1, -1, -1, -1, -1], dtype=torch.int32, device=device)  # a tile that needs nothing, too
+    rows = torch.tensor(
+        [-1, 1, 3, -4, -1, -1, -1, -1, -1], dtype=torch.int32, device=device
+    )  # a tile that needs nothing, too
     result = run_linear(hidden, weight, TILE, rows=rows, **everything(9, PART + 1, device))
     assert result.error.tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 0]
     assert result.token.tolist()[4:] == result.second_token.tolist()[4:] == [-1] * 5 and result.confidence[1] > 0
@@ -193,7 +215,10 @@ def test_two_launches_and_nothing_else_but_allocations(device):
     hidden, weight = torch.zeros(70, 8, device=device), torch.zeros(5000, 8, device=device)
     with recorded() as calls:
         kernel.linear_confidence(hidden, weight)
-    assert calls == ["aten.empty"] * 9 + ["_linear_confidence_kernel", "_merge_kernel"]  # 7 results, values and ids of the parts
+    assert calls == ["aten.empty"] * 9 + [
+        "_linear_confidence_kernel",
+        "_merge_kernel",
+    ]  # 7 results, values and ids of the parts
 
 
 def test_no_rows_launch_nothing(device):
@@ -209,7 +234,9 @@ def test_partials_are_a_small_share_of_the_logits(V):
     for itemsize in (2, 4):
         tile = linear_confidence_tile(itemsize)
         part_tiles, parts = linear_confidence_parts(V, tile)
-        assert (parts - 1) * part_tiles * tile.BLOCK_V < V <= parts * part_tiles * tile.BLOCK_V and parts <= LINEAR_CONFIDENCE_PARTS
+        assert (
+            parts - 1
+        ) * part_tiles * tile.BLOCK_V < V <= parts * part_tiles * tile.BLOCK_V and parts <= LINEAR_CONFIDENCE_PARTS
         assert V == 1 or 13 * 4 * parts < 0.03 * itemsize * V
 
 
@@ -218,14 +245,30 @@ def test_partials_are_a_small_share_of_the_logits(V):
     ("change", "error", "message"),
     [
         ({"hidden": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "linear_confidence: hidden must be one of"),
-        ({"weight": torch.zeros(3, 4, dtype=torch.float16)}, TypeError, "weight must have the dtype of hidden, torch.float32, got torch.float16"),
+        (
+            {"weight": torch.zeros(3, 4, dtype=torch.float16)},
+            TypeError,
+            "weight must have the dtype of hidden, torch.float32, got torch.float16",
+        ),
         ({"hidden": torch.zeros(4)}, ValueError, r"hidden must be \[R, H\], got shape \[4\]"),
-        ({"weight": torch.zeros(3, 5)}, ValueError, r"hidden must be \[R, H\] and weight \[V, H\] .* got shapes \[2, 4\] and \[3, 5\]"),
+        (
+            {"weight": torch.zeros(3, 5)},
+            ValueError,
+            r"hidden must be \[R, H\] and weight \[V, H\] .* got shapes \[2, 4\] and \[3, 5\]",
+        ),
         ({"weight": torch.zeros(4, 3).T}, ValueError, "weight must have last stride 1"),
         ({"weight": torch.zeros(0, 4)}, ValueError, "1 <= V"),
-        ({"outputs": ("kl",)}, ValueError, "'kl' needs the previous step's logits, which this op never writes: use confidence"),
+        (
+            {"outputs": ("kl",)},
+            ValueError,
+            "'kl' needs the previous step's logits, which this op never writes: use confidence",
+        ),
         ({"outputs": ("third",)}, ValueError, "outputs must be distinct names"),
-        ({"outputs": ("sampled",)}, ValueError, "linear_confidence: sample_temperature is required only with 'sampled'"),
+        (
+            {"outputs": ("sampled",)},
+            ValueError,
+            "linear_confidence: sample_temperature is required only with 'sampled'",
+        ),
         ({"query": torch.zeros(2, dtype=torch.int64)}, ValueError, "query is used only with 'query'"),
         ({"banned": torch.zeros(33, dtype=torch.int64)}, ValueError, "at most 32"),
         ({"rows": torch.zeros(2, dtype=torch.int64)}, TypeError, "rows must be torch.int32"),

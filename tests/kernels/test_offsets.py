@@ -1,7 +1,7 @@
 """Tensors whose last row begins beyond 2^31 elements: every kernel addresses it in 64 bits.
 
-The stride itself fits into 32 bits, so that Triton passes it as such and the product is what overflows. The buffers are sparse: memory
-that is never touched is never given, so gigabytes of addresses cost a few pages.
+The stride itself fits into 32 bits, so that Triton passes it as such and the product is what overflows. The buffers are
+sparse: memory that is never touched is never given, so gigabytes of addresses cost a few pages.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import dataclasses
 
 import pytest
 import torch
+
 from dlm_kernels import RowState, UnmaskRule, Window, reference
 
 pytest.importorskip("triton", reason="these tests run Triton kernels")
 
-from dlm_kernels.attention import block_attention  # noqa: E402
-from dlm_kernels.confidence import confidence  # noqa: E402
-from dlm_kernels.linear_confidence import linear_confidence  # noqa: E402
-from dlm_kernels.unmask import unmask  # noqa: E402
+from dlm_kernels.attention import block_attention
+from dlm_kernels.confidence import confidence
+from dlm_kernels.linear_confidence import linear_confidence
+from dlm_kernels.unmask import unmask
 
 ROWS = 4
 FAR = 3 * 2**28  # 3 * FAR > 2^31 > FAR
@@ -29,7 +30,9 @@ def far_apart(values: torch.Tensor) -> torch.Tensor:
     try:
         out = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)
     except RuntimeError as error:
-        pytest.skip(f"no {(ROWS - 1) * FAR * values.element_size() / 2**30:.0f} GiB of addresses here: {str(error).splitlines()[0]}")
+        pytest.skip(
+            f"no {(ROWS - 1) * FAR * values.element_size() / 2**30:.0f} GiB of addresses here: {str(error).splitlines()[0]}"
+        )
     return out.copy_(values)
 
 
@@ -66,7 +69,10 @@ def test_confidence(device):
 
 
 def test_linear_confidence(device):
-    hidden, weight = torch.randn(ROWS, 32, dtype=torch.float16, device=device), torch.randn(ROWS, 32, dtype=torch.float16, device=device)
+    hidden, weight = (
+        torch.randn(ROWS, 32, dtype=torch.float16, device=device),
+        torch.randn(ROWS, 32, dtype=torch.float16, device=device),
+    )
     expected = linear_confidence(hidden, weight)
     for name, value in linear_confidence(far_apart(hidden), far_apart(weight))._asdict().items():
         assert value is None or torch.equal(value, getattr(expected, name)), name

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux; nothing is compiled elsewhere")
 
-from dlm_kernels.propose import Proposal, ranked, residency  # noqa: E402
-from dlm_kernels.static import CompileResult  # noqa: E402
+from dlm_kernels.propose import Proposal, ranked, residency
+from dlm_kernels.static import CompileResult
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = CompileResult("toy", "one", "sm_90", 128, 0, 0, 64 * 1024, 0, "wgmma", None, 128, {})
@@ -23,7 +23,9 @@ RESULT = CompileResult("toy", "one", "sm_90", 128, 0, 0, 64 * 1024, 0, "wgmma", 
 def proposed(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-m", "dlm_kernels.propose", *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dlm_kernels.propose", *arguments], env=environment, capture_output=True, text=True
+    )
 
 
 def test_programs_on_an_sm_are_bounded_by_registers_warps_and_shared_memory():
@@ -68,8 +70,14 @@ def test_candidates_are_compiled_and_the_shipped_one_is_marked():
     [
         (["--kernel", "sort", "--config", "x", "--target", "90"], "kernel must be one of attention, confidence"),
         (["--kernel", "unmask", "--config", "x", "--target", "90"], "unmask has no configuration 'x' on sm_90; it has"),
-        (["--kernel", "unmask", "--config", "x", "--target", "75"], "target must be one of 80, 86, 89, 90, 100, 120, got 75"),
-        (["--kernel", "unmask", "--config", "x", "--target", "90", "--set", "BLOCK_W"], "--set must be NAME=NUMBER,NUMBER, got 'BLOCK_W'"),
+        (
+            ["--kernel", "unmask", "--config", "x", "--target", "75"],
+            "target must be one of 80, 86, 89, 90, 100, 120, got 75",
+        ),
+        (
+            ["--kernel", "unmask", "--config", "x", "--target", "90", "--set", "BLOCK_W"],
+            "--set must be NAME=NUMBER,NUMBER, got 'BLOCK_W'",
+        ),
     ],
 )
 def test_what_is_not_shipped_or_not_a_number_is_refused_by_name(arguments, message):

@@ -1,4 +1,5 @@
-"""The race detector: toy kernels with one race of each kind, their twins without, and a shipped kernel that loses a barrier."""
+"""The race detector: toy kernels with one race of each kind, their twins without, and a shipped kernel that loses a
+barrier."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ triton = pytest.importorskip("triton", reason="these tests run Triton kernels")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("races are told by Triton's interpreter, not on a GPU", allow_module_level=True)
 
-import drafts_cases  # noqa: E402
-import races  # noqa: E402
-import triton.language as tl  # noqa: E402
-from dlm_kernels.drafts import launch as drafts, kernel as drafts_device  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import drafts_cases
+import races
+import triton.language as tl
+from triton.runtime import interpreter
+
+from dlm_kernels.drafts import kernel as drafts_device
+from dlm_kernels.drafts import launch as drafts
 
 SOURCE = Path(__file__).read_text().splitlines()
 
@@ -105,7 +108,12 @@ INSIDE = {
     "a tile stored over lanes that another has loaded": (shift, "shift loads", "shift stores", "x_ptr[1]"),
     "a tile loaded from lanes that another has stored": (publish, "publish stores", "publish loads", "x_ptr[15]"),
     "a scalar stored over a tile": (overwrite, "overwrite stores", "overwrite stores again", "x_ptr[15]"),
-    "a reduction between, which is no barrier": (sum_then_store, "sum_then_store loads", "sum_then_store stores", "x_ptr[3]"),
+    "a reduction between, which is no barrier": (
+        sum_then_store,
+        "sum_then_store loads",
+        "sum_then_store stores",
+        "x_ptr[3]",
+    ),
     "a scalar that all threads load and one stores": (counted, "counted loads", "counted stores", "x_ptr[0]"),
     "a scalar that one stores and all threads load": (told, "told stores", "told loads", "x_ptr[0]"),
     "the same lanes, loaded in another function": (helped, "helper loads", "helped stores", "x_ptr[0]"),
@@ -354,7 +362,10 @@ def test_under_the_option_a_race_fails_its_test(tmp_path):
     here = Path(__file__).resolve().parents[1]
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
     options = ["-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races"]
-    command, environment = [sys.executable, "-m", "pytest", *options, tmp_path], {**os.environ, "PYTHONPATH": str(here / "support")}
+    command, environment = (
+        [sys.executable, "-m", "pytest", *options, tmp_path],
+        {**os.environ, "PYTHONPATH": str(here / "support")},
+    )
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout + result.stderr
     assert "test_probe.py:9 stores x_ptr[1], which " in result.stdout

@@ -1,6 +1,7 @@
 """The compile-without-GPU report: what it must see in machine code, and what every shipped kernel must show there.
 
-Triton decides between compiling and interpreting when a function is decorated, so everything here runs in processes of its own.
+Triton decides between compiling and interpreting when a function is decorated, so everything here runs in processes of
+its own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton's wheels are for Linux; nothing is compiled elsewhere")
 
-from dlm_kernels import sass  # noqa: E402
-from dlm_kernels.static import CompileResult, table, violations  # noqa: E402
+from dlm_kernels import sass
+from dlm_kernels.static import CompileResult, table, violations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,7 +148,8 @@ def test_tensor_memory_is_counted_and_limited(toys):
 
 
 def test_instructions_per_element_do_not_depend_on_how_far_the_loop_was_unrolled(toys):
-    """ptxas unrolls the short loop by four and the long one not at all. Both do the same for an element: convert, select, add."""
+    """ptxas unrolls the short loop by four and the long one not at all. Both do the same for an element: convert,
+    select, add."""
     short, long = toys["sum", "aligned", "sm_90"], toys["sum", "aligned, long", "sm_90"]
     assert 2 <= long.instructions_per_element <= 5
     assert short.instructions_per_element == pytest.approx(long.instructions_per_element, rel=0.25)
@@ -243,8 +245,9 @@ LISTING = """
 
 
 def test_loops_are_found_with_what_was_moved_out_of_line_and_without_the_trap_at_the_end():
-    """Inner loop: 4 instructions and the 2 that were moved behind the EXIT. Outer loop: those, its own load, copy and jump. The
-    jump of the out-of-line part back into the loop makes no loop, nor does the endless one that nothing reaches."""
+    """Inner loop: 4 instructions and the 2 that were moved behind the EXIT. Outer loop: those, its own load, copy and
+    jump. The jump of the out-of-line part back into the loop makes no loop, nor does the endless one that nothing
+    reaches."""
     instructions, labels = sass.parse(LISTING, "toy")
     assert len(instructions) == 14
     found = sorted(sass.loops(instructions, labels), key=lambda loop: loop.instructions)
@@ -288,7 +291,10 @@ TARGETS = (90, 86)
 @pytest.fixture(scope="module")
 def shipped() -> list[CompileResult]:
     # All six targets take a quarter of an hour: .ci/run does that, under two versions of Triton.
-    result = run(["-m", "dlm_kernels.static", "--json", "--jobs", "2", *(f"--target={target}" for target in TARGETS)], check=False)
+    result = run(
+        ["-m", "dlm_kernels.static", "--json", "--jobs", "2", *(f"--target={target}" for target in TARGETS)],
+        check=False,
+    )
     assert result.stdout, result.stderr
     return [CompileResult(**fields) for fields in json.loads(result.stdout.splitlines()[-1])["kernels"]]
 
@@ -325,6 +331,12 @@ def test_targets_that_borrow_tiles_compile_each_op_with_them(tmp_path):
     lines = run_toys(tmp_path, BORROWED).stdout.splitlines()
     found = json.loads(lines[0])
     assert {target for target, _, _ in found} == {"sm_87", "sm_103", "sm_121"}
-    assert {kernel for _, kernel, _ in found} == {"attention", "confidence", "linear_confidence", "unmask", "draft_build"}
+    assert {kernel for _, kernel, _ in found} == {
+        "attention",
+        "confidence",
+        "linear_confidence",
+        "unmask",
+        "draft_build",
+    }
     assert [result for result in found if result[2]] == []
     assert lines[-2].startswith("6 binaries, 2 targets, ") and lines[-1] == "0"

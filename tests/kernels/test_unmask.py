@@ -7,13 +7,6 @@ import math
 
 import pytest
 import torch
-from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.reference.select import quota, select
-from dlm_kernels.reference.written import check_written
-from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
-from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, WIDE
-from dlm_kernels.unmask.launch import BLOCK_L
-from dlm_kernels.unmask import unmask
 from torch import Tensor
 from unmask_cases import (
     MASK,
@@ -26,6 +19,14 @@ from unmask_cases import (
     oracle,
     random_case,
 )
+
+from dlm_kernels import RowState, UnmaskRule, reference
+from dlm_kernels.reference.select import quota, select
+from dlm_kernels.reference.written import check_written
+from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
+from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, WIDE
+from dlm_kernels.unmask import unmask
+from dlm_kernels.unmask.launch import BLOCK_L
 
 # Hand-worked: which lanes are chosen.
 
@@ -40,7 +41,16 @@ SELECTIONS = [
     ("fewer than kmin pass: the kmin best", "threshold", {}, SCORES, None, 0.92, 3, {4, 1, 3}),
     ("more than kmin pass: all that pass", "threshold", {}, SCORES, None, 0.4, 1, {0, 1, 3, 4}),
     ("the forced lanes go by rank, the test by score", "threshold", {}, SCORES, (5, 4, 3, 2, 1), 0.99, 2, {0, 1}),
-    ("NaN and -inf are last, by lane", "none", {}, (math.nan, -math.inf, -9.0, math.nan, -math.inf), None, 0.0, 3, {2, 0, 1}),
+    (
+        "NaN and -inf are last, by lane",
+        "none",
+        {},
+        (math.nan, -math.inf, -9.0, math.nan, -math.inf),
+        None,
+        0.0,
+        3,
+        {2, 0, 1},
+    ),
     ("-0.0 ties with 0.0", "none", {}, (-0.0, 0.0, -0.0, 0.0, -1.0), None, 0.0, 2, {0, 1}),
     # limits of factor 1: 1/2, 2/3, 3/4, 4/5, 5/6
     ("factor in rank order", "factor", {}, SCORES, None, 1.0, 1, {4, 1, 3}),
@@ -52,13 +62,24 @@ SELECTIONS = [
     ("which need not be the position's own", "entropy", {}, SCORES, (4, 3, 2, 1, 5), 0.2, 1, {4, 0}),
     ("a budget of zero takes one", "entropy", {}, SCORES, (1, 2, 3, 4, 5), 0.0, 0, {4}),
     ("the inclusive budget is strict", "entropy", {"inclusive": True}, SCORES, (5, 4, 3, 2, 1), 0.375, 1, {0}),
-    ("a budget below the first entropy still gives one", "entropy", {"inclusive": True}, SCORES, (5, 4, 3, 2, 1), 0.0, 1, {0}),
+    (
+        "a budget below the first entropy still gives one",
+        "entropy",
+        {"inclusive": True},
+        SCORES,
+        (5, 4, 3, 2, 1),
+        0.0,
+        1,
+        {0},
+    ),
     ("an infinite budget takes all", "entropy", {}, SCORES, (5, 4, 3, 2, 1), math.inf, 0, {0, 1, 2, 3, 4}),
     ("nothing passes a NaN budget", "entropy", {}, SCORES, (5, 4, 3, 2, 1), math.nan, 0, set()),
 ]
 
 
-@pytest.mark.parametrize("name, passes, options, score, rank, value, kmin, expected", SELECTIONS, ids=[s[0] for s in SELECTIONS])
+@pytest.mark.parametrize(
+    "name, passes, options, score, rank, value, kmin, expected", SELECTIONS, ids=[s[0] for s in SELECTIONS]
+)
 def test_selection_by_hand(name, passes, options, score, rank, value, kmin, expected):
     chosen = select(
         UnmaskRule(passes, **options),
@@ -93,21 +114,25 @@ LIMITS = [
 @pytest.mark.parametrize("name, rule, more, expected", LIMITS, ids=[case[0] for case in LIMITS])
 def test_limits_and_additions_by_hand(name, rule, more, expected):
     dtypes = dict.fromkeys(("kmin", "fallback", "max_unmask"), torch.int32)
-    tensors = {name: torch.tensor([x], dtype=dtypes.get(name, torch.float32)) for name, x in ({"value": 0.0} | more).items()}
+    tensors = {
+        name: torch.tensor([x], dtype=dtypes.get(name, torch.float32)) for name, x in ({"value": 0.0} | more).items()
+    }
     eligible = torch.tensor([[True, True, False, True, True, True]])
     chosen = select(rule, eligible, torch.tensor([[0.5, 0.9, 1.0, 0.7, 0.95, 0.8]]), **tensors)
     assert {lane for lane in range(6) if chosen[0, lane]} == expected
 
 
-@pytest.mark.parametrize("m0, S, expected", [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (2, 4, [1, 1, 1, 1]), (3, 0, [3, 3])])
+@pytest.mark.parametrize(
+    "m0, S, expected", [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (2, 4, [1, 1, 1, 1]), (3, 0, [3, 3])]
+)
 def test_quota_spreads_the_masks_over_the_steps_and_is_at_least_one(m0, S, expected):
     step = torch.arange(len(expected), dtype=torch.int32)
     given = quota(torch.full_like(step, m0), step, torch.full_like(step, S))
     assert given.tolist() == expected
 
 
-# Hand-worked: what a row does next. g given, w written, # masked, S written stop, s given stop, . past the canvas; lane j
-# predicts pred[j].
+# Hand-worked: what a row does next. g given, w written, # masked, S written stop, s given stop, . past the canvas; lane
+# j predicts pred[j].
 
 # name: canvas, block, phase, cache, stop, pred, kmin -> canvas, phase, block, block_masks, block_step
 TRANSITIONS = {
@@ -169,9 +194,20 @@ TRANSITIONS = {
 
 @pytest.mark.parametrize("name", TRANSITIONS)
 def test_transition_by_hand(name):
-    canvas, block, phase, cache, stop, pred, kmin, canvas_after, phase_after, block_after, masks_after, block_step_after = (
-        TRANSITIONS[name]
-    )
+    (
+        canvas,
+        block,
+        phase,
+        cache,
+        stop,
+        pred,
+        kmin,
+        canvas_after,
+        phase_after,
+        block_after,
+        masks_after,
+        block_step_after,
+    ) = TRANSITIONS[name]
     state, _ = one_row(canvas, block, phase, UnmaskRule("none", cache=cache, stop=stop), pred, kmin).run()
     assert drawn(state) == canvas_after.split(".")[0]
     assert state.phase.item() == phase_after
@@ -197,7 +233,11 @@ def test_an_unusable_statistic_ends_the_row_and_writes_nothing():
     before = case.state.clone()
     state, changed = case.run()
     assert (state.phase.item(), state.error.item(), state.nfe.item(), state.step.item()) == (DONE, ERROR_LOGITS, 1, 3)
-    assert torch.equal(state.tokens, before.tokens) and torch.equal(state.unmask_step, before.unmask_step) and not changed.any()
+    assert (
+        torch.equal(state.tokens, before.tokens)
+        and torch.equal(state.unmask_step, before.unmask_step)
+        and not changed.any()
+    )
 
 
 def test_an_unusable_statistic_of_a_lane_that_is_not_masked_does_not_matter():
@@ -274,7 +314,9 @@ def test_campaign_reference_equals_the_transcription_and_the_kernel_equals_the_r
 )
 def test_kernel_equals_reference_on_strided_rows_and_touches_nothing_else(seeds, device):
     for seed in seeds:
-        assert_kernel_equals_reference(random_case(seed, B=2, wide=seed % 10 == 0, canvas=BLOCK_L).copy(device), f"seed {seed}")
+        assert_kernel_equals_reference(
+            random_case(seed, B=2, wide=seed % 10 == 0, canvas=BLOCK_L).copy(device), f"seed {seed}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +372,9 @@ def test_whole_decodes_end_and_leave_done_rows_alone():
 def in_block_masks(state: RowState) -> Tensor:
     """Rows whose block holds a mask."""
     position = torch.arange(state.tokens.shape[1])
-    return ((state.tokens == MASK) & (position >= state.block_start[:, None]) & (position < state.block_end[:, None])).any(1)
+    return (
+        (state.tokens == MASK) & (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
+    ).any(1)
 
 
 def test_reference_reads_nothing_on_the_host():
@@ -354,7 +398,9 @@ def test_a_state_whose_fields_have_no_memory_of_their_own_is_refused_before_anyt
     wanting = torch.zeros(B, L, requires_grad=True)
     bad = {
         "step and nfe are written in place and must not share memory": dict(nfe=case.state.step),
-        "unmask_step is written in place and must not be expanded": dict(unmask_step=case.state.unmask_step[:1].expand(B, L)),
+        "unmask_step is written in place and must not be expanded": dict(
+            unmask_step=case.state.unmask_step[:1].expand(B, L)
+        ),
         "unmask_confidence is written in place and must not require a gradient": dict(unmask_confidence=wanting),
     }
     for message, fields in bad.items():
@@ -379,7 +425,11 @@ def row_with(args: dict[str, object]) -> Case:
 
 
 ERRORS = [
-    (dict(score=torch.zeros(1, 4, dtype=torch.float64)), TypeError, "unmask: score must be torch.float32, got torch.float64"),
+    (
+        dict(score=torch.zeros(1, 4, dtype=torch.float64)),
+        TypeError,
+        "unmask: score must be torch.float32, got torch.float64",
+    ),
     (dict(pred=torch.zeros(1, 4, dtype=torch.int32)), TypeError, "unmask: pred must be torch.int64, got torch.int32"),
     (dict(query_len=torch.zeros(1)), TypeError, "unmask: query_len must be torch.int32, got torch.float32"),
     (dict(rank=torch.zeros(1, 5)), ValueError, r"unmask: rank must have shape \(1, 4\), got \(1, 5\)"),
@@ -389,14 +439,26 @@ ERRORS = [
         ValueError,
         r"last dimension of confidence must have stride 1, got strides \(8, 2\)",
     ),
-    (dict(score=torch.zeros(4)), ValueError, r"unmask: score must be 2-D and at least one position wide, got shape \(4,\)"),
+    (
+        dict(score=torch.zeros(4)),
+        ValueError,
+        r"unmask: score must be 2-D and at least one position wide, got shape \(4,\)",
+    ),
     (dict(stop_ids=torch.arange(17)), ValueError, r"unmask: stop_ids must be \[K\] with K <= 16, got shape \(17,\)"),
-    (dict(stop_ids=torch.zeros(1, dtype=torch.int32)), TypeError, "unmask: stop_ids must be torch.int64, got torch.int32"),
+    (
+        dict(stop_ids=torch.zeros(1, dtype=torch.int32)),
+        TypeError,
+        "unmask: stop_ids must be torch.int64, got torch.int32",
+    ),
     (dict(kind="narrow"), ValueError, "unmask: kind must be one of wide, window, got kind='narrow'"),
     (dict(kind="wide"), ValueError, "unmask: kind 'wide' needs a rule.cache other than 'none'"),
     (dict(value=torch.zeros(1, 4)), ValueError, r"unmask: value must have shape \(1,\), got \(1, 4\)"),
     (dict(allowed=torch.zeros(1, 4)), TypeError, "unmask: allowed must be torch.bool, got torch.float32"),
-    (dict(lane_start=torch.zeros(1, dtype=torch.int64)), TypeError, "unmask: lane_start must be torch.int32, got torch.int64"),
+    (
+        dict(lane_start=torch.zeros(1, dtype=torch.int64)),
+        TypeError,
+        "unmask: lane_start must be torch.int32, got torch.int64",
+    ),
     (dict(exits=torch.zeros(2, dtype=torch.bool)), ValueError, r"unmask: exits must have shape \(1,\), got \(2,\)"),
     (
         dict(delay=torch.zeros(1, dtype=torch.int32)),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from unmask_cases import STOP, WRITTEN, drawn, one_row
+
 from dlm_kernels import UnmaskRule, reference
 from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_STALLED, WIDE
 from dlm_kernels.unmask import unmask
-from unmask_cases import STOP, WRITTEN, drawn, one_row
 
-# One row: canvas, region, phase, what each lane predicts, arguments -> canvas, phase, region. g given, w e r written, # masked,
-# S written stop, s given stop. Scores fall from lane to lane unless given; kmin is 1 unless given; the row's step is 3.
+# One row: canvas, region, phase, what each lane predicts, arguments -> canvas, phase, region. g given, w e r written, #
+# masked, S written stop, s given stop. Scores fall from lane to lane unless given; kmin is 1 unless given; the row's
+# step is 3.
 FIXED = UnmaskRule("none")
 EDIT, EDIT_COMMIT = (UnmaskRule("none", edit=True, stop="after_block", cache=cache) for cache in ("none", "commit"))
 RENOISE = UnmaskRule("none", renoise=True, stop="never")
 LOWEST, SABER, WINO = (UnmaskRule("none", remask=remask) for remask in ("lowest", "saber", "wino"))
 SEED = UnmaskRule("none", cache="commit", seed=True)
 D2F = UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends")
-D2F_CLOSED, D2F_BLOCK = (UnmaskRule("threshold", pipeline=True, scope="each", stop=stop) for stop in ("closed", "after_block"))
+D2F_CLOSED, D2F_BLOCK = (
+    UnmaskRule("threshold", pipeline=True, scope="each", stop=stop) for stop in ("closed", "after_block")
+)
 D3LLM = UnmaskRule("threshold", pipeline=True, scope="first", stop="fill")
 DELAYED = UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill")
 
@@ -197,7 +201,9 @@ def test_a_row_that_has_taken_max_steps_fails_and_writes_nothing(op, device):
 @OPS
 def test_a_position_masked_again_has_no_step_and_no_confidence(op, device):
     state, changed = (
-        one_row("ww##", (0, 4), DENOISE, LOWEST, "wwww", remask_score=[0.9, 0.2, 0.1, 0.0], remask_count=2).copy(device).run(op)
+        one_row("ww##", (0, 4), DENOISE, LOWEST, "wwww", remask_score=[0.9, 0.2, 0.1, 0.0], remask_count=2)
+        .copy(device)
+        .run(op)
     )
     assert state.unmask_step[0].tolist() == [0, -1, -1, -1]
     assert state.unmask_confidence[0].tolist() == [0, 0, 0, 0]
@@ -206,7 +212,9 @@ def test_a_position_masked_again_has_no_step_and_no_confidence(op, device):
 
 @OPS
 def test_a_seed_is_recorded_and_takes_no_denoise_step(op, device):
-    state, changed = one_row("wwww####", (0, 4), COMMIT, SEED, "wwww", seed=WRITTEN, seed_confidence=0.25).copy(device).run(op)
+    state, changed = (
+        one_row("wwww####", (0, 4), COMMIT, SEED, "wwww", seed=WRITTEN, seed_confidence=0.25).copy(device).run(op)
+    )
     assert state.unmask_step[0].tolist() == [0, 0, 0, 0, 3, -1, -1, -1] and state.unmask_confidence[0, 4].item() == 0.25
     assert (state.step.item(), state.block_step.item(), state.block_masks.item(), state.nfe.item()) == (3, 0, 3, 1)
     assert not changed.any()
@@ -254,7 +262,12 @@ def test_a_rule_that_makes_no_sense_is_refused_with_a_reason():
 def test_a_pipeline_decodes_its_canvas_block_by_block_with_no_host_decision(op, device):
     """Two positions a block and a threshold that nothing passes: one forced position a step in every active block."""
     case = one_row(
-        "######", (0, 2), DENOISE, D2F, "wwwwww", **DEFAULTS[D2F] | dict(score=[0.5] * 6, append_masks=1, activate_masks=1)
+        "######",
+        (0, 2),
+        DENOISE,
+        D2F,
+        "wwwwww",
+        **DEFAULTS[D2F] | dict(score=[0.5] * 6, append_masks=1, activate_masks=1),
     ).copy(device)
     seen = []
     while case.state.phase.item() == DENOISE:

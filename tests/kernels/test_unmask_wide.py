@@ -6,14 +6,24 @@ from unittest import mock
 
 import pytest
 import torch
+from unmask_cases import (
+    MASK,
+    STATE_FIELDS,
+    Case,
+    assert_kernel_equals_reference,
+    assert_same,
+    one_row,
+    random_case,
+    run_case,
+)
+
 from dlm_kernels import RowState, UnmaskRule
-from dlm_kernels.unmask import launch as module
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import DENOISE
 from dlm_kernels.tiles import UnmaskTile
-from dlm_kernels.unmask.launch import MAX_W
+from dlm_kernels.unmask import launch as module
 from dlm_kernels.unmask import unmask
-from unmask_cases import MASK, STATE_FIELDS, Case, assert_kernel_equals_reference, assert_same, one_row, random_case, run_case
+from dlm_kernels.unmask.launch import MAX_W
 
 
 def test_kernel_equals_reference_from_memory_across_its_tiles(device):
@@ -39,7 +49,10 @@ def wide_case(rule: UnmaskRule, W: int, seed: int) -> Case:
     runs = (torch.rand(1, 50, generator=rng) < 0.5).repeat_interleave(W // 50 + 1, 1)[:, :W]
     state.tokens[:, :W] = torch.where(runs, MASK, state.tokens[:, :W].clamp(max=MASK - 1))
     state.unmask_step[state.tokens == MASK] = -1
-    lanes = {name: torch.randint(0, W // 2, (1, W), generator=rng) / W for name in ("score", "rank", "entropy", "remask_score")}
+    lanes = {
+        name: torch.randint(0, W // 2, (1, W), generator=rng) / W
+        for name in ("score", "rank", "entropy", "remask_score")
+    }
     lanes |= {"pred": torch.randint(0, MASK, (1, W), generator=rng), "confidence": torch.rand(1, W, generator=rng)}
     case.args |= {name: x for name, x in lanes.items() if args.get(name) is not None}
     few = torch.tensor([3], dtype=torch.int32)
@@ -80,7 +93,9 @@ def test_a_row_alone_equals_the_row_in_the_batch_from_memory(device):
     with mock.patch.object(module, "unmask_tile", lambda W: UnmaskTile(64, 1, 8)):
         for seed in range(2100, 2108):
             case = random_case(seed, lanes=20).copy(device)
-            alone = [case.map(lambda name, x, b=b: (x if name == "stop_ids" else x[b : b + 1]).clone()) for b in range(3)]
+            alone = [
+                case.map(lambda name, x, b=b: (x if name == "stop_ids" else x[b : b + 1]).clone()) for b in range(3)
+            ]
             together, changed = case.run(unmask)
             for b, row in enumerate(alone):
                 expected = RowState(**{name: getattr(together, name)[b : b + 1] for name in STATE_FIELDS})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 
-import dlm_fast
 import pytest
+
+import dlm_fast
 from dlm_fast import cli
-from dlm_fast.tiny import demo
 from dlm_fast.loading import EMBEDDED, checkpoint_path
+from dlm_fast.tiny import demo
 from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_fast.training.__main__ import build_parser
 
@@ -58,7 +59,8 @@ def test_a_threshold_saves_forwards_and_keeps_most_answers(careful, parallel):
 
 
 def test_tokens_that_depend_on_one_another_must_not_be_written_together():
-    """Any order of a shuffle's words is right, so words drawn independently of one another repeat; one at a time they do not."""
+    """Any order of a shuffle's words is right, so words drawn independently of one another repeat; one at a time they
+    do not."""
     samples = held_out("shuffle", 8, seed=3)
     chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
 
@@ -92,7 +94,11 @@ def test_the_pipeline_needs_fewer_forwards_than_one_block_at_a_time():
 def test_an_easy_task_is_answered():
     samples = held_out("reverse", 6, seed=3)
     out = dlm_fast.generate(
-        model("tiny-full"), [[{"role": "user", "content": s.prompt}] for s in samples], preset="fast-dllm", block_length=8, max_new_tokens=24
+        model("tiny-full"),
+        [[{"role": "user", "content": s.prompt}] for s in samples],
+        preset="fast-dllm",
+        block_length=8,
+        max_new_tokens=24,
     )
     assert sum(TASKS["reverse"].check(s.prompt, text) for s, text in zip(samples, out.text)) >= 5
     assert out.finish.count("eos") >= 5
@@ -101,7 +107,8 @@ def test_an_easy_task_is_answered():
 def test_the_exact_cache_of_the_block_causal_model_changes_no_token():
     chats = [[{"role": "user", "content": s.prompt}] for s in prompts()[::6]]
     cached, recomputed = (
-        dlm_fast.generate(model("tiny-block"), chats, preset="llada2", max_new_tokens=48, cache=cache) for cache in ("commit", "none")
+        dlm_fast.generate(model("tiny-block"), chats, preset="llada2", max_new_tokens=48, cache=cache)
+        for cache in ("commit", "none")
     )
     assert cached.text == recomputed.text
 
@@ -127,7 +134,9 @@ def test_the_doctor_says_why_a_gpu_without_kernels_is_refused(capsys, monkeypatc
     monkeypatch.setattr(device, "INTERPRETED", 75)
     assert cli.main(["doctor", "--json", "--device", "cpu", "--backend", "triton"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert all("no Triton kernels for compute capability 7.5" in facts["refused"] for facts in report["embedded"].values())
+    assert all(
+        "no Triton kernels for compute capability 7.5" in facts["refused"] for facts in report["embedded"].values()
+    )
 
 
 def test_the_demo_prints_its_table_and_one_json_object(capsys):

@@ -1,4 +1,5 @@
-"""Opening checkpoints: safetensors only, nothing silently causal, and an error with a name for everything that is wrong."""
+"""Opening checkpoints: safetensors only, nothing silently causal, and an error with a name for everything that is
+wrong."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import shutil
 import socket
 import sys
 
-import dlm_fast
 import pytest
 import torch
+from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint
+from safetensors.torch import load_file, save_file
+
+import dlm_fast
 from dlm_fast import CheckpointError
 from dlm_fast.loading import EMBEDDED, checkpoint_path, load_tokenizer
 from dlm_fast.training.networks import stored_dtype
-from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -69,7 +71,11 @@ def test_a_plain_forward_of_a_block_causal_model_sees_to_the_end_of_the_block(tm
         other[0, changed_position] = (tokens[0, changed_position] + 1) % 40 + 2
         with torch.no_grad():
             lengths = torch.tensor([3])
-            difference = (model(other, prompt_lengths=lengths).logits - model(tokens, prompt_lengths=lengths).logits).abs().amax(-1)[0]
+            difference = (
+                (model(other, prompt_lengths=lengths).logits - model(tokens, prompt_lengths=lengths).logits)
+                .abs()
+                .amax(-1)[0]
+            )
         return (difference > 1e-4).nonzero().flatten().tolist()
 
     assert reaches(2) == list(range(12))
@@ -101,7 +107,9 @@ def test_a_folder_without_a_tokenizer_decodes_ids(tmp_path):
 
 
 def test_a_path_that_is_no_folder_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=rf"path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got 'no/such'"):
+    with pytest.raises(
+        CheckpointError, match=rf"path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got 'no/such'"
+    ):
         load("no/such")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="path must be a checkpoint folder"):
@@ -142,7 +150,9 @@ def test_a_pickle_checkpoint_is_never_opened(folder, name):
 
     (folder / "model.safetensors").unlink()
     torch.save(Bomb(), folder / name)
-    with pytest.raises(CheckpointError, match=rf"it has {name}, and pickle checkpoints are never opened: convert them to safetensors"):
+    with pytest.raises(
+        CheckpointError, match=rf"it has {name}, and pickle checkpoints are never opened: convert them to safetensors"
+    ):
         load(folder)
 
 
@@ -150,7 +160,9 @@ def test_a_pickle_checkpoint_is_never_opened(folder, name):
 def test_a_corrupted_safetensors_file_is_named(folder, damage):
     path = folder / "model.safetensors"
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[:-7], "garbage": b"\x07" * 500, "empty": b"", "header": b"\xff" * 8 + data[8:]}[damage])
+    path.write_bytes(
+        {"truncated": data[:-7], "garbage": b"\x07" * 500, "empty": b"", "header": b"\xff" * 8 + data[8:]}[damage]
+    )
     with pytest.raises(CheckpointError, match="model.safetensors is not a readable safetensors file"):
         load(folder)
 
@@ -183,12 +195,19 @@ def test_weights_that_do_not_fit_the_config_are_named_not_drawn_at_random(folder
 
 def test_an_unsupported_architecture_is_named(folder):
     edit(folder, lambda config: config.update(model_type="gpt2"))
-    with pytest.raises(NotImplementedError, match=r"unsupported model_type 'gpt2' in .*toy; supported are llama, qwen2, qwen3"):
+    with pytest.raises(
+        NotImplementedError, match=r"unsupported model_type 'gpt2' in .*toy; supported are llama, qwen2, qwen3"
+    ):
         load(folder)
 
 
 def test_remote_code_is_never_run(folder):
-    edit(folder, lambda config: config.update(model_type="my_own", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}))
+    edit(
+        folder,
+        lambda config: config.update(
+            model_type="my_own", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+        ),
+    )
     (folder / "code.py").write_text("raise SystemExit('remote code ran')")
     with pytest.raises(NotImplementedError, match="unsupported model_type 'my_own'"):
         load(folder)
@@ -211,15 +230,26 @@ def no_network(monkeypatch):
 def test_code_beside_the_weights_of_a_known_model_is_never_imported(folder, no_network):
     for name in ("code", "configuration", "modeling", "tokenization"):
         (folder / f"{name}.py").write_text(CODE)
-    edit(folder, lambda config: config.update(auto_map={"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"}))
+    edit(
+        folder,
+        lambda config: config.update(
+            auto_map={"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"}
+        ),
+    )
     path = folder / "tokenizer_config.json"
     tokenizer = json.loads(path.read_text())
-    path.write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["tokenization.Slow", "tokenization.Fast"]}}))
+    path.write_text(
+        json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": ["tokenization.Slow", "tokenization.Fast"]}})
+    )
     model = load(folder)
-    assert type(model).__module__.startswith("transformers.models.") and type(model.config).__module__.startswith("transformers.models.")
+    assert type(model).__module__.startswith("transformers.models.") and type(model.config).__module__.startswith(
+        "transformers.models."
+    )
     assert dlm_fast.generate(model, ["abc"], max_new_tokens=2).text is not None
     # A tokenizer that is nothing without its code.
-    path.write_text(json.dumps({**tokenizer, "tokenizer_class": "Slow", "auto_map": {"AutoTokenizer": ["tokenization.Slow", None]}}))
+    path.write_text(
+        json.dumps({**tokenizer, "tokenizer_class": "Slow", "auto_map": {"AutoTokenizer": ["tokenization.Slow", None]}})
+    )
     with pytest.raises(CheckpointError, match="the tokenizer of .*toy cannot be read"):
         load(folder)
     assert not (folder / "ran").exists()
@@ -252,17 +282,28 @@ def test_shards_are_one_model_and_two_sets_of_weights_are_refused(folder):
         save_file({name: weights[name] for name in held}, folder / shard, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="has both model.safetensors and a model.safetensors.index.json of other files; keep one"):
+    with pytest.raises(
+        CheckpointError, match="has both model.safetensors and a model.safetensors.index.json of other files; keep one"
+    ):
         load(folder)
     (folder / "model.safetensors").unlink()
     sharded = load(folder)
-    assert all(torch.equal(a, b) for a, b in zip(sharded.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sharded.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
     save_file(weights, folder / "model-2.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="model-2.safetensors holds tensors that another file of .*toy holds too"):
         load(folder)
 
 
-KINDS = {torch.int8: "I8", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.complex64: "C64"}
+KINDS = {
+    torch.int8: "I8",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.complex64: "C64",
+}
 
 
 @pytest.mark.parametrize("asked", [None, torch.float32])
@@ -272,14 +313,20 @@ def test_weights_that_are_no_floats_are_named_not_cast(folder, dtype, asked):
     weights = load_file(path)
     weights[name] = weights[name].to(dtype)
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"must be stored as F64, F32, F16, BF16, got {name} {KINDS[dtype]} \(1 of {len(weights)}\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"must be stored as F64, F32, F16, BF16, got {name} {KINDS[dtype]} \(1 of {len(weights)}\)",
+    ):
         load(folder, dtype=asked)
 
 
 @pytest.mark.parametrize("section", [{"quant_method": "fp8"}, {"quant_method": "bogus"}, {}, "int8"])
 def test_a_quantised_checkpoint_is_refused_by_name(folder, section):
     edit(folder, lambda config: config.update(quantization_config=section))
-    with pytest.raises(NotImplementedError, match="quantised checkpoints are not supported, got quantization_config=.*; supported are float weights"):
+    with pytest.raises(
+        NotImplementedError,
+        match="quantised checkpoints are not supported, got quantization_config=.*; supported are float weights",
+    ):
         load(folder)
 
 
@@ -288,11 +335,15 @@ def test_weights_of_several_floats_need_to_be_told_which(folder):
     weights = load_file(path)
     weights = {key: tensor if key == name else tensor.bfloat16() for key, tensor in weights.items()}
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"stored in several dtypes \(lm_head.weight BF16, {name} F32\); say which with dtype="):
+    with pytest.raises(
+        CheckpointError, match=rf"stored in several dtypes \(lm_head.weight BF16, {name} F32\); say which with dtype="
+    ):
         load(folder)
     assert load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     # Frequencies that old checkpoints store are no weights.
-    weights = {key: tensor.bfloat16() for key, tensor in weights.items()} | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    weights = {key: tensor.bfloat16() for key, tensor in weights.items()} | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)
+    }
     save_file(weights, path, metadata={"format": "pt"})
     assert load(folder).dtype == torch.bfloat16 == stored_dtype(str(folder))
 
@@ -326,7 +377,9 @@ def test_a_model_and_its_answer_do_not_depend_on_the_default_dtype(folder, defau
     assert found.text == expected.text and torch.equal(found.confidence[0], expected.confidence[0])
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_size": "many"}, {"rope_parameters": {"rope_type": "none such"}}])
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 0}, {"hidden_size": "many"}, {"rope_parameters": {"rope_type": "none such"}}]
+)
 def test_a_config_that_describes_no_model_is_named(folder, change):
     edit(folder, lambda config: config.update(change))
     with pytest.raises(CheckpointError, match="config.json describes no llama model"):
@@ -346,7 +399,13 @@ def test_a_config_that_asks_for_tuples_decodes_all_the_same(folder):
 def adapter(tmp_path):
     """A LoRA adapter of the toy model that changes its answers."""
     peft = pytest.importorskip("peft", reason="an adapter is made and merged by peft")
-    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     peft.get_peft_model(native_model(), config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -364,7 +423,10 @@ def test_an_adapter_beside_the_weights_is_applied_by_request_only(folder, adapte
     plain, merged = answer(load(folder)), answer(load(folder, adapter=adapter))
     assert plain != merged
     lay_beside(adapter, folder)
-    with pytest.raises(CheckpointError, match=r"toy holds an adapter \(adapter_config.json\), which is applied on request only; say adapter='.*toy'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"toy holds an adapter \(adapter_config.json\), which is applied on request only; say adapter='.*toy'",
+    ):
         load(folder)
     alone = load(folder, adapter=False)
     assert answer(alone) == plain and not hasattr(alone, "peft_config")
@@ -379,13 +441,18 @@ def test_an_adapter_is_merged_in_float32(folder, adapter, dtype):
     name = "model.layers.1.mlp.down_proj"
     update = scaling * lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
     expected = (base.get_submodule(name).weight + update).to(dtype)
-    torch.testing.assert_close(model.get_submodule(name).weight, expected, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        model.get_submodule(name).weight, expected, atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5
+    )
     assert type(model) is type(base) and {p.dtype for p in model.parameters()} == {dtype}
     assert torch.equal(model.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
 
 
 def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match=r"adapter must be a folder with adapter_config.json and adapter_model.safetensors, got 'none' without"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"adapter must be a folder with adapter_config.json and adapter_model.safetensors, got 'none' without",
+    ):
         load(folder, adapter="none")
     for wrong in (True, 7, ""):
         with pytest.raises(TypeError, match=f"adapter must be a folder, False or None, got adapter={wrong!r}"):
@@ -393,10 +460,19 @@ def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkey
     path = adapter / "adapter_model.safetensors"
     lora = load_file(path)
     damages = [
-        (lambda t: t.pop(sorted(t)[0]), r"tensors missing or unknown: \['base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'\]"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}), "tensors missing or unknown: .*lm_head"),
+        (
+            lambda t: t.pop(sorted(t)[0]),
+            r"tensors missing or unknown: \['base_model.model.model.layers.0.mlp.down_proj.lora_A.weight'\]",
+        ),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 2)}),
+            "tensors missing or unknown: .*lm_head",
+        ),
         (lambda t: t.update({sorted(t)[0]: torch.zeros(5, 5)}), "size mismatch"),
-        (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.int8)}), "must be stored as F64, F32, F16, BF16, got .* I8"),
+        (
+            lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]].to(torch.int8)}),
+            "must be stored as F64, F32, F16, BF16, got .* I8",
+        ),
         (lambda t: t.update({sorted(t)[0]: t[sorted(t)[0]] * torch.nan}), "cannot be merged"),
     ]
     for damage, message in damages:
@@ -419,7 +495,10 @@ def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkey
     [
         ({"mask_token_id": 48}, "mask_token_id must be below the model's vocab_size=48, got 48"),
         ({"eos_token_ids": [EOS, 99]}, "eos_token_ids must be below the model's vocab_size=48, got 99"),
-        ({"mask_token_id": 7}, r"mask_token_id must be the tokenizer's, 0 \('\[MASK\]'\), got mask_token_id=7 of the diffusion configuration"),
+        (
+            {"mask_token_id": 7},
+            r"mask_token_id must be the tokenizer's, 0 \('\[MASK\]'\), got mask_token_id=7 of the diffusion configuration",
+        ),
     ],
 )
 @pytest.mark.parametrize("given", [False, True])

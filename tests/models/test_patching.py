@@ -8,16 +8,25 @@ import multiprocessing
 import pickle
 import threading
 
-import dlm_fast
 import pytest
 import torch
+from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, save_toy_checkpoint, toy
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import dlm_fast
 from dlm_fast.models.native import ATTENTION_NAME
 from dlm_fast.ops import choose
 from dlm_fast.patching import attach
 from dlm_fast.training.networks import checkpoint_activations
-from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, save_toy_checkpoint, toy
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 FULL = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")
 PLAIN = {"prompts": [[5, 6]], "max_new_tokens": 3}
@@ -92,10 +101,14 @@ def test_a_patched_model_of_full_visibility_is_bidirectional_in_a_plain_forward(
 def test_a_patched_block_causal_model_shows_its_blocks_in_a_plain_forward():
     tokens = ids(11)
     absolute = logits(toy("block", block_length=4, block_alignment="abs"), tokens)
-    torch.testing.assert_close(absolute, own_forward(native_model(), tokens, blocks_see([p // 4 for p in range(11)])), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        absolute, own_forward(native_model(), tokens, blocks_see([p // 4 for p in range(11)])), atol=2e-5, rtol=1e-4
+    )
     relative = toy("block", block_length=4, block_alignment="rel")
     expected = own_forward(native_model(), tokens, blocks_see([0] * 3 + [1 + (p - 3) // 4 for p in range(3, 11)]))
-    torch.testing.assert_close(logits(relative, tokens, prompt_lengths=torch.tensor([3])), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(relative, tokens, prompt_lengths=torch.tensor([3])), expected, atol=2e-5, rtol=1e-4
+    )
     # Without prompt_lengths the prompt is what precedes the first mask.
     masked = tokens.clone()
     masked[0, 3] = MASK
@@ -170,8 +183,16 @@ def replace_a_forward(model) -> None:
 @pytest.mark.parametrize(
     "alter, restore, what",
     [
-        (set_another_attention, lambda model: model.set_attn_implementation(ATTENTION_NAME), r"\[0, 1\] of 2, its attention implementation is 'sdpa'"),
-        (replace_a_forward, lambda model: delattr(model.model.layers[1].self_attn, "forward"), r"\[1\] of 2, the forward of layer 1's self_attn was"),
+        (
+            set_another_attention,
+            lambda model: model.set_attn_implementation(ATTENTION_NAME),
+            r"\[0, 1\] of 2, its attention implementation is 'sdpa'",
+        ),
+        (
+            replace_a_forward,
+            lambda model: delattr(model.model.layers[1].self_attn, "forward"),
+            r"\[1\] of 2, the forward of layer 1's self_attn was",
+        ),
     ],
 )
 @pytest.mark.parametrize("visibility", ["full", "block"])
@@ -195,7 +216,10 @@ def test_a_model_that_is_unpatched_while_it_decodes_raises():
         if "_dlm_fast_patch" in model.__dict__:
             handle.unpatch()
 
-    with pytest.raises(RuntimeError, match=PASSED_BY + r"\[0, 1\] of 2, its attention implementation is 'eager' \(.* or unpatched meanwhile\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=PASSED_BY + r"\[0, 1\] of 2, its attention implementation is 'eager' \(.* or unpatched meanwhile\)",
+    ):
         dlm_fast.generate(model, on_step=leave, **PLAIN)
 
 
@@ -264,15 +288,23 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
 def test_layers_that_are_not_numbered_as_they_stand_are_refused():
     model = native_model(layers=3)
     del model.model.layers[0]
-    with pytest.raises(NotImplementedError, match=r"the layers must be numbered 0 to 2 as in config.num_hidden_layers, got layer_idx=\[1, 2\]"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"the layers must be numbered 0 to 2 as in config.num_hidden_layers, got layer_idx=\[1, 2\]",
+    ):
         dlm_fast.patch(model)
 
 
 def test_a_compiled_model_is_refused_with_what_to_do():
     compiled = torch.compile(native_model(), backend="eager")
-    with pytest.raises(NotImplementedError, match=r"unsupported model class OptimizedModule; .*; patch the model that was compiled \(model._orig_mod\)"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"unsupported model class OptimizedModule; .*; patch the model that was compiled \(model._orig_mod\)",
+    ):
         dlm_fast.patch(compiled)
-    with pytest.raises(ValueError, match=r"OptimizedModule is not patched; give the model that was compiled \(model._orig_mod\)"):
+    with pytest.raises(
+        ValueError, match=r"OptimizedModule is not patched; give the model that was compiled \(model._orig_mod\)"
+    ):
         dlm_fast.generate(torch.compile(toy("full"), backend="eager"), **PLAIN)
 
 
@@ -308,7 +340,10 @@ def test_a_copy_of_a_loaded_model_brings_its_tokenizer(tmp_path):
     save_toy_checkpoint(tmp_path)
     model = dlm_fast.load(tmp_path, backend="reference", device="cpu")
     for twin in (copy.deepcopy(model), pickled(model)):
-        assert dlm_fast.generate(twin, ["abc"], max_new_tokens=3).text == dlm_fast.generate(model, ["abc"], max_new_tokens=3).text
+        assert (
+            dlm_fast.generate(twin, ["abc"], max_new_tokens=3).text
+            == dlm_fast.generate(model, ["abc"], max_new_tokens=3).text
+        )
 
 
 def test_a_copy_saves_the_checkpoint_that_the_original_would(tmp_path):
@@ -342,7 +377,10 @@ def test_a_decode_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"the model must be in eval mode, got training=True; call model.eval\(\)"):
         dlm_fast.generate(model, **PLAIN)
     model.eval().model.layers[1].mlp.train()
-    with pytest.raises(ValueError, match=r"the model must be in eval mode, got training=True in model.layers.1.mlp; call model.eval\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the model must be in eval mode, got training=True in model.layers.1.mlp; call model.eval\(\)",
+    ):
         dlm_fast.generate(model, **PLAIN)
     model.eval()
     assert dlm_fast.generate(model, **PLAIN).nfe == [3]
@@ -363,7 +401,9 @@ def test_a_decode_under_autocast_is_refused():
     model = toy("full")
     expected = dlm_fast.generate(model, **PLAIN).canvas[0]
     with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(ValueError, match=r"autocast must be off, got torch.autocast\('cpu', torch.bfloat16\); decode under"):
+        with pytest.raises(
+            ValueError, match=r"autocast must be off, got torch.autocast\('cpu', torch.bfloat16\); decode under"
+        ):
             dlm_fast.generate(model, **PLAIN)
         with torch.autocast("cpu", enabled=False):
             assert torch.equal(dlm_fast.generate(model, **PLAIN).canvas[0], expected)
@@ -398,10 +438,15 @@ def test_patching_twice_and_unpatching_twice_are_errors():
 
 def test_an_unknown_class_is_refused_by_name():
     tiny = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    )
     mistral = MistralForCausalLM(MistralConfig(**tiny, num_key_value_heads=2, intermediate_size=32, pad_token_id=None))
     for model in (gpt2, mistral, nn.Linear(2, 2)):
-        with pytest.raises(NotImplementedError, match=rf"unsupported model class {type(model).__name__}; supported are LlamaForCausalLM, Qwen2"):
+        with pytest.raises(
+            NotImplementedError,
+            match=rf"unsupported model class {type(model).__name__}; supported are LlamaForCausalLM, Qwen2",
+        ):
             dlm_fast.patch(model)
 
 
@@ -417,7 +462,10 @@ def test_an_altered_attention_module_is_refused_and_nothing_is_patched():
     model = native_model()
     attention = model.model.layers[1].self_attn
     attention.forward = attention.forward
-    with pytest.raises(NotImplementedError, match="layer 1 must have an unmodified LlamaAttention, got LlamaAttention with a replaced forward"):
+    with pytest.raises(
+        NotImplementedError,
+        match="layer 1 must have an unmodified LlamaAttention, got LlamaAttention with a replaced forward",
+    ):
         dlm_fast.patch(model)
     del attention.forward
     model.model.layers[0].self_attn = nn.Identity()
@@ -437,7 +485,9 @@ def test_a_sliding_window_is_refused():
 
 def test_an_unknown_backend_is_refused_and_nothing_is_patched():
     model = native_model()
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, reference or an Ops, got backend='cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, triton, reference or an Ops, got backend='cuda'"
+    ):
         dlm_fast.patch(model, backend="cuda")
     with dlm_fast.patch(model, backend="reference"):
         pass
@@ -492,23 +542,32 @@ def test_what_our_attention_would_ignore_is_refused():
         model(tokens, attention_mask=torch.ones(1, 3))
     with pytest.raises(NotImplementedError, match="packed sequences"):
         model(tokens, position_ids=torch.tensor([[0, 1, 0, 1]]))
-    with pytest.raises(ValueError, match="prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, this one is 'full'"):
+    with pytest.raises(
+        ValueError,
+        match="prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, this one is 'full'",
+    ):
         model(tokens, prompt_lengths=torch.tensor([2]))
 
 
 def test_earlier_keys_are_refused_rather_than_forgotten():
     model, tokens = native_model(), ids(6)
     past = model(tokens[:, :4], use_cache=True).past_key_values
-    with dlm_fast.patch(model, backend="reference"), pytest.raises(NotImplementedError, match="a plain forward takes no earlier keys, got 4"):
+    with (
+        dlm_fast.patch(model, backend="reference"),
+        pytest.raises(NotImplementedError, match="a plain forward takes no earlier keys, got 4"),
+    ):
         model(tokens[:, 4:], past_key_values=past)
 
 
 def test_transformers_own_generate_inside_patch_is_right_or_refused():
-    """Its second step hands over a cache: our plain forward keeps none, so it must say so rather than forget the prompt."""
+    """Its second step hands over a cache: our plain forward keeps none, so it must say so rather than forget the
+    prompt."""
     model, tokens = native_model(), ids(4)
     expected = model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False, pad_token_id=EOS)
     with dlm_fast.patch(model, backend="reference"):
-        assert torch.equal(model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False, pad_token_id=EOS), expected)
+        assert torch.equal(
+            model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False, pad_token_id=EOS), expected
+        )
         with pytest.raises(NotImplementedError, match="takes no earlier keys"):
             model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=EOS)
 
@@ -545,7 +604,10 @@ def test_the_diffusion_configuration_is_read_from_the_config():
         ({"block_length": "4"}, "block_length must be a whole number >= 1 or None, got block_length='4'"),
         ({"block_length": 4.5}, "block_length must be a whole number >= 1 or None, got block_length=4.5"),
         ({"block_length": True}, "block_length must be a whole number >= 1 or None, got block_length=True"),
-        ({"block_length": 10**12}, "block_length must be a whole number <= 16777216 or None, got block_length=1000000000000"),
+        (
+            {"block_length": 10**12},
+            "block_length must be a whole number <= 16777216 or None, got block_length=1000000000000",
+        ),
         ({"block_alignment": "left"}, "block_alignment must be one of abs, rel, got block_alignment='left'"),
         ({"logits_row": "next"}, "logits_row must be one of self, previous, got logits_row='next'"),
         ({"blocks": 3}, "unknown keys \\['blocks'\\]"),
@@ -566,7 +628,9 @@ def test_a_diffusion_section_that_is_no_object_is_named():
             dlm_fast.DiffusionConfig.from_dict(section)
 
 
-@pytest.mark.parametrize("name, ids", [("mask_token_id", {"mask_token_id": 48}), ("eos_token_ids", {"eos_token_ids": (EOS, 48)})])
+@pytest.mark.parametrize(
+    "name, ids", [("mask_token_id", {"mask_token_id": 48}), ("eos_token_ids", {"eos_token_ids": (EOS, 48)})]
+)
 def test_ids_that_the_vocabulary_does_not_hold_are_refused_and_nothing_is_patched(name, ids):
     model = native_model()
     with pytest.raises(ValueError, match=f"{name} must be below the model's vocab_size=48, got 48"):

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dlm_fast
 import pytest
+from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
+
+import dlm_fast
 from dlm_fast import cli, jobs, loading
 from dlm_fast.training import __main__ as training
-from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def prompts(tmp_path):
     """Seven records: text, chat, ids with an id of their own, and canvases between them."""
-    records = [{"prompt": "abc"}, {"prompt": [{"role": "user", "content": "hi"}], "id": "chat"}, {"prompt": random_prompts([5])[0], "id": 7}]
+    records = [
+        {"prompt": "abc"},
+        {"prompt": [{"role": "user", "content": "hi"}], "id": "chat"},
+        {"prompt": random_prompts([5])[0], "id": 7},
+    ]
     records += [{"canvas": [5, MASK, 7, MASK]}, {"canvas": [MASK, 9]}, {"prompt": "xyz"}, {"prompt": "0 1 2"}]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
@@ -41,7 +46,20 @@ def prompts(tmp_path):
 def command(checkpoint, prompts, tmp_path):
     """generate, from `prompts` to out.jsonl, in batches of two."""
     where = ["--model", str(checkpoint), "--input", str(prompts), "--output", str(tmp_path / "out.jsonl")]
-    return ["generate", *where, "--max-new-tokens", "6", "--temperature", "0.7", "--batch-size", "2", "--block-length", "3", "--device", "cpu"]
+    return [
+        "generate",
+        *where,
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0.7",
+        "--batch-size",
+        "2",
+        "--block-length",
+        "3",
+        "--device",
+        "cpu",
+    ]
 
 
 def run(argv, capsys) -> tuple[int, str, str]:
@@ -75,7 +93,19 @@ def break_after(monkeypatch, batches: int, error: BaseException) -> None:
 
 
 def test_prompts_on_the_command_line_are_answered_on_stdout(checkpoint, capsys):
-    argv = ["generate", "--model", str(checkpoint), "--prompt", "abc", "--prompt", "de", "--max-new-tokens", "4", "--device", "cpu"]
+    argv = [
+        "generate",
+        "--model",
+        str(checkpoint),
+        "--prompt",
+        "abc",
+        "--prompt",
+        "de",
+        "--max-new-tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
     status, out, _ = run([*argv, "--json"], capsys)
     report = json.loads(out.splitlines()[-1])
     assert status == 0 and report["preset"] == "llada" and [r["index"] for r in report["results"]] == [0, 1]
@@ -96,13 +126,26 @@ def test_an_adapter_beside_the_weights_needs_a_word(tmp_path, capsys):
     peft = pytest.importorskip("peft", reason="an adapter is made and merged by peft")
     model = save_toy_checkpoint(tmp_path)
     answers = {}
-    argv = ["generate", "--model", str(tmp_path), "--prompt", "abcde", "--max-new-tokens", "9", "--device", "cpu", "--json"]
+    argv = [
+        "generate",
+        "--model",
+        str(tmp_path),
+        "--prompt",
+        "abcde",
+        "--max-new-tokens",
+        "9",
+        "--device",
+        "cpu",
+        "--json",
+    ]
 
     def answer(*flags) -> list[int]:
         return json.loads(run([*argv, *flags], capsys)[1])["results"][0]["ids"]
 
     answers["before"] = answer()
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).save_pretrained(tmp_path)
+    peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).save_pretrained(tmp_path)
     assert "holds an adapter (adapter_config.json), which is applied on request only" in error_of(argv[:-1], capsys)
     assert answer("--adapter", "none") == answers["before"] != answer("--adapter", str(tmp_path))
 
@@ -118,7 +161,9 @@ def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
-def test_every_batch_is_on_the_disk_before_the_next_one_and_all_of_it_before_it_is_named(command, tmp_path, capsys, monkeypatch):
+def test_every_batch_is_on_the_disk_before_the_next_one_and_all_of_it_before_it_is_named(
+    command, tmp_path, capsys, monkeypatch
+):
     synced, decode, seen = Synced(monkeypatch), jobs.generate, []
 
     def generate(*args, **kwargs):
@@ -259,7 +304,9 @@ def test_a_full_disk_is_an_error_and_no_output_looks_complete(command, tmp_path,
 def test_a_disk_that_fills_up_while_the_output_is_finished_keeps_the_old_output(command, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out.jsonl"
     output.write_text("old")
-    monkeypatch.setattr(jobs.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(
+        jobs.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
     assert "No space left on device" in error_of([*command, "--overwrite"], capsys)
     assert output.read_text() == "old"
 
@@ -323,7 +370,10 @@ def test_an_input_that_cannot_be_read_is_named(command, prompts, capsys):
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32, got 'int8'"),
         (["--backend", "cuda"], "backend must be one of auto, triton, reference or an Ops, got backend='cuda'"),
-        (["--model", "nowhere"], f"path must be a checkpoint folder or one of {', '.join(loading.EMBEDDED)}, got 'nowhere'"),
+        (
+            ["--model", "nowhere"],
+            f"path must be a checkpoint folder or one of {', '.join(loading.EMBEDDED)}, got 'nowhere'",
+        ),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_argument_rule_and_value(command, capsys, flags, message):
@@ -336,7 +386,9 @@ def test_debug_shows_the_traceback(command):
 
 
 def test_input_needs_output(checkpoint, prompts, capsys):
-    assert "--input needs --output" in error_of(["generate", "--model", str(checkpoint), "--input", str(prompts)], capsys)
+    assert "--input needs --output" in error_of(
+        ["generate", "--model", str(checkpoint), "--input", str(prompts)], capsys
+    )
 
 
 @pytest.mark.parametrize("argv", [[], ["nope"], ["generate"], ["generate", "--model", "x"], ["presets", "--nope"]])
@@ -382,7 +434,18 @@ def test_the_readme_shows_the_table_of_presets(capsys):
 
 
 def test_any_option_of_a_preset_can_be_set(capsys):
-    arguments = ["generate", "--model", "tiny-full", "--prompt", "Sort 3 1", "--preset", "local-leap", "--max-new-tokens", "4", "--json"]
+    arguments = [
+        "generate",
+        "--model",
+        "tiny-full",
+        "--prompt",
+        "Sort 3 1",
+        "--preset",
+        "local-leap",
+        "--max-new-tokens",
+        "4",
+        "--json",
+    ]
     status, out, _ = run([*arguments, "--set", "distance=2", "--set", "block_length=2"], capsys)
     assert status == 0 and len(json.loads(out.splitlines()[-1])["results"]) == 1
     assert run([*arguments, "--set", "distances=2"], capsys)[0] == 1
@@ -418,7 +481,13 @@ def test_no_command_takes_an_abbreviated_flag(monkeypatch):
         with pytest.raises(SystemExit):
             importlib.import_module(module).main(["--help"])
     programs = {parser.prog.rpartition("python -m ")[2] for parser in made}
-    assert {"dlm-fast generate", "dlm_fast.training distill", "bench quality", "dlm_kernels.static", "dlm_kernels.propose"} <= programs
+    assert {
+        "dlm-fast generate",
+        "dlm_fast.training distill",
+        "bench quality",
+        "dlm_kernels.static",
+        "dlm_kernels.propose",
+    } <= programs
     assert not [parser.prog for parser in made if parser.allow_abbrev]
 
 
@@ -446,7 +515,11 @@ def test_an_option_that_the_decoder_does_not_read_is_refused(command, capsys):
 def own_settings(prompts):
     """Lines with settings of their own between lines without."""
     records = [{"prompt": "abc"}, {"prompt": "abc", "max_new_tokens": 2, "temperature": 0.0, "meta": {"answer": [1]}}]
-    records += [{"prompt": "xy", "min_new_tokens": 6, "temperature": 1.5}, {"canvas": [5, MASK], "temperature": 0}, {"prompt": "z", "id": 3}]
+    records += [
+        {"prompt": "xy", "min_new_tokens": 6, "temperature": 1.5},
+        {"canvas": [5, MASK], "temperature": 0},
+        {"prompt": "z", "id": 3},
+    ]
     prompts.write_text("\n".join(map(json.dumps, records)))
     return records
 
@@ -465,7 +538,9 @@ def test_a_line_may_have_settings_of_its_own(command, own_settings, checkpoint, 
     assert [line.get("meta") for line in lines] == [None, {"answer": [1]}, None, None, None] and lines[4]["id"] == 3
 
 
-def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(command, own_settings, tmp_path, capsys, monkeypatch):
+def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(
+    command, own_settings, tmp_path, capsys, monkeypatch
+):
     output = tmp_path / "out.jsonl"
     run(command, capsys)
     whole = output.read_bytes()
@@ -480,16 +555,34 @@ def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(command, o
 @pytest.mark.parametrize(
     "line, message",
     [
-        ({"prompt": "a", "system": "x", "answer": 3}, "line 2: unknown keys ['answer', 'system']; a line may have prompt or canvas, id, meta"),
-        ({"prompt": "a", "max_new_tokens": 0}, "line 2: max_new_tokens must be a whole number >= 1, got max_new_tokens=0"),
+        (
+            {"prompt": "a", "system": "x", "answer": 3},
+            "line 2: unknown keys ['answer', 'system']; a line may have prompt or canvas, id, meta",
+        ),
+        (
+            {"prompt": "a", "max_new_tokens": 0},
+            "line 2: max_new_tokens must be a whole number >= 1, got max_new_tokens=0",
+        ),
         ({"prompt": "a", "max_new_tokens": 10**30}, "line 2: max_new_tokens must be a whole number <= 16777216"),
-        ({"prompt": "a", "min_new_tokens": "3"}, "line 2: min_new_tokens must be a whole number >= 0, got min_new_tokens='3'"),
+        (
+            {"prompt": "a", "min_new_tokens": "3"},
+            "line 2: min_new_tokens must be a whole number >= 0, got min_new_tokens='3'",
+        ),
         ({"prompt": "a", "temperature": [1]}, "line 2: temperature must be a finite number >= 0, got temperature=[1]"),
-        ({"prompt": "a", "temperature": 1e-9}, "line 2: temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09"),
+        (
+            {"prompt": "a", "temperature": 1e-9},
+            "line 2: temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09",
+        ),
         ({"prompt": "a", "min_new_tokens": 7}, "line 2: min_new_tokens must be at most max_new_tokens, got 7 > 6"),
         ({"canvas": [MASK], "max_new_tokens": 3}, "line 2: max_new_tokens goes with a prompt"),
-        ({"prompt": "a", "meta": [float("nan")]}, "line 2: meta must be JSON that a file in UTF-8 can hold: Out of range float values"),
-        ({"prompt": "a", "id": "\ud800"}, "line 2: id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode"),
+        (
+            {"prompt": "a", "meta": [float("nan")]},
+            "line 2: meta must be JSON that a file in UTF-8 can hold: Out of range float values",
+        ),
+        (
+            {"prompt": "a", "id": "\ud800"},
+            "line 2: id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode",
+        ),
     ],
 )
 def test_a_bad_setting_of_a_line_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys, line, message):
@@ -509,7 +602,9 @@ def test_a_temperature_that_the_decoder_refuses_is_named_before_anything_is_deco
 
 def test_a_line_ends_where_a_line_of_json_does(command, prompts, tmp_path, capsys):
     meta = "a\u2028b\u0085c"
-    prompts.write_text(json.dumps({"prompt": "abc", "meta": meta}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "abc"}))
+    prompts.write_text(
+        json.dumps({"prompt": "abc", "meta": meta}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "abc"})
+    )
     assert run(command, capsys)[0] == 0
     lines = (tmp_path / "out.jsonl").read_bytes().decode().split("\n")[:-1]
     assert [json.loads(line).get("meta") for line in lines] == [meta, None]

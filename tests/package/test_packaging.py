@@ -24,7 +24,9 @@ def pins(python_version: str) -> dict[str, str]:
     for requirement in (Requirement(line) for line in lines if line):
         if requirement.marker is None or requirement.marker.evaluate({"python_version": python_version}):
             (pin,) = requirement.specifier
-            assert pin.operator == "==" and requirement.name not in found, f"constraints.txt: pin once, exactly: {requirement}"
+            assert pin.operator == "==" and requirement.name not in found, (
+                f"constraints.txt: pin once, exactly: {requirement}"
+            )
             found[requirement.name] = pin.version
     return found
 
@@ -56,7 +58,9 @@ def test_every_declared_requirement_is_pinned_within_its_range(declared, python_
 
 @pytest.mark.parametrize("python_version", PYTHONS)
 def test_no_pin_names_a_build_of_torch_or_its_cuda_libraries(python_version):
-    assert {name: pin for name, pin in pins(python_version).items() if "+" in pin or name.startswith(("nvidia-", "cuda-"))} == {}
+    assert {
+        name: pin for name, pin in pins(python_version).items() if "+" in pin or name.startswith(("nvidia-", "cuda-"))
+    } == {}
 
 
 def test_the_version_is_said_once():

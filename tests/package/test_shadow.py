@@ -1,4 +1,5 @@
-"""No module of ours is named `kernels`: that is Hugging Face's package, and transformers imports it wherever it is installed."""
+"""No module of ours is named `kernels`: that is Hugging Face's package, and transformers imports it wherever it is
+installed."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ print(json.dumps({"packages": distribution.packages, "modules": modules, "data":
 
 def test_the_folder_kernels_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert [path.name for path in (ROOT / "kernels").iterdir() if not path.name.startswith((".", "__"))] == ["dlm_kernels"]
+    assert [path.name for path in (ROOT / "kernels").iterdir() if not path.name.startswith((".", "__"))] == [
+        "dlm_kernels"
+    ]
 
 
 def test_in_the_checkout_kernels_is_at_most_a_namespace():

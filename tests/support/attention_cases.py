@@ -1,4 +1,5 @@
-"""Random calls of `block_attention` with hostile contents, and how the kernel is compared with the loop of attention_oracle.py."""
+"""Random calls of `block_attention` with hostile contents, and how the kernel is compared with the loop of
+attention_oracle.py."""
 
 from __future__ import annotations
 
@@ -8,16 +9,28 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from dlm_kernels.attention import launch as kernel
 import torch
-from attention_oracle import by_the_loop, cached_slots, e4m3, fields, live_positions, may_be_nan, place, stored_by_the_loop
-from dlm_kernels import Window, reference
+from attention_oracle import (
+    by_the_loop,
+    cached_slots,
+    e4m3,
+    fields,
+    live_positions,
+    may_be_nan,
+    place,
+    stored_by_the_loop,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Boundaries at toy size: key tiles of 16, splits of two tiles and at most two of them, then longer ones; three tiles of queries at most.
+from dlm_kernels import Window, reference
+from dlm_kernels.attention import launch as kernel
+
+# Boundaries at toy size: key tiles of 16, splits of two tiles and at most two of them, then longer ones; three tiles of
+# queries at most.
 TOY = kernel.AttentionTile(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1, SPLIT=32, MAX_SPLITS=2, PREFILL_ROWS=48)
-# Tiles of the split form and of the prefill: swapped operands, key tiles larger than a page, tiles that do not divide PREFILL_ROWS.
+# Tiles of the split form and of the prefill: swapped operands, key tiles larger than a page, tiles that do not divide
+# PREFILL_ROWS.
 TOYS = (
     (TOY, TOY),
     (dataclasses.replace(TOY, SWAP=True, MAX_SPLITS=8), TOY),
@@ -33,8 +46,8 @@ FP8 = torch.float8_e4m3fn
 class Case:
     """Arguments of one call. The caches are views of buffers whose margins (along the slots) nobody may touch.
 
-    With a page table, a buffer is [num_pages, H_kv, GUARD + page_size + GUARD, D], else [R, H_kv, GUARD + capacity + GUARD, D].
-    A case in float64 holds the numbers of an fp8 cache before their scale.
+    With a page table, a buffer is [num_pages, H_kv, GUARD + page_size + GUARD, D], else [R, H_kv, GUARD + capacity +
+    GUARD, D]. A case in float64 holds the numbers of an fp8 cache before their scale.
     """
 
     q: Tensor
@@ -98,7 +111,8 @@ class Case:
 
 
 class PoisonedMemory(TorchFunctionMode):
-    """Inside, what torch hands out uninitialised is poisoned and lies between guard zones; `check` finds overwritten guards."""
+    """Inside, what torch hands out uninitialised is poisoned and lies between guard zones; `check` finds overwritten
+    guards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +120,10 @@ class PoisonedMemory(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in ("empty", "empty_like", "empty_strided", "new_empty") or not result.numel():
+        if (
+            getattr(func, "__name__", "") not in ("empty", "empty_like", "empty_strided", "new_empty")
+            or not result.numel()
+        ):
             return result
         poison = math.nan if result.is_floating_point() else -(2 ** (8 * result.element_size() - 2)) - 1
         extent = 1 + sum((n - 1) * stride for n, stride in zip(result.shape, result.stride(), strict=True))
@@ -145,8 +162,8 @@ def random_case(
 ) -> Case:
     """A ragged batch in float64 (values exact in float16) where everything that must not be read is NaN or infinite.
 
-    sliding: True for any sliding window. shared: the rows of the batch may read the same cache row. full_rows: every row uses the whole
-    window. q_lens, kv_lens: the rows' lengths, instead of random ones around the boundaries.
+    sliding: True for any sliding window. shared: the rows of the batch may read the same cache row. full_rows: every
+    row uses the whole window. q_lens, kv_lens: the rows' lengths, instead of random ones around the boundaries.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +178,9 @@ def random_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).half().double()
 
-    w: dict[str, Any] = {name: [] for name in ("q_pos", "q_block", "q_branch", "q_len", "kv_slot", "kv_len", "replaced", "kept")}
+    w: dict[str, Any] = {
+        name: [] for name in ("q_pos", "q_block", "q_branch", "q_len", "kv_slot", "kv_len", "replaced", "kept")
+    }
     w["cache_row"] = rng.choices(range(R), k=B) if shared else rng.sample(range(R), B)
     for b in range(B):
         q_len = W if full_rows else rng.choice((0, W, W, rng.randint(1, W)))
@@ -202,7 +221,9 @@ def random_case(
     present = {"kept": kept, "q_branch": branch}
     w = {name: value for name, value in w.items() if present.get(name, True)}
     sliding_window = rng.choice((1, 2, SPLIT // 2, SPLIT, SPLIT + 1, 1000)) if sliding is True else sliding or None
-    tensors = {n: torch.tensor(x, dtype=torch.bool if n == "kept" else torch.int32) for n, x in w.items() if n != "mode"}
+    tensors = {
+        n: torch.tensor(x, dtype=torch.bool if n == "kept" else torch.int32) for n, x in w.items() if n != "mode"
+    }
     window = Window(mode=mode, **tensors)
 
     # q, k, v as Hugging Face hands them over: transposed views of [B, W, H, D].
@@ -217,11 +238,13 @@ def random_case(
         buffers = [torch.full((R, H_kv, capacity + 2 * GUARD, D), math.nan, dtype=torch.float64) for _ in range(2)]
     case = Case(q, k, v, *buffers, window, rng.choice((D**-0.5, 0.3)), *scales, sliding_window)
 
-    # What a slot may hold: a key if some row sees it; else NaN, and then one window position may be stored there, dead ones included.
+    # What a slot may hold: a key if some row sees it; else NaN, and then one window position may be stored there, dead
+    # ones included.
     seen: dict[int, set[int]] = {row: set() for row in w["cache_row"]}
     for b, row in enumerate(w["cache_row"]):
         seen[row] |= set(cached_slots(case, w, b)) if cache else set()
-    # A store must be hidden from its readers by kv_len, replaced or kept: what only slides out of sight stays unwritten.
+    # A store must be hidden from its readers by kv_len, replaced or kept: what only slides out of sight stays
+    # unwritten.
     taken = {row: set(slots) for row, slots in seen.items()}
     unslid = dataclasses.replace(case, sliding_window=None)
     for b, row in enumerate(w["cache_row"]):
@@ -245,7 +268,8 @@ def random_case(
 
 
 def paged(case: Case, page_size: int, rng: random.Random | None = None) -> Case:
-    """The same slots in pages that lie anywhere. Table entries that nobody needs are garbage; page 0 holds NaN and stays that way."""
+    """The same slots in pages that lie anywhere. Table entries that nobody needs are garbage; page 0 holds NaN and
+    stays that way."""
     rng = rng or random.Random(page_size)
     w = fields(case)
     R, H_kv, capacity, D = case.caches[0].shape
@@ -287,10 +311,11 @@ def assert_no_worse_than_torch(
 ) -> None:  # fmt: skip
     """Our largest error against float64 is at most `factor` times that of the reference in the same dtype.
 
-    Where the exact result is not finite ours must not be either, and only there, but for what `may_be_nan` [like ours, bool] excuses.
-    values: what the results are means of.
+    Where the exact result is not finite ours must not be either, and only there, but for what `may_be_nan` [like ours,
+    bool] excuses. values: what the results are means of.
     """
-    # Where NaN leave few results to find the reference's error by: weights are rounded, and the largest value may have most of them.
+    # Where NaN leave few results to find the reference's error by: weights are rounded, and the largest value may have
+    # most of them.
     rounding = _largest(exact.to(ours.dtype).double() - exact, exact.isfinite())
     if values is not None and not low_precision.isfinite().all():
         rounding = max(rounding, torch.finfo(ours.dtype).eps / 2 * _largest(values.double(), values.isfinite()))
@@ -304,10 +329,14 @@ def assert_no_worse_than_torch(
 
 def assert_not_finite_where(ours: Tensor, exact: Tensor, may_be_nan: Tensor | None = None) -> None:
     hidden = ours.isfinite() & ~exact.isfinite()
-    assert not hidden.any(), f"{int(hidden.sum())} results are finite where the exact ones are not, first {hidden.nonzero()[0].tolist()}"
+    assert not hidden.any(), (
+        f"{int(hidden.sum())} results are finite where the exact ones are not, first {hidden.nonzero()[0].tolist()}"
+    )
     spread = ~ours.isfinite() & exact.isfinite()
     spread &= torch.tensor(True) if may_be_nan is None else ~may_be_nan
-    assert not spread.any(), f"{int(spread.sum())} results are not finite where the exact ones are, first {spread.nonzero()[0].tolist()}"
+    assert not spread.any(), (
+        f"{int(spread.sum())} results are not finite where the exact ones are, first {spread.nonzero()[0].tolist()}"
+    )
 
 
 def _largest(values: Tensor, among: Tensor) -> float:
@@ -315,7 +344,8 @@ def _largest(values: Tensor, among: Tensor) -> float:
 
 
 def not_finite(case: Case, rng: random.Random) -> Case:
-    """The case with NaN or infinities in live places: of queries, of the window's keys and values, of cached ones that a row sees."""
+    """The case with NaN or infinities in live places: of queries, of the window's keys and values, of cached ones that
+    a row sees."""
     w = fields(case)
     (B, _, _, D), H_kv = case.q.shape, case.k.shape[1]
     rows = [b for b in range(B) if live_positions(w, b)]
@@ -343,7 +373,8 @@ def not_finite(case: Case, rng: random.Random) -> Case:
 def check_against_the_loop(
     case: Case, dtype: torch.dtype, device: torch.device, tile: kernel.AttentionTile = TOY, **private
 ) -> None:
-    """The kernel's output within the error bound, zero where dead, and its stores exact (fp8: the reference's bytes)."""
+    """The kernel's output within the error bound, zero where dead, and its stores exact (fp8: the reference's
+    bytes)."""
     ours, low = case.to(dtype, device), case.to(dtype)
     out, low_out, exact = ours.kernel(tile, **private), low.reference(), by_the_loop(case)
     assert out.shape == case.q.shape and out.dtype == dtype and out.transpose(1, 2).is_contiguous()
@@ -353,7 +384,9 @@ def check_against_the_loop(
     for b in range(case.q.shape[0]):
         dead = sorted(set(range(case.q.shape[2])) - set(live_positions(w, b)))
         assert not out[b, :, dead].any(), "a dead position is not zero"
-    for mine, theirs, expected in zip(ours.buffers, low.buffers, stored_by_the_loop(case) if ours.buffers else (), strict=True):
+    for mine, theirs, expected in zip(
+        ours.buffers, low.buffers, stored_by_the_loop(case) if ours.buffers else (), strict=True
+    ):
         assert_same_bits(mine, theirs)
         assert_same_bits(mine.double().cpu(), expected)
 

@@ -1,4 +1,5 @@
-"""`block_attention` written down a second time: who sees whom by a loop over `Window`'s docstring, then a softmax over the list.
+"""`block_attention` written down a second time: who sees whom by a loop over `Window`'s docstring, then a softmax over
+the list.
 
 Float64, one query at a time; nothing is imported from the project but what carries the arguments.
 """
@@ -15,7 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from attention_cases import Case
 
-# The finite, non-negative numbers of float8 e4m3, by their codes 0..126: subnormals m * 2^-9, then (8 + m) * 2^(e - 10).
+# The finite, non-negative numbers of float8 e4m3, by their codes 0..126: subnormals m * 2^-9, then (8 + m) * 2^(e -
+# 10).
 E4M3 = torch.tensor(
     [(code & 7) * 2.0**-9 if code < 8 else (8 + (code & 7)) * 2.0 ** ((code >> 3) - 10) for code in range(127)]
 ).double()
@@ -87,7 +89,10 @@ def by_the_loop(case: Case) -> Tensor:
             # Two lists around a slice: the listed pairs come first.
             k_seen, v_seen = (cache[first, :, third].transpose(0, 1).double() for cache in (k_cache, v_cache))
             if case.k_scale is not None:
-                k_seen, v_seen = k_seen * case.k_scale.double()[:, None, None], v_seen * case.v_scale.double()[:, None, None]
+                k_seen, v_seen = (
+                    k_seen * case.k_scale.double()[:, None, None],
+                    v_seen * case.v_scale.double()[:, None, None],
+                )
         for i in live:
             seen = [j for j in live if sees(w, b, i, j)]
             keys = torch.cat([k_seen, case.k[b, :, seen].double()], 1)
@@ -99,8 +104,8 @@ def by_the_loop(case: Case) -> Tensor:
 
 
 def may_be_nan(case: Case, *, keys: bool) -> Tensor:
-    """[B, H, W, D] bool: results that may be NaN though the formula's are not: a live value of the row that the query does not see is
-    not finite there (times a weight of 0 it is NaN); with `keys`, also where such a key is."""
+    """[B, H, W, D] bool: results that may be NaN though the formula's are not: a live value of the row that the query
+    does not see is not finite there (times a weight of 0 it is NaN); with `keys`, also where such a key is."""
     (B, H, W, D), H_kv = case.q.shape, case.k.shape[1]
     may = torch.zeros(B, H_kv, H // H_kv, W, D, dtype=torch.bool)
     w = fields(case)

@@ -1,4 +1,5 @@
-"""Random calls of `confidence` and `linear_confidence`, the checks that tests and the campaign make of them, and how they are run."""
+"""Random calls of `confidence` and `linear_confidence`, the checks that tests and the campaign make of them, and how
+they are run."""
 
 from __future__ import annotations
 
@@ -8,32 +9,43 @@ import math
 import random
 from collections.abc import Iterator
 
-from dlm_kernels.confidence import launch as kernel
-import dlm_kernels.linear_confidence as linear_kernel
 import torch
-from dlm_kernels import reference
-from dlm_kernels.reference import noise as generator
-from dlm_kernels.reference.confidence import OUTPUTS, Confidence
-from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
-from dlm_kernels.tiles import ConfidenceTile, LinearConfidenceTile
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+import dlm_kernels.linear_confidence as linear_kernel
+from dlm_kernels import reference
+from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
+from dlm_kernels.confidence import launch as kernel
+from dlm_kernels.reference import noise as generator
+from dlm_kernels.reference.confidence import OUTPUTS, Confidence
+from dlm_kernels.tiles import ConfidenceTile, LinearConfidenceTile
+
 INTEGERS = ("token", "second_token", "error", "top_tokens")
-FLOATS = ("logit", "second_logit", "logsumexp", "entropy", "confidence", "margin", "sampled_confidence", "query_confidence")
+FLOATS = (
+    "logit",
+    "second_logit",
+    "logsumexp",
+    "entropy",
+    "confidence",
+    "margin",
+    "sampled_confidence",
+    "query_confidence",
+)
 STATISTICS = ("second", "logsumexp", "entropy")
 WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
 GUARD = 16
 # A draw is compared where its two best float64 scores are further apart than any rounding of an fp32 score.
 CLEAR_DRAW = 1e-3
 
-# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts with a program for
-# each part, one across tiles that are parts, one into a single tile.
+# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts
+# with a program for each part, one across tiles that are parts, one into a single tile.
 LANES = (16, 64, 1024)
 
 
-# -- running -----------------------------------------------------------------------------------------------------------------
+# -- running
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -53,7 +65,9 @@ def poisoned_empty() -> Iterator[None]:
         torch.empty = real
     for buffer in buffers:
         guards = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
-        assert (guards.isnan() if buffer.dtype.is_floating_point else guards == -7777).all(), "written outside an output"
+        assert (guards.isnan() if buffer.dtype.is_floating_point else guards == -7777).all(), (
+            "written outside an output"
+        )
 
 
 @contextlib.contextmanager
@@ -92,10 +106,15 @@ def toy_tile(lanes: int, part_tiles: int = 4) -> ConfidenceTile:
 
 
 def run_kernel(
-    logits: Tensor, lanes: int | None = None, *, part_tiles: int | None = None, split: bool | None = None, **arguments: object
+    logits: Tensor,
+    lanes: int | None = None,
+    *,
+    part_tiles: int | None = None,
+    split: bool | None = None,
+    **arguments: object,
 ) -> Confidence:
-    """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 lanes are split), its buffers
-    poisoned."""
+    """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 lanes are split),
+    its buffers poisoned."""
     tile = None if lanes is None else toy_tile(lanes, part_tiles or {16: 4, 64: 1}.get(lanes, 2))
     split = lanes == 16 if lanes is not None and split is None else split
     with contextlib.ExitStack() as stack:
@@ -108,7 +127,9 @@ def run_kernel(
         return kernel.confidence(logits, **arguments)
 
 
-def run_linear(hidden: Tensor, weight: Tensor, tile: LinearConfidenceTile | None = None, **arguments: object) -> Confidence:
+def run_linear(
+    hidden: Tensor, weight: Tensor, tile: LinearConfidenceTile | None = None, **arguments: object
+) -> Confidence:
     """`linear_confidence` by a tile (None: what the launcher chooses), its buffers poisoned."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(faster_interpreter())
@@ -133,15 +154,22 @@ class Recorder(TorchDispatchMode):
 @contextlib.contextmanager
 def recorded() -> Iterator[list[str]]:
     recorder = Recorder()
-    with changed(type(kernel._merge_kernel), run=lambda self, *_, **__: recorder.calls.append(self.fn.__name__)), recorder:
+    with (
+        changed(type(kernel._merge_kernel), run=lambda self, *_, **__: recorder.calls.append(self.fn.__name__)),
+        recorder,
+    ):
         yield recorder.calls
 
 
-# -- checks ------------------------------------------------------------------------------------------------------------------
+# -- checks
+# ------------------------------------------------------------------------------------------------------------------
 
 
-def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tensor, scale: float, factor: float = 2) -> None:
-    """Error at most `factor` times torch's own in fp32, plus rounding: exponents are of size `scale` and carry 24 bits."""
+def assert_no_worse_than_torch(
+    ours: Tensor, low_precision: Tensor, exact: Tensor, scale: float, factor: float = 2
+) -> None:
+    """Error at most `factor` times torch's own in fp32, plus rounding: exponents are of size `scale` and carry 24
+    bits."""
     finite = exact.isfinite()
     assert torch.equal(ours[~finite].double(), exact[~finite])
     error = (ours.double() - exact)[finite].abs()
@@ -151,7 +179,8 @@ def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tenso
 
 
 def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
-    """Ids and errors exactly, floats by the error bound; `sampled_token` where the draw is clear, which nearly all are."""
+    """Ids and errors exactly, floats by the error bound; `sampled_token` where the draw is clear, which nearly all
+    are."""
     low = reference.confidence(logits, **arguments)
     previous = {"previous": arguments["previous"].double()} if arguments.get("previous") is not None else {}
     exact = reference.confidence(logits.double(), **arguments | previous)
@@ -167,7 +196,9 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
         assert (~settled).sum() <= max(1, 0.01 * settled.numel())
         assert torch.equal(ours.sampled_token[settled], exact.sampled_token[settled]), "sampled_token"
     temperature = arguments.get("temperature")
-    usable = [1.0] if temperature is None else [t for t in temperature.tolist() if 1e-6 <= t <= 1e6]  # others are errors of their rows
+    usable = (
+        [1.0] if temperature is None else [t for t in temperature.tolist() if 1e-6 <= t <= 1e6]
+    )  # others are errors of their rows
     coldest = min(usable, default=1.0)
     added = [arguments[name] for name in ("bias", "previous") if arguments.get(name) is not None]
     finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
@@ -179,7 +210,9 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
             assert values.dtype == torch.float32
             keep = settled if name == "sampled_confidence" else slice(None)
             # Log-probabilities are subtracted, and those of a flat row are as large as its logsumexp.
-            terms = scale + (arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0)
+            terms = scale + (
+                arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0
+            )
             assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], terms)
 
 
@@ -223,7 +256,8 @@ def rows_of(result: Confidence, rows: slice) -> Confidence:
     return Confidence(*(None if values is None else values[rows] for values in result))
 
 
-# -- random calls --------------------------------------------------------------------------------------------------------------
+# -- random calls
+# --------------------------------------------------------------------------------------------------------------
 
 
 def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
@@ -246,7 +280,9 @@ def random_options(rng: random.Random, R: int, V: int, most_rows: int, known: tu
     arguments: dict[str, object] = {}
     if rng.random() < 0.5:
         N = rng.randint(1, most_rows)
-        arguments["rows"] = torch.tensor([rng.choice([-1, R, *range(R), *range(R)]) for _ in range(N)], dtype=torch.int32)
+        arguments["rows"] = torch.tensor(
+            [rng.choice([-1, R, *range(R), *range(R)]) for _ in range(N)], dtype=torch.int32
+        )
     outputs = tuple(name for name in known if rng.random() < 0.6)
     arguments |= {name: value for name, value in everything(N, V, torch.device("cpu")).items() if name != "outputs"}
     if "sampled" not in outputs:
@@ -321,13 +357,16 @@ def not_finite(arguments: dict[str, object], rng: random.Random) -> None:
 def random_linear_case(
     seed: int, device: torch.device | str = "cpu", V: int = 97, most_rows: int = 6
 ) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """Hidden rows, weights and arguments of one random call of `linear_confidence`. All values are small multiples of 1/4, so every
-    fp32 sum of products is exact in any order, and so are the ids; ties are frequent."""
+    """Hidden rows, weights and arguments of one random call of `linear_confidence`. All values are small multiples of
+    1/4, so every fp32 sum of products is exact in any order, and so are the ids; ties are frequent."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     R, H = rng.randint(1, max(1, most_rows - 1)), rng.choice([1, 7, 16, 33])
     dtype = rng.choice([torch.float16, torch.float32])
-    hidden, weight = torch.randint(-6, 7, (R, H + rng.choice([0, 5]))) / 4, torch.randint(-6, 7, (V, H + rng.choice([0, 2]))) / 4
+    hidden, weight = (
+        torch.randint(-6, 7, (R, H + rng.choice([0, 5]))) / 4,
+        torch.randint(-6, 7, (V, H + rng.choice([0, 2]))) / 4,
+    )
     hidden, weight = hidden.to(dtype)[:, :H], weight.to(dtype)[:, :H]
     if dtype == torch.float32 and rng.random() < 0.4:  # products that count as -inf, of one row and its first ids
         weight[:, 0] = hidden[:, 0] = 0.0
@@ -342,8 +381,9 @@ def random_linear_case(
 
 
 def run_case(seed: int, device: torch.device) -> dict[str, object]:
-    """One case of the campaign: a random call by a toy tile, against the float64 reference. Vocabularies are off by at most one from
-    a tile or a few parts. Of `confidence`, one program a row, one a part, or both and then bit for bit the same."""
+    """One case of the campaign: a random call by a toy tile, against the float64 reference. Vocabularies are off by at
+    most one from a tile or a few parts. Of `confidence`, one program a row, one a part, or both and then bit for bit
+    the same."""
     rng = random.Random(seed + 2**32)
     if rng.random() < 0.3:
         tile = LinearConfidenceTile(*rng.choice([(2, 16, 16), (4, 8, 32), (4, 16, 16)]), 1, 1, rng.choice([1, 2]))
@@ -356,7 +396,8 @@ def run_case(seed: int, device: torch.device) -> dict[str, object]:
         return {"kind": "linear", "boundary": V > tile.BLOCK_V}
     form = rng.choice(["unsplit", "unsplit", "split", "split", "both"])
     lanes, part_tiles = rng.choice([(4, 1), (4, 2), (16, 1), (64, 1)])
-    # Parts of fp32 logits; those of fp16 and bf16 are twice as wide, and the vocabulary is then off a part's middle or end.
+    # Parts of fp32 logits; those of fp16 and bf16 are twice as wide, and the vocabulary is then off a part's middle or
+    # end.
     V = max(1, 4 * lanes * part_tiles * rng.choice([1, 2, 3, 4]) + rng.choice([-1, 0, 1]))
     logits, arguments = random_case(seed, device, (V,), most_rows=2)
     width = lanes * 16 // logits.element_size()

@@ -1,6 +1,7 @@
 """Seeded random decodes: a toy model, a batch of requests and settings, and the oracle's answer to each row.
 
-Shared by tests/decoding/test_generate.py (reference backend against the oracle) and tests/decoding/test_decode_campaign.py (Triton against reference).
+Shared by tests/decoding/test_generate.py (reference backend against the oracle) and
+tests/decoding/test_decode_campaign.py (Triton against reference).
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import functools
 import random
 from typing import Any
 
-import dlm_fast
 import oracles
 import torch
-from dlm_fast.patching import attach
-from dlm_kernels.reference import noise
 from helpers import EOS, MASK, VOCAB, native_model
 from torch import nn
+
+import dlm_fast
+from dlm_fast.patching import attach
+from dlm_kernels.reference import noise
 
 GQA = {1: ((2, 2), (4, 4)), 4: ((4, 1), (8, 2)), 7: ((7, 1), (14, 2))}
 FULL_PRESETS = ("llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual")
 BLOCK_PRESETS = ("sdar", "sdar-dynamic", "llada2")
 
-# Nearer than this to another decision, fp32 cannot be asked to agree with float64: a logit's relative distance to the runner-up, and the
-# distance of scores (probabilities, or nats up to a few units) to each other or to their threshold.
+# Nearer than this to another decision, fp32 cannot be asked to agree with float64: a logit's relative distance to the
+# runner-up, and the distance of scores (probabilities, or nats up to a few units) to each other or to their threshold.
 LOGIT_BOUND, SCORE_BOUND = 5e-4, 5e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A toy model. `twist`: "twins": pairs of ids have equal logits; "flat": attention adds nothing, so all masks have equal logits."""
+    """A toy model. `twist`: "twins": pairs of ids have equal logits; "flat": attention adds nothing, so all masks have
+    equal logits."""
 
     family: str = "llama"
     heads: int = 4
@@ -43,9 +46,15 @@ class ModelSpec:
 
 @functools.lru_cache(maxsize=64)
 def build(spec: ModelSpec, device: str = "cpu") -> nn.Module:
-    """The unpatched model, with biases and norms away from their initial zeros and ones, which would hide a missing one."""
+    """The unpatched model, with biases and norms away from their initial zeros and ones, which would hide a missing
+    one."""
     model = native_model(
-        spec.family, heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim, layers=spec.layers, seed=spec.seed
+        spec.family,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        layers=spec.layers,
+        seed=spec.seed,
     )
     generator = torch.Generator().manual_seed(spec.seed)
     with torch.no_grad():
@@ -85,7 +94,9 @@ class Case:
     banned: tuple[int, ...]
 
     def patched(self, backend: str | dlm_fast.Ops, device: str) -> dlm_fast.PatchHandle:
-        return attach(build(self.model, device), backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.plain_mode)
+        return attach(
+            build(self.model, device), backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.plain_mode
+        )
 
     def generate(self, backend: str | dlm_fast.Ops = "reference", device: str = "cpu") -> dlm_fast.GenerateOutput:
         """The decode by our loop."""
@@ -127,14 +138,19 @@ class Case:
         }[preset.rule]()
 
         def address(position: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.tensor([self.noise_seed]), torch.tensor([[self.request_ids[b], position, step]], dtype=torch.int32)
+            return torch.tensor([self.noise_seed]), torch.tensor(
+                [[self.request_ids[b], position, step]], dtype=torch.int32
+            )
 
         settings = oracles.Settings(
             mask_id=MASK,
             block_length=length,
             rule=rule,
             score=preset.score,
-            banned=lambda p: (*self.banned, *(self.diffusion.eos_token_ids if p < first + self.min_new_tokens[b] else ())),
+            banned=lambda p: (
+                *self.banned,
+                *(self.diffusion.eos_token_ids if p < first + self.min_new_tokens[b] else ()),
+            ),
             stop_ids=self.diffusion.eos_token_ids,
             stop=preset.stop,
             temperature=self.temperature[b],
@@ -145,20 +161,30 @@ class Case:
             isolated = self.diffusion.prompt_isolated
             return oracles.decode_full(network(self.model), canvas, settings, preset.cache, follow, isolated=isolated)
         return oracles.decode_block_causal(
-            network(self.model), canvas, settings, self.diffusion.block_alignment, cached and preset.cache == "commit", follow
+            network(self.model),
+            canvas,
+            settings,
+            self.diffusion.block_alignment,
+            cached and preset.cache == "commit",
+            follow,
         )
 
 
 def first_difference(ours: tuple[list[int], list[int]], theirs: tuple[list[int], list[int]]) -> int | None:
-    """The first denoise step at which two decodes of a row, (tokens, unmask_step) each, wrote different tokens or positions; None
-    where they never did."""
+    """The first denoise step at which two decodes of a row, (tokens, unmask_step) each, wrote different tokens or
+    positions; None where they never did."""
     late = 1 << 30
-    steps = [min(a if a >= 0 else late, b if b >= 0 else late) for x, a, y, b in zip(*ours, *theirs, strict=True) if (x, a) != (y, b)]
+    steps = [
+        min(a if a >= 0 else late, b if b >= 0 else late)
+        for x, a, y, b in zip(*ours, *theirs, strict=True)
+        if (x, a) != (y, b)
+    ]
     return min(steps, default=None)
 
 
 def near_tie(case: Case, b: int, ours: dlm_fast.GenerateOutput, step: int, **changes: Any) -> bool:
-    """Whether row b of `ours`, replayed in float64 up to denoise step `step`, stood within the bounds of another decision there."""
+    """Whether row b of `ours`, replayed in float64 up to denoise step `step`, stood within the bounds of another
+    decision there."""
     replay = case.oracle(b, follow=(ours.canvas[b].tolist(), ours.unmask_step[b].tolist()), **changes)
     scale = max(1.0, case.model.sharpness)
     return replay.token_margins[step] < LOGIT_BOUND * scale or replay.score_margins[step] < SCORE_BOUND
@@ -198,7 +224,9 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
         options["entropy_bound"] = rng.choice((0.3, 1.5, 4.0))
         options["score"] = rng.choice(("neg_entropy", "confidence", "margin"))
     if rule in ("quota", "factor"):
-        options["score"] = rng.choice(("confidence", "confidence", "margin", "neg_entropy", "random") if rule == "quota" else ("confidence",))
+        options["score"] = rng.choice(
+            ("confidence", "confidence", "margin", "neg_entropy", "random") if rule == "quota" else ("confidence",)
+        )
     if rng.random() < 0.4:
         inclusive = rng.random() < 0.5
         options |= {"inclusive": inclusive} if rule in ("threshold", "entropy") else {}
@@ -209,9 +237,9 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
 
 
 def random_case(seed: int, *, preset: str | None = None, rows: int | None = None, small: bool = False) -> Case:
-    """A case that depends on its arguments only: every preset and rule, GQA 1, 4 and 7, prompt lengths 1 and block_length +- 1,
-    ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids. `small`: few layers, heads and tokens, for the
-    interpreter."""
+    """A case that depends on its arguments only: every preset and rule, GQA 1, 4 and 7, prompt lengths 1 and
+    block_length +- 1, ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids. `small`: few layers,
+    heads and tokens, for the interpreter."""
     rng = random.Random(f"decode {seed}")
     preset = preset or rng.choice(FULL_PRESETS + BLOCK_PRESETS)
     visibility = dlm_fast.PRESETS[preset].visibility
@@ -234,13 +262,18 @@ def random_case(seed: int, *, preset: str | None = None, rows: int | None = None
     if dlm_fast.PRESETS[preset].tempered:
         options["tempered"] = False  # tempered statistics are the transcriptions' (tests/support/transcriptions)
     B = rows or rng.choice((3, 4, 5))
-    lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17)))) for _ in range(B)]
+    lengths = [
+        max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17))))
+        for _ in range(B)
+    ]
     plain = [token for token in range(2, VOCAB) if token not in eos]
     prompts = [[rng.choice(plain) for _ in range(n)] for n in lengths]
     new = [rng.randint(1, 7 if small else 11) for _ in range(B)]
     canvas = None
     if rng.random() < 0.25:  # infilling: fixed tokens, EOS among them, anywhere
-        canvas = [p + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)] for p, n in zip(prompts, new)]
+        canvas = [
+            p + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)] for p, n in zip(prompts, new)
+        ]
     sampled = rng.random() < 0.35
     return Case(
         seed=seed,

@@ -1,5 +1,5 @@
-"""Calls of `draft_build` and `verify` for their tests, an oracle in Python numbers, and one random case checked from end to
-end."""
+"""Calls of `draft_build` and `verify` for their tests, an oracle in Python numbers, and one random case checked from
+end to end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from dlm_kernels.drafts import launch as drafts
-from dlm_kernels import reference
-from dlm_kernels.reference import DraftSource
 from torch import Tensor
+
+from dlm_kernels import reference
+from dlm_kernels.drafts import launch as drafts
+from dlm_kernels.reference import DraftSource
 
 MASK = 7
 FIELDS = tuple(field.name for field in dataclasses.fields(DraftSource))
@@ -63,7 +64,10 @@ def best_first(lanes: list[int], score: list[float]) -> list[int]:
 
 def build_row(row: dict[str, Any], D: int) -> list[list[int]]:
     order = best_first([j for j, ok in enumerate(row["eligible"]) if ok], row["source.score"]) if row["ready"] else []
-    return [[row["source.token"][j] if j in order[: k + 1] else token for j, token in enumerate(row["tokens"])] for k in range(D)]
+    return [
+        [row["source.token"][j] if j in order[: k + 1] else token for j, token in enumerate(row["tokens"])]
+        for k in range(D)
+    ]
 
 
 def verify_row(row: dict[str, Any]) -> tuple[list[bool], list[int], list[float]]:
@@ -103,7 +107,8 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
 
 
 def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = None) -> Case:
-    """Drafts that the forward often agrees with, ties, NaN and infinities, rows without a source, lanes that nobody reads poisoned."""
+    """Drafts that the forward often agrees with, ties, NaN and infinities, rows without a source, lanes that nobody
+    reads poisoned."""
     rng = random.Random(seed)
     W = rng.choice((1, 2, 3, 5, 8, 15, 16, 17, 31, 33)) if W is None else W
     D = rng.choice((1, 2, 2, 3, 3, 5)) if D is None else D
@@ -137,7 +142,9 @@ def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = Non
         rows.append(row)
 
     def gather(name: str) -> Tensor:
-        kind = dict.fromkeys(("token", "tokens", "held"), torch.int64) | dict.fromkeys(("score", "confidence"), torch.float32)
+        kind = dict.fromkeys(("token", "tokens", "held"), torch.int64) | dict.fromkeys(
+            ("score", "confidence"), torch.float32
+        )
         dtype = kind.get(name.split(".")[-1], torch.int32 if name.startswith("source.") else torch.bool)
         return torch.tensor([row[name] for row in rows], dtype=dtype)
 
@@ -160,7 +167,8 @@ def same_sources(ours: DraftSource, expected: DraftSource) -> None:
 
 
 def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
-    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard zone."""
+    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard
+    zone."""
     buffers = []
 
     def embed(name: str, x: Tensor) -> Tensor:
@@ -177,7 +185,8 @@ def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
 
 
 class Poisoned:
-    """While active, what the launchers allocate holds garbage between guard zones; `check` raises if a guard was written."""
+    """While active, what the launchers allocate holds garbage between guard zones; `check` raises if a guard was
+    written."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -227,8 +236,8 @@ def check_kernels(case: Case, tile: tuple[int, int] | None = None) -> None:
 
 
 def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
-    """One random case from the seed, checked as `check_kernels` does, in tiles of 16 lanes; every third against the oracle
-    too."""
+    """One random case from the seed, checked as `check_kernels` does, in tiles of 16 lanes; every third against the
+    oracle too."""
     W = random.Random(seed).choice((5, 16, 17, 17, 24, 31, 32))
     case = random_case(seed, B=2 - (seed % 3 > 0), W=W)
     if seed % 3 == 0:

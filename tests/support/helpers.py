@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import dlm_fast
 import pytest
 import torch
-from dlm_fast.patching import attach
-from dlm_fast.presets.options import unread
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -22,13 +19,28 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import dlm_fast
+from dlm_fast.patching import attach
+from dlm_fast.presets.options import unread
+
 VOCAB = 48
 MASK, EOS = 0, 1
-FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 
 
 def native_model(
-    family: str = "llama", *, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layers: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str = "llama",
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    layers: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     """A random transformers model with logits spread widely enough that ties are rare."""
     config_class, model_class = FAMILIES[family]
@@ -88,7 +100,11 @@ def options_of(preset: str, length: int = 4) -> dict:
     options |= {"sub_block_length": 2} if chosen.sub_block_length else {}
     options |= {"horizon": 3} if chosen.horizon else {}
     options |= {"head": lambda confidence: 2 * confidence} if preset == "learn2pd" else {}
-    options |= {"head": lambda confidence, eligible, time: confidence + time[:, None] / 4} if preset == "learned-commit" else {}
+    options |= (
+        {"head": lambda confidence, eligible, time: confidence + time[:, None] / 4}
+        if preset == "learned-commit"
+        else {}
+    )
     options |= {"delete_id": VOCAB - 1, "split_id": VOCAB - 2, "edit_threshold": 0.3} if preset == "llada2.2" else {}
     return options
 
@@ -112,7 +128,9 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(2, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def assert_no_worse_than_torch(ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6) -> None:
+def assert_no_worse_than_torch(
+    ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6
+) -> None:
     """Our largest error against float64 is at most `factor` times that of the same computation in plain torch."""
     theirs = (low_precision.double() - exact).abs().max().item()
     error = (ours.double() - exact).abs().max().item()
@@ -128,8 +146,12 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", mask_token="[MASK]", clean_up_tokenization_spaces=False)
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}: {% endif %}"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="[EOS]", mask_token="[MASK]", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}: {% endif %}"
+    )
     return fast
 
 
@@ -145,7 +167,8 @@ def save_toy_checkpoint(path: Path, visibility: str = "full", *, tokenizer: bool
 
 
 class Synced:
-    """What files held when they were last synced to the disk (`os.fsync`), and a check of every file that gets its name by `os.replace`.
+    """What files held when they were last synced to the disk (`os.fsync`), and a check of every file that gets its name
+    by `os.replace`.
 
     named: the names given so far.
     """

@@ -1,9 +1,10 @@
-"""Calls of every launcher with every option, on torch's default device; for Triton's front end: `python tests/support/launch_cases.py 2`,
-without TRITON_INTERPRET.
+"""Calls of every launcher with every option, on torch's default device; for Triton's front end:
+`python tests/support/launch_cases.py 2`, without TRITON_INTERPRET.
 
-The interpreter is typed as Python is: a variable that changes its shape in a loop, or an argument that is None where the code needs
-none, runs there and compiles for no GPU. The front end refuses it in a tenth of a second, without ptxas. Which code it sees depends
-on what is compiled in, so of every kernel all pairs of options are met (`2`), or all triples (`3`).
+The interpreter is typed as Python is: a variable that changes its shape in a loop, or an argument that is None where
+the code needs none, runs there and compiles for no GPU. The front end refuses it in a tenth of a second, without ptxas.
+Which code it sees depends on what is compiled in, so of every kernel all pairs of options are met (`2`), or all triples
+(`3`).
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import Any
 Options = Mapping[str, Sequence[Any]]
 
 
-def covering(options: Options, strength: int, allowed: Callable[[dict[str, Any]], bool] = lambda choice: True) -> Iterator[dict[str, Any]]:
-    """Choices of a value for each option, such that any values of `strength` options are met together, if a choice with them is allowed.
+def covering(
+    options: Options, strength: int, allowed: Callable[[dict[str, Any]], bool] = lambda choice: True
+) -> Iterator[dict[str, Any]]:
+    """Choices of a value for each option, such that any values of `strength` options are met together, if a choice with
+    them is allowed.
 
-    A new choice is made for the first values not met yet: the rest of it is drawn, the best of 30 draws that are allowed. The same
-    every time. Values of which 300 draws make no allowed choice are taken for values that do not go together.
+    A new choice is made for the first values not met yet: the rest of it is drawn, the best of 30 draws that are
+    allowed. The same every time. Values of which 300 draws make no allowed choice are taken for values that do not go
+    together.
     """
     rng = random.Random(0)
     strength = min(strength, len(options))
@@ -92,9 +97,10 @@ def unmask_allowed(choice: dict[str, Any]) -> bool:
 
 def call_unmask(choice: dict[str, Any], W: int, check_only: bool = False) -> None:
     import torch
+
     from dlm_kernels import RowState
-    from dlm_kernels.unmask import launch as unmask
     from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, check_arguments, wanted_arguments
+    from dlm_kernels.unmask import launch as unmask
 
     rule, B, L = unmask_rule(choice), 2, W + 8
     state = RowState.empty(B, L, torch.get_default_device())
@@ -103,7 +109,9 @@ def call_unmask(choice: dict[str, Any], W: int, check_only: bool = False) -> Non
     names |= {"entropy"} if rule.passes == "entropy" else set()
     lanes = {"pred": torch.int64, "score": torch.float32, "confidence": torch.float32} | OPTIONAL_LANES
     rows = dict.fromkeys(("query_len", "min_unmask", "steps", "block_length"), torch.int32) | OPTIONAL_ROWS
-    given = {n: torch.zeros(B, W, dtype=t) if n in lanes else torch.zeros(B, dtype=t) for n, t in (lanes | rows).items()}
+    given = {
+        n: torch.zeros(B, W, dtype=t) if n in lanes else torch.zeros(B, dtype=t) for n, t in (lanes | rows).items()
+    }
     optional = {*OPTIONAL_LANES, *OPTIONAL_ROWS} - names
     given = {name: None if name in optional else tensor for name, tensor in given.items()}
     given["value"] = torch.zeros((B, W) if choice["value per lane"] else (B,))
@@ -139,11 +147,16 @@ def confidence_options(choice: dict[str, Any], N: int) -> dict[str, Any]:
         "rows": torch.zeros(N, dtype=torch.int32) if choice["rows"] else None,
     }
     banned = {"no": None, "shared": torch.zeros(3, dtype=torch.int64), "per row": torch.zeros(N, 2, dtype=torch.int64)}
-    return per_row | {"outputs": outputs, "banned": banned[choice["banned"]], "soft_cap": 30.0 if choice["soft_cap"] else None}
+    return per_row | {
+        "outputs": outputs,
+        "banned": banned[choice["banned"]],
+        "soft_cap": 30.0 if choice["soft_cap"] else None,
+    }
 
 
 def call_confidence(choice: dict[str, Any], split: bool) -> None:
     import torch
+
     from dlm_kernels.confidence import launch as confidence
 
     N = R = 3
@@ -159,6 +172,7 @@ def call_confidence(choice: dict[str, Any], split: bool) -> None:
 
 def call_linear_confidence(choice: dict[str, Any]) -> None:
     import torch
+
     from dlm_kernels import linear_confidence
 
     dtype = getattr(torch, choice["dtype"])
@@ -184,6 +198,7 @@ def attention_allowed(choice: dict[str, Any]) -> bool:
 def call_attention(choice: dict[str, Any]) -> None:
     """A window and a cache that are long enough for all three kernels."""
     import torch
+
     from dlm_kernels import Window
     from dlm_kernels.attention import launch as attention
 
@@ -206,7 +221,10 @@ def call_attention(choice: dict[str, Any]) -> None:
     if choice["cache"] != "none":
         shape = (S_max // page, H_kv, page, D) if page else (B, H_kv, S_max, D)
         stored = torch.float8_e4m3fn if choice["cache"] == "fp8" else dtype
-        caches = [torch.zeros(shape, dtype=torch.uint8).view(stored) if stored != dtype else torch.zeros(shape, dtype=dtype) for _ in "kv"]
+        caches = [
+            torch.zeros(shape, dtype=torch.uint8).view(stored) if stored != dtype else torch.zeros(shape, dtype=dtype)
+            for _ in "kv"
+        ]
     scales = {"k_scale": torch.ones(H_kv), "v_scale": torch.ones(H_kv)} if choice["cache"] == "fp8" else {}
     sliding = {"sliding_window": 1000} if choice["sliding"] else {}
     attention.block_attention(q, k, v, *caches, window, scale=0.25, **scales, **sliding)
@@ -214,8 +232,9 @@ def call_attention(choice: dict[str, Any]) -> None:
 
 def call_drafts(choice: dict[str, Any]) -> None:
     import torch
-    from dlm_kernels.drafts import launch as drafts
+
     from dlm_kernels import reference
+    from dlm_kernels.drafts import launch as drafts
 
     B, D, W = 2, 3, choice["W"]
     lanes, flags = torch.zeros(B, W), torch.zeros(B, dtype=torch.bool)
@@ -224,7 +243,9 @@ def call_drafts(choice: dict[str, Any]) -> None:
     eligible = torch.zeros(B, W, dtype=torch.bool)
     held = drafts.draft_build(source, source.token, eligible, flags, D=D)
     scores = torch.zeros(B, D, W)
-    drafts.verify(source, held, held, scores, scores, eligible=eligible, ready=flags, drafting=flags, selects=flags, mask_id=9)
+    drafts.verify(
+        source, held, held, scores, scores, eligible=eligible, ready=flags, drafting=flags, selects=flags, mask_id=9
+    )
 
 
 # Name: (options, which choices are calls, the call). One for every kernel that has code of its own for an option.
@@ -232,7 +253,11 @@ CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict
     "unmask in registers": (UNMASK, unmask_allowed, lambda choice: call_unmask(choice, W=20)),
     "unmask in memory": (UNMASK, unmask_allowed, lambda choice: call_unmask(choice, W=300)),
     "confidence, whole rows": (CONFIDENCE, lambda choice: True, lambda choice: call_confidence(choice, split=False)),
-    "confidence, split and merged": (CONFIDENCE, lambda choice: True, lambda choice: call_confidence(choice, split=True)),
+    "confidence, split and merged": (
+        CONFIDENCE,
+        lambda choice: True,
+        lambda choice: call_confidence(choice, split=True),
+    ),
     "linear_confidence": (LINEAR, lambda choice: True, call_linear_confidence),
     "block_attention": (ATTENTION, attention_allowed, call_attention),
     "drafts": ({"W": (20, 200, 3000)}, lambda choice: True, call_drafts),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import dlm_fast
 import torch
+from helpers import EOS, MASK, VOCAB, random_prompts, row_of
+
+import dlm_fast
 from dlm_fast.decoding.plan import open_rows
 from dlm_fast.generate import sampling_of
 from dlm_fast.presets import Preset
 from dlm_fast.requests import read
-from helpers import EOS, MASK, VOCAB, random_prompts, row_of
 
 
 def opened(chosen: Preset, temperature: float = 0.0):
     """Three rows on their canvases, before the first step."""
     diffusion = dlm_fast.DiffusionConfig(
-        mask_token_id=MASK, eos_token_ids=(EOS,), visibility=chosen.visibility, block_length=4, logits_row=row_of(chosen.name)
+        mask_token_id=MASK,
+        eos_token_ids=(EOS,),
+        visibility=chosen.visibility,
+        block_length=4,
+        logits_row=row_of(chosen.name),
     )
     batch = read(
         diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,

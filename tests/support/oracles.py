@@ -1,8 +1,8 @@
 """Decoders for one row, written down from their papers: slow, plain, and independent of the packages that they check.
 
-Nothing here is imported from the project. A network is read off a Hugging Face module's parameters and run by our own forward; a decoder
-recomputes what its specification says, token by token, in float64. Every decision also records its margin, the distance to the nearest
-other decision, so that a test can tell a wrong token from a near-tie.
+Nothing here is imported from the project. A network is read off a Hugging Face module's parameters and run by our own
+forward; a decoder recomputes what its specification says, token by token, in float64. Every decision also records its
+margin, the distance to the nearest other decision, so that a test can tell a wrong token from a near-tie.
 
     Nie et al. (LLaDA) arXiv:2502.09992; Wu et al. (Fast-dLLM) arXiv:2505.22618; Cheng et al. (SDAR) arXiv:2510.06303;
     Bie et al. (LLaDA2.0) arXiv:2512.15745; Ben-Hamu et al. (EB-Sampler) arXiv:2505.24857.
@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-# Two numbers that are equal in exact arithmetic come out of float64 this close; decisions round them away, so that ties are ties.
+# Two numbers that are equal in exact arithmetic come out of float64 this close; decisions round them away, so that ties
+# are ties.
 TIE_DIGITS = 11
 TIE = 10.0**-TIE_DIGITS
 
@@ -58,7 +59,9 @@ class Network:
             x = x + self._linear(self._attend(q, k, v, visible), name + "self_attn.o_proj")
             normed = self._norm(x, name + "post_attention_layernorm.weight")
             gate = self._linear(normed, name + "mlp.gate_proj")
-            x = x + self._linear(gate * torch.sigmoid(gate) * self._linear(normed, name + "mlp.up_proj"), name + "mlp.down_proj")
+            x = x + self._linear(
+                gate * torch.sigmoid(gate) * self._linear(normed, name + "mlp.up_proj"), name + "mlp.down_proj"
+            )
         return self._linear(self._norm(x, "model.norm.weight"), "lm_head"), stored
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
@@ -95,7 +98,8 @@ class Network:
 
 @dataclasses.dataclass
 class Candidate:
-    """What a masked position would become: its token, the numbers that rank it, and how nearly it became another token."""
+    """What a masked position would become: its token, the numbers that rank it, and how nearly it became another
+    token."""
 
     position: int
     token: int
@@ -105,7 +109,8 @@ class Candidate:
     token_margin: float
 
 
-# (candidates by position, masks when the block was opened, steps already taken in it) -> (indices to write, margin of that choice)
+# (candidates by position, masks when the block was opened, steps already taken in it) -> (indices to write, margin of
+# that choice)
 Rule = Callable[[list[Candidate], int, int], tuple[list[int], float]]
 
 
@@ -181,7 +186,8 @@ def factor(f: float, kmin: int | Rule = 1) -> Rule:
 
 
 def entropy_budget(gamma: float, inclusive: bool, kmin: int | Rule = 1) -> Rule:
-    """EB-Sampler: by rank, while the entropies so far, the largest of them left out, stay within gamma; `inclusive`: all, below gamma."""
+    """EB-Sampler: by rank, while the entropies so far, the largest of them left out, stay within gamma; `inclusive`:
+    all, below gamma."""
 
     def choose(candidates: list[Candidate], masks: int, step: int) -> tuple[list[int], float]:
         order, n, used, largest = rank(candidates), 0, 0.0, 0.0
@@ -227,9 +233,10 @@ class Row:
     """A decode in progress, and its result.
 
     Attributes:
-        follow: the step at which each position is to be written and its token, instead of deciding (to measure margins along another
-            decode); steps after the last of it are decided here.
-        token_margins, score_margins: of every denoise step, the nearest miss in logits and in the numbers that chose the positions.
+        follow: the step at which each position is to be written and its token, instead of deciding (to measure margins
+            along another decode); steps after the last of it are decided here.
+        token_margins, score_margins: of every denoise step, the nearest miss in logits and in the numbers that chose
+            the positions.
     """
 
     tokens: list[int]
@@ -256,7 +263,8 @@ class Row:
         self.query_tokens += positions
 
     def candidate(self, position: int, logits: Tensor) -> Candidate:
-        """The token that `position` would get from its logits [V]; mask and banned ids stay in every sum but cannot win."""
+        """The token that `position` would get from its logits [V]; mask and banned ids stay in every sum but cannot
+        win."""
         s, step = self.settings, len(self.score_margins)
         forbidden = {s.mask_id, *s.banned(position)}
         log_p = logits.log_softmax(-1)
@@ -289,11 +297,17 @@ class Row:
         written = [candidates[i] for i in chosen]
         if self.follow is not None and step <= max(self.follow[1]):
             tokens, steps = self.follow
-            written = [dataclasses.replace(c, token=tokens[c.position]) for c in candidates if steps[c.position] == step]
+            written = [
+                dataclasses.replace(c, token=tokens[c.position]) for c in candidates if steps[c.position] == step
+            ]
         self.score_margins.append(score_margin)
         self.token_margins.append(min((candidates[i].token_margin for i in chosen), default=math.inf))
         for c in written:
-            self.tokens[c.position], self.unmask_step[c.position], self.confidence[c.position] = c.token, step, c.confidence
+            self.tokens[c.position], self.unmask_step[c.position], self.confidence[c.position] = (
+                c.token,
+                step,
+                c.confidence,
+            )
 
     def stopped(self, start: int, end: int) -> bool:
         """Whether a stop id that was written in this block ends the row now."""
@@ -314,10 +328,10 @@ def decode_full(
 ) -> Row:
     """LLaDA's semi-autoregressive loop (cache "none") and Fast-dLLM's prefix and dual caches, over full visibility.
 
-    Blocks follow the first mask. With a cache, a block starts by a forward of the whole canvas, which is decoded from and whose keys and
-    values then go stale: "prefix" keeps those before the block and recomputes everything from the block on; "dual" keeps all but the
-    block's own and recomputes only the block. `isolated`: what precedes the first mask sees itself only, and as its keys cannot change,
-    a cache pays for it once.
+    Blocks follow the first mask. With a cache, a block starts by a forward of the whole canvas, which is decoded from
+    and whose keys and values then go stale: "prefix" keeps those before the block and recomputes everything from the
+    block on; "dual" keeps all but the block's own and recomputes only the block. `isolated`: what precedes the first
+    mask sees itself only, and as its keys cannot change, a cache pays for it once.
     """
     row, L = Row(list(canvas), settings, follow), len(canvas)
     if not row.masked(0, L):
@@ -349,13 +363,19 @@ def decode_full(
 
 
 def decode_block_causal(
-    network: Network, canvas: Sequence[int], settings: Settings, alignment: str, cached: bool = True, follow: tuple | None = None
+    network: Network,
+    canvas: Sequence[int],
+    settings: Settings,
+    alignment: str,
+    cached: bool = True,
+    follow: tuple | None = None,
 ) -> Row:
     """SDAR's and LLaDA2's block diffusion, every token recomputed at every step: what an exact cache must equal.
 
-    A position sees its own block and all earlier ones. Blocks begin at multiples of the block length ("abs") or at the first mask, what
-    precedes it being one block ("rel"). `cached` only counts: a forward of the positions before the first block if there are any, one of
-    the block per denoise step, one more (the commit) per block that has masks after it; else one of [0, block end) per denoise step.
+    A position sees its own block and all earlier ones. Blocks begin at multiples of the block length ("abs") or at the
+    first mask, what precedes it being one block ("rel"). `cached` only counts: a forward of the positions before the
+    first block if there are any, one of the block per denoise step, one more (the commit) per block that has masks
+    after it; else one of [0, block end) per denoise step.
     """
     row, L, length = Row(list(canvas), settings, follow), len(canvas), settings.block_length
     if not row.masked(0, L):

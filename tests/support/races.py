@@ -1,29 +1,34 @@
-"""What a launch loads and stores without an order between, told from a run in Triton's interpreter: `python -m pytest --races`.
+"""What a launch loads and stores without an order between, told from a run in Triton's interpreter:
+`python -m pytest --races`.
 
-The interpreter runs the programs of a launch one after the other, and in each a tile operation as one; a GPU does neither, so a
-kernel whose result depends on that order is right here and wrong there. Every address that an operation loads or stores is
-remembered, and two accesses to one address, at least one of them a store, are a race unless an order is known:
+The interpreter runs the programs of a launch one after the other, and in each a tile operation as one; a GPU does
+neither, so a kernel whose result depends on that order is right here and wrong there. Every address that an operation
+loads or stores is remembered, and two accesses to one address, at least one of them a store, are a race unless an order
+is known:
 
-- Programs. Nothing orders two programs of one launch. An address that one stores, another may neither load nor store, were it the
+- Programs. Nothing orders two programs of one launch. An address that one stores, another may neither load nor store,
+were it the
   same value.
-- Barriers. Inside a program `tl.debug_barrier` orders all that precedes it before all that follows, and nothing else does:
-  reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile that lies
-  in one warp needs none.
+- Barriers. Inside a program `tl.debug_barrier` orders all that precedes it before all that follows, and nothing else
+does:
+  reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile
+  that lies in one warp needs none.
 - Threads. Each thread sees its own accesses in order.
-  A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with them the
-  scalar loads of a line that ends in a scalar store, `tl.store(p, tl.load(p) + 1)`: what the other threads load there nobody
-  uses. A scalar load on a line of its own is in order with no store.
-  The lanes of a tile lie in threads as Triton decides for each operation, even where the pointers are equal, so two tiles are in
-  order in one case only: loaded and then stored in place, through the same pointers, lane by lane, in the same call of the same
-  device function, where a reader sees both. That what is stored, or whether, is told from what was loaded there, so that the
-  thread that stores waits for it, is not checked: this is the one rule that trusts the author.
-  Two lanes of one store never meet at one address.
+  A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with
+  them the scalar loads of a line that ends in a scalar store, `tl.store(p, tl.load(p) + 1)`: what the other threads
+  load there nobody uses. A scalar load on a line of its own is in order with no store.
+  The lanes of a tile lie in threads as Triton decides for each operation, even where the pointers are equal, so two
+  tiles are in order in one case only: loaded and then stored in place, through the same pointers, lane by lane, in the
+  same call of the same device function, where a reader sees both. That what is stored, or whether, is told from what
+  was loaded there, so that the thread that stores waits for it, is not checked: this is the one rule that trusts the
+  author. Two lanes of one store never meet at one address.
 
 Also found: an access outside the storage of every tensor of the launch. Atomics are not modelled, and reported.
 
-Limits. Only what ran is seen: the branches, masks and lengths of the test. Loads whose value nobody uses count as loads. The
-order that other dependencies of the data give (a store that a sum over a load decides) does not count. Two launches are in order,
-as on one stream. Storages are told apart by their tensors: what a kernel is not given as a tensor it may not touch.
+Limits. Only what ran is seen: the branches, masks and lengths of the test. Loads whose value nobody uses count as
+loads. The order that other dependencies of the data give (a store that a sum over a load decides) does not count. Two
+launches are in order, as on one stream. Storages are told apart by their tensors: what a kernel is not given as a
+tensor it may not touch.
 """
 
 from __future__ import annotations
@@ -80,7 +85,9 @@ class Access:
     def precedes(self, later: Access) -> bool:
         """Is the order of the two known, though no barrier lies between?"""
         in_place = not self.stores and later.stores
-        return self.threads == later.threads and (self.threads == STORING_THREAD or in_place and self.threads != EVERY_THREAD)
+        return self.threads == later.threads and (
+            self.threads == STORING_THREAD or in_place and self.threads != EVERY_THREAD
+        )
 
 
 @dataclasses.dataclass
@@ -104,8 +111,9 @@ class _Storage:
 class Detector:
     """What one launch has done so far, and what was found and counted in all launches.
 
-    Operations are numbered from 1. For each granule of the launch's storages, four numbers, 0 for none: the last store, the last
-    load, a load since the last barrier by other threads than the last one, and a load by an earlier program than the last one.
+    Operations are numbered from 1. For each granule of the launch's storages, four numbers, 0 for none: the last store,
+    the last load, a load since the last barrier by other threads than the last one, and a load by an earlier program
+    than the last one.
     """
 
     def __init__(self) -> None:
@@ -222,7 +230,11 @@ class Detector:
         addresses = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)]
         if not addresses.size:
             return
-        if access.stores and not (np.diff(addresses.view(np.int64)) > 0).all() and np.unique(addresses).size < addresses.size:
+        if (
+            access.stores
+            and not (np.diff(addresses.view(np.int64)) > 0).all()
+            and np.unique(addresses).size < addresses.size
+        ):
             self._report(access, f"two lanes of the store in {access} meet at one address")
         low, high = np.searchsorted(self._begins, [addresses.min(), addresses.max()], "right") - 1
         for index in range(low, high + 1):
@@ -232,13 +244,17 @@ class Detector:
             storage = self._storages[index] if index >= 0 else None
             outside = here if storage is None else here[here + np.uint64(size) > storage.end]
             if outside.size:
-                self._report(access, f"{access} {_verb(access)} outside of every tensor of the launch, at {int(outside[0]):#x}")
+                self._report(
+                    access, f"{access} {_verb(access)} outside of every tensor of the launch, at {int(outside[0]):#x}"
+                )
                 here = here[:0] if storage is None else here[here + np.uint64(size) <= storage.end]
             if not here.size:
                 continue
             offsets = (here - np.uint64(storage.begin)).astype(np.int64)
             if size % storage.granule or (offsets % storage.granule).any():
-                raise NotImplementedError(f"{access}: an access of {size} bytes that cuts elements of {storage.granule} bytes")
+                raise NotImplementedError(
+                    f"{access}: an access of {size} bytes that cuts elements of {storage.granule} bytes"
+                )
             slots = storage.slot + offsets // storage.granule
             if size > storage.granule:
                 slots = (slots[:, None] + np.arange(size // storage.granule)).ravel()
@@ -264,8 +280,8 @@ class Detector:
         self._stored, self._loaded, self._loaded_apart, self._loaded_before = self._numbers
 
     def _keep_apart(self, access: Access, kept: np.ndarray, loaded: np.ndarray) -> None:
-        """Of all loads since the barrier two are kept, so that no store is in order with both unless it is with all: the last one
-        and one by other threads."""
+        """Of all loads since the barrier two are kept, so that no store is in order with both unless it is with all:
+        the last one and one by other threads."""
         for number in np.unique(loaded[loaded > self._fence]).tolist():
             # A scalar load is every thread's or, as its line may yet show, the storing thread's.
             if self._accesses[number].threads != (STORING_THREAD if access.threads == EVERY_THREAD else access.threads):
@@ -273,7 +289,9 @@ class Detector:
 
     def _meet(self, access: Access, storage: _Storage, slots: np.ndarray, earlier: np.ndarray) -> None:
         """Reports the races of an operation with those that were at its slots earlier."""
-        for number in np.unique(earlier[(earlier > self._fence) | ((earlier > 0) & (earlier <= self._program_start))]).tolist():
+        for number in np.unique(
+            earlier[(earlier > self._fence) | ((earlier > 0) & (earlier <= self._program_start))]
+        ).tolist():
             first = self._accesses[number]
             between = number <= self._program_start
             if not between and first.precedes(access):
@@ -338,7 +356,9 @@ def _size(pointers: interpreter.TensorHandle) -> int:
 
 
 def _replacements() -> dict[tuple[str, str], object]:
-    original = {(owner, name): getattr(getattr(interpreter, owner), name) for owner, names in HOOKS.items() for name in names}
+    original = {
+        (owner, name): getattr(getattr(interpreter, owner), name) for owner, names in HOOKS.items() for name in names
+    }
 
     def set_grid_idx(self, x, y, z):
         _watching[-1].begin_program((x, y, z))
@@ -389,7 +409,8 @@ def _replacements() -> dict[tuple[str, str], object]:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Detector]:
-    """Launches under it raise RaceError at their end if they have races. Not for two threads at once, as the interpreter is not.
+    """Launches under it raise RaceError at their end if they have races. Not for two threads at once, as the
+    interpreter is not.
 
     Raises RuntimeError: kernels are not interpreted, or by an interpreter without what is watched.
     """

@@ -1,4 +1,5 @@
-"""Jobs that end well and badly, for processes of their own: they find this module by its name. Nothing here imports torch."""
+"""Jobs that end well and badly, for processes of their own: they find this module by its name. Nothing here imports
+torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Triton's launch path without a GPU: a driver that is not there, and launches that are recorded instead of made.
 
-What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what would be compiled is what is recorded.
-For processes of their own, without TRITON_INTERPRET: see tests/kernels/test_launch.py.
+What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what would be compiled is
+what is recorded. For processes of their own, without TRITON_INTERPRET: see tests/kernels/test_launch.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import dataclasses
 
 import torch
 import triton
-from dlm_kernels.static import CompileCase
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction, driver
+
+from dlm_kernels.static import CompileCase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ def variant_of(function: JITFunction, signature, constants, attributes, options)
         function.__name__,
         tuple((name, kind) for name, kind in signature.items()),
         tuple(sorted((_name(function, path), value) for path, value in constants.items())),
-        frozenset(_name(function, path) for path, attribute in attributes.items() if ["tt.divisibility", 16] in attribute),
+        frozenset(
+            _name(function, path) for path, attribute in attributes.items() if ["tt.divisibility", 16] in attribute
+        ),
         options["num_warps"],
         options["num_stages"],
         options["maxnreg"],
@@ -99,8 +102,8 @@ def make_ir(function: JITFunction, signature, constants, attributes, options, ta
 
 
 def record(capability: int, front_end: bool = False) -> list[Launch]:
-    """From now on no kernel is compiled or launched; the list grows by what would have been. `front_end`: every machine code is
-    brought through Triton's front end."""
+    """From now on no kernel is compiled or launched; the list grows by what would have been. `front_end`: every machine
+    code is brought through Triton's front end."""
     launches: list[Launch] = []
     made: list[Variant] = []
     seen: set[Variant] = set()

@@ -1,7 +1,9 @@
-"""Seeded random decodes for tests/decoding/test_transcriptions.py: a toy model in float64, a batch of requests, a transcription's answer to each.
+"""Seeded random decodes for tests/decoding/test_transcriptions.py: a toy model in float64, a batch of requests, a
+transcription's answer to each.
 
-The model computes in float64 and its logits are rounded to fp32, on both sides; so two correct decoders agree on every token, and no
-near-tie has to be excused. `REGISTRY` says what each name draws at random, and which transcription answers for it.
+The model computes in float64 and its logits are rounded to fp32, on both sides; so two correct decoders agree on every
+token, and no near-tie has to be excused. `REGISTRY` says what each name draws at random, and which transcription
+answers for it.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import dlm_fast
 import oracles
 import torch
 from decode_cases import ModelSpec, build, random_model
-from dlm_fast.patching import attach
-from dlm_kernels.reference import noise
 from helpers import EOS, MASK, VOCAB
 from torch import Tensor, nn
-
 from transcriptions import blockwise, editing, pipeline, sub_blocks
 from transcriptions.common import Model, Row, Settings, fp32
+
+import dlm_fast
+from dlm_fast.patching import attach
+from dlm_kernels.reference import noise
 
 Options = dict[str, Any]
 
@@ -94,7 +96,8 @@ class Decoder:
         draw: options at numbers where a toy model takes every branch.
         transcribe: the answer to one row.
         rows: the row maps to try, one drawn per case. sampled: whether temperatures above 0 are drawn.
-        infilling: whether canvases with given tokens anywhere are drawn. lengths: of blocks. new: least and most new tokens.
+        infilling: whether canvases with given tokens anywhere are drawn. lengths: of blocks. new: least and most new
+            tokens.
         stops: stop rules to try. block_length: the preset's own; None = the model or the canvas decides.
         preset: the preset's name where it is not the registered one.
     """
@@ -147,14 +150,18 @@ class Case:
     def canvas_of(self, b: int) -> list[int]:
         return self.canvas[b] if self.canvas is not None else self.prompts[b] + [MASK] * self.max_new_tokens[b]
 
-    def generate(self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference") -> dlm_fast.GenerateOutput:
+    def generate(
+        self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference"
+    ) -> dlm_fast.GenerateOutput:
         """The decode of these rows (all) by our loop."""
         rows = list(range(len(self))) if rows is None else rows
 
         def of(values: list[Any] | None) -> list[Any] | None:
             return None if values is None else [values[b] for b in rows]
 
-        filters = {name: value for name, value, off in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)) if value != off}
+        filters = {
+            name: value for name, value, off in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0)) if value != off
+        }
         model, _ = exact_model(self.model)
         with attach(model, backend=backend, diffusion=self.diffusion, plain_mode=self.diffusion.plain_mode):
             return dlm_fast.generate(
@@ -183,13 +190,18 @@ class Case:
             """The step's Gumbel noise [L, V] and its uniform numbers [L]."""
             request, seed = self.request_ids[b], torch.tensor([self.noise_seed])
             address = torch.tensor([[request, position, step] for position in range(len(canvas))], dtype=torch.int32)
-            return noise.gumbel(noise.row_key(seed, address), torch.arange(VOCAB), torch.float64), noise.uniform_scores(seed, address)
+            return noise.gumbel(noise.row_key(seed, address), torch.arange(VOCAB), torch.float64), noise.uniform_scores(
+                seed, address
+            )
 
         settings = Settings(
             mask_id=MASK,
             stop_ids=self.diffusion.eos_token_ids,
             stop=options.pop("stop", "closed"),
-            banned=lambda p: (*self.banned, *(self.diffusion.eos_token_ids if p < first + self.min_new_tokens[b] else ())),
+            banned=lambda p: (
+                *self.banned,
+                *(self.diffusion.eos_token_ids if p < first + self.min_new_tokens[b] else ()),
+            ),
             temperature=fp32(self.temperature[b]),
             gumbel=lambda position, step: draws(step)[0][position],
             uniform=lambda position, step: draws(step)[1][position].item(),
@@ -200,12 +212,15 @@ class Case:
             greedy_filters=options.pop("greedy_filters", False),
         )
         network = exact_model(self.model)[1]
-        model = Model(network, self.diffusion.logits_row == "previous", isolated=first if self.diffusion.prompt_isolated else 0)
+        model = Model(
+            network, self.diffusion.logits_row == "previous", isolated=first if self.diffusion.prompt_isolated else 0
+        )
         if self.diffusion.visibility == "full":
             options.setdefault("block_length", self.decoder.block_length)
         row = self.decoder.transcribe(model, canvas, settings, options, self.diffusion)
         if self.options.get("cache", dlm_fast.PRESETS[self.preset].cache) != "none":
-            # Transcriptions compute an isolated prompt whenever they recompute the canvas; with a cache, once is enough.
+            # Transcriptions compute an isolated prompt whenever they recompute the canvas; with a cache, once is
+            # enough.
             row.query_tokens -= sum(model.prompt_computed[1:])
         return row
 
@@ -233,7 +248,9 @@ def common_rule(own: str, own_min: int | None = 1) -> Callable[[random.Random], 
         if rule == "factor":
             options |= some(rng, 0.8, "factor", (0.5, 1.0, 1.7)) | {"score": "confidence"}
         if rule == "entropy":
-            options |= some(rng, 0.8, "entropy_bound", (0.3, 1.5, 4.0)) | {"score": rng.choice(("neg_entropy", "confidence", "margin"))}
+            options |= some(rng, 0.8, "entropy_bound", (0.3, 1.5, 4.0)) | {
+                "score": rng.choice(("neg_entropy", "confidence", "margin"))
+            }
         if rule in ("threshold", "entropy") and "inclusive" not in options:
             options |= some(rng, 0.3, "inclusive", (True, False))
         if rule != "quota" and rng.random() < 0.3:
@@ -245,7 +262,9 @@ def common_rule(own: str, own_min: int | None = 1) -> Callable[[random.Random], 
     return draw
 
 
-def plus(draw: Callable[[random.Random], Options], *optional: tuple[float, str, tuple]) -> Callable[[random.Random], Options]:
+def plus(
+    draw: Callable[[random.Random], Options], *optional: tuple[float, str, tuple]
+) -> Callable[[random.Random], Options]:
     def both(rng: random.Random) -> Options:
         options = draw(rng)
         for chance, name, values in optional:
@@ -332,6 +351,8 @@ def scoped(rng: random.Random) -> Options:
 
 SHORT = (1, 2, 3, 4, 5)
 PIPELINE_STOPS = ("never", "after_block", "closed", "appends", "fill")
+
+
 def insert_delete(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
     return editing.decode_insert_delete(model, canvas, settings, **blocks(diffusion), **o)
 
@@ -390,7 +411,10 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "dinfer": Decoder("full", {"threshold": 0.9}, only(THRESHOLD, SCORE), dinfer),
     "dinfer-hierarchy": Decoder(
-        "full", {"threshold": 0.9, "run_threshold": 0.4}, only(THRESHOLD, SCORE, (0.6, "run_threshold", (0.05, 0.1, 0.2, 0.3))), dinfer
+        "full",
+        {"threshold": 0.9, "run_threshold": 0.4},
+        only(THRESHOLD, SCORE, (0.6, "run_threshold", (0.05, 0.1, 0.2, 0.3))),
+        dinfer,
     ),
     "dinfer-credit": Decoder(
         "full",
@@ -476,7 +500,11 @@ REGISTRY: dict[str, Decoder] = {
         new=(1, 18),
     ),
     "nbdiff": Decoder(
-        "block", {"threshold": 0.9, "causal_commit": True}, only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2))), seeded, rows=("previous",)
+        "block",
+        {"threshold": 0.9, "causal_commit": True},
+        only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2))),
+        seeded,
+        rows=("previous",),
     ),
     "efficient-dlm": Decoder(
         "block",
@@ -510,7 +538,9 @@ REGISTRY: dict[str, Decoder] = {
         only((0.8, "entropy_bound", (0.3, 1.5, 4.0)), (0.2, "min_unmask", (1, 2)), NO_CACHE),
         block_causal,
     ),
-    "llada2": Decoder("block", {"rule": "threshold", "threshold": 0.95}, plus(common_rule("threshold"), NO_CACHE), block_causal),
+    "llada2": Decoder(
+        "block", {"rule": "threshold", "threshold": 0.95}, plus(common_rule("threshold"), NO_CACHE), block_causal
+    ),
     "llada2-quota": Decoder(
         "block",
         {"rule": "threshold", "threshold": 0.95, "min_unmask": None},
@@ -548,7 +578,8 @@ REGISTRY: dict[str, Decoder] = {
 
 
 def random_case(name: str, seed: int) -> Case:
-    """A case that depends on its arguments only: unequal rows, infilling, early EOS, draws, filters, banned ids, exact ties."""
+    """A case that depends on its arguments only: unequal rows, infilling, early EOS, draws, filters, banned ids, exact
+    ties."""
     rng = random.Random(f"{name} {seed}")
     decoder = REGISTRY[name]
     block_length = rng.choice(decoder.lengths)
@@ -567,14 +598,17 @@ def random_case(name: str, seed: int) -> Case:
     if rng.random() < 0.4 and len(decoder.stops) > 1:
         options["stop"] = rng.choice(decoder.stops)
     B = rng.choice((2, 3, 3, 4))
-    lengths = [max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9)))) for _ in range(B)]
+    lengths = [
+        max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9)))) for _ in range(B)
+    ]
     plain = [token for token in range(2, VOCAB) if token not in eos]
     prompts = [[rng.choice(plain) for _ in range(n)] for n in lengths]
     new = [rng.randint(*decoder.new) for _ in range(B)]
     canvas = None
     if decoder.infilling and rng.random() < 0.25:  # infilling: fixed tokens, EOS among them, anywhere
         canvas = [
-            p[: rng.choice((0, len(p), len(p)))] + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)]
+            p[: rng.choice((0, len(p), len(p)))]
+            + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)]
             for p, n in zip(prompts, new)
         ]
     spec = random_model(rng, small=True)
@@ -616,7 +650,11 @@ def features(case: Case, b: int, row: Row) -> list[str]:
         "min_new_tokens": case.min_new_tokens[b] > 0,
         "ended early": MASK in row.tokens,
         "several blocks": length is not None and length < case.max_new_tokens[b],
-        **{f"{name}={value}": True for name, value in case.options.items() if not isinstance(value, float) and not callable(value)},
+        **{
+            f"{name}={value}": True
+            for name, value in case.options.items()
+            if not isinstance(value, float) and not callable(value)
+        },
     }
     return [name for name, is_present in present.items() if is_present]
 

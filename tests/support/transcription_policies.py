@@ -1,4 +1,5 @@
-"""The acceleration policies for tests/decoding/test_transcriptions.py: what each draws at random, and what answers for it."""
+"""The acceleration policies for tests/decoding/test_transcriptions.py: what each draws at random, and what answers for
+it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from transcription_cases import Decoder, Options, Transcription, only, plus, some
-
 from transcriptions import blockwise, policies_cache, policies_exit, policies_revise, policies_select, speculation
 from transcriptions.common import Model, Row, Settings
 
@@ -20,20 +20,23 @@ STEPS = (0.7, "steps_per_block", (None, 1, 2, 3, 5, 7))
 
 
 def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
-    """A learned filter that no one trained: [B, W] -> [B, W]. It looks at the neighbours, so that a shifted lane shows."""
+    """A learned filter that no one trained: [B, W] -> [B, W]. It looks at the neighbours, so that a shifted lane
+    shows."""
     around = torch.nn.functional.pad(confidence.double(), (1, 1))
     return torch.sigmoid(15 * (confidence.double() - 0.3 * around[:, :-2] - 0.5 * around[:, 2:])).float()
 
 
 def sharp_policy(confidence: torch.Tensor, eligible: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """A learned policy that no one trained: confidences and what is masked [B, W], time [B] -> [B, W]. All three matter."""
+    """A learned policy that no one trained: confidences and what is masked [B, W], time [B] -> [B, W]. All three
+    matter."""
     masks = torch.nn.functional.pad(eligible.double(), (1, 1))
     around = 0.1 * masks[:, :-2] + 0.2 * masks[:, 2:]
     return torch.sigmoid(15 * (confidence.double() - around - 0.1 + 0.5 * time[:, None].double())).float()
 
 
 def transcribed(decode: Callable[..., Row], **more: Any) -> Transcription:
-    """A transcription that takes the options by name; `steps_per_block` it calls `steps`, None being one token per step."""
+    """A transcription that takes the options by name; `steps_per_block` it calls `steps`, None being one token per
+    step."""
 
     def transcribe(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
         o = dict(o)
@@ -60,7 +63,12 @@ def drafted(model: Model, canvas: list[int], settings: Settings, o: Options, dif
     row = speculation.decode_freedave(model, canvas, settings, **o)
     again = Model(model.network, model.previous, model.isolated)
     static = blockwise.decode_refreshed(
-        again, canvas, dataclasses.replace(settings, stop="never"), rule="quota", cache="dual", block_length=o["block_length"]
+        again,
+        canvas,
+        dataclasses.replace(settings, stop="never"),
+        rule="quota",
+        cache="dual",
+        block_length=o["block_length"],
     )
     return lossless(row, static)
 
@@ -69,7 +77,10 @@ def drafted_blocks(model: Model, canvas: list[int], settings: Settings, o: Optio
     blocks = {"block_length": diffusion.block_length, "alignment": diffusion.block_alignment}
     row = speculation.decode_freedave_block(model, canvas, settings, **blocks, **o)
     return lossless(
-        row, blockwise.decode_block_causal(model, canvas, dataclasses.replace(settings, stop="never"), rule="quota", **blocks)
+        row,
+        blockwise.decode_block_causal(
+            model, canvas, dataclasses.replace(settings, stop="never"), rule="quota", **blocks
+        ),
     )
 
 
@@ -207,7 +218,9 @@ REGISTRY: dict[str, Decoder] = {
     "streaming-dllm": Decoder(
         "full",
         {},
-        only(THRESHOLD, (0.5, "alpha", (0.0, 0.5, 0.9)), (0.9, "horizon", (0, 1, 2, 3, 6)), (0.2, "min_unmask", (1, 2))),
+        only(
+            THRESHOLD, (0.5, "alpha", (0.0, 0.5, 0.9)), (0.9, "horizon", (0, 1, 2, 3, 6)), (0.2, "min_unmask", (1, 2))
+        ),
         transcribed(policies_cache.decode_streaming),
     ),
     "dpad": Decoder(

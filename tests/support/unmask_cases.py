@@ -1,4 +1,5 @@
-"""Calls of `unmask` for its tests: one row drawn by hand, random batches under every rule, and how two results are compared."""
+"""Calls of `unmask` for its tests: one row drawn by hand, random batches under every rule, and how two results are
+compared."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
+from unmask_oracle import fp32, unmask_row
+
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
 from dlm_kernels.tiles import UnmaskTile
-from torch import Tensor
-from unmask_oracle import fp32, unmask_row
 
 MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
 STATE_FIELDS = tuple(field.name for field in dataclasses.fields(RowState))
@@ -70,7 +72,8 @@ def assert_same(ours: tuple[RowState, Tensor], expected: tuple[RowState, Tensor]
     assert torch.equal(ours[1].cpu(), expected[1].cpu()), f"{note}: lanes written\n{ours[1]}\n{expected[1]}"
 
 
-# One row, drawn: g given, w written, # masked, S written stop, s given stop, . past the canvas; lane j predicts pred[j].
+# One row, drawn: g given, w written, # masked, S written stop, s given stop, . past the canvas; lane j predicts
+# pred[j].
 
 TOKEN = {"g": GIVEN, "w": WRITTEN, "#": MASK, "S": STOP, "s": STOP, "e": 3, "r": 4, ".": 0}
 
@@ -84,7 +87,12 @@ def one_row(
     state.tokens[0] = torch.tensor([TOKEN[c] for c in canvas])
     state.unmask_step[0] = torch.tensor([0 if c in "wSe" else -1 for c in canvas])
     fields = dict(
-        canvas_len=len(canvas.split(".")[0]), block_start=block[0], block_end=block[1], phase=phase, step=3, block_step=block_step
+        canvas_len=len(canvas.split(".")[0]),
+        block_start=block[0],
+        block_end=block[1],
+        phase=phase,
+        step=3,
+        block_step=block_step,
     )
     for name, number in fields.items():
         getattr(state, name)[0] = number
@@ -93,10 +101,13 @@ def one_row(
     call = dict(query_len=4, pred=[TOKEN[c] for c in pred], score=list(range(W, 0, -1)), confidence=[0.5] * W, value=0.0,
                 min_unmask=kmin, steps=2, block_length=block_length) | args  # fmt: skip
     tensors = {
-        name: x if isinstance(x, Tensor) else torch.tensor([x], dtype=DTYPES.get(name, torch.float32)) for name, x in call.items()
+        name: x if isinstance(x, Tensor) else torch.tensor([x], dtype=DTYPES.get(name, torch.float32))
+        for name, x in call.items()
     }
     return Case(
-        state, rule, dict(kind="wide" if phase == WIDE else "window", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors
+        state,
+        rule,
+        dict(kind="wide" if phase == WIDE else "window", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors,
     )
 
 
@@ -104,7 +115,9 @@ def drawn(state: RowState) -> str:
     """The row's canvas as `one_row` takes it."""
     letters = {MASK: "#", GIVEN: "g", WRITTEN: "w", STOP: "S", 3: "e", 4: "r"}
     canvas = "".join(letters[token] for token in state.tokens[0, : state.canvas_len[0]].tolist())
-    return "".join("s" if c == "S" and step < 0 else c for c, step in zip(canvas, state.unmask_step[0].tolist(), strict=False))
+    return "".join(
+        "s" if c == "S" and step < 0 else c for c, step in zip(canvas, state.unmask_step[0].tolist(), strict=False)
+    )
 
 
 # Random batches.
@@ -113,11 +126,18 @@ def drawn(state: RowState) -> str:
 def random_rule(rng: random.Random) -> UnmaskRule:
     kind = rng.choice(("plain", "plain", "seed", "edit", "renoise", "remask", "pipeline", "pipeline"))
     options: dict[str, Any] = dict(inclusive=rng.random() < 0.4, runs=rng.random() < 0.25 and kind != "renoise")
-    passes, caches, stops = PASSES, ["none", "commit", "refresh", "once"], ["never", "after_block", "closed", "all_stop"]
+    passes, caches, stops = (
+        PASSES,
+        ["none", "commit", "refresh", "once"],
+        ["never", "after_block", "closed", "all_stop"],
+    )
     if kind == "pipeline":
         options |= dict(pipeline=True, scope=rng.choice(("each", "first")))
         passes = ("none", "threshold", "threshold") if options["scope"] == "each" else PASSES
-        caches, stops = ["none", "fused", "delayed", "delayed"], ["never", "after_block", "closed", "appends", "fill", "fill"]
+        caches, stops = (
+            ["none", "fused", "delayed", "delayed"],
+            ["never", "after_block", "closed", "appends", "fill", "fill"],
+        )
     elif kind == "renoise":
         options["renoise"], caches = True, ["none", "commit"]
     else:
@@ -134,16 +154,25 @@ def random_rule(rng: random.Random) -> UnmaskRule:
 
 
 def random_case(
-    seed: int, B: int = 3, wide: bool = False, rule: UnmaskRule | None = None, lanes: int | None = None, canvas: int = 256
+    seed: int,
+    B: int = 3,
+    wide: bool = False,
+    rule: UnmaskRule | None = None,
+    lanes: int | None = None,
+    canvas: int = 256,
 ) -> Case:
-    """One call with random rows: ties, NaN and infinite scores and thresholds, infilled canvases, full blocks, errors, rows that sit out.
-    `lanes`: of the call. `wide`: more lanes than one tile, or more canvas than one tile (of `canvas` positions) of a search."""
+    """One call with random rows: ties, NaN and infinite scores and thresholds, infilled canvases, full blocks, errors,
+    rows that sit out. `lanes`: of the call. `wide`: more lanes than one tile, or more canvas than one tile (of `canvas`
+    positions) of a search."""
     rng = random.Random(seed)
     rule = random_rule(rng) if rule is None else rule
     W = lanes or (rng.choice((31, 33, 63, 65, 70)) if wide else rng.choice((1, 2, 3, 5, 8, 12)))
     L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if wide else rng.randint(W, 4 * W + 6)
     kind = "wide" if rule.cache != "none" and rng.random() < 0.3 else "window"
-    fitting = {"wide": [WIDE], "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed"))}[kind]
+    fitting = {
+        "wide": [WIDE],
+        "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed")),
+    }[kind]
     stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
     chances = dict(rank=0.5, stat_error=0.7, allowed=0.25, lane_start=0.4 * (not rule.pipeline), fallback=0.25, max_unmask=0.25,
                    exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline), max_steps=0.25)  # fmt: skip
@@ -152,7 +181,9 @@ def random_case(
     present |= {name for name, wanted in wanted_arguments(rule).items() if wanted}
     per_lane = rule.passes == "threshold" and rng.random() < 0.25
     rows = [
-        random_row(rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(WIDE, DONE), rule, present)
+        random_row(
+            rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(WIDE, DONE), rule, present
+        )
         for _ in range(B)
     ]
 
@@ -210,7 +241,11 @@ def random_row(
     masks = tokens[start:end].count(MASK)
 
     def number() -> float:
-        return rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, math.inf, -math.inf, math.nan)) if coarse else fp32(rng.random())
+        return (
+            rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, math.inf, -math.inf, math.nan))
+            if coarse
+            else fp32(rng.random())
+        )
 
     def token() -> int:
         return rng.choice(stops) if stops and rng.random() < 0.15 else rng.randrange(MASK)
@@ -250,7 +285,8 @@ def random_row(
 
 
 def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
-    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard zone."""
+    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard
+    zone."""
     buffers = []
 
     def embed(name: str, x: Tensor) -> Tensor:
@@ -266,7 +302,8 @@ def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
 
 
 class poisoned_outputs:
-    """While active, what `torch.empty` gives holds garbage between guard zones; `check` raises if a guard was written."""
+    """While active, what `torch.empty` gives holds garbage between guard zones; `check` raises if a guard was
+    written."""
 
     def __enter__(self) -> poisoned_outputs:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -285,7 +322,9 @@ class poisoned_outputs:
 
     def check(self) -> None:
         for buffer, count in self.buffers:
-            assert (torch.cat([buffer[:32], buffer[32 + count :]]) == buffer[0]).all(), "memory next to an output was written"
+            assert (torch.cat([buffer[:32], buffer[32 + count :]]) == buffer[0]).all(), (
+                "memory next to an output was written"
+            )
 
 
 def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | None = None) -> None:
@@ -294,7 +333,10 @@ def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | 
     expected = case.copy(case.state.tokens.device).run()
     ours, buffers = guarded(case)
     inputs = {name: x.clone() for name, x in ours.args.items() if isinstance(x, Tensor)}
-    with mock.patch.object(module, "unmask_tile", (lambda W: tile) if tile else module.unmask_tile), poisoned_outputs() as memory:
+    with (
+        mock.patch.object(module, "unmask_tile", (lambda W: tile) if tile else module.unmask_tile),
+        poisoned_outputs() as memory,
+    ):
         result = ours.run(module.unmask)
     memory.check()
     assert_same(result, expected, f"{note} {case.rule} {case.args['kind']} {tile}")
@@ -309,10 +351,11 @@ TOY_CANVAS = 16
 
 
 def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
-    """One random call from the seed, checked as `assert_kernel_equals_reference` does; every fourth against the oracle too.
+    """One random call from the seed, checked as `assert_kernel_equals_reference` does; every fourth against the oracle
+    too.
 
-    The rule is the seed's, so many seeds meet every rule. One call in four runs in registers, in the narrowest tile; the others
-    from memory in tiles of 8 or 16 lanes, most of them with a region or a canvas of several tiles.
+    The rule is the seed's, so many seeds meet every rule. One call in four runs in registers, in the narrowest tile;
+    the others from memory in tiles of 8 or 16 lanes, most of them with a region or a canvas of several tiles.
     """
     rng = random.Random(seed)
     tile = UnmaskTile(32, 1) if seed % 4 == 0 else UnmaskTile(32, 1, rng.choice((8, 16)))
@@ -325,7 +368,12 @@ def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
     with mock.patch.object(module, "BLOCK_L", TOY_CANVAS):
         assert_kernel_equals_reference(case.copy(device), f"seed {seed}", tile)
     rule = case.rule
-    words = [rule.passes, rule.scope, rule.remask, *(name for name in ("runs", "edit", "renoise", "seed") if getattr(rule, name))]
+    words = [
+        rule.passes,
+        rule.scope,
+        rule.remask,
+        *(name for name in ("runs", "edit", "renoise", "seed") if getattr(rule, name)),
+    ]
     kind = " ".join(word for word in words if word not in ("row", "none") or word == rule.passes)
     where = "memory" if tile.BLOCK_T else "registers"
     return {"kind": f"{kind} in {where}", "boundary": max(lanes, case.state.tokens.shape[1]) > BLOCK_T}

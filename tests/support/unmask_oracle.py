@@ -1,6 +1,8 @@
-"""`unmask` on Python numbers, one row at a time: an independent transcription of its specification, for the tests of both forms.
+"""`unmask` on Python numbers, one row at a time: an independent transcription of its specification, for the tests of
+both forms.
 
-Written from the docstrings of `UnmaskRule` and `reference.unmask` and from the published rules they name; imports neither.
+Written from the docstrings of `UnmaskRule` and `reference.unmask` and from the published rules they name; imports
+neither.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ def clean(x: float) -> float:
     return -math.inf if math.isnan(x) else x
 
 
-def unmask_row(row: dict[str, Any], rule: Any, kind: str, given: dict[str, Any], mask_id: int, stops: set[int]) -> list[bool]:
+def unmask_row(
+    row: dict[str, Any], rule: Any, kind: str, given: dict[str, Any], mask_id: int, stops: set[int]
+) -> list[bool]:
     """Advance one row in place; which lanes were written. `row`: the state's fields. `given`: the row's arguments."""
     return _Row(row, rule, kind, given, mask_id, stops).step()
 
 
 class _Row:
-    def __init__(self, row: dict[str, Any], rule: Any, kind: str, given: dict[str, Any], mask_id: int, stops: set[int]) -> None:
+    def __init__(
+        self, row: dict[str, Any], rule: Any, kind: str, given: dict[str, Any], mask_id: int, stops: set[int]
+    ) -> None:
         self.row, self.rule, self.kind, self.given, self.mask_id, self.stops = row, rule, kind, given, mask_id, stops
         self.tokens, self.unmask_step, self.confidence = row["tokens"], row["unmask_step"], row["unmask_confidence"]
         self.start, self.end, self.length = row["block_start"], row["block_end"], max(1, given["block_length"])
@@ -98,7 +104,9 @@ class _Row:
 
     def denoise(self, changed: list[bool]) -> None:
         row, rule = self.row, self.rule
-        eligible = [j for j in self.region if rule.renoise or (self.masked(j) and self.arg("allowed", [True] * self.W)[j])]
+        eligible = [
+            j for j in self.region if rule.renoise or (self.masked(j) and self.arg("allowed", [True] * self.W)[j])
+        ]
         written = [j for j in self.region if self.unmask_step[self.first_lane + j] >= 0]
         needed = set(eligible)
         if rule.edit or rule.remask != "none":
@@ -197,7 +205,10 @@ class _Row:
             if rule.scope == "first":
                 forced = [block for block in blocks if block][:1]
             else:
-                masks = [len(self.masks(self.first_lane + block[0], self.first_lane + block[-1] + 1)) for block in self.blocks()]
+                masks = [
+                    len(self.masks(self.first_lane + block[0], self.first_lane + block[-1] + 1))
+                    for block in self.blocks()
+                ]
                 forced = [block for i, block in enumerate(blocks) if i == 0 or masks[i - 1] <= given["activate_masks"]]
             chosen |= {self.best_first(block)[0] for block in forced if block and not chosen & set(block)}
         return chosen
@@ -308,7 +319,8 @@ class _Row:
             row["phase"] = DONE
 
     def wait(self, delay: int, moved: int, head: list[int], tokens_before: list[int]) -> None:
-        """A finished first block waits for its commit: so many steps that found it finished, from the row's `delay`-th on."""
+        """A finished first block waits for its commit: so many steps that found it finished, from the row's `delay`-th
+        on."""
         row, taken = self.row, self.row["step"]
         head_end = min(row["block_start"] + self.length, row["block_end"])
         found = head_end <= self.end and self.mask_id not in tokens_before[self.start : head_end]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from dlm_fast.presets import PRESETS
 from dlm_fast.presets.options import unread
 
@@ -33,7 +34,10 @@ EXTRA = {
         {"head": sharp_filter, "accept_threshold": 0.5, "eotp": True},
         {"head": sharp_filter, "accept_threshold": 0.999},
     ),
-    "learned-commit": ({"head": sharp_policy, "accept_threshold": 0.1}, {"head": sharp_policy, "accept_threshold": 0.999}),
+    "learned-commit": (
+        {"head": sharp_policy, "accept_threshold": 0.1},
+        {"head": sharp_policy, "accept_threshold": 0.999},
+    ),
     "klass": ({"kl_threshold": 10.0, "kl_history": 1}, {"kl_threshold": 1e-9}),
     "ccd": ({}, {"steps_per_block": 20}),
     "ccd-ds": ({}, {"steps_per_block": 20}),
@@ -53,6 +57,8 @@ def variants(name: str) -> list[dict]:
     if name not in PRESETS:
         return [{}]
     preset = PRESETS[name]
-    common = EAGER_AND_SHY["neg_entropy" if preset.rule == "threshold" and preset.score == "neg_entropy" else preset.rule]
+    common = EAGER_AND_SHY[
+        "neg_entropy" if preset.rule == "threshold" and preset.score == "neg_entropy" else preset.rule
+    ]
     common = [{option: a[option] for option in a if not unread(preset, [option], preset)} for a in common]
     return [a | b for a, b in zip(common, EXTRA.get(name, ({}, {})))]

@@ -1,4 +1,5 @@
-"""Asymmetric distillation: noise and losses are the recipe's, a run learns, resumes to the same bits, and its student decodes."""
+"""Asymmetric distillation: noise and losses are the recipe's, a run learns, resumes to the same bits, and its student
+decodes."""
 
 import dataclasses
 import json
@@ -52,7 +53,8 @@ def data_file(tmp_path_factory):
     lines = []
     for number in range(60):
         text = "".join(
-            "abcdef"[i] for i in torch.randint(6, (int(torch.randint(2, 13, (), generator=generator)),), generator=generator)
+            "abcdef"[i]
+            for i in torch.randint(6, (int(torch.randint(2, 13, (), generator=generator)),), generator=generator)
         )
         lines.append({"prompt": text, "answer": text, "task": ("even", "odd")[number % 2]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -64,7 +66,9 @@ def settings(teacher_folder, data_file, tmp_path):
     """DistillSettings of a toy run, with changes."""
 
     def make(**changes) -> DistillSettings:
-        return DistillSettings(**{"model": str(teacher_folder), "data": data_file, "out": tmp_path / "student"} | TINY | changes)
+        return DistillSettings(
+            **{"model": str(teacher_folder), "data": data_file, "out": tmp_path / "student"} | TINY | changes
+        )
 
     return make
 
@@ -84,7 +88,8 @@ def test_rates_never_fall_and_stay_within_their_bounds(low, high):
 
 
 def test_rates_are_distributed_as_published():
-    """p_1 ~ U(.2, .7), each rise ~ U(0, (.7 - p_1) / (M - 1)): by their means, and by the greatest rise that is possible."""
+    """p_1 ~ U(.2, .7), each rise ~ U(0, (.7 - p_1) / (M - 1)): by their means, and by the greatest rise that is
+    possible."""
     M = 5
     rates = block_rates(torch.full((20000,), M), Noise(), torch.Generator().manual_seed(2)).double()
     share = rates.diff() / ((0.7 - rates[:, :1]) / (M - 1))
@@ -149,7 +154,9 @@ def forcing_by_hand(student, teacher, tokens, is_masked, rate, weight, *, shift,
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["llada", "dream"])
-@pytest.mark.parametrize(("soft", "inverse", "temperature"), [(True, True, 1.0), (True, False, 2.0), (False, True, 1.0)])
+@pytest.mark.parametrize(
+    ("soft", "inverse", "temperature"), [(True, True, 1.0), (True, False, 2.0), (False, True, 1.0)]
+)
 def test_the_forcing_loss_equals_a_transcription_of_the_recipe(shift, soft, inverse, temperature):
     B, L, V = 3, 9, 13
     student, teacher = torch.randn(2, B, L, V).double().unbind()
@@ -193,7 +200,8 @@ def test_the_certainty_loss_equals_a_transcription():
 
 
 def test_a_step_is_the_recipe_on_its_canvases(settings):
-    """The whole chain, from the batch's labels to the loss: a plain forward of each model with dlm_fast's own visibility."""
+    """The whole chain, from the batch's labels to the loss: a plain forward of each model with dlm_fast's own
+    visibility."""
     distiller = Distiller(settings(micro_batches=1))
     batch = distiller.masking(distiller.steps.next()[0], torch.Generator().manual_seed(5))
     loss = distiller.loss(batch, distiller.student_logits(batch), distiller.teacher_logits(batch))
@@ -265,7 +273,11 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, t
     for _ in range(3):
         second.step()
 
-    assert (second.step_number, second.tokens, second.steps.position) == (whole.step_number, whole.tokens, whole.steps.position)
+    assert (second.step_number, second.tokens, second.steps.position) == (
+        whole.step_number,
+        whole.tokens,
+        whole.steps.position,
+    )
     ours, theirs = weights(second), weights(whole)
     assert ours.keys() == theirs.keys() and len(ours) > 4
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -322,7 +334,10 @@ def test_mixed_precision_goes_through_accelerate_and_stays_near_float32(settings
 
 
 def test_gradient_checkpointing_changes_no_weight(settings, tmp_path):
-    plain, spared = Distiller(settings(out=tmp_path / "a")), Distiller(settings(out=tmp_path / "b", gradient_checkpointing=True))
+    plain, spared = (
+        Distiller(settings(out=tmp_path / "a")),
+        Distiller(settings(out=tmp_path / "b", gradient_checkpointing=True)),
+    )
     for _ in range(2):
         plain.step(), spared.step()
 
@@ -365,7 +380,8 @@ def test_a_trajectory_masks_a_block_in_the_order_a_teacher_filled_it(settings, t
     """The answer of six tokens and its EOS was written in the order 6 5 4 3 2 1 0."""
     path = tmp_path / "ordered.jsonl"
     path.write_text(
-        json.dumps({"prompt_ids": [5, 6], "answer_ids": [9, 10, 11, 12, 13, 14, EOS], "order": [6, 5, 4, 3, 2, 1, 0]}) + "\n"
+        json.dumps({"prompt_ids": [5, 6], "answer_ids": [9, 10, 11, 12, 13, 14, EOS], "order": [6, 5, 4, 3, 2, 1, 0]})
+        + "\n"
     )
     distiller = Distiller(settings(objective="trajectory", data=path, extra_blocks=0.0, visibility="block"))
     (canvases,) = distiller.steps.next()
@@ -374,8 +390,8 @@ def test_a_trajectory_masks_a_block_in_the_order_a_teacher_filled_it(settings, t
         batch = distiller.masking(canvases, torch.Generator().manual_seed(seed))
         states.add(tuple("".join("#" if token == MASK else "." for token in row[2:]) for row in batch.tokens.tolist()))
 
-    # Two blocks; in the first the teacher filled from the right, the EOS tail (place 7, no step of its own) comes last in the
-    # second.
+    # Two blocks; in the first the teacher filled from the right, the EOS tail (place 7, no step of its own) comes last
+    # in the second.
     given = {("####", "...."), ("###.", "...#"), ("##..", "..##"), ("#...", ".###"), ("....", "####")}
     first = {(a + "####", b + "####") for a, b in given}
     second = {
@@ -407,12 +423,18 @@ def test_masking_of_a_trajectory_grows_with_the_training(settings):
         (dict(low=0.8), "noise must have 0 < low <= high <= 1, got low=0.8, high=0.7"),
         (dict(settled=2.0), "settled must be in .0, 1., got settled=2.0"),
         (dict(steps=0), "steps must be at least 1, got steps=0"),
-        (dict(optimizer="muon", full_finetune=False), "'muon' trains whole matrices and goes with full_finetune, got LoRA"),
+        (
+            dict(optimizer="muon", full_finetune=False),
+            "'muon' trains whole matrices and goes with full_finetune, got LoRA",
+        ),
         (dict(optimizer="muon", precision="fp16"), "'muon' goes with precision fp32 or bf16, got precision=fp16"),
         (dict(seed=-1), "seed must be at least 0, got seed=-1"),
         (dict(dtype="bfloat16"), "full_finetune trains float32 weights .* got dtype=bfloat16"),
         (dict(tokens_per_step=39), "tokens_per_step must hold a canvas of max_length=40, got tokens_per_step=39"),
-        (dict(max_length=512, tokens_per_step=512), "max_length must fit the model's 256 positions, got max_length=512"),
+        (
+            dict(max_length=512, tokens_per_step=512),
+            "max_length must fit the model's 256 positions, got max_length=512",
+        ),
         (dict(block_length=None), "block_length must be given, .* names none"),
         (
             dict(block_length=37),
@@ -432,13 +454,17 @@ def test_teacher_and_student_of_different_vocabularies_are_refused(settings, tea
     model.resize_token_embeddings(VOCAB + 8)
     model.config.dlm = {"mask_token_id": MASK, "eos_token_ids": [EOS], "visibility": "full"}
     model.save_pretrained(tmp_path / "larger")
-    with pytest.raises(VocabularyError, match=f"size of the teacher .*larger is {VOCAB + 8}, of the student .* {VOCAB}"):
+    with pytest.raises(
+        VocabularyError, match=f"size of the teacher .*larger is {VOCAB + 8}, of the student .* {VOCAB}"
+    ):
         Distiller(settings(teacher=str(tmp_path / "larger")))
 
     diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")
     student, other = native_model(), toy_tokenizer()
     other.add_tokens(["zz"])
-    with pytest.raises(VocabularyError, match="id of 'zz' .1 tokens differ. of the teacher b is 48, of the student a None"):
+    with pytest.raises(
+        VocabularyError, match="id of 'zz' .1 tokens differ. of the teacher b is 48, of the student a None"
+    ):
         check_vocabularies((student, diffusion, toy_tokenizer()), (student, diffusion, other), ("a", "b"))
     with pytest.raises(VocabularyError, match="mask id of the teacher b is 7, of the student a 0"):
         check_vocabularies(
@@ -467,7 +493,9 @@ def test_checkpoint_and_student_are_on_the_disk_before_they_get_their_names(sett
     distiller.save()
     distiller.export()
 
-    assert synced.named[0] == "checkpoint.safetensors" and {"model.safetensors", "config.json", "adapter"} <= set(synced.named)
+    assert synced.named[0] == "checkpoint.safetensors" and {"model.safetensors", "config.json", "adapter"} <= set(
+        synced.named
+    )
 
 
 @pytest.mark.parametrize("kind", [None, "pretraining"])
@@ -499,7 +527,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(settings):
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 8, hard))
     try:
         with pytest.raises(
-            checkpoint.CheckpointWriteError, match="checkpoint.safetensors could not be written, the checkpoint before is intact"
+            checkpoint.CheckpointWriteError,
+            match="checkpoint.safetensors could not be written, the checkpoint before is intact",
         ):
             distiller.save()
         with pytest.raises(checkpoint.CheckpointWriteError, match="export: .* could not be written"):
@@ -512,7 +541,9 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(settings):
     assert Distiller(settings(resume=True)).step_number == 1
 
 
-@pytest.mark.parametrize(("package", "changes"), [("peft", dict(full_finetune=False)), ("accelerate", dict(precision="bf16"))])
+@pytest.mark.parametrize(
+    ("package", "changes"), [("peft", dict(full_finetune=False)), ("accelerate", dict(precision="bf16"))]
+)
 def test_a_missing_package_is_named_with_its_extra(settings, monkeypatch, package, changes):
     import sys
 

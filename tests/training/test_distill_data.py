@@ -1,4 +1,5 @@
-"""Data of a distillation: lines are read as a decoder would render them, wrong ones are named, canvases are drawn from a seed."""
+"""Data of a distillation: lines are read as a decoder would render them, wrong ones are named, canvases are drawn from
+a seed."""
 
 import json
 
@@ -8,9 +9,9 @@ from helpers import EOS, MASK, VOCAB, toy, toy_tokenizer
 
 import dlm_fast
 from dlm_fast.prompts import read_rows
+from dlm_fast.tiny.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import CanvasShape, DatasetError, Steps, read_dataset
-from dlm_fast.tiny.tokenizer import EOS_ID, answer_text, build_tokenizer, prompt_text
 from dlm_fast.training.trajectories import teacher_orders
 
 DIFFUSION = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")
@@ -34,7 +35,9 @@ def ids(prompt: int, answer: int, **more) -> dict:
 def test_text_is_tokenised_as_the_tiny_models_are_trained_and_prompted(tmp_path):
     tokenizer = build_tokenizer()
     chat = [{"role": "user", "content": "Add 12 and 34"}]
-    path = file_of(tmp_path, {"task": "add", "prompt": "Add 12 and 34", "answer": "2+4=6"}, {"prompt": chat, "answer": "2+4=6"})
+    path = file_of(
+        tmp_path, {"task": "add", "prompt": "Add 12 and 34", "answer": "2+4=6"}, {"prompt": chat, "answer": "2+4=6"}
+    )
     diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS_ID,), visibility="full")
     text, messages = read_dataset(path, tokenizer, diffusion, SHAPE, vocab_size=256).samples
 
@@ -73,13 +76,19 @@ GOOD = ids(3, 4)
         ("[1]", "must be a JSON object, got list"),
         ({"prompt": "ab", "answer": " "}, "answer must not be empty, got ' '"),
         ({"prompt": "ab", "answer": 5}, "answer must be text, got int"),
-        ({"prompt": [{"content": "x"}], "answer": "a"}, "prompt must be text or a list of messages with role and content"),
+        (
+            {"prompt": [{"content": "x"}], "answer": "a"},
+            "prompt must be text or a list of messages with role and content",
+        ),
         ({"prompt": "ab", "answer": "c", "reply": "d"}, "has unknown keys .'reply'.; known are"),
         ({"prompt": "ab", "answer_ids": [5]}, "must be text or token ids, got both"),
         ({"prompt_ids": [5.5], "answer_ids": [5]}, "prompt_ids must be a list of whole numbers"),
         ({"prompt_ids": [5], "answer_ids": [VOCAB]}, f"answer must hold ids in .0, {VOCAB}., got {VOCAB}"),
         ({"prompt_ids": [5], "answer_ids": [MASK, 6]}, "answer must not contain the mask id 0"),
-        ({"prompt_ids": [5], "answer_ids": [6, EOS, 6]}, "answer must have its EOS 1 at its end only, got it at place 1 of 3"),
+        (
+            {"prompt_ids": [5], "answer_ids": [6, EOS, 6]},
+            "answer must have its EOS 1 at its end only, got it at place 1 of 3",
+        ),
         (
             ids(29, 2),
             "block_length must fit between the prompt and max_length, got block_length=4, a prompt of 29 tokens and max",
@@ -138,7 +147,9 @@ def test_a_canvas_is_prompt_and_whole_blocks_that_hold_the_answer(tmp_path, abso
 
 
 def test_every_sample_comes_once_an_epoch_and_the_seed_decides_when(tmp_path):
-    dataset = read(file_of(tmp_path, *({"prompt_ids": [5 + i % 40, 5 + i // 40], "answer_ids": [6, EOS]} for i in range(70))))
+    dataset = read(
+        file_of(tmp_path, *({"prompt_ids": [5 + i % 40, 5 + i // 40], "answer_ids": [6, EOS]} for i in range(70)))
+    )
 
     def epochs(seed, position=(0, 0), steps=40):
         stream = Steps(dataset, SHAPE, eos_id=EOS, tokens_per_step=64, micro_batches=2, seed=seed)
@@ -190,7 +201,9 @@ def test_curves_of_one_run_and_of_several_become_pictures(tmp_path):
     for name, accuracy in (("one", 0.5), ("two", {"add": 0.2, "sort": 0.4})):
         (tmp_path / name).mkdir()
         logs.append(tmp_path / name / "log.jsonl")
-        logs[-1].write_text("".join(json.dumps({"step": i, "loss": 1 / i, "accuracy": accuracy}) + "\n" for i in (1, 2, 3)))
+        logs[-1].write_text(
+            "".join(json.dumps({"step": i, "loss": 1 / i, "accuracy": accuracy}) + "\n" for i in (1, 2, 3))
+        )
     plot(logs[1:], tmp_path / "one.png")
     plot(logs, tmp_path / "both.svg")
 

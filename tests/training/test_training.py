@@ -7,19 +7,9 @@ import pytest
 import torch
 from helpers import Synced
 
-from dlm_fast.tiny.tasks import TASKS, generate_sample
-from dlm_fast.training import checkpoint
-from dlm_fast.training.__main__ import build_parser, main
 from dlm_fast.tiny.data import SampleStream
 from dlm_fast.tiny.model import build_model
-from dlm_fast.training.objectives import (
-    FILLER_WEIGHT,
-    LATER_WEIGHT,
-    BlockCausalBatches,
-    FullBatches,
-    block_causal_batch,
-    full_batch,
-)
+from dlm_fast.tiny.tasks import TASKS, generate_sample
 from dlm_fast.tiny.tokenizer import (
     EOS_ID,
     MASK_ID,
@@ -30,6 +20,16 @@ from dlm_fast.tiny.tokenizer import (
     answer_text,
     build_tokenizer,
     prompt_text,
+)
+from dlm_fast.training import checkpoint
+from dlm_fast.training.__main__ import build_parser, main
+from dlm_fast.training.objectives import (
+    FILLER_WEIGHT,
+    LATER_WEIGHT,
+    BlockCausalBatches,
+    FullBatches,
+    block_causal_batch,
+    full_batch,
 )
 from dlm_fast.training.optimization import learning_rate_scale
 from dlm_fast.training.train import Settings, Trainer, settings_of, token_losses
@@ -43,7 +43,6 @@ def tokenizer():
 def run_settings(tmp_path, **changes) -> Settings:
     small = dict(steps=20, tokens_per_step=512, compile=False, bf16=False, warmup=5, seed=5)
     return Settings(tmp_path / "run", **small | changes)
-
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -95,7 +94,6 @@ def test_saved_tokenizer_encodes_the_same(tokenizer, tmp_path):
     assert again.chat_template == tokenizer.chat_template
 
 
-
 def test_full_states_are_those_of_a_block_by_block_decoder():
     stream = SampleStream(0)
     samples = [sample for sample in (stream.next() for _ in range(200)) if len(sample.prompt + sample.answer) <= 96]
@@ -106,7 +104,9 @@ def test_full_states_are_those_of_a_block_by_block_decoder():
         masked = (batch.tokens[row] == MASK_ID).tolist()
         assert batch.targets[row].tolist() == sample.prompt + sample.answer + [EOS_ID] * (95 - first_eos)
         block_starts = range(prompt_length, first_eos + 1, 8)
-        assert any(batch.weight[row].tolist() == pytest.approx(_state(start, first_eos, masked)) for start in block_starts)
+        assert any(
+            batch.weight[row].tolist() == pytest.approx(_state(start, first_eos, masked)) for start in block_starts
+        )
 
 
 def _state(block_start, first_eos, masked):
@@ -183,7 +183,8 @@ def test_a_later_token_changes_an_earlier_logit_only_where_it_is_visible():
     block = torch.arange(24) // 8
     for visible, sees in ((torch.ones(24, 24, dtype=torch.bool), block >= 0), (block <= block[:, None], block == 2)):
         before, after = (
-            model(input_ids=ids, attention_mask=visible[None, None], use_cache=False).logits for ids in (tokens, changed)
+            model(input_ids=ids, attention_mask=visible[None, None], use_cache=False).logits
+            for ids in (tokens, changed)
         )
         assert torch.equal((before != after).any(-1)[0], sees)
 
@@ -224,7 +225,6 @@ def test_an_isolated_prompt_sees_itself_and_the_response_everything():
 def _logits(model, tokens, position_ids, visible):
     output = model(input_ids=tokens, position_ids=position_ids, attention_mask=visible, use_cache=False)
     return output.logits, tokens, visible
-
 
 
 @pytest.mark.parametrize("block_causal", [0.0, 1.0])
@@ -415,5 +415,7 @@ def test_written_samples_are_the_streams(tmp_path):
     assert main(["samples", "--out", str(path), "--n", "20", "--seed", "3"]) == 0
 
     stream = SampleStream(3)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(stream.next_sample()) for _ in range(20)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        vars(stream.next_sample()) for _ in range(20)
+    ]
     assert main(["samples", "--out", str(path), "--n", "0"]) == 1

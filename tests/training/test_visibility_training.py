@@ -2,17 +2,17 @@
 
 import dataclasses
 
-from dlm_kernels.attention import launch as kernel
 import pytest
 import torch
 from attention_cases import TOY
-from dlm_kernels import Window, reference
 from helpers import native_model, random_prompts, toy
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import dlm_fast
 from dlm_fast.training.visibility import attention_mask, block_labels, dense_mask, mask_mod, sees
+from dlm_kernels import Window, reference
+from dlm_kernels.attention import launch as kernel
 
 D = 32  # of the op's calls, and so the most positions a case may have
 
@@ -41,8 +41,8 @@ def random_canvases(seed: int) -> tuple[Tensor, Tensor, int, dlm_fast.DiffusionC
 def seen_by_the_op(op, blocks: Tensor, mode: str, *, cached: Tensor | None = None) -> Tensor:
     """[B, W, W] bool: what each query of a whole window attends to, read off its output.
 
-    With queries of zero all visible keys weigh the same, and position j's value is the j-th unit vector. cached: [B], positions
-    of each row whose keys an earlier forward stored; they are then computed by no query.
+    With queries of zero all visible keys weigh the same, and position j's value is the j-th unit vector. cached: [B],
+    positions of each row whose keys an earlier forward stored; they are then computed by no query.
     """
     B, W = blocks.shape
     index = torch.arange(W).expand(B, W)
@@ -120,7 +120,9 @@ def test_a_pipelined_decode_sees_what_training_sees():
     handle, windows = dlm_fast.handle_of(model), []
 
     def record(q, k, v, k_cache, v_cache, window, **options):
-        windows.append(dataclasses.replace(window, **{name: tensor.clone() for name, tensor in window.tensors().items()}))
+        windows.append(
+            dataclasses.replace(window, **{name: tensor.clone() for name, tensor in window.tensors().items()})
+        )
         return reference.block_attention(q, k, v, k_cache, v_cache, window, **options)
 
     handle.ops = dataclasses.replace(handle.ops, block_attention=record)
@@ -172,7 +174,9 @@ def test_flex_attention_attends_as_the_dense_mask():
     q, k, v = torch.randn(3, 3, 4, width, 16).unbind()
     with torch.no_grad():
         flex = flex_attention(q, k, v, block_mask=attention_mask(blocks, mode, "flex_attention"))
-        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(blocks, mode, "sdpa"))
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask(blocks, mode, "sdpa")
+        )
 
     live = blocks >= 0
     torch.testing.assert_close(flex.transpose(1, 2)[live], dense.transpose(1, 2)[live], atol=1e-5, rtol=1e-5)
@@ -185,7 +189,9 @@ def test_a_transformers_model_hands_both_masks_through(family, monkeypatch):
 
     # Compiling needs minutes here; what is tested is what reaches the function.
     monkeypatch.setattr(
-        integration, "compile_friendly_flex_attention", lambda *args, training=False, **kwargs: flex_attention(*args, **kwargs)
+        integration,
+        "compile_friendly_flex_attention",
+        lambda *args, training=False, **kwargs: flex_attention(*args, **kwargs),
     )
     prompt, length, width, diffusion = random_canvases(5)
     blocks, mode = block_labels(prompt, length, width, diffusion)
@@ -196,9 +202,9 @@ def test_a_transformers_model_hands_both_masks_through(family, monkeypatch):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             logits.append(
-                model(input_ids=tokens, attention_mask=attention_mask(blocks, mode, implementation), use_cache=False).logits[
-                    blocks >= 0
-                ]
+                model(
+                    input_ids=tokens, attention_mask=attention_mask(blocks, mode, implementation), use_cache=False
+                ).logits[blocks >= 0]
             )
 
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,5 @@
-"""`block_attention` in Triton. Importing it imports Triton; its specification is `dlm_kernels.reference.block_attention`."""
+"""`block_attention` in Triton. Importing it imports Triton; its specification is
+`dlm_kernels.reference.block_attention`."""
 
 from .launch import block_attention
 

@@ -1,8 +1,10 @@
-"""Device code of `block_attention`, the cache's side: which slots a row sees, where a slot lies, how a key gets there and back.
+"""Device code of `block_attention`, the cache's side: which slots a row sees, where a slot lies, how a key gets there
+and back.
 
-A cache is [rows, H_kv, S_max, D] or, with a page table, [pages, H_kv, PAGE, D]: then slot s lies in page table[s // PAGE] at
-s % PAGE. Its elements are those of q, or e4m3 bytes with one float32 scale a head. The bytes are taken apart and put together
-with integer operations, on every target the same: sm_80 and sm_86 have no conversion, and the interpreter's is no reference.
+A cache is [rows, H_kv, S_max, D] or, with a page table, [pages, H_kv, PAGE, D]: then slot s lies in page table[s //
+PAGE] at s % PAGE. Its elements are those of q, or e4m3 bytes with one float32 scale a head. The bytes are taken apart
+and put together with integer operations, on every target the same: sm_80 and sm_86 have no conversion, and the
+interpreter's is no reference.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import triton.language as tl
 
 # Keys copied to the cache per iteration: enough to fill the copy's loads, few enough to cost no registers.
 STORE_N = tl.constexpr(16)
-# What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, whose bias is larger by 8.
+# What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, whose bias is
+# larger by 8.
 E4M3_UNIT = tl.constexpr(256.0)
 
 
@@ -27,7 +30,8 @@ def _tile_mask(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _load_tile(ptr, offset, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] at `offset` [rows] of a tensor whose last stride is 1; rows not kept and the padding are zero. None: all kept."""
+    """[rows, BLOCK_D] at `offset` [rows] of a tensor whose last stride is 1; rows not kept and the padding are zero.
+    None: all kept."""
     pointers = ptr + offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
     if keep is not None:
         return tl.load(pointers, mask=_tile_mask(keep, D, BLOCK_D), other=0)
@@ -53,7 +57,8 @@ def _encode_e4m3(value):
     bits = value.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     clipped = tl.where(size > 0x43E00000, 0x43E00000, size)  # 448
-    # From 2^-6 on: drop 20 bits of the mantissa, rebias the exponent from 127 to 7; a carry runs into the exponent, as it should.
+    # From 2^-6 on: drop 20 bits of the mantissa, rebias the exponent from 127 to 7; a carry runs into the exponent, as
+    # it should.
     normal = ((clipped + 0x7FFFF + ((clipped >> 20) & 1)) >> 20) - 960
     # Below, e4m3 counts in steps of 2^-9; adding 2^23 makes float32 count, and round, in units.
     counted = clipped.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
@@ -64,7 +69,8 @@ def _encode_e4m3(value):
 
 @triton.jit
 def _first_visible(kv_len, sliding_window):
-    """First cached slot that the sliding window leaves visible; with a sliding window of n, the last n - 1 slots are."""
+    """First cached slot that the sliding window leaves visible; with a sliding window of n, the last n - 1 slots
+    are."""
     first = kv_len * 0
     if sliding_window is not None:
         first = tl.maximum(kv_len - sliding_window + 1, 0)
@@ -86,8 +92,8 @@ def _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, 
 def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N):
     """How a row's visible prefix is cut: (where the first split starts, slots a split, number of splits, at least 1).
 
-    It looks at nothing but the row's own length. Long prefixes get longer splits instead of more: the partial results are
-    fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
+    It looks at nothing but the row's own length. Long prefixes get longer splits instead of more: the partial results
+    are fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
     """
     base = _first_visible(kv_len, sliding_window) // BLOCK_N * BLOCK_N
     span = kv_len - base
@@ -118,7 +124,8 @@ def _cache_base(ptr, strides, cache_row, head, PAGE: tl.constexpr):
 
 @triton.jit
 def _tile_pages(table_ptr, start, slot, visible, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of a tile of slots: one for all if a tile, which starts at a multiple of BLOCK_N, never crosses pages."""
+    """The pages of a tile of slots: one for all if a tile, which starts at a multiple of BLOCK_N, never crosses
+    pages."""
     page = 0
     if PAGE >= BLOCK_N:
         page = tl.load(table_ptr + start // PAGE).to(tl.int64)

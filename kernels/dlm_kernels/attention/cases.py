@@ -1,4 +1,5 @@
-"""The configurations of `block_attention` that must compile: every tile of the table, and every variant of the three kernels."""
+"""The configurations of `block_attention` that must compile: every tile of the table, and every variant of the three
+kernels."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ import dataclasses
 import torch
 import triton
 
-from .combine import _combine_kernel
-from .split import _attention_kernel
-from .prefill import _prefill_kernel
 from ..static import CompileCase
 from ..tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
+from .combine import _combine_kernel
+from .prefill import _prefill_kernel
+from .split import _attention_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"attention": _attention_kernel, "attention prefill": _prefill_kernel, "attention combine": _combine_kernel}
@@ -47,13 +48,17 @@ class _Variant:
     @property
     def absent(self) -> list[str]:
         """Arguments that are None."""
-        present = {"paged": self.page > 0, "partials": self.cache} | {n: getattr(self, n) for n in OPTIONAL if hasattr(self, n)}
+        present = {"paged": self.page > 0, "partials": self.cache} | {
+            n: getattr(self, n) for n in OPTIONAL if hasattr(self, n)
+        }
         return [argument for name, arguments in OPTIONAL.items() if not present[name] for argument in arguments]
 
     def __str__(self) -> str:
         extras = [name for name in ("kept", "branch", "sliding", "fp8") if getattr(self, name)]
         extras += [f"paged {self.page}"] if self.page else []
-        return " ".join([f"{self.dtype} D={self.D} G={self.G} {self.mode}", "cache" if self.cache else "no cache", *extras])
+        return " ".join(
+            [f"{self.dtype} D={self.D} G={self.G} {self.mode}", "cache" if self.cache else "no cache", *extras]
+        )
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
@@ -66,20 +71,34 @@ def compile_cases(capability: int) -> list[CompileCase]:
     splits += [_Variant("bf16", 128, 4, mode) for mode in ("causal", "shadow")]
     no_cache = ((128, 1, "full"), (128, 4, "causal"))
     splits += [_Variant("bf16", D, G, mode, cache=False) for D, G, mode in no_cache]
-    splits += [_Variant("fp16", 128, 7, "block")] + [_Variant("fp32", D, 1, "block") for D in (16, 32, 64, 128, 256, 512)]
+    splits += [_Variant("fp16", 128, 7, "block")] + [
+        _Variant("fp32", D, 1, "block") for D in (16, 32, 64, 128, 256, 512)
+    ]
     splits += [_Variant("bf16", 128, 1, kept=True), _Variant("bf16", 128, 4, "block", branch=True)]
     splits += [_Variant("bf16", D, 2, sliding=True) for D in (256, 512)]
     splits += [_Variant("bf16", 128, 1, page=64), _Variant("bf16", 128, 4, page=16)]
-    splits += [_Variant("bf16", D, 1, fp8=True) for D in (64, 128, 256, 512)] + [_Variant("bf16", 128, 7, "block", fp8=True)]
+    splits += [_Variant("bf16", D, 1, fp8=True) for D in (64, 128, 256, 512)] + [
+        _Variant("bf16", 128, 7, "block", fp8=True)
+    ]
     splits += [_Variant("bf16", 128, 1, "shadow", page=64, **everything)]
     splits += [_Variant("bf16", 128, 7, "shadow", fp8=True, page=16, **everything)]
     splits += [_Variant("bf16", 256, 2, fp8=True, page=64, sliding=True)]
     prefills = [_Variant("bf16", D, 4, "causal") for D in (16, 32, 64, 128, 256, 512)]
-    prefills += [_Variant("bf16", 128, 1), _Variant("fp16", 128, 7, "block"), _Variant("bf16", 128, 4, "causal", cache=False)]
+    prefills += [
+        _Variant("bf16", 128, 1),
+        _Variant("fp16", 128, 7, "block"),
+        _Variant("bf16", 128, 4, "causal", cache=False),
+    ]
     prefills += [_Variant("fp32", 64, 1, "causal"), _Variant("bf16", 128, 4, "block", fp8=True)]
     prefills += [_Variant("bf16", 128, 7, "shadow", fp8=True, page=16, **everything)]
     prefills += [_Variant("bf16", 256, 2, fp8=True, page=64, sliding=True)]
-    combines = [("bf16", 64, False), ("bf16", 128, False), ("bf16", 256, False), ("bf16", 256, True), ("bf16", 512, False)]
+    combines = [
+        ("bf16", 64, False),
+        ("bf16", 128, False),
+        ("bf16", 256, False),
+        ("bf16", 256, True),
+        ("bf16", 512, False),
+    ]
     combines += [("fp32", 64, False)]
     return [
         *(_split_case(capability, variant) for variant in splits),
@@ -101,13 +120,21 @@ def _prefill_case(capability: int, variant: _Variant) -> CompileCase:
 
 def _combine_case(dtype: str, D: int, sliding: bool) -> CompileCase:
     BLOCK_D = triton.next_power_of_2(D)
-    constexprs = {"D": D, "SPLIT": 512, "MAX_SPLITS": 32, "BLOCK_R": min(16, COMBINE_ELEMENTS // BLOCK_D), "BLOCK_D": BLOCK_D}
+    constexprs = {
+        "D": D,
+        "SPLIT": 512,
+        "MAX_SPLITS": 32,
+        "BLOCK_R": min(16, COMBINE_ELEMENTS // BLOCK_D),
+        "BLOCK_D": BLOCK_D,
+    }
     constexprs |= {} if sliding else {"sliding_window": None}
     config = f"{dtype} D={D}{' sliding' if sliding else ''}"
     return _signed("attention combine", config, dtype, dtype, constexprs, num_warps=4, num_stages=1)
 
 
-def _case(kernel: str, capability: int, variant: _Variant, tile: AttentionTile, constexprs: dict[str, object]) -> CompileCase:
+def _case(
+    kernel: str, capability: int, variant: _Variant, tile: AttentionTile, constexprs: dict[str, object]
+) -> CompileCase:
     BLOCK_D = triton.next_power_of_2(variant.D)
     constexprs = constexprs | {"G": variant.G, "D": variant.D, "MODE": variant.mode, "HAS_CACHE": variant.cache}
     constexprs |= {"PAGE": variant.page, "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_D": BLOCK_D}
@@ -121,8 +148,12 @@ def _case(kernel: str, capability: int, variant: _Variant, tile: AttentionTile, 
     return _signed(kernel, config, variant.dtype, cache_dtype, constexprs, **options)
 
 
-def _signed(kernel: str, config: str, dtype: str, cache_dtype: str, constexprs: dict[str, object], **options) -> CompileCase:
-    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(FLOAT_POINTERS, "*fp32")
+def _signed(
+    kernel: str, config: str, dtype: str, cache_dtype: str, constexprs: dict[str, object], **options
+) -> CompileCase:
+    pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}") | dict.fromkeys(
+        FLOAT_POINTERS, "*fp32"
+    )
     pointers |= {"k_cache_ptr": f"*{cache_dtype}", "v_cache_ptr": f"*{cache_dtype}", "kept_ptr": "*u8"}
     signature: dict[str, object] = {}
     aligned: list[str] = []

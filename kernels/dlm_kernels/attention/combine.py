@@ -17,8 +17,8 @@ DEAD = tl.constexpr(-1.0)
 def _normalized(acc, row_sum, live):
     """The weighted mean of the values of live rows, zeros of the others.
 
-    A live row sees itself, so its weights have a sum. Where that is NaN, or 0 because every score is -inf, so is what it stands for
-    not a number: zeros in its place would hide an overflow from all that follows.
+    A live row sees itself, so its weights have a sum. Where that is NaN, or 0 because every score is -inf, so is what
+    it stands for not a number: zeros in its place would hide an overflow from all that follows.
     """
     return tl.where(live[:, None], acc / tl.where(live, row_sum, 1.0)[:, None], 0.0)
 
@@ -32,7 +32,9 @@ def _write_output(out_ptr, result, batch, head, row, W, H_KV, G, D: tl.constexpr
     tl.store(out_ptr + position[:, None] * D + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["W", "H_KV", "G", "BLOCK_N", "sliding_window", "num_splits", "first_row", "num_rows", "longest"])
+@triton.jit(
+    do_not_specialize=["W", "H_KV", "G", "BLOCK_N", "sliding_window", "num_splits", "first_row", "num_rows", "longest"]
+)
 def _combine_kernel(
     partial_acc_ptr,
     partial_max_ptr,
@@ -56,7 +58,8 @@ def _combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merges the partial results of the row's own splits in their order, where it has several; rows beyond q_len get zeros."""
+    """Merges the partial results of the row's own splits in their order, where it has several; rows beyond q_len get
+    zeros."""
     tiles = num_rows // BLOCK_R
     pair = tl.program_id(0) // tiles
     tile_start = tl.program_id(0) % tiles * BLOCK_R

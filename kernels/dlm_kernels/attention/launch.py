@@ -7,19 +7,20 @@ import triton
 from torch import Tensor
 
 from .. import device
-from .cases import compile_cases
-from .combine import _combine_kernel
-from .split import _attention_kernel
-from .prefill import _prefill_kernel
 from ..library import operator
 from ..reference.attention import capacity, check_arguments
 from ..tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
 from ..window import Window
+from .cases import compile_cases
+from .combine import _combine_kernel
+from .prefill import _prefill_kernel
+from .split import _attention_kernel
 
 __all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
 
 LOG2_E = 1.4426950408889634
-# Partial results are fp32 [splits, rows, D] per KV head; beyond this, several groups of query tiles take turns in the workspace.
+# Partial results are fp32 [splits, rows, D] per KV head; beyond this, several groups of query tiles take turns in the
+# workspace.
 WORKSPACE_BYTES = 512 * 2**20
 
 
@@ -42,7 +43,8 @@ def block_attention(
     v_scale: Tensor | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and values.
+    """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and
+    values.
 
         first   cache[cache_row[b], :, kv_slot[b, j]] = k, v[b, :, j]   for every live j with kv_slot[b, j] >= 0
         then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over the keys that `Window` lets i see
@@ -50,34 +52,41 @@ def block_attention(
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16; any strides, the last one 1.
         k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
-        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
-            Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
+        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in
+            place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
+            are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k; finite.
-        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
-            to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
-            The window's own keys are attended as they come.
-        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all are.
+        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in
+            float32, rounded to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is
+            read is that value times scale. The window's own keys are attended as they come.
+        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all
+            are.
     Returns:
-        [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
+        [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets
+        zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, a scale that is not finite,
-            sliding_window < 1, scales of the cache without an fp8 one or the other way round; caches that are empty, expanded, share
+        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, a scale that is
+        not finite,
+            sliding_window < 1, scales of the cache without an fp8 one or the other way round; caches that are empty,
+            expanded, share
             memory or require a gradient.  TypeError: dtype.
-        RuntimeError: a gradient of q, k or v is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.  NotImplementedError: a GPU
+        RuntimeError: a gradient of q, k or v is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
+        NotImplementedError: a GPU
             that `tiles.TARGETS` does not name.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
-    positions sharing a slot, and every stored slot hidden from all rows that read it. A NaN or an infinity in a live query, or in a key
-    or value that it sees, is carried into the results, as in the reference.
+    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
+    no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. A NaN or an
+    infinity in a live query, or in a key or value that it sees, is carried into the results, as in the reference.
 
-    The visible prefix is read in splits, cut by the row's own length, whose partial results are added in order; a row of many
-    queries (more than the tile's PREFILL_ROWS of them times H / H_kv) is walked by one program a query tile instead. Both
-    depend on the row alone, so its result has the same bits alone or in a batch, in any bucket that holds it and at any capacity.
-    Launches: one; one more (the combine) if the capacity, or the sliding window, has room for several splits; one more (the prefill)
-    if W has room for a row of many queries. Beyond 512 MiB of workspace, which is at most PREFILL_ROWS / SPLIT times what B rows of
-    a 16-bit cache take, groups of query tiles take turns in it, two launches each.
-    Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
+    The visible prefix is read in splits, cut by the row's own length, whose partial results are added in order; a row
+    of many queries (more than the tile's PREFILL_ROWS of them times H / H_kv) is walked by one program a query tile
+    instead. Both depend on the row alone, so its result has the same bits alone or in a batch, in any bucket that holds
+    it and at any capacity. Launches: one; one more (the combine) if the capacity, or the sliding window, has room for
+    several splits; one more (the prefill) if W has room for a row of many queries. Beyond 512 MiB of workspace, which
+    is at most PREFILL_ROWS / SPLIT times what B rows of a 16-bit cache take, groups of query tiles take turns in it,
+    two launches each. Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax:
+    arXiv:2205.14135.
     """
     check_arguments(
         q, k, v, k_cache, v_cache, window,
@@ -191,7 +200,8 @@ def _launch(
 
 
 def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_bytes: int, *, B: int, S_max: int) -> None:
-    """The split form and its combine, on the first PREFILL_ROWS query rows of the bucket: a row that has more is not theirs."""
+    """The split form and its combine, on the first PREFILL_ROWS query rows of the bucket: a row that has more is not
+    theirs."""
     q, H_kv, G, D, BLOCK_D = (common[name] for name in ("q_ptr", "H_KV", "G", "D", "BLOCK_D"))
     query_tiles = triton.cdiv(min(common["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
     # As many splits as a row can have: a sliding window leaves few slots to cut, which need not begin at a key tile.
@@ -212,7 +222,19 @@ def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_byt
         partial_sum = torch.empty(rows, dtype=torch.float32, device=q.device)
     partials = {"partial_acc_ptr": partial_acc, "partial_max_ptr": partial_max, "partial_sum_ptr": partial_sum}
     plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
-    shared = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr", "W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")
+    shared = (
+        "q_len_ptr",
+        "kv_len_ptr",
+        "replaced_ptr",
+        "out_ptr",
+        "W",
+        "H_KV",
+        "sliding_window",
+        "longest",
+        "G",
+        "D",
+        "BLOCK_D",
+    )
     BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
 
     for first_tile in range(0, query_tiles, tiles_at_once):

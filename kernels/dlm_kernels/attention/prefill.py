@@ -1,8 +1,9 @@
-"""Device code of `block_attention` for long windows (prefill): one program a query tile walks the cached prefix, then the window.
+"""Device code of `block_attention` for long windows (prefill): one program a query tile walks the cached prefix, then
+the window.
 
-Nothing is split and nothing combined. The key tiles that a query tile needs are those between the first and the last key that
-any of its rows sees; of them, a contiguous range that every row sees whole is multiplied without a mask, and only the others
-(the diagonal, ends, holes) evaluate the predicate. In "causal" mode with four positions a tile:
+Nothing is split and nothing combined. The key tiles that a query tile needs are those between the first and the last
+key that any of its rows sees; of them, a contiguous range that every row sees whole is multiplied without a mask, and
+only the others (the diagonal, ends, holes) evaluate the predicate. In "causal" mode with four positions a tile:
 
     key tile      0 1 2 3
     query tile 0  m . . .      m: masked   f: whole   .: not read
@@ -131,7 +132,8 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of query rows of one KV head against everything it sees, for batch rows of more than `longest` query rows.
+    """One tile of query rows of one KV head against everything it sees, for batch rows of more than `longest` query
+    rows.
 
     Of the others it writes the zeros beyond `longest`, where the split form has no program.
     """
@@ -185,7 +187,8 @@ def _prefill_kernel(
         first = _first_visible(kv_len, sliding_window)
         first_tile = first // BLOCK_N
         end_tile = tl.cdiv(kv_len, BLOCK_N)
-        # The range that is seen whole lies before the replaced slots; they, if they are any, leave a gap of tiles behind it.
+        # The range that is seen whole lies before the replaced slots; they, if they are any, leave a gap of tiles
+        # behind it.
         first_whole = tl.cdiv(first, BLOCK_N)
         end_whole = kv_len // BLOCK_N
         gap = end_tile

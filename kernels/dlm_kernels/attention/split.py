@@ -1,9 +1,9 @@
 """Device code of `block_attention`: the pass over cached prefix and window, cut into splits.
 
-Rows of a tile are (query, head of the group) pairs: row r is query r // G, head r % G of the KV head's group, G any integer.
-The visible prefix is cut by the row's own length (`_split_plan`), never by batch, bucket or capacity; the last split also
-takes the window, so a row with a short prefix has one split, whose program writes the output itself. With G=1, SPLIT=4,
-kv_len=6, a window of 3 in "causal" mode and cache slots 4..5 replaced:
+Rows of a tile are (query, head of the group) pairs: row r is query r // G, head r % G of the KV head's group, G any
+integer. The visible prefix is cut by the row's own length (`_split_plan`), never by batch, bucket or capacity; the last
+split also takes the window, so a row with a short prefix has one split, whose program writes the output itself. With
+G=1, SPLIT=4, kv_len=6, a window of 3 in "causal" mode and cache slots 4..5 replaced:
 
                  split 0    split 1, window
     cache slot   0 1 2 3  | 4 5   j = 0 1 2
@@ -41,7 +41,8 @@ LAST_ORDER = tl.constexpr(2147483647)
 
 @triton.jit
 def _by_key(x, SWAP: tl.constexpr):
-    """A vector over keys, to broadcast against a tile of scores: [rows, keys], or [keys, rows] when operands are swapped."""
+    """A vector over keys, to broadcast against a tile of scores: [rows, keys], or [keys, rows] when operands are
+    swapped."""
     return x[:, None] if SWAP else x[None, :]
 
 
@@ -52,10 +53,11 @@ def _by_row(x, SWAP: tl.constexpr):
 
 @triton.jit
 def _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP: tl.constexpr):
-    """One step of the online softmax, in base 2. Hidden keys get weight 0 exactly, and move no pivot; None: none is hidden.
+    """One step of the online softmax, in base 2. Hidden keys get weight 0 exactly, and move no pivot; None: none is
+    hidden.
 
-    SWAP computes the transposes, S^T = K Q^T and O^T = V^T P^T: the tensor cores of sm_90 want 64 rows in their first operand,
-    which keys and head dim have when the queries are few. `acc` is then [BLOCK_D, rows].
+    SWAP computes the transposes, S^T = K Q^T and O^T = V^T P^T: the tensor cores of sm_90 want 64 rows in their first
+    operand, which keys and head dim have when the queries are few. `acc` is then [BLOCK_D, rows].
     """
     if SWAP:
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
@@ -78,7 +80,16 @@ def _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP: tl.c
 
 @triton.jit
 def _window_visible(
-    j, q_len, q_pos_ptr, q_block_ptr, q_branch_ptr, query_pos, query_block, query_branch, MODE: tl.constexpr, SWAP: tl.constexpr
+    j,
+    q_len,
+    q_pos_ptr,
+    q_block_ptr,
+    q_branch_ptr,
+    query_pos,
+    query_block,
+    query_branch,
+    MODE: tl.constexpr,
+    SWAP: tl.constexpr,
 ):
     """(which window positions are live, which of them each row sees): the predicate of `Window`."""
     inside = j < q_len
@@ -99,7 +110,9 @@ def _window_visible(
         visible = visible & ~(twin & (_by_key(key_order, SWAP) < _by_row(query_block, SWAP)))
     if q_branch_ptr is not None:
         key_branch = tl.load(q_branch_ptr + j, mask=inside, other=-1)
-        visible = visible & ((_by_key(key_branch, SWAP) < 0) | (_by_key(key_branch, SWAP) == _by_row(query_branch, SWAP)))
+        visible = visible & (
+            (_by_key(key_branch, SWAP) < 0) | (_by_key(key_branch, SWAP) == _by_row(query_branch, SWAP))
+        )
     return key_live, visible
 
 
@@ -118,7 +131,8 @@ def _load_order(q_pos_ptr, q_block_ptr, q_branch_ptr, query, live, MODE: tl.cons
 
 @triton.jit
 def _end_of_visible(order_ptr, block_ptr, q_len, newest):
-    """First window position beyond every live key of order at most `newest`: from there on, the whole tile sees nothing."""
+    """First window position beyond every live key of order at most `newest`: from there on, the whole tile sees
+    nothing."""
     end = 0
     for start in range(0, q_len, SCAN_N):
         j = start + tl.arange(0, SCAN_N)
@@ -180,7 +194,17 @@ def _store_window(
 
 # The lengths of a bucket must not multiply the compiled variants.
 @triton.jit(
-    do_not_specialize=["W", "H_KV", "S_MAX", "num_pages", "sliding_window", "num_splits", "first_tile", "num_tiles", "longest"]
+    do_not_specialize=[
+        "W",
+        "H_KV",
+        "S_MAX",
+        "num_pages",
+        "sliding_window",
+        "num_splits",
+        "first_tile",
+        "num_tiles",
+        "longest",
+    ]
 )
 def _attention_kernel(
     q_ptr,
@@ -231,10 +255,11 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of query rows of one KV head against one split. The result of a row with one split is final, else partial.
+    """One tile of query rows of one KV head against one split. The result of a row with one split is final, else
+    partial.
 
-    Strides are those of (batch row, head, position); for a cache (cache row or page, head, slot). Rows of more than `longest`
-    query rows are left to the prefill kernel.
+    Strides are those of (batch row, head, position); for a cache (cache row or page, head, slot). Rows of more than
+    `longest` query rows are left to the prefill kernel.
     """
     # Query tiles of one KV head are neighbours, so that the second one finds the keys in L2.
     pair = tl.program_id(0) // num_tiles
@@ -302,7 +327,9 @@ def _attention_kernel(
             page = _tile_pages(page_table_ptr, start, slot, visible, PAGE, BLOCK_N)
             k = _load_cached(k_slots, slot, page, k_cache_strides, visible, q.dtype, PAGE, D, BLOCK_D)
             v = _load_cached(v_slots, slot, page, v_cache_strides, visible, q.dtype, PAGE, D, BLOCK_D)
-            row_max, row_sum, acc = _attend_tile(q, k, v, _by_key(visible, SWAP), row_max, row_sum, acc, score_scale, SWAP)
+            row_max, row_sum, acc = _attend_tile(
+                q, k, v, _by_key(visible, SWAP), row_max, row_sum, acc, score_scale, SWAP
+            )
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr) * E4M3_UNIT
 

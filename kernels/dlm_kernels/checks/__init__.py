@@ -1,1 +1,2 @@
-"""What the arguments of a call must satisfy: one check an op, run by its reference and by its launcher alike. Imports torch only."""
+"""What the arguments of a call must satisfy: one check an op, run by its reference and by its launcher alike. Imports
+torch only."""

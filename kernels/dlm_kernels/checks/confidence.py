@@ -1,9 +1,10 @@
-"""What `confidence` and `linear_confidence` accept: their outputs and limits, and the checks that reference and kernel share."""
+"""What `confidence` and `linear_confidence` accept: their outputs and limits, and the checks that reference and kernel
+share."""
 
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
 # Of `linear_confidence`: those that need no second matrix of logits.
 LINEAR_OUTPUTS = tuple(name for name in OUTPUTS if name != "kl")
 MAX_BANNED, MAX_BIAS, MAX_TOP_K = 32, 64, 16
-# A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf: between them
-# every intermediate of the one-pass recurrences is finite in fp32.
+# A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf:
+# between them every intermediate of the one-pass recurrences is finite in fp32.
 LIMIT = 1e30
-# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE infinitely unlikely.
+# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE
+# infinitely unlikely.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence finite.
+# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence
+# finite.
 PREVIOUS_FLOOR = math.log(1e-12)
 
 _GROUP_OF = {
@@ -56,7 +59,8 @@ def check_arguments(
     previous_logsumexp: Tensor | None,
     extra_dtypes: tuple[torch.dtype, ...] = (),
 ) -> int:
-    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the device."""
+    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the
+    device."""
     check_matrix("confidence", "logits", logits, "[R, V] with 1 <= V < 2^30", extra_dtypes)
     if not 1 <= logits.shape[1] < 2**30:
         raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
@@ -78,7 +82,9 @@ def check_arguments(
         if previous.dtype != logits.dtype:
             raise TypeError(f"confidence: previous must have the logits' dtype {logits.dtype}, got {previous.dtype}")
         if previous.shape != logits.shape:
-            raise ValueError(f"confidence: previous must have the logits' shape {list(logits.shape)}, got {list(previous.shape)}")
+            raise ValueError(
+                f"confidence: previous must have the logits' shape {list(logits.shape)}, got {list(previous.shape)}"
+            )
         if previous.shape[1] > 1 and previous.stride(1) != 1:
             raise ValueError(f"confidence: previous must have last stride 1, got strides {previous.stride()}")
         if previous.device != logits.device:
@@ -111,7 +117,8 @@ def check_linear_arguments(
     soft_cap: float | None,
     extra_dtypes: tuple[torch.dtype, ...] = (),
 ) -> int:
-    """Raise on a call that `linear_confidence` does not define; returns N. Looks at shapes and dtypes, never at values."""
+    """Raise on a call that `linear_confidence` does not define; returns N. Looks at shapes and dtypes, never at
+    values."""
     op = "linear_confidence"
     if not isinstance(outputs, str) and "kl" in outputs:
         raise ValueError(
@@ -211,7 +218,9 @@ def _check_tensors(
         if value.dtype != dtype:
             raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
         if tuple(value.shape) not in shapes:
-            raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})")
+            raise ValueError(
+                f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})"
+            )
         if not value.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, got strides {value.stride()}")
         if value.device != device:

@@ -1,4 +1,5 @@
-"""What a call of `unmask` may be given: checked by its reference and by the kernel's launcher, without reading an element."""
+"""What a call of `unmask` may be given: checked by its reference and by the kernel's launcher, without reading an
+element."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..reference.written import check_written
 from ..rules import UnmaskRule
 from ..state import ROW_FIELDS, RowState
-from ..reference.written import check_written
 
 Kind = Literal["wide", "window"]
 KINDS: tuple[Kind, ...] = ("wide", "window")
@@ -69,11 +70,14 @@ def check_arguments(
     rows: dict[str, Tensor | None],
     lanes: dict[str, Tensor | None],
 ) -> None:
-    """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element; shared with the kernel's launcher."""
+    """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element; shared with the
+    kernel's launcher."""
     if kind not in KINDS:
         raise ValueError(f"unmask: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
     if kind == "wide" and rule.cache == "none":
-        raise ValueError("unmask: kind 'wide' needs a rule.cache other than 'none' (no row could take part), got rule.cache='none'")
+        raise ValueError(
+            "unmask: kind 'wide' needs a rule.cache other than 'none' (no row could take part), got rule.cache='none'"
+        )
     if isinstance(mask_id, bool) or not isinstance(mask_id, int):
         raise TypeError(f"unmask: mask_id must be an int, got {type(mask_id).__name__}")
     if not 0 <= mask_id < 2**31:
@@ -84,18 +88,28 @@ def check_arguments(
     for name, wanted in wanted_arguments(rule).items():
         if (given[name] is not None) != wanted:
             must = "must be given for" if wanted else "must be None for"
-            raise ValueError(f"unmask: {name} {must} {rule}, got {name}={'None' if given[name] is None else 'a tensor'}")
+            raise ValueError(
+                f"unmask: {name} {must} {rule}, got {name}={'None' if given[name] is None else 'a tensor'}"
+            )
     if rule.pipeline and given["exits"] is not None:
         raise ValueError("unmask: exits must be None for a pipeline, got a tensor")
     for name, tensor in (("tokens", state.tokens), ("score", lanes["score"])):
         if tensor.dim() != 2 or tensor.shape[1] < 1:
-            raise ValueError(f"unmask: {name} must be 2-D and at least one position wide, got shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"unmask: {name} must be 2-D and at least one position wide, got shape {tuple(tensor.shape)}"
+            )
     if stop_ids.dim() != 1 or stop_ids.shape[0] > MAX_STOP_IDS:
         raise ValueError(f"unmask: stop_ids must be [K] with K <= {MAX_STOP_IDS}, got shape {tuple(stop_ids.shape)}")
 
     (B, L), W = state.tokens.shape, lanes["score"].shape[1]
-    expected = {"tokens": (torch.int64, (B, L)), "unmask_step": (torch.int32, (B, L)), "unmask_confidence": (torch.float32, (B, L))}
-    expected |= {name: (OPTIONAL_ROWS.get(name, torch.int32), (B,)) for name in (*ROW_FIELDS, *rows)} | {"value": (torch.float32, (B,))}
+    expected = {
+        "tokens": (torch.int64, (B, L)),
+        "unmask_step": (torch.int32, (B, L)),
+        "unmask_confidence": (torch.float32, (B, L)),
+    }
+    expected |= {name: (OPTIONAL_ROWS.get(name, torch.int32), (B,)) for name in (*ROW_FIELDS, *rows)} | {
+        "value": (torch.float32, (B,))
+    }
     expected |= {name: (OPTIONAL_LANES.get(name, torch.float32), (B, W)) for name in lanes}
     expected |= {"pred": (torch.int64, (B, W)), "stop_ids": (torch.int64, tuple(stop_ids.shape))}
     if rule.passes == "threshold" and given["value"].dim() == 2:

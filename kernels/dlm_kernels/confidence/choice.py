@@ -1,7 +1,9 @@
-"""Device code of `confidence` after its pass over the vocabulary: which ids the lanes' largest logits are, and what follows them.
+"""Device code of `confidence` after its pass over the vocabulary: which ids the lanes' largest logits are, and what
+follows them.
 
-A *column* is the ids of one lane: id = (tile * LANES + lane) * GROUP + element over the tiles. The answers are in few columns,
-which are read again, and biased again: that of the winner, of a lane whose winner is banned, of each of the top k.
+A *column* is the ids of one lane: id = (tile * LANES + lane) * GROUP + element over the tiles. The answers are in few
+columns, which are read again, and biased again: that of the winner, of a lane whose winner is banned, of each of the
+top k.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def _without_banned(
     NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SAMPLED: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' largest allowed logits and draws: a lane that won with a group that holds a banned id is searched again."""
+    """The lanes' largest allowed logits and draws: a lane that won with a group that holds a banned id is searched
+    again."""
     best, best_tile, drawn, drawn_tile = bests
     _, soft_cap, _ = scales
     _, sample_scale, k0, k1 = sampling
@@ -101,8 +104,8 @@ def _choose(
     NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, SAMPLED: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """Token, runner-up and draw among the allowed ids of tiles [first_tile, first_tile + COLUMN) below `end`, with their logits
-    and the draw's score. A choice whose logit (score) is -inf is none, and its id means nothing."""
+    """Token, runner-up and draw among the allowed ids of tiles [first_tile, first_tile + COLUMN) below `end`, with
+    their logits and the draw's score. A choice whose logit (score) is -inf is none, and its id means nothing."""
     best, best_tile, drawn, drawn_tile = bests
     _, soft_cap, _ = scales
     draws, sample_scale, k0, k1 = sampling
@@ -155,7 +158,8 @@ def _store_top(
     NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """The top_k largest allowed logits, best first: the lane of each is read again for its id and for what it holds below."""
+    """The top_k largest allowed logits, best first: the lane of each is read again for its id and for what it holds
+    below."""
     best, best_tile, _, _ = bests
     lanes = tl.arange(0, LANES)
     top = tl.full((), float("inf"), tl.float32)

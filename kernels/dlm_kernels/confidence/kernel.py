@@ -1,20 +1,21 @@
-"""Device code of `confidence`: one pass over the vocabulary of each needed row, by one program or by one for every part of it.
+"""Device code of `confidence`: one pass over the vocabulary of each needed row, by one program or by one for every part
+of it.
 
-The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load), the groups are dealt round-robin to LANES lanes,
-and PART_TILES tiles make a part:
+The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load), the groups are dealt round-robin to LANES
+lanes, and PART_TILES tiles make a part:
 
     id = (tile * LANES + lane) * GROUP + element        one tile = one trip of the loop
 
-Each lane keeps its largest logit and the tile where it first saw it, and the running sums of the softmax and of the entropy
-("kl": and of the divergence). Everything else is found after the loop by re-reading a *column*, the ids of one lane: which
-element of the group it was, the runner-up inside the winner's lane, and what is left of a lane whose winner is banned. So banned
-ids, the runner-up, the top k and the ids themselves cost nothing in the loop. Nor do biases: the loop stops at a tile that holds
-a biased id, that tile is read as the incomplete last one is and its elements are compared with every biased id, and the loop goes
-on after it.
+Each lane keeps its largest logit and the tile where it first saw it, and the running sums of the softmax and of the
+entropy ("kl": and of the divergence). Everything else is found after the loop by re-reading a *column*, the ids of one
+lane: which element of the group it was, the runner-up inside the winner's lane, and what is left of a lane whose winner
+is banned. So banned ids, the runner-up, the top k and the ids themselves cost nothing in the loop. Nor do biases: the
+loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its elements are
+compared with every biased id, and the loop goes on after it.
 
-Sums start afresh in every part, and a part's are reduced over the lanes before they meet another's (`_merge_sums`), so that a row
-has the same bits whether one program reads all its parts (many rows) or each part has a program (few rows, SPLIT). Largest logits
-are exact and go on from part to part.
+Sums start afresh in every part, and a part's are reduced over the lanes before they meet another's (`_merge_sums`), so
+that a row has the same bits whether one program reads all its parts (many rows) or each part has a program (few rows,
+SPLIT). Largest logits are exact and go on from part to part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 import triton
 import triton.language as tl
 
+from ..reference.confidence import PREVIOUS_FLOOR
 from .choice import _add_bias, _choose, _store_top, _without_banned
 from .merge import (
     _DIVERGENCE,
@@ -62,7 +64,6 @@ from .row import (
     _scales,
     _score,
 )
-from ..reference.confidence import PREVIOUS_FLOOR
 
 _FLOOR_LOG2 = tl.constexpr(PREVIOUS_FLOOR * math.log2(math.e))
 
@@ -125,13 +126,16 @@ def _whole_tiles(
     HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles [start, stop). No mask: filling in for masked elements would cost an instruction for every two."""
+    """The state after tiles [start, stop). No mask: filling in for masked elements would cost an instruction for every
+    two."""
     for tile in range(start, stop):
         x = tl.load(logits_ptr + tile * (LANES * GROUP) + elements).to(tl.float32)
         before = x
         if KL:
             before = tl.load(previous_ptr + tile * (LANES * GROUP) + elements).to(tl.float32)
-        state = _accumulate(state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP)
+        state = _accumulate(
+            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP
+        )
     return state
 
 
@@ -145,13 +149,16 @@ def _one_tile(
     if tile * (LANES * GROUP) < end:
         ids = tile * (LANES * GROUP) + elements
         x = tl.load(logits_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
-        # First ids and offsets apart: the offsets are constants of the machine code, and no register holds the id of an element.
+        # First ids and offsets apart: the offsets are constants of the machine code, and no register holds the id of an
+        # element.
         first = (tile * LANES + tl.arange(0, LANES)[:, None]) * GROUP
         x = _add_bias(x, first, tl.arange(0, GROUP)[None, :], biases, end, HAS_BIAS)
         before = x
         if KL:
             before = tl.load(previous_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
-        state = _accumulate(state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP)
+        state = _accumulate(
+            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP
+        )
     return state
 
 
@@ -161,7 +168,8 @@ def _part(
     LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
     SAMPLED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' largest logits and draws after one more part, and the part's own sums: pivot, total, energy, divergence.
+    """The lanes' largest logits and draws after one more part, and the part's own sums: pivot, total, energy,
+    divergence.
 
     LAST: this may be the last part, whose last tile may be incomplete.
     """
@@ -207,8 +215,8 @@ def _part(
     return (best, best_tile, drawn, drawn_tile), (part_pivot, part_total, part_energy, part_divergence)
 
 
-# R and the stride of `banned` change with the batch: no recompilation for them. Nor for the number of biases: a loop over them
-# that is unrolled takes registers that the tile needs.
+# R and the stride of `banned` change with the batch: no recompilation for them. Nor for the number of biases: a loop
+# over them that is unrolled takes registers that the tile needs.
 @triton.jit(do_not_specialize=["R", "banned_stride", "num_bias", "top_k"])
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
@@ -223,8 +231,8 @@ def _confidence_kernel(
     LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr, PART_TILES: tl.constexpr, PARTS: tl.constexpr,
     LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs None but for the
-    top k, which then point to the partial ones (int32 ids)."""
+    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs None
+    but for the top k, which then point to the partial ones (int32 ids)."""
     n = tl.program_id(0)
     row = n
     if HAS_ROWS:
@@ -288,8 +296,8 @@ def _confidence_kernel(
         pivots = tl.full((1 << LOG2_SLOTS,), _NO_PIVOT, tl.float32)
         totals = tl.zeros((1 << LOG2_SLOTS,), tl.float32)
         energies, divergences = totals, totals
-        # Only the last part can have an incomplete tile, but every part can have biased ones. The last one is apart for the loop
-        # over whole tiles to be all that its loop loads.
+        # Only the last part can have an incomplete tile, but every part can have biased ones. The last one is apart for
+        # the loop over whole tiles to be all that its loop loads.
         apart: tl.constexpr = 0 if HAS_BIAS else 1
         for part in range(PARTS - apart):
             bests, sums = _part(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from .. import device
-from .kernel import _confidence_kernel
-from .merge import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
 from ..library import operator
 from ..reference.confidence import OUTPUTS, Confidence, check_arguments, requested
 from ..static import CompileCase
 from ..tiles import ConfidenceTile, confidence_parts, confidence_tile
+from .kernel import _confidence_kernel
+from .merge import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
 
-# Programs wanted for every SM. Fewer rows than that are split; it changes no bit of a row, so it may look at N and at the device.
+# Programs wanted for every SM. Fewer rows than that are split; it changes no bit of a row, so it may look at N and at
+# the device.
 PROGRAMS_PER_SM = 2
 FIELD_TYPES = {
     "token": torch.int64,
@@ -28,7 +29,9 @@ FIELD_TYPES = {
 
 def present(*, outputs: Sequence[str], top_k: int = 0, **_: object) -> tuple[str, ...]:
     """The fields of `Confidence` that are not None."""
-    return tuple(name for name in Confidence._fields[:-2] if requested(name, outputs)) + Confidence._fields[-2:] * (top_k > 0)
+    return tuple(name for name in Confidence._fields[:-2] if requested(name, outputs)) + Confidence._fields[-2:] * (
+        top_k > 0
+    )
 
 
 def _fake(logits: Tensor, *, rows: Tensor | None, outputs: Sequence[str], top_k: int, **_: object) -> Confidence:
@@ -54,19 +57,21 @@ def confidence(
     previous: Tensor | None = None,
     previous_logsumexp: Tensor | None = None,
 ) -> Confidence:
-    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a query, top k.
+    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a
+    query, top k.
 
-    Arguments, results and errors are those of `reference.confidence`, which specifies it; float64 is not accepted. Token ids do
-    not depend on the tile. Floats depend on the GPU's tile in the last bits, which on sm_100 is another one with "kl" and on
-    sm_120 with a bias, and on nothing else: not on the other rows and not on their number.
+    Arguments, results and errors are those of `reference.confidence`, which specifies it; float64 is not accepted.
+    Token ids do not depend on the tile. Floats depend on the GPU's tile in the last bits, which on sm_100 is another
+    one with "kl" and on sm_120 with a bias, and on nothing else: not on the other rows and not on their number.
 
-    One launch where rows are many, one program a row. With fewer than two rows for every SM, a program for every part of a row
-    (`tiles.confidence_parts`) and a second launch that merges the parts. Both add up the same parts in the same order, so a row
-    has the same bits either way.
+    One launch where rows are many, one program a row. With fewer than two rows for every SM, a program for every part
+    of a row (`tiles.confidence_parts`) and a second launch that merges the parts. Both add up the same parts in the
+    same order, so a row has the same bits either way.
 
-    Cost: the logits, read once; "kl" reads `previous` beside them, twice the bytes. A bias costs what its ids cost: each of the
-    tiles (`ConfidenceTile.lanes` x 16 bytes) that hold one compares all its elements with all K ids, the other tiles nothing.
-    Each of the top k costs one lane's ids read again (V / lanes), outside the loop over the vocabulary.
+    Cost: the logits, read once; "kl" reads `previous` beside them, twice the bytes. A bias costs what its ids cost:
+    each of the tiles (`ConfidenceTile.lanes` x 16 bytes) that hold one compares all its elements with all K ids, the
+    other tiles nothing. Each of the top k costs one lane's ids read again (V / lanes), outside the loop over the
+    vocabulary.
 
     Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that
         `tiles.TARGETS` does not name.
@@ -103,7 +108,8 @@ def launch(
     tile: ConfidenceTile,
     split: bool,
 ) -> Confidence:
-    """`confidence` of checked arguments by a tile; `split`: a program for each part of a row, if its vocabulary has several."""
+    """`confidence` of checked arguments by a tile; `split`: a program for each part of a row, if its vocabulary has
+    several."""
     V = logits.shape[1]
     part_tiles, parts = confidence_parts(V, tile, logits.element_size())
     split = split and parts > 1
@@ -175,7 +181,9 @@ def launch(
 def allocate(N: int, outputs: Sequence[str], top_k: int, device: torch.device) -> Confidence:
     """The outputs of N rows, not written."""
     fields = {
-        name: torch.empty(N, dtype=FIELD_TYPES.get(name, torch.float32), device=device) if requested(name, outputs) else None
+        name: torch.empty(N, dtype=FIELD_TYPES.get(name, torch.float32), device=device)
+        if requested(name, outputs)
+        else None
         for name in Confidence._fields[:-2]
     }
     if top_k:
@@ -279,7 +287,8 @@ _SETS = {
     "sampled": ("sampled",),
     "bias": _STATISTICS,
     "everything": OUTPUTS,
-    # Without "kl": no decoder has it beside a bias, and with fp32 logits ptxas spills 24 to 70 bytes of the two together.
+    # Without "kl": no decoder has it beside a bias, and with fp32 logits ptxas spills 24 to 70 bytes of the two
+    # together.
     "everything+bias": tuple(name for name in OUTPUTS if name != "kl"),
 }
 # What a decoder asks of few rows.
@@ -287,8 +296,9 @@ _SPLIT_SETS = ("second", "second+logsumexp+entropy", "everything", "everything+b
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every configuration that a decoder launches on a GPU of this capability: dtypes, sets of outputs and forms ("split": the
-    first of two launches); "bare" has no option, "everything" a top k too. The second launch: one for each set of outputs."""
+    """Every configuration that a decoder launches on a GPU of this capability: dtypes, sets of outputs and forms
+    ("split": the first of two launches); "bare" has no option, "everything" a top k too. The second launch: one for
+    each set of outputs."""
     V = 126464
     cases = []
     for itemsize, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
@@ -306,8 +316,15 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     tile, group = confidence_tile(capability, itemsize, kl, biased), 16 // itemsize
     part_tiles, parts = confidence_parts(V, tile, itemsize)
     top = {"top_tokens_ptr": "*i32" if split else "*i64", "top_logits_ptr": "*fp32"} if everything else {}
-    signature = {argument: "constexpr" for argument in _confidence_kernel.arg_names}
-    signature |= {"logits_ptr": f"*{dtype}", "row_stride": "i32", "banned_stride": "i32", "top_k": "i32", "R": "i32", "V": "i32"}
+    signature = dict.fromkeys(_confidence_kernel.arg_names, "constexpr")
+    signature |= {
+        "logits_ptr": f"*{dtype}",
+        "row_stride": "i32",
+        "banned_stride": "i32",
+        "top_k": "i32",
+        "R": "i32",
+        "V": "i32",
+    }
     signature |= top
     if not bare:
         signature |= {"rows_ptr": "*i32", "banned_ptr": "*i64"}
@@ -355,9 +372,10 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
-        # A draw costs two software logarithms an element (about 80 instructions): it is bound by arithmetic, not by memory, and
-        # outside the gate of the reduction. With a bias the loop over whole tiles is the same, but lies in a loop over the biased
-        # ones, which the count takes for it. "kl" loads two logits for an id: the gate is what the memory allows for each.
+        # A draw costs two software logarithms an element (about 80 instructions): it is bound by arithmetic, not by
+        # memory, and outside the gate of the reduction. With a bias the loop over whole tiles is the same, but lies in
+        # a loop over the biased ones, which the count takes for it. "kl" loads two logits for an id: the gate is what
+        # the memory allows for each.
         elements_per_iteration=None if sampled or biased else (1 + kl) * tile.lanes * group,
     )
 
@@ -366,7 +384,7 @@ def merge_case(name: str, outputs: Sequence[str], parts: int, kernel: str = "con
     """The second launch for a set of outputs; "everything" with all that a row can have."""
     everything = name.startswith("everything")
     top_k = 8 if everything and kernel == "confidence merge" else 0
-    signature = {argument: "constexpr" for argument in _merge_kernel.arg_names}
+    signature = dict.fromkeys(_merge_kernel.arg_names, "constexpr")
     signature |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "rows_ptr": "*i32", "R": "i32", "V": "i32", "top_k": "i32"}
     signature |= {f"{field}_ptr": kind for field, kind in OUTPUT_POINTERS.items() if requested(field, outputs)}
     if top_k:

@@ -1,8 +1,9 @@
-"""The second launch of `confidence` and `linear_confidence`: one small program per row makes the outputs of its parts' partials.
+"""The second launch of `confidence` and `linear_confidence`: one small program per row makes the outputs of its parts'
+partials.
 
-Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no requested
-output needs is neither written nor read. With top-k also [N, PARTS, top_k] of each, best first. Choices are exact, so their
-order is none; sums are merged by `_merge_sums`.
+Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no
+requested output needs is neither written nor read. With top-k also [N, PARTS, top_k] of each, best first. Choices are
+exact, so their order is none; sums are merged by `_merge_sums`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def _store_row(
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
     sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
 ):  # fmt: skip
-    """One value to every output that was requested. Pointers one by one: Triton 3.6 takes no tuple that holds a None."""
+    """One value to every output that was requested. Pointers one by one: Triton 3.6 takes no tuple that holds a
+    None."""
     _store(token_ptr, n, values[0])
     _store(logit_ptr, n, values[1])
     _store(second_token_ptr, n, values[2])
@@ -129,7 +131,9 @@ def _merge_kernel(
         second_tokens = tl.load(_field(ids_ptr, n, _SECOND_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
         tops = tl.where(tokens == token, float("-inf"), tops)
         second = tl.max(tl.maximum(tops, seconds), axis=0)
-        candidates = tl.minimum(tl.where(tops == second, tokens, _NO_ID), tl.where(seconds == second, second_tokens, _NO_ID))
+        candidates = tl.minimum(
+            tl.where(tops == second, tokens, _NO_ID), tl.where(seconds == second, second_tokens, _NO_ID)
+        )
         exists = second > -_LIMIT
         second_token = tl.where(exists, tl.min(candidates, axis=0), -1)
         second = tl.where(exists, second, float("-inf"))
@@ -139,7 +143,9 @@ def _merge_kernel(
     if SAMPLED:
         if draws:
             drawn = tl.load(_field(values_ptr, n, _DRAWN, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
-            drawn_logits = tl.load(_field(values_ptr, n, _SAMPLED, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
+            drawn_logits = tl.load(
+                _field(values_ptr, n, _SAMPLED, slot, _VALUES, PARTS), mask=is_part, other=float("-inf")
+            )
             drawn_tokens = tl.load(_field(ids_ptr, n, _SAMPLED_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
             # Ids of different parts differ, so the token is its part's.
             sampled_token = tl.min(tl.where(drawn == tl.max(drawn, axis=0), drawn_tokens, _NO_ID), axis=0)

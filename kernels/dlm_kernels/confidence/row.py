@@ -1,9 +1,9 @@
-"""What the kernels of `confidence` and `linear_confidence` share for a row: its noise, its scales, its soft cap, and the merge of
-the statistics of the parts that its vocabulary was cut into.
+"""What the kernels of `confidence` and `linear_confidence` share for a row: its noise, its scales, its soft cap, and
+the merge of the statistics of the parts that its vocabulary was cut into.
 
-Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program computed all
-parts or each its own. No product feeds a sum that the compiler could fuse it with (`_rounded_product`), so every kernel that
-inlines these functions rounds at the same places.
+Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program
+computed all parts or each its own. No product feeds a sum that the compiler could fuse it with (`_rounded_product`), so
+every kernel that inlines these functions rounds at the same places.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _ERROR = tl.constexpr(ERROR_LOGITS)
 _LOG2E = tl.constexpr(math.log2(math.e))
 _TWO_LOG2E = tl.constexpr(2 * math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-# The pivot of what holds nothing but -inf: finite, because -inf - -inf is NaN; below LIMIT / MIN_TEMPERATURE in units of log2.
+# The pivot of what holds nothing but -inf: finite, because -inf - -inf is NaN; below LIMIT / MIN_TEMPERATURE in units
+# of log2.
 _NO_PIVOT = tl.constexpr(-2e36)
 # Stands for an exponent of -inf where it is multiplied by a weight: 2^-10000 is 0 as well, but 0 * -inf would be NaN.
 _FAR_BELOW = tl.constexpr(-10000.0)
@@ -71,7 +72,8 @@ def _gumbel(ids, k0, k1):
 def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
     """soft_cap * tanh(x / soft_cap); -inf stays -inf."""
     if HAS_SOFT_CAP:
-        # 1 - 2 / (e^(2y) + 1): saturates to +-1 where the exponential overflows or vanishes. Off by 2^-23 at most, absolutely.
+        # 1 - 2 / (e^(2y) + 1): saturates to +-1 where the exponential overflows or vanishes. Off by 2^-23 at most,
+        # absolutely.
         tanh = 1.0 - 2.0 / (tl.exp2(x * tl.div_rn(_TWO_LOG2E, soft_cap)) + 1.0)
         return tl.where(x <= -_LIMIT, float("-inf"), soft_cap * tanh)
     else:
@@ -80,8 +82,8 @@ def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _pivot(x, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """What exponents up to that of x are taken relative to: rounded down to an integer, so that rescaling is exact and no fused
-    rounding can make two pivots disagree. -inf for -inf: the caller takes the maximum with a finite one."""
+    """What exponents up to that of x are taken relative to: rounded down to an integer, so that rescaling is exact and
+    no fused rounding can make two pivots disagree. -inf for -inf: the caller takes the maximum with a finite one."""
     return tl.floor(_cap(x, soft_cap, HAS_SOFT_CAP) * scale)
 
 
@@ -132,10 +134,13 @@ def _ordered_sum(values, LOG2_SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _merge_sums(pivots, totals, energies, divergences, LOG2_SLOTS: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr):
+def _merge_sums(
+    pivots, totals, energies, divergences, LOG2_SLOTS: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr
+):
     """The row's (pivot, total, energy, divergence) from its parts'. A slot without a part has _NO_PIVOT and zeros."""
     row_pivot = tl.max(pivots, axis=0)
-    # Not below _FAR_BELOW, where the decay is 0 already: times a total of a whole part, the distance of two pivots can overflow.
+    # Not below _FAR_BELOW, where the decay is 0 already: times a total of a whole part, the distance of two pivots can
+    # overflow.
     step = tl.maximum(pivots - row_pivot, _FAR_BELOW)
     decay = tl.exp2(step)
     row_total = _ordered_sum(_rounded_product(decay, totals), LOG2_SLOTS)
@@ -159,8 +164,8 @@ def _finish(
 ):  # fmt: skip
     """The values of every output of a row without an error, in the order of `_store_row`.
 
-    sums: pivot, total, energy, divergence, largest logit of all. choices: token, its logit, the runner-up and its, the drawn
-    token and its, the logit of the query; uncapped.
+    sums: pivot, total, energy, divergence, largest logit of all. choices: token, its logit, the runner-up and its, the
+    drawn token and its, the logit of the query; uncapped.
     """
     row_pivot, row_total, row_energy, row_divergence, row_best = sums
     token, top, second_token, second, sampled_token, sampled, query_logit = choices

@@ -1,8 +1,8 @@
 """Device code of `draft_build` and `verify`, read in tiles of BLOCK_T lanes. Specification: reference.drafts.
 
-Lanes have the keys of `unmask` (order-preserving bits of the score, then the lane): all different, so the order is total and
-nothing depends on the tile or the batch. Few lanes are wanted in order, so they are found one by one, each the greatest below
-the last.
+Lanes have the keys of `unmask` (order-preserving bits of the score, then the lane): all different, so the order is
+total and nothing depends on the tile or the batch. Few lanes are wanted in order, so they are found one by one, each
+the greatest below the last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _LANES = tl.constexpr(2**31)
 
 @triton.jit
 def _best_below(limit, W, score_ptr, eligible_ptr, held_ptr, mask_id, BLOCK_T: tl.constexpr):
-    """The greatest key below `limit` of an eligible lane (held_ptr not None: of one masked in that canvas), or KEY_MIN."""
+    """The greatest key below `limit` of an eligible lane (held_ptr not None: of one masked in that canvas), or
+    KEY_MIN."""
     top = limit * 0 + KEY_MIN
     for begin in range(0, W, BLOCK_T):
         lane = begin + tl.arange(0, BLOCK_T)
@@ -32,14 +33,17 @@ def _best_below(limit, W, score_ptr, eligible_ptr, held_ptr, mask_id, BLOCK_T: t
 
 @triton.jit
 def _last_of_best(number, W, score_ptr, eligible_ptr, BLOCK_T: tl.constexpr):
-    """The key of the last of the `number` best eligible lanes: above every key if it is 0, KEY_MIN if there are fewer."""
+    """The key of the last of the `number` best eligible lanes: above every key if it is 0, KEY_MIN if there are
+    fewer."""
     cut = number.to(tl.int64) * 0 + KEY_MAX
     for _ in range(number):
         cut = _best_below(cut, W, score_ptr, eligible_ptr, None, 0, BLOCK_T)
     return cut
 
 
-@triton.jit(do_not_specialize=("W", "D", "source_token_stride", "source_score_stride", "tokens_stride", "eligible_stride"))
+@triton.jit(
+    do_not_specialize=("W", "D", "source_token_stride", "source_score_stride", "tokens_stride", "eligible_stride")
+)
 def draft_build_kernel(
     # in
     source_token_ptr, source_score_ptr, tokens_ptr, eligible_ptr, ready_ptr,

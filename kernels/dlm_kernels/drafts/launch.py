@@ -7,11 +7,11 @@ import triton
 from torch import Tensor
 
 from .. import device
-from .kernel import draft_build_kernel, verify_kernel
 from ..library import operator
 from ..reference.drafts import DraftSource, Verified, check_build, check_verify
 from ..static import CompileCase
 from ..tiles import DRAFTS_TILES, drafts_tile
+from .kernel import draft_build_kernel, verify_kernel
 
 
 def _held(source: DraftSource, tokens: Tensor, *, D: int, **_: object) -> Tensor:
@@ -21,14 +21,15 @@ def _held(source: DraftSource, tokens: Tensor, *, D: int, **_: object) -> Tensor
 
 @operator(fake=_held)
 def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, *, D: int) -> Tensor:
-    """The held tokens [B, D, W] int64 of D canvases a row: draft k is the row with its k + 1 best eligible lanes written.
+    """The held tokens [B, D, W] int64 of D canvases a row: draft k is the row with its k + 1 best eligible lanes
+    written.
 
-    Equal to reference.draft_build bit for bit; arguments and errors are described there. Nothing depends on the tile or on the
-    other rows. Traffic: every draft reads 26 B a lane (from L2 but for the first) and writes 8 B.
+    Equal to reference.draft_build bit for bit; arguments and errors are described there. Nothing depends on the tile or
+    on the other rows. Traffic: every draft reads 26 B a lane (from L2 but for the first) and writes 8 B.
 
     Raises:
-        As reference.draft_build, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a GPU
-        that `tiles.TARGETS` does not name.
+        As reference.draft_build, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a
+        GPU that `tiles.TARGETS` does not name.
     """
     check_build(source, tokens, eligible, ready, D)
     B, W = tokens.shape
@@ -84,8 +85,8 @@ def verify(
 ) -> Verified:
     """Accepts the longest chain of drafts and makes its last canvas the next source, in place.
 
-    Equal to reference.verify bit for bit; arguments and errors are described there. Nothing depends on the tile or on the
-    other rows.
+    Equal to reference.verify bit for bit; arguments and errors are described there. Nothing depends on the tile or on
+    the other rows.
     Traffic: 61 B a lane, and 13 B a lane for every accepted draft and 16 B for every draft compared with it.
 
     Raises:
@@ -146,7 +147,9 @@ def compile_cases(capability: int) -> list[CompileCase]:
 
 def _case(kernel: triton.JITFunction, BLOCK_T: int, num_warps: int) -> CompileCase:
     dtypes = dict.fromkeys(("source_token_ptr", "tokens_ptr", "held_ptr", "token_ptr", "pred_ptr"), "*i64")
-    dtypes |= dict.fromkeys(("source_score_ptr", "source_confidence_ptr", "score_ptr", "confidence_ptr", "certain_ptr"), "*fp32")
+    dtypes |= dict.fromkeys(
+        ("source_score_ptr", "source_confidence_ptr", "score_ptr", "confidence_ptr", "certain_ptr"), "*fp32"
+    )
     dtypes |= dict.fromkeys(("tried_ptr", "accepted_ptr"), "*i32") | {"BLOCK_T": "constexpr"}
     signature = {arg: dtypes.get(arg, "*u1" if arg.endswith("_ptr") else "i32") for arg in kernel.arg_names}
     return CompileCase(

@@ -1,4 +1,5 @@
-"""Where a row stands after a step: its region, its phase, and whether a stop token ended it. Part of the specification of `unmask`."""
+"""Where a row stands after a step: its region, its phase, and whether a stop token ended it. Part of the specification
+of `unmask`."""
 
 from __future__ import annotations
 
@@ -52,14 +53,18 @@ def advance_block(
 
     result = {}
     if rule.seed:
-        seeded = (position == start[:, None]) & (tokens == mask_id) & (after.prefills | (after.commits & ~done))[:, None]
+        seeded = (
+            (position == start[:, None]) & (tokens == mask_id) & (after.prefills | (after.commits & ~done))[:, None]
+        )
         tokens = torch.where(seeded, seed[:, None], tokens)
         unmask_step = torch.where(seeded, s.step[:, None], unmask_step)
         result = dict(seeded=seeded, tokens=tokens, unmask_step=unmask_step)
         # A seed may close the row ("closed"), or fill its block.
         filled = seeded.any(1) & (count_masked(tokens, start, end, mask_id) == 0)
         in_next = (position >= start[:, None]) & (position < end[:, None])
-        closes = _stopped(rule, tokens, unmask_step, in_next, in_next & (tokens == mask_id), filled, seeded.any(1), stop_ids)
+        closes = _stopped(
+            rule, tokens, unmask_step, in_next, in_next & (tokens == mask_id), filled, seeded.any(1), stop_ids
+        )
         done = done | closes | (filled & (first_masked(tokens, end, s.canvas_len, mask_id) >= s.canvas_len))
 
     masks = torch.where(advances | after.prefills, count_masked(tokens, start, end, mask_id), s.block_masks)
@@ -87,8 +92,8 @@ def advance_pipeline(
     position = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
     in_region = (position >= s.block_start[:, None]) & (position < s.block_end[:, None])
     masked = in_region & (tokens == mask_id)
-    # The leading blocks that leave: everything before the first block that held a mask before this step, or the one block of a
-    # delayed commit. The last block may be short: with no mask left, it leaves too.
+    # The leading blocks that leave: everything before the first block that held a mask before this step, or the one
+    # block of a delayed commit. The last block may be short: with no mask left, it leaves too.
     first = torch.where(in_region & (s.tokens == mask_id), position, s.block_end[:, None]).amin(1)
     start = torch.where(first < s.block_end, s.block_start + (first - s.block_start) // length * length, s.block_end)
     if rule.cache == "delayed":

@@ -1,4 +1,5 @@
-"""What `block_attention` computes, in plain torch: the specification of the kernel, and what runs where there is no GPU."""
+"""What `block_attention` computes, in plain torch: the specification of the kernel, and what runs where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def block_attention(
     v_scale: Tensor | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and values.
+    """Attention of the window's queries over the cached prefix and the window itself; stores the window's keys and
+    values.
 
         first   cache[cache_row[b], :, kv_slot[b, j]] = k, v[b, :, j]   for every live j with kv_slot[b, j] >= 0
         then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over the keys that `Window` lets i see
@@ -39,25 +41,31 @@ def block_attention(
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16 (here also float64, and any D); any strides, the last one 1.
         k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
-        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in place.
-            Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row are ignored.
+        k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in
+            place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
+            are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k; finite.
-        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in float32, rounded
-            to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is read is that value times scale.
-            The window's own keys are attended as they come.
-        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all are.
+        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in
+            float32, rounded to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is
+            read is that value times scale. The window's own keys are attended as they come.
+        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all
+            are.
     Returns:
-        [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets zeros.
+        [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets
+        zeros.
     Raises:
-        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales of the cache without
-            an fp8 one or the other way round; caches that are empty, expanded, share memory or require a gradient.  TypeError: dtype.
+        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales of
+        the cache without
+            an fp8 one or the other way round; caches that are empty, expanded, share memory or require a gradient.
+            TypeError: dtype.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored
-    positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden slots and dead
-    positions is irrelevant, NaN included. A NaN or an infinity in a live query, or in a key or value that it sees, is carried into the
-    results as the formula says; queries of the same batch row that do not see that key or value may get NaN too, other rows never.
-    Scores, softmax and the sum over values are float32 (float64 for float64) and the result is rounded once.
+    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
+    no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden
+    slots and dead positions is irrelevant, NaN included. A NaN or an infinity in a live query, or in a key or value
+    that it sees, is carried into the results as the formula says; queries of the same batch row that do not see that
+    key or value may get NaN too, other rows never. Scores, softmax and the sum over values are float32 (float64 for
+    float64) and the result is rounded once.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_arguments(
@@ -84,14 +92,18 @@ def block_attention(
         values = torch.cat([_read(v_cache, v_scale, in_cache, window, precision), values], 2)
 
     H_kv = k.shape[1]
-    # What nobody may read can be NaN, and neither a weight of zero nor a score of -inf would silence it: it must be gone.
+    # What nobody may read can be NaN, and neither a weight of zero nor a score of -inf would silence it: it must be
+    # gone.
     queries = q.to(precision).masked_fill(~live[:, None, :, None], 0.0).unflatten(1, (H_kv, H // H_kv)).flatten(2, 3)
     keys, values = (tensor.masked_fill(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
     mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen: the weights, whose sum is 1 otherwise, show it.
-    # Such a softmax is not a number, whether a query or its keys are not finite or their product overflows.
-    weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values[..., :1]), attn_mask=mask, scale=scale)
+    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen: the weights, whose sum is 1
+    # otherwise, show it. Such a softmax is not a number, whether a query or its keys are not finite or their product
+    # overflows.
+    weights = F.scaled_dot_product_attention(
+        queries, keys, torch.ones_like(values[..., :1]), attn_mask=mask, scale=scale
+    )
     attended = attended.masked_fill(weights == 0, math.nan).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     out.copy_(attended.unflatten(2, (H // H_kv, W)).flatten(1, 2).transpose(1, 2))
     return out.transpose(1, 2)
@@ -158,8 +170,9 @@ def to_fp8(value: Tensor, scale: Tensor) -> Tensor:
 def _store(cache: Tensor, new: Tensor, scale: Tensor | None, stored: Tensor, window: Window) -> None:
     """Writes the stored positions of `new` [B, H_kv, W, D] into `cache`, in place and with a fixed number of writes.
 
-    A position that is not stored repeats the write of one that is: same place, same value, so the order of the duplicates
-    does not matter. If nothing at all is stored, every write puts back what slot 0 of the first row, or page, already holds.
+    A position that is not stored repeats the write of one that is: same place, same value, so the order of the
+    duplicates does not matter. If nothing at all is stored, every write puts back what slot 0 of the first row, or
+    page, already holds.
     """
     B, W = stored.shape
     if cache.numel() == 0:
@@ -190,7 +203,8 @@ def check_arguments(
     dtypes: tuple[torch.dtype, ...],
     head_dims: Collection[int] | None = None,
 ) -> None:
-    """Raises what `block_attention` documents (`head_dims` None: any D); reads shapes, strides, dtypes and devices only."""
+    """Raises what `block_attention` documents (`head_dims` None: any D); reads shapes, strides, dtypes and devices
+    only."""
     op = "block_attention"
     if q.dim() != 4:
         raise ValueError(f"{op}: q must be [B, H, W, D], got shape {tuple(q.shape)}")
@@ -242,9 +256,13 @@ def check_arguments(
         raise ValueError(f"{op}: window must be on {q.device}, got {window.q_pos.device}")
     slots = None if k_cache is None else capacity(k_cache, window)
     if k_cache is not None and q.numel() and not k_cache.shape[0] * slots:
-        raise ValueError(f"{op}: k_cache must have a row and a slot, got {tuple(k_cache.shape)} with S_max={slots}; None is no cache")
+        raise ValueError(
+            f"{op}: k_cache must have a row and a slot, got {tuple(k_cache.shape)} with S_max={slots}; None is no cache"
+        )
     if window.kept is not None and window.kept.shape[1] != slots:
-        raise ValueError(f"{op}: window.kept must be [B, S_max] with S_max={slots} of the cache, got {tuple(window.kept.shape)}")
+        raise ValueError(
+            f"{op}: window.kept must be [B, S_max] with S_max={slots} of the cache, got {tuple(window.kept.shape)}"
+        )
     for name, tensor in window.tensors().items():
         if not tensor.is_contiguous():
             raise ValueError(f"{op}: window.{name} must be contiguous, got strides {tensor.stride()}")
@@ -255,7 +273,9 @@ def _check_caches(op: str, k_cache: Tensor, v_cache: Tensor, window: Window, *, 
         axes = "[R, H_kv, S_max, D]" if window.page_table is None else "[num_pages, H_kv, page_size, D]"
         raise ValueError(f"{op}: k_cache must be {axes} with H_kv={H_kv}, D={D}, got {tuple(k_cache.shape)}")
     if v_cache.shape != k_cache.shape:
-        raise ValueError(f"{op}: v_cache must have the shape of k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}")
+        raise ValueError(
+            f"{op}: v_cache must have the shape of k_cache {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}"
+        )
     check_written(op, {"k_cache": k_cache, "v_cache": v_cache})
     page_size = k_cache.shape[2]
     if window.page_table is not None and (page_size < 16 or page_size & (page_size - 1)):
@@ -270,7 +290,9 @@ def _check_scales(
         if (scale is not None) != is_fp8:
             cache = "no cache" if k_cache is None else f"a cache of {k_cache.dtype}"
             given = f"no {name}" if scale is None else f"{name} {tuple(scale.shape)}"
-            raise ValueError(f"{op}: {name} must be given with a cache of {FP8} and with no other, got {given} and {cache}")
+            raise ValueError(
+                f"{op}: {name} must be given with a cache of {FP8} and with no other, got {given} and {cache}"
+            )
         if scale is None:
             continue
         if tuple(scale.shape) != (H_kv,) or not scale.is_contiguous():

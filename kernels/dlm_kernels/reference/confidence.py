@@ -1,15 +1,15 @@
-"""Specification of `confidence`: what every needed row of logits says about its token, in one pass over the vocabulary."""
+"""Specification of `confidence`: what every needed row of logits says about its token, in one pass over the
+vocabulary."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..state import ERROR_LOGITS
-from . import noise as random_numbers
 from ..checks.confidence import (
     LIMIT,
     MAX_BANNED,
@@ -22,6 +22,8 @@ from ..checks.confidence import (
     check_arguments,
     requested,
 )
+from ..state import ERROR_LOGITS
+from . import noise as random_numbers
 
 __all__ = [
     "LIMIT", "MAX_BANNED", "MAX_BIAS", "MAX_TEMPERATURE", "MAX_TOP_K", "MIN_TEMPERATURE", "OUTPUTS", "PREVIOUS_FLOOR",
@@ -67,7 +69,8 @@ def confidence(
     previous: Tensor | None = None,
     previous_logsumexp: Tensor | None = None,
 ) -> Confidence:
-    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a query.
+    """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a
+    query.
 
         x = logits, plus `bias` at `bias_ids`      l = soft_cap * tanh(x / soft_cap), or x      p = softmax(l / temperature)
         token, second_token = the two allowed ids of highest x (ties: lowest id); logit, second_logit their l
@@ -76,13 +79,14 @@ def confidence(
         kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0;   ln p' = (previous, capped) / temperature - previous_logsumexp
         sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
 
-    Sums are over all V ids; `logsumexp` is of l / temperature. An id is allowed if it is not banned and its x is above -1e30.
-    Banned ids cannot be token, second_token or sampled_token, but stay in every sum. Everything is computed in fp32 (float64
-    logits: in float64), the sum x too. `previous` gets no bias.
+    Sums are over all V ids; `logsumexp` is of l / temperature. An id is allowed if it is not banned and its x is above
+    -1e30. Banned ids cannot be token, second_token or sampled_token, but stay in every sum. Everything is computed in
+    fp32 (float64 logits: in float64), the sum x too. `previous` gets no bias.
 
     Args:
         logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
-        rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N = R.
+        rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N =
+            R.
         outputs: optional groups, any of `OUTPUTS`; token, logit, confidence and error always come.
         top_k: 0 to 16, columns of top_tokens and top_logits; 0 = neither.
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
@@ -92,24 +96,27 @@ def confidence(
         noise: [N, 3] int32, the row's (request index, absolute position, own step); see `reference.noise`.
         query: [N] int64, required for "query": query_confidence = p[query].
         soft_cap: a constant of the model; None = no cap.
-        bias_ids: [N, K] int64, 1 <= K <= 64, given with bias. Ids outside [0, V), such as -1, bias nothing: what their bias is
-            does not matter. An id that comes twice gets both, one after the other.
+        bias_ids: [N, K] int64, 1 <= K <= 64, given with bias. Ids outside [0, V), such as -1, bias nothing: what their
+            bias is does not matter. An id that comes twice gets both, one after the other.
         bias: [N, K] fp32, finite, of any sign.
-        previous: [R, V], dtype and stride rules of the logits; its row r is compared with their row r. Required for "kl", as is:
+        previous: [R, V], dtype and stride rules of the logits; its row r is compared with their row r. Required for
+            "kl", as is:
         previous_logsumexp: [R] fp32, of previous at the temperature of this call. +inf: there is none, and kl is +inf.
     Returns:
-        Confidence. A row with an error (error = 1) has token = sampled_token = 0, second_token = -1 and zeros elsewhere, never NaN:
-        its x holds a NaN or +inf or allows no token, its temperature is not in [1e-6, 1e6] (for sampling: nor
-        0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for ids and zeros
-        elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin = confidence; where candidates are
-        fewer than top_k, top_tokens go on with -1 and top_logits with -inf (-1 and 0 in a row with an error or not needed). A kl
-        that is not finite, or whose row of `previous` holds a NaN or +inf, is +inf and no error.
+        Confidence. A row with an error (error = 1) has token = sampled_token = 0, second_token = -1 and zeros
+        elsewhere, never NaN: its x holds a NaN or +inf or allows no token, its temperature is not in [1e-6, 1e6] (for
+        sampling: nor 0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for
+        ids and zeros elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin =
+        confidence; where candidates are fewer than top_k, top_tokens go on with -1 and top_logits with -inf (-1 and 0
+        in a row with an error or not needed). A kl that is not finite, or whose row of `previous` holds a NaN or +inf,
+        is +inf and no error.
     Raises:
-        ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.  TypeError: dtypes.
+        ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.
+        TypeError: dtypes.
 
-    Cost: R*V elements read once ("kl": twice as many), about 10 bytes written per row and group. Recurrences: one-pass softmax,
-    arXiv:1805.02867. Rules that use it: low confidence, arXiv:2502.09992; margin, arXiv:2502.06768; entropy budget,
-    arXiv:2505.24857; KL stability, arXiv:2511.05664; a bias by past confidence, arXiv:2510.06133.
+    Cost: R*V elements read once ("kl": twice as many), about 10 bytes written per row and group. Recurrences: one-pass
+    softmax, arXiv:1805.02867. Rules that use it: low confidence, arXiv:2502.09992; margin, arXiv:2502.06768; entropy
+    budget, arXiv:2505.24857; KL stability, arXiv:2511.05664; a bias by past confidence, arXiv:2510.06133.
     """
     N = check_arguments(
         logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
@@ -122,7 +129,8 @@ def confidence(
     present = (row >= 0) & (row < R)
 
     def rows_of(values: Tensor) -> Tensor:
-        """The row of each output, 0 where there is none. Fixed shapes, no boolean indexing: it would read the device."""
+        """The row of each output, 0 where there is none. Fixed shapes, no boolean indexing: it would read the
+        device."""
         if not R:
             return torch.zeros(N, *values.shape[1:], dtype=dtype, device=logits.device)
         return torch.where(present.view(N, *[1] * (values.dim() - 1)), values[row.clamp(0, R - 1)].to(dtype), 0.0)
@@ -233,7 +241,8 @@ def _is_banned(ids: Tensor, banned: Tensor | None, N: int) -> Tensor:
 
 
 def _add_bias(values: Tensor, bias_ids: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`values` [N, V] plus the bias. One id of each row at a time, so that the order of the sum of an id's biases is defined."""
+    """`values` [N, V] plus the bias. One id of each row at a time, so that the order of the sum of an id's biases is
+    defined."""
     if bias is None:
         return values
     valid = (bias_ids >= 0) & (bias_ids < values.shape[1])
@@ -244,7 +253,11 @@ def _add_bias(values: Tensor, bias_ids: Tensor | None, bias: Tensor | None) -> T
 
 
 def _cap(values: Tensor, soft_cap: float | None) -> Tensor:
-    return values if soft_cap is None else torch.where(values <= -LIMIT, -math.inf, soft_cap * torch.tanh(values / soft_cap))
+    return (
+        values
+        if soft_cap is None
+        else torch.where(values <= -LIMIT, -math.inf, soft_cap * torch.tanh(values / soft_cap))
+    )
 
 
 def _is_temperature(values: Tensor) -> Tensor:

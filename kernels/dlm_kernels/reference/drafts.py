@@ -1,9 +1,10 @@
-"""Lossless self-speculation in plain torch: `draft_build` makes the canvases that one forward verifies, `verify` accepts them.
+"""Lossless self-speculation in plain torch: `draft_build` makes the canvases that one forward verifies, `verify`
+accepts them.
 
 The last accepted forward, the source, predicts the whole order of a block. Draft k writes its k + 1 best positions; one
-forward of all drafts tells what the static decoder (one token a step) would have done after each, and the longest agreeing
-chain is accepted. The tokens are therefore those of the static decoder, in fewer forwards of more positions. FreeDave,
-arXiv:2510.00294.
+forward of all drafts tells what the static decoder (one token a step) would have done after each, and the longest
+agreeing chain is accepted. The tokens are therefore those of the static decoder, in fewer forwards of more positions.
+FreeDave, arXiv:2510.00294.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .written import check_written
 class DraftSource:
     """What the drafts of every row are made from, and how drafting went so far. `verify` writes it in place.
 
-    token [B, W] int64, score, confidence [B, W] fp32: predictions of the accepted canvas, lane by lane; 2-D fields may have
-    any row stride. tried, accepted [B] int32: steps that verified drafts, and drafts accepted beyond the first.
+    token [B, W] int64, score, confidence [B, W] fp32: predictions of the accepted canvas, lane by lane; 2-D fields may
+    have any row stride. tried, accepted [B] int32: steps that verified drafts, and drafts accepted beyond the first.
     """
 
     token: Tensor
@@ -34,7 +35,8 @@ class DraftSource:
 
 
 class Verified(NamedTuple):
-    """What a step writes, lane by lane [B, W]: `chosen` bool lanes, their token `pred` int64 and its `confidence` fp32."""
+    """What a step writes, lane by lane [B, W]: `chosen` bool lanes, their token `pred` int64 and its `confidence`
+    fp32."""
 
     chosen: Tensor
     pred: Tensor
@@ -88,20 +90,23 @@ def verify(
                   more than j eligible lanes
         accepted  best = 0; again and again the last draft that agrees with `best`, until there is none
 
-    A ready row writes the best + 1 lanes of the accepted draft, as the source predicted them. The last masked lane needs no forward of
-    its own: the accepted canvas has predicted it, so it is written too. A row without a source writes at most that last lane.
+    A ready row writes the best + 1 lanes of the accepted draft, as the source predicted them. The last masked lane
+    needs no forward of its own: the accepted canvas has predicted it, so it is written too. A row without a source
+    writes at most that last lane.
 
     Args:
-        source: what the drafts were made from. Rows that select get the predictions of their accepted draft (draft 0 without drafts);
-            of rows that draft and select, tried and accepted are counted.
-        held: [B, D, W] int64 from `draft_build`. token int64, score, confidence fp32 [B, D, W]: what the forward of each draft
-            predicts, read in eligible lanes only; scores are ordered as in `draft_build`. The first two strides may be anything.
+        source: what the drafts were made from. Rows that select get the predictions of their accepted draft (draft 0
+            without drafts); of rows that draft and select, tried and accepted are counted.
+        held: [B, D, W] int64 from `draft_build`. token int64, score, confidence fp32 [B, D, W]: what the forward of
+            each draft predicts, read in eligible lanes only; scores are ordered as in `draft_build`. The first two
+            strides may be anything.
         eligible, ready: as given to `draft_build`.
         drafting: [B] bool rows that may accept more than draft 0, if they are ready.
         selects: [B] bool rows that take part in this step.
         mask_id: what a masked lane holds.
     Returns:
-        `Verified`; pred and confidence hold the predictions of the accepted draft in lanes that are not chosen, eligible or not.
+        `Verified`; pred and confidence hold the predictions of the accepted draft in lanes that are not chosen,
+        eligible or not.
     Raises:
         TypeError: dtype. ValueError: shape, device, last stride.
     """
@@ -143,7 +148,9 @@ def verify(
 def _places(among: Tensor, score: Tensor) -> Tensor:
     """The place of every lane in the order of `unmask`, W for lanes not `among`. [B, W] int64"""
     order = rank_order(among, score)
-    place = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    place = torch.zeros_like(order).scatter(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return torch.where(among, place, order.shape[1])
 
 
@@ -190,7 +197,11 @@ def _check(op: str, source: DraftSource, rank: int, lanes: dict, *, eligible: Te
         raise ValueError(f"{op}: {name} must be {form} with at least one lane, got shape {tuple(first.shape)}")
     B, W, D = first.shape[0], first.shape[-1], first.shape[1]
     shapes = {"B": (B,), "BW": (B, W), "BDW": (B, D, W)}
-    expected = dict(lanes) | {"eligible": (eligible, torch.bool, "BW")} | {key: (x, torch.bool, "B") for key, x in rows.items()}
+    expected = (
+        dict(lanes)
+        | {"eligible": (eligible, torch.bool, "BW")}
+        | {key: (x, torch.bool, "B") for key, x in rows.items()}
+    )
     expected |= {
         "source.token": (source.token, torch.int64, "BW"),
         "source.score": (source.score, torch.float32, "BW"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .confidence import Confidence, confidence
 from ..checks.confidence import check_linear_arguments
+from .confidence import Confidence, confidence
 
 # Rows whose logits exist at the same time, and ids that one product is of: bounds of the memory, not of the op.
 CHUNK_ROWS, CHUNK_IDS = 64, 8192
@@ -32,7 +32,8 @@ def linear_confidence(
 
         logits = hidden @ weight.T, products summed in fp32 and not rounded to the inputs' dtype
 
-    A head that writes bf16 logits rounds them, so ids can differ from `confidence` of those where two logits are that close.
+    A head that writes bf16 logits rounds them, so ids can differ from `confidence` of those where two logits are that
+    close.
 
     Args:
         hidden: [R, H] fp16, bf16 or fp32, last stride 1, any row stride; what the head would be given.
@@ -67,7 +68,11 @@ def linear_confidence(
         chunk = slice(start, start + CHUNK_ROWS)
         index = torch.where(present[chunk], row[chunk], 0).long()
         # R = 0: rows that are all errors or not needed still have logits to look at.
-        inputs = hidden[index].to(dtype) if R else torch.zeros(len(index), hidden.shape[1], dtype=dtype, device=hidden.device)
+        inputs = (
+            hidden[index].to(dtype)
+            if R
+            else torch.zeros(len(index), hidden.shape[1], dtype=dtype, device=hidden.device)
+        )
         logits = torch.cat([inputs @ part.to(dtype).T for part in weight.split(CHUNK_IDS)], 1)
         # Each output's own row of the chunk; -1 and rows outside stay what they are.
         own = torch.arange(len(index), dtype=torch.int32, device=hidden.device)

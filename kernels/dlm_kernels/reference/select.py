@@ -1,4 +1,5 @@
-"""Which of a row's positions a step writes: the prefix rule and what is added to it. Part of the specification of `unmask`."""
+"""Which of a row's positions a step writes: the prefix rule and what is added to it. Part of the specification of
+`unmask`."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from torch import Tensor
 
 from ..rules import ENTROPY_SCALE, UnmaskRule
 
-# Fixed-point entropies saturate, so that NaN and inf have a meaning and no sum over a block can overflow int64: 2^48 is 2^24 nats, and
-# 2^14 positions of it still fit an infinite budget.
+# Fixed-point entropies saturate, so that NaN and inf have a meaning and no sum over a block can overflow int64: 2^48 is
+# 2^24 nats, and 2^14 positions of it still fit an infinite budget.
 FIXED_ENTROPY_MAX = 1 << 48
 FIXED_BUDGET_MAX = 1 << 62
 
@@ -26,14 +27,17 @@ def select(
     max_unmask: Tensor | None = None,
     run_value: Tensor | None = None,
 ) -> Tensor:
-    """Which lanes to write, [B, W] bool: all that pass, or if fewer than kmin pass, the `fallback` best (at most the eligible ones).
+    """Which lanes to write, [B, W] bool: all that pass, or if fewer than kmin pass, the `fallback` best (at most the
+    eligible ones).
 
-    Best means rank descending, then the lowest lane; -0.0 ties with 0.0, NaN is -inf. `factor` is fp32 with IEEE division. Entropies and
-    their budget are rounded down to 1 / ENTROPY_SCALE nat and summed as integers; an entropy below 0 (rounding) counts as 0, a NaN one
-    as infinite, and nothing passes a NaN budget. Of more than `max_unmask` lanes the best are kept; then rule.runs adds to them.
+    Best means rank descending, then the lowest lane; -0.0 ties with 0.0, NaN is -inf. `factor` is fp32 with IEEE
+    division. Entropies and their budget are rounded down to 1 / ENTROPY_SCALE nat and summed as integers; an entropy
+    below 0 (rounding) counts as 0, a NaN one as infinite, and nothing passes a NaN budget. Of more than `max_unmask`
+    lanes the best are kept; then rule.runs adds to them.
 
     Args:
-        eligible: [B, W] bool; score, rank, entropy: [B, W] fp32; value: [B] fp32, or [B, W] for a flat test; kmin: [B] int32.
+        eligible: [B, W] bool; score, rank, entropy: [B, W] fp32; value: [B] fp32, or [B, W] for a flat test; kmin: [B]
+            int32.
         fallback: [B] int32, None = kmin. max_unmask: [B] int32, None = no limit. run_value: [B] fp32, for rule.runs.
     """
     order = rank_order(eligible, score if rank is None else rank)
@@ -105,7 +109,8 @@ def select_in_blocks(
 
 
 def rank_order(eligible: Tensor, rank: Tensor) -> Tensor:
-    """Lanes of every row, best first: eligible before the rest, then rank descending (NaN = -inf), then the lowest lane. [B, W] int64"""
+    """Lanes of every row, best first: eligible before the rest, then rank descending (NaN = -inf), then the lowest
+    lane. [B, W] int64"""
     by_rank = _no_nan(rank).sort(dim=1, descending=True, stable=True).indices
     by_eligible = eligible.gather(1, by_rank).to(torch.int8).sort(dim=1, descending=True, stable=True).indices
     return by_rank.gather(1, by_eligible)
@@ -120,7 +125,8 @@ def lowest(candidates: Tensor, score: Tensor, count: Tensor) -> Tensor:
 
 
 def quota(block_masks: Tensor, block_step: Tensor, steps: Tensor) -> Tensor:
-    """LLaDA's schedule (its num_transfer_tokens): m0 // S + (i < m0 % S) positions at block step i, at least 1. [B] int32"""
+    """LLaDA's schedule (its num_transfer_tokens): m0 // S + (i < m0 % S) positions at block step i, at least 1. [B]
+    int32"""
     steps = steps.clamp(min=1)
     return (block_masks // steps + (block_step < block_masks % steps)).clamp(min=1).to(torch.int32)
 

@@ -1,7 +1,7 @@
 """`unmask` in plain torch: which positions are written or masked again, and what the row does next.
 
-This is the specification of the kernel and what runs on CPU. Every shape is fixed and no value is read by the host, so it also runs
-under FakeTensorMode. A row's result depends on nothing but that row.
+This is the specification of the kernel and what runs on CPU. Every shape is fixed and no value is read by the host, so
+it also runs under FakeTensorMode. A row's result depends on nothing but that row.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks.unmask import Kind, check_arguments
 from ..rules import UnmaskRule
 from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, WIDE, RowState
 from .advance import After, advance_block, advance_pipeline, is_in
 from .select import lowest, quota, select, select_in_blocks
-from ..checks.unmask import Kind, check_arguments
 
 
 def unmask(
@@ -54,8 +54,8 @@ def unmask(
 ) -> Tensor:
     """Write the chosen predictions of every row's region and move every row to what it needs next, in place.
 
-    Lane j of a row is position lane_start + j; the region is [block_start, block_end). A row takes part if query_len > 0 and its
-    phase is what this step is for; every other row is left exactly as it is, counters included:
+    Lane j of a row is position lane_start + j; the region is [block_start, block_end). A row takes part if query_len >
+    0 and its phase is what this step is for; every other row is left exactly as it is, counters included:
 
         phase     kind       rule.cache                  what happens
         WIDE      "wide"     "commit"                    prefill: nothing is selected; DENOISE, or COMMIT if the block holds no mask
@@ -66,8 +66,8 @@ def unmask(
 
     A selecting row, in this order:
         failed      a lane whose statistics are needed has stat_error != 0: ERROR_LOGITS, DONE, nothing is written. So is a row that
-                    has taken max_steps: ERROR_STALLED. Needed are eligible lanes; with rule.edit or remask_score the written lanes of
-                    the region, with `exits` every masked lane.
+                    has taken max_steps: ERROR_STALLED. Needed are eligible lanes; with rule.edit or remask_score the
+                    written lanes of the region, with `exits` every masked lane.
         chosen      `select` among the masked, allowed lanes of the region (rule.renoise: all its lanes); rule.edit adds edits
         exits       an exiting row writes every masked lane of its canvas instead, inside the region or not (renoise: every region lane)
         write       chosen lanes receive pred, the row's step and confidence; rule.renoise gives the others `refill`
@@ -78,11 +78,12 @@ def unmask(
         the block still holds masks, or was edited       -> DENOISE
         no mask after the block                          -> DONE
         otherwise                                        -> COMMIT ("commit"; the very next block if rule.edit), or on to the block of the
-                                                            next mask: WIDE ("refresh"), DENOISE ("none", "once"). Blocks lie at
-                                                            block_end + i * block_length.
+                                                            next mask: WIDE ("refresh"), DENOISE ("none", "once").
+                                                            Blocks lie at block_end + i * block_length.
     or, for a pipeline,
-        a written stop token ends the row, or bars further blocks ("closed", "after_block", "appends": the canvas is cut at block_end)
-        the region's leading blocks that held no mask before this step leave it ("delayed": the first one, on a COMMIT step)
+        a written stop token ends the row, or bars further blocks ("closed", "after_block", "appends": the canvas is cut
+        at block_end) the region's leading blocks that held no mask before this step leave it ("delayed": the first one,
+        on a COMMIT step)
         the last block holds at most append_masks masks  -> one more block is appended
         no mask left in the canvas                       -> DONE
         otherwise                                        -> DENOISE, or while the region's first block holds no mask, WIDE
@@ -101,7 +102,8 @@ def unmask(
         block_length: [B] int32 length of the blocks to come; below 1 counts as 1.
         mask_id: what a masked position holds.
         stop_ids: [K] int64, K from 0 to 16.
-        lane_start: [B] int32 position of lane 0 (lanes before the canvas are nothing), None = block_start. A pipeline's is block_start.
+        lane_start: [B] int32 position of lane 0 (lanes before the canvas are nothing), None = block_start. A pipeline's
+            is block_start.
         rank: [B, W] fp32, orders the positions; None = score.
         entropy: [B, W] fp32 nats, for passes "entropy".
         stat_error: [B, W] int32, not 0 = the statistics of the lane are unusable; None = all usable.
@@ -109,18 +111,19 @@ def unmask(
         fallback: [B] int32 positions to write where fewer than min_unmask pass; None = min_unmask.
         max_unmask: [B] int32 positions chosen at most, the best ones; None = no limit.
         run_value: [B] fp32, for rule.runs. edit_value: [B] fp32, for rule.edit. refill: [B, W] int64, for rule.renoise.
-        remask_score: [B, W] fp32, for rule.remask. remask_count: [B] int32, for "lowest" and "wino". remask_value: [B] fp32, for "wino".
+        remask_score: [B, W] fp32, for rule.remask. remask_count: [B] int32, for "lowest" and "wino". remask_value: [B]
+            fp32, for "wino".
         exits: [B] bool rows that write every mask now (early commit); None = none.
         max_steps: [B] int32 denoise steps that the row may take; None = no limit.
-        append_masks, activate_masks: [B] int32, for pipelines: a block is appended once the last one holds at most so many masks; a
-            block is fully activated once the one before it does. delay: [B] int32, for "delayed".
+        append_masks, activate_masks: [B] int32, for pipelines: a block is appended once the last one holds at most so
+            many masks; a block is fully activated once the one before it does. delay: [B] int32, for "delayed".
         seed: [B] int64, seed_confidence: [B] fp32, for rule.seed: the token of the position after a prefill or commit.
         All [B, W] may have any row stride; lanes that are not needed may hold anything.
     Returns:
         [B, W] bool: lanes written by this step (before any was masked again).
     Raises:
-        TypeError: dtype.  ValueError: shape, device, last stride, K > 16, an argument that the rule needs or does not use, unknown
-        kind, kind "wide" without a cache.
+        TypeError: dtype.  ValueError: shape, device, last stride, K > 16, an argument that the rule needs or does not
+        use, unknown kind, kind "wide" without a cache.
 
     Low-confidence unmasking: LLaDA, arXiv:2502.09992; the other rules: `UnmaskRule`.
     """
@@ -148,7 +151,9 @@ def unmask(
     takes_part = query_len > 0
     prefills = takes_part & (s.phase == WIDE) & (wide and rule.cache == "commit")
     commits = takes_part & (s.phase == COMMIT) & (not wide and rule.cache == "commit")
-    own_phase = (s.phase == (WIDE if wide else DENOISE)) | ((s.phase == COMMIT) & (not wide and rule.cache == "delayed"))
+    own_phase = (s.phase == (WIDE if wide else DENOISE)) | (
+        (s.phase == COMMIT) & (not wide and rule.cache == "delayed")
+    )
     selects = takes_part & fits & own_phase & ~prefills
     takes_part = prefills | commits | selects
 
@@ -179,11 +184,15 @@ def unmask(
     kmin = quota(s.block_masks, s.block_step, steps) if rule.quota else min_unmask
     more = dict(fallback=fallback, max_unmask=max_unmask, run_value=run_value)
     if rule.pipeline:
-        block_of = (torch.arange(W, device=position.device) // length[:, None]).clamp(max=W - 1).expand(B, W).contiguous()
+        block_of = (
+            (torch.arange(W, device=position.device) // length[:, None]).clamp(max=W - 1).expand(B, W).contiguous()
+        )
         masks_of = _count(block_of, masked & in_region)
         before = torch.nn.functional.pad(masks_of, (1, 0))[:, :-1]  # what precedes the region is finished
         active = (before <= activate_masks[:, None]).gather(1, block_of) | (block_of == 0)
-        chosen = select_in_blocks(rule, eligible, score, value, kmin, rank, entropy, block_of=block_of, active=active, **more)
+        chosen = select_in_blocks(
+            rule, eligible, score, value, kmin, rank, entropy, block_of=block_of, active=active, **more
+        )
     else:
         chosen = select(rule, eligible, score, value, kmin, rank, entropy, **more)
     changed = chosen
@@ -200,7 +209,9 @@ def unmask(
 
     # What is masked again.
     if rule.remask != "none":
-        again = _remasked(rule, changed, written, in_region, masked & in_region, min_unmask, remask_score, remask_count, remask_value)
+        again = _remasked(
+            rule, changed, written, in_region, masked & in_region, min_unmask, remask_score, remask_count, remask_value
+        )
         again = again & (selects & ~exiting)[:, None]
         tokens = _to_canvas(tokens, lane_start, again, torch.full_like(pred, mask_id))
         unmask_step = _to_canvas(unmask_step, lane_start, again, torch.full_like(held_step, -1))
@@ -269,7 +280,8 @@ def _remasked(
 
 
 def _to_canvas(canvas: Tensor, lane_start: Tensor, write: Tensor, values: Tensor) -> Tensor:
-    """The canvas [B, L] with `values` [B, W] where lanes are to be written. Read by position, so that no two lanes write to one place."""
+    """The canvas [B, L] with `values` [B, W] where lanes are to be written. Read by position, so that no two lanes
+    write to one place."""
     W = write.shape[1]
     to_lane = torch.arange(canvas.shape[1], device=canvas.device) - lane_start[:, None]
     inside = (to_lane >= 0) & (to_lane < W)

@@ -9,8 +9,8 @@ from torch import Tensor
 def check_written(op: str, tensors: dict[str, Tensor]) -> None:
     """Raises ValueError unless each of these has memory of its own for every element and takes part in no gradient.
 
-    Looks at strides and at where the tensors begin, so views that overlap in part go unseen. An op checks before it writes anything.
-    Nothing is checked while torch.compile traces: what it traces has no memory yet.
+    Looks at strides and at where the tensors begin, so views that overlap in part go unseen. An op checks before it
+    writes anything. Nothing is checked while torch.compile traces: what it traces has no memory yet.
     """
     if torch.compiler.is_compiling():
         return
@@ -18,10 +18,16 @@ def check_written(op: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        if 0 in tensor.stride() and any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise ValueError(f"{op}: {name} is written in place and must not be expanded, got strides {tensor.stride()}")
+        if 0 in tensor.stride() and any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{op}: {name} is written in place and must not be expanded, got strides {tensor.stride()}"
+            )
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {name} is written in place and must not require a gradient, got requires_grad=True")
+            raise ValueError(
+                f"{op}: {name} is written in place and must not require a gradient, got requires_grad=True"
+            )
         begin = tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.element_size()
         if begin in begins:
             raise ValueError(f"{op}: {begins[begin]} and {name} are written in place and must not share memory")

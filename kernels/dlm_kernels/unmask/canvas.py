@@ -1,4 +1,5 @@
-"""Device code of `unmask`: what is told from, or written to, a row's canvas outside the lanes of the call, tile by tile."""
+"""Device code of `unmask`: what is told from, or written to, a row's canvas outside the lanes of the call, tile by
+tile."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def fill(tokens_ptr, unmask_step_ptr, begin, end, token, step, mask_id, BLOCK_L:
 def seed_closes(
     tokens_ptr, unmask_step_ptr, begin, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP: tl.constexpr, BLOCK_L: tl.constexpr
 ):  # fmt: skip
-    """Does `seed`, written to the masked position `begin`, end the row? It is not read: other threads may not see it yet."""
+    """Does `seed`, written to the masked position `begin`, end the row? It is not read: other threads may not see it
+    yet."""
     first_mask, first_stop, others = end, end, 0
     for tile in range(begin, end, BLOCK_L):
         position = tile + tl.arange(0, BLOCK_L)

@@ -1,4 +1,5 @@
-"""Device code of `unmask`: the kernel, which writes the chosen lanes and moves the row on. Specification: reference.unmask.
+"""Device code of `unmask`: the kernel, which writes the chosen lanes and moves the row on. Specification:
+reference.unmask.
 
 One program per row. Absent arguments are None, so what a rule does not use is not compiled.
 """
@@ -17,7 +18,8 @@ _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
 
 
-# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the kernel again.
+# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the
+# kernel again.
 @triton.jit(
     do_not_specialize=(
         "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride", "confidence_stride",
@@ -63,8 +65,8 @@ def unmask_kernel(
     lane_start = block_start
     if lane_start_ptr is not None:
         lane_start = tl.load(lane_start_ptr + row)
-    # One thread writes these fields for all: not before every warp has read them. The others are loaded where they are used, for
-    # what is kept through the sort costs it registers.
+    # One thread writes these fields for all: not before every warp has read them. The others are loaded where they are
+    # used, for what is kept through the sort costs it registers.
     tl.debug_barrier()
 
     prefills, commits, selects = part_of(phase, block_start, block_end, lane_start, W, KIND, CACHE)
@@ -160,7 +162,9 @@ def unmask_kernel(
                     if exits_ptr is not None:
                         edit_value = tl.where(exiting, float("inf"), edit_value)
                     differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held)
-                    changed = changed | (differs & (tl.load(score_row + lane, mask=written, other=float("-inf")) > edit_value))
+                    changed = changed | (
+                        differs & (tl.load(score_row + lane, mask=written, other=float("-inf")) > edit_value)
+                    )
 
                 # Which are masked again.
                 if REMASK != "none":
@@ -169,8 +173,8 @@ def unmask_kernel(
                         row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W,
                     )  # fmt: skip
 
-                # The row as it will be. All that follows is told from these registers: the stores below are other threads' as
-                # well, and nothing orders a load after them.
+                # The row as it will be. All that follows is told from these registers: the stores below are other
+                # threads' as well, and nothing orders a load after them.
                 step = tl.load(step_ptr + row)
                 block_step = tl.load(block_step_ptr + row)
                 canvas_len = tl.load(canvas_len_ptr + row)
@@ -180,7 +184,9 @@ def unmask_kernel(
                 stores_token, stores_step, stores_confidence = changed, changed, changed
                 if RENOISE:
                     refilled = in_region & (changed == 0)
-                    token = tl.where(refilled, tl.load(refill_ptr + row * refill_stride + lane, mask=refilled, other=0), token)
+                    token = tl.where(
+                        refilled, tl.load(refill_ptr + row * refill_stride + lane, mask=refilled, other=0), token
+                    )
                     stores_token = changed | refilled
                 if REMASK != "none":
                     token = tl.where(again, mask_id, token)
@@ -195,9 +201,18 @@ def unmask_kernel(
                 if STOP == "fill":
                     # What follows the row's first written stop token becomes it; no mask is left behind it.
                     masks_end = tl.minimum(
-                        first_stop_token(tokens_ptr, unmask_step_ptr, 0, block_start, canvas_len, stop_ids_ptr, K, BLOCK_L // 2),
                         first_stop_token(
-                            tokens_ptr, unmask_step_ptr, block_end, canvas_len, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
+                            tokens_ptr, unmask_step_ptr, 0, block_start, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
+                        ),
+                        first_stop_token(
+                            tokens_ptr,
+                            unmask_step_ptr,
+                            block_end,
+                            canvas_len,
+                            canvas_len,
+                            stop_ids_ptr,
+                            K,
+                            BLOCK_L // 2,
                         ),
                     )
                     masks_end = tl.minimum(masks_end, tl.where(stop_at < block_end, stop_at, canvas_len))

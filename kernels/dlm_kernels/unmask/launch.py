@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import device
-from ..library import operator
 from ..checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, Kind, check_arguments, wanted_arguments
+from ..library import operator
 from ..rules import PASSES, UnmaskRule
 from ..state import RowState
 from ..static import CompileCase
@@ -19,8 +19,8 @@ from .kernel import unmask_kernel
 from .memory import unmask_wide_kernel
 
 MAX_W = UNMASK_TILES[-1].BLOCK_W
-# 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas prefers spills
-# to fewer programs at once, and there are only as many programs as rows.
+# 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas
+# prefers spills to fewer programs at once, and there are only as many programs as rows.
 REGISTERS = 65536
 # Canvas positions read at once in the search for the next mask; it ends at the first tile that holds one.
 BLOCK_L = 256
@@ -70,13 +70,14 @@ def unmask(
     seed: Tensor | None = None,
     seed_confidence: Tensor | None = None,
 ) -> Tensor:
-    """Write the chosen predictions of every row's region and move every row to what it needs next, in place, in one launch.
+    """Write the chosen predictions of every row's region and move every row to what it needs next, in place, in one
+    launch.
 
-    Equal to reference.unmask on every field of `state` and in what it returns, bit for bit; arguments, rules and errors are
-    described there. W may be at most MAX_W. Nothing depends on the tile width or on the other rows. Traffic: 29 B a lane of the
-    region at most (40 B with an optional lane tensor or two; above 256 lanes they are read three to five times, from L2 but for
-    the first), plus 8 B a canvas position from the block to the next mask when the block is finished; rule.stop "fill" reads
-    12 B of every canvas position.
+    Equal to reference.unmask on every field of `state` and in what it returns, bit for bit; arguments, rules and errors
+    are described there. W may be at most MAX_W. Nothing depends on the tile width or on the other rows. Traffic: 29 B a
+    lane of the region at most (40 B with an optional lane tensor or two; above 256 lanes they are read three to five
+    times, from L2 but for the first), plus 8 B a canvas position from the block to the next mask when the block is
+    finished; rule.stop "fill" reads 12 B of every canvas position.
 
     Raises:
         As reference.unmask, and ValueError: W > MAX_W.  RuntimeError: CPU tensors without Triton's interpreter.
@@ -117,7 +118,11 @@ def unmask(
         if tile.BLOCK_T is None:
             unmask_kernel[(B,)](**arguments)
         else:
-            keys = torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device) if rule.passes == "factor" else None
+            keys = (
+                torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device)
+                if rule.passes == "factor"
+                else None
+            )
             unmask_wide_kernel[(B,)](**arguments, keys_ptr=keys)
     return changed
 
@@ -145,9 +150,19 @@ def _flags(rule: UnmaskRule, kind: Kind, value_per_lane: bool) -> dict[str, obje
 USUAL = {"lane_start", "rank", "stat_error", "max_steps"}
 # Rules beyond the pass tests, each with optional arguments that it does not need but may have.
 VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...]], ...] = (
-    ("pipeline-each", "window", UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"), ()),
+    (
+        "pipeline-each",
+        "window",
+        UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"),
+        (),
+    ),
     ("pipeline-first", "window", UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
-    ("pipeline-first-wide", "wide", UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
+    (
+        "pipeline-first-wide",
+        "wide",
+        UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"),
+        (),
+    ),
     ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), ("exits",)),
     ("entropy-capped", "window", UnmaskRule("entropy", cache="refresh"), ("max_unmask",)),
     ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), ("max_unmask",)),
@@ -168,8 +183,9 @@ VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...]], ...] = (
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile with every pass test, the inclusive ones at the narrowest, and at the widest in registers and in memory, as the
-    variants; the other kinds of step, and a call with no optional argument, at the narrowest. Equal for all targets."""
+    """Every tile with every pass test, the inclusive ones at the narrowest, and at the widest in registers and in
+    memory, as the variants; the other kinds of step, and a call with no optional argument, at the narrowest. Equal for
+    all targets."""
     rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "window", UnmaskRule(passes, inclusive=inclusive, cache="refresh"))
              for passes in PASSES for inclusive in (False, True) if not (inclusive and passes in ("none", "factor"))]  # fmt: skip
     others = [
@@ -183,7 +199,9 @@ def compile_cases(capability: int) -> list[CompileCase]:
         for name, kind, rule in rules + others * (tile == narrowest):
             if not rule.inclusive or tile in (narrowest, *widest):
                 cases.append(_case(name, kind, rule, set() if name == "refresh-trusted" else USUAL, tile))
-    return cases + [_case(name, kind, rule, USUAL | {*more}, tile) for name, kind, rule, more in VARIANTS for tile in widest]
+    return cases + [
+        _case(name, kind, rule, USUAL | {*more}, tile) for name, kind, rule, more in VARIANTS for tile in widest
+    ]
 
 
 def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], tile: UnmaskTile) -> CompileCase:

@@ -1,7 +1,8 @@
-"""Device code of `unmask` for regions that do not fit the registers: the step, tile by tile. Specification: reference.unmask.
+"""Device code of `unmask` for regions that do not fit the registers: the step, tile by tile. Specification:
+reference.unmask.
 
-One program per row. Lanes are counted from the region's first. What one thread writes others read behind a barrier, so everything
-is told from memory: the choice from the lanes' inputs, the row's next phase from the canvas as it then is.
+One program per row. Lanes are counted from the region's first. What one thread writes others read behind a barrier, so
+everything is told from memory: the choice from the lanes' inputs, the row's next phase from the canvas as it then is.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import triton.language as tl
 
 from .. import state as row_state
 from .canvas import fill, first_masked, first_stop_token, is_stop_token
+from .memory_select import choose_best_of_runs, choose_in_memory, force_in_blocks_in_memory, remask_cut
 from .row import advance_block, advance_pipeline, least, open_block, part_of
 from .select import eligible_lanes, keys_of, remask_candidates
-from .memory_select import choose_best_of_runs, choose_in_memory, force_in_blocks_in_memory, remask_cut
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
 
 
-# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the kernel again.
+# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the
+# kernel again.
 @triton.jit(
     do_not_specialize=(
         "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride", "confidence_stride",
@@ -202,7 +204,9 @@ def unmask_wide_kernel(
                         changed = changed | (differs & (score > edit_value))
                     token = tl.load(pred_row + lane, mask=changed, other=0)
                     token_step = step + lane * 0
-                    confidence = tl.load(confidence_ptr + row * confidence_stride + offset + lane, mask=changed, other=0.0)
+                    confidence = tl.load(
+                        confidence_ptr + row * confidence_stride + offset + lane, mask=changed, other=0.0
+                    )
                     stores_token, stores_step = changed, changed
                     if RENOISE:
                         refilled = in_region & (changed == 0)
@@ -219,7 +223,9 @@ def unmask_wide_kernel(
                         confidence = tl.where(again, 0.0, confidence)
                         stores_token, stores_step = changed | again, changed | again
                     if PIPELINE:
-                        first_mask = tl.minimum(first_mask, tl.min(tl.where(in_region & (held == mask_id), lane, length)))
+                        first_mask = tl.minimum(
+                            first_mask, tl.min(tl.where(in_region & (held == mask_id), lane, length))
+                        )
                     any_changed = tl.maximum(any_changed, tl.max(changed.to(tl.int32)))
                     tl.debug_barrier()
                     tl.store(held_ptr + lane, token, mask=stores_token)

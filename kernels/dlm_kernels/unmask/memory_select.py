@@ -1,9 +1,10 @@
-"""Device code of `unmask` for regions that do not fit the registers: which lanes a step writes. Specification: reference.select.
+"""Device code of `unmask` for regions that do not fit the registers: which lanes a step writes. Specification:
+reference.select.
 
 Lanes are counted from the region's first. The order is that of select.py, and so are its keys. A choice needs the
-keys of all lanes only to count them, so it keeps 32 bits a lane and finds the last chosen key bit by bit. Only the prefix of
-"factor", whose limit depends on a lane's place, needs them sorted; they are, through a buffer in memory. What is chosen is
-left in `changed_ptr`.
+keys of all lanes only to count them, so it keeps 32 bits a lane and finds the last chosen key bit by bit. Only the
+prefix of "factor", whose limit depends on a lane's place, needs them sorted; they are, through a buffer in memory. What
+is chosen is left in `changed_ptr`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def eligible_at(lane, length, held_ptr, allowed_ptr, mask_id, RENOISE: tl.conste
 
 @triton.jit
 def _fits(inside, used, limit, INCLUSIVE: tl.constexpr):
-    """used None: are at most `limit` lanes inside? Else: do they spend no more than `limit`, as the entropy rule counts?
+    """used None: are at most `limit` lanes inside? Else: do they spend no more than `limit`, as the entropy rule
+    counts?
 
     used: fp32 that holds integers: half the registers of int64, in which they are summed.
     """
@@ -62,8 +64,8 @@ def _fits(inside, used, limit, INCLUSIVE: tl.constexpr):
 def prefix_cut(bits, used, limit, INCLUSIVE: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
     """The key of the last lane of the longest prefix, in rank order, that fits (`_fits`); above every key if none does.
 
-    bits: of every lane's rank, INELIGIBLE where it is no candidate. A longer prefix fits only if a shorter one does, so first the
-    greatest bits are found whose lanes do not all fit, and then how many of these lanes do.
+    bits: of every lane's rank, INELIGIBLE where it is no candidate. A longer prefix fits only if a shorter one does, so
+    first the greatest bits are found whose lanes do not all fit, and then how many of these lanes do.
     """
     lane = tl.arange(0, BLOCK_W)
     edge = tl.min(bits) * 0 + INELIGIBLE
@@ -99,8 +101,8 @@ def bits_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr):
 
 @triton.jit
 def _sort_in_memory(keys_ptr, width, LOG_T: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sort `width` keys, a power of two and at least BLOCK_T, from the greatest to the smallest: bitonic, and through memory what
-    spans more than a tile."""
+    """Sort `width` keys, a power of two and at least BLOCK_T, from the greatest to the smallest: bitonic, and through
+    memory what spans more than a tile."""
     index = tl.arange(0, BLOCK_T)
     for begin in range(0, width, BLOCK_T):
         keys = tl.load(keys_ptr + begin + index)
@@ -182,7 +184,9 @@ def choose_in_memory(
         for begin in range(0, length, BLOCK_T):
             lane = begin + index
             eligible = eligible_at(lane, length, held_ptr, allowed_ptr, mask_id, RENOISE)
-            count += tl.sum(flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32))
+            count += tl.sum(
+                flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32)
+            )
     enough = count >= kmin
     orders = enough == 0
     cut = n.to(tl.int64) * 0 + KEY_MAX
@@ -228,7 +232,8 @@ def choose_in_memory(
         if max_unmask is None:
             chosen = passes | (eligible & above)
         else:
-            # Not `candidates`: of the whole region there, of a tile here, and a loop keeps the shape of what it rebinds.
+            # Not `candidates`: of the whole region there, of a tile here, and a loop keeps the shape of what it
+            # rebinds.
             may_be_chosen = (passes | (eligible & (enough == 0))) if PASSES == "threshold" else eligible
             chosen = may_be_chosen & (above | (passes & (orders == 0)))
         tl.store(changed_ptr + lane, chosen, mask=lane < length)

@@ -1,4 +1,5 @@
-"""Device code of `unmask`: who takes part in a step, and where a row then stands, from scalars. Specification: reference.advance.
+"""Device code of `unmask`: who takes part in a step, and where a row then stands, from scalars. Specification:
+reference.advance.
 
 Shared by the two kernels, which differ in where they keep a row's lanes: in registers, or in memory.
 """
@@ -43,7 +44,8 @@ def least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QU
 
 @triton.jit
 def number_masked_again(chosen, any_left, row, least_ptr, count_ptr, REMASK: tl.constexpr):
-    """How many lanes a step masks again at most. chosen: lanes just written; any_left: does the region still hold a mask?"""
+    """How many lanes a step masks again at most. chosen: lanes just written; any_left: does the region still hold a
+    mask?"""
     if REMASK == "saber":
         n = tl.maximum(tl.load(least_ptr + row), 0)
         m = tl.maximum(n, chosen)
@@ -64,9 +66,10 @@ def advance_pipeline(
 ):  # fmt: skip
     """Several blocks at once: move the region of the row, and its phase.
 
-    masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first of them;
-    first: the first position masked before the step; stop_at: the first written stop token; all three are block_end where there
-    is none. No canvas position from masks_end on is masked. phase, step, block_step: of the row, before the step.
+    masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first
+    of them; first: the first position masked before the step; stop_at: the first written stop token; all three are
+    block_end where there is none. No canvas position from masks_end on is masked. phase, step, block_step: of the row,
+    before the step.
     """
     start = block_start
     if CACHE == "delayed":
@@ -106,7 +109,9 @@ def advance_pipeline(
             head = count_masked(tokens_ptr, start, tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
         else:
             head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
-            head += count_masked(tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+            head += count_masked(
+                tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L
+            )
         # Did the step find the first block finished? None counts before what precedes the region is committed.
         waited = tl.where((first >= head_end) & (step + 1 >= delay), block_step + 1, 0)
         if head == 0:
@@ -128,7 +133,8 @@ def advance_block(
 ):  # fmt: skip
     """Blocks one at a time: the row's next phase, whether a block opens, and where.
 
-    changed: was a lane written? all_stop: does the block hold nothing but stop tokens? Nothing in [block_end, known) is masked.
+    changed: was a lane written? all_stop: does the block hold nothing but stop tokens? Nothing in [block_end, known) is
+    masked.
     """
     next_phase = _DENOISE
     start = block_end

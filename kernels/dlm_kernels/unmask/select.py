@@ -1,7 +1,9 @@
-"""Device code of `unmask`: which lanes a step writes, and which it masks again, in registers. Specification: reference.select.
+"""Device code of `unmask`: which lanes a step writes, and which it masks again, in registers. Specification:
+reference.select.
 
-Positions are ordered by a bitonic sort of 64-bit keys (order-preserving bits of the rank, then the lane), all different: the
-order is total, so nothing here depends on the tile width, the batch or the number of warps. All sums are integer sums.
+Positions are ordered by a bitonic sort of 64-bit keys (order-preserving bits of the rank, then the lane), all
+different: the order is total, so nothing here depends on the tile width, the batch or the number of warps. All sums are
+integer sums.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: t
     """Order every pair (i, i + DISTANCE): larger first, except in every second run of RUN keys."""
     pairs: tl.constexpr = [BLOCK_W // (2 * DISTANCE), 2, DISTANCE]
     here = tl.reshape(keys, pairs)
-    # The partner is what the pair sums to without the key itself, exact in wrapping integers (built-in sums are quick to
-    # interpret).
+    # The partner is what the pair sums to without the key itself, exact in wrapping integers (built-in sums are quick
+    # to interpret).
     partner = tl.sum(here, axis=1)[:, None, :] - here
     index = tl.reshape(tl.arange(0, BLOCK_W), pairs)
     wants_smaller = ((index & DISTANCE) != 0) != ((index & RUN) != 0)
@@ -77,7 +79,8 @@ def _cut(keys, take, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
-    """One int64 a lane, all different: greater = better (higher rank or, if LOWEST, lower), candidates above the rest."""
+    """One int64 a lane, all different: greater = better (higher rank or, if LOWEST, lower), candidates above the
+    rest."""
     rank = no_nan(tl.load(rank_ptr + lane, mask=candidates, other=0.0))
     if LOWEST:
         rank = -rank
@@ -129,8 +132,8 @@ def _passing_prefix(
         entropy = tl.load(entropy_ptr + source, mask=rank_index < n, other=0.0)
         used = to_scaled(entropy, 0.0, FIXED_ENTROPY_MAX, FIXED_ENTROPY_MAX).to(tl.int64)
         budget = to_scaled(value, -FIXED_BUDGET_MAX, FIXED_BUDGET_MAX, -FIXED_BUDGET_MAX).to(tl.int64)
-        # What a prefix spends never falls as it grows, with or without its largest entropy, so the longest that fits is found by
-        # halving: a scan of int64 would not fit the registers of wide tiles.
+        # What a prefix spends never falls as it grows, with or without its largest entropy, so the longest that fits is
+        # found by halving: a scan of int64 would not fit the registers of wide tiles.
         count = n * 0
         for halving in tl.static_range(LOG_W + 1):
             longer = count + (BLOCK_W >> halving)
@@ -150,7 +153,8 @@ def choose(
     PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr, RENOISE: tl.constexpr, RUNS: tl.constexpr,
     LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The chosen lanes; the eligible ones and the tokens of the `seen` ones, read again. max_unmask, run_value: may be None."""
+    """The chosen lanes; the eligible ones and the tokens of the `seen` ones, read again. max_unmask, run_value: may be
+    None."""
     lane = tl.arange(0, BLOCK_W)
     kmin = tl.minimum(kmin, n)
     fallback = tl.minimum(fallback, n)
@@ -215,7 +219,8 @@ def _best_of_runs(eligible, keys, BLOCK_W: tl.constexpr):
 def force_in_blocks(
     chosen, eligible, masked, rank_ptr, region_length, block_length, activate_masks, SCOPE: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """The chosen lanes with those that a block must write although nothing in it was chosen. Lane 0 begins the region."""
+    """The chosen lanes with those that a block must write although nothing in it was chosen. Lane 0 begins the
+    region."""
     lane = tl.arange(0, BLOCK_W)
     keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
     if SCOPE == "first":
@@ -242,7 +247,8 @@ def masked_again(
     chosen, written, masked, score_ptr, row, least_ptr, count_ptr, limit_ptr, exiting,
     REMASK: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Lanes that a step masks again: those of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the step."""
+    """Lanes that a step masks again: those of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the
+    step."""
     lane = tl.arange(0, BLOCK_W)
     any_left = tl.max((masked & (chosen == 0)).to(tl.int32)) != 0
     k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, row, least_ptr, count_ptr, REMASK)

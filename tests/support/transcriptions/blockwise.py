@@ -1,11 +1,13 @@
 """Decoders that finish one block before they open the next (LLaDA, Dream, Fast-dLLM, dInfer, SDAR, LLaDA2).
 
-Over full visibility nothing is exact but recomputing the canvas; the approximate caches below hold the keys that their papers hold.
-Over block-causal visibility a cache is exact, so everything is recomputed, and only the forwards are counted as a cache would pay them.
+Over full visibility nothing is exact but recomputing the canvas; the approximate caches below hold the keys that their
+papers hold. Over block-causal visibility a cache is exact, so everything is recomputed, and only the forwards are
+counted as a cache would pay them.
 
-    Nie et al. (LLaDA) arXiv:2502.09992; Ye et al. (Dream) arXiv:2508.15487; Wu et al. (Fast-dLLM) arXiv:2505.22618; Wang et al.
-    (dLLM-RL, TraDo) arXiv:2509.06949; Ma et al. (dInfer) arXiv:2510.08666; Wang et al. (CreditDecoding) arXiv:2510.06133;
-    Chen et al. (dParallel) arXiv:2509.26488; Cheng et al. (SDAR) arXiv:2510.06303; Bie et al. (LLaDA2.0) arXiv:2512.15745.
+    Nie et al. (LLaDA) arXiv:2502.09992; Ye et al. (Dream) arXiv:2508.15487; Wu et al. (Fast-dLLM) arXiv:2505.22618;
+    Wang et al. (dLLM-RL, TraDo) arXiv:2509.06949; Ma et al. (dInfer) arXiv:2510.08666; Wang et al. (CreditDecoding)
+    arXiv:2510.06133; Chen et al. (dParallel) arXiv:2509.26488; Cheng et al. (SDAR) arXiv:2510.06303; Bie et al.
+    (LLaDA2.0) arXiv:2512.15745.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Rows = dict[int, Tensor]
 
 
 def blocks_of(row: Row, block_length: int | None) -> Iterator[tuple[int, int]]:
-    """[start, end) of the blocks of a full-visibility canvas: from its first mask on, cut at its end. None: one block."""
+    """[start, end) of the blocks of a full-visibility canvas: from its first mask on, cut at its end. None: one
+    block."""
     L = len(row.tokens)
     masked = row.masked(0, L)
     if masked:
@@ -94,10 +97,12 @@ def decode_dream(
     strict_reference: bool = False,
     bernoulli: bool = False,
 ) -> Row:
-    """Dream: the whole canvas is one block, and a step writes the share of its masks that a linear schedule of noise levels asks for.
+    """Dream: the whole canvas is one block, and a step writes the share of its masks that a linear schedule of noise
+    levels asks for.
 
-    order_temperature a > 0: ranked by score / a + a Gumbel draw of the position. strict_reference: a step may write nothing.
-    bernoulli (Dream's "origin"): every masked position is written with the probability that the schedule gives, by its own draw.
+    order_temperature a > 0: ranked by score / a + a Gumbel draw of the position. strict_reference: a step may write
+    nothing. bernoulli (Dream's "origin"): every masked position is written with the probability that the schedule
+    gives, by its own draw.
     """
     row, L = Row(canvas, settings), len(canvas)
     for start, end in blocks_of(row, None):
@@ -147,12 +152,13 @@ def decode_refreshed(
     rule: str = "threshold",
     **options: Any,
 ) -> Row:
-    """Fast-dLLM's prefix and dual caches, and dLLM-RL's horizon: a block starts by a forward of everything, whose keys then go stale.
+    """Fast-dLLM's prefix and dual caches, and dLLM-RL's horizon: a block starts by a forward of everything, whose keys
+    then go stale.
 
-    "prefix": the keys before the block are kept, the block and what follows is recomputed (as far as `horizon` past the block, beyond
-    which nothing is visible). "dual": those after the block are kept too, and only the block is recomputed.
-    Where a position is predicted by the row before it, the full forward writes the block's first mask, whatever its score, and only that:
-    in the window no row predicts the block's first position.
+    "prefix": the keys before the block are kept, the block and what follows is recomputed (as far as `horizon` past the
+    block, beyond which nothing is visible). "dual": those after the block are kept too, and only the block is
+    recomputed. Where a position is predicted by the row before it, the full forward writes the block's first mask,
+    whatever its score, and only that: in the window no row predicts the block's first position.
     """
     row, L = Row(canvas, settings), len(canvas)
     for start, end in blocks_of(row, block_length):
@@ -196,7 +202,8 @@ def below_best(row: Row, score: str, threshold: float) -> Rule:
 
 
 def best_of_runs(row: Row, score: str, threshold: float, run_threshold: float) -> Rule:
-    """dInfer's hierarchy: all above the threshold, at least the best; and the best of each run of masks if above the lower one."""
+    """dInfer's hierarchy: all above the threshold, at least the best; and the best of each run of masks if above the
+    lower one."""
 
     def choose(candidates: list[Stats], opened: int, i: int) -> list[Stats]:
         def value(s: Stats) -> float:
@@ -249,10 +256,11 @@ def decode_vicinity(
     threshold: float = 0.9,
     score: str = "confidence",
 ) -> Row:
-    """dInfer's vicinity refresh: of a dual cache, `vicinity` positions on either side of the block are recomputed with it.
+    """dInfer's vicinity refresh: of a dual cache, `vicinity` positions on either side of the block are recomputed with
+    it.
 
-    The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no cache, that is the
-    first of its block, or a `refresh_interval`-th of it.
+    The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no
+    cache, that is the first of its block, or a `refresh_interval`-th of it.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()
     for start, end in blocks_of(row, block_length):
@@ -262,7 +270,9 @@ def decode_vicinity(
             warm = row.step >= warmup_steps
             full = not held.held or i == 0 or (refresh_interval is not None and i % refresh_interval == 0)
             window = range(L) if full else range(max(0, start - vicinity), min(L, end + vicinity))
-            rows = model.look(row.tokens, window, cache=held, cached=[p for p in range(L) if p not in window], store=warm)
+            rows = model.look(
+                row.tokens, window, cache=held, cached=[p for p in range(L) if p not in window], store=warm
+            )
             row.pay(len(window))
             logits_of = model.predictor(rows)
             positions = row.masked(start, end)[:1] if i == 0 and model.previous else row.masked(start, end)
@@ -287,10 +297,11 @@ def decode_credit(
     inclusive: bool = True,
     **options: Any,
 ) -> Row:
-    """CreditDecoding over a dual cache: what a position predicted in earlier steps of its block raises that token's logit.
+    """CreditDecoding over a dual cache: what a position predicted in earlier steps of its block raises that token's
+    logit.
 
-    In every step all credit decays, then the likeliest token of each masked position earns p ** credit_power, p without temperature;
-    the step decides by l + credit_weight * ln(1 + credit). Credit is kept in fp32.
+    In every step all credit decays, then the likeliest token of each masked position earns p ** credit_power, p without
+    temperature; the step decides by l + credit_weight * ln(1 + credit). Credit is kept in fp32.
     """
     row, L = Row(canvas, settings), len(canvas)
     for start, end in blocks_of(row, block_length):
@@ -345,11 +356,12 @@ def decode_block_causal(
     rule: str,
     **options: Any,
 ) -> Row:
-    """SDAR, TraDo, LLaDA2, Efficient-DLM: a block sees itself and what precedes it, everything recomputed at every step.
+    """SDAR, TraDo, LLaDA2, Efficient-DLM: a block sees itself and what precedes it, everything recomputed at every
+    step.
 
-    What precedes the block was committed by forwards of their own, in which positions saw their block and all earlier ones, or, with
-    `causal_commit`, only earlier positions. `cached` counts those: one of everything before the first block, one per later block but
-    the last; else every step counts as a forward of [0, block end).
+    What precedes the block was committed by forwards of their own, in which positions saw their block and all earlier
+    ones, or, with `causal_commit`, only earlier positions. `cached` counts those: one of everything before the first
+    block, one per later block but the last; else every step counts as a forward of [0, block end).
     A quota is that of a block of the full length, whatever of it is given, and never more than the masks that are left.
     """
     row, L = Row(canvas, settings), len(canvas)

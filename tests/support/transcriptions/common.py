@@ -1,7 +1,8 @@
-"""What every transcription shares: a network in float64, the numbers of a position, a row, and the ways to choose among positions.
+"""What every transcription shares: a network in float64, the numbers of a position, a row, and the ways to choose among
+positions.
 
-Logits are rounded to fp32; what is computed from them (probability, margin, entropy) is computed in float64 and rounded to fp32 before
-anything is compared or ranked. Ties go to the lowest token id and to the lowest position.
+Logits are rounded to fp32; what is computed from them (probability, margin, entropy) is computed in float64 and rounded
+to fp32 before anything is compared or ranked. Ties go to the lowest token id and to the lowest position.
 """
 
 from __future__ import annotations
@@ -58,15 +59,17 @@ class Model:
     ) -> dict[int, Tensor]:
         """One forward of the `window` positions of a canvas: the logits row of each of them.
 
-        A position sees the `cached` positions, by the keys that `cache` holds, and of the window what `sees(query, key)` says.
-        store: the window's keys and values then go into the cache, replacing what was there.
+        A position sees the `cached` positions, by the keys that `cache` holds, and of the window what
+        `sees(query, key)` says. store: the window's keys and values then go into the cache, replacing what was there.
         """
         window, cached = list(window), list(cached)
 
         def shown(q: int, k: int) -> bool:
             return q >= self.isolated or k < self.isolated
 
-        visible = torch.tensor([[shown(q, k) for k in cached] + [shown(q, k) and sees(q, k) for k in window] for q in window])
+        visible = torch.tensor(
+            [[shown(q, k) for k in cached] + [shown(q, k) and sees(q, k) for k in window] for q in window]
+        )
         if cache is not None:
             self.prompt_computed.append(sum(p < self.isolated for p in window))
         stale = cache.take(cached) if cached else None
@@ -76,7 +79,8 @@ class Model:
         return dict(zip(window, logits))
 
     def predictor(self, rows: dict[int, Tensor], before: Tensor | None = None) -> Callable[[int], Tensor]:
-        """From the rows of a window: position -> the logits that predict it. `before`: the saved row of the position before the window."""
+        """From the rows of a window: position -> the logits that predict it. `before`: the saved row of the position
+        before the window."""
 
         def of(position: int) -> Tensor:
             if not self.previous:
@@ -103,7 +107,9 @@ class Cache:
 
     def take(self, positions: Sequence[int]) -> KeysValues:
         layers = range(len(self.held[positions[0]]))
-        return [tuple(torch.stack([self.held[p][layer][kv] for p in positions], 1) for kv in (0, 1)) for layer in layers]
+        return [
+            tuple(torch.stack([self.held[p][layer][kv] for p in positions], 1) for kv in (0, 1)) for layer in layers
+        ]
 
 
 @dataclasses.dataclass
@@ -115,7 +121,8 @@ class Settings:
         stop_ids, stop: when a written id ends the row ("never", "closed", "after_block", "all_stop").
         temperature: 0 = greedy, else a token is the argmax of l / T + gumbel(position, step), [V] float64.
         uniform: (position, step) -> a number in (0, 1), an fp32 value.
-        top_k (0 = all), top_p (1 = all), top_k_first: filters of the softmax of l / T (greedy: of l); an id that they leave out has
+        top_k (0 = all), top_p (1 = all), top_k_first: filters of the softmax of l / T (greedy: of l); an id that they
+        leave out has
             probability 0. The likeliest id that may be written always stays.
         greedy_filters: the filters hold at temperature 0 too; else nothing is filtered there.
         tempered: the statistics are those of l / T, else of l, of the ids that the filters leave.
@@ -215,7 +222,8 @@ class Row:
         self.query_tokens += positions
 
     def stats(self, position: int, logits: Tensor, bias: Tensor | None = None) -> Stats:
-        """The token that `position` would get now from its logits [V]. Mask and banned ids stay in every sum but cannot win.
+        """The token that `position` would get now from its logits [V]. Mask and banned ids stay in every sum but cannot
+        win.
 
         bias: [V], added to the logits; the filters look at them without it.
         """
@@ -256,10 +264,16 @@ class Row:
         """What ranks positions: by name, from their statistics."""
         if name == "random":
             return self.settings.uniform(s.position, self.step)
-        return {"confidence": s.confidence, "margin": s.margin, "neg_entropy": -s.entropy, "position": -s.position}[name]
+        return {"confidence": s.confidence, "margin": s.margin, "neg_entropy": -s.entropy, "position": -s.position}[
+            name
+        ]
 
     def write(self, s: Stats) -> None:
-        self.tokens[s.position], self.unmask_step[s.position], self.confidence[s.position] = s.token, self.step, s.confidence
+        self.tokens[s.position], self.unmask_step[s.position], self.confidence[s.position] = (
+            s.token,
+            self.step,
+            s.confidence,
+        )
 
     def remask(self, position: int) -> None:
         self.tokens[position], self.unmask_step[position], self.confidence[position] = self.settings.mask_id, -1, 0.0
@@ -302,12 +316,13 @@ def leading(ordered: Sequence[Stats], passes: Callable[[int, Stats], bool], leas
 
 
 def quota(masks: int, steps: int, i: int) -> int:
-    """Step i's share of `masks` over `steps` steps, the first masks % steps of them one more; never 0, so that every step writes."""
+    """Step i's share of `masks` over `steps` steps, the first masks % steps of them one more; never 0, so that every
+    step writes."""
     return max(1, masks // steps + (1 if i < masks % steps else 0))
 
 
-# (statistics of the eligible positions, what a quota is of (the masks when the block was opened; SDAR, LLaDA2: its length),
-# denoise steps already taken in it) -> those to write
+# (statistics of the eligible positions, what a quota is of (the masks when the block was opened; SDAR, LLaDA2: its
+# length), denoise steps already taken in it) -> those to write
 Rule = Callable[[list[Stats], int, int], list[Stats]]
 
 
@@ -329,7 +344,8 @@ def make_rule(
     min_unmask: None = the quota over `steps` steps.
     quota: the step's share, best first. threshold: score > threshold (`inclusive`: >=).
     factor (Fast-dLLM): by rank r, while score >= 1 - factor / (r + 1).
-    entropy: by rank, while the entropies so far stay below the bound (`inclusive`), or within it but for the largest (EB-Sampler).
+    entropy: by rank, while the entropies so far stay below the bound (`inclusive`), or within it but for the largest
+    (EB-Sampler).
     """
 
     def named(name: str | Callable[[Stats], float], s: Stats) -> float:

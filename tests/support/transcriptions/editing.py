@@ -1,6 +1,6 @@
 """Decoders that change what they wrote (LLaDA2.1, LLaDA2.2).
 
-    Bie et al. (LLaDA2.1) arXiv:2602.08676; LLaDA2.2, as served.
+Bie et al. (LLaDA2.1) arXiv:2602.08676; LLaDA2.2, as served.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def decode_joint_threshold(
 ) -> Row:
     """JointThreshold: a step writes masks above one threshold and rewrites its own tokens above another.
 
-    A block is finished by the forward that changes nothing, which is its commit, or by the forward after `max_post_edits` ones that began
-    without masks, which edits nothing; one that was given whole is committed without a denoise step.
-    repeat_penalty: taken from the logit of what a position's left neighbour in the block holds; the block's first has none.
+    A block is finished by the forward that changes nothing, which is its commit, or by the forward after
+    `max_post_edits` ones that began without masks, which edits nothing; one that was given whole is committed without a
+    denoise step. repeat_penalty: taken from the logit of what a position's left neighbour in the block holds; the
+    block's first has none.
     """
     row, L = Row(canvas, settings), len(canvas)
     if not row.masked(0, L):
@@ -60,7 +61,11 @@ def decode_joint_threshold(
                 post += 1
             if masks or post <= max_post_edits:
                 written = [stats[p] for p in row.written(start, end)]
-                changes += [s for s in written if row.score(score, s) > fp32(edit_threshold) and s.token != row.tokens[s.position]]
+                changes += [
+                    s
+                    for s in written
+                    if row.score(score, s) > fp32(edit_threshold) and s.token != row.tokens[s.position]
+                ]
             for s in changes:
                 row.write(s)
             row.step += 1
@@ -84,12 +89,14 @@ def decode_insert_delete(
     edit_threshold: float = 0.0,
     max_post_edits: int = 16,
 ) -> Row:
-    """JointThreshold with insertions and deletions (LLaDA2.2), greedy: DELETE drops its position, SPLIT puts a mask before what it holds.
+    """JointThreshold with insertions and deletions (LLaDA2.2), greedy: DELETE drops its position, SPLIT puts a mask
+    before what it holds.
 
-    What follows in the block moves, is cut at the block's end or padded with masks. Masks that the block did not begin with are
-    introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it changed anything, and
-    if a block follows. A content that comes again is left by giving its weakest real change something that was never drawn for that
-    place (commands are drawn too); what was drawn for a place is remembered by place.
+    What follows in the block moves, is cut at the block's end or padded with masks. Masks that the block did not begin
+    with are introduced ones. The final update leaves none of mask, DELETE and SPLIT; one more forward commits it if it
+    changed anything, and if a block follows. A content that comes again is left by giving its weakest real change
+    something that was never drawn for that place (commands are drawn too); what was drawn for a place is remembered by
+    place.
     """
     row, L, M = Row(canvas, settings), len(canvas), settings.mask_id
     if not row.masked(0, L):
@@ -112,7 +119,9 @@ def decode_insert_delete(
             waiting = [p for p in masks if p in original]
             updates += 1
             post += not waiting
-            final = updates > (end - start) + max_post_edits or (post >= max_post_edits if max_post_edits else not waiting)
+            final = updates > (end - start) + max_post_edits or (
+                post >= max_post_edits if max_post_edits else not waiting
+            )
 
             pick = {p: likeliest(logits_of(p), set(settings.banned(p))) for p in range(start, end)}
             if not final:
@@ -180,7 +189,8 @@ def rewrite(
     delete_id: int,
     split_id: int,
 ) -> None:
-    """Applies the picks to the block: writes, deletions and splits, from left to right. What was an original mask moves."""
+    """Applies the picks to the block: writes, deletions and splits, from left to right. What was an original mask
+    moves."""
     M = row.settings.mask_id
     introduced = (M, -1, 0.0, False)
 

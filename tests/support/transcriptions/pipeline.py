@@ -1,7 +1,8 @@
 """Decoders with several blocks in flight (D2F, dLLM-Var, d3LLM).
 
-The region holds the blocks that were opened and have not left. A block is opened when the last one is written far enough; one whose
-predecessor is written far enough is fully activated, and then writes its best position when none passes.
+The region holds the blocks that were opened and have not left. A block is opened when the last one is written far
+enough; one whose predecessor is written far enough is fully activated, and then writes its best position when none
+passes.
 
     Wang et al. (D2F) arXiv:2508.09192; Yang et al. (dLLM-Var) arXiv:2510.24605; Qian et al. (d3LLM) arXiv:2601.07568.
 """
@@ -17,7 +18,8 @@ from transcriptions.common import Cache, Model, Row, Settings, Stats, fp32, orde
 
 
 class Region:
-    """The opened blocks, from `start` (committed up to there) to `end`; the number of masks of each says how far it is."""
+    """The opened blocks, from `start` (committed up to there) to `end`; the number of masks of each says how far it
+    is."""
 
     def __init__(self, row: Row, start: int, block_length: int) -> None:
         self.row, self.start, self.length = row, start, block_length
@@ -69,8 +71,8 @@ def choose(
 ) -> list[Stats]:
     """The positions that a step writes: those that pass, and forced ones, which are the best by `rank`.
 
-    scope "each": one of every fully activated block in which none passes. "first": of the opened blocks together, up to `min_unmask`
-    if fewer pass; and one of the first block with masks if nothing of it is written.
+    scope "each": one of every fully activated block in which none passes. "first": of the opened blocks together, up to
+    `min_unmask` if fewer pass; and one of the first block with masks if nothing of it is written.
     """
     chosen: list[Stats] = []
     stats = {b: [row.stats(p, logits_of(p)) for p in row.masked(*b)] for b in region.blocks()}
@@ -93,7 +95,8 @@ def choose(
 
 
 def ended(row: Row, region: Region) -> bool:
-    """Whether a written stop token ends the row: nothing before it is masked ("after_block": up to the end of its block)."""
+    """Whether a written stop token ends the row: nothing before it is masked ("after_block": up to the end of its
+    block)."""
     stops = row.written_stops(region.start, region.end)
     if not stops or row.settings.stop not in ("closed", "after_block"):
         return False
@@ -108,7 +111,8 @@ def barred(row: Row) -> bool:
 
 
 def fill(row: Row) -> None:
-    """Everything after the first written stop token that was not given becomes that token, if the stop rule is "fill"."""
+    """Everything after the first written stop token that was not given becomes that token, if the stop rule is
+    "fill"."""
     stops = row.written_stops(0, len(row.tokens))
     if row.settings.stop != "fill" or not stops:
         return
@@ -143,7 +147,8 @@ def decode_pipeline(
     append_threshold: float = 1.0,
     activate_threshold: float = 1.0,
 ) -> Row:
-    """D2F ("block" visibility) and dLLM-Var ("full"): a forward of the region denoises it, and commits its finished leading blocks.
+    """D2F ("block" visibility) and dLLM-Var ("full"): a forward of the region denoises it, and commits its finished
+    leading blocks.
 
     D2F: a block sees the prompt, itself and earlier blocks, so the commit is exact, and everything is recomputed here.
     dLLM-Var: the committed keys are those of this forward, in which they saw the region's masks.
@@ -195,12 +200,13 @@ def decode_d3llm(
     commit_delay: int = 2,
     refresh_interval: int | None = 3,
 ) -> Row:
-    """d3LLM: full visibility over the whole canvas; the first part that is finished and not cached waits `commit_delay` forwards.
+    """d3LLM: full visibility over the whole canvas; the first part that is finished and not cached waits `commit_delay`
+    forwards.
 
-    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it cached. A
-    forward that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of the others, one that
-    comes before the prompt is cached, that finds a block waiting, or whose number is a multiple of `refresh_interval` recomputes
-    everything; the rest recompute what is not cached.
+    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it
+    cached. A forward that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of
+    the others, one that comes before the prompt is cached, that finds a block waiting, or whose number is a multiple of
+    `refresh_interval` recomputes everything; the rest recompute what is not cached.
     Once a stop token bars further blocks (it does not fill), the canvas ends where the last one does.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()

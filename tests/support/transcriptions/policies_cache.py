@@ -25,8 +25,9 @@ def decode_streaming(
 ) -> Row:
     """H6 and A5: only `horizon` positions after the block, and the last one of the canvas, are computed and seen.
 
-    A block begins by a forward from the start, whose keys before the block then stay. The threshold falls as the block fills up.
-    Where the row before a position predicts it, the block's first forward writes just its first mask, whatever its confidence.
+    A block begins by a forward from the start, whose keys before the block then stay. The threshold falls as the block
+    fills up. Where the row before a position predicts it, the block's first forward writes just its first mask,
+    whatever its confidence.
     """
     row, L = Row(canvas, settings), len(canvas)
     for block in blocks_of(row, block_length):
@@ -64,7 +65,8 @@ def decode_dpad(
     inclusive: bool = True,
     horizon: int = 256,
 ) -> Row:
-    """H6: of the `horizon` positions after a block, each is kept for its decode with a probability that falls with distance."""
+    """H6: of the `horizon` positions after a block, each is kept for its decode with a probability that falls with
+    distance."""
     row, L = Row(canvas, settings), len(canvas)
     for block in blocks_of(row, block_length):
         window = list(range(block.end))
@@ -77,7 +79,9 @@ def decode_dpad(
             predict = model.predictor(model.look(row.tokens, window))
             row.pay(len(window))
             candidates = [row.stats(p, predict(p)) for p in row.masked(block.start, block.end)]
-            for s in make_rule(row, "threshold", threshold=threshold, inclusive=inclusive)(candidates, block.masks, block.i):
+            for s in make_rule(row, "threshold", threshold=threshold, inclusive=inclusive)(
+                candidates, block.masks, block.i
+            ):
                 row.write(s)
             row.step += 1
             block.i += 1
@@ -95,7 +99,8 @@ def decode_freecache(
     threshold: float = 0.9,
     inclusive: bool = True,
 ) -> Row:
-    """H2: one forward of everything; from then on only what follows the start of the block, over keys that are never refreshed.
+    """H2: one forward of everything; from then on only what follows the start of the block, over keys that are never
+    refreshed.
 
     Where the row before a position predicts it, the window begins one position earlier.
     """
@@ -107,7 +112,9 @@ def decode_freecache(
             row.pay(L - begin)
             predict = model.predictor(rows)
             candidates = [row.stats(p, predict(p)) for p in row.masked(block.start, block.end)]
-            for s in make_rule(row, "threshold", threshold=threshold, inclusive=inclusive)(candidates, block.masks, block.i):
+            for s in make_rule(row, "threshold", threshold=threshold, inclusive=inclusive)(
+                candidates, block.masks, block.i
+            ):
                 row.write(s)
             row.step += 1
             block.i += 1
@@ -123,7 +130,8 @@ Refresh = Callable[[int, list[Stats]], bool]
 def decode_settled(
     model: Model, canvas: Sequence[int], settings: Settings, block_length: int | None, steps: int, refreshes: Refresh
 ) -> Row:
-    """LLaDA's quota, recomputing what was not yet decoded two steps ago; the keys of the rest are as they were stored last.
+    """LLaDA's quota, recomputing what was not yet decoded two steps ago; the keys of the rest are as they were stored
+    last.
 
     Where the row before a position predicts it, keys are settled once their own token and the next one are.
     """

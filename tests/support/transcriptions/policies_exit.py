@@ -40,7 +40,8 @@ def decode_prophet(
 ) -> Row:
     """C1: once the gap of the answer's logits is wide enough for this part of the schedule, everything is written.
 
-    answer_start: the answer is the five positions from this offset behind the first mask, if in the canvas; None = every mask.
+    answer_start: the answer is the five positions from this offset behind the first mask, if in the canvas; None =
+    every mask.
     """
     total, L = scheduled_steps(canvas, settings.mask_id, block_length, steps), len(canvas)
     first = list(canvas).index(settings.mask_id) if settings.mask_id in canvas else L
@@ -102,8 +103,8 @@ def decode_sched(
 ) -> Row:
     """C2: the gap of the masked positions' logits against a threshold that falls along the schedule.
 
-    Besides, for more than `patience` steps in a row at most `max_change` of the masked positions changed their likeliest token.
-    An exit writes the likeliest tokens.
+    Besides, for more than `patience` steps in a row at most `max_change` of the masked positions changed their
+    likeliest token. An exit writes the likeliest tokens.
     """
     total, L = scheduled_steps(canvas, settings.mask_id, block_length, steps), len(canvas)
     before: dict[int, int] = {}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
 from transcriptions.common import Model, Row, Settings, fp32, order
 from transcriptions.policies_select import blocks_of
 
@@ -23,7 +24,8 @@ def decode_rcr(
     steps: int = 32,
     score: str = "confidence",
 ) -> Row:
-    """D1: every step writes all masks of the block, then masks again fewer and fewer of those written with the least score."""
+    """D1: every step writes all masks of the block, then masks again fewer and fewer of those written with the least
+    score."""
     row, everything = Row(canvas, settings), range(len(canvas))
     for block in blocks_of(row, block_length):
         written_with: dict[int, float] = {}
@@ -48,11 +50,12 @@ def decode_rcr(
 def decode_saber(
     model: Model, canvas: Sequence[int], settings: Settings, *, block_length: int | None = 32, min_unmask: int = 2
 ) -> Row:
-    """D3: a threshold that is the mean score of everything written so far; then some whose score grew least are masked again."""
+    """D3: a threshold that is the mean score of everything written so far; then some whose score grew least are masked
+    again."""
     row, everything = Row(canvas, settings), range(len(canvas))
     final: dict[int, float] = {}
     for block in blocks_of(row, block_length):
-        last = {p: 0.0 for p in range(block.start, block.end)}
+        last = dict.fromkeys(range(block.start, block.end), 0.0)
         while row.masked(block.start, block.end):
             predict = model.predictor(model.look(row.tokens, everything))
             row.pay(len(everything))
@@ -88,7 +91,8 @@ def decode_wino(
     threshold: float = 0.6,
     verify_threshold: float = 0.9,
 ) -> Row:
-    """D2: masks in the shadow of the block say how likely each written token is without itself; unlikely ones are masked."""
+    """D2: masks in the shadow of the block say how likely each written token is without itself; unlikely ones are
+    masked."""
     row, L = Row(canvas, settings), len(canvas)
     for block in blocks_of(row, block_length):
         shadow = list(range(block.start, block.end))
@@ -103,7 +107,9 @@ def decode_wino(
             written_before = row.written(block.start, block.end)
             if len(chosen) > 1:
                 back = {p: fp32(verify[p].softmax(-1)[row.tokens[p]].item()) for p in written_before}
-                bad = sorted((p for p in written_before if back[p] < fp32(verify_threshold)), key=lambda p: (back[p], p))
+                bad = sorted(
+                    (p for p in written_before if back[p] < fp32(verify_threshold)), key=lambda p: (back[p], p)
+                )
                 if len(bad) >= last_accept:
                     bad = bad[: last_accept - 1]
                 for p in bad:
@@ -118,7 +124,8 @@ def decode_wino(
 
 
 def shadowed(model: Model, row: Row, shadow: list[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Logits of all positions, and of masks in the shadow of some: they see all but their twin, and each other, unseen."""
+    """Logits of all positions, and of masks in the shadow of some: they see all but their twin, and each other,
+    unseen."""
     L, n = len(row.tokens), len(shadow)
     visible = torch.zeros(L + n, L + n, dtype=torch.bool)
     visible[:, :L] = True

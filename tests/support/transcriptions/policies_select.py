@@ -1,7 +1,9 @@
-"""Policies that choose which masked positions a step writes: families A and B, and a learned head. Full visibility, no cache.
+"""Policies that choose which masked positions a step writes: families A and B, and a learned head. Full visibility, no
+cache.
 
-EB-Sampler arXiv:2505.24857; KLASS arXiv:2511.05664; CCD / CCD-DS (coherent contextual decoding); LocalLeap; certainty prior
-(d2Cache, arXiv:2509.23094); Learn2PD (a learned filter, and EoTP); Learning Unmasking Policies (arXiv:2512.09106), greedy.
+EB-Sampler arXiv:2505.24857; KLASS arXiv:2511.05664; CCD / CCD-DS (coherent contextual decoding); LocalLeap; certainty
+prior (d2Cache, arXiv:2509.23094); Learn2PD (a learned filter, and EoTP); Learning Unmasking Policies
+(arXiv:2512.09106), greedy.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
+
 from transcriptions.common import Cache, Model, Row, Settings, Stats, fp32, order, quota, select, units
 
 
 @dataclasses.dataclass
 class Block:
-    """A block [start, end), the index-th of the row; `masks` when it was opened, and the steps `i` taken in it since."""
+    """A block [start, end), the index-th of the row; `masks` when it was opened, and the steps `i` taken in it
+    since."""
 
     index: int
     start: int
@@ -26,7 +30,8 @@ class Block:
 
 
 def blocks_of(row: Row, block_length: int | None) -> Iterator[Block]:
-    """The row's blocks from its first mask on, one after the other; those that hold no mask when their turn comes are skipped."""
+    """The row's blocks from its first mask on, one after the other; those that hold no mask when their turn comes are
+    skipped."""
     L = len(row.tokens)
     if not row.masked(0, L):
         return
@@ -55,9 +60,9 @@ def block_by_block(
 ) -> Row:
     """One block after the other, every step one forward and then what `choose` says of the block's masks.
 
-    cache: "none": a forward computes the canvas. "prefix", "dual": the first of a block does, and its keys are kept; later ones
-    compute what follows the block's start, or only the block. Then, where the row before a position predicts it, the first of a
-    block writes just its first mask.
+    cache: "none": a forward computes the canvas. "prefix", "dual": the first of a block does, and its keys are kept;
+    later ones compute what follows the block's start, or only the block. Then, where the row before a position predicts
+    it, the first of a block writes just its first mask.
     """
     row, L = Row(canvas, settings), len(canvas)
     for block in blocks_of(row, block_length):
@@ -161,7 +166,8 @@ def decode_ccd(
     dynamic: bool = False,
     cache: str = "none",
 ) -> Row:
-    """B2 (dynamic: CCD-DS): the least uncertain positions; those preferred that were so a step ago with the same token."""
+    """B2 (dynamic: CCD-DS): the least uncertain positions; those preferred that were so a step ago with the same
+    token."""
     listed: list[int] = []
     likeliest: dict[int, int] = {}
 
@@ -265,9 +271,11 @@ def decode_learn2pd(
     steps: int = 32,
     eotp: bool = False,
 ) -> Row:
-    """A head sees the block's confidences (0 where nothing is masked) and accepts positions; the quota's share is written too.
+    """A head sees the block's confidences (0 where nothing is masked) and accepts positions; the quota's share is
+    written too.
 
-    eotp: the row ends after the first accepted position that predicts a stop id, else after the most confident one that does.
+    eotp: the row ends after the first accepted position that predicts a stop id, else after the most confident one that
+    does.
     """
     row = Row(canvas, settings)
     end_of_row = len(canvas)
@@ -283,7 +291,9 @@ def decode_learn2pd(
             best = order(candidates, lambda s: s.confidence)
 
             if eotp:
-                final = [s for s in accepted if s.token in settings.stop_ids] or [s for s in best if s.token in settings.stop_ids]
+                final = [s for s in accepted if s.token in settings.stop_ids] or [
+                    s for s in best if s.token in settings.stop_ids
+                ]
                 if final:
                     end_of_row = final[0].position + 1
             for s in accepted + best[: quota(block.masks, steps, block.i)]:
@@ -306,9 +316,11 @@ def decode_learned_commit(
     accept_threshold: float = 0.5,
     cache: str = "none",
 ) -> Row:
-    """A head sees the block's confidences (0 where nothing is masked), what is masked, and the share of the block's steps taken.
+    """A head sees the block's confidences (0 where nothing is masked), what is masked, and the share of the block's
+    steps taken.
 
-    What it gives more than the threshold is written; where it gives that to nothing, the position to which it gives most.
+    What it gives more than the threshold is written; where it gives that to nothing, the position to which it gives
+    most.
     """
 
     def choose(row: Row, block: Block, candidates: list[Stats]) -> list[Stats]:
@@ -318,6 +330,8 @@ def decode_learned_commit(
         taken = fp32(min(1.0, block.i / length))
         verdict = head([confidence.get(p, 0.0) for p in positions], [p in confidence for p in positions], taken)
         given = {p: fp32(v) for p, v in zip(positions, verdict)}
-        return select(order(candidates, lambda s: given[s.position]), lambda s: given[s.position] > fp32(accept_threshold), 1)
+        return select(
+            order(candidates, lambda s: given[s.position]), lambda s: given[s.position] > fp32(accept_threshold), 1
+        )
 
     return block_by_block(model, canvas, settings, block_length, choose, cache=cache)

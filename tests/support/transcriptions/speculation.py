@@ -1,4 +1,5 @@
-"""FreeDave (arXiv:2510.00294): the static decoder's tokens in fewer forwards, by verifying several of its next states in one.
+"""FreeDave (arXiv:2510.00294): the static decoder's tokens in fewer forwards, by verifying several of its next states
+in one.
 
 A static decoder here writes one token per step, the most confident of the block. Greedy; self rows.
 """
@@ -14,7 +15,8 @@ from transcriptions.policies_select import Block, blocks_of
 def decode_freedave(
     model: Model, canvas: Sequence[int], settings: Settings, *, block_length: int | None = 32, drafts: int = 4
 ) -> Row:
-    """E1 over full visibility: a block's opening forward computes the canvas, the others the block, over the keys around it."""
+    """E1 over full visibility: a block's opening forward computes the canvas, the others the block, over the keys
+    around it."""
     row, L, drafting = Row(canvas, settings), len(canvas), Drafting(drafts)
     for block in blocks_of(row, block_length):
         cache, around = Cache(), [p for p in range(L) if not block.start <= p < block.end]
@@ -33,9 +35,16 @@ def decode_freedave(
 
 
 def decode_freedave_block(
-    model: Model, canvas: Sequence[int], settings: Settings, *, block_length: int, alignment: str = "abs", drafts: int = 4
+    model: Model,
+    canvas: Sequence[int],
+    settings: Settings,
+    *,
+    block_length: int,
+    alignment: str = "abs",
+    drafts: int = 4,
 ) -> Row:
-    """E1 over block-causal visibility: what precedes a block is computed once, by a prefill and commits, and is exact."""
+    """E1 over block-causal visibility: what precedes a block is computed once, by a prefill and commits, and is
+    exact."""
     row, L, cache, drafting = Row(canvas, settings), len(canvas), Cache(), Drafting(drafts)
     if not row.masked(0, L):
         return row
@@ -68,8 +77,8 @@ def decode_freedave_block(
 
 
 class Drafting:
-    """How many canvases a forward verifies: one, once 8 or more forwards had less than a quarter as many drafts accepted (not
-    counting the first of each)."""
+    """How many canvases a forward verifies: one, once 8 or more forwards had less than a quarter as many drafts
+    accepted (not counting the first of each)."""
 
     def __init__(self, drafts: int) -> None:
         self.drafts, self.tried, self.accepted = drafts, 0, 0
@@ -86,8 +95,8 @@ class Drafting:
 def speculate(
     row: Row, block: Block, drafting: Drafting, opening: Callable[[], dict], again: Callable[[list[int]], dict]
 ) -> None:
-    """Fills a block. Drafts are ever longer prefixes of one order; a draft is right if the static decoder makes it of another
-    right one, and the first always is. The last mask needs no forward: the accepted canvas has predicted it."""
+    """Fills a block. Drafts are ever longer prefixes of one order; a draft is right if the static decoder makes it of
+    another right one, and the first always is. The last mask needs no forward: the accepted canvas has predicted it."""
 
     def ranked(tokens: list[int], rows: dict) -> list[Stats]:
         masked = [p for p in range(block.start, block.end) if tokens[p] == row.settings.mask_id]

@@ -1,6 +1,7 @@
-"""Decoders made from an autoregressive model: a position is predicted by the row before it, and a commit seeds the next block.
+"""Decoders made from an autoregressive model: a position is predicted by the row before it, and a commit seeds the next
+block.
 
-    Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776.
+Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def decode_seeded(
 ) -> Row:
     """Fast-dLLM v2 (sub-blocks) and NBDiff (causal commits).
 
-    A prefill or commit's last row says greedily what the next block begins with. Only masks of the leftmost sub-block that has any are
-    eligible. Without a sub-block cache the decoder is exact, and everything is recomputed here.
+    A prefill or commit's last row says greedily what the next block begins with. Only masks of the leftmost sub-block
+    that has any are eligible. Without a sub-block cache the decoder is exact, and everything is recomputed here.
 
-    sub_block_cache: while the leftmost sub-block with masks begins with a token, and the block was computed once, only the sub-block is
-    computed, against the block's last keys; its own new ones replace them.
+    sub_block_cache: while the leftmost sub-block with masks begins with a token, and the block was computed once, only
+    the sub-block is computed, against the block's last keys; its own new ones replace them.
     """
     row, L, held = Row(canvas, settings), len(canvas), Cache()
     if not row.masked(0, L):
