@@ -73,9 +73,9 @@ class GenerateOutput:
 class _Progress:
     """What rows still need, read by the host from a pinned copy that may be one step old.
 
-    A kind that only wide steps can serve is known to be served as soon as one was launched, so a late count never asks
-    for a second wide forward that nobody needs. A pipeline appends one block a step at most: a late width is that much
-    too small.
+    A kind that only refresh steps can serve is known to be served as soon as one was launched, so a late count never
+    asks for a second refresh forward that nobody needs. A pipeline appends one block a step at most: a late width is
+    that much too small.
     """
 
     def __init__(self, decode: Decode, late: int) -> None:
@@ -92,7 +92,7 @@ class _Progress:
         return torch.cat([counts, drafting])
 
     def record(self, kind: str) -> None:
-        if kind == "wide":
+        if kind == "refresh":
             self.window, self.wide = self.window + self.wide, 0
         counts = self._count()
         if counts.device.type != "cuda":
@@ -110,7 +110,7 @@ class _Progress:
             if event is not None:
                 event.synchronize()
             self.wide, self.window, self.widest, self.most, self.drafting = counts.tolist()
-        return "wide" if self.wide else "window" if self.window else None
+        return "refresh" if self.wide else "denoise" if self.window else None
 
     def bucket(self, kind: str) -> dict[str, int]:
         """The shape of the next step, where it varies: the narrowest multiple of the block length that holds every
@@ -125,11 +125,11 @@ class _Progress:
             def up(need: int, most: int) -> int:
                 return max(1, min(-(-(need + margin) // grain) * grain, most))
 
-            if kind == "window":
-                shape["width"] = up(self.widest, plan.window)
+            if kind == "denoise":
+                shape["width"] = up(self.widest, plan.denoise_width)
             if plan.preset.pipeline:
                 shape["lanes"] = up(self.most, plan.lanes)
-        if self.decode.drafts is not None and kind == "window" and self.drafting:
+        if self.decode.drafts is not None and kind == "denoise" and self.drafting:
             shape["drafts"] = plan.preset.drafts
         return shape
 
@@ -138,7 +138,7 @@ class _Progress:
 def _decode(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
     """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
     plan = decode.plan
-    # A wide step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
+    # A refresh step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
     # late.
     repeats = plan.preset.cache not in ("none", "commit", "fused", "once") or decode.drafts is not None
     late = int(decode.state.tokens.is_cuda and not repeats and after_step is None)

@@ -122,7 +122,7 @@ class PatchHandle:
     def _begin_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's
         visibility."""
-        if kwargs.get("dlm_step") is not None:
+        if kwargs.get("dlm_call") is not None:
             return args, kwargs
         kwargs = dict(kwargs)
         prompt_lengths = kwargs.pop("prompt_lengths", None)
@@ -147,7 +147,7 @@ class PatchHandle:
             position_ids=kwargs.get("position_ids"),
             prompt_lengths=prompt_lengths,
         )
-        kwargs["dlm_step"] = Step(window, None, self.ops, plain=True)
+        kwargs["dlm_call"] = Step(window, None, self.ops, plain=True)
         if not torch.compiler.is_compiling():
             with self._lock:
                 self._running += 1
@@ -155,7 +155,7 @@ class PatchHandle:
 
     def _end_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Checks a plain forward. `output` is None if it failed."""
-        step = kwargs.get("dlm_step")
+        step = kwargs.get("dlm_call")
         if step is None or not step.plain:
             return
         if not torch.compiler.is_compiling():

@@ -40,8 +40,8 @@ AFTERS = [
     ({"cache": cache, "stop": stop}, kind)
     for cache in ("none", "commit", "refresh", "once")
     for stop in ("never", "after_block", "closed", "all_stop")
-    for kind in ("window", "wide")
-    if (cache, kind) != ("none", "wide")
+    for kind in ("denoise", "refresh")
+    if (cache, kind) != ("none", "refresh")
 ]
 # Rules that are more than a way to select and a way to go on.
 VARIANTS = [
@@ -49,36 +49,36 @@ VARIANTS = [
         (UnmaskRule(passes, pipeline=True, scope=scope, cache=cache, stop=stop, runs=stop == "never"), kind)
         for scope in ("each", "first")
         for passes in (("none", "threshold") if scope == "each" else PASSES)
-        for cache, kind in (("none", "window"), ("fused", "window"), ("delayed", "window"), ("delayed", "wide"))
+        for cache, kind in (("none", "denoise"), ("fused", "denoise"), ("delayed", "denoise"), ("delayed", "refresh"))
         for stop in ("never", "after_block", "closed", "appends", "fill")
     ),
     *(
         (
             UnmaskRule(passes, remask=remask, quota=passes == "none", runs=passes == "threshold", cache="commit"),
-            "window",
+            "denoise",
         )
         for passes in PASSES
         for remask in ("lowest", "saber", "wino")
     ),
     *(
-        (UnmaskRule(passes, edit=True, cache=cache, stop=stop), "window")
+        (UnmaskRule(passes, edit=True, cache=cache, stop=stop), "denoise")
         for passes in PASSES
         for cache, stop in (("commit", "after_block"), ("refresh", "all_stop"), ("none", "never"))
     ),
     *(
-        (UnmaskRule(passes, renoise=True, cache=cache, stop="after_block"), "window")
+        (UnmaskRule(passes, renoise=True, cache=cache, stop="after_block"), "denoise")
         for passes in PASSES
         for cache in ("none", "commit")
     ),
     *(
         (UnmaskRule("threshold", runs=True, quota=quota, cache="once"), kind)
         for quota in (False, True)
-        for kind in ("window", "wide")
+        for kind in ("denoise", "refresh")
     ),
     *(
         (UnmaskRule("none", cache="commit", seed=True, stop=stop), kind)
         for stop in ("never", "after_block", "closed", "all_stop")
-        for kind in ("window", "wide")
+        for kind in ("denoise", "refresh")
     ),
 ]
 

@@ -174,7 +174,7 @@ def _unmask(bench: Bench, ops: Ops, B: int, lanes: int, cost: floors.Cost) -> Wo
                 for field in dataclasses.fields(RowState):
                     getattr(state, field.name).copy_(getattr(template, field.name))
 
-        calls = [partial(op, state, RULE, kind="window", mask_id=0, **given) for state, given in zip(states, inputs)]
+        calls = [partial(op, state, RULE, kind="denoise", mask_id=0, **given) for state, given in zip(states, inputs)]
         return Candidate(name, calls, graph=graph, before=restore)
 
     candidates = [

@@ -149,7 +149,7 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
 
         def call() -> None:
             with torch.no_grad():
-                denoise_step(decode, "window")
+                denoise_step(decode, "denoise")
 
         return Candidate(name, [call], graph=graph, before=partial(_restore, state, opened))
 

@@ -42,7 +42,7 @@ class Drafts(DraftSource):
 
     def ready(self, state: RowState, kind: str) -> Tensor:
         """[B] bool rows that have a source: not those at the first step of a block, whose forward is the source."""
-        return (state.block_step > 0) & (kind == "window")
+        return (state.block_step > 0) & (kind == "denoise")
 
     def tokens(self, ops: Ops, lanes: Lanes, ready: Tensor, D: int) -> Tensor:
         """[B, D, W] held tokens of every draft; a row without a source holds its own D times."""

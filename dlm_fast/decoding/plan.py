@@ -15,7 +15,7 @@ from torch import Tensor
 from dlm_kernels import RowState, Window
 from dlm_kernels.reference.advance import first_masked
 from dlm_kernels.reference.noise import uniform_scores
-from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
+from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 
 from ..diffusion import DiffusionConfig
 from ..presets import Preset
@@ -99,9 +99,9 @@ def open_rows(
         if state.block_masks[b] == 0:
             state.phase[b] = DONE
         elif preset.cache in ("commit", "fused"):
-            state.phase[b] = WIDE if start > 0 else DENOISE
+            state.phase[b] = REFRESH if start > 0 else DENOISE
         else:
-            state.phase[b] = DENOISE if preset.cache == "none" else WIDE
+            state.phase[b] = DENOISE if preset.cache == "none" else REFRESH
 
     block = min(block_length, max(1, L))
     starts = state.block_start.tolist()
@@ -134,25 +134,25 @@ def open_rows(
 
 
 def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width: int | None = None) -> Window:
-    """The window that a step of `kind` ("wide" or "window") computes, rows that need another kind or a wider one
+    """The window that a step of `kind` ("refresh" or "denoise") computes, rows that need another kind or a wider one
     sitting it out.
 
     width: positions of the bucket; None = the plan's.
     """
     B, L = state.tokens.shape
-    W = width or (plan.wide if kind == "wide" else plan.window)
+    W = width or (plan.refresh_width if kind == "refresh" else plan.denoise_width)
     device = state.tokens.device
     begin, stop, kv_len, replaced = _extent(plan, state, kind)
     takes_part = _takes_part(state, kind)
     lane = torch.arange(W, dtype=torch.int32, device=device)
-    shadow = plan.preset.shadow and kind == "window"
+    shadow = plan.preset.shadow and kind == "denoise"
     kept = None
     if plan.flagged:
         flags = _flags(plan, state, sampling, kind, begin, stop)
         # Positions in order, those that are computed first.
         order = (~flags).to(torch.int8).sort(dim=1, stable=True).indices.int()
         q_len, q_pos = flags.sum(1, dtype=torch.int32), torch.nn.functional.pad(order, (0, max(0, W - L)))[:, :W]
-        if plan.preset.cache == "scattered" and kind == "window":
+        if plan.preset.cache == "scattered" and kind == "denoise":
             kept = ~flags
     else:
         q_len = stop - begin
@@ -171,14 +171,14 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
         block, mode = block_of(plan, q_pos), "block"
         if plan.preset.causal_commit:
             # Blocks of one position: causal.
-            block = torch.where((state.phase == DENOISE)[:, None] & (kind == "window"), block, q_pos)
-    elif plan.diffusion.prompt_isolated and (kind == "wide" or plan.preset.cache == "none"):
-        # Window steps over a cache compute positions of the response only, which see everything.
+            block = torch.where((state.phase == DENOISE)[:, None] & (kind == "denoise"), block, q_pos)
+    elif plan.diffusion.prompt_isolated and (kind == "refresh" or plan.preset.cache == "none"):
+        # Denoise steps over a cache compute positions of the response only, which see everything.
         block, mode = (q_pos >= plan.first[:, None]).to(torch.int32), "block"
     if shadow:
         block, mode = torch.where(is_shadow, plan.shadow_block, block), "shadow"
     stores = lane < q_len[:, None] if plan.capacity else torch.zeros_like(q_pos, dtype=torch.bool)
-    if plan.preset.cache == "delayed" and kind == "window":
+    if plan.preset.cache == "delayed" and kind == "denoise":
         # Only the block that this step commits is read again before it is recomputed.
         stores = stores & (state.phase == COMMIT)[:, None] & (q_pos < (state.block_start + plan.block_length)[:, None])
     kv_slot = torch.where(stores, q_pos, -1)
@@ -196,14 +196,14 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, kind: str, width:
 
 
 def _takes_part(state: RowState, kind: str) -> Tensor:
-    return state.phase == WIDE if kind == "wide" else (state.phase == DENOISE) | (state.phase == COMMIT)
+    return state.phase == REFRESH if kind == "refresh" else (state.phase == DENOISE) | (state.phase == COMMIT)
 
 
 def selects_of(plan: Plan, state: RowState, kind: str) -> Tensor:
     """[B] bool: rows that a step of `kind` denoises, those that it only prefills or commits left out."""
     cache = plan.preset.cache
-    if kind == "wide":
-        return (state.phase == WIDE) & (cache != "commit")
+    if kind == "refresh":
+        return (state.phase == REFRESH) & (cache != "commit")
     return (state.phase == DENOISE) | ((state.phase == COMMIT) & (cache == "delayed"))
 
 
@@ -221,7 +221,7 @@ def _extent(plan: Plan, state: RowState, kind: str) -> tuple[Tensor, Tensor, Ten
     zero = torch.zeros_like(start)
     nothing = torch.stack([zero, zero], -1)
     least = plan.first if plan.diffusion.prompt_isolated else zero
-    if kind == "wide":
+    if kind == "refresh":
         begin = torch.where(state.step > 0, least, 0)
         return begin, {"commit": start, "fused": end}.get(cache, length), begin, nothing
     if cache == "none":
@@ -260,7 +260,7 @@ def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, begin: Te
     position = torch.arange(L, dtype=torch.int32, device=state.tokens.device)
     in_canvas = (position >= begin[:, None]) & (position < state.canvas_len[:, None])
     if preset.cache == "scattered":
-        if kind == "wide":
+        if kind == "refresh":
             return in_canvas
         # Decoded two steps ago: computed once more after it was written, then reused.
         decoded = (state.tokens != plan.diffusion.mask_token_id) & (state.unmask_step <= (state.step - 2)[:, None])
@@ -270,7 +270,7 @@ def _flags(plan: Plan, state: RowState, sampling: Sampling, kind: str, begin: Te
             decoded = decoded & (after | (position == state.canvas_len[:, None] - 1))
         return in_canvas & ~decoded
     flags = (position < stop[:, None]) & in_canvas
-    if kind == "wide" and preset.horizon is not None:
+    if kind == "refresh" and preset.horizon is not None:
         flags = in_canvas & (position < (state.block_end + preset.horizon)[:, None])
     if preset.scatter_suffix:
         distance = (position - state.block_end[:, None]).clamp(min=0).double()
@@ -311,8 +311,8 @@ def lane_start(plan: Plan, state: RowState) -> Tensor:
 
 
 def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor | None) -> None:
-    """Turns rows that go on in their block to a WIDE step where the preset or a policy (`more` [B] bool) refreshes the
-    cache."""
+    """Turns rows that go on in their block to a REFRESH step where the preset or a policy (`more` [B] bool) refreshes
+    the cache."""
     preset = plan.preset
     wanted = torch.zeros_like(took_part) if more is None else more
     if preset.warmup_steps:
@@ -324,19 +324,19 @@ def request_refresh(plan: Plan, state: RowState, took_part: Tensor, more: Tensor
         wanted = wanted | (counter % preset.refresh_interval == 0)
     if preset.cache == "scattered":
         wanted = wanted | ((state.block_step == 1) & (preset.refresh_interval is not None))
-    state.phase.copy_(torch.where(took_part & wanted & (state.phase == DENOISE), WIDE, state.phase))
+    state.phase.copy_(torch.where(took_part & wanted & (state.phase == DENOISE), REFRESH, state.phase))
 
 
 def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
-    """[4] int32 on the device: rows that need a wide step, rows that need a window step, and if widths vary, the widest
-    window and the most lanes that a row needs."""
-    wide = state.phase == WIDE
+    """[4] int32 on the device: rows that need a refresh step, rows that need a denoise step, and if widths vary, the
+    widest window and the most lanes that a row needs."""
+    wide = state.phase == REFRESH
     window = ~wide & (state.phase != DONE)
     widest = most = torch.zeros((), dtype=torch.int32, device=wide.device)
     if plan.varies and wide.numel():
-        begin, stop, _, _ = _extent(plan, state, "window")
-        need = _flags(plan, state, sampling, "window", begin, stop).sum(1) if plan.flagged else stop - begin
-        # Rows that are still to take their wide step count too: a host that reads this late has them in its next
+        begin, stop, _, _ = _extent(plan, state, "denoise")
+        need = _flags(plan, state, sampling, "denoise", begin, stop).sum(1) if plan.flagged else stop - begin
+        # Rows that are still to take their refresh step count too: a host that reads this late has them in its next
         # window.
         widest = torch.where(window | wide, need, 0).amax()
         most = torch.where(window | wide, state.block_end - state.block_start, 0).amax()

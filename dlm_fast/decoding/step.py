@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState, Window
-from dlm_kernels.state import COMMIT, WIDE
+from dlm_kernels.state import COMMIT, REFRESH
 
 from ..patching import PatchHandle
 from ..policies import Choice, View
@@ -50,7 +50,7 @@ def denoise_step(
     unmask.
 
     Args:
-        kind: "wide" (prefill or refresh) or "window"; rows that need the other kind are left unchanged.
+        kind: "refresh" (prefill or refresh) or "denoise"; rows that need the other kind are left unchanged.
         width, lanes: of the bucket, where they vary (`Plan.varies`). drafts: canvases per row.
     """
     plan, state, sampling = decode.plan, decode.state, decode.sampling
@@ -74,7 +74,7 @@ def denoise_step(
     )
 
     stats: dict[str, Any] = {}
-    if kind == "wide" and plan.preset.cache == "commit":
+    if kind == "refresh" and plan.preset.cache == "commit":
         choice, view = nothing_chosen(view_lanes), None
     else:
         logits = _lane_logits(decode, window, hidden, view_lanes.position, drafts)
@@ -108,7 +108,7 @@ def denoise_step(
             choice = rule_choice(plan, view)
         for policy, memory in zip(plan.preset.policies, decode.memory):
             choice = policy.choose(dataclasses.replace(view, memory=memory), choice)
-        if kind == "wide" and decode.drafts is None:
+        if kind == "refresh" and decode.drafts is None:
             choice = opening(plan, view, choice)
         stats["stat_error"] = view.error.view(-1, drafts, view.error.shape[1]).amax(1)
     if plan.preset.seeded:
@@ -282,7 +282,7 @@ def _seed(decode: Decode, window: Window, hidden: Tensor) -> dict[str, Tensor]:
     last = (window.q_len - 1).clamp(min=0).long()
     rows_hidden = hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
     logits = decode.handle.adapter.head(decode.handle.model, rows_hidden)
-    opens = (window.q_len > 0) & ((decode.state.phase == WIDE) | (decode.state.phase == COMMIT))
+    opens = (window.q_len > 0) & ((decode.state.phase == REFRESH) | (decode.state.phase == COMMIT))
     rows = torch.where(opens, torch.arange(opens.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
     banned = sampling.banned
     if sampling.no_eos_before is not None:

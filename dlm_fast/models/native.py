@@ -1,6 +1,6 @@
 """Llama, Qwen2 and Qwen3 as transformers ships them, driven through its attention interface and a `Cache` subclass.
 
-No forward is rewritten. The base model is called with one extra keyword, `dlm_step`, which transformers hands through
+No forward is rewritten. The base model is called with one extra keyword, `dlm_call`, which transformers hands through
 to the attention function; there our op stores the window's keys and values and attends, in one call.
 """
 
@@ -53,13 +53,13 @@ def attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    dlm_step: Step | None = None,
+    dlm_call: Step | None = None,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H,
     D]."""
-    if dlm_step is None:
+    if dlm_call is None:
         raise RuntimeError(
             "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
         )
@@ -68,7 +68,7 @@ def attention(
             raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
     if dropout:
         raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
-    if query.requires_grad and torch.is_grad_enabled() and dlm_step.ops.name == "triton":
+    if query.requires_grad and torch.is_grad_enabled() and dlm_call.ops.name == "triton":
         raise NotImplementedError(
             "dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'"
         )
@@ -76,7 +76,7 @@ def attention(
         raise NotImplementedError(
             f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in past_key_values"
         )
-    layer = dlm_step.cache.layers[module.layer_idx] if dlm_step.cache is not None else None
+    layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
     caches = (None, None) if layer is None else (layer.keys, layer.values)
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -84,10 +84,10 @@ def attention(
         # has not.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
-            out = dlm_step.ops.block_attention(query, key, value, *caches, dlm_step.window, scale=scaling)
+            out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
     else:
-        out = dlm_step.ops.block_attention(query, key, value, *caches, dlm_step.window, scale=scaling)
-    dlm_step.served.append(module.layer_idx)
+        out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
+    dlm_call.served.append(module.layer_idx)
     return out.transpose(1, 2), None
 
 
@@ -124,7 +124,7 @@ def head_dims(model: nn.Module) -> set[int]:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The stack without its head: the module whose forward takes `dlm_step`."""
+    """The stack without its head: the module whose forward takes `dlm_call`."""
     return model.model
 
 
@@ -175,7 +175,7 @@ def window_hidden(model: nn.Module, input_ids: Tensor, step: Step) -> Tensor:
         past_key_values=step.cache,
         use_cache=False,
         return_dict=True,  # config.json may say otherwise
-        dlm_step=step,
+        dlm_call=step,
     )
     return out.last_hidden_state
 

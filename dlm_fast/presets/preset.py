@@ -56,11 +56,11 @@ class Preset:
                 forwards are of everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
         causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
         sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
-        horizon: window steps see at most so many positions after the block; None = all. keep_last: and the canvas's
+        horizon: denoise steps see at most so many positions after the block; None = all. keep_last: and the canvas's
             last one.
         scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block
             (DPad).
-        vicinity: with "dual", window steps recompute so many positions on either side of the block too.
+        vicinity: with "dual", denoise steps recompute so many positions on either side of the block too.
         warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts
             them; the one after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
         refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed",

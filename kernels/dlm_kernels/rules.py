@@ -59,14 +59,15 @@ class UnmaskRule:
                 `min_unmask`; nothing if no mask is left.                                          Saber, arXiv:2510.18165
             "wino": among positions written before this step whose remask_score is < `remask_value`, k = at most
                 `remask_count`, and only if more than one was chosen.                             WINO, arXiv:2507.18578
-        cache: what follows a finished block. "none": the next block with masks. "refresh": the same, after a WIDE step.
-            "commit": a COMMIT step, then the very next block, with or without masks. "once": a WIDE step at the start
-                of the
+        cache: what follows a finished block. "none": the next block with masks. "refresh": the same, after a REFRESH
+            step.
+            "commit": a COMMIT step, then the very next block, with or without masks. "once": a REFRESH step at the
+                start of the
             row only. Pipelines: "none"; "fused": finished blocks are committed by the next step, whatever else it
             computes;
             "delayed": the region's first block is committed by a COMMIT step, which selects too, after `delay` steps
-                that found it finished; those are WIDE steps, unless they commit the block before it. What precedes the
-                region is committed by the row's `delay`-th step; until then all are WIDE (d3LLM).
+                that found it finished; those are REFRESH steps, unless they commit the block before it. What precedes
+                the region is committed by the row's `delay`-th step; until then all are REFRESH (d3LLM).
         seed: after a prefill and after a commit, the first position of the block receives `seed`, the prediction of the
             row before it (Fast-dLLM v2, NBDiff).
         stop: "never": only at the end of the canvas. "after_block": after a block in which a stop token was written.

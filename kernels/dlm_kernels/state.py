@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # What a row needs next. A row that needs another kind of step than the one being run sits it out unchanged.
-WIDE, DENOISE, COMMIT, DONE = 0, 1, 2, 3
+REFRESH, DENOISE, COMMIT, DONE = 0, 1, 2, 3
 
 # Bits of `RowState.error`.
 ERROR_LOGITS = 1  # a needed row of logits held NaN or +inf, or no token that may be drawn
@@ -34,7 +34,7 @@ class RowState:
         block_step: [B] denoise steps taken in the current block; in a delayed pipeline, those that found the first
             finished.
         step: [B] denoise steps taken by the row.
-        phase: [B] WIDE, DENOISE, COMMIT or DONE: what the row needs next.
+        phase: [B] REFRESH, DENOISE, COMMIT or DONE: what the row needs next.
         nfe: [B] forwards the row took part in, cache refreshes and commits included.
         query_tokens: [B] positions computed over those forwards.
         error: [B] error bits; a row with an error is DONE.

@@ -288,7 +288,7 @@ def test_a_step_with_a_head_reads_nothing_on_the_host(kind):
 
         handle = attach(model, backend="reference", diffusion=diffusion, plain_mode="full")
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
-        denoise_step(decode, "window")
+        denoise_step(decode, "denoise")
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()
 

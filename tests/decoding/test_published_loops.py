@@ -88,7 +88,7 @@ def test_what_a_quota_is_of_is_an_option():
         dlm_fast.generate(model, prompt, preset="sdar", quota_of="steps")
 
 
-# 40 positions, 8 the prompt, two blocks of 16, a token a step; window steps compute the block and one position on
+# 40 positions, 8 the prompt, two blocks of 16, a token a step; denoise steps compute the block and one position on
 # either side, where there is one: 18 and 17.
 @pytest.mark.parametrize("warmup, full", [(0, 1), (1, 2), (2, 3), (20, 21)])
 def test_dinfer_warms_up_by_forwards_that_fill_no_cache_and_then_fills_it(warmup, full):

@@ -25,7 +25,7 @@ from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS, Preset, resolve
 from dlm_kernels import RowState, Window
-from dlm_kernels.state import DENOISE, DONE, WIDE
+from dlm_kernels.state import DENOISE, DONE, REFRESH
 
 # Host-side by design: they move tokens between positions.
 HOST_SIDE = ("llada2.2",)
@@ -68,8 +68,8 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
 
         handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
-        for kind in ("wide", "window") if plan.wide else ("window",):
-            denoise_step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
+        for kind in ("refresh", "denoise") if plan.refresh_width else ("denoise",):
+            denoise_step(decode, kind, drafts=chosen.drafts if kind == "denoise" else 1)
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()
 
@@ -112,11 +112,11 @@ def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_lau
     adapter = {name: counter.within(getattr(handle.adapter, name)) for name in ("new_cache", "window_hidden", "head")}
     handle.adapter = types.SimpleNamespace(**{**vars(handle.adapter), **adapter})
     decode = open_decode(handle, plan, state, sampling)
-    if plan.wide:
-        denoise_step(decode, "wide")
+    if plan.refresh_width:
+        denoise_step(decode, "refresh")
     counter.ops.clear()
     with torch.no_grad(), counter:
-        denoise_step(decode, "window")
+        denoise_step(decode, "denoise")
     assert counter.ops == ["block_attention"] * model.config.num_hidden_layers + ["confidence", "unmask"]
     assert counter.outside < 100
 
@@ -137,8 +137,8 @@ def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend
             native_model().requires_grad_(False), backend=backend, diffusion=diffusion, plain_mode=chosen.visibility
         )
         decode = open_decode(handle, plan, state, sampling)
-        for kind in ("wide", "window", "window"):
-            step(decode, kind, drafts=chosen.drafts if kind == "window" else 1)
+        for kind in ("refresh", "denoise", "denoise"):
+            step(decode, kind, drafts=chosen.drafts if kind == "denoise" else 1)
         return state
 
     torch._dynamo.reset()
@@ -319,33 +319,33 @@ def rows_of(values, row: int) -> dict[str, list]:
 
 def test_a_row_wider_than_its_bucket_sits_the_step_out():
     decode, windows, measured = watched("d2f")
-    denoise_step(decode, "wide")
+    denoise_step(decode, "refresh")
     state = decode.state
     state.phase.fill_(DENOISE)
     # The middle row has two blocks in its region: 6 positions, and a bucket of 4.
     state.block_end.copy_(state.block_start + torch.tensor([4, 6, 4]))
     before = rows_of(state, 1)
     measured.clear()
-    denoise_step(decode, "window", width=4, lanes=6)
+    denoise_step(decode, "denoise", width=4, lanes=6)
     assert windows[-1].q_len.tolist() == [4, 0, 4]
     assert windows[-1].kv_slot[1].tolist() == [-1] * 4
     assert rows_of(state, 1) == before
     assert {row // 6 for rows in measured for row in rows} == {0, 2}
     # In a bucket of its own width it takes part.
-    denoise_step(decode, "window", width=6, lanes=6)
+    denoise_step(decode, "denoise", width=6, lanes=6)
     assert windows[-1].q_len.tolist()[1] == 6 and state.step[1] == before["step"] + 1
 
 
-@pytest.mark.parametrize("kind", ["wide", "window"])
+@pytest.mark.parametrize("kind", ["refresh", "denoise"])
 @pytest.mark.parametrize(
     "preset", ["fast-dllm-prefix", "fast-dllm-dual", "klass", "d2f", "dkv-cache", "sdar", "streaming-dllm", "freedave"]
 )
 def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
     decode, windows, measured = watched(preset, {"cache": "dual"} if preset == "klass" else {})
-    if decode.plan.wide:
-        denoise_step(decode, "wide")
+    if decode.plan.refresh_width:
+        denoise_step(decode, "refresh")
     state = decode.state
-    takes_part, other = (WIDE, DENOISE) if kind == "wide" else (DENOISE, WIDE)
+    takes_part, other = (REFRESH, DENOISE) if kind == "refresh" else (DENOISE, REFRESH)
     state.phase.copy_(torch.tensor([takes_part, other, DONE]))
     before = [rows_of(state, row) for row in (1, 2)]
     measured.clear()
@@ -357,13 +357,13 @@ def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
     assert (window.q_pos >= 0).all() and (window.q_pos < state.tokens.shape[1]).all()
     assert [rows_of(state, row) for row in (1, 2)] == before
     # A prefill measures nothing. Lanes may be those of the block or of the row.
-    selects = not (kind == "wide" and decode.plan.preset.cache == "commit")
+    selects = not (kind == "refresh" and decode.plan.preset.cache == "commit")
     assert {row // decode.plan.lanes for rows in measured for row in rows} == ({0} if selects else set())
 
 
 def test_only_the_first_draft_of_a_row_stores_its_keys():
     decode, windows, _ = watched("freedave-block", {"drafts": 3})
-    for kind, drafts in (("wide", 1), ("window", 1), ("window", 3)):
+    for kind, drafts in (("refresh", 1), ("denoise", 1), ("denoise", 3)):
         denoise_step(decode, kind, drafts=drafts)
     window = windows[-1]
     assert window.q_len.tolist() == [4] * 9
@@ -373,10 +373,10 @@ def test_only_the_first_draft_of_a_row_stores_its_keys():
 
 def test_a_row_that_sits_out_keeps_the_logits_it_is_compared_with():
     decode, _, _ = watched("klass", {"cache": "dual"})
-    denoise_step(decode, "wide")
-    decode.state.phase.copy_(torch.tensor([DENOISE, WIDE, DONE]))
+    denoise_step(decode, "refresh")
+    decode.state.phase.copy_(torch.tensor([DENOISE, REFRESH, DONE]))
     before = {name: values.view(3, 4, -1).clone() for name, values in decode.history.items()}
-    denoise_step(decode, "window")
+    denoise_step(decode, "denoise")
     for name, values in decode.history.items():
         after = values.view(3, 4, -1)
         assert torch.equal(after[1:], before[name][1:]) and not torch.equal(after[0], before[name][0]), name

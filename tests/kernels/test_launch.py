@@ -88,7 +88,7 @@ def draft(B, D, W):
     drafts.verify(source, held, held, scores, scores, eligible=eligible, ready=rows, drafting=rows, selects=rows, mask_id=9)
 
 
-def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="window"):
+def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="denoise"):
     state = RowState.empty(B, L, "cpu")
     rows = int32([1] * B)
     unmask.unmask(
@@ -193,7 +193,7 @@ def front_end(strength: int) -> dict:
 
 KERNELS = {
     "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel", "_linear_confidence_kernel",
-    "unmask_kernel", "unmask_wide_kernel", "draft_build_kernel", "verify_kernel",
+    "unmask_kernel", "unmask_memory_kernel", "draft_build_kernel", "verify_kernel",
 }  # fmt: skip
 
 

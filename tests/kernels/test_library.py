@@ -63,7 +63,7 @@ def unmask_call(device):
         getattr(state, name).fill_(value)
     int32 = {"dtype": torch.int32, "device": device}
     given = {
-        "kind": "window",
+        "kind": "denoise",
         "query_len": torch.full((B,), W, **int32),
         "pred": torch.randint(0, 8, (B, W), device=device),
         "score": torch.rand(B, W, device=device),

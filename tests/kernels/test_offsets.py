@@ -89,7 +89,7 @@ def test_unmask(device):
     state = dataclasses.replace(near.clone(), **far)
     int32 = {"dtype": torch.int32, "device": device}
     given = {
-        "kind": "window", "query_len": torch.full((B,), W, **int32), "pred": torch.randint(0, 8, (B, W), device=device),
+        "kind": "denoise", "query_len": torch.full((B,), W, **int32), "pred": torch.randint(0, 8, (B, W), device=device),
         "score": torch.rand(B, W, device=device), "confidence": torch.rand(B, W, device=device),
         "value": torch.full((B,), 0.5, device=device), "min_unmask": torch.ones(B, **int32), "steps": torch.full((B,), 4, **int32),
         "block_length": torch.full((B,), W, **int32), "mask_id": 9, "stop_ids": torch.tensor([8], device=device),

@@ -24,7 +24,7 @@ from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.reference.select import quota, select
 from dlm_kernels.reference.written import check_written
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
-from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, WIDE
+from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, REFRESH
 from dlm_kernels.unmask import unmask
 from dlm_kernels.unmask.launch import BLOCK_L
 
@@ -146,11 +146,11 @@ TRANSITIONS = {
         "##g###..##", (0, 3), DENOISE, "none", "closed", "wwww", 2, "wwg###..##", DENOISE,
                                                        (3, 6), 3, 0),
     "masks past the canvas do not count": ("##..##", (0, 2), DENOISE, "none", "closed", "wwww", 2, "ww..##", DONE, (0, 2), 2, 2),
-    "the next block, refresh": ("#####", (0, 4), DENOISE, "refresh", "closed", "wwww", 4, "wwww#", WIDE, (4, 5), 1, 0),
-    "a refresh is denoise step 0": ("#####", (0, 4), WIDE, "refresh", "closed", "wwww", 1, "w####", DENOISE, (0, 4), 4, 2),
-    "a refresh may finish its block": ("#####", (0, 4), WIDE, "refresh", "closed", "wwww", 4, "wwww#", WIDE, (4, 5), 1, 0),
-    "a prefill selects nothing": ("#####", (0, 4), WIDE, "commit", "closed", "wwww", 4, "#####", DENOISE, (0, 4), 4, 1),
-    "a prefill before a given block": ("gggg#", (0, 4), WIDE, "commit", "closed", "wwww", 4, "gggg#", COMMIT, (0, 4), 0, 1),
+    "the next block, refresh": ("#####", (0, 4), DENOISE, "refresh", "closed", "wwww", 4, "wwww#", REFRESH, (4, 5), 1, 0),
+    "a refresh is denoise step 0": ("#####", (0, 4), REFRESH, "refresh", "closed", "wwww", 1, "w####", DENOISE, (0, 4), 4, 2),
+    "a refresh may finish its block": ("#####", (0, 4), REFRESH, "refresh", "closed", "wwww", 4, "wwww#", REFRESH, (4, 5), 1, 0),
+    "a prefill selects nothing": ("#####", (0, 4), REFRESH, "commit", "closed", "wwww", 4, "#####", DENOISE, (0, 4), 4, 1),
+    "a prefill before a given block": ("gggg#", (0, 4), REFRESH, "commit", "closed", "wwww", 4, "gggg#", COMMIT, (0, 4), 0, 1),
     "a finished block is committed first": (
         "#####", (0, 4), DENOISE, "commit", "closed", "wwww", 4, "wwww#", COMMIT, (0, 4), 4, 2),
     "the last block is not committed": ("wwww#", (4, 5), DENOISE, "commit", "closed", "wwww", 1, "wwwww", DONE, (4, 5), 1, 2),
@@ -186,8 +186,8 @@ TRANSITIONS = {
     "all_stop: a block of given stop tokens and nothing written": (
         "ssss##", (0, 4), DENOISE, "none", "all_stop", "SSSS", 3, "ssss##", DENOISE,
                                                                    (4, 6), 2, 0),
-    "once: the wide step is denoise step 0 of the row": (
-        "#####", (0, 4), WIDE, "once", "closed", "wwww", 1, "w####", DENOISE, (0, 4), 4, 2),
+    "once: the refresh step is denoise step 0 of the row": (
+        "#####", (0, 4), REFRESH, "once", "closed", "wwww", 1, "w####", DENOISE, (0, 4), 4, 2),
     "once: no other block has one": ("#####", (0, 4), DENOISE, "once", "closed", "wwww", 4, "wwww#", DENOISE, (4, 5), 1, 0),
 }  # fmt: skip
 
@@ -246,12 +246,12 @@ def test_an_unusable_statistic_of_a_lane_that_is_not_masked_does_not_matter():
 
 
 MISFITS = [
-    (DENOISE, "wide", "refresh"),
-    (COMMIT, "wide", "commit"),
-    (WIDE, "window", "refresh"),
-    (COMMIT, "window", "none"),
-    (DONE, "window", "none"),
-    (DONE, "wide", "commit"),
+    (DENOISE, "refresh", "refresh"),
+    (COMMIT, "refresh", "commit"),
+    (REFRESH, "denoise", "refresh"),
+    (COMMIT, "denoise", "none"),
+    (DONE, "denoise", "none"),
+    (DONE, "refresh", "commit"),
 ]
 
 
@@ -292,7 +292,7 @@ def test_reference_equals_the_per_row_transcription_on_random_cases():
         seen |= {rule.passes, rule.scope, rule.remask, rule.cache, rule.stop} | {
             name for name, x in vars(rule).items() if x is True
         }
-    moves = {(WIDE, DENOISE), (WIDE, COMMIT), (WIDE, WIDE), (WIDE, DONE), (DENOISE, DENOISE), (DENOISE, COMMIT), (DENOISE, WIDE),
+    moves = {(REFRESH, DENOISE), (REFRESH, COMMIT), (REFRESH, REFRESH), (REFRESH, DONE), (DENOISE, DENOISE), (DENOISE, COMMIT), (DENOISE, REFRESH),
              (DENOISE, DONE), (COMMIT, DENOISE), (COMMIT, COMMIT), (COMMIT, DONE), (DONE, DONE)}  # fmt: skip
     assert moves <= phases, f"the cases never took {moves - phases}"
     options = {"inclusive", "quota", "pipeline", "runs", "edit", "renoise", "seed"}
@@ -338,7 +338,7 @@ def test_whole_decodes_end_and_leave_done_rows_alone():
         case = random_case(seed)
         B, W = case.args["score"].shape
         state, rule, rng = case.state, case.rule, torch.Generator().manual_seed(seed)
-        state.phase.fill_(DENOISE if rule.cache == "none" else WIDE)
+        state.phase.fill_(DENOISE if rule.cache == "none" else REFRESH)
         if rule.pipeline:  # the whole rest of the row may be in the region
             for end in (state.canvas_len, state.block_end):
                 end.copy_(torch.minimum(end, state.block_start + W))
@@ -352,7 +352,7 @@ def test_whole_decodes_end_and_leave_done_rows_alone():
         for _ in range(8 * state.tokens.shape[1] + 8):
             if (state.phase == DONE).all():
                 break
-            case.args["kind"] = "wide" if (state.phase == WIDE).any() else "window"
+            case.args["kind"] = "refresh" if (state.phase == REFRESH).any() else "denoise"
             case.args |= {name: torch.rand(B, W, generator=rng) for name in ("score", "confidence", "entropy")}
             case.args["pred"] = torch.randint(0, MASK, (B, W), generator=rng)
             if rule.renoise:
@@ -450,8 +450,8 @@ ERRORS = [
         TypeError,
         "unmask: stop_ids must be torch.int64, got torch.int32",
     ),
-    (dict(kind="narrow"), ValueError, "unmask: kind must be one of wide, window, got kind='narrow'"),
-    (dict(kind="wide"), ValueError, "unmask: kind 'wide' needs a rule.cache other than 'none'"),
+    (dict(kind="narrow"), ValueError, "unmask: kind must be one of refresh, denoise, got kind='narrow'"),
+    (dict(kind="refresh"), ValueError, "unmask: kind 'refresh' needs a rule.cache other than 'none'"),
     (dict(value=torch.zeros(1, 4)), ValueError, r"unmask: value must have shape \(1,\), got \(1, 4\)"),
     (dict(allowed=torch.zeros(1, 4)), TypeError, "unmask: allowed must be torch.bool, got torch.float32"),
     (

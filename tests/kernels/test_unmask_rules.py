@@ -7,7 +7,7 @@ import torch
 from unmask_cases import STOP, WRITTEN, drawn, one_row
 
 from dlm_kernels import UnmaskRule, reference
-from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_STALLED, WIDE
+from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_STALLED, REFRESH
 from dlm_kernels.unmask import unmask
 
 # One row: canvas, region, phase, what each lane predicts, arguments -> canvas, phase, region. g given, w e r written, #
@@ -101,7 +101,7 @@ REMASKS = {
 }  # fmt: skip
 
 SEEDS = {
-    "the first position of the block after a prefill": (SEED, "gg####", (2, 6), WIDE, "wwww", {}, "ggw###", DENOISE, (2, 6)),
+    "the first position of the block after a prefill": (SEED, "gg####", (2, 6), REFRESH, "wwww", {}, "ggw###", DENOISE, (2, 6)),
     "and after a commit": (SEED, "wwww####", (0, 4), COMMIT, "wwww", {}, "wwwww###", DENOISE, (4, 8)),
     "a given token is not replaced": (SEED, "wwwwg###", (0, 4), COMMIT, "wwww", {}, "wwwwg###", DENOISE, (4, 8)),
     "a seed may fill its block": (SEED, "wwww#ggg#", (0, 4), COMMIT, "wwww", {}, "wwwwwggg#", COMMIT, (4, 8)),
@@ -150,23 +150,23 @@ PIPELINES = {
         D3LLM, "##ww##", (0, 4), DENOISE, "wSww", dict(score=[0.5, 0.95, 0.3, 0.4]), "#SSSSS", DENOISE, (0, 4)),
     "fill: then nothing may be left": (D3LLM, "w#####", (0, 2), DENOISE, "wSww", {}, "wSSSSS", DONE, (0, 2)),
     "delayed: a block that the step finished calls for a wide one": (
-        DELAYED, "w#####", (0, 4), DENOISE, "wwww", dict(delay=1, block_step=0), "ww#w##", WIDE, (0, 4)),
-    "delayed: a wide step that found it finished calls for its commit": (
-        DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=1, block_step=0), "ww#w##", COMMIT, (0, 4)),
+        DELAYED, "w#####", (0, 4), DENOISE, "wwww", dict(delay=1, block_step=0), "ww#w##", REFRESH, (0, 4)),
+    "delayed: a refresh step that found it finished calls for its commit": (
+        DELAYED, "ww####", (0, 4), REFRESH, "wwww", dict(delay=1, block_step=0), "ww#w##", COMMIT, (0, 4)),
     "delayed: after `delay` of them": (
-        DELAYED, "ww####", (0, 4), WIDE, "wwww", dict(delay=3, block_step=1), "ww#w##", WIDE, (0, 4)),
+        DELAYED, "ww####", (0, 4), REFRESH, "wwww", dict(delay=3, block_step=1), "ww#w##", REFRESH, (0, 4)),
     "delayed: a commit is a denoise step too, after which the block leaves": (
         DELAYED, "ww####", (0, 4), COMMIT, "wwww", dict(delay=2, block_step=2), "ww#w##", DENOISE, (2, 4)),
     "delayed: one block at a time, the next has waited since this commit": (
         DELAYED, "wwww##", (0, 6), COMMIT, "wwwwww", dict(score=[*HALVES, 0.3, 0.7], delay=2, block_step=2),
-        "wwww#w", WIDE, (2, 6)),
+        "wwww#w", REFRESH, (2, 6)),
     "delayed: which may be long enough": (
         DELAYED, "wwww##", (0, 6), COMMIT, "wwwwww", dict(score=[*HALVES, 0.3, 0.7], delay=1, block_step=1),
         "wwww#w", COMMIT, (2, 6)),
     "delayed: all is wide before what precedes the region is committed": (
-        DELAYED, "######", (0, 4), WIDE, "wwww", dict(delay=5, block_step=0), "#w#w##", WIDE, (0, 4)),
+        DELAYED, "######", (0, 4), REFRESH, "wwww", dict(delay=5, block_step=0), "#w#w##", REFRESH, (0, 4)),
     "delayed: by the `delay`-th step": (
-        DELAYED, "######", (0, 4), WIDE, "wwww", dict(delay=4, block_step=0), "#w#w##", DENOISE, (0, 4)),
+        DELAYED, "######", (0, 4), REFRESH, "wwww", dict(delay=4, block_step=0), "#w#w##", DENOISE, (0, 4)),
 }  # fmt: skip
 CASES = LANES | EDITS | REMASKS | SEEDS | PIPELINES
 DEFAULTS = {

@@ -62,7 +62,7 @@ BOTH = (False, True)
 UNMASK = {
     "passes": ("none", "threshold", "factor", "entropy"),
     "inclusive": BOTH,
-    "kind": ("window", "wide"),
+    "kind": ("denoise", "refresh"),
     "extra": ("none", "quota", "seed", "edit", "renoise", "each", "first", "lowest", "saber", "wino"),
     "runs": BOTH,
     "cache": ("none", "commit", "refresh", "once", "fused", "delayed"),

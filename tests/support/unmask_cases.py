@@ -17,7 +17,7 @@ from unmask_oracle import fp32, unmask_row
 from dlm_kernels import RowState, UnmaskRule, reference
 from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
-from dlm_kernels.state import COMMIT, DENOISE, DONE, WIDE
+from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 from dlm_kernels.tiles import UnmaskTile
 
 MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
@@ -107,7 +107,7 @@ def one_row(
     return Case(
         state,
         rule,
-        dict(kind="wide" if phase == WIDE else "window", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors,
+        dict(kind="refresh" if phase == REFRESH else "denoise", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors,
     )
 
 
@@ -168,10 +168,10 @@ def random_case(
     rule = random_rule(rng) if rule is None else rule
     W = lanes or (rng.choice((31, 33, 63, 65, 70)) if wide else rng.choice((1, 2, 3, 5, 8, 12)))
     L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if wide else rng.randint(W, 4 * W + 6)
-    kind = "wide" if rule.cache != "none" and rng.random() < 0.3 else "window"
+    kind = "refresh" if rule.cache != "none" and rng.random() < 0.3 else "denoise"
     fitting = {
-        "wide": [WIDE],
-        "window": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed")),
+        "refresh": [REFRESH],
+        "denoise": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed")),
     }[kind]
     stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
     chances = dict(rank=0.5, stat_error=0.7, allowed=0.25, lane_start=0.4 * (not rule.pipeline), fallback=0.25, max_unmask=0.25,
@@ -182,7 +182,7 @@ def random_case(
     per_lane = rule.passes == "threshold" and rng.random() < 0.25
     rows = [
         random_row(
-            rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(WIDE, DONE), rule, present
+            rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(REFRESH, DONE), rule, present
         )
         for _ in range(B)
     ]

@@ -11,7 +11,7 @@ import math
 import struct
 from typing import Any
 
-WIDE, DENOISE, COMMIT, DONE = range(4)
+REFRESH, DENOISE, COMMIT, DONE = range(4)
 ERROR_LOGITS, ERROR_STALLED = 1, 2
 
 
@@ -58,8 +58,8 @@ class _Row:
         changed = [False] * self.W
         commits, phase = self.rule.cache == "commit", self.row["phase"]
         fits = self.first_lane <= self.start and self.end <= self.first_lane + self.W
-        if self.kind == "wide":
-            what = None if phase != WIDE else self.prefill if commits else self.denoise if fits else None
+        if self.kind == "refresh":
+            what = None if phase != REFRESH else self.prefill if commits else self.denoise if fits else None
         elif phase == COMMIT and self.rule.cache != "delayed":
             what = self.commit if commits else None
         else:
@@ -281,7 +281,7 @@ class _Row:
             while at + self.length <= later[0]:
                 at += self.length
             self.open_block(at)
-            row["phase"] = WIDE if rule.cache == "refresh" else DENOISE
+            row["phase"] = REFRESH if rule.cache == "refresh" else DENOISE
 
     def after_pipeline(self, tokens_before: list[int]) -> None:
         row, rule, given = self.row, self.rule, self.given
@@ -328,9 +328,9 @@ class _Row:
         row["block_step"] = before + 1 if found and taken >= delay else 0
         row["phase"] = DENOISE
         if not head:
-            row["phase"] = COMMIT if row["block_step"] >= delay else WIDE
+            row["phase"] = COMMIT if row["block_step"] >= delay else REFRESH
         if taken < delay:
-            row["phase"] = WIDE
+            row["phase"] = REFRESH
 
 
 def _fixed(entropy: float) -> int:

@@ -12,8 +12,8 @@ from ..reference.written import check_written
 from ..rules import UnmaskRule
 from ..state import ROW_FIELDS, RowState
 
-Kind = Literal["wide", "window"]
-KINDS: tuple[Kind, ...] = ("wide", "window")
+Kind = Literal["refresh", "denoise"]
+KINDS: tuple[Kind, ...] = ("refresh", "denoise")
 MAX_STOP_IDS = 16
 
 
@@ -74,9 +74,9 @@ def check_arguments(
     kernel's launcher."""
     if kind not in KINDS:
         raise ValueError(f"unmask: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
-    if kind == "wide" and rule.cache == "none":
+    if kind == "refresh" and rule.cache == "none":
         raise ValueError(
-            "unmask: kind 'wide' needs a rule.cache other than 'none' (no row could take part), got rule.cache='none'"
+            "unmask: kind 'refresh' needs a rule.cache other than 'none' (no row could take part), got rule.cache='none'"
         )
     if isinstance(mask_id, bool) or not isinstance(mask_id, int):
         raise TypeError(f"unmask: mask_id must be an int, got {type(mask_id).__name__}")

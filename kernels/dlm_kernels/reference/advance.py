@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rules import UnmaskRule
-from ..state import COMMIT, DENOISE, DONE, WIDE, RowState
+from ..state import COMMIT, DENOISE, DONE, REFRESH, RowState
 
 
 class After(NamedTuple):
@@ -69,7 +69,7 @@ def advance_block(
 
     masks = torch.where(advances | after.prefills, count_masked(tokens, start, end, mask_id), s.block_masks)
     phase = torch.full_like(s.phase, DENOISE)
-    phase = torch.where(advances & (rule.cache == "refresh"), WIDE, phase)
+    phase = torch.where(advances & (rule.cache == "refresh"), REFRESH, phase)
     opened = after.prefills | after.commits | (advances & (rule.cache == "commit"))
     phase = torch.where(to_commit | (opened & (masks == 0)), COMMIT, phase)
     phase = torch.where(done, DONE, phase)
@@ -129,8 +129,8 @@ def advance_pipeline(
         waited = torch.where(waits, torch.where(commits, 0, s.block_step) + 1, 0)
         step = torch.where(selects, waited, s.block_step)
         finished = count_masked(tokens, start, head_end, mask_id) == 0
-        phase = torch.where(finished, torch.where(waited >= delay, COMMIT, WIDE), phase)
-        phase = torch.where(s.step + 2 <= delay, WIDE, phase)
+        phase = torch.where(finished, torch.where(waited >= delay, COMMIT, REFRESH), phase)
+        phase = torch.where(s.step + 2 <= delay, REFRESH, phase)
     phase = torch.where(done, DONE, phase)
     return dict(block_start=start, block_end=end, block_step=step, canvas_len=canvas_len, phase=phase)
 

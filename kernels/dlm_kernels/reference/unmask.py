@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks.unmask import Kind, check_arguments
 from ..rules import UnmaskRule
-from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, WIDE, RowState
+from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, REFRESH, RowState
 from .advance import After, advance_block, advance_pipeline, is_in
 from .select import lowest, quota, select, select_in_blocks
 
@@ -58,11 +58,11 @@ def unmask(
     0 and its phase is what this step is for; every other row is left exactly as it is, counters included:
 
         phase     kind       rule.cache                  what happens
-        WIDE      "wide"     "commit"                    prefill: nothing is selected; DENOISE, or COMMIT if the block holds no mask
-        WIDE      "wide"     all others but "none"       select and write (it is also denoise step 0 of the block or row)
-        DENOISE   "window"   any                         select and write
-        COMMIT    "window"   "commit"                    the very next block: DENOISE, or COMMIT again if it holds no mask
-        COMMIT    "window"   "delayed"                   select and write; then the region's first block leaves it
+        REFRESH      "refresh"     "commit"                    prefill: nothing is selected; DENOISE, or COMMIT if the block holds no mask
+        REFRESH      "refresh"     all others but "none"       select and write (it is also denoise step 0 of the block or row)
+        DENOISE   "denoise"   any                         select and write
+        COMMIT    "denoise"   "commit"                    the very next block: DENOISE, or COMMIT again if it holds no mask
+        COMMIT    "denoise"   "delayed"                   select and write; then the region's first block leaves it
 
     A selecting row, in this order:
         failed      a lane whose statistics are needed has stat_error != 0: ERROR_LOGITS, DONE, nothing is written. So is a row that
@@ -78,7 +78,7 @@ def unmask(
         the block still holds masks, or was edited       -> DENOISE
         no mask after the block                          -> DONE
         otherwise                                        -> COMMIT ("commit"; the very next block if rule.edit), or on to the block of the
-                                                            next mask: WIDE ("refresh"), DENOISE ("none", "once").
+                                                            next mask: REFRESH ("refresh"), DENOISE ("none", "once").
                                                             Blocks lie at block_end + i * block_length.
     or, for a pipeline,
         a written stop token ends the row, or bars further blocks ("closed", "after_block", "appends": the canvas is cut
@@ -86,7 +86,7 @@ def unmask(
         on a COMMIT step)
         the last block holds at most append_masks masks  -> one more block is appended
         no mask left in the canvas                       -> DONE
-        otherwise                                        -> DENOISE, or while the region's first block holds no mask, WIDE
+        otherwise                                        -> DENOISE, or while the region's first block holds no mask, REFRESH
                                                             and then COMMIT ("delayed")
 
     Args:
@@ -123,7 +123,7 @@ def unmask(
         [B, W] bool: lanes written by this step (before any was masked again).
     Raises:
         TypeError: dtype.  ValueError: shape, device, last stride, K > 16, an argument that the rule needs or does not
-        use, unknown kind, kind "wide" without a cache.
+        use, unknown kind, kind "refresh" without a cache.
 
     Low-confidence unmasking: LLaDA, arXiv:2502.09992; the other rules: `UnmaskRule`.
     """
@@ -146,12 +146,12 @@ def unmask(
     length = block_length.clamp(min=1)
 
     # Who takes part, and as what.
-    wide = kind == "wide"
+    wide = kind == "refresh"
     fits = (s.block_start >= lane_start) & (s.block_end - lane_start <= W)
     takes_part = query_len > 0
-    prefills = takes_part & (s.phase == WIDE) & (wide and rule.cache == "commit")
+    prefills = takes_part & (s.phase == REFRESH) & (wide and rule.cache == "commit")
     commits = takes_part & (s.phase == COMMIT) & (not wide and rule.cache == "commit")
-    own_phase = (s.phase == (WIDE if wide else DENOISE)) | (
+    own_phase = (s.phase == (REFRESH if wide else DENOISE)) | (
         (s.phase == COMMIT) & (not wide and rule.cache == "delayed")
     )
     selects = takes_part & fits & own_phase & ~prefills

@@ -16,7 +16,7 @@ from ..state import RowState
 from ..static import CompileCase
 from ..tiles import UNMASK_TILES, UnmaskTile, unmask_tile
 from .kernel import unmask_kernel
-from .memory import unmask_wide_kernel
+from .memory import unmask_memory_kernel
 
 MAX_W = UNMASK_TILES[-1].BLOCK_W
 # 32-bit registers of a multiprocessor. A program is given as many as its threads can have: without a bound ptxas
@@ -123,7 +123,7 @@ def unmask(
                 if rule.passes == "factor"
                 else None
             )
-            unmask_wide_kernel[(B,)](**arguments, keys_ptr=keys)
+            unmask_memory_kernel[(B,)](**arguments, keys_ptr=keys)
     return changed
 
 
@@ -152,33 +152,38 @@ USUAL = {"lane_start", "rank", "stat_error", "max_steps"}
 VARIANTS: tuple[tuple[str, Kind, UnmaskRule, tuple[str, ...]], ...] = (
     (
         "pipeline-each",
-        "window",
+        "denoise",
         UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"),
         (),
     ),
-    ("pipeline-first", "window", UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"), ()),
     (
-        "pipeline-first-wide",
-        "wide",
+        "pipeline-first",
+        "denoise",
+        UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"),
+        (),
+    ),
+    (
+        "pipeline-first-refresh",
+        "refresh",
         UnmaskRule("threshold", pipeline=True, scope="first", cache="delayed", stop="fill"),
         (),
     ),
-    ("edit", "window", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), ("exits",)),
-    ("entropy-capped", "window", UnmaskRule("entropy", cache="refresh"), ("max_unmask",)),
-    ("runs", "window", UnmaskRule("threshold", runs=True, cache="refresh"), ("max_unmask",)),
-    ("lowest", "window", UnmaskRule("none", remask="lowest"), ()),
-    ("saber", "window", UnmaskRule("threshold", remask="saber"), ()),
-    ("wino", "window", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback")),
-    ("renoise", "window", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",)),
-    ("exits", "window", UnmaskRule("none", quota=True), ("exits",)),
+    ("edit", "denoise", UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"), ("exits",)),
+    ("entropy-capped", "denoise", UnmaskRule("entropy", cache="refresh"), ("max_unmask",)),
+    ("runs", "denoise", UnmaskRule("threshold", runs=True, cache="refresh"), ("max_unmask",)),
+    ("lowest", "denoise", UnmaskRule("none", remask="lowest"), ()),
+    ("saber", "denoise", UnmaskRule("threshold", remask="saber"), ()),
+    ("wino", "denoise", UnmaskRule("threshold", remask="wino", cache="once"), ("max_unmask", "fallback")),
+    ("renoise", "denoise", UnmaskRule("entropy", renoise=True, cache="commit", stop="after_block"), ("exits",)),
+    ("exits", "denoise", UnmaskRule("none", quota=True), ("exits",)),
     (
         "per-lane",
-        "window",
+        "denoise",
         UnmaskRule("threshold", cache="refresh", stop="all_stop"),
         ("value", "max_unmask", "fallback", "allowed"),
     ),
-    ("seed", "window", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), ()),
-    ("seed-prefill", "wide", UnmaskRule("threshold", cache="commit", seed=True), ()),
+    ("seed", "denoise", UnmaskRule("threshold", cache="commit", seed=True, stop="after_block"), ()),
+    ("seed-prefill", "refresh", UnmaskRule("threshold", cache="commit", seed=True), ()),
 )
 
 
@@ -186,12 +191,12 @@ def compile_cases(capability: int) -> list[CompileCase]:
     """Every tile with every pass test, the inclusive ones at the narrowest, and at the widest in registers and in
     memory, as the variants; the other kinds of step, and a call with no optional argument, at the narrowest. Equal for
     all targets."""
-    rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "window", UnmaskRule(passes, inclusive=inclusive, cache="refresh"))
+    rules = [(f"{passes}{'-inclusive' if inclusive else ''}", "denoise", UnmaskRule(passes, inclusive=inclusive, cache="refresh"))
              for passes in PASSES for inclusive in (False, True) if not (inclusive and passes in ("none", "factor"))]  # fmt: skip
     others = [
-        ("quota", "window", UnmaskRule("threshold", quota=True, cache="commit", stop="after_block")),
-        ("prefill", "wide", UnmaskRule("threshold", cache="commit")),
-        ("refresh-trusted", "wide", UnmaskRule("threshold", cache="refresh", stop="never")),
+        ("quota", "denoise", UnmaskRule("threshold", quota=True, cache="commit", stop="after_block")),
+        ("prefill", "refresh", UnmaskRule("threshold", cache="commit")),
+        ("refresh-trusted", "refresh", UnmaskRule("threshold", cache="refresh", stop="never")),
     ]
     narrowest, widest = UNMASK_TILES[0], UNMASK_TILES[-2:]
     cases: list[CompileCase] = []
@@ -205,7 +210,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
 
 
 def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], tile: UnmaskTile) -> CompileCase:
-    kernel = unmask_kernel if tile.BLOCK_T is None else unmask_wide_kernel
+    kernel = unmask_kernel if tile.BLOCK_T is None else unmask_memory_kernel
     given = given | {name for name, wanted in wanted_arguments(rule).items() if wanted}
     given |= {"entropy"} if rule.passes == "entropy" else {"keys"} if rule.passes == "factor" else set()
     constexprs = _flags(rule, kind, "value" in given) | _tiles(tile)

@@ -30,7 +30,7 @@ _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constex
         "W", "K", "mask_id",
     )
 )  # fmt: skip
-def unmask_wide_kernel(
+def unmask_memory_kernel(
     # state, read and written
     tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
     canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,

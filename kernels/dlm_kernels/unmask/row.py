@@ -12,17 +12,19 @@ import triton.language as tl
 from .. import state as row_state
 from .canvas import count_masked, first_masked, seed_closes
 
-_WIDE, _DENOISE = tl.constexpr(row_state.WIDE), tl.constexpr(row_state.DENOISE)
+_REFRESH, _DENOISE = tl.constexpr(row_state.REFRESH), tl.constexpr(row_state.DENOISE)
 _COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
 
 
 @triton.jit
 def part_of(phase, block_start, block_end, lane_start, W, KIND: tl.constexpr, CACHE: tl.constexpr):
     """Does the row prefill, commit, or select? At most one of the three."""
-    prefills = (phase == _WIDE) & (KIND == "wide" and CACHE == "commit")
-    commits = (phase == _COMMIT) & (KIND == "window" and CACHE == "commit")
-    selects = (phase == _DENOISE) & (KIND == "window") | (phase == _WIDE) & (KIND == "wide" and CACHE != "commit")
-    selects = selects | (phase == _COMMIT) & (KIND == "window" and CACHE == "delayed")
+    prefills = (phase == _REFRESH) & (KIND == "refresh" and CACHE == "commit")
+    commits = (phase == _COMMIT) & (KIND == "denoise" and CACHE == "commit")
+    selects = (phase == _DENOISE) & (KIND == "denoise") | (phase == _REFRESH) & (
+        KIND == "refresh" and CACHE != "commit"
+    )
+    selects = selects | (phase == _COMMIT) & (KIND == "denoise" and CACHE == "delayed")
     selects = selects & (block_end - lane_start <= W) & (block_start >= lane_start)
     return prefills, commits, selects
 
@@ -115,9 +117,9 @@ def advance_pipeline(
         # Did the step find the first block finished? None counts before what precedes the region is committed.
         waited = tl.where((first >= head_end) & (step + 1 >= delay), block_step + 1, 0)
         if head == 0:
-            next_phase = tl.where(waited >= delay, _COMMIT, _WIDE)
+            next_phase = tl.where(waited >= delay, _COMMIT, _REFRESH)
         if step + 2 <= delay:
-            next_phase = _WIDE
+            next_phase = _REFRESH
         tl.store(block_step_ptr, waited)
     if done:
         next_phase = _DONE
@@ -165,7 +167,7 @@ def advance_block(
                 start = block_end + (next_mask - block_end) // block_length * block_length
             opens = finished
             if CACHE == "refresh":
-                next_phase = _WIDE
+                next_phase = _REFRESH
     return next_phase, opens, start
 
 

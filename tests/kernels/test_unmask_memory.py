@@ -56,7 +56,7 @@ def wide_case(rule: UnmaskRule, W: int, seed: int) -> Case:
     lanes |= {"pred": torch.randint(0, MASK, (1, W), generator=rng), "confidence": torch.rand(1, W, generator=rng)}
     case.args |= {name: x for name, x in lanes.items() if args.get(name) is not None}
     few = torch.tensor([3], dtype=torch.int32)
-    case.args |= dict(kind="window", query_len=few, min_unmask=few, steps=few, block_length=few + W // 9)
+    case.args |= dict(kind="denoise", query_len=few, min_unmask=few, steps=few, block_length=few + W // 9)
     case.args |= dict.fromkeys(("stat_error", "lane_start", "exits", "max_steps", "max_unmask", "allowed"))
     if rule.passes == "entropy":
         case.args["value"] = torch.tensor([W / 20])
@@ -117,7 +117,7 @@ def test_a_call_is_one_launch_and_its_allocations(W, passes, allocations, device
 
     with (
         mock.patch.object(module, "unmask_kernel", Counted(module.unmask_kernel)),
-        mock.patch.object(module, "unmask_wide_kernel", Counted(module.unmask_wide_kernel)),
+        mock.patch.object(module, "unmask_memory_kernel", Counted(module.unmask_memory_kernel)),
         mock.patch.object(torch, "empty", side_effect=torch.empty) as empty,
     ):
         case.run(unmask)
