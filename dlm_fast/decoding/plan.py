@@ -32,7 +32,7 @@ class Plan:
         preset, diffusion: what is decoded, and how.
         block_length: positions of a block. first: [B] where the first block begins; of a prompt-aligned ("rel") model
             that is the end of the prompt, of an "abs" model a multiple of block_length.
-        wide, window: widths of the two kinds of step (see `Window`), the largest where they vary; wide is 0 where no
+        refresh_width, denoise_width: of the two kinds of step, the largest where they vary; the first is 0 where no
             such step exists.
         lanes: positions whose statistics a step needs, the most of them where that varies. whole_row: they start at
             `first`, not at the block, since a policy looks at all masks of the row and every step computes them.
@@ -44,8 +44,8 @@ class Plan:
     diffusion: DiffusionConfig
     block_length: int
     first: Tensor
-    wide: int
-    window: int
+    refresh_width: int
+    denoise_width: int
     lanes: int
     whole_row: bool
     varies: bool
@@ -107,10 +107,12 @@ def open_rows(
     starts = state.block_start.tolist()
     rest = max((len(c) - s for c, s in zip(canvases, starts)), default=0)
     before = int(diffusion.logits_row == "previous")
-    wide = {"none": 0, "commit": max(starts, default=0), "fused": max(state.block_end.tolist(), default=0)}.get(
-        preset.cache, L
-    )
-    window = {
+    refresh_width = {
+        "none": 0,
+        "commit": max(starts, default=0),
+        "fused": max(state.block_end.tolist(), default=0),
+    }.get(preset.cache, L)
+    denoise_width = {
         "none": L, "prefix": rest, "once": rest + before, "commit": block, "fused": rest, "delayed": rest, "scattered": L,
         "dual": min(block + 2 * preset.vicinity, L),
     }[preset.cache]  # fmt: skip
@@ -123,8 +125,8 @@ def open_rows(
         diffusion=diffusion,
         block_length=block_length,
         first=state.block_start.clone(),
-        wide=wide,
-        window=window + (block if preset.shadow else 0),
+        refresh_width=refresh_width,
+        denoise_width=denoise_width + (block if preset.shadow else 0),
         lanes=max(1, rest) if whole_row or preset.pipeline else block,
         whole_row=whole_row,
         varies=preset.pipeline or preset.cache == "scattered",
