@@ -25,7 +25,8 @@ import dataclasses, json, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}]
 import torch, triton
-from bench import checks, collect, gpu_check, kernel_cache, precompile, shapes
+from bench import collect, gpu_check, kernel_cache, precompile, shapes
+from bench.checks import run as checks
 
 sizes = dataclasses.replace(checks.TOY, logits_dtypes=(torch.bfloat16,), attention_dtypes=(), vocabs=(), every=40)
 shapes = dataclasses.replace(shapes.TOY_SHAPES, models=())

@@ -188,7 +188,7 @@ def test_grids_follow_the_shapes(tmp_path):
 
 def front_end(strength: int) -> dict:
     """What launch_cases.py says of all calls."""
-    return recorded(str(ROOT / "tests" / "launch_cases.py"), str(strength))
+    return recorded(str(ROOT / "tests" / "support" / "launch_cases.py"), str(strength))
 
 
 KERNELS = {
