@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import dlm_fast
 from dlm_fast.diffusion import DiffusionConfig
-from dlm_fast.loading import CHECKPOINTS, EMBEDDED, checkpoint_path
+from dlm_fast.files import CHECKPOINTS, EMBEDDED, checkpoint_path
 from dlm_fast.presets import PRESETS
 from dlm_fast.tiny.tasks import TASKS, Sample, held_out
 

@@ -19,8 +19,9 @@ if "dlm_kernels" not in _sys.modules and _sibling.is_file():
 
 from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
+from .files import CheckpointError
 from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
-from .loading import CheckpointError, load  # noqa: E402
+from .loading import load  # noqa: E402
 from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
 from .policies.heads import load_head  # noqa: E402

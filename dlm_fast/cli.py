@@ -242,7 +242,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 def _doctor(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from .loading import EMBEDDED, load
+    from .files import EMBEDDED
+    from .loading import load
     from .patching import explain
 
     def version(package: str) -> str | None:

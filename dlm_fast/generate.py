@@ -1,4 +1,4 @@
-"""The decode loop: `generate` -> `_decode` -> `denoise_step`. One loop for every preset."""
+"""The decode loop: `generate` opens a batch, `run_steps` runs it, `denoise_step` is one step. One loop for every preset."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dlm_kernels import RowState
-from dlm_kernels.state import DENOISE, ERROR_LOGITS
+from dlm_kernels.state import ERROR_LOGITS
 
 from . import requests
-from .decoding.drafts import Drafts
-from .decoding.measure import Sampling
-from .decoding.plan import Plan, counts_of, open_rows
-from .decoding.step import Decode, denoise_step
-from .patching import PatchHandle, handle_of
+from .decoding.plan import Plan, open_rows
+from .decoding.progress import run_steps
+from .decoding.step import open_decode
+from .patching import handle_of
+from .policies import Sampling
 from .presets import Preset, resolve
 from .requests import Requests
 from .stops import Stopper
-
-# Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
-WIDTH_GRAIN = 32
 
 
 class DecodeError(RuntimeError):
@@ -68,92 +65,6 @@ class GenerateOutput:
     confidence: list[Tensor]
     wall_time: float
     preset: Preset
-
-
-class _Progress:
-    """What rows still need, read by the host from a pinned copy that may be one step old.
-
-    A kind that only refresh steps can serve is known to be served as soon as one was launched, so a late count never
-    asks for a second refresh forward that nobody needs. A pipeline appends one block a step at most: a late width is
-    that much too small.
-    """
-
-    def __init__(self, decode: Decode, late: int) -> None:
-        self.decode, self.late = decode, late
-        self.pending: list[tuple[Tensor, Any]] = []
-        self.wide, self.window, self.widest, self.most, self.drafting = self._count().tolist()
-
-    def _count(self) -> Tensor:
-        decode = self.decode
-        counts = counts_of(decode.plan, decode.state, decode.sampling)
-        drafting = torch.zeros_like(counts[:1])
-        if decode.drafts is not None:
-            drafting = ((decode.state.phase == DENOISE) & ~decode.drafts.suspended()).sum().int().view(1)
-        return torch.cat([counts, drafting])
-
-    def record(self, kind: str) -> None:
-        if kind == "refresh":
-            self.window, self.wide = self.window + self.wide, 0
-        counts = self._count()
-        if counts.device.type != "cuda":
-            self.pending.append((counts, None))
-            return
-        host = torch.empty(counts.shape, dtype=torch.int32, pin_memory=True)
-        host.copy_(counts, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.pending.append((host, event))
-
-    def next_kind(self) -> str | None:
-        while len(self.pending) > self.late:
-            counts, event = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
-            self.wide, self.window, self.widest, self.most, self.drafting = counts.tolist()
-        return "refresh" if self.wide else "denoise" if self.window else None
-
-    def bucket(self, kind: str) -> dict[str, int]:
-        """The shape of the next step, where it varies: the narrowest multiple of the block length that holds every
-        row."""
-        plan = self.decode.plan
-        shape = {}
-        if plan.varies:
-            grain, margin = (
-                (plan.block_length, plan.block_length * self.late) if plan.preset.pipeline else (WIDTH_GRAIN, 0)
-            )
-
-            def up(need: int, most: int) -> int:
-                return max(1, min(-(-(need + margin) // grain) * grain, most))
-
-            if kind == "denoise":
-                shape["width"] = up(self.widest, plan.denoise_width)
-            if plan.preset.pipeline:
-                shape["lanes"] = up(self.most, plan.lanes)
-        if self.decode.drafts is not None and kind == "denoise" and self.drafting:
-            shape["drafts"] = plan.preset.drafts
-        return shape
-
-
-@torch.no_grad()
-def _decode(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
-    """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
-    plan = decode.plan
-    # A refresh step that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
-    # late.
-    repeats = plan.preset.cache not in ("none", "commit", "fused", "once") or decode.drafts is not None
-    late = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
-    progress = _Progress(decode, late)
-    blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
-    limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
-    for _ in range(limit + late):
-        kind = progress.next_kind()
-        if kind is None:
-            return
-        denoise_step(decode, kind, **progress.bucket(kind))
-        if after_step is not None:
-            after_step(decode.state)
-        progress.record(kind)
-    raise AssertionError(f"decode loop made no progress within {limit} steps")
 
 
 def generate(
@@ -269,7 +180,7 @@ def generate(
                 on_step(state)
 
         hook = after_step if stopper is not None or on_step is not None else None
-        _decode(open_decode(handle, plan, state, sampling_of(batch, plan, device)), hook)
+        run_steps(open_decode(handle, plan, state, sampling_of(batch, plan, device)), hook)
     output = _output(batch, state, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
     failed = state.error.nonzero().flatten().tolist()
     if failed:
@@ -318,33 +229,6 @@ def _failure(state: RowState, rows: list[int]) -> str:
     return "generate: " + "; ".join(said)
 
 
-def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
-    """Allocates what a decode keeps between steps."""
-    B, lanes = state.tokens.shape[0], plan.lanes
-    device, dtype = state.tokens.device, handle.adapter.compute_dtype(handle.model)
-    history = None
-    if any("kl" in policy.outputs for policy in plan.preset.policies):
-        V = handle.model.config.vocab_size
-        history = {
-            "logits": torch.zeros(B * lanes, V, dtype=dtype, device=device),
-            "logsumexp": torch.zeros(B * lanes, dtype=torch.float32, device=device),
-        }
-    guided = 2 if plan.preset.cfg_scale else 1
-    return Decode(
-        handle=handle,
-        plan=plan,
-        state=state,
-        sampling=sampling,
-        cache=handle.adapter.new_cache(handle.model, guided * B, plan.capacity) if plan.capacity else None,
-        memory=tuple(policy.memory(plan, state) for policy in plan.preset.policies),
-        history=history,
-        last_hidden=torch.zeros(B, handle.model.config.hidden_size, dtype=dtype, device=device)
-        if plan.previous
-        else None,
-        drafts=Drafts.empty(state, lanes) if plan.preset.drafts > 1 else None,
-    )
-
-
 def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     """The device tensors that decide draws, quotas and thresholds of a batch."""
     B = len(batch.canvases)
@@ -356,10 +240,10 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
     spans = [len(canvas) - start for canvas, start in zip(batch.canvases, plan.first.tolist())]
     # Where a row is one block, the batch's longest one must not decide its schedule.
-    whole = preset.schedule == "canvas" or (preset.block_length or plan.diffusion.block_length) is None
+    whole = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
     steps = [preset.steps_per_block or (max(1, span) if whole else plan.block_length) for span in spans]
     transfer = None
-    if preset.rule in ("schedule", "bernoulli"):
+    if preset.by_share:
         transfer = torch.zeros(B, max(steps), dtype=torch.float32)
         for b, S in enumerate(steps):
             t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
@@ -380,7 +264,7 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
         temperature=rows(batch.temperature, torch.float32),
         seed=torch.tensor([batch.seed], dtype=torch.int64, device=device),
         request=rows(batch.request_ids, torch.int32),
-        banned=torch.tensor([plan.diffusion.mask_token_id, *batch.banned_token_ids], dtype=torch.int64, device=device),
+        banned=torch.tensor([plan.mask_id, *batch.banned_token_ids], dtype=torch.int64, device=device),
         eos=torch.tensor(batch.eos_token_ids, dtype=torch.int64, device=device),
         no_eos_before=rows(no_eos_before, torch.int32) if any(batch.min_new_tokens) else None,
         value=rows(preset.value, torch.float32),
@@ -391,7 +275,7 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
         transfer=transfer,
         append_masks=rows(masks_at(preset.append_threshold), torch.int32) if pipeline else None,
         activate_masks=rows(masks_at(preset.activate_threshold), torch.int32) if pipeline else None,
-        delay=rows(preset.commit_delay, torch.int32) if preset.cache == "delayed" else None,
+        delay=rows(preset.commit_delay, torch.int32) if plan.cache.commit_selects else None,
         top_k=batch.top_k,
         top_p=batch.top_p,
         draws=any(t > 0 for t in batch.temperature),

@@ -14,32 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from .diffusion import DiffusionConfig, check_vocabulary
+from .files import PICKLES, CheckpointError, checkpoint_path
 from .models.native import MODEL_TYPES
 from .ops import Ops
 from .patching import attach
 
-CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
-EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What safetensors calls the dtypes that weights may have.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A folder that cannot be opened as a checkpoint; the message names the file and the rule."""
-
-
-def checkpoint_path(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model (`EMBEDDED`) or of a checkpoint on disk."""
-    path = Path(name_or_path)
-    if str(name_or_path) in EMBEDDED and not path.exists():
-        path = CHECKPOINTS / str(name_or_path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"load: path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got {str(name_or_path)!r}"
-        )
-    return path
 
 
 def read_config(path: Path) -> dict[str, Any]:

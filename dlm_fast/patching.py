@@ -15,7 +15,7 @@ from dlm_kernels import Window
 
 from . import models
 from .diffusion import DiffusionConfig, check_vocabulary
-from .models.native import ATTENTION_NAME, Step
+from .models.native import ATTENTION_NAME, AttentionCall
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
@@ -62,15 +62,15 @@ class PatchHandle:
     def window_hidden(self, input_ids: Tensor, window: Window, cache: Any) -> Tensor:
         """Last hidden states [B, W, d] of a window of tokens [B, W]. Raises RuntimeError where the patch is not in
         place any more."""
-        step = Step(window, cache, self.ops)
-        hidden = self.adapter.window_hidden(self.model, input_ids, step)
-        self._finish(step)
+        call = AttentionCall(window, cache, self.ops)
+        hidden = self.adapter.window_hidden(self.model, input_ids, call)
+        self._finish(call)
         return hidden
 
-    def _finish(self, step: Step) -> None:
-        """Raises RuntimeError unless every layer attended through `step`: by transformers' own attention it would be
+    def _finish(self, call: AttentionCall) -> None:
+        """Raises RuntimeError unless every layer attended through `call`: by transformers' own attention it would be
         causal."""
-        altered = self.adapter.altered(self.model, step)
+        altered = self.adapter.altered(self.model, call)
         if altered is not None:
             raise RuntimeError(
                 f"dlm_fast: every layer of a patched {type(self.model).__name__} must attend through dlm_fast, and was passed by in "
@@ -78,7 +78,7 @@ class PatchHandle:
             )
         if not torch.compiler.is_compiling():
             with self._lock:
-                self.attention_calls += len(step.served)
+                self.attention_calls += len(call.served)
 
     def unpatch(self) -> None:
         """Restores the model; a second call raises RuntimeError."""
@@ -147,7 +147,7 @@ class PatchHandle:
             position_ids=kwargs.get("position_ids"),
             prompt_lengths=prompt_lengths,
         )
-        kwargs["dlm_call"] = Step(window, None, self.ops, plain=True)
+        kwargs["dlm_call"] = AttentionCall(window, None, self.ops, plain=True)
         if not torch.compiler.is_compiling():
             with self._lock:
                 self._running += 1
@@ -155,8 +155,8 @@ class PatchHandle:
 
     def _end_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Checks a plain forward. `output` is None if it failed."""
-        step = kwargs.get("dlm_call")
-        if step is None or not step.plain:
+        call = kwargs.get("dlm_call")
+        if call is None or not call.plain:
             return
         if not torch.compiler.is_compiling():
             with self._lock:
@@ -166,7 +166,7 @@ class PatchHandle:
                         hook.remove()
                     self._hooks = []
         if output is not None:
-            self._finish(step)
+            self._finish(call)
 
     def __enter__(self) -> PatchHandle:
         return self

@@ -87,7 +87,7 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
 
 def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
     """Raises ValueError where `preset` does not fit the model's rows."""
-    if preset.seeded and diffusion.logits_row != "previous":
+    if preset.first_token and diffusion.logits_row != "previous":
         _fail(
             f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState
-from dlm_kernels.state import COMMIT, DONE
+from dlm_kernels.state import COMMIT, DONE, amend
 
 if TYPE_CHECKING:
     from .requests import Requests
@@ -165,9 +165,11 @@ class Stopper:
         position = torch.arange(tokens.shape[1])
         open_ = (tokens == self.mask_id) & (position >= self.seen[:, None])
         final = torch.where(open_, position, final[:, None]).amin(1).minimum(final)
+        ends = torch.zeros_like(phase, dtype=torch.bool)
         for b in ((phase != DONE) & (final > self.seen)).nonzero().flatten().tolist():
-            if self._ends(b, tokens[b], steps[b], int(self.seen[b]), int(final[b])):
-                state.phase[b] = DONE
+            ends[b] = self._ends(b, tokens[b], steps[b], int(self.seen[b]), int(final[b]))
+        if ends.any():
+            amend(state, ends.to(state.phase.device), phase=DONE)
         self.seen = torch.maximum(self.seen, final)
 
     def _ends(self, b: int, tokens: Tensor, steps: Tensor, seen: int, final: int) -> bool:

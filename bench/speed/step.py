@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import dlm_fast
 from dlm_fast import Ops
 from dlm_fast.decoding.plan import open_rows
-from dlm_fast.decoding.step import denoise_step
-from dlm_fast.generate import open_decode, sampling_of
+from dlm_fast.decoding.step import denoise_step, open_decode
+from dlm_fast.generate import sampling_of
 from dlm_fast.patching import attach
 from dlm_fast.requests import Requests
 from dlm_kernels import RowState
@@ -142,14 +142,16 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         handle = attach(_share(weights), backend=ops, diffusion=diffusion, plain_mode=model.visibility)
         state = opened.clone()
         decode = open_decode(handle, plan, state, sampling)
-        for number, layer in enumerate(decode.cache.layers):
+        for number, layer in enumerate(decode.forward.cache.layers):
             if number == len(cached):
                 cached.append((layer.keys.normal_(), layer.values.normal_()))
             layer.keys, layer.values = cached[number]
 
+        bucket = plan.bucket("denoise")
+
         def call() -> None:
             with torch.no_grad():
-                denoise_step(decode, "denoise")
+                denoise_step(decode, bucket)
 
         return Candidate(name, [call], graph=graph, before=partial(_restore, state, opened))
 

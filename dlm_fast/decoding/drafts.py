@@ -15,7 +15,7 @@ from dlm_kernels import RowState
 from dlm_kernels.reference import DraftSource
 
 from ..ops import Ops
-from ..policies.base import Choice, Lanes
+from ..policies import Choice, Lanes
 
 # A row whose drafts were accepted less than once in so many tries, after so many, goes on without drafts.
 TRIES, RARELY = 8, 4

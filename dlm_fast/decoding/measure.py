@@ -1,5 +1,4 @@
-"""From logits to what a rule needs: predictions, probabilities, margins, entropies; and the choice that a preset's rule
-makes of them."""
+"""From logits to what a rule needs: predictions, probabilities, margins, entropies."""
 
 from __future__ import annotations
 
@@ -13,155 +12,146 @@ from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import Confidence
 
 from ..ops import Ops
-from ..policies import Choice, View
-from ..policies.base import Lanes
-from .plan import Plan, sub_block
+from ..policies import Lanes, Sampling
+from ..policies.view import uniform
+from ..presets import Preset
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Device tensors that decide draws; arguments of every step, so that a captured step serves every request.
+class Wanted:
+    """What a decode asks of `confidence`, the same at every step.
 
     Attributes:
-        temperature: [B] fp32, 0 = greedy. seed: [1] int64. request: [B] int32 index that keys the noise.
-        banned: [K] int64 ids never drawn. eos: [E] int64. no_eos_before: [B] int32 first position that may hold an EOS,
-            None where no row has such a rule.
-        value: [B] fp32 of the pass test. min_unmask, steps, block_length: [B] int32.
-        max_steps: [B] int32 denoise steps after which a row has stalled.
-        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes, None for other
-            rules.
-        append_masks, activate_masks: [B] int32 of a pipeline, else None. delay: [B] int32 of cache "delayed", else
-            None.
-        top_k, top_p: the filters; 0 and 1.0 are off. draws: whether any row has a temperature above 0. The host knows
-            these three.
+        outputs: statistics of the distribution that is drawn from.
+        model_outputs: statistics of the model's own distribution, whatever may be drawn: what early exits look at.
+        margin: whether anybody reads the margin.
+        divergence: whether anybody reads the divergence from the step before.
+        draws: whether any row has a temperature above 0.
+        tempered: whether statistics are those of the tempered distribution.
+        filters: whether top_k or top_p narrow what is drawn from.
+        two_distributions: whether the model's own distribution is another one, and takes a pass of its own.
     """
 
-    temperature: Tensor
-    seed: Tensor
-    request: Tensor
-    banned: Tensor
-    eos: Tensor
-    no_eos_before: Tensor | None
-    value: Tensor
-    min_unmask: Tensor
-    steps: Tensor
-    block_length: Tensor
-    max_steps: Tensor
-    transfer: Tensor | None
-    append_masks: Tensor | None
-    activate_masks: Tensor | None
-    delay: Tensor | None
-    top_k: int
-    top_p: float
+    outputs: tuple[str, ...]
+    model_outputs: tuple[str, ...]
+    margin: bool
+    divergence: bool
     draws: bool
+    tempered: bool
+    filters: bool
+    two_distributions: bool
 
 
-def lanes_view(plan: Plan, state: RowState, start: Tensor, W: int) -> Lanes:
-    """The positions start .. start + W of every row."""
-    L = state.tokens.shape[1]
-    position = start[:, None] + torch.arange(W, dtype=torch.int32, device=start.device)
-    inside = position.clamp(0, L - 1).long()
-    tokens, unmask_step = state.tokens.gather(1, inside), state.unmask_step.gather(1, inside)
-    masked = (position < state.canvas_len[:, None]) & (tokens == plan.diffusion.mask_token_id)
-    in_region = (position >= state.block_start[:, None]) & (position < state.block_end[:, None])
-    return Lanes(position, tokens, masked, in_region, in_region & masked, in_region & (unmask_step >= 0))
+def wanted_of(preset: Preset, sampling: Sampling) -> Wanted:
+    """What a preset, its policies and a batch's filters want measured."""
+    names = {name for policy in preset.policies for name in policy.outputs} | {preset.score, preset.rank}
+    entropy = bool(names & {"entropy", "neg_entropy"}) or preset.by_entropy
+    model_outputs = ("second",) if names & {"margin", "gap"} else ()
+    divergence = "kl" in names
+    tempered = sampling.draws and preset.tempered
+    filters = bool(sampling.top_k or sampling.top_p < 1) and (sampling.draws or preset.greedy_filters)
+    return Wanted(
+        outputs=(*(("entropy",) if entropy else ()), *(("sampled",) if sampling.draws else ())),
+        model_outputs=model_outputs,
+        margin="margin" in names,
+        divergence=divergence,
+        draws=sampling.draws,
+        tempered=tempered,
+        filters=filters,
+        two_distributions=(bool(model_outputs) or divergence) and (filters or tempered),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The distributions of the step before, where a policy compares with them; replaced in place.
+
+    Attributes:
+        logits: [B * lanes, V] as the model's head gave them.
+        logsumexp: [B * lanes] fp32.
+    """
+
+    logits: Tensor
+    logsumexp: Tensor
+
+    def replace(self, rows: Tensor, logits: Tensor, logsumexp: Tensor) -> None:
+        """Keeps this step's; a row that sits the step out keeps its own, since what was computed for it is nobody's."""
+        self.logits.copy_(torch.where(rows[:, None], logits, self.logits))
+        self.logsumexp.copy_(torch.where(rows, logsumexp, self.logsumexp))
 
 
 def measure(
     ops: Ops,
-    plan: Plan,
+    preset: Preset,
+    wanted: Wanted,
     state: RowState,
     sampling: Sampling,
     logits: Tensor,
     lanes: Lanes,
     needed: Tensor,
     *,
-    history: dict[str, Tensor] | None = None,
+    history: History | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
-    branches: int = 1,
+    copies: int = 1,
 ) -> dict[str, Tensor | None]:
-    """The statistics of `View`, each [B, W] ([B * branches, W]), from logits [B * branches * W, V] of the lanes.
+    """The statistics of a `View`, each [B, W] (or [B * copies, W]).
 
-    history: {"logits", "logsumexp"} of the step before, for KL; replaced by this step's. bias: (ids, values) [B, W, K].
+    Args:
+        logits: [B * copies * W, V] of the lanes.
+        needed: [B, W] (or [B * copies, W]) bool lanes whose statistics anybody reads.
+        history: the step before, for the divergence; this step takes its place.
+        bias: ids and values [B, W, K] that are added to the logits.
+        copies: canvases per row.
     """
-    preset = plan.preset
     N, W = logits.shape[0], lanes.position.shape[1]
-    wanted = {name for policy in preset.policies for name in policy.outputs} | {preset.score, preset.rank}
     rows = torch.where(needed.flatten(), torch.arange(N, dtype=torch.int32, device=logits.device), -1).int()
 
-    def by_lane(row_values: Tensor) -> Tensor:
+    def by_lane(values: Tensor) -> Tensor:
         """[B] -> [N]"""
-        return row_values.repeat_interleave(branches * W)
+        return values.repeat_interleave(copies * W)
 
-    position = lanes.position.repeat_interleave(branches, 0)
+    # 1. Which ids may be drawn.
+    position = lanes.position.repeat_interleave(copies, 0)
     banned = sampling.banned
     if sampling.no_eos_before is not None:
-        too_early = position < sampling.no_eos_before.repeat_interleave(branches)[:, None]
+        too_early = position < sampling.no_eos_before.repeat_interleave(copies)[:, None]
         banned = torch.cat([banned.expand(N, -1), torch.where(too_early.view(-1, 1), sampling.eos, -1)], -1)
-    raw = logits
-    if bias is not None:
-        bias = tuple(x.flatten(0, 1) for x in bias)
-    if (sampling.top_k or sampling.top_p < 1) and (sampling.draws or preset.greedy_filters):
-        # Rows that draw nothing are as in a batch of their own.
-        heat = by_lane(sampling.temperature)
-        narrowed = heat >= 0 if preset.greedy_filters else heat > 0
-        if bias is not None:
-            # A bias changes what the filters keep.
-            ids, values = bias
-            inside = (ids >= 0) & (ids < logits.shape[1]) & narrowed[:, None]
-            logits = logits.scatter_add(
-                1, torch.where(inside, ids, 0), torch.where(inside, values, 0.0).to(logits.dtype)
-            )
-            bias = torch.where(narrowed[:, None], -1, ids), values
-        logits = filtered(logits, plan, sampling, heat, banned, needed.flatten(), narrowed)
 
-    own = []  # of the model's distribution, whatever may be drawn: what early exits and stability look at
-    if wanted & {"margin", "gap"}:
-        own.append("second")
-    own_more = {}
-    if history is not None:
-        own += ["logsumexp", "kl"]
-        own_more = {"previous": history["logits"], "previous_logsumexp": history["logsumexp"]}
-    outputs, more = [], {}
-    if wanted & {"entropy", "neg_entropy"} or preset.rule == "entropy":
-        outputs.append("entropy")
-    if sampling.draws:
-        outputs.append("sampled")
+    # 2. The distribution that is drawn from: biased, narrowed, tempered.
+    drawn_logits, arguments = logits, {}
+    if bias is not None:
+        bias = tuple(values.flatten(0, 1) for values in bias)
+    if wanted.filters:
+        drawn_logits, bias = _narrowed(preset, sampling, logits, bias, banned, needed.flatten(), by_lane)
+    if wanted.draws:
         noise = torch.stack([by_lane(sampling.request), position.flatten(), by_lane(state.step)], -1)
-        more |= {"sample_temperature": by_lane(sampling.temperature), "seed": sampling.seed, "noise": noise}
-        if preset.tempered:
-            heat = by_lane(sampling.temperature)
-            more["temperature"] = torch.where(heat > 0, heat, 1.0)
+        temperature = by_lane(sampling.temperature)
+        arguments |= {"sample_temperature": temperature, "seed": sampling.seed, "noise": noise}
+        if wanted.tempered:
+            arguments["temperature"] = torch.where(temperature > 0, temperature, 1.0)
     if bias is not None:
-        more |= {"bias_ids": bias[0], "bias": bias[1]}
-    # One pass over the vocabulary, unless what is drawn from is another distribution than the model's.
-    apart = bool(own) and (raw is not logits or "temperature" in more)
-    if apart:
-        stats = stats_of(
-            ops,
-            logits,
-            rows=rows,
-            outputs=(*outputs, *(("second",) if "margin" in wanted else ())),
-            banned=banned,
-            **more,
-        )
-        model_stats = stats_of(ops, raw, rows=rows, outputs=tuple(own), banned=banned, **own_more)
-    else:
-        stats = model_stats = stats_of(
-            ops, logits, rows=rows, outputs=(*outputs, *own), banned=banned, **more, **own_more
-        )
-    if history is not None:
-        # A row that sits this step out keeps its own: what was computed for it is nobody's.
-        own_rows = needed.flatten()
-        history["logits"].copy_(torch.where(own_rows[:, None], raw, history["logits"]))
-        history["logsumexp"].copy_(torch.where(own_rows, model_stats.logsumexp, history["logsumexp"]))
+        arguments |= {"bias_ids": bias[0], "bias": bias[1]}
 
-    token, confidence = (
-        (stats.sampled_token, stats.sampled_confidence) if sampling.draws else (stats.token, stats.confidence)
-    )
-    result = {
-        "token": token,
-        "confidence": confidence,
+    # 3. One pass over the vocabulary, or two where the model's own distribution is another one.
+    outputs, model_outputs, model_arguments = wanted.outputs, wanted.model_outputs, {}
+    if history is not None:
+        model_outputs = (*model_outputs, "logsumexp", "kl")
+        model_arguments = {"previous": history.logits, "previous_logsumexp": history.logsumexp}
+    if wanted.two_distributions and model_outputs:
+        outputs = (*outputs, *(("second",) if wanted.margin else ()))
+        stats = stats_of(ops, drawn_logits, rows=rows, outputs=outputs, banned=banned, **arguments)
+        model_stats = stats_of(ops, logits, rows=rows, outputs=model_outputs, banned=banned, **model_arguments)
+    else:
+        arguments |= model_arguments
+        stats = stats_of(ops, drawn_logits, rows=rows, outputs=(*outputs, *model_outputs), banned=banned, **arguments)
+        model_stats = stats
+    if history is not None:
+        history.replace(needed.flatten(), logits, model_stats.logsumexp)
+
+    # 4. Lane by lane.
+    statistics = {
+        "token": stats.sampled_token if wanted.draws else stats.token,
+        "confidence": stats.sampled_confidence if wanted.draws else stats.confidence,
         "greedy": stats.token,
         "greedy_confidence": stats.confidence,
         "margin": stats.margin,
@@ -170,34 +160,88 @@ def measure(
         "kl": model_stats.kl if history is not None else None,
         "error": stats.error,
     }
-    return {name: None if values is None else values.view(-1, W) for name, values in result.items()}
+    return {name: None if values is None else values.view(-1, W) for name, values in statistics.items()}
 
 
-def stats_of(ops: Ops, logits: Tensor, **given: Any) -> Confidence:
-    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for
-    all."""
-    stats = ops.confidence(logits, **given)
+def stated_of(
+    preset: Preset, state: RowState, sampling: Sampling, lanes: Lanes, statistics: dict[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """What the preset's rule predicts, tests and orders by, as fields of a `Choice`; lanes as the statistics have them."""
+
+    def numbers(name: str) -> Tensor:
+        if name == "neg_entropy":
+            return -statistics["entropy"]
+        if name == "random":
+            return uniform(lanes, state, sampling)
+        return -lanes.position.float() if name == "position" else statistics[name]
+
+    score = numbers(preset.score)
+    rank = None if preset.rank is None else numbers(preset.rank)
+    if preset.suppress_eos:
+        is_eos = (statistics["token"][:, :, None] == sampling.eos).any(2)
+        score = torch.where(is_eos, -torch.inf, score)
+        rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
+    if preset.by_chance:
+        score = -uniform(lanes, state, sampling)  # u < r, as a score above a threshold
+    if preset.order_temperature:
+        gumbel = -torch.log(-torch.log(uniform(lanes, state, sampling)))
+        rank = (score if rank is None else rank) / preset.order_temperature + gumbel
+    return {
+        "pred": statistics["token"],
+        "score": score,
+        "confidence": statistics["confidence"],
+        "rank": rank,
+        "entropy": statistics["entropy"] if preset.by_entropy else None,
+    }
+
+
+def stats_of(ops: Ops, logits: Tensor, **arguments: Any) -> Confidence:
+    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for all."""
+    stats = ops.confidence(logits, **arguments)
     if logits.dtype != torch.float64:
         return stats
     return stats._replace(
-        **{n: x.float() for n, x in stats._asdict().items() if x is not None and x.is_floating_point()}
+        **{name: x.float() for name, x in stats._asdict().items() if x is not None and x.is_floating_point()}
     )
+
+
+def _narrowed(
+    preset: Preset,
+    sampling: Sampling,
+    logits: Tensor,
+    bias: tuple[Tensor, Tensor] | None,
+    banned: Tensor,
+    needed: Tensor,
+    by_lane: Any,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Logits that top_k and top_p have narrowed, and what is left of the bias: of the rows that are narrowed none, since it
+    changes what the filters keep and so is added before."""
+    # Rows that draw nothing are as in a batch of their own.
+    temperature = by_lane(sampling.temperature)
+    narrowed = temperature >= 0 if preset.greedy_filters else temperature > 0
+    if bias is not None:
+        ids, values = bias
+        inside = (ids >= 0) & (ids < logits.shape[1]) & narrowed[:, None]
+        added = torch.where(inside, values, 0.0).to(logits.dtype)
+        logits = logits.scatter_add(1, torch.where(inside, ids, 0), added)
+        bias = torch.where(narrowed[:, None], -1, ids), values
+    return filtered(logits, preset, sampling, temperature, banned, needed, narrowed), bias
 
 
 def filtered(
     logits: Tensor,
-    plan: Plan,
+    preset: Preset,
     sampling: Sampling,
     temperature: Tensor,
     banned: Tensor,
     needed: Tensor,
     narrowed: Tensor,
 ) -> Tensor:
-    """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l). The best allowed
-    id is kept. Rows that are not `narrowed` [N] bool keep all.
+    """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l).
 
-    top-p keeps an id if those strictly better (ties: lower ids first) have at most top_p of the mass; top-k keeps every
-    id as large as the k-th. Plain torch on any backend: it sorts the vocabulary.
+    The best allowed id is kept, and rows that are not `narrowed` [N] bool keep all. top-p keeps an id if those strictly
+    better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large as the k-th. Plain torch
+    on any backend: it sorts the vocabulary.
     """
     N, V = logits.shape
     work = torch.where(needed[:, None], logits, 0.0)
@@ -208,8 +252,8 @@ def filtered(
     def top_k(keep: Tensor) -> Tensor:
         if not sampling.top_k or sampling.top_k >= V:
             return keep
-        least = torch.where(keep, scaled, -torch.inf).topk(sampling.top_k, dim=1).values[:, -1:]
-        return keep & (scaled >= least)
+        smallest = torch.where(keep, scaled, -torch.inf).topk(sampling.top_k, dim=1).values[:, -1:]
+        return keep & (scaled >= smallest)
 
     def top_p(keep: Tensor) -> Tensor:
         if sampling.top_p >= 1:
@@ -218,60 +262,12 @@ def filtered(
         inside = p.cumsum(1) - p <= sampling.top_p
         return keep & torch.zeros_like(keep).scatter(1, order, inside)
 
-    for step in (top_k, top_p) if plan.preset.top_k_first else (top_p, top_k):
-        keep = step(keep)
+    for narrow in (top_k, top_p) if preset.top_k_first else (top_p, top_k):
+        keep = narrow(keep)
     keep = keep | ~narrowed[:, None]
     ids = banned.expand(N, -1)
-    allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device).scatter(
-        1, torch.where(ids < 0, V, ids), False
-    )[:, :V]
+    allowed = torch.ones(N, V + 1, dtype=torch.bool, device=logits.device)
+    allowed = allowed.scatter(1, torch.where(ids < 0, V, ids), False)[:, :V]
     best = torch.where(allowed, work, -torch.inf).argmax(1, keepdim=True)
     keep = keep.scatter(1, best, True)
     return torch.where(keep, work, -torch.inf)
-
-
-def rule_choice(plan: Plan, view: View) -> Choice:
-    """What the preset's rule makes of a step, before its policies."""
-    preset, sampling, state = plan.preset, view.sampling, view.state
-    value, min_unmask = sampling.value, sampling.min_unmask
-    if preset.quota and preset.quota_of == "block":
-        min_unmask = view.quota()
-    if sampling.transfer is not None:
-        last = state.step >= sampling.steps - 1
-        share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
-        if preset.rule == "bernoulli":
-            value = -torch.where(last, 1.0, share)
-            min_unmask = torch.zeros_like(min_unmask)
-        else:
-            masks = view.eligible.sum(1)
-            count = (masks.to(torch.float32) * share).floor().to(torch.int32)
-            count = count if preset.strict_reference else count.clamp(min=1)
-            min_unmask = torch.where(last, masks.to(torch.int32), count)
-    allowed = None
-    if preset.sub_block_length is not None:
-        start, end = sub_block(plan, state)
-        allowed = (view.position >= start[:, None]) & (view.position < end[:, None])
-    return Choice(
-        **view.stated(),
-        value=value,
-        min_unmask=min_unmask,
-        allowed=allowed,
-        run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
-    )
-
-
-def opening(plan: Plan, view: View, choice: Choice) -> Choice:
-    """The choice of the forward that opens a block's stale cache, where positions are predicted by the row before them.
-
-    It writes the block's first masked position and nothing else: later steps do not compute the row that predicts it.
-    """
-    if not (plan.previous and plan.preset.cache in ("prefix", "dual")):
-        return choice
-    opens = view.state.block_step == 0
-    first = (view.eligible.cumsum(1) == 1) | ~opens[:, None]
-    return dataclasses.replace(
-        choice,
-        allowed=first if choice.allowed is None else choice.allowed & first,
-        min_unmask=torch.where(opens, 1, choice.min_unmask),
-        fallback=None if choice.fallback is None else torch.where(opens, 1, choice.fallback),
-    )

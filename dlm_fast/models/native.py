@@ -26,7 +26,7 @@ ATTENTION_NAME = "dlm_fast"
 
 
 @dataclasses.dataclass
-class Step:
+class AttentionCall:
     """What one forward tells every attention layer.
 
     Attributes:
@@ -53,7 +53,7 @@ def attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    dlm_call: Step | None = None,
+    dlm_call: AttentionCall | None = None,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
@@ -128,13 +128,13 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.model
 
 
-def altered(model: nn.Module, step: Step) -> str | None:
+def altered(model: nn.Module, call: AttentionCall) -> str | None:
     """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through
-    `step`."""
+    `call`."""
     layers = model.model.layers
-    if step.served == list(range(len(layers))):
+    if call.served == list(range(len(layers))):
         return None
-    missed = [index for index in range(len(layers)) if index not in step.served]
+    missed = [index for index in range(len(layers)) if index not in call.served]
     if not missed:
         return None
     where = f"layers {missed[:8]} of {len(layers)}"
@@ -167,15 +167,15 @@ def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
     )
 
 
-def window_hidden(model: nn.Module, input_ids: Tensor, step: Step) -> Tensor:
+def window_hidden(model: nn.Module, input_ids: Tensor, call: AttentionCall) -> Tensor:
     """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache (the head is not applied)."""
     out = model.model(
         input_ids=input_ids,
-        position_ids=step.window.q_pos,
-        past_key_values=step.cache,
+        position_ids=call.window.q_pos,
+        past_key_values=call.cache,
         use_cache=False,
         return_dict=True,  # config.json may say otherwise
-        dlm_call=step,
+        dlm_call=call,
     )
     return out.last_hidden_state
 

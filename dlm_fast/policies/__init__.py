@@ -9,7 +9,7 @@ between steps:
     dlm_fast.generate(model, prompts, preset="llada", policy=leftmost_two)
 """
 
-from .base import Choice, Function, Policy, View, as_policies
+from .base import Function, Policy, as_policies
 from .exits import Prophet, Sched
 from .heads import CommitHead, FilterHead, Head, load_head, save_head
 from .history import ConsistentTrajectory, Credit, KLStability
@@ -18,6 +18,8 @@ from .learned import LearnedCommit, LearnedFilter
 from .refresh import EntropyRefresh
 from .revise import Backtrack, JointThreshold, RunningConfidence, Wino
 from .select import AdaptiveThreshold, CertaintyPrior, LocalLeap, NearBest
+from .setting import Sampling, Setting
+from .view import Choice, Lanes, View
 
 __all__ = [
     "AdaptiveThreshold",
@@ -34,6 +36,7 @@ __all__ = [
     "InsertDelete",
     "JointThreshold",
     "KLStability",
+    "Lanes",
     "LearnedCommit",
     "LearnedFilter",
     "LocalLeap",
@@ -41,7 +44,9 @@ __all__ = [
     "Policy",
     "Prophet",
     "RunningConfidence",
+    "Sampling",
     "Sched",
+    "Setting",
     "View",
     "Wino",
     "as_policies",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dlm_kernels import RowState
 
-if TYPE_CHECKING:
-    from ..decoding.plan import Plan
 from ..limits import number, shown, whole
-from .base import Choice, Lanes, Memory, Policy, View, lanes_of, rows_of
+from .base import Policy, lane_buffer, row_buffer
+from .setting import Setting
+from .view import Choice, Lanes, Memory, View
 
 ANSWER_LENGTH = 5
 CURVES = ("cosine", "linear", "exponential")
@@ -23,10 +23,10 @@ REDUCTIONS = ("mean", "median", "quantile", "min")
 
 def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
     """The row's place in its fixed schedule: (index of this step, steps in all), [B] float64."""
-    length = view.sampling.block_length
-    blocks = (view.state.canvas_len - view.plan.first + length - 1) // length
-    block = (view.state.block_start - view.plan.first) // length
-    steps = view.sampling.steps.double()  # a product of int32 may wrap
+    length = view.setting.sampling.block_length
+    blocks = (view.state.canvas_len - view.setting.first + length - 1) // length
+    block = (view.state.block_start - view.setting.first) // length
+    steps = view.setting.sampling.steps.double()  # a product of int32 may wrap
     return block * steps + view.block_step, blocks * steps
 
 
@@ -73,27 +73,27 @@ class Prophet(Policy):
         for gap in gaps:
             number("policy Prophet", "gap_thresholds", gap)
 
-    def _answer(self, plan: Plan, lanes: Lanes | View, state: RowState) -> Tensor:
+    def _answer(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:
         if self.answer_start is None:
             return lanes.masked
-        start = plan.first[:, None] + self.answer_start
+        start = setting.first[:, None] + self.answer_start
         answer = (
             (lanes.position >= start)
             & (lanes.position < start + ANSWER_LENGTH)
             & (lanes.position < state.canvas_len[:, None])
         )
         # With a cache, steps do not compute what lies before the block.
-        return answer if plan.preset.cache == "none" else answer & (lanes.position >= state.block_start[:, None])
+        return answer if not setting.cached else answer & (lanes.position >= state.block_start[:, None])
 
-    def needed(self, plan: Plan, lanes: Lanes, state: RowState) -> Tensor:
-        return lanes.masked | self._answer(plan, lanes, state)
+    def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:
+        return lanes.masked | self._answer(setting, lanes, state)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)
         u = (step + 1) / steps
         early, middle, late = self.gap_thresholds
         threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, torch.full_like(u, middle), late))
-        answer = self._answer(view.plan, view, view.state)
+        answer = self._answer(view.setting, view.lanes, view.state)
         return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
 
 
@@ -132,8 +132,8 @@ class Sched(Policy):
             number("policy Sched", name, getattr(self, name), 0, 1)
         whole("policy Sched", "patience", self.patience)
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
-        return {"predicted": lanes_of(plan, state, torch.int64, -1), "calm": rows_of(state, torch.int32)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {"predicted": lane_buffer(setting, state, torch.int64, -1), "calm": row_buffer(state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..loading import CHECKPOINTS, PICKLES, CheckpointError
+from ..files import CHECKPOINTS, PICKLES, CheckpointError
 
 HEADS = CHECKPOINTS / "heads"
 SUFFIX = ".safetensors"

@@ -12,7 +12,9 @@ from dlm_kernels import RowState
 from dlm_kernels.reference.confidence import MAX_BIAS
 
 from ..limits import MAX_SHIFT, flag, number, whole
-from .base import Choice, Memory, Policy, View, lanes_of
+from .base import Policy, lane_buffer
+from .setting import Setting
+from .view import Choice, Memory, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +34,8 @@ class KLStability(Policy):
         number("policy KLStability", "kl_threshold", self.kl_threshold, 0)
         whole("policy KLStability", "kl_history", self.kl_history, 1)
 
-    def memory(self, plan, state: RowState) -> Memory:
-        return {"calm": lanes_of(plan, state, torch.int32)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {"calm": lane_buffer(setting, state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
         first = (view.block_step == 0)[:, None]
@@ -60,11 +62,14 @@ class ConsistentTrajectory(Policy):
     def __post_init__(self) -> None:
         flag("policy ConsistentTrajectory", "dynamic", self.dynamic)
 
-    def memory(self, plan, state: RowState) -> Memory:
-        return {"listed": lanes_of(plan, state, torch.bool), "predicted": lanes_of(plan, state, torch.int64, -1)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {
+            "listed": lane_buffer(setting, state, torch.bool),
+            "predicted": lane_buffer(setting, state, torch.int64, -1),
+        }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        i, masks, steps = view.block_step, view.state.block_masks, view.sampling.steps.clamp(min=1)
+        i, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps.clamp(min=1)
         left = view.eligible.sum(1).int()
         share = (masks // steps).clamp(min=1)
         length = torch.minimum(i - self.warmup + 2, self.longest * share)
@@ -102,16 +107,16 @@ class Credit(Policy):
         number("policy Credit", "credit_power", self.credit_power, 0)
         number("policy Credit", "credit_weight", self.credit_weight, 0, MAX_SHIFT)
 
-    def memory(self, plan, state: RowState) -> Memory:
-        B, slots = state.tokens.shape[0], plan.block_length
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        B, slots = state.tokens.shape[0], setting.block_length
         if slots > MAX_BIAS:
             raise ValueError(
                 f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got block_length={slots}"
             )
         device = state.tokens.device
         return {
-            "ids": torch.full((B, plan.lanes, slots), -1, dtype=torch.int64, device=device),
-            "credit": torch.zeros(B, plan.lanes, slots, dtype=torch.float32, device=device),
+            "ids": torch.full((B, setting.lanes, slots), -1, dtype=torch.int64, device=device),
+            "credit": torch.zeros(B, setting.lanes, slots, dtype=torch.float32, device=device),
         }
 
     def choose(self, view: View, choice: Choice) -> Choice:

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dlm_kernels import RowState
-from dlm_kernels.state import COMMIT, DENOISE, DONE
+from dlm_kernels.state import COMMIT, DENOISE, DONE, amend
 
 from ..limits import number, whole
-from .base import Choice, Memory, Policy, View
+from .base import Policy
+from .setting import Setting
+from .view import Choice, Memory, View
 
-if TYPE_CHECKING:
-    from ..decoding.plan import Plan
-
+_CANVAS = ("tokens", "unmask_step", "unmask_confidence")
 _SAVED = ("block_start", "block_end", "block_masks", "canvas_len")
 
 
@@ -74,56 +74,64 @@ class InsertDelete(Policy):
         number("policy InsertDelete", "edit_threshold", self.edit_threshold)
         whole("policy InsertDelete", "max_post_edits", self.max_post_edits)
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
+    def memory(self, setting: Setting, state: RowState) -> Memory:
         if self.delete_id is None or self.split_id is None:
             raise ValueError(
                 "generate: preset llada2.2 needs delete_id= and split_id=, the ids of the model's two commands"
             )
-        return {"rows": {}, "held": {}}
+        return {"rows": {}, "saved": {}}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        state, rows, held = view.state, view.memory["rows"], view.memory["held"]
-        held.clear()
+        state, rows, saved = view.state, view.memory["rows"], view.memory["saved"]
+        saved.clear()
+        canvas = {name: getattr(state, name).clone() for name in _CANVAS}
         for b in view.selects.nonzero().flatten().tolist():
             start, end = int(state.block_start[b]), int(state.block_end[b])
             if int(state.block_step[b]) == 0:
                 rows[b] = self._open(view, b, start, end)
             final, changed = self._step(view, rows[b], b, end - start, float(choice.value[b]))
-            self._write(state, rows[b], b, start)
+            for name, values in zip(_CANVAS, zip(*((s.token, s.step, s.confidence) for s in rows[b].slots))):
+                canvas[name][b, start:end] = torch.tensor(values, dtype=canvas[name].dtype)
             if changed:
-                held[b] = (final, {name: int(getattr(state, name)[b]) for name in _SAVED}, int(state.block_step[b]))
+                saved[b] = (final, {name: int(getattr(state, name)[b]) for name in _SAVED}, int(state.block_step[b]))
+        amend(state, view.selects, **canvas)
         nothing = torch.zeros_like(view.eligible)
         return dataclasses.replace(choice.only(nothing), edit_value=torch.full_like(choice.value, torch.inf))
 
     def after(self, view: View, choice: Choice, written: Tensor) -> None:
         # A block without masks looks finished to the op: rows that go on in it, or have yet to commit it, are put back.
-        state = view.state
-        for b, (final, saved, block_step) in view.memory["held"].items():
+        state, rows = view.state, torch.zeros_like(view.selects)
+        fields = {name: getattr(state, name).clone() for name in (*_SAVED, "block_step", "phase")}
+        for b, (final, saved, block_step) in view.memory["saved"].items():
             if final and int(state.phase[b]) == DONE:
                 continue
+            rows[b] = True
             for name, value in saved.items():
-                getattr(state, name)[b] = value
-            state.block_step[b] = block_step + 1
-            state.phase[b] = COMMIT if final else DENOISE
+                fields[name][b] = value
+            fields["block_step"][b] = block_step + 1
+            fields["phase"][b] = COMMIT if final else DENOISE
+        amend(state, rows, **fields)
 
     def _open(self, view: View, b: int, start: int, end: int) -> _Row:
-        mask_id = view.plan.diffusion.mask_token_id
+        mask_id = view.setting.mask_id
         tokens = view.state.tokens[b, start:end].tolist()
         return _Row([_Slot(token, token != mask_id, token == mask_id, -1, 0.0) for token in tokens])
 
     def _step(self, view: View, row: _Row, b: int, n: int, threshold: float) -> tuple[bool, bool]:
         """Edits the block by one forward; returns whether it is final now, and whether it changed."""
-        mask_id, slots = view.plan.diffusion.mask_token_id, row.slots
+        mask_id, slots = view.setting.mask_id, row.slots
         commands = {mask_id, self.delete_id, self.split_id}
         logits = view.logits[b, :n].double()
         p = logits.softmax(-1)
-        never = set(view.sampling.banned.tolist()[1:])  # the first is the mask, which is a command here
-        early = int(view.sampling.no_eos_before[b]) if view.sampling.no_eos_before is not None else 0
+        never = set(view.setting.sampling.banned.tolist()[1:])  # the first is the mask, which is a command here
+        first_eos = (
+            int(view.setting.sampling.no_eos_before[b]) if view.setting.sampling.no_eos_before is not None else 0
+        )
         first = int(view.position[b, 0])
-        late = set(view.sampling.eos.tolist())
+        eos = set(view.setting.sampling.eos.tolist())
 
         def predict(j: int, avoid: set[int]) -> tuple[int, float]:
-            without = sorted(avoid | never | (late if first + j < early else set()))
+            without = sorted(avoid | never | (eos if first + j < first_eos else set()))
             # By the logits: equal ones may have probabilities that differ in the last bit.
             values = logits[j].clone()
             values[without] = -torch.inf
@@ -145,9 +153,9 @@ class InsertDelete(Policy):
             if final or not original:
                 return masks
             order = sorted(masks, key=lambda j: (-best[j][1], j))
-            least = min(len(masks) - len(original) + 1, len(masks))
+            minimum = min(len(masks) - len(original) + 1, len(masks))
             passing = [j for j in masks if best[j][1] > threshold]
-            return passing if len(passing) >= least else order[:least]
+            return passing if len(passing) >= minimum else order[:minimum]
 
         write = chosen_masks()
         if limit == 0 and original and set(original) <= set(write):
@@ -187,11 +195,3 @@ class InsertDelete(Policy):
             elif token != self.delete_id:
                 result.append(_Slot(token, False, slot.original, step, confidence))
         row.slots = (result + [_Slot(mask_id, False, False, -1, 0.0) for _ in range(n)])[:n]
-
-    def _write(self, state: RowState, row: _Row, b: int, start: int) -> None:
-        end = start + len(row.slots)
-        state.tokens[b, start:end] = torch.tensor([slot.token for slot in row.slots])
-        state.unmask_step[b, start:end] = torch.tensor([slot.step for slot in row.slots], dtype=torch.int32)
-        state.unmask_confidence[b, start:end] = torch.tensor(
-            [slot.confidence for slot in row.slots], dtype=torch.float32
-        )

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dlm_kernels import RowState
+from dlm_kernels.state import amend
 
 from ..limits import flag, number, shown
-from .base import Choice, Memory, Policy, View
+from .base import Policy
 from .heads import MAX_SIZE, Head, load_head
-
-if TYPE_CHECKING:
-    from ..decoding.plan import Plan
+from .setting import Setting
+from .view import Choice, Memory, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +35,21 @@ class _Learned(Policy):
     def __post_init__(self) -> None:
         number(f"policy {type(self).__name__}", "accept_threshold", self.accept_threshold, 0, 1, none=True)
 
-    def _opened(self, plan: Plan, state: RowState, kind: str, called: str, signature: str, published: float) -> Memory:
+    def _opened(
+        self, setting: Setting, state: RowState, kind: str, called: str, signature: str, published: float
+    ) -> Memory:
         """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not
         fit."""
-        name, head = f"preset {plan.preset.name}", self.head
+        name, head = f"preset {setting.preset}", self.head
         if head is None:
             raise ValueError(
                 f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}"
             )
         if isinstance(head, (str, Path)):
             head = load_head(head, device=state.tokens.device)
-        if plan.block_length > MAX_SIZE:
+        if setting.block_length > MAX_SIZE:
             rule = f"a head reads a block of at most {MAX_SIZE} positions"
-            raise ValueError(f"generate: {name}: {rule}, got block_length={plan.block_length}")
+            raise ValueError(f"generate: {name}: {rule}, got block_length={setting.block_length}")
         if not callable(head):
             raise TypeError(
                 f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}"
@@ -57,7 +58,7 @@ class _Learned(Policy):
             device = next(head.parameters()).device
             wrong = {
                 "kind": (head.kind, kind),
-                "block_length": (head.block_length, plan.block_length),
+                "block_length": (head.block_length, setting.block_length),
                 "device": (str(device), str(state.tokens.device)),
             }
             for what, (of_head, wanted) in wrong.items():
@@ -73,8 +74,8 @@ class _Learned(Policy):
 def of_block(view: View, values: Tensor) -> Tensor:
     """Values [B, W] of the lanes as values [B, block_length] of the block's positions, 0 (False) where there is no
     lane."""
-    W, length = values.shape[1], view.plan.block_length
-    if not view.plan.whole_row:
+    W, length = values.shape[1], view.setting.block_length
+    if not view.setting.whole_row:
         return F.pad(values, (0, length - W)) if W < length else values
     lane = (view.state.block_start - view.position[:, 0])[:, None] + torch.arange(length, device=values.device)
     inside = (lane >= 0) & (lane < W)
@@ -83,8 +84,8 @@ def of_block(view: View, values: Tensor) -> Tensor:
 
 def of_lanes(view: View, values: Tensor) -> Tensor:
     """Values [B, block_length] of the block's positions as values [B, W] of the lanes, 0 outside the block."""
-    W, length = view.position.shape[1], view.plan.block_length
-    if not view.plan.whole_row:
+    W, length = view.position.shape[1], view.setting.block_length
+    if not view.setting.whole_row:
         return values[:, :W]
     place = view.position - view.state.block_start[:, None]
     inside = (place >= 0) & (place < length)
@@ -109,9 +110,9 @@ class LearnedFilter(_Learned):
         super().__post_init__()
         flag("policy LearnedFilter", "eotp", self.eotp)
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
+    def memory(self, setting: Setting, state: RowState) -> Memory:
         signature = "(confidence [B, block_length]) -> [B, block_length]"
-        return self._opened(plan, state, "filter", "filter", signature, published=0.96)
+        return self._opened(setting, state, "filter", "filter", signature, published=0.96)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         verdict = of_lanes(view, view.memory["head"](of_block(view, torch.where(view.eligible, view.confidence, 0.0))))
@@ -125,9 +126,9 @@ class LearnedFilter(_Learned):
             likely = torch.where((view.eligible & ends).any(1), likely.argmax(1), W)
             cut = torch.where(first < W, first, likely)
             end = view.position[:, 0] + cut.int() + 1
-            shorter = torch.where(view.selects & (cut < W), end, view.state.canvas_len)
-            view.state.canvas_len.copy_(torch.minimum(view.state.canvas_len, shorter))
-            view.state.block_end.copy_(torch.minimum(view.state.block_end, view.state.canvas_len))
+            canvas_len = torch.minimum(view.state.canvas_len, end)
+            block_end = torch.minimum(view.state.block_end, canvas_len)
+            amend(view.state, view.selects & (cut < W), canvas_len=canvas_len, block_end=block_end)
         return choice.only(accepted | view.best(view.quota(), choice.score))
 
 
@@ -143,9 +144,9 @@ class LearnedCommit(_Learned):
     steps taken in the block over its length, at most 1) -> [B, block_length] in [0, 1], on the device.
     """
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
+    def memory(self, setting: Setting, state: RowState) -> Memory:
         signature = "(confidence [B, block_length], eligible [B, block_length], time [B]) -> [B, block_length]"
-        return self._opened(plan, state, "commit", "policy", signature, published=0.5)
+        return self._opened(setting, state, "commit", "policy", signature, published=0.5)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         confidence = of_block(view, torch.where(view.eligible, view.confidence, 0.0))
@@ -156,4 +157,4 @@ class LearnedCommit(_Learned):
 
 def block_time(view: View) -> Tensor:
     """[B] fp32 in [0, 1]: denoise steps taken in the block over its length."""
-    return (view.block_step.float() / view.plan.block_length).clamp(max=1.0)
+    return (view.block_step.float() / view.setting.block_length).clamp(max=1.0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..limits import number
-from .base import Choice, Policy, View
+from .base import Policy
+from .view import Choice, View
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from dlm_kernels import RowState
 
-if TYPE_CHECKING:
-    from ..decoding.plan import Plan
 from ..limits import MAX_SHIFT, number, whole
-from .base import Choice, Memory, Policy, View, lanes_of, rows_of
+from .base import Policy, lane_buffer, row_buffer
+from .setting import Setting
+from .view import Choice, Memory, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class RunningConfidence(Policy):
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "lowest"
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
-        return {"run": lanes_of(plan, state, torch.float32)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {"run": lane_buffer(setting, state, torch.float32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        masks, steps = view.state.block_masks.long(), view.sampling.steps.clamp(min=1)
+        masks, steps = view.state.block_masks.long(), view.setting.sampling.steps.clamp(min=1)
         done = torch.minimum((masks * (view.block_step + 1) + steps - 1) // steps, masks)
         run = view.keep("run", torch.where(view.eligible, choice.score, view.memory["run"]))
         return dataclasses.replace(choice.only(view.eligible), remask_score=run, remask_count=(masks - done).int())
@@ -48,10 +48,10 @@ class Backtrack(Policy):
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "saber"
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
+    def memory(self, setting: Setting, state: RowState) -> Memory:
         whole = torch.zeros_like(state.unmask_confidence)
         return {
-            "last": lanes_of(plan, state, torch.float32),
+            "last": lane_buffer(setting, state, torch.float32),
             "final": whole,
             "ever": torch.zeros_like(whole, dtype=torch.bool),
         }
@@ -101,8 +101,8 @@ class Wino(Policy):
     def __post_init__(self) -> None:
         number("policy Wino", "verify_threshold", self.verify_threshold, 0, 1)
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
-        return {"accepted": rows_of(state, torch.int32)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {"accepted": row_buffer(state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
         cap = (view.eligible.sum(1).double() * self.share).floor().clamp(self.least, self.most).int()
@@ -139,8 +139,8 @@ class JointThreshold(Policy):
         whole("policy JointThreshold", "max_post_edits", self.max_post_edits)
         number("policy JointThreshold", "repeat_penalty", self.repeat_penalty, -MAX_SHIFT, MAX_SHIFT)
 
-    def memory(self, plan: Plan, state: RowState) -> Memory:
-        return {"post": rows_of(state, torch.int32)}
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        return {"post": row_buffer(state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
         if self.repeat_penalty:

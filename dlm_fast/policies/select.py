@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..limits import number, whole
-from .base import Choice, Policy, View
+from .base import Policy
+from .view import Choice, View
 
 # Narrower than this, a neighbour's weight is 0 in float64 anyway, and the square of the width soon is.
 MIN_SIGMA = 1e-2
@@ -84,7 +85,7 @@ class CertaintyPrior(Policy):
 
     def choose(self, view: View, choice: Choice) -> Choice:
         state, L = view.state, view.state.tokens.shape[1]
-        decoded = state.tokens != view.plan.diffusion.mask_token_id
+        decoded = state.tokens != view.setting.mask_id
         last = decoded.gather(1, (state.canvas_len[:, None] - 1).clamp(min=0).long())
         inside = torch.arange(L, device=decoded.device) < state.canvas_len[:, None]
         decoded = torch.where(inside, decoded, last).double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..policies import (
     AdaptiveThreshold,
@@ -30,11 +30,10 @@ from ..policies import (
     Sched,
     Wino,
 )
+from .caches import CacheOperation, names
 
-if TYPE_CHECKING:
-    from .preset import Preset
-
-When = Callable[["Preset"], bool]
+# A function of a Preset, whose class is built on this table and so cannot be named here.
+When = Callable[[Any], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +48,48 @@ class Reading:
     shows: tuple[str, ...]
 
 
-def _always(preset: Preset) -> bool:
+def _always(preset: Any) -> bool:
     return True
 
 
-def _tests(p: Preset) -> bool:
+def _tests(p: Any) -> bool:
     return p.rule in ("threshold", "factor") or p.run_threshold is not None
 
 
-def _orders(p: Preset) -> bool:
+def _orders(p: Any) -> bool:
     return p.rule != "bernoulli"
 
 
-def _falls_back(p: Preset) -> bool:
+def _falls_back(p: Any) -> bool:
     """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the
     test."""
     near = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
     return not (near and p.rule == "threshold" and p.min_unmask == 1)
 
 
-def _draws(p: Preset) -> bool:
+def _draws(p: Any) -> bool:
     return p.drafts == 1 and not any(policy.greedy_only for policy in p.policies)
 
 
-def _ordered(p: Preset) -> bool:
+def _ordered(p: Any) -> bool:
     return _orders(p) and p.drafts == 1 and _falls_back(p)
 
 
-def _refreshed(p: Preset) -> bool:
-    return p.cache in ("prefix", "dual", "scattered", "delayed") and p.drafts == 1
+def _refreshed(p: Any) -> bool:
+    return p.operation.grows_stale and p.drafts == 1
 
 
-REFRESHED = Reading(_refreshed, "cache 'prefix', 'dual', 'scattered' or 'delayed', without drafts", ("cache", "drafts"))
+def _option_of_cache(name: str, *, drafts: bool = True) -> Reading:
+    """An option that some caches read (`CacheOperation.reads`). drafts: whether they read it with drafts too."""
+    serving = f"cache={names(lambda cache: name in cache.reads)}"
+    if drafts:
+        return Reading(lambda p: name in p.operation.reads, serving, ("cache",))
+    return Reading(
+        lambda p: name in p.operation.reads and p.drafts == 1, f"{serving} without drafts", ("cache", "drafts")
+    )
+
+
+REFRESHED = Reading(_refreshed, f"cache {names(lambda cache: cache.grows_stale)}, without drafts", ("cache", "drafts"))
 ALWAYS = Reading(_always, "every decoder", ())
 # A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is
 # not read.
@@ -95,28 +104,24 @@ STRUCTURE: dict[str, Reading] = {
         "decoders of one block at a time, without drafts",
         ("schedule", "drafts"),
     ),
-    "causal_commit": Reading(lambda p: p.cache == "commit", "cache='commit'", ("cache",)),
-    "seeded": Reading(
-        lambda p: p.cache == "commit" and p.drafts == 1, "cache='commit' without drafts", ("cache", "drafts")
-    ),
+    "causal_commit": _option_of_cache("causal_commit"),
+    "first_token": _option_of_cache("first_token", drafts=False),
     "sub_block_cache": Reading(
-        lambda p: p.cache == "commit" and p.sub_block_length is not None,
-        "cache='commit' with a sub_block_length",
+        lambda p: "sub_block_cache" in p.operation.reads and p.sub_block_length is not None,
+        f"cache={names(lambda cache: 'sub_block_cache' in cache.reads)} with a sub_block_length",
         ("cache", "sub_block_length"),
     ),
     "horizon": Reading(
-        lambda p: p.visibility == "full" and p.schedule == "block" and p.cache in ("none", "prefix") and not p.shadow,
-        "blocks of full visibility with cache 'none' or 'prefix'",
+        lambda p: p.visibility == "full" and p.schedule == "block" and "horizon" in p.operation.reads and not p.shadow,
+        f"blocks of full visibility with cache {names(lambda cache: 'horizon' in cache.reads)}",
         ("visibility", "schedule", "cache"),
     ),
     "keep_last": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
     "scatter_suffix": Reading(lambda p: p.horizon is not None, "a horizon", ("horizon",)),
-    "vicinity": Reading(
-        lambda p: p.cache == "dual" and p.drafts == 1, "cache='dual' without drafts", ("cache", "drafts")
-    ),
+    "vicinity": _option_of_cache("vicinity", drafts=False),
     "warmup_steps": REFRESHED,
     "refresh_interval": REFRESHED,
-    "commit_delay": Reading(lambda p: p.cache == "delayed", "cache='delayed'", ("cache",)),
+    "commit_delay": _option_of_cache("commit_delay"),
     "append_threshold": Reading(lambda p: p.pipeline, "schedule='pipeline'", ("schedule",)),
     "activate_threshold": Reading(
         lambda p: p.pipeline and p.scope != "first", "schedule='pipeline' with scope='each'", ("schedule", "scope")
@@ -130,13 +135,15 @@ STRUCTURE: dict[str, Reading] = {
     "drafts": Reading(
         lambda p: (
             (p.rule, p.steps_per_block, p.policies, p.order_temperature, p.rank) == ("quota", None, (), 0, None)
-            and p.cache in ("dual", "commit")
-            and not (p.vicinity or p.seeded or p.cfg_scale or p.refresh_interval or p.warmup_steps or p.suppress_eos)
+            and p.operation.frozen_around
+            and not (
+                p.vicinity or p.first_token or p.cfg_scale or p.refresh_interval or p.warmup_steps or p.suppress_eos
+            )
             and p.sub_block_length is None
             and p.run_threshold is None
             and p.score != "random"
         ),
-        "a static decoder of one token per step with cache 'dual' or 'commit'",
+        f"a static decoder of one token per step with cache {names(lambda cache: cache.frozen_around)}",
         ("rule", "steps_per_block", "cache"),
     ),
     # What happens to a drawn token; without a temperature nothing is drawn, and the option waits for one.
@@ -194,7 +201,7 @@ RULE: dict[str, Reading] = {
 class Part:
     """What a policy makes of the rule.
 
-    rules, caches: those that it goes with; None = any. sub_blocks: whether it goes with them: what chooses in the whole
+    rules, caches: those that it goes with; None = any. Caches are told by a fact of their row. sub_blocks: whether it goes with them: what chooses in the whole
     block,
         and nothing besides, would wait for positions that may not be written.
     replaces: options that its own decision puts out of use. reads: options that it reads whatever the rule does.
@@ -208,7 +215,7 @@ class Part:
     reads: frozenset[str] = frozenset()
     through: frozenset[str] = frozenset()
     numbers: dict[str, Reading] = dataclasses.field(default_factory=dict)
-    caches: tuple[str, ...] | None = None
+    caches: Callable[[CacheOperation], bool] | None = None
     sub_blocks: bool = True
 
 
@@ -226,6 +233,16 @@ _EXPONENTIAL = Reading(
     "curve='exponential'",
     (),
 )
+
+
+def _commits_alone(cache: CacheOperation) -> bool:
+    return cache.commits and not cache.commit_selects
+
+
+def _grows_stale_in_blocks(cache: CacheOperation) -> bool:
+    return cache.grows_stale and "block" in cache.schedules
+
+
 # Policies that are not here may read any option of the rule, and may decide without it.
 UNKNOWN = Part(reads=_ALL)
 PARTS: dict[type[Policy], Part] = {
@@ -242,8 +259,8 @@ PARTS: dict[type[Policy], Part] = {
     Backtrack: Part(("threshold",), replaces=_BY_SCORE | {"threshold", "rank", "order_temperature"}),
     Wino: Part(),
     JointThreshold: Part(),
-    InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}, caches=("commit",)),
-    EntropyRefresh: Part(caches=("prefix", "dual", "scattered")),
+    InsertDelete: Part(("threshold",), replaces=_ALL - {"rule", "threshold"}, caches=_commits_alone),
+    EntropyRefresh: Part(caches=_grows_stale_in_blocks),
     LearnedFilter: Part(replaces=_ALL, reads=_BY_SCORE | _QUOTA, sub_blocks=False),
     LearnedCommit: Part(replaces=_ALL),
 }
@@ -253,7 +270,7 @@ def part_of(policy: Policy) -> Part:
     return PARTS.get(type(policy), UNKNOWN)
 
 
-def unread(preset: Preset, given: Iterable[str], base: Preset) -> list[str]:
+def unread(preset: Any, given: Iterable[str], base: Any) -> list[str]:
     """A sentence for each of the options `given`, by which `preset` came of `base`, that it does not read.
 
     An option that the preset could not do without is no such option (`horizon=None` beside a cache that allows none).
@@ -292,7 +309,7 @@ def unread(preset: Preset, given: Iterable[str], base: Preset) -> list[str]:
     return reasons
 
 
-def _needed(preset: Preset, name: str, base: Preset) -> bool:
+def _needed(preset: Any, name: str, base: Any) -> bool:
     """Whether the preset would be refused with the value that `base` has."""
     if not hasattr(preset, name):
         return False

@@ -9,21 +9,15 @@ from dlm_kernels.rules import Scope, UnmaskRule
 
 from ..limits import MAX_DRAFTS, MAX_NUMBER, MAX_SHIFT, flag, heat, number, shown, whole
 from ..policies import Policy
+from .caches import CACHES, CacheOperation, names
 from .options import part_of
 
 VISIBILITIES = ("full", "block")
 SCHEDULES = ("block", "canvas", "pipeline")
-CACHES = ("none", "prefix", "dual", "once", "scattered", "commit", "fused", "delayed")
 RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli", "renoise")
 SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
 QUOTAS = ("masks", "block")
 STOPS = ("never", "after_block", "closed", "all_stop", "appends", "fill")
-
-# What follows a finished block, as the unmask op calls it.
-_CACHE_OPS = {
-    "none": "none", "prefix": "refresh", "dual": "refresh", "once": "once", "scattered": "refresh", "commit": "commit",
-    "fused": "fused", "delayed": "delayed",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +106,7 @@ class Preset:
     block_length: int | None = None
     sub_block_length: int | None = None
     causal_commit: bool = False
-    seeded: bool = False
+    first_token: bool = False
     sub_block_cache: bool = False
     horizon: int | None = None
     keep_last: bool = False
@@ -150,12 +144,38 @@ class Preset:
         check(self)
 
     @property
+    def operation(self) -> CacheOperation:
+        """Its row of the table of caches."""
+        return CACHES[self.cache]
+
+    @property
     def pipeline(self) -> bool:
         return self.schedule == "pipeline"
 
     @property
+    def single_block(self) -> bool:
+        """Whether everything that is to be written is one block."""
+        return self.schedule == "canvas"
+
+    @property
     def quota(self) -> bool:
+        """Whether a fixed schedule says how many positions a step writes."""
         return self.rule == "quota" or (self.rule in ("threshold", "factor", "entropy") and self.min_unmask is None)
+
+    @property
+    def by_share(self) -> bool:
+        """Whether a step writes a share of the masks that a falling time gives (Dream)."""
+        return self.rule in ("schedule", "bernoulli")
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether every position is written with that share as its probability."""
+        return self.rule == "bernoulli"
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether a step writes within a budget of entropy."""
+        return self.rule == "entropy"
 
     @property
     def shadow(self) -> bool:
@@ -169,16 +189,14 @@ class Preset:
 
     def prefill_rule(self) -> UnmaskRule:
         """The rule of a prefill, which selects nothing."""
-        return UnmaskRule("none", cache="commit", seed=self.seeded, stop=self.stop)
+        return UnmaskRule("none", cache=self.operation.after_block, seed=self.first_token, stop=self.stop)
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
-        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold", "renoise": "entropy"}.get(
-            self.rule, self.rule
-        )
+        passes = {"quota": "none", "schedule": "none", "bernoulli": "threshold", "renoise": "entropy"}
         remask = next((policy.remask for policy in self.policies if policy.family == "revise"), "none")
         return UnmaskRule(
-            passes="threshold" if exact else passes,
+            passes="threshold" if exact else passes.get(self.rule, self.rule),
             inclusive=self.inclusive and not exact and self.rule in ("threshold", "entropy"),
             quota=self.quota and self.quota_of == "masks" and not exact,
             pipeline=self.pipeline,
@@ -187,8 +205,8 @@ class Preset:
             edit="edit" in self.families,
             renoise=self.rule == "renoise",
             remask=remask,
-            cache=_CACHE_OPS[self.cache],
-            seed=self.seeded,
+            cache=self.operation.after_block,
+            seed=self.first_token,
             stop=self.stop,
         )
 
@@ -300,37 +318,35 @@ def check(preset: Preset) -> None:
 
 
 def _check_caches(p: Preset, fail: Any) -> None:
-    if p.cache == "commit" and p.visibility != "block":
-        fail(f"cache='commit' needs a block-causal model (visibility 'block'), got visibility={p.visibility!r}")
-    if p.cache in ("prefix", "dual", "once", "scattered") and p.visibility != "full":
-        fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache='commit'")
-    if (
-        (p.cache in ("fused", "delayed"))
-        and not p.pipeline
-        or p.pipeline
-        and p.cache not in ("none", "fused", "delayed")
-    ):
+    cache = p.operation
+    if cache.visibility == "block" and p.visibility != "block":
+        fail(f"cache={p.cache!r} needs a block-causal model (visibility 'block'), got visibility={p.visibility!r}")
+    only_pipelines = cache.schedules == ("pipeline",)
+    if (only_pipelines and not p.pipeline) or (p.pipeline and "pipeline" not in cache.schedules):
+        pipelines = names(lambda other: "pipeline" in other.schedules)
+        fail(f"schedule='pipeline' goes with cache {pipelines}, got schedule={p.schedule!r}, cache={p.cache!r}")
+    if cache.visibility == "full" and p.visibility != "full":
+        exact = names(lambda other: other.stores and other.visibility != "full" and other.schedules == cache.schedules)
+        fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache={exact}")
+    if p.schedule not in cache.schedules:
+        fail(f"schedule={p.schedule!r} has one block and nothing to keep, got cache={p.cache!r}")
+    if (p.first_token or p.causal_commit) and not {"first_token", "causal_commit"} <= set(cache.reads):
+        serving = names(lambda other: "causal_commit" in other.reads)
+        fail(f"first_token and causal_commit are parts of cache={serving}, got cache={p.cache!r}")
+    if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
-            f"schedule='pipeline' goes with cache 'none', 'fused' or 'delayed', got schedule={p.schedule!r}, cache={p.cache!r}"
+            f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a sub_block_length"
         )
-    if p.cache == "delayed" and p.visibility != "full":
-        fail("cache='delayed' approximates full visibility; a block-causal model has an exact one, cache='fused'")
-    if p.schedule == "canvas" and p.cache != "none":
-        fail(f"schedule='canvas' has one block and nothing to keep, got cache={p.cache!r}")
-    if (p.seeded or p.causal_commit) and p.cache != "commit":
-        fail(f"seeded and causal_commit are parts of cache='commit', got cache={p.cache!r}")
-    if p.sub_block_cache and (p.cache != "commit" or p.sub_block_length is None):
-        fail("sub_block_cache needs cache='commit' and a sub_block_length")
-    if p.vicinity and p.cache != "dual":
-        fail(f"vicinity widens cache='dual', got cache={p.cache!r}")
-    if p.horizon is not None and (p.visibility != "full" or p.cache not in ("none", "prefix") or p.schedule != "block"):
-        fail("horizon cuts what full-visibility blocks look ahead with cache 'none' or 'prefix'")
+    if p.vicinity and "vicinity" not in cache.reads:
+        fail(f"vicinity widens cache={names(lambda other: 'vicinity' in other.reads)}, got cache={p.cache!r}")
+    if p.horizon is not None and (p.visibility != "full" or "horizon" not in cache.reads or p.schedule != "block"):
+        serving = names(lambda other: "horizon" in other.reads)
+        fail(f"horizon cuts what full-visibility blocks look ahead with cache {serving}")
     if (p.keep_last or p.scatter_suffix) and p.horizon is None:
         fail("keep_last and scatter_suffix need a horizon")
-    if (p.warmup_steps or p.refresh_interval) and p.cache not in ("prefix", "dual", "scattered", "delayed"):
-        fail(
-            f"warmup_steps and refresh_interval refresh a cache 'prefix', 'dual', 'scattered' or 'delayed', got cache={p.cache!r}"
-        )
+    if (p.warmup_steps or p.refresh_interval) and not cache.grows_stale:
+        stale = names(lambda other: other.grows_stale)
+        fail(f"warmup_steps and refresh_interval refresh a cache {stale}, got cache={p.cache!r}")
 
 
 def _check_rules(p: Preset, fail: Any) -> None:
@@ -365,11 +381,10 @@ def _check_rules(p: Preset, fail: Any) -> None:
 def _check_policies(p: Preset, fail: Any) -> None:
     for policy in p.policies:
         part, name = part_of(policy), type(policy).__name__
-        for field, values in (("rule", part.rules), ("cache", part.caches)):
-            if values is not None and getattr(p, field) not in values:
-                fail(
-                    f"policy {name} goes with {field} {' or '.join(map(repr, values))}, got {field}={getattr(p, field)!r}"
-                )
+        if part.rules is not None and p.rule not in part.rules:
+            fail(f"policy {name} goes with rule {' or '.join(map(repr, part.rules))}, got rule={p.rule!r}")
+        if part.caches is not None and not part.caches(p.operation):
+            fail(f"policy {name} goes with cache {names(part.caches)}, got cache={p.cache!r}")
         if p.sub_block_length is not None and not part.sub_blocks:
             fail(f"policy {name} chooses in the whole block, got sub_block_length={p.sub_block_length}")
     families = [policy.family for policy in p.policies]
@@ -378,15 +393,16 @@ def _check_policies(p: Preset, fail: Any) -> None:
         fail("two policies that take tokens back would undo each other")
     if p.pipeline and p.policies:
         fail("a pipeline's region moves under the memory of a policy; policies go with schedule 'block' or 'canvas'")
-    if revising and p.cache == "scattered":
-        fail("a token taken back would leave its reused keys behind (cache='scattered')")
+    if revising and p.operation.scattered:
+        fail(f"a token taken back would leave its reused keys behind (cache={p.cache!r})")
     if revising and p.stop == "closed":
         fail("stop='closed' may end a row before a token that would still be taken back; use 'after_block'")
-    if revising and (p.sub_block_length is not None or p.run_threshold is not None or p.seeded):
-        fail("taking tokens back goes without sub-blocks, run_threshold and seeds")
-    if "edit" in families and p.cache not in ("none", "commit"):
-        fail(f"an editing decoder needs keys of its final tokens: cache 'none' or 'commit', got {p.cache!r}")
-    if p.shadow and (p.cache != "none" or p.visibility != "full" or p.horizon is not None):
+    if revising and (p.sub_block_length is not None or p.run_threshold is not None or p.first_token):
+        fail("taking tokens back goes without sub-blocks, run_threshold and first_token")
+    if "edit" in families and not p.operation.keys_are_final:
+        final = names(lambda cache: cache.keys_are_final)
+        fail(f"an editing decoder needs keys of its final tokens: cache {final}, got {p.cache!r}")
+    if p.shadow and (p.operation.stores or p.visibility != "full" or p.horizon is not None):
         fail("shadow rows go with cache='none' and full visibility")
     if p.drafts > 1:
         if revising:
@@ -405,9 +421,16 @@ def _check_policies(p: Preset, fail: Any) -> None:
             )
         if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
             fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")
-        if p.cache not in ("dual", "commit") or p.vicinity or p.seeded or p.sub_block_length is not None or p.cfg_scale:
+        if (
+            not p.operation.frozen_around
+            or p.vicinity
+            or p.first_token
+            or p.sub_block_length is not None
+            or p.cfg_scale
+        ):
             fail(
-                "drafts share the keys outside their block: cache 'dual' or 'commit', without vicinity, seed, sub-blocks and cfg_scale"
+                f"drafts share the keys outside their block: cache {names(lambda cache: cache.frozen_around)}, without "
+                "vicinity, first_token, sub-blocks and cfg_scale"
             )
         if p.refresh_interval or p.warmup_steps:
             fail("drafts go without refresh_interval and warmup_steps")

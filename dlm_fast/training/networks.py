@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import patching
 from ..diffusion import DiffusionConfig
-from ..loading import FLOATS, checkpoint_path, float_kinds, load, stored_dtypes, weight_files
+from ..files import checkpoint_path
+from ..loading import FLOATS, float_kinds, load, stored_dtypes, weight_files
 from ..models import adapter_for
 
 

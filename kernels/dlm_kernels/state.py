@@ -17,8 +17,10 @@ ERROR_STALLED = 2  # the row took more denoise steps than its decoder allows
 
 @dataclasses.dataclass(frozen=True)
 class RowState:
-    """Where every row of the batch stands. Only `unmask` (and the loop's set-up) writes it; no field is read by the
-    host inside a step.
+    """Where every row of the batch stands. No field is read by the host inside a step.
+
+    A state is written in three places: where a decode is opened, by `unmask`, and by `amend`, through which goes all that
+    a decoder does to a row besides unmasking.
 
     `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
     [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet
@@ -70,6 +72,27 @@ class RowState:
             unmask_confidence=torch.zeros(B, L, dtype=torch.float32, device=device),
             **{name: rows() for name in ROW_FIELDS},
         )
+
+
+def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
+    """Overwrites fields of some rows in place, between two calls of `unmask`: the only other way to write a state.
+
+    A stop string ends a row, a stale cache sends one to a refresh, an editing policy moves tokens, a prediction of the
+    text's end shortens a canvas.
+
+    Args:
+        rows: [B] bool rows that change.
+        values: by the field's name, a tensor of its dtype and of a shape that broadcasts to its own, or a number.
+    Raises:
+        ValueError: a name that is no field. TypeError: a tensor of another dtype than the field's.
+    """
+    for name, value in values.items():
+        if name not in (field.name for field in dataclasses.fields(state)):
+            raise ValueError(f"amend: a value must be named by a field of RowState, got {name}")
+        field = getattr(state, name)
+        if isinstance(value, Tensor) and value.dtype != field.dtype:
+            raise TypeError(f"amend: {name} must be {field.dtype}, got {value.dtype}")
+        field.copy_(torch.where(rows.view(-1, *[1] * (field.dim() - 1)), value, field))
 
 
 ROW_FIELDS = (

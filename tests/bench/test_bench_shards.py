@@ -123,7 +123,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import functools, multiprocessing, sys\n"
-        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'support')]!r}\n"
         "import shard_jobs\n"
         "from bench import shards\n"
         "if __name__ == '__main__':\n"

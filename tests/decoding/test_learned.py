@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlm_fast
 from dlm_fast import cli
-from dlm_fast.decoding.step import denoise_step
-from dlm_fast.generate import open_decode
+from dlm_fast.decoding.step import denoise_step, open_decode
 from dlm_fast.loading import CheckpointError
 from dlm_fast.patching import attach
 from dlm_fast.policies import CommitHead, FilterHead, Sched, heads, load_head, save_head
@@ -288,7 +287,7 @@ def test_a_step_with_a_head_reads_nothing_on_the_host(kind):
 
         handle = attach(model, backend="reference", diffusion=diffusion, plain_mode="full")
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
-        denoise_step(decode, "denoise")
+        denoise_step(decode, plan.bucket("denoise"))
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()
 

@@ -7,7 +7,6 @@ seeds are fixed.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from helpers import random_prompts, toy
 
 import dlm_fast
 from dlm_fast.decoding.drafts import Drafts
+from dlm_fast.decoding.progress import Progress
 from dlm_fast.presets import PRESETS
 from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import RowState
@@ -100,18 +100,17 @@ def test_a_row_without_drafts_computes_its_window_once(monkeypatch):
     assert (out.nfe, out.query_tokens) == (static.nfe, static.query_tokens)
 
 
-def test_a_late_width_of_a_pipeline_still_holds_every_row(monkeypatch):
+def test_a_width_that_is_a_step_behind_still_holds_every_row_of_a_pipeline(monkeypatch):
     """On a GPU the host reads widths one step late and adds a block; the tokens are the same in the wider bucket."""
-    progress = importlib.import_module("dlm_fast.generate")._Progress
     model, prompts = toy("block", eos=()), random_prompts([3, 6, 1])
     options = {"preset": "d2f", "append_threshold": 0.1, "threshold": 0.2, "max_new_tokens": [9, 14, 5]}
     handle = dlm_fast.handle_of(model)
     exact = dlm_fast.generate(model, prompts, **options)
     calls = handle.attention_calls
-    init = progress.__init__
-    monkeypatch.setattr(progress, "__init__", lambda self, decode, late: init(self, decode, 1))
-    late = dlm_fast.generate(model, prompts, **options)
+    init = Progress.__init__
+    monkeypatch.setattr(Progress, "__init__", lambda self, decode, steps_behind: init(self, decode, 1))
+    behind = dlm_fast.generate(model, prompts, **options)
     # One step that nobody needs at the end, and none in which a row finds its bucket too narrow.
     assert handle.attention_calls - calls == calls + model.config.num_hidden_layers
-    assert [row.tolist() for row in late.canvas] == [row.tolist() for row in exact.canvas]
-    assert (late.nfe, late.query_tokens) == (exact.nfe, exact.query_tokens)
+    assert [row.tolist() for row in behind.canvas] == [row.tolist() for row in exact.canvas]
+    assert (behind.nfe, behind.query_tokens) == (exact.nfe, exact.query_tokens)

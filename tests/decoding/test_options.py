@@ -24,7 +24,7 @@ from variants import variants
 
 import dlm_fast
 from dlm_fast import policies
-from dlm_fast.decoding import measure as statistics
+from dlm_fast.decoding import measure
 from dlm_fast.limits import MAX_DRAFTS, MAX_WHOLE
 from dlm_fast.patching import attach
 from dlm_fast.presets import FIELDS, PRESETS, Preset, options, resolve
@@ -131,7 +131,7 @@ def model_of(visibility: str, logits_row: str, seed: int, sharp: bool):
 
 
 def row_of(name: str, option: str) -> str:
-    return "previous" if PRESETS[name].seeded or option == "seeded" else "self"
+    return "previous" if PRESETS[name].first_token or option == "first_token" else "self"
 
 
 def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -444,13 +444,12 @@ def test_presets_whose_published_loop_filters_greedy_rows_say_so(name):
 
 def test_the_nucleus_by_hand():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
-    plan = types.SimpleNamespace(preset=PRESETS["llada"])
 
     def kept(top_p: float = 1.0, top_k: int = 0, temperature: float = 1.0, drawn: bool = True) -> list[int]:
         sampling = types.SimpleNamespace(top_p=top_p, top_k=top_k)
         nothing = torch.full((1, 1), -1)
         heat, needed, narrowed = torch.tensor([temperature]), torch.tensor([True]), torch.tensor([drawn])
-        left = statistics.filtered(logits, plan, sampling, heat, nothing, needed, narrowed)
+        left = measure.filtered(logits, PRESETS["llada"], sampling, heat, nothing, needed, narrowed)
         return (left > -torch.inf).nonzero()[:, 1].tolist()
 
     # An id stays while those better than it have at most top_p: the one that crosses it, and at equality the next one

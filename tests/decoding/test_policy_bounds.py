@@ -78,7 +78,7 @@ def trace(name: str, options: dict, alignment: str = "rel") -> list[list[Snapsho
 
     if preset.visibility == "full" and "block_length" in preset.options() and preset.schedule != "canvas":
         options = {"block_length": BLOCK, **options}
-    model = model_of(preset.visibility, alignment, "previous" if preset.seeded else "self")
+    model = model_of(preset.visibility, alignment, "previous" if preset.first_token else "self")
     dlm_fast.generate(model, random_prompts(PROMPTS), max_new_tokens=NEW, preset=name, on_step=record, **options)
     return rows
 
@@ -183,9 +183,9 @@ def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
     def stop(decode, after_step):
         raise Opened(decode)
 
-    monkeypatch.setattr(importlib.import_module("dlm_fast.generate"), "_decode", stop)
+    monkeypatch.setattr(importlib.import_module("dlm_fast.generate"), "run_steps", stop)
     preset, length = PRESETS[name], 100
-    model = model_of(preset.visibility, alignment, "previous" if preset.seeded else "self")
+    model = model_of(preset.visibility, alignment, "previous" if preset.first_token else "self")
     for options in variants(name) if preset.drafts == 1 else [{}]:
         if preset.visibility == "full" and "block_length" in preset.options() and preset.schedule != "canvas":
             options = {"block_length": BLOCK, **options}

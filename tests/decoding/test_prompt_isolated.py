@@ -159,7 +159,7 @@ def keys_after_every_step(monkeypatch, model, preset: str, canvases: list[list[i
         patch.setattr(generate, "open_decode", spy)
 
         def keep(state) -> None:
-            seen.append(torch.stack([layer.keys for layer in opened[0].cache.layers]).clone())
+            seen.append(torch.stack([layer.keys for layer in opened[0].forward.cache.layers]).clone())
 
         dlm_fast.generate(model, canvas=canvases, preset=preset, on_step=keep, **options)
     return seen

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import dlm_fast
 from dlm_fast import policies, presets
-from dlm_fast.decoding.step import denoise_step
-from dlm_fast.generate import open_decode
+from dlm_fast.decoding.step import denoise_step, open_decode
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS, Preset, resolve
@@ -69,7 +68,7 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
         handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
         for kind in ("refresh", "denoise") if plan.refresh_width else ("denoise",):
-            denoise_step(decode, kind, drafts=chosen.drafts if kind == "denoise" else 1)
+            denoise_step(decode, plan.bucket(kind, drafts=chosen.drafts if kind == "denoise" else 1))
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()
 
@@ -113,10 +112,10 @@ def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_lau
     handle.adapter = types.SimpleNamespace(**{**vars(handle.adapter), **adapter})
     decode = open_decode(handle, plan, state, sampling)
     if plan.refresh_width:
-        denoise_step(decode, "refresh")
+        denoise_step(decode, plan.bucket("refresh"))
     counter.ops.clear()
     with torch.no_grad(), counter:
-        denoise_step(decode, "denoise")
+        denoise_step(decode, plan.bucket("denoise"))
     assert counter.ops == ["block_attention"] * model.config.num_hidden_layers + ["confidence", "unmask"]
     assert counter.outside < 100
 
@@ -138,7 +137,7 @@ def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend
         )
         decode = open_decode(handle, plan, state, sampling)
         for kind in ("refresh", "denoise", "denoise"):
-            step(decode, kind, drafts=chosen.drafts if kind == "denoise" else 1)
+            step(decode, plan.bucket(kind, drafts=chosen.drafts if kind == "denoise" else 1))
         return state
 
     torch._dynamo.reset()
@@ -319,20 +318,20 @@ def rows_of(values, row: int) -> dict[str, list]:
 
 def test_a_row_wider_than_its_bucket_sits_the_step_out():
     decode, windows, measured = watched("d2f")
-    denoise_step(decode, "refresh")
+    denoise_step(decode, decode.plan.bucket("refresh"))
     state = decode.state
     state.phase.fill_(DENOISE)
     # The middle row has two blocks in its region: 6 positions, and a bucket of 4.
     state.block_end.copy_(state.block_start + torch.tensor([4, 6, 4]))
     before = rows_of(state, 1)
     measured.clear()
-    denoise_step(decode, "denoise", width=4, lanes=6)
+    denoise_step(decode, decode.plan.bucket("denoise", width=4, lanes=6))
     assert windows[-1].q_len.tolist() == [4, 0, 4]
     assert windows[-1].kv_slot[1].tolist() == [-1] * 4
     assert rows_of(state, 1) == before
     assert {row // 6 for rows in measured for row in rows} == {0, 2}
     # In a bucket of its own width it takes part.
-    denoise_step(decode, "denoise", width=6, lanes=6)
+    denoise_step(decode, decode.plan.bucket("denoise", width=6, lanes=6))
     assert windows[-1].q_len.tolist()[1] == 6 and state.step[1] == before["step"] + 1
 
 
@@ -343,13 +342,13 @@ def test_a_row_wider_than_its_bucket_sits_the_step_out():
 def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
     decode, windows, measured = watched(preset, {"cache": "dual"} if preset == "klass" else {})
     if decode.plan.refresh_width:
-        denoise_step(decode, "refresh")
+        denoise_step(decode, decode.plan.bucket("refresh"))
     state = decode.state
     takes_part, other = (REFRESH, DENOISE) if kind == "refresh" else (DENOISE, REFRESH)
     state.phase.copy_(torch.tensor([takes_part, other, DONE]))
     before = [rows_of(state, row) for row in (1, 2)]
     measured.clear()
-    denoise_step(decode, kind)
+    denoise_step(decode, decode.plan.bucket(kind))
     window = windows[-1]
     assert window.q_len[0] > 0 and window.q_len.tolist()[1:] == window.kv_len.tolist()[1:] == [0, 0]
     assert (window.kv_slot[1:] == -1).all()
@@ -364,7 +363,7 @@ def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
 def test_only_the_first_draft_of_a_row_stores_its_keys():
     decode, windows, _ = watched("freedave-block", {"drafts": 3})
     for kind, drafts in (("refresh", 1), ("denoise", 1), ("denoise", 3)):
-        denoise_step(decode, kind, drafts=drafts)
+        denoise_step(decode, decode.plan.bucket(kind, drafts=drafts))
     window = windows[-1]
     assert window.q_len.tolist() == [4] * 9
     assert torch.equal(window.kv_slot[::3], window.q_pos[::3].int())
@@ -373,11 +372,11 @@ def test_only_the_first_draft_of_a_row_stores_its_keys():
 
 def test_a_row_that_sits_out_keeps_the_logits_it_is_compared_with():
     decode, _, _ = watched("klass", {"cache": "dual"})
-    denoise_step(decode, "refresh")
+    denoise_step(decode, decode.plan.bucket("refresh"))
     decode.state.phase.copy_(torch.tensor([DENOISE, REFRESH, DONE]))
-    before = {name: values.view(3, 4, -1).clone() for name, values in decode.history.items()}
-    denoise_step(decode, "denoise")
-    for name, values in decode.history.items():
+    before = {name: values.view(3, 4, -1).clone() for name, values in vars(decode.forward.history).items()}
+    denoise_step(decode, decode.plan.bucket("denoise"))
+    for name, values in vars(decode.forward.history).items():
         after = values.view(3, 4, -1)
         assert torch.equal(after[1:], before[name][1:]) and not torch.equal(after[0], before[name][0]), name
 

@@ -9,7 +9,7 @@ import pytest
 
 import dlm_fast
 from dlm_fast import cli
-from dlm_fast.loading import EMBEDDED, checkpoint_path
+from dlm_fast.files import EMBEDDED, checkpoint_path
 from dlm_fast.tiny import demo
 from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_fast.training.__main__ import build_parser

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import dlm_fast
 from dlm_fast import CheckpointError
-from dlm_fast.loading import EMBEDDED, checkpoint_path, load_tokenizer
+from dlm_fast.files import EMBEDDED, checkpoint_path
+from dlm_fast.loading import load_tokenizer
 from dlm_fast.training.networks import stored_dtype
 
 

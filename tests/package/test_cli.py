@@ -15,7 +15,7 @@ import pytest
 from helpers import MASK, Synced, random_prompts, save_toy_checkpoint
 
 import dlm_fast
-from dlm_fast import cli, jobs, loading
+from dlm_fast import cli, files, jobs, loading
 from dlm_fast.training import __main__ as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,7 +372,7 @@ def test_an_input_that_cannot_be_read_is_named(command, prompts, capsys):
         (["--backend", "cuda"], "backend must be one of auto, triton, reference or an Ops, got backend='cuda'"),
         (
             ["--model", "nowhere"],
-            f"path must be a checkpoint folder or one of {', '.join(loading.EMBEDDED)}, got 'nowhere'",
+            f"path must be a checkpoint folder or one of {', '.join(files.EMBEDDED)}, got 'nowhere'",
         ),
     ],
 )

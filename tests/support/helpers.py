@@ -119,7 +119,7 @@ def bolder(preset: str, threshold: float = 0.3, neg_entropy: float = -2.0) -> di
 
 def row_of(preset: str) -> str:
     """The logits_row of a model that the preset fits."""
-    return "previous" if dlm_fast.PRESETS[preset].seeded else "self"
+    return "previous" if dlm_fast.PRESETS[preset].first_token else "self"
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

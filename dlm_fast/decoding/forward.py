@@ -1,0 +1,453 @@
+"""The forward of a step, and what some decoders add to it: guidance, drafts, shadows, first tokens, rows that predict the
+position behind them.
+
+`Forward` is the plain one. Each addition is a subclass that `forward_of` chooses when a decode is opened, so that a plain
+step meets none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlm_kernels import RowState, Window
+from dlm_kernels.state import COMMIT, REFRESH
+
+from ..patching import PatchHandle
+from ..policies import Choice, Lanes, Sampling, Setting, View
+from .drafts import Drafts
+from .measure import History, Wanted, measure, stated_of, stats_of, wanted_of
+from .plan import Bucket, Plan
+from .window import lanes_of, selects, sub_block, window_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step computes and looks at.
+
+    Attributes:
+        bucket: its shape.
+        window: what the forward computes.
+        lanes: what is looked at.
+        takes_part: [B] bool rows of the window.
+        selects: [B] bool rows of the window for which tokens are chosen.
+    """
+
+    bucket: Bucket
+    window: Window
+    lanes: Lanes
+    takes_part: Tensor
+    selects: Tensor
+
+
+def step_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -> Step:
+    """The step of a bucket from where every row stands."""
+    window = window_of(plan, state, sampling, bucket)
+    takes_part = window.q_len > 0
+    lanes = lanes_of(plan, state, bucket.lanes)
+    return Step(bucket, window, lanes, takes_part, takes_part & selects(plan, state, bucket.kind))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a forward gave.
+
+    Attributes:
+        hidden: [B, W, d] last hidden states of the window.
+        logits: [B * lanes, V] that predict the lanes, [B * drafts * lanes, V] with drafts; None of a prefill.
+        query_len: [B] int32 positions that were computed for each row.
+        inputs: fields of `UnmaskInputs` that came of it besides.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
+    query_len: Tensor
+    inputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictingRow:
+    """Which row of a window predicts a position: its own.
+
+    Attributes:
+        canvas: length of the canvas buffer.
+    """
+
+    canvas: int
+
+    def of(self, window: Window, hidden: Tensor, position: Tensor) -> Tensor:
+        """Hidden states [B, N, d] of the rows that predict `position` [B, N]; some row's where the window has none."""
+        return gathered(hidden, self.index(window, position))
+
+    def index(self, window: Window, position: Tensor) -> Tensor:
+        """[B, N] int64: where the window computes a position, its width where it does not."""
+        (B, W), L = window.q_pos.shape, self.canvas
+        lane = torch.arange(W, device=position.device).expand(B, W)
+        place = torch.where(self.live(window, lane), window.q_pos, L).long()
+        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, lane)
+        index[:, L] = W
+        return index.gather(1, torch.where((position >= 0) & (position < L), position, L).long())
+
+    def live(self, window: Window, lane: Tensor) -> Tensor:
+        """[B, W] bool rows of the window that may predict."""
+        return lane < window.q_len[:, None]
+
+    def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
+        """Called after a step, for what later steps need of its rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowBefore(PredictingRow):
+    """The row before it, as in an autoregressive model; position 0 has its own.
+
+    Attributes:
+        last_hidden: [B, d] hidden state of the position before every row's region, kept from an earlier forward.
+    """
+
+    last_hidden: Tensor
+
+    def of(self, window: Window, hidden: Tensor, position: Tensor) -> Tensor:
+        # What the window does not hold is the position before the region.
+        hidden = torch.cat([hidden, self.last_hidden[:, None]], 1)
+        return gathered(hidden, self.index(window, torch.where(position > 0, position - 1, position)))
+
+    def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
+        """Keeps the hidden state of the position before every row's region, if this forward computed it."""
+        index = self.index(window, state.block_start[:, None] - 1)
+        inside = (index < hidden.shape[1]) & (window.q_len > 0)[:, None]
+        self.last_hidden.copy_(torch.where(inside, gathered(hidden, index)[:, 0], self.last_hidden))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnshadowedRow(PredictingRow):
+    """Its own row in the canvas, not in the shadow of the block.
+
+    Attributes:
+        shadow_block: block id of the shadows.
+    """
+
+    shadow_block: int
+
+    def live(self, window: Window, lane: Tensor) -> Tensor:
+        return super().live(window, lane) & (window.q_block < self.shadow_block)
+
+
+def gathered(hidden: Tensor, index: Tensor) -> Tensor:
+    """Rows [B, N, d] of hidden states [B, W, d]; an index beyond them is the last one."""
+    index = index.clamp(0, hidden.shape[1] - 1).long()
+    return hidden.gather(1, index[..., None].expand(*index.shape, hidden.shape[2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A plain step: one canvas per row, one forward, the logits of the lanes.
+
+    Attributes:
+        handle: the patched model.
+        plan, state, sampling: of the decode.
+        setting: what its policies may read.
+        cache: key/value buffers; None where nothing is kept.
+        row: which row predicts a position.
+        wanted: what is measured.
+        history: the distributions of the step before; None where no policy compares with them.
+    """
+
+    handle: PatchHandle
+    plan: Plan
+    state: RowState
+    sampling: Sampling
+    setting: Setting
+    cache: Any
+    row: PredictingRow
+    wanted: Wanted
+    history: History | None
+
+    def run(self, step: Step) -> Result:
+        """The forward of a step that chooses tokens."""
+        hidden = self.hidden(step.window, self.state.tokens)
+        return Result(hidden, self.logits(step, hidden), step.window.q_len)
+
+    def prefill(self, step: Step) -> Result:
+        """The forward of a step that only fills the cache."""
+        return Result(self.hidden(step.window, self.state.tokens), None, step.window.q_len)
+
+    def hidden(self, window: Window, canvases: Tensor) -> Tensor:
+        """Last hidden states [rows, W, d] of a window on canvases [rows, L]."""
+        return self.handle.window_hidden(self.input_ids(window, canvases), window, self.cache)
+
+    def input_ids(self, window: Window, canvases: Tensor) -> Tensor:
+        """Tokens [rows, W] of a window."""
+        return canvases.gather(1, window.q_pos.long())
+
+    def logits(self, step: Step, hidden: Tensor) -> Tensor:
+        """Logits [B * lanes, V] that predict the lanes."""
+        return self.head(self.row.of(step.window, hidden, step.lanes.position))
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits of hidden states [..., d], one row each."""
+        return self.handle.adapter.head(self.handle.model, rows.flatten(0, -2))
+
+    def needed(self, step: Step) -> Tensor:
+        """[B, W] bool: the lanes whose statistics anybody reads."""
+        needed = step.lanes.eligible
+        for policy in self.plan.preset.policies:
+            needed = needed | policy.needed(self.setting, step.lanes, self.state)
+        return needed & step.selects[:, None]
+
+    def look(self, step: Step, result: Result) -> View:
+        """The step as a policy sees it."""
+        needed = self.needed(step)
+
+        def viewed(history: History | None, bias: tuple[Tensor, Tensor] | None) -> View:
+            preset, sampling, lanes = self.plan.preset, self.sampling, step.lanes
+            statistics = measure(
+                self.handle.ops, preset, self.wanted, self.state, sampling, result.logits, lanes, needed,
+                history=history, bias=bias,
+            )  # fmt: skip
+            return View(
+                setting=self.setting,
+                state=self.state,
+                lanes=lanes,
+                selects=step.selects,
+                logits=result.logits.unflatten(0, lanes.position.shape),
+                stated=stated_of(preset, self.state, sampling, lanes, statistics),
+                restate=lambda ids, values: viewed(None, (ids, values)),
+                **statistics,
+            )
+
+        return viewed(self.history, None)
+
+    def choose(self, step: Step, result: Result, view: View) -> Choice:
+        """What the preset's rule makes of the step, before its policies."""
+        return rule_choice(self.plan, view)
+
+    def after(self, step: Step, result: Result) -> None:
+        """Called when the step has written, for what later steps need of this one."""
+        self.row.keep(step.window, result.hidden, self.state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guided(Forward):
+    """Classifier-free guidance: a second copy of every row without its given tokens. LLaDA, arXiv:2502.09992."""
+
+    def run(self, step: Step) -> Result:
+        pairs = self.hidden(*self._pairs(step.window))
+        conditional, unconditional = (self.logits(step, hidden) for hidden in pairs.chunk(2))
+        scale = self.plan.preset.cfg_scale + 1
+        logits = unconditional + scale * (conditional - unconditional)
+        return Result(pairs.chunk(2)[0], logits, 2 * step.window.q_len)
+
+    def prefill(self, step: Step) -> Result:
+        pairs = self.hidden(*self._pairs(step.window))
+        return Result(pairs.chunk(2)[0], None, 2 * step.window.q_len)
+
+    def _pairs(self, window: Window) -> tuple[Window, Tensor]:
+        """The window of both copies, on cache rows of their own, and their canvases [2 * B, L]."""
+        state = self.state
+        in_canvas = torch.arange(state.tokens.shape[1], device=state.tokens.device) < state.canvas_len[:, None]
+        given = (state.unmask_step < 0) & in_canvas
+        canvases = torch.cat([state.tokens, torch.where(given, self.plan.mask_id, state.tokens)])
+        rows = window.cache_row
+        window = repeat_rows(window, lambda x: torch.cat([x, x]))
+        return dataclasses.replace(window, cache_row=torch.cat([rows, rows + rows.shape[0]])), canvases
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadowed(Forward):
+    """A shadow of the block verifies what it holds: it predicts every written token from all others. WINO,
+    arXiv:2507.18578."""
+
+    def input_ids(self, window: Window, canvases: Tensor) -> Tensor:
+        input_ids = super().input_ids(window, canvases)
+        return torch.where(window.q_block >= self.plan.shadow_block, self.plan.mask_id, input_ids)
+
+    def look(self, step: Step, result: Result) -> View:
+        view = super().look(step, result)
+        return dataclasses.replace(view, back=self._back(step, result.hidden))
+
+    def _back(self, step: Step, hidden: Tensor) -> Tensor:
+        """[B, W] fp32 probability of the token that a written lane holds, predicted by the shadow of its position."""
+        # The shadow of the block's j-th position lies j behind the canvas; block lanes begin at the block.
+        state, lanes = self.state, step.lanes
+        behind = step.window.q_len - (state.block_end - state.block_start)
+        index = behind[:, None] + torch.arange(lanes.position.shape[1], device=hidden.device)
+        logits = self.head(gathered(hidden, index))
+        written = (lanes.written & self.needed(step)).flatten()
+        rows = torch.where(written, torch.arange(written.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
+        query = torch.where(written, lanes.tokens.flatten(), 0)
+        banned = self.sampling.banned
+        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=("query",), banned=banned, query=query)
+        return stats.query_confidence.view(lanes.position.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening(Forward):
+    """Prefills and commits predict the token behind them, which opens the next block. Fast-dLLM v2, arXiv:2509.26328."""
+
+    def run(self, step: Step) -> Result:
+        return self._with_first_token(step, super().run(step))
+
+    def prefill(self, step: Step) -> Result:
+        return self._with_first_token(step, super().prefill(step))
+
+    def _with_first_token(self, step: Step, result: Result) -> Result:
+        """The result with the most likely token behind the window's last position, per row."""
+        window, state, sampling = step.window, self.state, self.sampling
+        last = (window.q_len - 1).clamp(min=0).long()[:, None]
+        logits = self.head(gathered(result.hidden, last))
+        opens = step.takes_part & ((state.phase == REFRESH) | (state.phase == COMMIT))
+        rows = torch.where(opens, torch.arange(opens.shape[0], dtype=torch.int32, device=logits.device), -1).int()
+        banned = sampling.banned
+        if sampling.no_eos_before is not None:
+            position = window.q_pos.gather(1, last)[:, 0] + 1
+            early = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
+            banned = torch.cat([banned.expand(opens.shape[0], -1), early], -1)
+        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=(), banned=banned)
+        inputs = {"seed": stats.token, "seed_confidence": stats.confidence}
+        return dataclasses.replace(result, inputs=inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftedResult(Result):
+    """What a forward of drafts gave.
+
+    Attributes:
+        tokens: [B, drafts, W] what every draft holds at the lanes.
+        ready: [B] bool rows that had drafts to verify.
+    """
+
+    tokens: Tensor | None = None
+    ready: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted(Forward):
+    """A step verifies several canvases per row, each one token further along the static decoder's path. FreeDave,
+    arXiv:2510.00294.
+
+    Attributes:
+        drafts: where the next ones come from.
+    """
+
+    drafts: Drafts
+
+    def run(self, step: Step) -> Result:
+        count, position = step.bucket.drafts, step.lanes.position
+        ready = self.drafts.ready(self.state, step.bucket.kind) & step.selects
+        tokens = self.drafts.tokens(self.handle.ops, step.lanes, ready, count)
+        verified = torch.where(ready & ~self.drafts.suspended(), count, 1)
+        hidden = self.hidden(self._window(step.window, count), with_lanes(self.state.tokens, position, tokens))
+        by_draft = hidden.view(-1, count, *hidden.shape[1:])
+        rows = [self.row.of(step.window, draft, position) for draft in by_draft.unbind(1)]
+        query_len = step.window.q_len * verified.int()
+        logits = self.head(torch.stack(rows, 1))
+        return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
+
+    def _window(self, window: Window, count: int) -> Window:
+        """The window of every draft: all read their row's cache, and leave storing to the first."""
+        window = repeat_rows(window, lambda x: x.repeat_interleave(count, 0))
+        first = torch.arange(window.q_pos.shape[0], device=window.q_pos.device) % count == 0
+        return dataclasses.replace(window, kv_slot=torch.where(first[:, None], window.kv_slot, -1))
+
+    def look(self, step: Step, result: Result) -> View:
+        """The statistics of every draft, [B * drafts, W]."""
+        count, preset, state = step.bucket.drafts, self.plan.preset, self.state
+        masked = result.tokens == self.plan.mask_id
+        needed = (super().needed(step)[:, None] & masked).flatten(0, 1)
+        statistics = measure(
+            self.handle.ops, preset, self.wanted, state, self.sampling, result.logits, step.lanes, needed, copies=count
+        )
+        lanes = dataclasses.replace(step.lanes, position=step.lanes.position.repeat_interleave(count, 0))
+        stated = stated_of(preset, state, self.sampling, lanes, statistics)
+        error = statistics["error"].view(-1, count, masked.shape[2]).amax(1)
+        return View(
+            setting=self.setting,
+            state=state,
+            lanes=step.lanes,
+            selects=step.selects,
+            logits=result.logits.unflatten(0, lanes.position.shape),
+            stated=stated,
+            restate=_no_restating,
+            **(statistics | {"error": error}),
+        )
+
+    def choose(self, step: Step, result: Result, view: View) -> Choice:
+        """Accepts the drafts that agree with what is predicted for them."""
+        by_draft = (x.view(result.tokens.shape) for x in (view.token, view.stated["score"], view.confidence))
+        return self.drafts.choose(
+            self.handle.ops, step.lanes, result.ready, step.selects, result.tokens, *by_draft, self.plan.mask_id
+        )
+
+
+def _no_restating(ids: Tensor, values: Tensor) -> View:
+    raise AssertionError("drafts go without policies")
+
+
+def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
+    """The window with `repeat` applied to the rows of every tensor."""
+    rows = {name: repeat(tensor).contiguous() for name, tensor in window.tensors().items()}
+    return dataclasses.replace(window, **rows)
+
+
+def with_lanes(tokens: Tensor, position: Tensor, held: Tensor) -> Tensor:
+    """[B * drafts, L] canvases that hold `held` [B, drafts, W] at the lanes' positions [B, W]."""
+    (B, L), (_, count, W) = tokens.shape, held.shape
+    place = torch.where(position < L, position, L).long()[:, None].expand(B, count, W)
+    canvases = torch.nn.functional.pad(tokens, (0, 1))[:, None].expand(B, count, L + 1)
+    return canvases.scatter(2, place, held)[:, :, :L].flatten(0, 1)
+
+
+def rule_choice(plan: Plan, view: View) -> Choice:
+    """What the preset's rule makes of a step, before its policies."""
+    preset, state, sampling = plan.preset, view.state, view.setting.sampling
+    value, min_unmask = sampling.value, sampling.min_unmask
+    if preset.quota and view.setting.block_quota:
+        min_unmask = view.quota()
+    if sampling.transfer is not None:
+        last = state.step >= sampling.steps - 1
+        share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
+        if preset.by_chance:
+            value = -torch.where(last, 1.0, share)
+            min_unmask = torch.zeros_like(min_unmask)
+        else:
+            masks = view.lanes.eligible.sum(1)
+            count = (masks.to(torch.float32) * share).floor().to(torch.int32)
+            count = count if preset.strict_reference else count.clamp(min=1)
+            min_unmask = torch.where(last, masks.to(torch.int32), count)
+    allowed = None
+    if preset.sub_block_length is not None:
+        start, end = sub_block(plan, state)
+        allowed = (view.lanes.position >= start[:, None]) & (view.lanes.position < end[:, None])
+    return Choice(
+        **view.stated,
+        value=value,
+        min_unmask=min_unmask,
+        allowed=allowed,
+        run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
+    )
+
+
+def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Forward:
+    """The forward of a decode, with the buffers that live as long as it does."""
+    preset, model = plan.preset, handle.model
+    (B, L), device, dtype = state.tokens.shape, state.tokens.device, handle.adapter.compute_dtype(model)
+    row = PredictingRow(L)
+    if plan.previous:
+        row = RowBefore(L, torch.zeros(B, model.config.hidden_size, dtype=dtype, device=device))
+    elif preset.shadow:
+        row = UnshadowedRow(L, plan.shadow_block)
+    wanted, history = wanted_of(preset, sampling), None
+    if wanted.divergence:
+        logits = torch.zeros(B * plan.lanes, model.config.vocab_size, dtype=dtype, device=device)
+        history = History(logits, torch.zeros(B * plan.lanes, dtype=torch.float32, device=device))
+    copies = 2 if preset.cfg_scale else 1
+    cache = handle.adapter.new_cache(model, copies * B, plan.capacity) if plan.cache.stores else None
+    parts = (handle, plan, state, sampling, plan.setting(sampling), cache, row, wanted, history)
+    if preset.drafts > 1:
+        return Drafted(*parts, Drafts.empty(state, plan.lanes))
+    kind = Guided if preset.cfg_scale else Shadowed if preset.shadow else Opening if preset.first_token else Forward
+    return kind(*parts)

@@ -1,0 +1,236 @@
+"""The cache operations: what is kept between forwards, each as one row of the table `CACHES`.
+
+To add one, write its row here: nothing else in the package asks for a cache by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlm_kernels.rules import CacheOp
+
+
+class Sizes(NamedTuple):
+    """The sizes of a batch from which a cache's window widths follow.
+
+    Attributes:
+        canvas: positions of the longest canvas.
+        prompt: the most positions before a row's first block.
+        opened: the most positions up to the end of a row's first block.
+        rest: the most positions from a row's first block to its end.
+        block: positions of a block.
+        before: 1 where a position is predicted by the row before it, else 0.
+        vicinity: positions on either side of the block that are recomputed with it.
+    """
+
+    canvas: int
+    prompt: int
+    opened: int
+    rest: int
+    block: int
+    before: int
+    vicinity: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where every row stands, as a cache's extent needs it; tensors [B] int32.
+
+    Attributes:
+        start: start of the block, or of the pipeline's blocks.
+        end: end of the block, or of the pipeline's blocks.
+        length: end of the canvas.
+        floor: first position whose keys ever change: 0, or the end of a prompt that sees only itself.
+        before: 1 where a position is predicted by the row before it, else 0.
+        block_causal: whether a position sees nothing behind its block.
+        horizon: positions behind the block that a denoise step sees; None = all.
+        vicinity: positions on either side of the block that a denoise step recomputes with it.
+        sub_block: start and end of the sub-block that a denoise step recomputes alone, and [B] bool rows in which it does;
+            None without sub-block cache.
+    """
+
+    start: Tensor
+    end: Tensor
+    length: Tensor
+    floor: Tensor
+    before: int
+    block_causal: bool
+    horizon: int | None
+    vicinity: int
+    sub_block: tuple[Tensor, Tensor, Tensor] | None
+
+
+class Extent(NamedTuple):
+    """What a step computes and sees of the cache; tensors [B] int32.
+
+    Attributes:
+        begin: first position that is computed.
+        stop: position behind the last one that is computed.
+        cached: cached slots that are visible.
+        hidden: [B, 2] range of cached slots that the window replaces; None = none.
+    """
+
+    begin: Tensor
+    stop: Tensor
+    cached: Tensor
+    hidden: Tensor | None = None
+
+
+def _uncached(at: Place) -> Extent:
+    """The canvas; of a block-causal model up to the end of the block, since nothing behind it is seen."""
+    zero = torch.zeros_like(at.start)
+    return Extent(zero, at.end if at.block_causal else _seen(at), zero)
+
+
+def _seen(at: Place) -> Tensor:
+    return at.length if at.horizon is None else torch.minimum(at.end + at.horizon, at.length)
+
+
+def _from_block(at: Place) -> Extent:
+    """The block and all behind it, up to the horizon, over the keys before it."""
+    return Extent(at.start, _seen(at), at.start)
+
+
+def _from_row_before(at: Place) -> Extent:
+    """The same from the row on that predicts the block's first position."""
+    begin = torch.maximum(at.start - at.before, at.floor)
+    return Extent(begin, at.length, begin)
+
+
+def _scattered(at: Place) -> Extent:
+    """Positions of the whole canvas, chosen one by one, over the keys of all others."""
+    return Extent(at.floor, at.length, at.length)
+
+
+def _inside(at: Place) -> Extent:
+    """The block with its vicinity, over the keys on both sides of it."""
+    begin = torch.maximum(at.start - at.vicinity, at.floor)
+    stop = torch.minimum(at.end + at.vicinity, at.length)
+    return Extent(begin, stop, at.length, torch.stack([begin, stop], -1))
+
+
+def _block(at: Place) -> Extent:
+    """The block over the keys before it; where a sub-block is recomputed alone, over the block's older keys too."""
+    if at.sub_block is None:
+        return Extent(at.start, at.end, at.start)
+    sub_start, sub_end, alone = at.sub_block
+    begin, stop = torch.where(alone, sub_start, at.start), torch.where(alone, sub_end, at.end)
+    hidden = torch.where(alone[:, None], torch.stack([begin, stop], -1), 0)
+    return Extent(begin, stop, torch.where(alone, at.end, at.start), hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """The steps of a cache that compute the canvas instead of a window: a prefill, a block's first step, a refresh.
+
+    Attributes:
+        stop: the position behind the last one that they compute, [B].
+        width: the most positions that they compute.
+        selects: whether they write tokens too; a step that does not is a prefill.
+        opens: which rows begin with one: "all", or "prompt", those with positions before their first block.
+        repeats: whether a row comes back to them, so that a second one may be asked for before the first has been seen.
+    """
+
+    stop: Callable[[Place], Tensor]
+    width: Callable[[Sizes], int]
+    selects: bool = True
+    opens: str = "all"
+    repeats: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOperation:
+    """One cache operation.
+
+    Attributes:
+        after_block: what follows a finished block, as the `unmask` op calls it (`UnmaskRule.cache`).
+        extent: what a denoise step computes, and which cached slots it sees.
+        width: the most positions that a denoise step computes.
+        refresh: its steps of the whole canvas; None = it has none.
+        stores: whether keys are kept at all.
+        visibility: the model visibility that it serves; None = both.
+        schedules: the schedules that it serves.
+        reads: options of a preset that this cache reads and not every other one does.
+        commits: whether finished blocks are appended by a step of their own (COMMIT).
+        commit_selects: whether such a step writes tokens too; it then stores only the keys of the block that it appends.
+        grows_stale: whether kept keys grow old, so that `warmup_steps`, `refresh_interval` and policies refresh them.
+        interval_of: what `refresh_interval` counts: denoise steps of the "block", or of the "row" from 1 on.
+        refreshes_twice: whether `refresh_interval` asks for a refresh after a block's first step besides.
+        scattered: whether the positions of a window are no range; those that are left out are reused as they are.
+        computes_masks: whether a step computes every mask of the row, and not only the block's.
+        opens_at_row_before: whether only a block's first step computes the row that predicts its first position.
+        frozen_around: whether the keys around the block are the same for all steps in it, so that drafts share them.
+    """
+
+    after_block: CacheOp
+    extent: Callable[[Place], Extent]
+    width: Callable[[Sizes], int]
+    refresh: Refresh | None = None
+    stores: bool = True
+    visibility: str | None = None
+    schedules: tuple[str, ...] = ("block",)
+    reads: tuple[str, ...] = ()
+    commits: bool = False
+    commit_selects: bool = False
+    grows_stale: bool = False
+    interval_of: str = "block"
+    refreshes_twice: bool = False
+    scattered: bool = False
+    computes_masks: bool = False
+    opens_at_row_before: bool = False
+    frozen_around: bool = False
+
+    @property
+    def keys_are_final(self) -> bool:
+        """Whether no key that is kept is older than its token, so that a token may be overwritten until its block ends."""
+        return not self.stores or (self.commits and not self.commit_selects)
+
+
+_WHOLE_CANVAS = Refresh(stop=lambda at: at.length, width=lambda sizes: sizes.canvas)
+
+CACHES: dict[str, CacheOperation] = {
+    "none": CacheOperation(
+        "none", _uncached, lambda sizes: sizes.canvas, stores=False, schedules=("block", "canvas", "pipeline"),
+        reads=("horizon",), computes_masks=True,
+    ),
+    "prefix": CacheOperation(
+        "refresh", _from_block, lambda sizes: sizes.rest, _WHOLE_CANVAS, visibility="full", reads=("horizon",),
+        grows_stale=True, computes_masks=True, opens_at_row_before=True,
+    ),
+    "dual": CacheOperation(
+        "refresh", _inside, lambda sizes: min(sizes.block + 2 * sizes.vicinity, sizes.canvas), _WHOLE_CANVAS,
+        visibility="full", reads=("vicinity",), grows_stale=True, opens_at_row_before=True, frozen_around=True,
+    ),
+    "once": CacheOperation(
+        "once", _from_row_before, lambda sizes: sizes.rest + sizes.before,
+        dataclasses.replace(_WHOLE_CANVAS, repeats=False), visibility="full", computes_masks=True,
+    ),
+    "scattered": CacheOperation(
+        "refresh", _scattered, lambda sizes: sizes.canvas, _WHOLE_CANVAS, visibility="full", grows_stale=True,
+        refreshes_twice=True, scattered=True,
+    ),
+    "commit": CacheOperation(
+        "commit", _block, lambda sizes: sizes.block,
+        Refresh(lambda at: at.start, lambda sizes: sizes.prompt, selects=False, opens="prompt", repeats=False),
+        visibility="block", reads=("causal_commit", "first_token", "sub_block_cache"), commits=True, frozen_around=True,
+    ),
+    "fused": CacheOperation(
+        "fused", _block, lambda sizes: sizes.rest,
+        Refresh(lambda at: at.end, lambda sizes: sizes.opened, opens="prompt", repeats=False), schedules=("pipeline",),
+    ),
+    "delayed": CacheOperation(
+        "delayed", _from_block, lambda sizes: sizes.rest, _WHOLE_CANVAS, visibility="full", schedules=("pipeline",),
+        reads=("commit_delay",), commits=True, commit_selects=True, grows_stale=True, interval_of="row",
+    ),
+}  # fmt: skip
+
+
+def names(serves: Callable[[CacheOperation], bool]) -> str:
+    """The names of the caches that `serves` holds for, as an error lists them: "'prefix', 'dual' or 'delayed'"."""
+    found = [repr(name) for name, cache in CACHES.items() if serves(cache)]
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
