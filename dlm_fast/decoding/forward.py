@@ -214,7 +214,7 @@ class Forward:
                 lanes=lanes,
                 selects=step.selects,
                 logits=result.logits.unflatten(0, lanes.position.shape),
-                stated=stated_of(preset, self.state, sampling, lanes, statistics),
+                stated=stated_of(preset, self.wanted, self.state, sampling, lanes, statistics),
                 restate=lambda ids, values: viewed(None, (ids, values)),
                 **statistics,
             )
@@ -223,7 +223,7 @@ class Forward:
 
     def choose(self, step: Step, result: Result, view: View) -> Choice:
         """What the preset's rule makes of the step, before its policies."""
-        return rule_choice(self.plan, view)
+        return rule_choice(self.plan, self.wanted, view)
 
     def after(self, step: Step, result: Result) -> None:
         """Called when the step has written, for what later steps need of this one."""
@@ -362,7 +362,7 @@ class Drafted(Forward):
             self.handle.ops, preset, self.wanted, state, self.sampling, result.logits, step.lanes, needed, copies=count
         )
         lanes = dataclasses.replace(step.lanes, position=step.lanes.position.repeat_interleave(count, 0))
-        stated = stated_of(preset, state, self.sampling, lanes, statistics)
+        stated = stated_of(preset, self.wanted, state, self.sampling, lanes, statistics)
         error = statistics["error"].view(-1, count, masked.shape[2]).amax(1)
         return View(
             setting=self.setting,
@@ -401,16 +401,16 @@ def with_lanes(tokens: Tensor, position: Tensor, held: Tensor) -> Tensor:
     return canvases.scatter(2, place, held)[:, :, :L].flatten(0, 1)
 
 
-def rule_choice(plan: Plan, view: View) -> Choice:
+def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, state, sampling = plan.preset, view.state, view.setting.sampling
     value, min_unmask = sampling.value, sampling.min_unmask
-    if preset.quota and view.setting.block_quota:
+    if plan.block_quota:
         min_unmask = view.quota()
     if sampling.transfer is not None:
         last = state.step >= sampling.steps - 1
         share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
-        if preset.by_chance:
+        if wanted.chance:
             value = -torch.where(last, 1.0, share)
             min_unmask = torch.zeros_like(min_unmask)
         else:

@@ -25,6 +25,8 @@ class Wanted:
         outputs: statistics of the distribution that is drawn from.
         model_outputs: statistics of the model's own distribution, whatever may be drawn: what early exits look at.
         margin: whether anybody reads the margin.
+        entropy: whether the rule spends a budget of entropy.
+        chance: whether the rule writes each position by chance.
         divergence: whether anybody reads the divergence from the step before.
         draws: whether any row has a temperature above 0.
         tempered: whether statistics are those of the tempered distribution.
@@ -35,6 +37,8 @@ class Wanted:
     outputs: tuple[str, ...]
     model_outputs: tuple[str, ...]
     margin: bool
+    entropy: bool
+    chance: bool
     divergence: bool
     draws: bool
     tempered: bool
@@ -54,6 +58,8 @@ def wanted_of(preset: Preset, sampling: Sampling) -> Wanted:
         outputs=(*(("entropy",) if entropy else ()), *(("sampled",) if sampling.draws else ())),
         model_outputs=model_outputs,
         margin="margin" in names,
+        entropy=preset.by_entropy,
+        chance=preset.by_chance,
         divergence=divergence,
         draws=sampling.draws,
         tempered=tempered,
@@ -164,7 +170,12 @@ def measure(
 
 
 def stated_of(
-    preset: Preset, state: RowState, sampling: Sampling, lanes: Lanes, statistics: dict[str, Tensor | None]
+    preset: Preset,
+    wanted: Wanted,
+    state: RowState,
+    sampling: Sampling,
+    lanes: Lanes,
+    statistics: dict[str, Tensor | None],
 ) -> dict[str, Tensor | None]:
     """What the preset's rule predicts, tests and orders by, as fields of a `Choice`; lanes as the statistics have them."""
 
@@ -181,7 +192,7 @@ def stated_of(
         is_eos = (statistics["token"][:, :, None] == sampling.eos).any(2)
         score = torch.where(is_eos, -torch.inf, score)
         rank = None if rank is None else torch.where(is_eos, -torch.inf, rank)
-    if preset.by_chance:
+    if wanted.chance:
         score = -uniform(lanes, state, sampling)  # u < r, as a score above a threshold
     if preset.order_temperature:
         gumbel = -torch.log(-torch.log(uniform(lanes, state, sampling)))
@@ -191,7 +202,7 @@ def stated_of(
         "score": score,
         "confidence": statistics["confidence"],
         "rank": rank,
-        "entropy": statistics["entropy"] if preset.by_entropy else None,
+        "entropy": statistics["entropy"] if wanted.entropy else None,
     }
 
 

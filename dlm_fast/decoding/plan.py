@@ -36,11 +36,13 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is the same for every step of a decode: one preset on one batch of canvases.
+    """What is the same for every step of a decode: one preset on one batch of canvases, resolved once.
 
     Attributes:
         preset: the decoder.
         diffusion: how the model was trained to be decoded.
+        cache: the preset's cache operation.
+        mask_id: id of the mask.
         block_length: positions of a block.
         first: [B] int32 where a row's first block begins: at the end of its prompt, or, of a model whose blocks lie at
             multiples of block_length ("abs"), at one of these.
@@ -50,13 +52,24 @@ class Plan:
         whole_row: whether the lanes begin at `first`, since a policy looks at all masks of the row and every step computes
             them, instead of at the block.
         capacity: cache slots per row.
+        previous: whether a position is predicted by the row before it.
+        block_causal: whether a position sees its own block and earlier ones only.
+        shadow: whether a copy of the block, its shadow, follows the canvas.
+        shadow_block: block id of shadows: behind that of the canvas, or of prompt and response where the prompt is isolated.
+        scattered: whether windows are scattered positions, not a range.
+        varies: whether the widths of denoise steps differ from step to step.
+        opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute the
+            row that predicts it.
+        block_quota: whether a step writes a share of the block's full length at least.
         unmask_rule: the static part of the `unmask` op.
         exact_rule: the same where a policy said itself which positions pass.
-        prefill_rule: the same for a step that writes no token; None where every step writes.
+        prefill_rule: the same for refresh steps that write no token; None where they write.
     """
 
     preset: Preset
     diffusion: DiffusionConfig
+    cache: CacheOperation
+    mask_id: int
     block_length: int
     first: Tensor
     refresh_width: int
@@ -64,52 +77,17 @@ class Plan:
     lanes: int
     whole_row: bool
     capacity: int
+    previous: bool
+    block_causal: bool
+    shadow: bool
+    shadow_block: int
+    scattered: bool
+    varies: bool
+    opens_at_row_before: bool
+    block_quota: bool
     unmask_rule: UnmaskRule
     exact_rule: UnmaskRule
     prefill_rule: UnmaskRule | None
-
-    @property
-    def cache(self) -> CacheOperation:
-        """The preset's cache operation."""
-        return self.preset.operation
-
-    @property
-    def mask_id(self) -> int:
-        return self.diffusion.mask_token_id
-
-    @property
-    def previous(self) -> bool:
-        """Whether a position is predicted by the row before it."""
-        return self.diffusion.logits_row == "previous"
-
-    @property
-    def block_causal(self) -> bool:
-        """Whether a position sees its own block and earlier ones only."""
-        return self.diffusion.visibility == "block"
-
-    @property
-    def shadow_block(self) -> int:
-        """Block id of shadow rows: behind that of the canvas, or of prompt and response where the prompt is isolated."""
-        return 1 + int(self.diffusion.prompt_isolated)
-
-    @property
-    def scattered(self) -> bool:
-        """Whether windows are scattered positions, not a range."""
-        return self.cache.scattered or self.preset.keep_last or self.preset.scatter_suffix
-
-    @property
-    def opens_at_row_before(self) -> bool:
-        """Whether a block's first step writes its first mask alone, since later ones do not compute the row before it."""
-        return self.previous and self.cache.opens_at_row_before and self.preset.drafts == 1
-
-    @property
-    def varies(self) -> bool:
-        """Whether the widths of denoise steps differ from step to step."""
-        return self.preset.pipeline or self.cache.scattered
-
-    def selects(self, kind: Kind) -> bool:
-        """Whether steps of `kind` write tokens; those that do not are prefills."""
-        return kind == "denoise" or self.prefill_rule is None
 
     def bucket(self, kind: Kind, *, width: int | None = None, lanes: int | None = None, drafts: int = 1) -> Bucket:
         """The bucket of a step: by default one that holds every row whatever happens."""
@@ -139,7 +117,7 @@ def open_rows(
     Rows without a mask are done before they start. Blocks begin at the first mask ("rel") or at multiples of the block
     length ("abs"); then the positions before the first mask in its block are fixed tokens of that block.
     """
-    mask_id, cache = diffusion.mask_token_id, preset.operation
+    mask_id, cache, previous = diffusion.mask_token_id, preset.operation, diffusion.logits_row == "previous"
     B, L = len(canvases), max((len(canvas) for canvas in canvases), default=0)
     state = RowState.empty(B, L, "cpu")
     first_mask = []
@@ -174,7 +152,7 @@ def open_rows(
         opened=max(state.block_end.tolist(), default=0),
         rest=max((len(canvas) - start for canvas, start in zip(canvases, starts)), default=0),
         block=block,
-        before=int(diffusion.logits_row == "previous"),
+        before=int(previous),
         vicinity=preset.vicinity,
     )
     # Where a step does not compute every mask of the row, a policy that looks at the row sees the block.
@@ -184,6 +162,8 @@ def open_rows(
     plan = Plan(
         preset=preset,
         diffusion=diffusion,
+        cache=cache,
+        mask_id=mask_id,
         block_length=block_length,
         first=state.block_start.clone(),
         refresh_width=0 if cache.refresh is None else cache.refresh.width(sizes),
@@ -191,6 +171,14 @@ def open_rows(
         lanes=max(1, sizes.rest) if whole_row or preset.pipeline else block,
         whole_row=whole_row,
         capacity=L if cache.stores else 0,
+        previous=previous,
+        block_causal=diffusion.visibility == "block",
+        shadow=preset.shadow,
+        shadow_block=1 + int(diffusion.prompt_isolated),
+        scattered=cache.scattered or preset.keep_last or preset.scatter_suffix,
+        varies=preset.pipeline or cache.scattered,
+        opens_at_row_before=previous and cache.opens_at_row_before and preset.drafts == 1,
+        block_quota=preset.quota and preset.quota_of == "block",
         unmask_rule=preset.unmask_rule(),
         exact_rule=preset.unmask_rule(exact=True),
         prefill_rule=None if cache.refresh is None or cache.refresh.selects else preset.prefill_rule(),

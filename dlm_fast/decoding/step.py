@@ -68,7 +68,7 @@ def denoise_step(decode: Decode, bucket: Bucket) -> None:
     """
     plan, forward = decode.plan, decode.forward
     step = step_of(plan, decode.state, decode.sampling, bucket)
-    if not plan.selects(bucket.kind):
+    if bucket.kind == "refresh" and plan.prefill_rule is not None:
         prefill(decode, step)
         return
     result = forward.run(step)

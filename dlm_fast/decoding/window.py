@@ -41,7 +41,7 @@ def takes_part(state: RowState, kind: Kind) -> Tensor:
 def selects(plan: Plan, state: RowState, kind: Kind) -> Tensor:
     """[B] bool rows for which a step of `kind` chooses tokens; those that it only prefills or commits are left out."""
     if kind == "refresh":
-        return (state.phase == REFRESH) & plan.selects(kind)
+        return (state.phase == REFRESH) & (plan.prefill_rule is None)
     return (state.phase == DENOISE) | ((state.phase == COMMIT) & plan.cache.commit_selects)
 
 
@@ -63,7 +63,7 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
         q_len = extent.stop - extent.begin
         q_pos = extent.begin[:, None] + lane
     is_shadow = None
-    if plan.preset.shadow and bucket.kind == "denoise":
+    if plan.shadow and bucket.kind == "denoise":
         # Behind the canvas, the block's positions once more.
         is_shadow = lane >= q_len[:, None]
         q_pos = torch.where(is_shadow, state.block_start[:, None] + lane - q_len[:, None], q_pos)
