@@ -23,7 +23,7 @@ from dlm_fast.loading import CheckpointError
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.tiny.tasks import TASKS, held_out
-from dlm_kernels import reference
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.select import rank_order
 
@@ -183,28 +183,23 @@ class Watch:
         self._tokens = torch.where(arguments["rows"] >= 0, self._tokens, math.inf)
         return asked
 
-    def _unmask(
-        self, state, rule, *, score: Tensor, value: Tensor, mask_id: int, lane_start: Tensor, **arguments
-    ) -> Tensor:
+    def _unmask(self, state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: str) -> Tensor:
+        score, value = inputs.score, inputs.value
         B, W = score.shape
-        lane = lane_start[:, None] + torch.arange(W, device=score.device)
+        lane = inputs.lane_start[:, None] + torch.arange(W, device=score.device)
         inside = (
-            (lane < state.block_end[:, None])
-            & (lane >= state.block_start[:, None])
-            & (arguments["query_len"] > 0)[:, None]
+            (lane < state.block_end[:, None]) & (lane >= state.block_start[:, None]) & (inputs.query_len > 0)[:, None]
         )
-        eligible = inside & (state.tokens.gather(1, lane.clamp(max=state.tokens.shape[1] - 1).long()) == mask_id)
-        chosen = reference.unmask(
-            state, rule, score=score, value=value, mask_id=mask_id, lane_start=lane_start, **arguments
-        )
-        chosen = chosen & eligible
+        tokens = state.tokens.gather(1, lane.clamp(max=state.tokens.shape[1] - 1).long())
+        eligible = inside & (tokens == inputs.mask_id)
+        chosen = reference.unmask(state, rule, inputs, kind=kind) & eligible
         if self.gap is None:
             self.gap = torch.full((B,), math.inf, device=score.device)
         if not chosen.any():
             return chosen
 
-        rank = score if arguments.get("rank") is None else arguments["rank"]
-        gaps = [self._cut(rule, rank, eligible, chosen, arguments["block_length"])]
+        rank = score if inputs.rank is None else inputs.rank
+        gaps = [self._cut(rule, rank, eligible, chosen, inputs.block_length)]
         if self._tokens is not None and self._tokens.numel() == B * W:
             gaps.append(torch.where(chosen, self._tokens.view(B, W), math.inf).amin(1))
         # The test that was passed or failed, position by position in rank order.
@@ -218,14 +213,14 @@ class Watch:
         elif rule.passes == "factor":
             distance = ranked - (1 - bound / (r + 1))
         elif rule.passes == "entropy":
-            used = torch.where(real, arguments["entropy"].gather(1, order), 0.0)
+            used = torch.where(real, inputs.entropy.gather(1, order), 0.0)
             distance = used.cumsum(1) - (0 if rule.inclusive else used.cummax(1).values) - bound
         if distance is not None:
             first = rule.passes == "entropy" and not rule.inclusive  # its first position always passes
             gaps.append(torch.where(real & ~((r == 1) & first), distance.abs(), math.inf).amin(1))
         if rule.remask != "none":
             # Any two scores may decide what is taken back.
-            ordered = torch.where(inside, arguments["remask_score"], math.inf).sort(1).values
+            ordered = torch.where(inside, inputs.remask_score, math.inf).sort(1).values
             apart = ordered.diff(dim=1)
             gaps.append(torch.where(apart > 0, apart, math.inf).nan_to_num(nan=math.inf, posinf=math.inf).amin(1))
         self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))

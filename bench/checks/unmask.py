@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dlm_fast import Ops
-from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.checks.unmask import wanted_arguments
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
+from dlm_kernels.checks.unmask import wanted_inputs
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
@@ -26,8 +26,9 @@ from dlm_kernels.state import ROW_FIELDS
 from .run import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
 
 MASK, STOP_IDS = 3, (1, 2)
-# Lanes of calls that are read from memory; too slow for the interpreter, whose tests have their own.
-WIDER, WIDER_CANVASES = (1025, 4097, 8192), 16
+# Lanes and rows of calls that are read from memory. The interpreter is too slow for so many lanes; its tests have their
+# own.
+MEMORY_WIDTHS, MEMORY_CANVASES = (1025, 4097, 8192), 16
 # Drafts and lanes.
 DRAFTS = ((1, 32), (4, 32), (8, 33), (3, 1100))
 SELECTS = [
@@ -76,7 +77,7 @@ VARIANTS = [
         for kind in ("denoise", "refresh")
     ),
     *(
-        (UnmaskRule("none", cache="commit", seed=True, stop=stop), kind)
+        (UnmaskRule("none", cache="commit", first_token=True, stop=stop), kind)
         for stop in ("never", "after_block", "closed", "all_stop")
         for kind in ("denoise", "refresh")
     ),
@@ -94,14 +95,14 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         (UnmaskRule(**select, **AFTERS[4 * n % len(AFTERS)][0]), AFTERS[4 * n % len(AFTERS)][1])
         for n, select in enumerate(SELECTS)
     ]
-    wider = dataclasses.replace(sizes, canvases=WIDER_CANVASES)
-    for W in (*sizes.widths[1:], *(WIDER if device.type == "cuda" else ())):
+    memory_sizes = dataclasses.replace(sizes, canvases=MEMORY_CANVASES)
+    for W in (*sizes.widths[1:], *(MEMORY_WIDTHS if device.type == "cuda" else ())):
         # Sorting networks of many lanes compile slowly: each width meets every third or sixth way to select, and fewer
         # variants.
-        some = 3 if W <= 256 else 6
-        for n, (rule, kind) in enumerate(plain + VARIANTS[:: 3 * some]):
-            if (n + W) % some == 0 or n >= len(plain):
-                yield case(ops, device, wider if W in WIDER else sizes, seed, W, rule, kind)
+        stride = 3 if W <= 256 else 6
+        for n, (rule, kind) in enumerate(plain + VARIANTS[:: 3 * stride]):
+            if (n + W) % stride == 0 or n >= len(plain):
+                yield case(ops, device, memory_sizes if W in MEMORY_WIDTHS else sizes, seed, W, rule, kind)
     for D, W in DRAFTS:
         name = f"drafts D={D} W={W}"
         yield name, partial(drafts_equal_reference, ops, device, seed, name, sizes.canvases, D, W)
@@ -128,9 +129,9 @@ def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: 
     return name, partial(equals_reference, ops, device, seed, name, sizes.canvases, W, rule, kind)
 
 
-def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind: str) -> tuple[RowState, dict]:
-    """A batch on the CPU with rows in every phase, blocks of every length up to W, ties, garbage in every lane nobody
-    needs."""
+def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule) -> tuple[RowState, dict]:
+    """A batch on the CPU, and the fields of `UnmaskInputs`: rows in every phase, blocks of every length up to W, ties,
+    and garbage in every lane that is not needed."""
     L = 3 * W + 5
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -171,16 +172,16 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
         query_tokens=integers(0, 10000),
         error=torch.zeros(B, dtype=torch.int32),
     )
-    # Lanes that begin before the block see the end of the one before it; at most as many as the region leaves free.
+    # Lanes may begin before the block, where they see the end of the block before; the region must still fit.
     lane_start = start
     if not rule.pipeline and drawn(0.5):
         lane_start = start - torch.minimum(torch.minimum(integers(0, W), (W - (end - start)).clamp(min=0)), start)
     lane = lane_start[:, None] + torch.arange(W)
-    held, held_step = (field.gather(1, lane.clamp(max=L - 1).long()) for field in (tokens, state.unmask_step))
+    held_token, held_step = (field.gather(1, lane.clamp(max=L - 1).long()) for field in (tokens, state.unmask_step))
     in_lane_block = (lane >= start[:, None]) & (lane < end[:, None])
     allowed = chance(0.8, B, W) if drawn(0.3) else None
     exits = chance(0.3) if not rule.pipeline and drawn(0.8 if rule.renoise else 0.3) else None
-    needed = in_lane_block & (held == MASK)
+    needed = in_lane_block & (held_token == MASK)
     if allowed is not None:
         needed = needed & allowed
     if rule.renoise:
@@ -188,7 +189,7 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
     if rule.edit or rule.remask != "none":
         needed = needed | (in_lane_block & (held_step >= 0))
     if exits is not None:
-        needed = needed | ((lane < canvas_len[:, None]) & (held == MASK))
+        needed = needed | ((lane < canvas_len[:, None]) & (held_token == MASK))
 
     def scores() -> Tensor:
         """A coarse grid makes ties; NaN counts as -inf."""
@@ -242,11 +243,10 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
         "append_masks": integers(0, W + 1),
         "activate_masks": integers(0, W + 1),
         "delay": integers(0, 5),
-        "seed": torch.randint(0, 3, (B,), generator=random),
-        "seed_confidence": torch.rand(B, generator=random),
+        "first_token": torch.randint(0, 3, (B,), generator=random),
+        "first_token_confidence": torch.rand(B, generator=random),
     }
     call = {
-        "kind": kind,
         "query_len": integers(0, 4) * 8,
         "pred": lanes["pred"][0],
         "score": lanes["score"][0],
@@ -259,7 +259,7 @@ def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule, kind:
         "stop_ids": torch.tensor(STOP_IDS),
         "stat_error": lanes["stat_error"][0],
     }
-    wanted = wanted_arguments(rule)
+    wanted = wanted_inputs(rule)
     return state, call | optional | {name: values for name, values in ruled.items() if wanted[name]}
 
 
@@ -268,7 +268,7 @@ def moved(call: dict, device: torch.device) -> dict:
 
 
 def guarded_state(state: RowState, memory: GuardedMemory, device: torch.device) -> RowState:
-    """The state on `device` between guard zones; rows of 2-D fields lie 5 elements apart, which belong to nobody."""
+    """The state on `device` between guard zones. Between the rows of 2-D fields lie 5 elements of no row."""
     fields = {}
     for name, field in vars(state).items():
         stride = (field.shape[1] + 5, 1) if field.dim() == 2 else (1,)
@@ -284,16 +284,16 @@ def compare_states(ours: RowState, expected: RowState, note: str = "") -> None:
 def equals_reference(
     ops: Ops, device: torch.device, seed: int, name: str, B: int, W: int, rule: UnmaskRule, kind: str
 ) -> None:
-    state, call = random_call(generator(seed, name), B, W, rule, kind)
+    state, call = random_call(generator(seed, name), B, W, rule)
     memory = GuardedMemory()
     ours, ours_call = guarded_state(state, memory, device), moved(call, device)
     with poisoned(memory):
-        changed = ops.unmask(ours, rule, **ours_call)
+        changed = ops.unmask(ours, rule, UnmaskInputs(**ours_call), kind=kind)
     memory.check()
     for argument, value in call.items():
         if isinstance(value, Tensor):
             same_bits(f"{argument} (an input)", ours_call[argument], value)
-    expected = reference.unmask(state, rule, **call)
+    expected = reference.unmask(state, rule, UnmaskInputs(**call), kind=kind)
     compare_states(ours, state)
     same_bits("the lanes written", changed, expected)
 
@@ -303,10 +303,10 @@ def rows_are_independent(
 ) -> None:
     """Every row, bit for bit: alone with as few lanes as its block has, and in the batch."""
     B, W = min(8, sizes.canvases), sizes.widths[0]
-    state, call = random_call(generator(seed, name), B, W, rule, kind)
+    state, call = random_call(generator(seed, name), B, W, rule)
     state, call = RowState(**moved(vars(state), device)), moved(call, device)
     together = state.clone()
-    changed = ops.unmask(together, rule, **call)
+    changed = ops.unmask(together, rule, UnmaskInputs(**call), kind=kind)
     for b in range(B):
         first = state.block_start[b] if call["lane_start"] is None else call["lane_start"][b]
         # Without exits, no lane behind the block matters; a row whose block does not fit keeps all lanes.
@@ -320,7 +320,7 @@ def rows_are_independent(
             else value
             for argument, value in call.items()
         }
-        changed_alone = ops.unmask(alone, rule, **single)
+        changed_alone = ops.unmask(alone, rule, UnmaskInputs(**single), kind=kind)
         expected = RowState(**{f.name: getattr(together, f.name)[b : b + 1] for f in dataclasses.fields(state)})
         compare_states(alone, expected, f", row {b} alone")
         same_bits(f"the lanes written, row {b} alone", changed_alone, changed[b : b + 1, : changed_alone.shape[1]])

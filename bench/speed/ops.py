@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlm_fast import Ops
-from dlm_kernels import RowState, UnmaskRule, reference
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
 from dlm_kernels.state import DENOISE
 
 from .. import floors
@@ -162,9 +162,17 @@ def _unmask(bench: Bench, ops: Ops, B: int, lanes: int, cost: floors.Cost) -> Wo
         score = torch.rand(B, lanes, device=device)
         counts = {"query_len": lanes, "min_unmask": 1, "steps": lanes, "block_length": lanes}
         rows = {name: torch.full((B,), value, dtype=torch.int32, device=device) for name, value in counts.items()}
-        rows |= {"pred": torch.randint(4, 1000, (B, lanes), device=device), "score": score, "confidence": score}
-        rows |= {"value": torch.full((B,), THRESHOLD, device=device), "stop_ids": torch.tensor([1], device=device)}
-        inputs.append(rows)
+        inputs.append(
+            UnmaskInputs(
+                pred=torch.randint(4, 1000, (B, lanes), device=device),
+                score=score,
+                confidence=score,
+                value=torch.full((B,), THRESHOLD, device=device),
+                mask_id=0,
+                stop_ids=torch.tensor([1], device=device),
+                **rows,
+            )
+        )
 
     def candidate(name: str, op: Callable, graph: bool = True, sets: int = count) -> Candidate:
         states = [template.clone() for template in templates[:sets]]
@@ -174,7 +182,7 @@ def _unmask(bench: Bench, ops: Ops, B: int, lanes: int, cost: floors.Cost) -> Wo
                 for field in dataclasses.fields(RowState):
                     getattr(state, field.name).copy_(getattr(template, field.name))
 
-        calls = [partial(op, state, RULE, kind="denoise", mask_id=0, **given) for state, given in zip(states, inputs)]
+        calls = [partial(op, state, RULE, given, kind="denoise") for state, given in zip(states, inputs)]
         return Candidate(name, calls, graph=graph, before=restore)
 
     candidates = [
@@ -190,29 +198,19 @@ def _unmask(bench: Bench, ops: Ops, B: int, lanes: int, cost: floors.Cost) -> Wo
     return Work(candidates, cost, count, cold, note)
 
 
-def _loop(
-    state: RowState,
-    rule: UnmaskRule,
-    *,
-    pred: Tensor,
-    score: Tensor,
-    confidence: Tensor,
-    mask_id: int,
-    value: Tensor,
-    **_: object,
-) -> None:
+def _loop(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: str) -> None:
     """Threshold unmasking as decoders written for one row do it: a host loop over rows, and over positions until one
     fails."""
-    for b in range(score.shape[0]):
+    for b in range(inputs.score.shape[0]):
         start, end = int(state.block_start[b]), int(state.block_end[b])
-        masked = state.tokens[b, start:end] == mask_id
-        ranked = torch.where(masked, score[b, : end - start], -torch.inf)
+        masked = state.tokens[b, start:end] == inputs.mask_id
+        ranked = torch.where(masked, inputs.score[b, : end - start], -torch.inf)
         order = ranked.argsort(descending=True)
         for k in range(int(masked.sum())):
             lane = order[k]
-            if k > 0 and not bool(ranked[lane] > value[b]):
+            if k > 0 and not bool(ranked[lane] > inputs.value[b]):
                 break
-            state.tokens[b, start + lane] = pred[b, lane]
+            state.tokens[b, start + lane] = inputs.pred[b, lane]
             state.unmask_step[b, start + lane] = state.step[b]
-            state.unmask_confidence[b, start + lane] = confidence[b, lane]
+            state.unmask_confidence[b, start + lane] = inputs.confidence[b, lane]
         state.step[b] += 1

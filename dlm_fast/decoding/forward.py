@@ -307,7 +307,7 @@ class Opening(Forward):
             early = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
             banned = torch.cat([banned.expand(opens.shape[0], -1), early], -1)
         stats = stats_of(self.handle.ops, logits, rows=rows, outputs=(), banned=banned)
-        inputs = {"seed": stats.token, "seed_confidence": stats.confidence}
+        inputs = {"first_token": stats.token, "first_token_confidence": stats.confidence}
         return dataclasses.replace(result, inputs=inputs)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_kernels import RowState
+from dlm_kernels import RowState, UnmaskInputs
 from dlm_kernels.state import DENOISE, REFRESH, amend
 
 from ..patching import PatchHandle
@@ -102,10 +102,10 @@ def write(decode: Decode, step: Step, result: Result, choice: Choice, error: Ten
     rule = plan.prefill_rule if error is None else plan.exact_rule if choice.exact else plan.unmask_rule
     fields = {name: value for name, value in vars(choice).items() if name != "exact"}
     lane_start = step.lanes.position[:, 0].contiguous()
-    return decode.forward.handle.ops.unmask(
-        decode.state, rule, kind=step.bucket.kind, query_len=result.query_len, lane_start=lane_start, stat_error=error,
-        **decode.constants, **fields, **result.inputs,
-    )  # fmt: skip
+    inputs = UnmaskInputs(
+        query_len=result.query_len, lane_start=lane_start, stat_error=error, **decode.constants, **fields, **result.inputs
+    )
+    return decode.forward.handle.ops.unmask(decode.state, rule, inputs, kind=step.bucket.kind)
 
 
 def after(decode: Decode, step: Step, view: View, choice: Choice, written: Tensor) -> None:

@@ -189,7 +189,7 @@ class Preset:
 
     def prefill_rule(self) -> UnmaskRule:
         """The rule of a prefill, which selects nothing."""
-        return UnmaskRule("none", cache=self.operation.after_block, seed=self.first_token, stop=self.stop)
+        return UnmaskRule("none", cache=self.operation.after_block, first_token=self.first_token, stop=self.stop)
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
@@ -206,7 +206,7 @@ class Preset:
             renoise=self.rule == "renoise",
             remask=remask,
             cache=self.operation.after_block,
-            seed=self.first_token,
+            first_token=self.first_token,
             stop=self.stop,
         )
 

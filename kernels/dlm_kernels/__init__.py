@@ -19,8 +19,8 @@ Importing this package imports torch and never Triton, so the references run on 
 # tests/package/test_shadow.py pins this.
 
 from . import reference
-from .rules import UnmaskRule
+from .rules import UnmaskInputs, UnmaskRule
 from .state import RowState
 from .window import Window
 
-__all__ = ["RowState", "UnmaskRule", "Window", "reference"]
+__all__ = ["RowState", "UnmaskInputs", "UnmaskRule", "Window", "reference"]

@@ -37,7 +37,10 @@ from standin import record, variant_of_case
 launches = record(90)
 
 import torch
-from dlm_kernels import RowState, UnmaskRule, Window, attention, confidence, device, drafts, linear_confidence, reference, static, unmask
+from dlm_kernels import (
+    RowState, UnmaskInputs, UnmaskRule, Window,
+    attention, confidence, device, drafts, linear_confidence, reference, static, unmask,
+)
 device.capability_of = lambda op, tensor, kernel: 90
 
 # Numbers that follow from the vocabulary: the report compiles one vocabulary.
@@ -89,13 +92,14 @@ def draft(B, D, W):
 
 
 def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="denoise"):
-    state = RowState.empty(B, L, "cpu")
     rows = int32([1] * B)
-    unmask.unmask(
-        state, rule, kind=kind, query_len=rows, pred=torch.zeros(B, W, dtype=torch.int64), score=torch.zeros(B, W),
-        confidence=torch.zeros(B, W), value=torch.zeros(B), min_unmask=rows, steps=rows, block_length=rows, mask_id=9,
-        stop_ids=torch.tensor([8]), lane_start=rows, rank=torch.zeros(B, W), stat_error=torch.zeros(B, W, dtype=torch.int32), max_steps=rows,
+    inputs = UnmaskInputs(
+        query_len=rows, pred=torch.zeros(B, W, dtype=torch.int64), score=torch.zeros(B, W),
+        confidence=torch.zeros(B, W), value=torch.zeros(B), min_unmask=rows, steps=rows, block_length=rows,
+        mask_id=9, stop_ids=torch.tensor([8]),
+        lane_start=rows, rank=torch.zeros(B, W), stat_error=torch.zeros(B, W, dtype=torch.int32), max_steps=rows,
     )
+    unmask.unmask(RowState.empty(B, L, "cpu"), rule, inputs, kind=kind)
 
 
 def finish():

@@ -18,7 +18,7 @@ from helpers import toy
 
 import dlm_kernels.drafts.launch
 import dlm_kernels.linear_confidence  # noqa: F401
-from dlm_kernels import RowState, UnmaskRule, Window, reference
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, Window, reference
 from dlm_kernels.attention import block_attention
 from dlm_kernels.confidence import confidence
 from dlm_kernels.library import operator
@@ -62,20 +62,19 @@ def unmask_call(device):
     for name, value in {"canvas_len": L, "block_end": W, "block_masks": W, "phase": 1}.items():
         getattr(state, name).fill_(value)
     int32 = {"dtype": torch.int32, "device": device}
-    given = {
-        "kind": "denoise",
-        "query_len": torch.full((B,), W, **int32),
-        "pred": torch.randint(0, 8, (B, W), device=device),
-        "score": torch.rand(B, W, device=device),
-        "confidence": torch.rand(B, W, device=device),
-        "value": torch.full((B,), 0.5, device=device),
-        "min_unmask": torch.ones(B, **int32),
-        "steps": torch.full((B,), 4, **int32),
-        "block_length": torch.full((B,), W, **int32),
-        "mask_id": 9,
-        "stop_ids": torch.tensor([8], device=device),
-    }
-    return state, UnmaskRule("threshold"), given
+    inputs = UnmaskInputs(
+        query_len=torch.full((B,), W, **int32),
+        pred=torch.randint(0, 8, (B, W), device=device),
+        score=torch.rand(B, W, device=device),
+        confidence=torch.rand(B, W, device=device),
+        value=torch.full((B,), 0.5, device=device),
+        min_unmask=torch.ones(B, **int32),
+        steps=torch.full((B,), 4, **int32),
+        block_length=torch.full((B,), W, **int32),
+        mask_id=9,
+        stop_ids=torch.tensor([8], device=device),
+    )
+    return state, UnmaskRule("threshold"), inputs
 
 
 def flat(*values) -> list:
@@ -97,6 +96,15 @@ def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
     assert mutated(OPS.confidence) == mutated(OPS.linear_confidence) == mutated(OPS.draft_build) == []
     assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
     assert mutated(OPS.verify) == [f"source_{field.name}" for field in dataclasses.fields(reference.DraftSource)]
+
+
+def test_an_operator_takes_a_dataclass_field_by_field():
+    arguments = OPS.unmask.default._schema.arguments
+    given = {"state": RowState, "rule": UnmaskRule, "inputs": UnmaskInputs}
+    names = [f"{name}_{field.name}" for name, kind in given.items() for field in dataclasses.fields(kind)]
+    assert [argument.name for argument in arguments] == [*names, "kind"]
+    optional = {argument.name for argument in arguments if str(argument.type) == "Optional[Tensor]"}
+    assert optional == {f"inputs_{field.name}" for field in dataclasses.fields(UnmaskInputs) if field.default is None}
 
 
 @pytest.mark.parametrize("fields", [{}, {"mode": "full"}, {"q_branch": True}])
@@ -153,10 +161,7 @@ def test_opcheck_of_drafts(device):
 
 
 def test_opcheck_of_unmask(device):
-    state, rule, given = unmask_call(device)
-    op = OPS.unmask.default
-    rest = [given.get(argument.name) for argument in op._schema.arguments[len(flat(state, rule)) :]]
-    torch.library.opcheck(op, (*flat(state, rule), *rest))
+    torch.library.opcheck(OPS.unmask.default, (*flat(*unmask_call(device)), "denoise"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -192,14 +197,14 @@ def test_compiled_confidence_equals_eager_at_every_number_of_rows_with_one_graph
 
 
 def test_compiled_unmask_advances_the_same_state(device):
-    state, rule, given = unmask_call(device)
+    state, rule, inputs = unmask_call(device)
     other = state.clone()
 
-    def step(state, given):
-        return ~unmask(state, rule, **given)
+    def step(state, inputs):
+        return ~unmask(state, rule, inputs, kind="denoise")
 
-    expected = step(state, given)
-    found = torch.compile(step, backend="aot_eager", fullgraph=True)(other, given)
+    expected = step(state, inputs)
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(other, inputs)
     assert torch.equal(found, expected)
     for field in dataclasses.fields(RowState):
         assert torch.equal(getattr(other, field.name), getattr(state, field.name)), field.name

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 
-from dlm_kernels import RowState, UnmaskRule, Window, reference
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, Window, reference
 
 pytest.importorskip("triton", reason="these tests run Triton kernels")
 
@@ -88,14 +88,20 @@ def test_unmask(device):
     far = {name: far_apart(getattr(near, name)) for name in ("unmask_step", "unmask_confidence")}
     state = dataclasses.replace(near.clone(), **far)
     int32 = {"dtype": torch.int32, "device": device}
-    given = {
-        "kind": "denoise", "query_len": torch.full((B,), W, **int32), "pred": torch.randint(0, 8, (B, W), device=device),
-        "score": torch.rand(B, W, device=device), "confidence": torch.rand(B, W, device=device),
-        "value": torch.full((B,), 0.5, device=device), "min_unmask": torch.ones(B, **int32), "steps": torch.full((B,), 4, **int32),
-        "block_length": torch.full((B,), W, **int32), "mask_id": 9, "stop_ids": torch.tensor([8], device=device),
-    }  # fmt: skip
-    written = reference.unmask(near, UnmaskRule("threshold"), **given)
-    scores = far_apart(given["score"])
-    assert torch.equal(unmask(state, UnmaskRule("threshold"), **given | {"score": scores}), written)
+    inputs = UnmaskInputs(
+        query_len=torch.full((B,), W, **int32),
+        pred=torch.randint(0, 8, (B, W), device=device),
+        score=torch.rand(B, W, device=device),
+        confidence=torch.rand(B, W, device=device),
+        value=torch.full((B,), 0.5, device=device),
+        min_unmask=torch.ones(B, **int32),
+        steps=torch.full((B,), 4, **int32),
+        block_length=torch.full((B,), W, **int32),
+        mask_id=9,
+        stop_ids=torch.tensor([8], device=device),
+    )
+    written = reference.unmask(near, UnmaskRule("threshold"), inputs, kind="denoise")
+    far_inputs = dataclasses.replace(inputs, score=far_apart(inputs.score))
+    assert torch.equal(unmask(state, UnmaskRule("threshold"), far_inputs, kind="denoise"), written)
     for field in dataclasses.fields(RowState):
         assert torch.equal(getattr(state, field.name), getattr(near, field.name)), field.name

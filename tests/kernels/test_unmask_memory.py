@@ -1,4 +1,4 @@
-"""`unmask` across its tiles: regions in registers and in memory, as wide as they may be, one launch each."""
+"""`unmask` across its tiles: regions in registers and in memory, as long as they may be, one launch each."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_kernel_equals_reference_from_memory_across_its_tiles(device):
     assert boundary >= 60
 
 
-WIDE_RULES = [UnmaskRule(passes) for passes in PASSES] + [
+LONG_RULES = [UnmaskRule(passes) for passes in PASSES] + [
     UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"),
     UnmaskRule("entropy", pipeline=True, scope="first", cache="delayed", stop="fill"),
     UnmaskRule("none", quota=True, runs=True, remask="wino"),
 ]
 
 
-def wide_case(rule: UnmaskRule, W: int, seed: int) -> Case:
+def long_case(rule: UnmaskRule, W: int, seed: int) -> Case:
     """A row that selects in a region of W lanes, half of them masked in some fifty runs, its scores full of ties."""
     case = random_case(seed, B=1, rule=rule, lanes=W)
     state, args, rng = case.state, case.args, torch.Generator().manual_seed(seed)
@@ -55,18 +55,18 @@ def wide_case(rule: UnmaskRule, W: int, seed: int) -> Case:
     }
     lanes |= {"pred": torch.randint(0, MASK, (1, W), generator=rng), "confidence": torch.rand(1, W, generator=rng)}
     case.args |= {name: x for name, x in lanes.items() if args.get(name) is not None}
-    few = torch.tensor([3], dtype=torch.int32)
-    case.args |= dict(kind="denoise", query_len=few, min_unmask=few, steps=few, block_length=few + W // 9)
+    three = torch.tensor([3], dtype=torch.int32)
+    case.args |= dict(kind="denoise", query_len=three, min_unmask=three, steps=three, block_length=three + W // 9)
     case.args |= dict.fromkeys(("stat_error", "lane_start", "exits", "max_steps", "max_unmask", "allowed"))
     if rule.passes == "entropy":
         case.args["value"] = torch.tensor([W / 20])
     return case
 
 
-@pytest.mark.parametrize("rule", WIDE_RULES, ids=lambda rule: f"{rule.passes}-{rule.scope}-{rule.remask}")
-def test_kernel_equals_reference_in_wider_tiles_in_registers(rule, device):
+@pytest.mark.parametrize("rule", LONG_RULES, ids=lambda rule: f"{rule.passes}-{rule.scope}-{rule.remask}")
+def test_kernel_equals_reference_in_longer_regions_in_registers(rule, device):
     for W, seed in ((33, 6000), (129, 6001)):
-        assert_kernel_equals_reference(wide_case(rule, W, seed).copy(device), f"W={W}")
+        assert_kernel_equals_reference(long_case(rule, W, seed).copy(device), f"W={W}")
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_kernel_equals_reference_in_wider_tiles_in_registers(rule, device):
     [(1025, 0), (2047, 4), (2048, 1), (2049, 2), (4095, 6), (4096, 3), (4097, 5), (8191, 2), (MAX_W, 3)],
     ids=lambda x: str(x),
 )
-def test_kernel_equals_reference_in_regions_as_wide_as_they_may_be(W, rule, device):
-    assert_kernel_equals_reference(wide_case(WIDE_RULES[rule], W, W).copy(device), f"W={W}")
+def test_kernel_equals_reference_in_regions_as_long_as_they_may_be(W, rule, device):
+    assert_kernel_equals_reference(long_case(LONG_RULES[rule], W, W).copy(device), f"W={W}")
 
 
 def test_what_a_factor_sorts_in_memory_stops_at_the_first_failure_wherever_it_is(device):

@@ -63,13 +63,15 @@ UNMASK = {
     "passes": ("none", "threshold", "factor", "entropy"),
     "inclusive": BOTH,
     "kind": ("denoise", "refresh"),
-    "extra": ("none", "quota", "seed", "edit", "renoise", "each", "first", "lowest", "saber", "wino"),
+    "extra": ("none", "quota", "first_token", "edit", "renoise", "each", "first", "lowest", "saber", "wino"),
     "runs": BOTH,
     "cache": ("none", "commit", "refresh", "once", "fused", "delayed"),
     "stop": ("never", "after_block", "closed", "appends", "fill", "all_stop"),
     "value per lane": BOTH,
-    **dict.fromkeys(("rank", "stat_error", "allowed", "lane_start", "fallback", "max_unmask", "exits", "max_steps"), BOTH),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("rank", "stat_error", "allowed", "lane_start", "fallback", "max_unmask", "exits", "max_steps"), BOTH
+    ),
+}
 
 
 def unmask_rule(choice: dict[str, Any]):
@@ -77,7 +79,7 @@ def unmask_rule(choice: dict[str, Any]):
     from dlm_kernels import UnmaskRule
 
     extra = choice["extra"]
-    options: dict[str, Any] = {extra: True} if extra in ("quota", "seed", "edit", "renoise") else {}
+    options: dict[str, Any] = {extra: True} if extra in ("quota", "first_token", "edit", "renoise") else {}
     options |= {"pipeline": True, "scope": extra} if extra in ("each", "first") else {}
     options |= {"remask": extra} if extra in ("lowest", "saber", "wino") else {}
     names = ("inclusive", "runs", "cache", "stop")
@@ -98,30 +100,24 @@ def unmask_allowed(choice: dict[str, Any]) -> bool:
 def call_unmask(choice: dict[str, Any], W: int, check_only: bool = False) -> None:
     import torch
 
-    from dlm_kernels import RowState
-    from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, check_arguments, wanted_arguments
+    from dlm_kernels import RowState, UnmaskInputs
+    from dlm_kernels.checks.unmask import LANES, OPTIONAL, ROWS, check_arguments, wanted_inputs
     from dlm_kernels.unmask import launch as unmask
 
     rule, B, L = unmask_rule(choice), 2, W + 8
     state = RowState.empty(B, L, torch.get_default_device())
-    names = {name for name in (*OPTIONAL_LANES, *OPTIONAL_ROWS) if choice.get(name)}
-    names |= {name for name, wanted in wanted_arguments(rule).items() if wanted}
-    names |= {"entropy"} if rule.passes == "entropy" else set()
-    lanes = {"pred": torch.int64, "score": torch.float32, "confidence": torch.float32} | OPTIONAL_LANES
-    rows = dict.fromkeys(("query_len", "min_unmask", "steps", "block_length"), torch.int32) | OPTIONAL_ROWS
-    given = {
-        n: torch.zeros(B, W, dtype=t) if n in lanes else torch.zeros(B, dtype=t) for n, t in (lanes | rows).items()
-    }
-    optional = {*OPTIONAL_LANES, *OPTIONAL_ROWS} - names
-    given = {name: None if name in optional else tensor for name, tensor in given.items()}
-    given["value"] = torch.zeros((B, W) if choice["value per lane"] else (B,))
-    stop_ids = torch.zeros(2, dtype=torch.int64)
+    given = {name for name in OPTIONAL if choice.get(name)}
+    given |= {name for name, wanted in wanted_inputs(rule).items() if wanted}
+    given |= {"entropy"} if rule.passes == "entropy" else set()
+    tensors = {name: torch.zeros(B, W, dtype=dtype) for name, dtype in LANES.items()}
+    tensors |= {name: torch.zeros(B, dtype=dtype) for name, dtype in ROWS.items()}
+    tensors["value"] = torch.zeros((B, W) if choice["value per lane"] else (B,))
+    tensors = {name: tensor for name, tensor in tensors.items() if name in given or name not in OPTIONAL}
+    inputs = UnmaskInputs(mask_id=9, stop_ids=torch.zeros(2, dtype=torch.int64), **tensors)
     if check_only:
-        in_lanes = {name: tensor for name, tensor in given.items() if name in lanes}
-        in_rows = {name: tensor for name, tensor in given.items() if name not in lanes}
-        check_arguments(state, rule, choice["kind"], 9, stop_ids, rows=in_rows, lanes=in_lanes)
+        check_arguments(state, rule, inputs, choice["kind"])
     else:
-        unmask.unmask(state, rule, kind=choice["kind"], mask_id=9, stop_ids=stop_ids, **given)
+        unmask.unmask(state, rule, inputs, kind=choice["kind"])
 
 
 CONFIDENCE = {

@@ -14,26 +14,21 @@ import torch
 from torch import Tensor
 from unmask_oracle import fp32, unmask_row
 
-from dlm_kernels import RowState, UnmaskRule, reference
-from dlm_kernels.checks.unmask import OPTIONAL_LANES, OPTIONAL_ROWS, wanted_arguments
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
+from dlm_kernels.checks.unmask import LANES, OPTIONAL, ROWS, wanted_inputs
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 from dlm_kernels.tiles import UnmaskTile
 
 MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
 STATE_FIELDS = tuple(field.name for field in dataclasses.fields(RowState))
-LANES = ("pred", "score", "confidence", *OPTIONAL_LANES)
-ROWS = ("query_len", "value", "min_unmask", "steps", "block_length", *OPTIONAL_ROWS)
-DTYPES = (
-    dict.fromkeys(("query_len", "min_unmask", "steps", "block_length"), torch.int32)
-    | {"pred": torch.int64}
-    | OPTIONAL_LANES
-    | OPTIONAL_ROWS
-)
+DTYPES = LANES | ROWS
 
 
 @dataclasses.dataclass
 class Case:
+    """One call of `unmask`. `args`: the fields of `UnmaskInputs` that are given, and the call's kind."""
+
     state: RowState
     rule: UnmaskRule
     args: dict[str, Any]
@@ -49,7 +44,8 @@ class Case:
 
     def run(self, op=reference.unmask) -> tuple[RowState, Tensor]:
         """The state, advanced in place, and the lanes written."""
-        return self.state, op(self.state, self.rule, **self.args)
+        inputs = UnmaskInputs(**{name: x for name, x in self.args.items() if name != "kind"})
+        return self.state, op(self.state, self.rule, inputs, kind=self.args["kind"])
 
 
 def oracle(case: Case) -> tuple[RowState, Tensor]:
@@ -72,8 +68,8 @@ def assert_same(ours: tuple[RowState, Tensor], expected: tuple[RowState, Tensor]
     assert torch.equal(ours[1].cpu(), expected[1].cpu()), f"{note}: lanes written\n{ours[1]}\n{expected[1]}"
 
 
-# One row, drawn: g given, w written, # masked, S written stop, s given stop, . past the canvas; lane j predicts
-# pred[j].
+# One row, drawn: g given, w written (e, r: other tokens), # masked, S written stop, s given stop, . past the canvas.
+# Lane j predicts pred[j].
 
 TOKEN = {"g": GIVEN, "w": WRITTEN, "#": MASK, "S": STOP, "s": STOP, "e": 3, "r": 4, ".": 0}
 
@@ -98,17 +94,21 @@ def one_row(
         getattr(state, name)[0] = number
     state.block_masks[0] = canvas[slice(*block)].count("#")
     W = len(pred)
-    call = dict(query_len=4, pred=[TOKEN[c] for c in pred], score=list(range(W, 0, -1)), confidence=[0.5] * W, value=0.0,
-                min_unmask=kmin, steps=2, block_length=block_length) | args  # fmt: skip
-    tensors = {
-        name: x if isinstance(x, Tensor) else torch.tensor([x], dtype=DTYPES.get(name, torch.float32))
-        for name, x in call.items()
-    }
-    return Case(
-        state,
-        rule,
-        dict(kind="refresh" if phase == REFRESH else "denoise", mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors,
+    call = dict(
+        query_len=4,
+        pred=[TOKEN[c] for c in pred],
+        score=list(range(W, 0, -1)),
+        confidence=[0.5] * W,
+        value=0.0,
+        min_unmask=kmin,
+        steps=2,
+        block_length=block_length,
     )
+    tensors = {
+        name: x if isinstance(x, Tensor) else torch.tensor([x], dtype=DTYPES[name]) for name, x in (call | args).items()
+    }
+    kind = "refresh" if phase == REFRESH else "denoise"
+    return Case(state, rule, dict(kind=kind, mask_id=MASK, stop_ids=torch.tensor([STOP])) | tensors)
 
 
 def drawn(state: RowState) -> str:
@@ -124,20 +124,15 @@ def drawn(state: RowState) -> str:
 
 
 def random_rule(rng: random.Random) -> UnmaskRule:
-    kind = rng.choice(("plain", "plain", "seed", "edit", "renoise", "remask", "pipeline", "pipeline"))
+    kind = rng.choice(("plain", "plain", "first_token", "edit", "renoise", "remask", "pipeline", "pipeline"))
     options: dict[str, Any] = dict(inclusive=rng.random() < 0.4, runs=rng.random() < 0.25 and kind != "renoise")
-    passes, caches, stops = (
-        PASSES,
-        ["none", "commit", "refresh", "once"],
-        ["never", "after_block", "closed", "all_stop"],
-    )
+    passes = PASSES
+    caches, stops = ["none", "commit", "refresh", "once"], ["never", "after_block", "closed", "all_stop"]
     if kind == "pipeline":
         options |= dict(pipeline=True, scope=rng.choice(("each", "first")))
         passes = ("none", "threshold", "threshold") if options["scope"] == "each" else PASSES
-        caches, stops = (
-            ["none", "fused", "delayed", "delayed"],
-            ["never", "after_block", "closed", "appends", "fill", "fill"],
-        )
+        caches = ["none", "fused", "delayed", "delayed"]
+        stops = ["never", "after_block", "closed", "appends", "fill", "fill"]
     elif kind == "renoise":
         options["renoise"], caches = True, ["none", "commit"]
     else:
@@ -147,8 +142,8 @@ def random_rule(rng: random.Random) -> UnmaskRule:
         stops.remove("closed")
     if kind == "remask":
         options["remask"] = rng.choice(("lowest", "saber", "wino"))
-    if kind == "seed":
-        options["seed"], caches = True, ["commit"]
+    if kind == "first_token":
+        options["first_token"], caches = True, ["commit"]
     assert set(caches) <= set(CACHE_OPS) and set(stops) <= set(STOPS)
     return UnmaskRule(rng.choice(passes), cache=rng.choice(caches), stop=rng.choice(stops), **options)
 
@@ -156,29 +151,40 @@ def random_rule(rng: random.Random) -> UnmaskRule:
 def random_case(
     seed: int,
     B: int = 3,
-    wide: bool = False,
+    long: bool = False,
     rule: UnmaskRule | None = None,
     lanes: int | None = None,
     canvas: int = 256,
 ) -> Case:
     """One call with random rows: ties, NaN and infinite scores and thresholds, infilled canvases, full blocks, errors,
-    rows that sit out. `lanes`: of the call. `wide`: more lanes than one tile, or more canvas than one tile (of `canvas`
-    positions) of a search."""
+    rows that sit out.
+
+    lanes: of the call. long: more lanes than one tile has, or more canvas than one tile (of `canvas` positions) of a
+    search has.
+    """
     rng = random.Random(seed)
     rule = random_rule(rng) if rule is None else rule
-    W = lanes or (rng.choice((31, 33, 63, 65, 70)) if wide else rng.choice((1, 2, 3, 5, 8, 12)))
-    L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if wide else rng.randint(W, 4 * W + 6)
+    W = lanes or (rng.choice((31, 33, 63, 65, 70)) if long else rng.choice((1, 2, 3, 5, 8, 12)))
+    L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if long else rng.randint(W, 4 * W + 6)
     kind = "refresh" if rule.cache != "none" and rng.random() < 0.3 else "denoise"
     fitting = {
         "refresh": [REFRESH],
         "denoise": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed")),
     }[kind]
     stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
-    chances = dict(rank=0.5, stat_error=0.7, allowed=0.25, lane_start=0.4 * (not rule.pipeline), fallback=0.25, max_unmask=0.25,
-                   exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline), max_steps=0.25)  # fmt: skip
+    chances = dict(
+        rank=0.5,
+        stat_error=0.7,
+        allowed=0.25,
+        lane_start=0.4 * (not rule.pipeline),
+        fallback=0.25,
+        max_unmask=0.25,
+        exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline),
+        max_steps=0.25,
+    )
     present = {name for name, chance in chances.items() if rng.random() < chance}
     present |= {"entropy"} if rule.passes == "entropy" else set()
-    present |= {name for name, wanted in wanted_arguments(rule).items() if wanted}
+    present |= {name for name, wanted in wanted_inputs(rule).items() if wanted}
     per_lane = rule.passes == "threshold" and rng.random() < 0.25
     rows = [
         random_row(
@@ -194,8 +200,8 @@ def random_case(
     state = RowState(**{name: gather(name, getattr(fields, name).dtype) for name in STATE_FIELDS})
     args: dict[str, Any] = {}
     for name in (*LANES, *ROWS):
-        if name in present or not (name in OPTIONAL_LANES or name in OPTIONAL_ROWS):
-            args[name] = gather("values" if name == "value" and per_lane else name, DTYPES.get(name, torch.float32))
+        if name in present or name not in OPTIONAL:
+            args[name] = gather("values" if name == "value" and per_lane else name, DTYPES[name])
     return Case(state, rule, dict(kind=kind, mask_id=MASK, stop_ids=torch.tensor(stops, dtype=torch.int64), **args))
 
 
@@ -216,7 +222,7 @@ def random_row(
     start, end, length = random_region(rng, canvas_len, W, rule)
     step = rng.randrange(3, 9)
     after = rng.choice((1.0, 1.0, 0.5) if rule.pipeline else (0.0, 0.0, 2 / L, 0.3, 1.0))
-    chances = [rng.choice((0.0, 0.2, 0.7, 1.0)) for _ in range(W)]  # of a mask, block by block
+    chances = [rng.choice((0.0, 0.2, 0.7, 1.0)) for _ in range(W)]  # the chance of a mask in each block
     tokens, unmask_step = [], []
     for p in range(L):
         masked = rng.random() < (chances[(p - start) // length] if start <= p < end else after if p >= end else 0.0)
@@ -260,25 +266,53 @@ def random_row(
     def entropy() -> float:
         return rng.choice((0.0, 0.125, 0.25, 0.5, -1e-9, math.inf, math.nan)) if coarse else fp32(0.3 * rng.random())
 
-    few = (-1, 0, 0, 1, 1, 2, 3, W)
-    return dict(
-        tokens=tokens, unmask_step=unmask_step, unmask_confidence=[0.5 if s >= 0 else 0.0 for s in unmask_step],
-        canvas_len=canvas_len, block_start=start, block_end=end,
+    counts = (-1, 0, 0, 1, 1, 2, 3, W)
+    state = dict(
+        tokens=tokens,
+        unmask_step=unmask_step,
+        unmask_confidence=[0.5 if s >= 0 else 0.0 for s in unmask_step],
+        canvas_len=canvas_len,
+        block_start=start,
+        block_end=end,
         block_masks=masks + rng.choice((0, 0, rng.randint(0, end - start - masks))),
-        block_step=rng.randrange(5), step=step, phase=phase, nfe=rng.randrange(9), query_tokens=rng.randrange(99), error=0,
-        query_len=0 if rng.random() < 0.12 else rng.randint(1, W), value=threshold(), values=lanes(threshold, math.nan),
-        min_unmask=rng.choice((0, 1, 1, 1, 2, W, W + 5)), steps=rng.choice((0, 1, 2, 3, W, 2 * W + 1)),
+        block_step=rng.randrange(5),
+        step=step,
+        phase=phase,
+        nfe=rng.randrange(9),
+        query_tokens=rng.randrange(99),
+        error=0,
+    )
+    return state | dict(
+        query_len=0 if rng.random() < 0.12 else rng.randint(1, W),
+        value=threshold(),
+        values=lanes(threshold, math.nan),
+        min_unmask=rng.choice((0, 1, 1, 1, 2, W, W + 5)),
+        steps=rng.choice((0, 1, 2, 3, W, 2 * W + 1)),
         block_length=length if rule.pipeline or rng.random() < 0.9 else 0,
-        pred=lanes(token, 10**15), score=lanes(number, math.inf), rank=lanes(number, math.inf),
+        pred=lanes(token, 10**15),
+        score=lanes(number, math.inf),
+        rank=lanes(number, math.inf),
         confidence=lanes(lambda: fp32(rng.random()), math.nan),
         entropy=lanes(entropy, math.nan),
-        stat_error=lanes(lambda: int(broken and rng.random() < 0.5), 1), allowed=allowed, refill=lanes(token, 10**15),
-        remask_score=lanes(number, -math.inf), lane_start=lane_start, fallback=rng.choice(few),
-        max_unmask=rng.choice((*few, 2, 3)),
-        run_value=threshold(), edit_value=threshold(), remask_count=rng.choice(few), remask_value=threshold(),
-        exits=rng.random() < 0.3, max_steps=rng.choice((step, step + 1, 99, 99)), append_masks=rng.randint(0, length),
-        activate_masks=rng.randint(0, length), delay=rng.randrange(7), seed=token(), seed_confidence=fp32(rng.random()),
-    )  # fmt: skip
+        stat_error=lanes(lambda: int(broken and rng.random() < 0.5), 1),
+        allowed=allowed,
+        refill=lanes(token, 10**15),
+        remask_score=lanes(number, -math.inf),
+        lane_start=lane_start,
+        fallback=rng.choice(counts),
+        max_unmask=rng.choice((*counts, 2, 3)),
+        run_value=threshold(),
+        edit_value=threshold(),
+        remask_count=rng.choice(counts),
+        remask_value=threshold(),
+        exits=rng.random() < 0.3,
+        max_steps=rng.choice((step, step + 1, 99, 99)),
+        append_masks=rng.randint(0, length),
+        activate_masks=rng.randint(0, length),
+        delay=rng.randrange(7),
+        first_token=token(),
+        first_token_confidence=fp32(rng.random()),
+    )
 
 
 # Kernel against reference.
@@ -328,7 +362,7 @@ class poisoned_outputs:
 
 
 def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | None = None) -> None:
-    """In memory of its own, on strided rows; nothing else is written. `tile`: in place of the table's."""
+    """The kernel gets memory of its own, with strided rows, and writes nothing else. tile: in place of the table's."""
     module = importlib.import_module("dlm_kernels.unmask")
     expected = case.copy(case.state.tokens.device).run()
     ours, buffers = guarded(case)
@@ -372,7 +406,7 @@ def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
         rule.passes,
         rule.scope,
         rule.remask,
-        *(name for name in ("runs", "edit", "renoise", "seed") if getattr(rule, name)),
+        *(name for name in ("runs", "edit", "renoise", "first_token") if getattr(rule, name)),
     ]
     kind = " ".join(word for word in words if word not in ("row", "none") or word == rule.passes)
     where = "memory" if tile.BLOCK_T else "registers"

@@ -1,8 +1,8 @@
-"""`unmask` on Python numbers, one row at a time: an independent transcription of its specification, for the tests of
-both forms.
+"""`unmask` on Python numbers, one row at a time: an independent transcription of the specification, for the tests of
+the reference and of both kernels.
 
-Written from the docstrings of `UnmaskRule` and `reference.unmask` and from the published rules they name; imports
-neither.
+The transcription was written from the docstrings of `UnmaskRule` and `reference.unmask` and from the published rules
+that they name, and imports neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def clean(x: float) -> float:
 def unmask_row(
     row: dict[str, Any], rule: Any, kind: str, given: dict[str, Any], mask_id: int, stops: set[int]
 ) -> list[bool]:
-    """Advance one row in place; which lanes were written. `row`: the state's fields. `given`: the row's arguments."""
+    """Advance one row in place and say which lanes were written. row: the state's fields. given: the row's inputs."""
     return _Row(row, rule, kind, given, mask_id, stops).step()
 
 
@@ -52,7 +52,7 @@ class _Row:
         p = self.first_lane + lane
         return 0 <= p < self.row["canvas_len"] and self.tokens[p] == self.mask_id
 
-    # who takes part
+    # 1. Who takes part.
 
     def step(self) -> list[bool]:
         changed = [False] * self.W
@@ -87,20 +87,20 @@ class _Row:
         row["block_masks"] = len(self.masks(self.start, self.end))
 
     def enter(self) -> None:
-        """After a prefill or a commit: the seed, and on."""
+        """After a prefill or a commit: the first token, and on."""
         row = self.row
-        seeded = self.rule.seed and self.tokens[self.start] == self.mask_id
-        if seeded:
-            self.tokens[self.start], self.unmask_step[self.start] = self.given["seed"], row["step"]
-            self.confidence[self.start] = self.given["seed_confidence"]
+        receives = self.rule.first_token and self.tokens[self.start] == self.mask_id
+        if receives:
+            self.tokens[self.start], self.unmask_step[self.start] = self.given["first_token"], row["step"]
+            self.confidence[self.start] = self.given["first_token_confidence"]
         row["block_masks"] = len(self.masks(self.start, self.end))
         row["phase"] = DENOISE if row["block_masks"] else COMMIT
-        if seeded:
+        if receives:
             filled = not row["block_masks"]
             if self.stopped(filled) or (filled and not self.masks(self.end, row["canvas_len"])):
                 row["phase"] = DONE
 
-    # what is written
+    # 2. What is written.
 
     def denoise(self, changed: list[bool]) -> None:
         row, rule = self.row, self.rule
@@ -182,8 +182,8 @@ class _Row:
         rule, given, row = self.rule, self.given, self.row
         kmin = given["min_unmask"]
         if rule.quota:
-            whole, rest = divmod(row["block_masks"], max(1, given["steps"]))
-            kmin = max(1, whole + (1 if row["block_step"] < rest else 0))
+            quotient, remainder = divmod(row["block_masks"], max(1, given["steps"]))
+            kmin = max(1, quotient + (1 if row["block_step"] < remainder else 0))
         if rule.scope == "each":
             kmin = 0
         order = self.best_first(eligible)
@@ -225,9 +225,9 @@ class _Row:
         if rule.remask == "lowest":
             k = given["remask_count"]
         elif rule.remask == "saber":
-            least = max(0, given["min_unmask"])
-            m = max(least, len(chosen))
-            k = min(max(least // 2, math.ceil(m / 8)), m - 1)
+            n = max(0, given["min_unmask"])
+            m = max(n, len(chosen))
+            k = min(max(n // 2, math.ceil(m / 8)), m - 1)
             if not any(self.masked(j) for j in self.region):
                 k = 0
         else:
@@ -244,7 +244,7 @@ class _Row:
             if self.unmask_step[p] >= 0:
                 self.tokens[p] = self.tokens[found[0]]
 
-    # where the row stands then
+    # 3. Where the row stands then.
 
     def written_stops(self) -> list[int]:
         return [p for p in range(self.start, self.end) if self.unmask_step[p] >= 0 and self.tokens[p] in self.stops]
@@ -266,19 +266,19 @@ class _Row:
             finished = finished and (exiting or not changed)
         if rule.renoise:
             finished = exiting
-        later = self.masks(self.end, row["canvas_len"])
-        if self.stopped(finished) or (finished and not later):
+        later_masks = self.masks(self.end, row["canvas_len"])
+        if self.stopped(finished) or (finished and not later_masks):
             row["phase"] = DONE
         elif not finished:
             row["phase"] = DENOISE
         elif rule.cache == "commit":
             row["phase"] = COMMIT
-            if rule.edit:  # its keys are final already
+            if rule.edit:  # the keys of the block are final already
                 self.open_block(self.end)
                 row["phase"] = DENOISE if row["block_masks"] else COMMIT
         else:
             at = self.end
-            while at + self.length <= later[0]:
+            while at + self.length <= later_masks[0]:
                 at += self.length
             self.open_block(at)
             row["phase"] = REFRESH if rule.cache == "refresh" else DENOISE
@@ -304,21 +304,21 @@ class _Row:
         if found and rule.stop in ("closed", "after_block", "appends"):
             row["canvas_len"] = self.end
         end = self.end
-        few = len(self.masks(blocks[-1][0], self.end)) <= given["append_masks"]
-        if few and self.end < row["canvas_len"] and not (found and rule.stop == "fill"):
+        tail_masks = len(self.masks(blocks[-1][0], self.end))
+        if tail_masks <= given["append_masks"] and self.end < row["canvas_len"] and not (found and rule.stop == "fill"):
             end = min(self.end + self.length, row["canvas_len"])
         done = stopped or not self.masks(self.start, row["canvas_len"])
         row["block_start"] = blocks[leading][0] if leading < len(blocks) else self.end
         row["block_end"] = end
-        head = self.masks(row["block_start"], min(row["block_start"] + self.length, end))
+        head_masks = self.masks(row["block_start"], min(row["block_start"] + self.length, end))
         if rule.cache == "delayed":
-            self.wait(given["delay"], leading, head, tokens_before)
+            self.wait(given["delay"], leading, head_masks, tokens_before)
         else:
             row["phase"] = DENOISE
         if done:
             row["phase"] = DONE
 
-    def wait(self, delay: int, moved: int, head: list[int], tokens_before: list[int]) -> None:
+    def wait(self, delay: int, moved: int, head_masks: list[int], tokens_before: list[int]) -> None:
         """A finished first block waits for its commit: so many steps that found it finished, from the row's `delay`-th
         on."""
         row, taken = self.row, self.row["step"]
@@ -327,7 +327,7 @@ class _Row:
         before = 0 if moved else row["block_step"] - 1
         row["block_step"] = before + 1 if found and taken >= delay else 0
         row["phase"] = DENOISE
-        if not head:
+        if not head_masks:
             row["phase"] = COMMIT if row["block_step"] >= delay else REFRESH
         if taken < delay:
             row["phase"] = REFRESH
@@ -337,8 +337,8 @@ def _fixed(entropy: float) -> int:
     return max(0, _floor(entropy, 2**48, nan=2**48))
 
 
-def _floor(nats: float, most: int, nan: int) -> int:
-    """In units of 2^-24 nat, at most `most` in size."""
+def _floor(nats: float, limit: int, nan: int) -> int:
+    """In units of 2^-24 nat, at most `limit` in size."""
     if math.isnan(nats):
         return nan
-    return math.floor(max(-most, min(most, nats * 2**24)))
+    return math.floor(max(-limit, min(limit, nats * 2**24)))

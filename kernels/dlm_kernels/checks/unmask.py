@@ -1,40 +1,27 @@
-"""What a call of `unmask` may be given: checked by its reference and by the kernel's launcher, without reading an
+"""What a call of `unmask` may be given: checked by its reference and by the kernels' launcher, without reading an
 element."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ..reference.written import check_written
-from ..rules import UnmaskRule
+from ..rules import UnmaskInputs, UnmaskRule
 from ..state import ROW_FIELDS, RowState
 
 Kind = Literal["refresh", "denoise"]
 KINDS: tuple[Kind, ...] = ("refresh", "denoise")
 MAX_STOP_IDS = 16
 
-
-def wanted_arguments(rule: UnmaskRule) -> dict[str, bool]:
-    """Optional arguments that belong to a rule: given if and only if it uses them."""
-    return {
-        "run_value": rule.runs,
-        "edit_value": rule.edit,
-        "refill": rule.renoise,
-        "remask_score": rule.remask != "none",
-        "remask_count": rule.remask in ("lowest", "wino"),
-        "remask_value": rule.remask == "wino",
-        "append_masks": rule.pipeline,
-        "activate_masks": rule.pipeline,
-        "delay": rule.cache == "delayed",
-        "seed": rule.seed,
-        "seed_confidence": rule.seed,
-    }
-
-
-OPTIONAL_LANES = {
+# The tensors of `UnmaskInputs` and their dtypes. LANES have a number for every lane [B, W], ROWS one for every row [B];
+# `value` is per row, or per lane for passes "threshold".
+LANES = {
+    "pred": torch.int64,
+    "score": torch.float32,
+    "confidence": torch.float32,
     "rank": torch.float32,
     "entropy": torch.float32,
     "stat_error": torch.int32,
@@ -42,7 +29,12 @@ OPTIONAL_LANES = {
     "refill": torch.int64,
     "remask_score": torch.float32,
 }
-OPTIONAL_ROWS = {
+ROWS = {
+    "query_len": torch.int32,
+    "value": torch.float32,
+    "min_unmask": torch.int32,
+    "steps": torch.int32,
+    "block_length": torch.int32,
     "lane_start": torch.int32,
     "fallback": torch.int32,
     "max_unmask": torch.int32,
@@ -55,45 +47,57 @@ OPTIONAL_ROWS = {
     "append_masks": torch.int32,
     "activate_masks": torch.int32,
     "delay": torch.int32,
-    "seed": torch.int64,
-    "seed_confidence": torch.float32,
+    "first_token": torch.int64,
+    "first_token_confidence": torch.float32,
 }
+# Inputs that may be None.
+OPTIONAL = tuple(field.name for field in dataclasses.fields(UnmaskInputs) if field.default is None)
 
 
-def check_arguments(
-    state: RowState,
-    rule: UnmaskRule,
-    kind: Kind,
-    mask_id: int,
-    stop_ids: Tensor,
-    *,
-    rows: dict[str, Tensor | None],
-    lanes: dict[str, Tensor | None],
-) -> None:
-    """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element; shared with the
-    kernel's launcher."""
+def wanted_inputs(rule: UnmaskRule) -> dict[str, bool]:
+    """Optional inputs that belong to a rule: each is given if and only if the rule uses it."""
+    return {
+        "run_value": rule.runs,
+        "edit_value": rule.edit,
+        "refill": rule.renoise,
+        "remask_score": rule.remask != "none",
+        "remask_count": rule.remask in ("lowest", "wino"),
+        "remask_value": rule.remask == "wino",
+        "append_masks": rule.pipeline,
+        "activate_masks": rule.pipeline,
+        "delay": rule.cache == "delayed",
+        "first_token": rule.first_token,
+        "first_token_confidence": rule.first_token,
+    }
+
+
+def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kind: Kind) -> None:
+    """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element."""
+    # 1. The scalars, and which inputs are there.
     if kind not in KINDS:
         raise ValueError(f"unmask: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
     if kind == "refresh" and rule.cache == "none":
         raise ValueError(
-            "unmask: kind 'refresh' needs a rule.cache other than 'none' (no row could take part), got rule.cache='none'"
+            "unmask: kind 'refresh' needs a rule.cache other than 'none' (no row could take part), "
+            "got rule.cache='none'"
         )
+    mask_id, stop_ids = inputs.mask_id, inputs.stop_ids
     if isinstance(mask_id, bool) or not isinstance(mask_id, int):
         raise TypeError(f"unmask: mask_id must be an int, got {type(mask_id).__name__}")
     if not 0 <= mask_id < 2**31:
         raise ValueError(f"unmask: mask_id must be in [0, 2^31), got mask_id={mask_id}")
-    given = {**vars(state), **rows, **lanes, "stop_ids": stop_ids}
-    if rule.passes == "entropy" and given["entropy"] is None:
+    if rule.passes == "entropy" and inputs.entropy is None:
         raise ValueError("unmask: entropy must be given for rule.passes 'entropy', got entropy=None")
-    for name, wanted in wanted_arguments(rule).items():
-        if (given[name] is not None) != wanted:
+    for name, wanted in wanted_inputs(rule).items():
+        tensor = getattr(inputs, name)
+        if (tensor is not None) != wanted:
             must = "must be given for" if wanted else "must be None for"
-            raise ValueError(
-                f"unmask: {name} {must} {rule}, got {name}={'None' if given[name] is None else 'a tensor'}"
-            )
-    if rule.pipeline and given["exits"] is not None:
+            raise ValueError(f"unmask: {name} {must} {rule}, got {name}={'None' if tensor is None else 'a tensor'}")
+    if rule.pipeline and inputs.exits is not None:
         raise ValueError("unmask: exits must be None for a pipeline, got a tensor")
-    for name, tensor in (("tokens", state.tokens), ("score", lanes["score"])):
+
+    # 2. The tensors that say how large the others must be.
+    for name, tensor in (("tokens", state.tokens), ("score", inputs.score)):
         if tensor.dim() != 2 or tensor.shape[1] < 1:
             raise ValueError(
                 f"unmask: {name} must be 2-D and at least one position wide, got shape {tuple(tensor.shape)}"
@@ -101,22 +105,23 @@ def check_arguments(
     if stop_ids.dim() != 1 or stop_ids.shape[0] > MAX_STOP_IDS:
         raise ValueError(f"unmask: stop_ids must be [K] with K <= {MAX_STOP_IDS}, got shape {tuple(stop_ids.shape)}")
 
-    (B, L), W = state.tokens.shape, lanes["score"].shape[1]
+    # 3. Every tensor.
+    (B, L), W = state.tokens.shape, inputs.score.shape[1]
     expected = {
         "tokens": (torch.int64, (B, L)),
         "unmask_step": (torch.int32, (B, L)),
         "unmask_confidence": (torch.float32, (B, L)),
+        **dict.fromkeys(ROW_FIELDS, (torch.int32, (B,))),
+        **{name: (dtype, (B,)) for name, dtype in ROWS.items()},
+        **{name: (dtype, (B, W)) for name, dtype in LANES.items()},
+        "stop_ids": (torch.int64, tuple(stop_ids.shape)),
     }
-    expected |= {name: (OPTIONAL_ROWS.get(name, torch.int32), (B,)) for name in (*ROW_FIELDS, *rows)} | {
-        "value": (torch.float32, (B,))
-    }
-    expected |= {name: (OPTIONAL_LANES.get(name, torch.float32), (B, W)) for name in lanes}
-    expected |= {"pred": (torch.int64, (B, W)), "stop_ids": (torch.int64, tuple(stop_ids.shape))}
-    if rule.passes == "threshold" and given["value"].dim() == 2:
+    if rule.passes == "threshold" and inputs.value.dim() == 2:
         expected["value"] = (torch.float32, (B, W))
+    given = vars(state) | vars(inputs)
     for name, (dtype, shape) in expected.items():
         tensor = given[name]
-        if tensor is None and (name in OPTIONAL_LANES or name in OPTIONAL_ROWS):
+        if tensor is None and name in OPTIONAL:
             continue
         if tensor.dtype != dtype:
             raise TypeError(f"unmask: {name} must be {dtype}, got {tensor.dtype}")

@@ -1,5 +1,5 @@
-"""Which of a row's positions a step writes: the prefix rule and what is added to it. Part of the specification of
-`unmask`."""
+"""Which of a row's positions a step writes: the prefix rule, and what is added to the prefix. Part of the specification
+of `unmask`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,15 @@ def select(
     lanes the best are kept; then rule.runs adds to them.
 
     Args:
-        eligible: [B, W] bool; score, rank, entropy: [B, W] fp32; value: [B] fp32, or [B, W] for a flat test; kmin: [B]
-            int32.
-        fallback: [B] int32, None = kmin. max_unmask: [B] int32, None = no limit. run_value: [B] fp32, for rule.runs.
+        eligible: [B, W] bool.
+        score: [B, W] fp32.
+        value: [B] fp32, or [B, W] for a flat test.
+        kmin: [B] int32.
+        rank: [B, W] fp32; None = score.
+        entropy: [B, W] fp32, for passes "entropy".
+        fallback: [B] int32; None = kmin.
+        max_unmask: [B] int32; None = no limit.
+        run_value: [B] fp32, for rule.runs.
     """
     order = rank_order(eligible, score if rank is None else rank)
     n = eligible.sum(1, keepdim=True)
@@ -63,7 +69,8 @@ def select(
         passes = (total < budget) if rule.inclusive else (total - used.cummax(1).values <= budget)
     passes = passes & (r <= n)
     if rule.passes in ("factor", "entropy"):
-        passes = (~passes).cumsum(1) == 0  # a prefix: it stops at the first failure
+        # What passes is a prefix, which stops at the first failure.
+        passes = (~passes).cumsum(1) == 0
 
     enough = passes.sum(1, keepdim=True) >= kmin
     chosen = torch.where(enough, passes, r <= fallback)
@@ -88,17 +95,18 @@ def select_in_blocks(
     *,
     block_of: Tensor,
     active: Tensor,
-    **more: Tensor | None,
+    **limits: Tensor | None,
 ) -> Tensor:
     """`select` for a region of several blocks (rule.scope "each" or "first"), [B, W] bool.
 
     Args:
         block_of: [B, W] int64 in [0, W): the block of each lane, counted from the region's first.
-        active: [B, W] bool: the lane's block is fully activated ("each").
+        active: [B, W] bool: whether the lane's block is fully activated ("each").
+        limits: fallback, max_unmask and run_value, as in `select`.
     """
     if rule.scope == "each":
         kmin = torch.zeros_like(kmin)
-    chosen = select(rule, eligible, score, value, kmin, rank, entropy, **more)
+    chosen = select(rule, eligible, score, value, kmin, rank, entropy, **limits)
     order = rank_order(eligible, score if rank is None else rank)
     best = _best_of_groups(eligible, block_of, order)
     if rule.scope == "first":

@@ -1,4 +1,4 @@
-"""What every op that writes its arguments in place asks of their memory."""
+"""What every op that writes its arguments in place asks of the memory of those arguments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def check_written(op: str, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless each of these has memory of its own for every element and takes part in no gradient.
+    """Raise ValueError unless each tensor has memory of its own for every element and takes part in no gradient.
 
-    Looks at strides and at where the tensors begin, so views that overlap in part go unseen. An op checks before it
-    writes anything. Nothing is checked while torch.compile traces: what it traces has no memory yet.
+    The check looks at strides and at where the tensors begin, so views that overlap in part go unseen. An op checks
+    before it writes anything. Nothing is checked while torch.compile traces, because what is traced has no memory yet.
     """
     if torch.compiler.is_compiling():
         return

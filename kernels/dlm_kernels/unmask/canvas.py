@@ -1,5 +1,5 @@
-"""Device code of `unmask`: what is told from, or written to, a row's canvas outside the lanes of the call, tile by
-tile."""
+"""Device code of `unmask`: what the kernels read from, or write to, a row's canvas outside the lanes of the call, tile
+by tile."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def first_masked(tokens_ptr, begin, end, mask_id, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def count_masked(tokens_ptr, begin, end, mask_id, BLOCK_L: tl.constexpr):
+    """The number of masked positions in [begin, end)."""
     count = 0
     for tile in range(begin, end, BLOCK_L):
         position = tile + tl.arange(0, BLOCK_L)
@@ -31,6 +32,7 @@ def count_masked(tokens_ptr, begin, end, mask_id, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def is_stop_token(token, stop_ids_ptr, K):
+    """Is each token one of the K stop tokens?"""
     is_stop = (token == 0) & False
     for i in range(K):
         is_stop = is_stop | (token == tl.load(stop_ids_ptr + i))
@@ -54,26 +56,29 @@ def fill(tokens_ptr, unmask_step_ptr, begin, end, token, step, mask_id, BLOCK_L:
     """Every position in [begin, end) that is masked or was written becomes `token`."""
     for tile in range(begin, end, BLOCK_L):
         position = tile + tl.arange(0, BLOCK_L)
-        fresh = (tl.load(tokens_ptr + position, mask=position < end, other=0) == mask_id) & (position < end)
+        masked = (tl.load(tokens_ptr + position, mask=position < end, other=0) == mask_id) & (position < end)
         written = tl.load(unmask_step_ptr + position, mask=position < end, other=-1) >= 0
-        # Each thread stores where it has loaded.
-        tl.store(tokens_ptr + position, token + position.to(tl.int64) * 0, mask=fresh | written)
-        tl.store(unmask_step_ptr + position, step + position * 0, mask=fresh)
+        # Each thread stores only where that thread has loaded.
+        tl.store(tokens_ptr + position, token + position.to(tl.int64) * 0, mask=masked | written)
+        tl.store(unmask_step_ptr + position, step + position * 0, mask=masked)
 
 
 @triton.jit
-def seed_closes(
-    tokens_ptr, unmask_step_ptr, begin, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP: tl.constexpr, BLOCK_L: tl.constexpr
+def first_token_closes(
+    tokens_ptr, unmask_step_ptr, begin, end, canvas_len, first_token, mask_id, stop_ids_ptr, K,
+    STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Does `seed`, written to the masked position `begin`, end the row? It is not read: other threads may not see it
-    yet."""
+    """Does `first_token`, written to the masked position `begin`, end the row?
+
+    The token is an argument and is not read from `begin`, because other threads may not see it there yet.
+    """
     first_mask, first_stop, others = end, end, 0
     for tile in range(begin, end, BLOCK_L):
         position = tile + tl.arange(0, BLOCK_L)
         inside = position < end
         token = tl.load(tokens_ptr + position, mask=inside, other=0)
         written = tl.load(unmask_step_ptr + position, mask=inside, other=-1) >= 0
-        token = tl.where(position == begin, seed, token)
+        token = tl.where(position == begin, first_token, token)
         written = written | (position == begin)
         is_stop = is_stop_token(token, stop_ids_ptr, K)
         first_mask = tl.minimum(first_mask, tl.min(tl.where(inside & (token == mask_id), position, end)))

@@ -1,7 +1,7 @@
-"""Device code of `unmask`: the kernel, which writes the chosen lanes and moves the row on. Specification:
-reference.unmask.
+"""Device code of `unmask` for regions that fit the registers. Specification: reference.unmask.
 
-One program per row. Absent arguments are None, so what a rule does not use is not compiled.
+One program per row chooses lanes, writes them and moves the row on. Absent arguments are None, so what a rule does not
+use is not compiled. The stages have the numbers of the same stages in memory.py.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import triton.language as tl
 
 from .. import state as row_state
 from .canvas import fill, first_stop_token, is_stop_token
-from .row import advance_block, advance_pipeline, least, open_block, part_of
+from .row import advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
 from .select import choose, eligible_lanes, force_in_blocks, masked_again
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
 
 
-# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the
+# No integer is specialised, so neither another width, nor another number of stop ids, nor another model compiles the
 # kernel again.
 @triton.jit(
     do_not_specialize=(
-        "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride", "confidence_stride",
-        "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride", "refill_stride",
-        "remask_score_stride",
+        "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride",
+        "confidence_stride", "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride",
+        "refill_stride", "remask_score_stride",
         "W", "K", "mask_id",
     )
 )  # fmt: skip
@@ -36,11 +36,13 @@ def unmask_kernel(
     # out
     changed_ptr,
     # inputs [B, W]; from rank on None where absent
-    pred_ptr, score_ptr, confidence_ptr, rank_ptr, entropy_ptr, stat_error_ptr, allowed_ptr, refill_ptr, remask_score_ptr,
+    pred_ptr, score_ptr, confidence_ptr,
+    rank_ptr, entropy_ptr, stat_error_ptr, allowed_ptr, refill_ptr, remask_score_ptr,
     # inputs [B], value also [B, W]; from lane_start on None where absent
     query_len_ptr, value_ptr, min_unmask_ptr, steps_ptr, block_length_ptr, stop_ids_ptr,
     lane_start_ptr, fallback_ptr, max_unmask_ptr, run_value_ptr, edit_value_ptr, remask_count_ptr, remask_value_ptr,
-    exits_ptr, max_steps_ptr, append_masks_ptr, activate_masks_ptr, delay_ptr, seed_ptr, seed_confidence_ptr,
+    exits_ptr, max_steps_ptr, append_masks_ptr, activate_masks_ptr, delay_ptr,
+    first_token_ptr, first_token_confidence_ptr,
     # row strides
     tokens_stride, unmask_step_stride, unmask_confidence_stride, pred_stride, score_stride, confidence_stride,
     value_stride, rank_stride, entropy_stride, stat_error_stride, allowed_stride, refill_stride, remask_score_stride,
@@ -49,7 +51,7 @@ def unmask_kernel(
     # flags
     KIND: tl.constexpr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, QUOTA: tl.constexpr, SCOPE: tl.constexpr,
     RUNS: tl.constexpr, EDIT: tl.constexpr, RENOISE: tl.constexpr, REMASK: tl.constexpr, CACHE: tl.constexpr,
-    SEED: tl.constexpr, STOP: tl.constexpr, VALUE_PER_LANE: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr, STOP: tl.constexpr, VALUE_PER_LANE: tl.constexpr,
     # tiles
     LOG_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -65,10 +67,11 @@ def unmask_kernel(
     lane_start = block_start
     if lane_start_ptr is not None:
         lane_start = tl.load(lane_start_ptr + row)
-    # One thread writes these fields for all: not before every warp has read them. The others are loaded where they are
-    # used, for what is kept through the sort costs it registers.
+    # One thread writes these fields for all threads, but not before every warp has read them all. Other fields are read
+    # where they are used, because what is kept through the sort takes registers from the sort.
     tl.debug_barrier()
 
+    # 1. Who takes part, and as what.
     prefills, commits, selects = part_of(phase, block_start, block_end, lane_start, W, KIND, CACHE)
     lane = tl.arange(0, BLOCK_W)
     changed = lane < 0
@@ -76,7 +79,7 @@ def unmask_kernel(
         tl.store(nfe_ptr + row, tl.load(nfe_ptr + row) + 1)
         tl.store(query_tokens_ptr + row, tl.load(query_tokens_ptr + row) + query_len)
         next_phase = _DENOISE
-        # A block opens at `start`; nothing before `known` is masked.
+        # A block may open, at `start`; no position before `known` is masked then.
         opens = prefills | commits
         start = block_end
         known = block_end
@@ -88,9 +91,10 @@ def unmask_kernel(
             opens = commits & False
 
         if selects:
+            # 2. What the lanes hold, and which are eligible.
             position = lane_start + lane
             in_region = (position >= block_start) & (position < block_end)
-            held_ptr = tokens_ptr + lane_start
+            held_token_ptr = tokens_ptr + lane_start
             held_step_ptr = unmask_step_ptr + lane_start
             score_row = score_ptr + row * score_stride
             rank_row = score_row
@@ -102,24 +106,25 @@ def unmask_kernel(
             entropy_row = None
             if entropy_ptr is not None:
                 entropy_row = entropy_ptr + row * entropy_stride
-            # Lanes looked at: an exiting row writes every mask that it sees.
+            # Lanes looked at: an exiting row writes every mask in its lanes.
             seen = in_region
             exiting = False
             if exits_ptr is not None:
                 seen = (position >= 0) & (position < tl.load(canvas_len_ptr + row)) & (lane < W)
                 exiting = tl.load(exits_ptr + row) != 0
-            held = tl.load(held_ptr + lane, mask=seen, other=0)
-            eligible = eligible_lanes(lane, held, in_region, allowed_row, mask_id, RENOISE, False)
+            held_token = tl.load(held_token_ptr + lane, mask=seen, other=0)
+            eligible = eligible_lanes(lane, held_token, in_region, allowed_row, mask_id, RENOISE, False)
             n = tl.sum(eligible.to(tl.int32))
 
-            # An unusable statistic, or a row that should have ended, ends it before anything is written.
+            # 3. Which rows fail: an unusable statistic, or a row that should have ended, ends it before anything is
+            # written.
             fault = 0
             if stat_error_ptr is not None:
                 needed = eligible
                 if EDIT or REMASK != "none":
                     needed = needed | (tl.load(held_step_ptr + lane, mask=in_region, other=-1) >= 0)
                 if exits_ptr is not None:
-                    needed = needed | (seen & (held == mask_id))
+                    needed = needed | (seen & (held_token == mask_id))
                 stat_error = tl.load(stat_error_ptr + row * stat_error_stride + lane, mask=needed, other=0)
                 fault = tl.max((stat_error != 0).to(tl.int32)) * _ERROR_LOGITS
             if max_steps_ptr is not None:
@@ -129,11 +134,13 @@ def unmask_kernel(
                 tl.store(error_ptr + row, tl.load(error_ptr + row) | fault)
                 next_phase = _DONE
             else:
-                # Which lanes are written.
+                # 4. Which lanes are written.
                 if exiting:
-                    changed = in_region if RENOISE else seen & (held == mask_id)
+                    changed = in_region if RENOISE else seen & (held_token == mask_id)
                 else:
-                    kmin = least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE)
+                    kmin = quota_or_minimum(
+                        n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE
+                    )
                     fallback = kmin
                     if fallback_ptr is not None:
                         fallback = tl.load(fallback_ptr + row)
@@ -143,16 +150,16 @@ def unmask_kernel(
                     run_value = None
                     if RUNS:
                         run_value = tl.load(run_value_ptr + row)
-                    changed, eligible, held = choose(
-                        seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value,
-                        held_ptr, allowed_row, value_ptr + row * value_stride, score_row, rank_row, entropy_row, mask_id,
+                    changed, eligible, held_token = choose(
+                        seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value, held_token_ptr,
+                        allowed_row, value_ptr + row * value_stride, score_row, rank_row, entropy_row, mask_id,
                         PASSES, INCLUSIVE, VALUE_PER_LANE, RENOISE, RUNS, LOG_W, BLOCK_W,
                     )  # fmt: skip
                     if PIPELINE:
                         block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
                         changed = force_in_blocks(
-                            changed, eligible, in_region & (held == mask_id), rank_row, block_end - block_start, block_length,
-                            tl.load(activate_masks_ptr + row), SCOPE, BLOCK_W,
+                            changed, eligible, in_region & (held_token == mask_id), rank_row, block_end - block_start,
+                            block_length, tl.load(activate_masks_ptr + row), SCOPE, BLOCK_W,
                         )  # fmt: skip
                 held_step = tl.load(held_step_ptr + lane, mask=seen, other=-1, volatile=EDIT or REMASK != "none")
                 written = in_region & (held_step >= 0)
@@ -161,24 +168,25 @@ def unmask_kernel(
                     edit_value = tl.load(edit_value_ptr + row)
                     if exits_ptr is not None:
                         edit_value = tl.where(exiting, float("inf"), edit_value)
-                    differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held)
+                    differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held_token)
                     changed = changed | (
                         differs & (tl.load(score_row + lane, mask=written, other=float("-inf")) > edit_value)
                     )
 
-                # Which are masked again.
+                # 5. Which lanes are masked again.
                 if REMASK != "none":
-                    again = masked_again(
-                        changed & in_region, written, in_region & (held == mask_id), remask_score_ptr + row * remask_score_stride,
-                        row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W,
+                    remasked = masked_again(
+                        changed & in_region, written, in_region & (held_token == mask_id),
+                        remask_score_ptr + row * remask_score_stride, row, min_unmask_ptr, remask_count_ptr,
+                        remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W,
                     )  # fmt: skip
 
-                # The row as it will be. All that follows is told from these registers: the stores below are other
-                # threads' as well, and nothing orders a load after them.
+                # 6. The row as it will be. All that follows is told from these registers, because other threads store
+                # too and nothing orders a load after their stores.
                 step = tl.load(step_ptr + row)
                 block_step = tl.load(block_step_ptr + row)
                 canvas_len = tl.load(canvas_len_ptr + row)
-                token = tl.where(changed, tl.load(pred_row + lane, mask=changed, other=0), held)
+                token = tl.where(changed, tl.load(pred_row + lane, mask=changed, other=0), held_token)
                 token_step = tl.where(changed, step, held_step)
                 confidence = tl.load(confidence_ptr + row * confidence_stride + lane, mask=changed, other=0.0)
                 stores_token, stores_step, stores_confidence = changed, changed, changed
@@ -189,46 +197,39 @@ def unmask_kernel(
                     )
                     stores_token = changed | refilled
                 if REMASK != "none":
-                    token = tl.where(again, mask_id, token)
-                    token_step = tl.where(again, -1, token_step)
-                    confidence = tl.where(again, 0.0, confidence)
-                    stores_token, stores_step, stores_confidence = changed | again, changed | again, changed | again
+                    token = tl.where(remasked, mask_id, token)
+                    token_step = tl.where(remasked, -1, token_step)
+                    confidence = tl.where(remasked, 0.0, confidence)
+                    stores_token = changed | remasked
+                    stores_step, stores_confidence = stores_token, stores_token
                 stop_at = block_end
                 masks_end = canvas_len
                 if STOP != "never":
                     is_stop = in_region & is_stop_token(token, stop_ids_ptr, K)
                     stop_at = tl.min(tl.where(is_stop & (token_step >= 0), position, block_end))
                 if STOP == "fill":
-                    # What follows the row's first written stop token becomes it; no mask is left behind it.
-                    masks_end = tl.minimum(
-                        first_stop_token(
-                            tokens_ptr, unmask_step_ptr, 0, block_start, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
-                        ),
-                        first_stop_token(
-                            tokens_ptr,
-                            unmask_step_ptr,
-                            block_end,
-                            canvas_len,
-                            canvas_len,
-                            stop_ids_ptr,
-                            K,
-                            BLOCK_L // 2,
-                        ),
+                    # What follows the row's first written stop token becomes that token: no mask is left there.
+                    stop_before = first_stop_token(
+                        tokens_ptr, unmask_step_ptr, 0, block_start, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
                     )
+                    stop_behind = first_stop_token(
+                        tokens_ptr, unmask_step_ptr, block_end, canvas_len, canvas_len, stop_ids_ptr, K, BLOCK_L // 2
+                    )
+                    masks_end = tl.minimum(stop_before, stop_behind)
                     masks_end = tl.minimum(masks_end, tl.where(stop_at < block_end, stop_at, canvas_len))
                     filler = tl.sum(tl.where(position == masks_end, token, 0))
                     if (masks_end < block_start) | (masks_end >= block_end):
                         filler = tl.load(tokens_ptr + masks_end, mask=masks_end < canvas_len, other=0)
                     filled = in_region & (position > masks_end) & ((token == mask_id) | (token_step >= 0))
-                    fresh = filled & (token == mask_id)
+                    filled_masks = filled & (token == mask_id)
                     token = tl.where(filled, filler, token)
-                    token_step = tl.where(fresh, step, token_step)
-                    stores_token, stores_step = changed | filled, changed | fresh
+                    token_step = tl.where(filled_masks, step, token_step)
+                    stores_token, stores_step = changed | filled, changed | filled_masks
                     stop_at = tl.min(tl.where((is_stop & (token_step >= 0)) | filled, position, block_end))
 
-                # Write, once every warp has read its part of the row.
+                # 7. Write, once every warp has read its part of the row.
                 tl.debug_barrier()
-                tl.store(held_ptr + lane, token, mask=stores_token)
+                tl.store(held_token_ptr + lane, token, mask=stores_token)
                 tl.store(held_step_ptr + lane, token_step, mask=stores_step)
                 tl.store(unmask_confidence_ptr + lane_start + lane, confidence, mask=stores_confidence)
                 tl.store(step_ptr + row, step + 1)
@@ -236,28 +237,29 @@ def unmask_kernel(
                     tl.store(block_step_ptr + row, block_step + 1)
                 if STOP == "fill":
                     fill(tokens_ptr, unmask_step_ptr, masks_end + 1, block_start, filler, step, mask_id, BLOCK_L // 2)
-                    after = tl.maximum(masks_end + 1, block_end)
-                    fill(tokens_ptr, unmask_step_ptr, after, canvas_len, filler, step, mask_id, BLOCK_L // 2)
+                    begin = tl.maximum(masks_end + 1, block_end)
+                    fill(tokens_ptr, unmask_step_ptr, begin, canvas_len, filler, step, mask_id, BLOCK_L // 2)
 
+                # 8. What the row needs next, and where its region then is.
                 masked = in_region & (token == mask_id)
                 mask_at = tl.min(tl.where(masked, position, block_end))
                 if PIPELINE:
                     delay = None
                     if CACHE == "delayed":
                         delay = tl.load(delay_ptr + row)
-                    first = tl.min(tl.where(in_region & (held == mask_id), position, block_end))
+                    first = tl.min(tl.where(in_region & (held_token == mask_id), position, block_end))
                     next_phase = advance_pipeline(
                         position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
                         tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
                         phase, step, block_step, delay,
-                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, block_step_ptr + row,
-                        CACHE, STOP, BLOCK_L,
+                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
+                        block_step_ptr + row, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
                 else:
                     all_stop = True
                     if STOP == "all_stop":
                         all_stop = tl.max((in_region & (is_stop == 0)).to(tl.int32)) == 0
-                    # Behind the block nothing was written but by an exiting row: where it looked, no mask is left.
+                    # Behind the block only an exiting row writes, and leaves no mask in its lanes.
                     if exits_ptr is not None and not RENOISE:
                         known = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
                     next_phase, opens, start = advance_block(
@@ -265,12 +267,14 @@ def unmask_kernel(
                         block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
 
+        # 9. The block that opens.
         if opens:
             next_phase = open_block(
                 row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
                 tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
                 canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-                block_length_ptr, stop_ids_ptr, seed_ptr, seed_confidence_ptr, CACHE, SEED, STOP, BLOCK_L,
+                block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+                CACHE, FIRST_TOKEN, STOP, BLOCK_L,
             )  # fmt: skip
         tl.store(phase_ptr + row, next_phase)
     tl.store(changed_ptr + row * W + lane, changed, mask=lane < W)

@@ -1,8 +1,9 @@
-"""Device code of `unmask` for regions that do not fit the registers: the step, tile by tile. Specification:
-reference.unmask.
+"""Device code of `unmask` for regions that are read from memory, because they do not fit the registers: the step, tile
+by tile. Specification: reference.unmask.
 
-One program per row. Lanes are counted from the region's first. What one thread writes others read behind a barrier, so
-everything is told from memory: the choice from the lanes' inputs, the row's next phase from the canvas as it then is.
+One program per row. Lanes are counted from the region's first. What one thread writes other threads read behind a
+barrier, so everything is told from memory: the choice from the lanes' inputs, the row's next phase from the canvas as
+it is after the writes. The stages have the numbers of the same stages in kernel.py, which keeps a row in registers.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import triton.language as tl
 
 from .. import state as row_state
 from .canvas import fill, first_masked, first_stop_token, is_stop_token
-from .memory_select import choose_best_of_runs, choose_in_memory, force_in_blocks_in_memory, remask_cut
-from .row import advance_block, advance_pipeline, least, open_block, part_of
+from .memory_select import (
+    choose_best_of_runs_in_memory,
+    choose_in_memory,
+    force_in_blocks_in_memory,
+    remask_cut_in_memory,
+)
+from .row import advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
 from .select import eligible_lanes, keys_of, remask_candidates
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
 
 
-# No integer is specialised: neither another width, nor another number of stop ids, nor another model compiles the
+# No integer is specialised, so neither another width, nor another number of stop ids, nor another model compiles the
 # kernel again.
 @triton.jit(
     do_not_specialize=(
-        "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride", "confidence_stride",
-        "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride", "refill_stride",
-        "remask_score_stride",
+        "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride",
+        "confidence_stride", "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride",
+        "refill_stride", "remask_score_stride",
         "W", "K", "mask_id",
     )
 )  # fmt: skip
@@ -38,11 +44,13 @@ def unmask_memory_kernel(
     # out, and for passes "factor" room for the keys of the lanes
     changed_ptr, keys_ptr,
     # inputs [B, W]; from rank on None where absent
-    pred_ptr, score_ptr, confidence_ptr, rank_ptr, entropy_ptr, stat_error_ptr, allowed_ptr, refill_ptr, remask_score_ptr,
+    pred_ptr, score_ptr, confidence_ptr,
+    rank_ptr, entropy_ptr, stat_error_ptr, allowed_ptr, refill_ptr, remask_score_ptr,
     # inputs [B], value also [B, W]; from lane_start on None where absent
     query_len_ptr, value_ptr, min_unmask_ptr, steps_ptr, block_length_ptr, stop_ids_ptr,
     lane_start_ptr, fallback_ptr, max_unmask_ptr, run_value_ptr, edit_value_ptr, remask_count_ptr, remask_value_ptr,
-    exits_ptr, max_steps_ptr, append_masks_ptr, activate_masks_ptr, delay_ptr, seed_ptr, seed_confidence_ptr,
+    exits_ptr, max_steps_ptr, append_masks_ptr, activate_masks_ptr, delay_ptr,
+    first_token_ptr, first_token_confidence_ptr,
     # row strides
     tokens_stride, unmask_step_stride, unmask_confidence_stride, pred_stride, score_stride, confidence_stride,
     value_stride, rank_stride, entropy_stride, stat_error_stride, allowed_stride, refill_stride, remask_score_stride,
@@ -51,7 +59,7 @@ def unmask_memory_kernel(
     # flags
     KIND: tl.constexpr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, QUOTA: tl.constexpr, SCOPE: tl.constexpr,
     RUNS: tl.constexpr, EDIT: tl.constexpr, RENOISE: tl.constexpr, REMASK: tl.constexpr, CACHE: tl.constexpr,
-    SEED: tl.constexpr, STOP: tl.constexpr, VALUE_PER_LANE: tl.constexpr,
+    FIRST_TOKEN: tl.constexpr, STOP: tl.constexpr, VALUE_PER_LANE: tl.constexpr,
     # tiles
     LOG_W: tl.constexpr, BLOCK_W: tl.constexpr, LOG_T: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -73,12 +81,13 @@ def unmask_memory_kernel(
         tl.store(changed_ptr + begin + index, index < 0, mask=begin + index < W)
     tl.debug_barrier()
 
+    # 1. Who takes part, and as what.
     prefills, commits, selects = part_of(phase, block_start, block_end, lane_start, W, KIND, CACHE)
     if (query_len > 0) & (prefills | commits | selects):
         tl.store(nfe_ptr + row, tl.load(nfe_ptr + row) + 1)
         tl.store(query_tokens_ptr + row, tl.load(query_tokens_ptr + row) + query_len)
         next_phase = _DENOISE
-        # A block opens at `start`; nothing before `known` is masked.
+        # A block may open, at `start`; no position before `known` is masked then.
         opens = prefills | commits
         start = block_end
         known = block_end
@@ -90,11 +99,12 @@ def unmask_memory_kernel(
             opens = commits & False
 
         if selects:
+            # 2. What the lanes hold, and which are eligible: the pointers here, a tile of lanes where it is needed.
             length = block_end - block_start
             offset = block_start - lane_start
             step = tl.load(step_ptr + row)
             canvas_len = tl.load(canvas_len_ptr + row)
-            held_ptr = tokens_ptr + block_start
+            held_token_ptr = tokens_ptr + block_start
             held_step_ptr = unmask_step_ptr + block_start
             changed_row = changed_ptr + offset
             pred_row = pred_ptr + row * pred_stride + offset
@@ -114,7 +124,7 @@ def unmask_memory_kernel(
             remask_row = None
             if REMASK != "none":
                 remask_row = remask_score_ptr + row * remask_score_stride + offset
-            # Lanes looked at: an exiting row writes every mask that it sees.
+            # Lanes looked at: an exiting row writes every mask in its lanes.
             first_lane, last_lane = length * 0, length
             exiting = False
             if exits_ptr is not None:
@@ -122,21 +132,22 @@ def unmask_memory_kernel(
                 first_lane = tl.maximum(-offset, -block_start)
                 last_lane = tl.minimum(W - offset, canvas_len - block_start)
 
-            # An unusable statistic, or a row that should have ended, ends it before anything is written.
+            # 3. Which rows fail: an unusable statistic, or a row that should have ended, ends it before anything is
+            # written.
             n, broken = 0, 0
             for begin in range(first_lane, last_lane, BLOCK_T):
                 lane = begin + index
                 seen = lane < last_lane
                 in_region = (lane >= 0) & (lane < length)
-                held = tl.load(held_ptr + lane, mask=seen, other=0)
-                eligible = eligible_lanes(lane, held, in_region, allowed_row, mask_id, RENOISE, False)
+                held_token = tl.load(held_token_ptr + lane, mask=seen, other=0)
+                eligible = eligible_lanes(lane, held_token, in_region, allowed_row, mask_id, RENOISE, False)
                 n += tl.sum(eligible.to(tl.int32))
                 if stat_error_ptr is not None:
                     needed = eligible
                     if EDIT or REMASK != "none":
                         needed = needed | (tl.load(held_step_ptr + lane, mask=in_region, other=-1) >= 0)
                     if exits_ptr is not None:
-                        needed = needed | (seen & (held == mask_id))
+                        needed = needed | (seen & (held_token == mask_id))
                     stat_error = tl.load(stat_error_ptr + row * stat_error_stride + offset + lane, mask=needed, other=0)
                     broken = tl.maximum(broken, tl.max((stat_error != 0).to(tl.int32)))
             fault = broken * _ERROR_LOGITS
@@ -147,9 +158,11 @@ def unmask_memory_kernel(
                 tl.store(error_ptr + row, tl.load(error_ptr + row) | fault)
                 next_phase = _DONE
             else:
-                # Which lanes are written.
+                # 4. Which lanes are written.
                 if exiting == 0:
-                    kmin = least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE)
+                    kmin = quota_or_minimum(
+                        n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE
+                    )
                     fallback = kmin
                     if fallback_ptr is not None:
                         fallback = tl.load(fallback_ptr + row)
@@ -160,46 +173,48 @@ def unmask_memory_kernel(
                     if PASSES == "factor":
                         keys_row = keys_ptr + row * BLOCK_W
                     choose_in_memory(
-                        length, n, kmin, fallback, max_unmask,
-                        held_ptr, allowed_row, value_row, score_row, rank_row, entropy_row, keys_row, changed_row, mask_id,
+                        length, n, kmin, fallback, max_unmask, held_token_ptr, allowed_row, value_row, score_row,
+                        rank_row, entropy_row, keys_row, changed_row, mask_id,
                         PASSES, INCLUSIVE, VALUE_PER_LANE, RENOISE, LOG_W, BLOCK_W, LOG_T, BLOCK_T,
                     )  # fmt: skip
                     if RUNS:
-                        choose_best_of_runs(
-                            length, tl.load(run_value_ptr + row), held_ptr, allowed_row, score_row, rank_row, changed_row,
-                            mask_id, BLOCK_W, BLOCK_T,
+                        choose_best_of_runs_in_memory(
+                            length, tl.load(run_value_ptr + row), held_token_ptr, allowed_row, score_row, rank_row,
+                            changed_row, mask_id, BLOCK_W, BLOCK_T,
                         )  # fmt: skip
                     if PIPELINE:
                         force_in_blocks_in_memory(
                             length, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(activate_masks_ptr + row),
-                            held_ptr, allowed_row, rank_row, changed_row, mask_id, SCOPE, BLOCK_W, BLOCK_T,
+                            held_token_ptr, allowed_row, rank_row, changed_row, mask_id, SCOPE, BLOCK_W, BLOCK_T,
                         )  # fmt: skip
 
-                # Which are masked again.
+                # 5. Which lanes are masked again.
                 if REMASK != "none":
-                    cut = remask_cut(
-                        length, held_ptr, held_step_ptr, changed_row, remask_row, mask_id,
-                        row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W, BLOCK_T,
+                    cut = remask_cut_in_memory(
+                        length, held_token_ptr, held_step_ptr, changed_row, remask_row, mask_id,
+                        row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting,
+                        REMASK, LOG_W, BLOCK_W, BLOCK_T,
                     )  # fmt: skip
 
-                # Write, each tile once every warp has read its part of it.
+                # 6. The row as it will be, tile by tile, and
+                # 7. the writes of a tile, once every warp has read its part of that tile.
                 block_step = tl.load(block_step_ptr + row)
                 first_mask, any_changed = length, 0
                 for begin in range(first_lane, last_lane, BLOCK_T):
                     lane = begin + index
                     seen = lane < last_lane
                     in_region = (lane >= 0) & (lane < length)
-                    held = tl.load(held_ptr + lane, mask=seen, other=0)
+                    held_token = tl.load(held_token_ptr + lane, mask=seen, other=0)
                     held_step = tl.load(held_step_ptr + lane, mask=seen, other=-1)
                     written = in_region & (held_step >= 0)
                     changed = tl.load(changed_row + lane, mask=in_region, other=0) != 0
                     if exits_ptr is not None:
-                        changed = tl.where(exiting, in_region if RENOISE else seen & (held == mask_id), changed)
+                        changed = tl.where(exiting, in_region if RENOISE else seen & (held_token == mask_id), changed)
                     if EDIT:
                         edit_value = tl.load(edit_value_ptr + row)
                         if exits_ptr is not None:
                             edit_value = tl.where(exiting, float("inf"), edit_value)
-                        differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held)
+                        differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held_token)
                         score = tl.load(score_row + lane, mask=written, other=float("-inf"))
                         changed = changed | (differs & (score > edit_value))
                     token = tl.load(pred_row + lane, mask=changed, other=0)
@@ -217,18 +232,18 @@ def unmask_memory_kernel(
                         candidates = remask_candidates(
                             lane, changed & in_region, written, remask_row, row, remask_value_ptr, REMASK
                         )  # fmt: skip
-                        again = candidates & (keys_of(lane, candidates, remask_row, True, BLOCK_W) >= cut)
-                        token = tl.where(again, mask_id, token)
-                        token_step = tl.where(again, -1, token_step)
-                        confidence = tl.where(again, 0.0, confidence)
-                        stores_token, stores_step = changed | again, changed | again
+                        remasked = candidates & (keys_of(lane, candidates, remask_row, True, BLOCK_W) >= cut)
+                        token = tl.where(remasked, mask_id, token)
+                        token_step = tl.where(remasked, -1, token_step)
+                        confidence = tl.where(remasked, 0.0, confidence)
+                        stores_token, stores_step = changed | remasked, changed | remasked
                     if PIPELINE:
                         first_mask = tl.minimum(
-                            first_mask, tl.min(tl.where(in_region & (held == mask_id), lane, length))
+                            first_mask, tl.min(tl.where(in_region & (held_token == mask_id), lane, length))
                         )
                     any_changed = tl.maximum(any_changed, tl.max(changed.to(tl.int32)))
                     tl.debug_barrier()
-                    tl.store(held_ptr + lane, token, mask=stores_token)
+                    tl.store(held_token_ptr + lane, token, mask=stores_token)
                     tl.store(held_step_ptr + lane, token_step, mask=stores_step)
                     tl.store(unmask_confidence_ptr + block_start + lane, confidence, mask=stores_step)
                     tl.store(changed_row + lane, changed, mask=seen)
@@ -237,10 +252,10 @@ def unmask_memory_kernel(
                     tl.store(block_step_ptr + row, block_step + 1)
                 tl.debug_barrier()
 
-                # What the row is now.
+                # What a stop token fills.
                 masks_end = canvas_len
                 if STOP == "fill":
-                    # What follows the row's first written stop token becomes it; no mask is left behind it.
+                    # What follows the row's first written stop token becomes that token: no mask is left there.
                     masks_end = first_stop_token(
                         tokens_ptr, unmask_step_ptr, 0, canvas_len, canvas_len, stop_ids_ptr, K, BLOCK_L
                     )
@@ -249,6 +264,7 @@ def unmask_memory_kernel(
                     tl.debug_barrier()
                     fill(tokens_ptr, unmask_step_ptr, masks_end + 1, canvas_len, filler, step, mask_id, BLOCK_L)
                     tl.debug_barrier()
+                # 8. What the row needs next, and where its region then is.
                 stop_at = block_end
                 if STOP != "never":
                     stop_at = first_stop_token(
@@ -260,11 +276,11 @@ def unmask_memory_kernel(
                     if CACHE == "delayed":
                         delay = tl.load(delay_ptr + row)
                     next_phase = advance_pipeline(
-                        None, None, block_start + first_mask, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
-                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
-                        phase, step, block_step, delay,
-                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row, block_step_ptr + row,
-                        CACHE, STOP, BLOCK_L,
+                        None, None, block_start + first_mask, mask_at, stop_at, masks_end, canvas_len, block_start,
+                        block_end, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row),
+                        mask_id, phase, step, block_step, delay,
+                        tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
+                        block_step_ptr + row, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
                 else:
                     all_stop = True
@@ -272,11 +288,11 @@ def unmask_memory_kernel(
                         others = 0
                         for begin in range(0, length, BLOCK_T):
                             lane = begin + index
-                            token = tl.load(held_ptr + lane, mask=lane < length, other=0)
+                            token = tl.load(held_token_ptr + lane, mask=lane < length, other=0)
                             is_stop = is_stop_token(token, stop_ids_ptr, K)
                             others += tl.sum(((lane < length) & (is_stop == 0)).to(tl.int32))
                         all_stop = others == 0
-                    # Behind the block nothing was written but by an exiting row: where it looked, no mask is left.
+                    # Behind the block only an exiting row writes, and leaves no mask in its lanes.
                     if exits_ptr is not None and not RENOISE:
                         known = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
                     next_phase, opens, start = advance_block(
@@ -284,11 +300,13 @@ def unmask_memory_kernel(
                         block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
 
+        # 9. The block that opens.
         if opens:
             next_phase = open_block(
                 row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
                 tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
                 canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-                block_length_ptr, stop_ids_ptr, seed_ptr, seed_confidence_ptr, CACHE, SEED, STOP, BLOCK_L,
+                block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+                CACHE, FIRST_TOKEN, STOP, BLOCK_L,
             )  # fmt: skip
         tl.store(phase_ptr + row, next_phase)

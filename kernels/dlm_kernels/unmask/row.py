@@ -1,7 +1,7 @@
-"""Device code of `unmask`: who takes part in a step, and where a row then stands, from scalars. Specification:
-reference.advance.
+"""Device code of `unmask`: who takes part in a step, and where a row stands after the step, from scalars.
+Specification: reference.advance.
 
-Shared by the two kernels, which differ in where they keep a row's lanes: in registers, or in memory.
+The two kernels share this code; they differ in where they keep a row's lanes, in registers or in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import state as row_state
-from .canvas import count_masked, first_masked, seed_closes
+from .canvas import count_masked, first_masked, first_token_closes
 
 _REFRESH, _DENOISE = tl.constexpr(row_state.REFRESH), tl.constexpr(row_state.DENOISE)
 _COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
@@ -30,8 +30,10 @@ def part_of(phase, block_start, block_end, lane_start, W, KIND: tl.constexpr, CA
 
 
 @triton.jit
-def least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA: tl.constexpr, SCOPE: tl.constexpr):
-    """How many lanes must pass."""
+def quota_or_minimum(
+    n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA: tl.constexpr, SCOPE: tl.constexpr
+):  # fmt: skip
+    """How many lanes must pass: the block's quota, or the call's minimum."""
     if QUOTA:
         S = tl.maximum(tl.load(steps_ptr + row), 1)
         block_masks = tl.load(block_masks_ptr + row)
@@ -45,11 +47,13 @@ def least(n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QU
 
 
 @triton.jit
-def number_masked_again(chosen, any_left, row, least_ptr, count_ptr, REMASK: tl.constexpr):
-    """How many lanes a step masks again at most. chosen: lanes just written; any_left: does the region still hold a
-    mask?"""
+def number_masked_again(chosen, any_left, row, min_unmask_ptr, count_ptr, REMASK: tl.constexpr):
+    """How many lanes a step masks again at most.
+
+    chosen: the number of lanes just written. any_left: whether the region still holds a mask.
+    """
     if REMASK == "saber":
-        n = tl.maximum(tl.load(least_ptr + row), 0)
+        n = tl.maximum(tl.load(min_unmask_ptr + row), 0)
         m = tl.maximum(n, chosen)
         k = tl.minimum(tl.maximum(n // 2, (m + 7) // 8), m - 1)
         k = tl.where(any_left, k, 0)
@@ -62,36 +66,40 @@ def number_masked_again(chosen, any_left, row, least_ptr, count_ptr, REMASK: tl.
 
 @triton.jit
 def advance_pipeline(
-    position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length, append_masks, mask_id,
-    phase, step, block_step, delay, tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr, block_step_ptr,
+    position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end, block_length,
+    append_masks, mask_id, phase, step, block_step, delay,
+    tokens_ptr, canvas_len_ptr, block_start_ptr, block_end_ptr, block_step_ptr,
     CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Several blocks at once: move the region of the row, and its phase.
+    """Several blocks at once: move the region of the row, and return the row's next phase.
 
-    masked: lanes of the region, at `position`, masked after the step, or None: the canvas is read. mask_at: the first
-    of them; first: the first position masked before the step; stop_at: the first written stop token; all three are
-    block_end where there is none. No canvas position from masks_end on is masked. phase, step, block_step: of the row,
-    before the step.
+    masked: whether the lane at `position` lies in the region and is masked after the step; None = read the canvas.
+    first: the first position of the region that was masked before the step, mask_at: the first one that is masked after
+    the step, stop_at: the first written stop token of the region; each is block_end where there is no such position.
+    masks_end: no canvas position from here on is masked.
+    phase, step, block_step: of the row before the step.
     """
+    # 1. The leading blocks that leave the region.
     start = block_start
     if CACHE == "delayed":
         if phase == _COMMIT:
             start = tl.minimum(block_start + block_length, block_end)
             block_step = block_step * 0
     else:
-        # The region's leading blocks leave it.
         start = block_start + (first - block_start) // block_length * block_length
         start = tl.where(first < block_end, start, block_end)
+    # 2. Does a stop token end the row, or cut its canvas?
     stopped = stop_at < mask_at
     if STOP == "after_block":
-        whole = block_start + (mask_at - block_start) // block_length * block_length
-        stopped = stop_at < tl.where(mask_at < block_end, whole, block_end)
+        mask_block = block_start + (mask_at - block_start) // block_length * block_length
+        stopped = stop_at < tl.where(mask_at < block_end, mask_block, block_end)
     elif STOP != "closed":
         stopped = stopped & False
     if STOP == "closed" or STOP == "after_block" or STOP == "appends":
         canvas_len = tl.where(stop_at < block_end, block_end, canvas_len)
         masks_end = canvas_len
         tl.store(canvas_len_ptr, canvas_len)
+    # 3. Is a block appended? The last block begins at `tail`.
     tail = block_end - 1 - (block_end - 1 - block_start) % block_length
     if masked is None:
         tail_masks = count_masked(tokens_ptr, tail, block_end, mask_id, BLOCK_L)
@@ -104,19 +112,20 @@ def advance_pipeline(
     done = stopped
     if mask_at == block_end:
         done = done | (first_masked(tokens_ptr, block_end, masks_end, mask_id, BLOCK_L) >= masks_end)
+    # 4. What the row needs next.
     next_phase = _DENOISE
     if CACHE == "delayed":
         head_end = tl.minimum(start + block_length, end)
         if masked is None:
-            head = count_masked(tokens_ptr, start, tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
+            head_masks = count_masked(tokens_ptr, start, tl.minimum(head_end, masks_end), mask_id, BLOCK_L)
         else:
-            head = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
-            head += count_masked(
+            head_masks = tl.sum((masked & (position >= start) & (position < head_end)).to(tl.int32))
+            head_masks += count_masked(
                 tokens_ptr, tl.maximum(start, block_end), tl.minimum(head_end, masks_end), mask_id, BLOCK_L
             )
-        # Did the step find the first block finished? None counts before what precedes the region is committed.
+        # Did the step find the first block finished? No such step counts before what precedes the region is committed.
         waited = tl.where((first >= head_end) & (step + 1 >= delay), block_step + 1, 0)
-        if head == 0:
+        if head_masks == 0:
             next_phase = tl.where(waited >= delay, _COMMIT, _REFRESH)
         if step + 2 <= delay:
             next_phase = _REFRESH
@@ -133,10 +142,10 @@ def advance_block(
     mask_at, stop_at, changed, all_stop, exiting, known, block_end, canvas_len, block_length_ptr, mask_id, tokens_ptr,
     EDIT: tl.constexpr, RENOISE: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Blocks one at a time: the row's next phase, whether a block opens, and where.
+    """Blocks one at a time: the row's next phase, whether a block opens, and where that block begins.
 
-    changed: was a lane written? all_stop: does the block hold nothing but stop tokens? Nothing in [block_end, known) is
-    masked.
+    changed: whether a lane was written. all_stop: whether the block holds nothing but stop tokens. No position in
+    [block_end, known) is masked.
     """
     next_phase = _DENOISE
     start = block_end
@@ -176,10 +185,10 @@ def open_block(
     row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
     tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
     canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-    block_length_ptr, stop_ids_ptr, seed_ptr, seed_confidence_ptr,
-    CACHE: tl.constexpr, SEED: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
+    block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+    CACHE: tl.constexpr, FIRST_TOKEN: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Open the block at `start`, before `known` of which nothing is masked, and return the row's next phase."""
+    """Open the block at `start` and return the row's next phase. No position of the block before `known` is masked."""
     canvas_len = tl.load(canvas_len_ptr + row)
     end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
     if prefills:
@@ -188,18 +197,19 @@ def open_block(
         tl.store(block_step_ptr + row, 0)
     masks = count_masked(tokens_ptr, tl.maximum(start, known), end, mask_id, BLOCK_L)
     closes = False
-    if SEED:
+    if FIRST_TOKEN:
         is_masked = tl.load(tokens_ptr + start, mask=start < canvas_len, other=0) == mask_id
         if (prefills | commits) & (start < canvas_len) & is_masked:
-            seed = tl.load(seed_ptr + row)
-            closes = seed_closes(
-                tokens_ptr, unmask_step_ptr, start, end, canvas_len, seed, mask_id, stop_ids_ptr, K, STOP, BLOCK_L
+            first_token = tl.load(first_token_ptr + row)
+            closes = first_token_closes(
+                tokens_ptr, unmask_step_ptr, start, end, canvas_len, first_token, mask_id, stop_ids_ptr, K,
+                STOP, BLOCK_L,
             )  # fmt: skip
-            # One thread writes what the others have just read.
+            # One thread writes what the other threads have just read.
             tl.debug_barrier()
-            tl.store(tokens_ptr + start, seed)
+            tl.store(tokens_ptr + start, first_token)
             tl.store(unmask_step_ptr + start, tl.load(step_ptr + row))
-            tl.store(unmask_confidence_ptr + start, tl.load(seed_confidence_ptr + row))
+            tl.store(unmask_confidence_ptr + start, tl.load(first_token_confidence_ptr + row))
             masks -= 1
     if (CACHE == "commit") & (masks == 0):
         next_phase = _COMMIT

@@ -1,8 +1,8 @@
-"""Device code of `unmask`: which lanes a step writes, and which it masks again, in registers. Specification:
+"""Device code of `unmask` in registers: which lanes a step writes, and which it masks again. Specification:
 reference.select.
 
-Positions are ordered by a bitonic sort of 64-bit keys (order-preserving bits of the rank, then the lane), all
-different: the order is total, so nothing here depends on the tile width, the batch or the number of warps. All sums are
+Positions are ordered by a bitonic sort of 64-bit keys (order-preserving bits of the rank, then the lane). All keys
+differ, so the order is total and nothing here depends on the tile width, the batch or the number of warps. All sums are
 integer sums.
 """
 
@@ -18,13 +18,14 @@ from .row import number_masked_again
 _ENTROPY_SCALE = tl.constexpr(float(ENTROPY_SCALE))
 FIXED_ENTROPY_MAX = tl.constexpr(float(reference.FIXED_ENTROPY_MAX))
 FIXED_BUDGET_MAX = tl.constexpr(float(reference.FIXED_BUDGET_MAX))
-# Below the bits of every number, -inf included.
+# Bits below those of every number, -inf included.
 INELIGIBLE = tl.constexpr(-(2**31))
 KEY_MIN, KEY_MAX = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 
 
 @triton.jit
 def no_nan(x):
+    """NaN counts as -inf."""
     return tl.where(x != x, float("-inf"), x)
 
 
@@ -48,8 +49,8 @@ def compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: t
     """Order every pair (i, i + DISTANCE): larger first, except in every second run of RUN keys."""
     pairs: tl.constexpr = [BLOCK_W // (2 * DISTANCE), 2, DISTANCE]
     here = tl.reshape(keys, pairs)
-    # The partner is what the pair sums to without the key itself, exact in wrapping integers (built-in sums are quick
-    # to interpret).
+    # The partner is the sum of the pair minus the key, which is exact in wrapping integers. (A built-in sum is quick to
+    # interpret.)
     partner = tl.sum(here, axis=1)[:, None, :] - here
     index = tl.reshape(tl.arange(0, BLOCK_W), pairs)
     wants_smaller = ((index & DISTANCE) != 0) != ((index & RUN) != 0)
@@ -58,7 +59,8 @@ def compare_and_swap(keys, DISTANCE: tl.constexpr, RUN: tl.constexpr, BLOCK_W: t
 
 @triton.jit
 def sort_descending(keys, FIRST: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Keys whose runs of 2^(FIRST - 1) are sorted, every second one ascending, from the greatest to the smallest."""
+    """The keys from the greatest to the smallest. Their runs of 2^(FIRST - 1) must be sorted, every second one
+    ascending."""
     for stage in tl.static_range(FIRST, LOG_W + 1):
         for step in tl.static_range(stage):
             keys = compare_and_swap(keys, 1 << (stage - 1 - step), 1 << stage, BLOCK_W)
@@ -67,7 +69,7 @@ def sort_descending(keys, FIRST: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.
 
 @triton.jit
 def _cut(keys, take, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The take-th greatest key; above every key if take is 0 or less. One lane, the usual number, needs no sort."""
+    """The take-th greatest key; above every key if take is 0 or less. A take of 1, the usual one, needs no sort."""
     cut = take.to(tl.int64) * 0 + KEY_MAX
     if take == 1:
         cut = tl.max(keys)
@@ -79,8 +81,8 @@ def _cut(keys, take, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
-    """One int64 a lane, all different: greater = better (higher rank or, if LOWEST, lower), candidates above the
-    rest."""
+    """One int64 a lane, all different: a better lane (of higher rank or, if LOWEST, of lower rank) has the greater key,
+    and every candidate has a greater key than every other lane."""
     rank = no_nan(tl.load(rank_ptr + lane, mask=candidates, other=0.0))
     if LOWEST:
         rank = -rank
@@ -89,13 +91,13 @@ def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.conste
 
 
 @triton.jit
-def eligible_lanes(lane, held, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr, AGAIN: tl.constexpr):
-    """Lanes that may be chosen. AGAIN: volatile, or the compiler would keep what was read before."""
+def eligible_lanes(lane, held_token, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr, VOLATILE: tl.constexpr):
+    """Lanes that may be chosen. VOLATILE: read `allowed_ptr` anew, where the compiler would keep an earlier read."""
     eligible = in_region
     if not RENOISE:
-        eligible = in_region & (held == mask_id)
+        eligible = in_region & (held_token == mask_id)
         if allowed_ptr is not None:
-            eligible = eligible & (tl.load(allowed_ptr + lane, mask=in_region, other=0, volatile=AGAIN) != 0)
+            eligible = eligible & (tl.load(allowed_ptr + lane, mask=in_region, other=0, volatile=VOLATILE) != 0)
     return eligible
 
 
@@ -132,8 +134,8 @@ def _passing_prefix(
         entropy = tl.load(entropy_ptr + source, mask=rank_index < n, other=0.0)
         used = to_scaled(entropy, 0.0, FIXED_ENTROPY_MAX, FIXED_ENTROPY_MAX).to(tl.int64)
         budget = to_scaled(value, -FIXED_BUDGET_MAX, FIXED_BUDGET_MAX, -FIXED_BUDGET_MAX).to(tl.int64)
-        # What a prefix spends never falls as it grows, with or without its largest entropy, so the longest that fits is
-        # found by halving: a scan of int64 would not fit the registers of wide tiles.
+        # What a prefix spends, with or without its largest entropy, never falls as the prefix grows. So the longest
+        # prefix that fits is found by halving: a scan of int64 would not fit the registers of the wider tiles.
         count = n * 0
         for halving in tl.static_range(LOG_W + 1):
             longer = count + (BLOCK_W >> halving)
@@ -149,16 +151,18 @@ def _passing_prefix(
 @triton.jit
 def choose(
     seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value,
-    held_ptr, allowed_ptr, value_ptr, score_ptr, rank_ptr, entropy_ptr, mask_id,
-    PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr, RENOISE: tl.constexpr, RUNS: tl.constexpr,
-    LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
+    held_token_ptr, allowed_ptr, value_ptr, score_ptr, rank_ptr, entropy_ptr, mask_id,
+    PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr, RENOISE: tl.constexpr,
+    RUNS: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The chosen lanes; the eligible ones and the tokens of the `seen` ones, read again. max_unmask, run_value: may be
-    None."""
+    """The chosen lanes, the eligible lanes, and the tokens of the `seen` lanes; the last two are read a second time.
+
+    max_unmask and run_value may be None.
+    """
     lane = tl.arange(0, BLOCK_W)
     kmin = tl.minimum(kmin, n)
     fallback = tl.minimum(fallback, n)
-    # A flat test that enough lanes pass needs no order, unless only the best of them may be written.
+    # 1. How many lanes pass a flat test? If enough do, no order is needed, unless only the best ones may be written.
     count = tl.sum(flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32))
     enough = count >= kmin
     orders = enough == 0
@@ -168,7 +172,7 @@ def choose(
         if PASSES == "threshold":
             passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE)
             candidates = tl.where(enough, passes, eligible)
-    # Chosen is what lies at or above the cut.
+    # 2. The cut: the key of the last lane that is chosen by its place in the order.
     if (PASSES == "factor") | (PASSES == "entropy"):
         best = sort_descending(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), 1, LOG_W, BLOCK_W)
         take = _passing_prefix(best, n, value_ptr, score_ptr, entropy_ptr, PASSES, INCLUSIVE, LOG_W, BLOCK_W)
@@ -184,9 +188,10 @@ def choose(
         if orders:
             cut = _cut(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), take, LOG_W, BLOCK_W)
 
-    # Read again rather than kept through the sort, which needs the registers; volatile, or the two reads would be one.
-    held = tl.load(held_ptr + lane, mask=seen, other=0, volatile=True)
-    eligible = eligible_lanes(lane, held, in_region, allowed_ptr, mask_id, RENOISE, True)
+    # 3. Chosen is what passes a flat test, or lies at or above the cut. The lanes are read a second time, because the
+    # sort needs the registers that would keep them; the reads are volatile, or the compiler would make one of two.
+    held_token = tl.load(held_token_ptr + lane, mask=seen, other=0, volatile=True)
+    eligible = eligible_lanes(lane, held_token, in_region, allowed_ptr, mask_id, RENOISE, True)
     keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
     passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE) & enough
     if max_unmask is None:
@@ -197,12 +202,12 @@ def choose(
     if RUNS:
         score = no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
         chosen = chosen | (_best_of_runs(eligible, keys, BLOCK_W) & (score > run_value))
-    return chosen, eligible, held
+    return chosen, eligible, held_token
 
 
 @triton.jit
 def _best_of_runs(eligible, keys, BLOCK_W: tl.constexpr):
-    """The best lane of every maximal run of adjacent eligible lanes, one run after the other: there are few."""
+    """The best lane of every maximal run of adjacent eligible lanes. The runs, which are few, are met one by one."""
     lane = tl.arange(0, BLOCK_W)
     best = eligible & False
     begin = tl.min(tl.where(eligible, lane, BLOCK_W))
@@ -217,10 +222,13 @@ def _best_of_runs(eligible, keys, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def force_in_blocks(
-    chosen, eligible, masked, rank_ptr, region_length, block_length, activate_masks, SCOPE: tl.constexpr, BLOCK_W: tl.constexpr
+    chosen, eligible, masked, rank_ptr, region_length, block_length, activate_masks,
+    SCOPE: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The chosen lanes with those that a block must write although nothing in it was chosen. Lane 0 begins the
-    region."""
+    """The chosen lanes, and the best lane of every block that must write although none of its lanes was chosen.
+
+    Lane 0 begins the region.
+    """
     lane = tl.arange(0, BLOCK_W)
     keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
     if SCOPE == "first":
@@ -244,14 +252,14 @@ def force_in_blocks(
 
 @triton.jit
 def masked_again(
-    chosen, written, masked, score_ptr, row, least_ptr, count_ptr, limit_ptr, exiting,
+    chosen, written, masked, score_ptr, row, min_unmask_ptr, count_ptr, limit_ptr, exiting,
     REMASK: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Lanes that a step masks again: those of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the
+    """Lanes that a step masks again: the lanes of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the
     step."""
     lane = tl.arange(0, BLOCK_W)
     any_left = tl.max((masked & (chosen == 0)).to(tl.int32)) != 0
-    k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, row, least_ptr, count_ptr, REMASK)
+    k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, row, min_unmask_ptr, count_ptr, REMASK)
     if exiting:
         k = k * 0
     candidates = remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK)
@@ -261,6 +269,7 @@ def masked_again(
 
 @triton.jit
 def remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK: tl.constexpr):
+    """Lanes among which a step masks again. `written`: before the step; `chosen`: by the step."""
     if REMASK == "wino":
         score = tl.load(score_ptr + lane, mask=written, other=float("inf"))
         candidates = written & (score < tl.load(limit_ptr + row))
