@@ -117,13 +117,13 @@ def test_a_broken_confidence_is_red(broken, finding: str) -> None:
     assert any(finding in line for line in found), found
 
 
-def _one_position_more(state, rule, **arguments):
-    REFERENCE.unmask(state, rule, **arguments)
+def _one_position_more(state, rule, inputs, *, kind):
+    REFERENCE.unmask(state, rule, inputs, kind=kind)
     state.tokens[0, 0] += 1
 
 
-def _beyond_the_row(state, rule, **arguments):
-    REFERENCE.unmask(state, rule, **arguments)
+def _beyond_the_row(state, rule, inputs, *, kind):
+    REFERENCE.unmask(state, rule, inputs, kind=kind)
     state.tokens.as_strided((1,), (1,), state.tokens.storage_offset() + state.tokens.shape[1]).fill_(4)
 
 

@@ -363,7 +363,7 @@ class poisoned_outputs:
 
 def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | None = None) -> None:
     """The kernel gets memory of its own, with strided rows, and writes nothing else. tile: in place of the table's."""
-    module = importlib.import_module("dlm_kernels.unmask")
+    module = importlib.import_module("dlm_kernels.unmask.launch")
     expected = case.copy(case.state.tokens.device).run()
     ours, buffers = guarded(case)
     inputs = {name: x.clone() for name, x in ours.args.items() if isinstance(x, Tensor)}
@@ -398,7 +398,7 @@ def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
     case = random_case(seed, B=1 + (seed % 3 == 0), lanes=lanes)
     if seed % 4 == 1:
         assert_same(case.copy().run(), oracle(case), f"seed {seed} {case.rule}, the reference")
-    module = importlib.import_module("dlm_kernels.unmask")
+    module = importlib.import_module("dlm_kernels.unmask.launch")
     with mock.patch.object(module, "BLOCK_L", TOY_CANVAS):
         assert_kernel_equals_reference(case.copy(device), f"seed {seed}", tile)
     rule = case.rule
