@@ -79,13 +79,13 @@ def unmask_kernel(
         tl.store(nfe_ptr + row, tl.load(nfe_ptr + row) + 1)
         tl.store(query_tokens_ptr + row, tl.load(query_tokens_ptr + row) + query_len)
         next_phase = _DENOISE
-        # A block may open, at `start`; no position before `known` is masked then.
+        # A block may open, at `start`; no position before `masks_begin` is masked then.
         opens = prefills | commits
         start = block_end
-        known = block_end
+        masks_begin = block_end
         if prefills:
             start = block_start
-            known = block_start
+            masks_begin = block_start
         if commits & (block_end >= tl.load(canvas_len_ptr + row)):
             next_phase = _DONE
             opens = commits & False
@@ -261,16 +261,16 @@ def unmask_kernel(
                         all_stop = tl.max((in_region & (is_stop == 0)).to(tl.int32)) == 0
                     # Behind the block only an exiting row writes, and leaves no mask in its lanes.
                     if exits_ptr is not None and not RENOISE:
-                        known = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
+                        masks_begin = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
                     next_phase, opens, start = advance_block(
-                        mask_at, stop_at, tl.max(changed.to(tl.int32)), all_stop, exiting, known, block_end, canvas_len,
-                        block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
+                        mask_at, stop_at, tl.max(changed.to(tl.int32)), all_stop, exiting, masks_begin, block_end,
+                        canvas_len, block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
 
         # 9. The block that opens.
         if opens:
             next_phase = open_block(
-                row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
+                row, next_phase, prefills, commits, start, masks_begin, block_end, mask_id, K,
                 tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
                 canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
                 block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,

@@ -139,13 +139,14 @@ def advance_pipeline(
 
 @triton.jit
 def advance_block(
-    mask_at, stop_at, changed, all_stop, exiting, known, block_end, canvas_len, block_length_ptr, mask_id, tokens_ptr,
+    mask_at, stop_at, changed, all_stop, exiting, masks_begin, block_end, canvas_len,
+    block_length_ptr, mask_id, tokens_ptr,
     EDIT: tl.constexpr, RENOISE: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Blocks one at a time: the row's next phase, whether a block opens, and where that block begins.
 
     changed: whether a lane was written. all_stop: whether the block holds nothing but stop tokens. No position in
-    [block_end, known) is masked.
+    [block_end, masks_begin) is masked.
     """
     next_phase = _DENOISE
     start = block_end
@@ -165,7 +166,7 @@ def advance_block(
     if stopped:
         next_phase = _DONE
     elif finished:
-        next_mask = first_masked(tokens_ptr, known, canvas_len, mask_id, BLOCK_L)
+        next_mask = first_masked(tokens_ptr, masks_begin, canvas_len, mask_id, BLOCK_L)
         if next_mask >= canvas_len:
             next_phase = _DONE
         elif CACHE == "commit" and not EDIT:
@@ -182,20 +183,23 @@ def advance_block(
 
 @triton.jit
 def open_block(
-    row, next_phase, prefills, commits, start, known, block_end, mask_id, K,
+    row, next_phase, prefills, commits, start, masks_begin, block_end, mask_id, K,
     tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
     canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
     block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
     CACHE: tl.constexpr, FIRST_TOKEN: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Open the block at `start` and return the row's next phase. No position of the block before `known` is masked."""
+    """Open the block at `start` and return the row's next phase.
+
+    No position of the block before masks_begin is masked.
+    """
     canvas_len = tl.load(canvas_len_ptr + row)
     end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
     if prefills:
         end = block_end
     else:
         tl.store(block_step_ptr + row, 0)
-    masks = count_masked(tokens_ptr, tl.maximum(start, known), end, mask_id, BLOCK_L)
+    masks = count_masked(tokens_ptr, tl.maximum(start, masks_begin), end, mask_id, BLOCK_L)
     closes = False
     if FIRST_TOKEN:
         is_masked = tl.load(tokens_ptr + start, mask=start < canvas_len, other=0) == mask_id
