@@ -79,11 +79,6 @@ def confidence(N: int, V: int, itemsize: int, kl: bool = False) -> Cost:
     return cost(N * V * itemsize * (1 + kl))
 
 
-def linear_confidence(N: int, V: int, hidden: int) -> Cost:
-    """bf16 weight and hidden rows read once, logits never written."""
-    return cost(2 * V * hidden + 2 * N * hidden, 2 * N * V * hidden)
-
-
 def unmask(B: int, lanes: int) -> Cost:
     """Per lane: the token read and written (16 bytes), its prediction (8), its score (4)."""
     return cost(28 * B * lanes)

@@ -38,9 +38,6 @@ from .speed import (
     forms as speed_forms,
 )
 from .speed import (
-    linear as speed_linear,
-)
-from .speed import (
     ops as speed_ops,
 )
 from .speed import (
@@ -57,7 +54,7 @@ CASES = {
     "decode": check_decode,
 }
 # What is timed: its shapes, and the ops whose checks must be green for that. What a gate is about comes first: time may
-# run out. The forms of attention and linear_confidence are also checked at every shape, by `Work.check`.
+# run out. The forms of attention are also checked at every shape, by `Work.check`.
 TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "attention-decode": (speed_attention.decode_shapes, ("block_attention",)),
     "attention-ragged": (speed_attention.ragged_shapes, ("block_attention",)),
@@ -65,7 +62,6 @@ TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "confidence": (speed_ops.confidence_shapes, ("confidence",)),
     "unmask": (speed_ops.unmask_shapes, ("unmask",)),
     "step": (speed_step.shapes, OPS),
-    "linear-confidence": (speed_linear.shapes, ("confidence",)),
     "attention-forms": (speed_forms.shapes, ("block_attention",)),
 }
 COMPILE_SECONDS = 100.0

@@ -77,7 +77,7 @@ class Shapes:
         prefill: lengths of one window without a cache. forms: (B, prefix) of the paged, fp8 and shadow forms of
             attention.
         rows: logits rows of confidence, and whether its variants (fp32, more outputs) are timed for every model.
-            linear_rows: of linear_confidence. batches: (B, lanes) of unmask. steps: (B, prefix) of the denoise step.
+            batches: (B, lanes) of unmask. steps: (B, prefix) of the denoise step.
     """
 
     models: tuple[Model, ...]
@@ -86,7 +86,6 @@ class Shapes:
     prefill: tuple[int, ...]
     forms: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
-    linear_rows: tuple[int, ...]
     batches: tuple[tuple[int, int], ...]
     steps: tuple[tuple[int, int], ...]
     variants: bool = False
@@ -100,7 +99,6 @@ CHECK_SHAPES = Shapes(
     prefill=(4096,),
     forms=((8, 4096),),
     rows=(32, 256, 1024),
-    linear_rows=(128,),
     batches=((1, 32), (8, 32), (128, 32)),
     steps=((1, 1024), (8, 1024)),
 )
@@ -111,7 +109,6 @@ SWEEP_SHAPES = Shapes(
     prefill=(1024, 4096, 16384),
     forms=((1, 4096), (8, 4096), (8, 32768)),
     rows=(32, 128, 256, 1024),
-    linear_rows=(32, 128, 1024, 4096),
     batches=((1, 32), (8, 32), (32, 32), (128, 32), (8, 256), (8, 2048), (8, 8192)),
     steps=((1, 1024), (1, 8192), (8, 1024), (32, 1024)),
     variants=True,
@@ -123,7 +120,6 @@ TOY_SHAPES = Shapes(
     prefill=(40,),
     forms=((2, 20),),
     rows=(4,),
-    linear_rows=(4,),
     batches=((2, 32),),
     steps=((2, 10),),
 )

@@ -24,7 +24,6 @@ STATIC_KERNELS = {
     "attention-prefill": "attention",
     "confidence": "confidence",
     "unmask": "unmask",
-    "linear-confidence": "linear_confidence",
     "attention-forms": "attention",
 }
 NOT_MEASURED = (

@@ -1,10 +1,10 @@
-"""Are `confidence` and `linear_confidence` their float64 reference, on every group of outputs and every dtype? Does a
-row depend on the other rows, or on how many there are?"""
+"""Is `confidence` its float64 reference, on every group of outputs and every dtype? Does a row depend on the other rows,
+or on how many there are?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from dlm_fast import Ops
 from dlm_kernels import reference
-from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.confidence import OUTPUTS
 
 from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 
 GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
-LINEAR_GROUPS = ((), ("second", "logsumexp", "entropy"), LINEAR_OUTPUTS)
 IDS = ("token", "second_token", "error", "top_tokens")
 # A draw is compared where the two best float64 scores are further apart than any rounding of an fp32 score near 50.
 CLEAR_DRAW = 1e-3
@@ -39,23 +37,6 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         if device.type == "cuda":
             name = f"{kind} few rows, split = many rows, not split"
             yield name, partial(forms_are_equal, ops, device, seed, name, sizes.rows, sizes.vocab, dtype)
-    for dtype in sizes.attention_dtypes:
-        kind = f"linear {str(dtype).removeprefix('torch.')}"
-        for outputs in LINEAR_GROUPS:
-            name = f"{kind} V={sizes.vocab} outputs={'+'.join(outputs) or 'none'}"
-            yield (
-                name,
-                partial(linear_equals_reference, ops, device, seed, name, sizes.rows, sizes.vocab, dtype, outputs),
-            )
-        for V in (V for V in sizes.vocabs if V <= 2 * sizes.vocab):
-            name = f"{kind} V={V} everything"
-            yield name, partial(linear_equals_reference, ops, device, seed, name, sizes.rows, V, dtype, LINEAR_OUTPUTS)
-        if ops.name == "triton":
-            name = f"{kind} row alone = row in the batch"
-            yield (
-                name,
-                partial(linear_rows_are_independent, ops, device, seed, name, sizes.rows + 1, sizes.vocab, dtype),
-            )
     if sizes.far:
         yield "offsets beyond 2^31 elements", partial(far_rows, ops, device, seed)
 
@@ -251,61 +232,6 @@ def forms_are_equal(ops: Ops, device: torch.device, seed: int, name: str, R: int
     many = ops.confidence(**call | {k: torch.cat([call[k]] * copies) for k in per_output})
     for field, values in many._asdict().items():
         same_bits(field, values, torch.cat([getattr(few, field)] * copies))
-
-
-def linear_op(ops: Ops) -> Callable:
-    """Not a field of `Ops`: no decoder needs it."""
-    if ops.name != "triton":
-        return reference.linear_confidence
-    from dlm_kernels.linear_confidence import linear_confidence
-
-    return linear_confidence
-
-
-def linear_call(generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...]) -> dict:
-    """Arguments of one call on the CPU. Inputs are multiples of 1/4, so the products' sums are exact and the ids have
-    no excuse."""
-    H = 136  # no multiple of the kernel's BLOCK_H
-    call = random_call(generator, R, V, dtype, outputs, plain=False)
-    for argument in ("logits", "top_k", "bias_ids", "bias"):
-        del call[argument]
-    call["hidden"] = (torch.randint(-6, 7, (R, H), generator=generator) / 4).to(dtype)
-    call["weight"] = (torch.randint(-6, 7, (V, H), generator=generator) / 4).to(dtype)
-    if R >= 8:
-        call["hidden"][0], call["hidden"][1, 5], call["hidden"][2, H - 1] = 0.0, math.nan, math.inf
-    return call
-
-
-def linear_equals_reference(
-    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...]
-) -> None:
-    call = linear_call(generator(seed, name), R, V, dtype, outputs)
-    call = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
-    memory = GuardedMemory()
-    with poisoned(memory):
-        ours = linear_op(ops)(**call)
-    memory.check()
-    logits = call.pop("hidden").double() @ call.pop("weight").double().T
-    compare(ours, call | {"logits": logits.float()})
-
-
-def linear_rows_are_independent(
-    ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype
-) -> None:
-    """Every row, bit for bit: alone, and in batches of one and of several row tiles."""
-    random = generator(seed, name)
-    hidden, weight = (torch.randn(n, 136, generator=random).to(device, dtype) for n in (R, V))
-    if device.type == "cpu":
-        # The interpreter's product is NumPy's, whose order of sums hangs on a row's place in the tile: only exact sums
-        # do not.
-        hidden, weight = ((values * 4).round() / 4 for values in (hidden, weight))
-    op, outputs = linear_op(ops), ("second", "logsumexp", "entropy")
-    together = op(hidden, weight, outputs=outputs)
-    for some in ([R - 1], [R // 2, 1], [(7 * n) % R for n in range(5 * R)]):
-        index = torch.tensor(some, dtype=torch.int32, device=device)
-        for field, values in op(hidden, weight, rows=index, outputs=outputs)._asdict().items():
-            if values is not None:
-                same_bits(f"{field} of {len(some)} rows", values, getattr(together, field)[index.long()])
 
 
 def far_rows(ops: Ops, device: torch.device, seed: int) -> None:

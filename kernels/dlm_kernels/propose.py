@@ -33,12 +33,6 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (2, 3, 4),
     },
     "confidence": {"LANES": (256, 512, 1024, 2048), "num_warps": (4, 8, 16), "num_stages": (1,)},
-    "linear_confidence": {
-        "BLOCK_V": (64, 128, 256),
-        "BLOCK_H": (32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
     "unmask": {"num_warps": (1, 2, 4, 8, 16, 32)},
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages")

@@ -52,10 +52,7 @@ TENSOR_MEMORY_LIMIT = 512
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # Module of each op. Its `compile_cases(capability)` lists what its launcher may launch.
-KERNEL_MODULES = {
-    name: f"{__package__}.{name}.launch"
-    for name in ("attention", "confidence", "linear_confidence", "unmask", "drafts")
-}
+KERNEL_MODULES = {name: f"{__package__}.{name}.launch" for name in ("attention", "confidence", "unmask", "drafts")}
 
 
 @dataclasses.dataclass(frozen=True)

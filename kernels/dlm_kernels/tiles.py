@@ -176,39 +176,6 @@ def confidence_parts(V: int, tile: ConfidenceTile, itemsize: int) -> tuple[int, 
     return _parts(-(-V * itemsize // (16 * tile.lanes)), tile.part_tiles, CONFIDENCE_PARTS)
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearConfidenceTile:
-    """BLOCK_M rows x BLOCK_V ids of logits at a time, BLOCK_H of the hidden size a trip; part_tiles (a power of 2)
-    tiles of ids are a part, the work of one program. None of it depends on the number of rows."""
-
-    BLOCK_M: int
-    BLOCK_V: int
-    BLOCK_H: int
-    num_warps: int
-    num_stages: int
-    part_tiles: int
-
-
-# 64 rows: the fewest that wgmma takes, and all of a block of 32 or 64. Parts of 1,024 ids: a program for almost every
-# SM of an H100 from the first row on, and partials that are 2% of the logits.
-_LINEAR_TILE = LinearConfidenceTile(BLOCK_M=64, BLOCK_V=64, BLOCK_H=64, num_warps=8, num_stages=4, part_tiles=16)
-_LINEAR_FLOAT32_TILE = LinearConfidenceTile(
-    BLOCK_M=32, BLOCK_V=32, BLOCK_H=32, num_warps=8, num_stages=2, part_tiles=32
-)
-# Parts of a row at most, as CONFIDENCE_PARTS.
-LINEAR_CONFIDENCE_PARTS = 256
-
-
-def linear_confidence_tile(itemsize: int) -> LinearConfidenceTile:
-    """The tile of a dtype, on every GPU; float32 multiplies without tensor cores."""
-    return _LINEAR_TILE if itemsize == 2 else _LINEAR_FLOAT32_TILE
-
-
-def linear_confidence_parts(V: int, tile: LinearConfidenceTile) -> tuple[int, int]:
-    """(tiles of a part, parts) of a vocabulary of V ids."""
-    return _parts(-(-V // tile.BLOCK_V), tile.part_tiles, LINEAR_CONFIDENCE_PARTS)
-
-
 def _parts(tiles: int, part_tiles: int, most: int) -> tuple[int, int]:
     while part_tiles * most < tiles:
         part_tiles *= 2

@@ -19,11 +19,9 @@ from bench import compare, floors, gates, gpu_check, sanitize, shapes, sweep, ti
 from bench.checks import run as checks
 from bench.speed import attention as speed_attention
 from bench.speed import forms as speed_forms
-from bench.speed import linear as speed_linear
 from bench.speed import ops as speed_ops
 from bench.speed import step as speed_step
 from bench.speed.run import Bench, Ceilings
-from dlm_kernels import reference
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -217,13 +215,13 @@ def toy_rig() -> gpu_check.Rig:
 
 
 def test_a_sweep_checks_what_it_times_and_writes_its_document(tmp_path, capsys) -> None:
-    status = sweep.measured(toy_rig(), tmp_path, ("unmask", "linear-confidence"), seed=5, seconds=100, plots=False)
+    status = sweep.measured(toy_rig(), tmp_path, ("unmask", "confidence"), seed=5, seconds=100, plots=False)
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     assert status == 0 and document == compare.load(tmp_path / "kernels.json")
     assert document["command"] == "kernels" and document["measured"] is True
     assert set(document["checks"]) == {"confidence", "unmask"}
-    assert {row["op"] for row in document["timings"]} == {"unmask", "linear-confidence"}
+    assert {row["op"] for row in document["timings"]} == {"unmask", "confidence"}
     assert lines.index("ceilings, measured now") < lines.index("correctness") < lines.index("gates")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.json", "kernels.jsonl"]
 
@@ -280,17 +278,6 @@ def test_a_form_of_attention_that_ignores_its_form_is_not_timed(form: str) -> No
         else:
             with pytest.raises(checks.Failure, match="out: error"):
                 work.check()
-
-
-def test_a_linear_confidence_that_forgets_a_row_of_the_weight_is_not_timed() -> None:
-    def forgets(hidden, weight, **options):
-        return reference.linear_confidence(hidden, weight * (torch.arange(len(weight)) % 7 > 0)[:, None], **options)
-
-    hidden, weight = torch.randn(4, 32), torch.randn(600, 32)
-    options = {"outputs": speed_linear.OUTPUTS}
-    speed_linear.check(speed_linear._op(dlm_fast.REFERENCE), hidden, weight, options)
-    with pytest.raises(checks.Failure):
-        speed_linear.check(forgets, hidden, weight, options)
 
 
 # ---- gates
@@ -617,12 +604,11 @@ def test_the_kernels_that_are_sanitized_are_those_that_are_launched(monkeypatch)
     assert sanitize.kernel_names() == sorted({"_combine_kernel", *(f"_{op}_kernel" for op in static.KERNEL_MODULES)})
 
 
-@pytest.mark.parametrize("op, count", [("linear-confidence", 1), ("attention-forms", len(speed_forms.FORMS) - 1)])
-def test_what_is_checked_only_where_it_is_timed_is_sanitized_too(op: str, count: int) -> None:
-    cases = list(
-        sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES)
-    )  # the toy model has no sliding layers
-    assert len({name for name, _ in cases}) == len(cases) == count
+def test_what_is_checked_only_where_it_is_timed_is_sanitized_too() -> None:
+    op = "attention-forms"
+    cases = list(sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES))
+    # The toy model has no sliding layers.
+    assert len({name for name, _ in cases}) == len(cases) == len(speed_forms.FORMS) - 1
     assert {check.status for check in checks.run(op, cases, CPU)} == {"passed"}
 
 

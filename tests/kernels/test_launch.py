@@ -38,8 +38,7 @@ launches = record(90)
 
 import torch
 from dlm_kernels import (
-    RowState, UnmaskInputs, UnmaskRule, Window,
-    attention, confidence, device, drafts, linear_confidence, reference, static, unmask,
+    RowState, UnmaskInputs, UnmaskRule, Window, attention, confidence, device, drafts, reference, static, unmask,
 )
 device.capability_of = lambda op, tensor, kernel: 90
 
@@ -74,12 +73,6 @@ def attend(B, W, H, H_kv, D, S_max, mode, kv_len=5, dtype=torch.bfloat16, **opti
 def reduce(N, V, dtype=torch.bfloat16, **options):
     logits = torch.zeros(N, V, dtype=dtype)
     confidence.confidence(logits, rows=torch.arange(N, dtype=torch.int32), banned=torch.tensor([3]), **options)
-
-
-def head(N, dtype=torch.bfloat16):
-    hidden, weight = torch.zeros(N, 64, dtype=dtype), torch.zeros(126464, 64, dtype=dtype)
-    rows, banned = torch.arange(N, dtype=torch.int32), torch.tensor([3])
-    linear_confidence.linear_confidence(hidden, weight, rows=rows, banned=banned, outputs=("second", "logsumexp", "entropy"))
 
 
 def draft(B, D, W):
@@ -138,7 +131,6 @@ for V in (126464, 152064, 151936, 157184, 262144):
 for W in (32, 64, 256, 2000):
     write(4, 4096, W)
     draft(4, 3, W)
-head(64)
 """
 
 
@@ -146,13 +138,8 @@ def test_what_the_models_decoders_launch_is_what_the_static_report_compiles(tmp_
     found = variants(MODELS, tmp_path)
     assert [function for function, shipped, _ in found if shipped is None] == []
     assert {shipped.split()[0] for _, shipped, _ in found} == {
-        "attention",
-        "confidence",
-        "linear_confidence",
-        "unmask",
-        "draft_build",
-        "verify",
-    }
+        "attention", "confidence", "unmask", "draft_build", "verify"
+    }  # fmt: skip
 
 
 LENGTHS = """
@@ -165,15 +152,12 @@ for N in (1, 16, 40, 300):
 for B, L, W in ((1, 40, 4), (3, 1000, 32), (16, 33, 32)):
     write(B, L, W)
     draft(B, 2, W)
-for N in (1, 16, 40):
-    head(N)
 """
 
 
 def test_lengths_batches_and_buckets_make_no_new_machine_code(tmp_path):
     functions = collections.Counter(function for function, _, _ in variants(LENGTHS, tmp_path))
     assert functions.pop("_confidence_kernel") == 2  # split, and not
-    assert functions.pop("_merge_kernel") == 2  # of the logits' parts, and of the head's
     assert set(functions.values()) == {1}, functions
 
 
@@ -196,7 +180,7 @@ def front_end(strength: int) -> dict:
 
 
 KERNELS = {
-    "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel", "_linear_confidence_kernel",
+    "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel",
     "unmask_kernel", "unmask_memory_kernel", "draft_build_kernel", "verify_kernel",
 }  # fmt: skip
 
@@ -279,7 +263,6 @@ ONE_CALL = {
     "unmask in memory": dict(passes="factor", cache="refresh", stop="closed"),
     "confidence, whole rows": dict(dtype="float32", banned="shared"),
     "confidence, split and merged": dict(dtype="float32", banned="shared"),
-    "linear_confidence": dict(dtype="float32", banned="shared", H=64),
     "block_attention": dict(dtype="float32", D=16, G=1, mode="full", cache="plain", page=0),
     "drafts": dict(W=20),
 }

@@ -16,8 +16,7 @@ pytest.importorskip("triton", reason="the operators run Triton kernels")
 # Importing a launcher registers its operator.
 from helpers import toy
 
-import dlm_kernels.drafts.launch
-import dlm_kernels.linear_confidence  # noqa: F401
+import dlm_kernels.drafts.launch  # noqa: F401
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, Window, reference
 from dlm_kernels.attention import block_attention
 from dlm_kernels.confidence import confidence
@@ -93,7 +92,7 @@ def mutated(op) -> list[str]:
 
 def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
     assert mutated(OPS.block_attention) == ["k_cache", "v_cache"]
-    assert mutated(OPS.confidence) == mutated(OPS.linear_confidence) == mutated(OPS.draft_build) == []
+    assert mutated(OPS.confidence) == mutated(OPS.draft_build) == []
     assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
     assert mutated(OPS.verify) == [f"source_{field.name}" for field in dataclasses.fields(reference.DraftSource)]
 
@@ -129,21 +128,6 @@ def test_opcheck_of_confidence(device, outputs):
         "top_k": 2,
     }
     torch.library.opcheck(op, tuple(given.get(argument.name) for argument in op._schema.arguments))
-
-
-def test_opcheck_of_linear_confidence(device):
-    op = OPS.linear_confidence.default
-    given = {
-        "hidden": torch.randn(3, 32, device=device),
-        "weight": torch.randn(70, 32, device=device),
-        "outputs": ["second"],
-    }
-    torch.library.opcheck(
-        op,
-        tuple(
-            given.get(argument.name, 0 if str(argument.type) == "int" else None) for argument in op._schema.arguments
-        ),
-    )
 
 
 def test_opcheck_of_drafts(device):

@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="these tests run Triton kernels")
 
 from dlm_kernels.attention import block_attention
 from dlm_kernels.confidence import confidence
-from dlm_kernels.linear_confidence import linear_confidence
 from dlm_kernels.unmask import unmask
 
 ROWS = 4
@@ -66,16 +65,6 @@ def test_confidence(device):
     found = confidence(far_apart(logits), previous=far_apart(previous), **given)
     for name, value in expected._asdict().items():
         assert value is None or torch.equal(getattr(found, name), value), name
-
-
-def test_linear_confidence(device):
-    hidden, weight = (
-        torch.randn(ROWS, 32, dtype=torch.float16, device=device),
-        torch.randn(ROWS, 32, dtype=torch.float16, device=device),
-    )
-    expected = linear_confidence(hidden, weight)
-    for name, value in linear_confidence(far_apart(hidden), far_apart(weight))._asdict().items():
-        assert value is None or torch.equal(value, getattr(expected, name)), name
 
 
 def test_unmask(device):

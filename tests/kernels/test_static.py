@@ -302,9 +302,9 @@ def shipped() -> list[CompileResult]:
 def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spills(shipped):
     assert violations(shipped) == []
     targets = {f"sm_{capability}" for capability in TARGETS}
-    for op in ("attention", "prefill", "combine", "confidence", "linear_confidence", "unmask", "draft_build", "verify"):
+    for op in ("attention", "prefill", "combine", "confidence", "unmask", "draft_build", "verify"):
         assert {result.target for result in shipped if op in result.kernel} == targets, op
-    streams = ("attention", "attention prefill", "attention combine", "confidence", "linear_confidence")
+    streams = ("attention", "attention prefill", "attention combine", "confidence")
     assert {result.widest_load for result in shipped if result.kernel in streams} == {128}
     large = [result for result in shipped if "attention" in result.kernel and result.tiles.get("BLOCK_M", 0) >= 64]
     assert {result.mma for result in large if result.target == "sm_90"} == {"wgmma"}
@@ -313,8 +313,7 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
 BORROWED = """
 from dlm_kernels import static, tiles
 from dlm_kernels.static import violations
-chosen = {"attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "linear_confidence": "bf16 second", "unmask": "threshold",
-          "draft_build": ""}
+chosen = {"attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "unmask": "threshold", "draft_build": ""}
 found = []
 for capability in sorted(set(tiles.TARGETS) - set(static.CAPABILITIES)):
     cases = [case for op in static.KERNEL_MODULES for case in static.shipped(op, capability)]
@@ -331,12 +330,6 @@ def test_targets_that_borrow_tiles_compile_each_op_with_them(tmp_path):
     lines = run_toys(tmp_path, BORROWED).stdout.splitlines()
     found = json.loads(lines[0])
     assert {target for target, _, _ in found} == {"sm_87", "sm_103", "sm_121"}
-    assert {kernel for _, kernel, _ in found} == {
-        "attention",
-        "confidence",
-        "linear_confidence",
-        "unmask",
-        "draft_build",
-    }
+    assert {kernel for _, kernel, _ in found} == {"attention", "confidence", "unmask", "draft_build"}
     assert [result for result in found if result[2]] == []
     assert lines[-2].startswith("6 binaries, 2 targets, ") and lines[-1] == "0"

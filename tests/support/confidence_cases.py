@@ -1,5 +1,4 @@
-"""Random calls of `confidence` and `linear_confidence`, the checks that tests and the campaign make of them, and how
-they are run."""
+"""Random calls of `confidence`, the checks that tests and the campaign make of them, and how they are run."""
 
 from __future__ import annotations
 
@@ -14,13 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-import dlm_kernels.linear_confidence as linear_kernel
 from dlm_kernels import reference
-from dlm_kernels.checks.confidence import LINEAR_OUTPUTS
 from dlm_kernels.confidence import launch as kernel
 from dlm_kernels.reference import noise as generator
 from dlm_kernels.reference.confidence import OUTPUTS, Confidence
-from dlm_kernels.tiles import ConfidenceTile, LinearConfidenceTile
+from dlm_kernels.tiles import ConfidenceTile
 
 INTEGERS = ("token", "second_token", "error", "top_tokens")
 FLOATS = (
@@ -125,18 +122,6 @@ def run_kernel(
             stack.enter_context(changed(kernel, _multiprocessors=lambda device: 2**30 if split else 0))
         stack.enter_context(poisoned_empty())
         return kernel.confidence(logits, **arguments)
-
-
-def run_linear(
-    hidden: Tensor, weight: Tensor, tile: LinearConfidenceTile | None = None, **arguments: object
-) -> Confidence:
-    """`linear_confidence` by a tile (None: what the launcher chooses), its buffers poisoned."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(faster_interpreter())
-        if tile is not None:
-            stack.enter_context(changed(linear_kernel, linear_confidence_tile=lambda itemsize: tile))
-        stack.enter_context(poisoned_empty())
-        return linear_kernel.linear_confidence(hidden, weight, **arguments)
 
 
 class Recorder(TorchDispatchMode):
@@ -275,7 +260,7 @@ def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> d
 
 
 def random_options(rng: random.Random, R: int, V: int, most_rows: int, known: tuple[str, ...]) -> dict[str, object]:
-    """Every option of both ops, each with some chance."""
+    """Every option, each with some chance."""
     N = R
     arguments: dict[str, object] = {}
     if rng.random() < 0.5:
@@ -354,46 +339,10 @@ def not_finite(arguments: dict[str, object], rng: random.Random) -> None:
             value.view(-1)[rng.randrange(value.numel())] = rng.choice([math.nan, math.inf, -math.inf])
 
 
-def random_linear_case(
-    seed: int, device: torch.device | str = "cpu", V: int = 97, most_rows: int = 6
-) -> tuple[Tensor, Tensor, dict[str, object]]:
-    """Hidden rows, weights and arguments of one random call of `linear_confidence`. All values are small multiples of
-    1/4, so every fp32 sum of products is exact in any order, and so are the ids; ties are frequent."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    R, H = rng.randint(1, max(1, most_rows - 1)), rng.choice([1, 7, 16, 33])
-    dtype = rng.choice([torch.float16, torch.float32])
-    hidden, weight = (
-        torch.randint(-6, 7, (R, H + rng.choice([0, 5]))) / 4,
-        torch.randint(-6, 7, (V, H + rng.choice([0, 2]))) / 4,
-    )
-    hidden, weight = hidden.to(dtype)[:, :H], weight.to(dtype)[:, :H]
-    if dtype == torch.float32 and rng.random() < 0.4:  # products that count as -inf, of one row and its first ids
-        weight[:, 0] = hidden[:, 0] = 0.0
-        weight[: rng.randint(1, V), 0], hidden[rng.randrange(R), 0] = -(2.0**60), 2.0**60
-    elif rng.random() < 0.3:
-        matrix = rng.choice([hidden, weight])
-        matrix[rng.randrange(len(matrix)), rng.randrange(H)] = rng.choice([math.nan, math.inf, -math.inf])
-    arguments = random_options(rng, R, V, most_rows, LINEAR_OUTPUTS)
-    if rng.random() < 0.2:
-        not_finite(arguments, rng)
-    return hidden.to(device), weight.to(device), to_device(arguments, device)
-
-
 def run_case(seed: int, device: torch.device) -> dict[str, object]:
     """One case of the campaign: a random call by a toy tile, against the float64 reference. Vocabularies are off by at
-    most one from a tile or a few parts. Of `confidence`, one program a row, one a part, or both and then bit for bit
-    the same."""
+    most one from a tile or a few parts. One program a row, one a part, or both and then bit for bit the same."""
     rng = random.Random(seed + 2**32)
-    if rng.random() < 0.3:
-        tile = LinearConfidenceTile(*rng.choice([(2, 16, 16), (4, 8, 32), (4, 16, 16)]), 1, 1, rng.choice([1, 2]))
-        part = tile.BLOCK_V * tile.part_tiles
-        V = max(1, rng.choice([tile.BLOCK_V, part, part, 2 * part, 2 * part]) + rng.choice([-1, 0, 1]))
-        hidden, weight, arguments = random_linear_case(seed, device, V, most_rows=tile.BLOCK_M + 1)
-        result = run_linear(hidden, weight, tile, **arguments)
-        logits = hidden.float() @ weight.float().T
-        assert_equals_reference(result, logits, **arguments)
-        return {"kind": "linear", "boundary": V > tile.BLOCK_V}
     form = rng.choice(["unsplit", "unsplit", "split", "split", "both"])
     lanes, part_tiles = rng.choice([(4, 1), (4, 2), (16, 1), (64, 1)])
     # Parts of fp32 logits; those of fp16 and bf16 are twice as wide, and the vocabulary is then off a part's middle or

@@ -127,7 +127,6 @@ CONFIDENCE = {
     "top_k": (0, 3),
     **dict.fromkeys(("rows", "temperature", "soft_cap", "bias"), BOTH),
 }  # fmt: skip
-LINEAR = {name: values for name, values in CONFIDENCE.items() if name not in ("kl", "top_k", "bias")} | {"H": (64, 80)}
 
 
 def confidence_options(choice: dict[str, Any], N: int) -> dict[str, Any]:
@@ -164,16 +163,6 @@ def call_confidence(choice: dict[str, Any], split: bool) -> None:
         options |= {"bias_ids": torch.zeros(N, 5, dtype=torch.int64), "bias": torch.zeros(N, 5)}
     confidence._multiprocessors = lambda device: 1000 if split else 0
     confidence.confidence(logits, **options)
-
-
-def call_linear_confidence(choice: dict[str, Any]) -> None:
-    import torch
-
-    from dlm_kernels import linear_confidence
-
-    dtype = getattr(torch, choice["dtype"])
-    hidden, weight = torch.zeros(3, choice["H"], dtype=dtype), torch.zeros(3000, choice["H"], dtype=dtype)
-    linear_confidence.linear_confidence(hidden, weight, **confidence_options(choice, 3))
 
 
 ATTENTION = {
@@ -254,7 +243,6 @@ CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict
         lambda choice: True,
         lambda choice: call_confidence(choice, split=True),
     ),
-    "linear_confidence": (LINEAR, lambda choice: True, call_linear_confidence),
     "block_attention": (ATTENTION, attention_allowed, call_attention),
     "drafts": ({"W": (20, 200, 3000)}, lambda choice: True, call_drafts),
 }

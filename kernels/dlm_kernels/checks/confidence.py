@@ -1,5 +1,4 @@
-"""What `confidence` and `linear_confidence` accept: their outputs and limits, and the checks that reference and kernel
-share."""
+"""What `confidence` accepts: its outputs and limits, and the checks that reference and kernel share."""
 
 from __future__ import annotations
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
-# Of `linear_confidence`: those that need no second matrix of logits.
-LINEAR_OUTPUTS = tuple(name for name in OUTPUTS if name != "kl")
 MAX_BANNED, MAX_BIAS, MAX_TOP_K = 32, 64, 16
 # A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf:
 # between them every intermediate of the one-pass recurrences is finite in fp32.
@@ -101,49 +98,6 @@ def check_arguments(
     if bias_ids is not None and not 1 <= bias_ids.shape[1] <= MAX_BIAS:
         raise ValueError(f"confidence: bias_ids must hold 1 to {MAX_BIAS} ids a row, got K={bias_ids.shape[1]}")
     return N
-
-
-def check_linear_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: Tensor | None,
-    outputs: Sequence[str],
-    banned: Tensor | None,
-    temperature: Tensor | None,
-    sample_temperature: Tensor | None,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    query: Tensor | None,
-    soft_cap: float | None,
-    extra_dtypes: tuple[torch.dtype, ...] = (),
-) -> int:
-    """Raise on a call that `linear_confidence` does not define; returns N. Looks at shapes and dtypes, never at
-    values."""
-    op = "linear_confidence"
-    if not isinstance(outputs, str) and "kl" in outputs:
-        raise ValueError(
-            f"{op}: 'kl' needs the previous step's logits, which this op never writes: use confidence, got outputs={outputs!r}"
-        )
-    check_matrix(op, "hidden", hidden, "[R, H]", extra_dtypes)
-    check_matrix(op, "weight", weight, "[V, H]", extra_dtypes)
-    V, H = weight.shape
-    if not 1 <= V < 2**30 or H < 1 or hidden.shape[1] != H:
-        raise ValueError(
-            f"{op}: hidden must be [R, H] and weight [V, H] with 1 <= V < 2^30 and H >= 1, "
-            f"got shapes {list(hidden.shape)} and {list(weight.shape)}"
-        )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{op}: weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
-    if weight.device != hidden.device:
-        raise ValueError(f"{op}: weight must be on {hidden.device}, got {weight.device}")
-    check_outputs(op, outputs, LINEAR_OUTPUTS, soft_cap)
-    _check_groups(
-        op,
-        outputs,
-        sampled={"sample_temperature": sample_temperature, "seed": seed, "noise": noise},
-        query={"query": query},
-    )
-    return _check_row_tensors(op, hidden, rows, banned, temperature, sample_temperature, seed, noise, query)
 
 
 def check_matrix(op: str, name: str, values: Tensor, shape: str, extra_dtypes: tuple[torch.dtype, ...]) -> None:

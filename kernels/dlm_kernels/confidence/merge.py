@@ -1,5 +1,4 @@
-"""The second launch of `confidence` and `linear_confidence`: one small program per row makes the outputs of its parts'
-partials.
+"""The second launch of `confidence`: one small program per row makes the outputs of its parts' partials.
 
 Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no
 requested output needs is neither written nor read. With top-k also [N, PARTS, top_k] of each, best first. Choices are

@@ -1,5 +1,5 @@
-"""What the kernels of `confidence` and `linear_confidence` share for a row: its noise, its scales, its soft cap, and
-the merge of the statistics of the parts that its vocabulary was cut into.
+"""What the two kernels of `confidence` share for a row: its noise, its scales, its soft cap, and the merge of the
+statistics of the parts that its vocabulary was cut into.
 
 Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program
 computed all parts or each its own. No product feeds a sum that the compiler could fuse it with (`_rounded_product`), so

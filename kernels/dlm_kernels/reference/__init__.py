@@ -3,9 +3,6 @@
 from .attention import block_attention
 from .confidence import Confidence, confidence
 from .drafts import DraftSource, Verified, draft_build, verify
-from .linear_confidence import linear_confidence
 from .unmask import unmask
 
-__all__ = [
-    "Confidence", "DraftSource", "Verified", "block_attention", "confidence", "draft_build", "linear_confidence", "unmask", "verify",
-]  # fmt: skip
+__all__ = ["Confidence", "DraftSource", "Verified", "block_attention", "confidence", "draft_build", "unmask", "verify"]
