@@ -18,7 +18,7 @@ from dlm_kernels.reference.confidence import OUTPUTS
 from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 
 GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
-IDS = ("token", "second_token", "error", "top_tokens")
+IDS = ("token", "second_token", "error")
 # A draw is compared where the two best float64 scores are further apart than any rounding of an fp32 score near 50.
 CLEAR_DRAW = 1e-3
 
@@ -76,7 +76,6 @@ def random_call(
         call["temperature"] = torch.rand(N, generator=generator) + 0.3
         call["temperature"][-5] = 0.0  # not a temperature: an error of that row
         call["soft_cap"] = 30.0
-        call["top_k"] = 5
         # Up and down, some other ids, an id out of the vocabulary, nothing.
         call["bias_ids"] = torch.cat([torch.randint(V, (N, 3), generator=generator), banned[:, :3]], 1)
         call["bias"] = torch.randn(N, 6, generator=generator) * 8
@@ -155,7 +154,7 @@ def compare(ours: reference.Confidence, call: dict) -> None:
         if expected is None or field in IDS or field == "sampled_token":
             continue
         keep = clear if field == "sampled_confidence" else torch.ones_like(clear)
-        units = dict.fromkeys(("logit", "second_logit", "top_logits", "logsumexp"), unit)
+        units = dict.fromkeys(("logit", "second_logit", "logsumexp"), unit)
         # A divergence is a mean of differences of log-probabilities; they are of size 2^6 here, and fp32 rounds each to
         # 2^-18.
         units["kl"] = max(4.0, unit)

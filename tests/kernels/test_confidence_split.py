@@ -1,5 +1,4 @@
-"""`confidence` by one program a row and by one a part of it: the same bits. And its top k, and what a call launches and
-allocates."""
+"""`confidence` by one program a row and by one a part of it: the same bits. And what a call launches and allocates."""
 
 from __future__ import annotations
 
@@ -69,10 +68,7 @@ def both_forms(logits: Tensor, **arguments: object) -> reference.Confidence:
 )
 def test_split_equals_unsplit_bitwise_and_the_reference_off_by_one_from_every_boundary(V, device):
     logits = torch.randn(2, V, device=device) * 4
-    arguments = everything(2, V, device, greedy_every=2) | {
-        "top_k": 3,
-        "banned": torch.randint(-1, V, (2, 2), device=device),
-    }
+    arguments = everything(2, V, device, greedy_every=2) | {"banned": torch.randint(-1, V, (2, 2), device=device)}
     arguments["banned"][0] = logits[0].topk(2).indices
     arguments |= {"outputs": OUTPUTS, "previous": logits + torch.randn(2, V, device=device), "soft_cap": 20.0}
     arguments["previous_logsumexp"] = arguments["previous"].logsumexp(1)
@@ -101,14 +97,14 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise(split, device):
     V, N = 3 * PART + 5, 3
     logits = torch.randn(N, V, device=device) * 3
     arguments = everything(N, V, device)
-    together = run(logits, split, top_k=2, **arguments)
+    together = run(logits, split, **arguments)
     for n in range(N):
         alone = {
             name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value
             for name, value in arguments.items()
         }
         # Alone by the other form: what the number of rows decides.
-        assert_identical(run(logits[n : n + 1], not split, top_k=2, **alone), rows_of(together, slice(n, n + 1)))
+        assert_identical(run(logits[n : n + 1], not split, **alone), rows_of(together, slice(n, n + 1)))
 
 
 @forms
@@ -135,10 +131,10 @@ def test_parts_of_minus_infinity_first_last_and_alone_change_nothing(split, devi
     logits[0, 2 * PART + 1 :] = torch.arange(PART - 1.0, device=device)
     logits[1, :5] = torch.arange(5.0, device=device)
     logits[2, PART + 3] = -500.0
-    result = run(logits, split, outputs=STATISTICS, top_k=2)
+    result = run(logits, split, outputs=STATISTICS)
     assert result.token.tolist() == [V - 1, 4, PART + 3, 0] and result.second_token.tolist() == [V - 2, 3, -1, -1]
     assert result.error.tolist() == [0, 0, 0, 1]
-    assert_equals_reference(result, logits, outputs=STATISTICS, top_k=2)
+    assert_equals_reference(result, logits, outputs=STATISTICS)
 
 
 @forms
@@ -147,8 +143,8 @@ def test_one_bad_logit_in_any_part_is_an_error_of_its_row(value, split, device):
     logits = torch.randn(4, 3 * PART, device=device)
     for row, where in enumerate((0, PART, 3 * PART - 1)):
         logits[row, where] = value
-    result = run(logits, split, banned=torch.tensor([0, PART], device=device), top_k=2)
-    assert result.error.tolist() == [1, 1, 1, 0] and result.top_tokens[:3].unique().tolist() == [-1]
+    result = run(logits, split, banned=torch.tensor([0, PART], device=device))
+    assert result.error.tolist() == [1, 1, 1, 0] and result.second_token[:3].unique().tolist() == [-1]
 
 
 @forms
@@ -157,9 +153,9 @@ def test_banned_winners_of_every_part_leave_the_next_ones(split, device):
     logits = torch.zeros(1, V, device=device)
     first = torch.arange(0, V, PART, device=device) + 7
     logits[0, first], logits[0, first + 1] = 9.0, torch.tensor([1.0, 2.0, 4.0, 3.0], device=device)
-    arguments = {"outputs": STATISTICS, "banned": first, "top_k": 5}
+    arguments = {"outputs": STATISTICS, "banned": first}
     result = run(logits, split, **arguments)
-    assert result.top_tokens.tolist() == [[*(first + 1)[[2, 3, 1, 0]].tolist(), 0]]
+    assert [result.token.item(), result.second_token.item()] == (first + 1)[[2, 3]].tolist()
     assert_equals_reference(result, logits, **arguments)
 
 
@@ -168,9 +164,8 @@ def test_ties_across_parts_go_to_the_lowest_ids(split, device):
     logits = torch.zeros(3, 3 * PART, device=device)
     logits[0, [PART - 1, PART, 2 * PART]] = 2.0
     logits[1, [2 * PART, 2 * PART + 5]] = 2.0
-    result = run(logits, split, top_k=4)
+    result = run(logits, split)
     assert result.token.tolist() == [PART - 1, 2 * PART, 0] and result.second_token.tolist() == [PART, 2 * PART + 5, 1]
-    assert result.top_tokens.tolist() == [[PART - 1, PART, 2 * PART, 0], [2 * PART, 2 * PART + 5, 0, 1], [0, 1, 2, 3]]
 
 
 @forms
@@ -178,53 +173,27 @@ def test_rows_that_are_not_needed_or_not_there_are_not_read(split, device):
     logits = torch.full((2, 2 * PART), math.nan, device=device)
     logits[1] = 0.0
     rows = torch.tensor([-1, 1, 5], dtype=torch.int32, device=device)
-    arguments = everything(3, 2 * PART, device) | {"top_k": 2}
-    result = run(logits, split, rows=rows, **arguments)
+    result = run(logits, split, rows=rows, **everything(3, 2 * PART, device))
     assert result.error.tolist() == [0, 0, 1] and result.token.tolist() == [-1, 0, 0]
-    assert result.top_tokens.tolist() == [[-1, -1], [0, 1], [-1, -1]] and result.top_logits.abs().sum() == 0
-
-
-# -- the top k
-# -----------------------------------------------------------------------------------------------------------------
-
-
-@both
-def test_the_top_k_by_hand(op, device):
-    logits = torch.tensor(
-        [[0.0, 3.0, 1.0, 3.0, -math.inf], [-math.inf, -math.inf, 2.0, -math.inf, -math.inf]], device=device
-    )
-    result = op(logits, outputs=(), top_k=3, banned=torch.tensor([0], device=device))
-    assert result.top_tokens.tolist() == [[1, 3, 2], [2, -1, -1]]
-    assert result.top_logits.tolist() == [[3, 3, 1], [2, -math.inf, -math.inf]]
-    assert result.top_tokens.dtype == torch.int64 and result.top_logits.dtype == torch.float32
-    assert result.second_token is None and op(logits).top_tokens is None
+    assert result.second_token.tolist() == [-1, 1, -1] and result.second_logit.abs().sum() == 0
 
 
 @forms
-def test_the_top_16_equal_a_sort(split, device):
-    logits = (torch.randn(2, 3 * PART + 1, device=device) * 2).round()  # many ties
-    result = run(logits, split, top_k=16, outputs=("second",))
-    assert torch.equal(result.top_tokens, logits.sort(dim=1, descending=True, stable=True).indices[:, :16])
-    assert torch.equal(result.top_tokens[:, 0], result.token) and torch.equal(
-        result.top_tokens[:, 1], result.second_token
-    )
+def test_token_and_runner_up_among_many_ties_are_the_first_two_of_a_sort(split, device):
+    logits = (torch.randn(2, 3 * PART + 1, device=device) * 2).round()
+    result = run(logits, split)
+    best_two = logits.sort(dim=1, descending=True, stable=True).indices[:, :2]
+    assert torch.equal(torch.stack([result.token, result.second_token], 1), best_two)
 
 
 @forms
-def test_the_top_k_have_the_bias_and_the_cap(split, device):
+def test_token_and_runner_up_have_the_bias_and_the_cap(split, device):
     logits = torch.randn(1, 3 * PART, device=device)
     ids = torch.tensor([[PART, 5, 5]], device=device)
-    arguments = {"bias_ids": ids, "bias": torch.tensor([[9.0, 4.0, 4.0]], device=device), "soft_cap": 6.0, "top_k": 4}
+    arguments = {"bias_ids": ids, "bias": torch.tensor([[9.0, 4.0, 4.0]], device=device), "soft_cap": 6.0}
     result = run(logits, split, **arguments)
-    assert sorted(result.top_tokens[0, :2].tolist()) == [5, PART] and result.top_logits.max() < 6
+    assert sorted([result.token.item(), result.second_token.item()]) == [5, PART] and result.logit.max() < 6
     assert_equals_reference(result, logits, **arguments)
-
-
-@both
-@pytest.mark.parametrize("top_k", [-1, 17, 2.0, True])
-def test_a_top_k_that_is_not_defined_is_refused(op, top_k):
-    with pytest.raises(ValueError, match="confidence: top_k must be an integer from 0 to 16, got"):
-        op(torch.zeros(2, 3), top_k=top_k)
 
 
 # -- parts and launches
@@ -240,17 +209,15 @@ def test_parts_cover_a_vocabulary_and_are_at_most_32(V):
         assert part_tiles & (part_tiles - 1) == 0 and (part == 16384 or V > 32 * 16384)
 
 
-@pytest.mark.parametrize("top_k", [0, 3])
-def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocations(top_k, device):
+def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocations(device):
     programs = kernel.PROGRAMS_PER_SM * kernel._multiprocessors(device)
     with changed(kernel, _tile=lambda *_, **__: toy_tile(LANES, PART_TILES)):
         for N, V, split in ((programs, PART + 1, False), (programs - 1, PART, False), (programs - 1, PART + 1, True)):
             logits = torch.zeros(N, V, device=device)
             with recorded() as calls:
-                kernel.confidence(logits, outputs=("second", "entropy"), top_k=top_k)
-            # token, logit, second_token, second_logit, entropy, confidence, margin, error; the top k; each also of the
-            # parts
-            results, partials = 8 + 2 * bool(top_k), (2 + 2 * bool(top_k)) * split
+                kernel.confidence(logits, outputs=("second", "entropy"))
+            # token, logit, second_token, second_logit, entropy, confidence, margin, error; values and ids of the parts
+            results, partials = 8, 2 * split
             expected = ["aten.empty"] * (results + partials) + ["_confidence_kernel"] + ["_merge_kernel"] * split
             assert calls == expected, (N, V)
 
@@ -258,8 +225,8 @@ def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocatio
 def test_no_rows_launch_nothing(device):
     logits = torch.zeros(0, 10, device=device)
     with recorded() as calls:
-        result = kernel.confidence(logits, top_k=2)
-    assert set(calls) == {"aten.empty"} and result.top_tokens.shape == (0, 2)
+        result = kernel.confidence(logits)
+    assert set(calls) == {"aten.empty"} and result.token.shape == (0,)
 
 
 # -- the same order in machine code

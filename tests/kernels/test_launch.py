@@ -43,7 +43,7 @@ from dlm_kernels import (
 device.capability_of = lambda op, tensor, kernel: 90
 
 # Numbers that follow from the vocabulary: the report compiles one vocabulary.
-OF_THE_VOCABULARY = ("PARTS", "LOG2_SLOTS", "COLUMN", "TOP_WIDTH")
+OF_THE_VOCABULARY = ("PARTS", "LOG2_SLOTS", "COLUMN")
 
 
 def known(variant):

@@ -125,7 +125,6 @@ def test_opcheck_of_confidence(device, outputs):
         "rows": rows,
         "outputs": list(outputs),
         "banned": torch.tensor([5], device=device),
-        "top_k": 2,
     }
     torch.library.opcheck(op, tuple(given.get(argument.name) for argument in op._schema.arguments))
 

@@ -19,7 +19,7 @@ from dlm_kernels.reference import noise as generator
 from dlm_kernels.reference.confidence import OUTPUTS, Confidence
 from dlm_kernels.tiles import ConfidenceTile
 
-INTEGERS = ("token", "second_token", "error", "top_tokens")
+INTEGERS = ("token", "second_token", "error")
 FLOATS = (
     "logit",
     "second_logit",
@@ -189,7 +189,7 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
     finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
     size = sum(values.max().item() for values in finite if values.numel())
     scale = 4 + (size + (arguments.get("soft_cap") or 0)) / coldest
-    for name in (*FLOATS, "top_logits", "kl"):
+    for name in (*FLOATS, "kl"):
         values = getattr(ours, name)
         if values is not None:
             assert values.dtype == torch.float32
@@ -246,7 +246,7 @@ def rows_of(result: Confidence, rows: slice) -> Confidence:
 
 
 def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
-    """Arguments that request every output but "kl" and the top k, random but for some greedy rows."""
+    """Arguments that request every output but "kl", random but for some greedy rows."""
     sample_temperature = torch.rand(N) + 0.5
     sample_temperature[::greedy_every] = 0
     arguments = {
@@ -313,8 +313,6 @@ def random_case(
     logits = logits.to(dtype)[:, :V]
     arguments = random_options(rng, R, V, most_rows, OUTPUTS)
     N = len(arguments["rows"]) if "rows" in arguments else R
-    if rng.random() < 0.3:
-        arguments["top_k"] = rng.choice([1, 2, 3])
     if rng.random() < 0.3:  # of each row some of its best
         best = torch.nan_to_num(logits.float(), 0, 0, 0).topk(min(V, 4), dim=1).indices
         own = arguments["rows"].clamp(0, R - 1).long() if "rows" in arguments else torch.arange(R)
@@ -356,7 +354,7 @@ def run_case(seed: int, device: torch.device) -> dict[str, object]:
         assert_identical(*results)
     assert_equals_reference(results[0], logits, **arguments)
     options = [name for name in ("kl", "sampled") if name in arguments["outputs"]]
-    options += [name for name in ("bias", "top_k") if name in arguments]
+    options += [name for name in ("bias",) if name in arguments]
     return {"kind": " ".join([form, *options]), "boundary": V > width}
 
 

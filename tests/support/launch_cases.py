@@ -124,7 +124,6 @@ CONFIDENCE = {
     "dtype": ("bfloat16", "float32"),
     **dict.fromkeys(("second", "logsumexp", "entropy", "kl", "sampled", "query"), BOTH),
     "banned": ("no", "shared", "per row"),
-    "top_k": (0, 3),
     **dict.fromkeys(("rows", "temperature", "soft_cap", "bias"), BOTH),
 }  # fmt: skip
 
@@ -156,7 +155,7 @@ def call_confidence(choice: dict[str, Any], split: bool) -> None:
 
     N = R = 3
     logits = torch.zeros(R, 40000, dtype=getattr(torch, choice["dtype"]))
-    options = confidence_options(choice, N) | {"top_k": choice["top_k"]}
+    options = confidence_options(choice, N)
     if choice["kl"]:
         options |= {"previous": logits, "previous_logsumexp": torch.zeros(R)}
     if choice["bias"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
-MAX_BANNED, MAX_BIAS, MAX_TOP_K = 32, 64, 16
+MAX_BANNED, MAX_BIAS = 32, 64
 # A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf:
 # between them every intermediate of the one-pass recurrences is finite in fp32.
 LIMIT = 1e30
@@ -34,7 +34,7 @@ _GROUP_OF = {
 
 
 def requested(field: str, outputs: Sequence[str]) -> bool:
-    """Whether a field of `Confidence` (but for the top k) belongs to a call with these outputs."""
+    """Whether a field of `Confidence` belongs to a call with these outputs."""
     return field not in _GROUP_OF or _GROUP_OF[field] in outputs
 
 
@@ -42,7 +42,6 @@ def check_arguments(
     logits: Tensor,
     rows: Tensor | None,
     outputs: Sequence[str],
-    top_k: int,
     banned: Tensor | None,
     temperature: Tensor | None,
     sample_temperature: Tensor | None,
@@ -61,8 +60,6 @@ def check_arguments(
     check_matrix("confidence", "logits", logits, "[R, V] with 1 <= V < 2^30", extra_dtypes)
     if not 1 <= logits.shape[1] < 2**30:
         raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= MAX_TOP_K:
-        raise ValueError(f"confidence: top_k must be an integer from 0 to {MAX_TOP_K}, got {top_k!r}")
     check_outputs("confidence", outputs, OUTPUTS, soft_cap)
     _check_groups(
         "confidence",

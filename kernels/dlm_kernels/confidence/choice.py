@@ -2,8 +2,7 @@
 follows them.
 
 A *column* is the ids of one lane: id = (tile * LANES + lane) * GROUP + element over the tiles. The answers are in few
-columns, which are read again, and biased again: that of the winner, of a lane whose winner is banned, of each of the
-top k.
+columns, which are read again, and biased again: that of the winner, and of a lane whose winner is banned.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row import _LIMIT, _NO_ID, _cap, _score
+from .row import _NO_ID, _score
 
 
 @triton.jit
@@ -150,33 +149,3 @@ def _choose(
             sampled_token = tl.min(tl.where(score == tl.max(score, axis=0), group_ids, _NO_ID), axis=0)
             sampled = tl.max(tl.where(group_ids == sampled_token, group_x, float("-inf")), axis=0)
     return token, top, second_token, second, sampled_token, sampled, highest
-
-
-@triton.jit
-def _store_top(
-    tokens_ptr, top_logits_ptr, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k, soft_cap,
-    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    COLUMN: tl.constexpr,
-):  # fmt: skip
-    """The top_k largest allowed logits, best first: the lane of each is read again for its id and for what it holds
-    below."""
-    best, best_tile, _, _ = bests
-    lanes = tl.arange(0, LANES)
-    top = tl.full((), float("inf"), tl.float32)
-    token = tl.full((), -1, tl.int32)
-    for k in range(top_k):
-        # What was chosen before lies above the last choice, or is equal to it with no higher id.
-        last_top, last_token = top, token
-        top = tl.max(best, axis=0)
-        lane = tl.min(tl.where(best == top, best_tile * LANES + lanes, _NO_ID), axis=0) % LANES
-        ids = _column(lane, first_tile, LANES, GROUP, COLUMN)
-        x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
-        x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
-        x = tl.where((x < last_top) | ((x == last_top) & (ids > last_token)), x, float("-inf"))
-        token = _lowest_id(ids, x == top)
-        exists = top > -_LIMIT
-        tl.store(tokens_ptr + k, tl.where(exists, token, -1).to(tokens_ptr.dtype.element_ty))
-        tl.store(top_logits_ptr + k, tl.where(exists, _cap(top, soft_cap, HAS_SOFT_CAP), float("-inf")))
-        value, tile = _first_largest_tile(tl.where(ids == token, float("-inf"), x), first_tile, COLUMN)
-        best = tl.where(lanes == lane, value, best)
-        best_tile = tl.where(lanes == lane, tile, best_tile)

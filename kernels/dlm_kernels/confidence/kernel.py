@@ -9,7 +9,7 @@ lanes, and PART_TILES tiles make a part:
 Each lane keeps its largest logit and the tile where it first saw it, and the running sums of the softmax and of the
 entropy ("kl": and of the divergence). Everything else is found after the loop by re-reading a *column*, the ids of one
 lane: which element of the group it was, the runner-up inside the winner's lane, and what is left of a lane whose winner
-is banned. So banned ids, the runner-up, the top k and the ids themselves cost nothing in the loop. Nor do biases: the
+is banned. So banned ids, the runner-up and the ids themselves cost nothing in the loop. Nor do biases: the
 loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its elements are
 compared with every biased id, and the loop goes on after it.
 
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..reference.confidence import PREVIOUS_FLOOR
-from .choice import _add_bias, _choose, _store_top, _without_banned
+from .choice import _add_bias, _choose, _without_banned
 from .merge import (
     _DIVERGENCE,
     _DRAWN,
@@ -45,7 +45,6 @@ from .merge import (
     _VALUES,
     _field,
     _store_row,
-    _store_top_of_nothing,
 )
 from .row import (
     _ERROR,
@@ -217,22 +216,22 @@ def _part(
 
 # R and the stride of `banned` change with the batch: no recompilation for them. Nor for the number of biases: a loop
 # over them that is unrolled takes registers that the tile needs.
-@triton.jit(do_not_specialize=["R", "banned_stride", "num_bias", "top_k"])
+@triton.jit(do_not_specialize=["R", "banned_stride", "num_bias"])
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
     bias_ids_ptr, bias_ptr, previous_ptr, previous_logsumexp_ptr,
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr, top_tokens_ptr, top_logits_ptr,
+    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
     values_ptr, ids_ptr,
-    row_stride, previous_stride, banned_stride, num_bias, top_k, R, V, soft_cap,
+    row_stride, previous_stride, banned_stride, num_bias, R, V, soft_cap,
     HAS_ROWS: tl.constexpr, NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
-    QUERY: tl.constexpr, HAS_TOP: tl.constexpr,
+    QUERY: tl.constexpr,
     LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr, PART_TILES: tl.constexpr, PARTS: tl.constexpr,
     LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs None
-    but for the top k, which then point to the partial ones (int32 ids)."""
+    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs
+    None."""
     n = tl.program_id(0)
     row = n
     if HAS_ROWS:
@@ -244,8 +243,6 @@ def _confidence_kernel(
                     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
                     margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
                 )  # fmt: skip
-                if HAS_TOP:
-                    _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
             return
     error = (row < 0) | (row >= R)
     V = tl.where(error, 0, V)  # a row outside the logits is never read
@@ -361,12 +358,6 @@ def _confidence_kernel(
             tl.store(_field(ids_ptr, n, _SAMPLED_TOKEN, part, _IDS, PARTS), sampled_token)
         if QUERY:
             tl.store(_field(values_ptr, n, _QUERY, part, _VALUES, PARTS), query_logit)
-        if HAS_TOP:
-            entry = (n.to(tl.int64) * PARTS + part) * top_k
-            _store_top(
-                top_tokens_ptr + entry, top_logits_ptr + entry, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k,
-                cap, NUM_BANNED, HAS_BIAS, False, LANES, GROUP, COLUMN,
-            )  # fmt: skip
         return
 
     if SECOND:
@@ -380,8 +371,6 @@ def _confidence_kernel(
             token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
             margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
-        if HAS_TOP:
-            _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
     else:
         merged = (row_pivot, row_total, row_energy, row_divergence, row_best)
         choices = (token, top, second_token, second, sampled_token, sampled, query_logit)
@@ -391,9 +380,3 @@ def _confidence_kernel(
             token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
             margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
-        if HAS_TOP:
-            entry = n.to(tl.int64) * top_k
-            _store_top(
-                top_tokens_ptr + entry, top_logits_ptr + entry, bests, logits_ptr, banned_ptr, biases, first_tile, end, top_k,
-                cap, NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, LANES, GROUP, COLUMN,
-            )  # fmt: skip

@@ -27,15 +27,13 @@ FIELD_TYPES = {
 }
 
 
-def present(*, outputs: Sequence[str], top_k: int = 0, **_: object) -> tuple[str, ...]:
+def present(*, outputs: Sequence[str], **_: object) -> tuple[str, ...]:
     """The fields of `Confidence` that are not None."""
-    return tuple(name for name in Confidence._fields[:-2] if requested(name, outputs)) + Confidence._fields[-2:] * (
-        top_k > 0
-    )
+    return tuple(name for name in Confidence._fields if requested(name, outputs))
 
 
-def _fake(logits: Tensor, *, rows: Tensor | None, outputs: Sequence[str], top_k: int, **_: object) -> Confidence:
-    return allocate(logits.shape[0] if rows is None else rows.shape[0], outputs, top_k, logits.device)
+def _fake(logits: Tensor, *, rows: Tensor | None, outputs: Sequence[str], **_: object) -> Confidence:
+    return allocate(logits.shape[0] if rows is None else rows.shape[0], outputs, logits.device)
 
 
 @operator(fake=_fake, present=present, result=Confidence)
@@ -44,7 +42,6 @@ def confidence(
     *,
     rows: Tensor | None = None,
     outputs: Sequence[str] = ("second",),
-    top_k: int = 0,
     banned: Tensor | None = None,
     temperature: Tensor | None = None,
     sample_temperature: Tensor | None = None,
@@ -58,7 +55,7 @@ def confidence(
     previous_logsumexp: Tensor | None = None,
 ) -> Confidence:
     """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a
-    query, top k.
+    query.
 
     Arguments, results and errors are those of `reference.confidence`, which specifies it; float64 is not accepted.
     Token ids do not depend on the tile. Floats depend on the GPU's tile in the last bits, which on sm_100 is another
@@ -70,19 +67,18 @@ def confidence(
 
     Cost: the logits, read once; "kl" reads `previous` beside them, twice the bytes. A bias costs what its ids cost:
     each of the tiles (`ConfidenceTile.lanes` x 16 bytes) that hold one compares all its elements with all K ids, the
-    other tiles nothing. Each of the top k costs one lane's ids read again (V / lanes), outside the loop over the
-    vocabulary.
+    other tiles nothing.
 
     Raises also: RuntimeError for CPU tensors without Triton's interpreter.  NotImplementedError: a GPU that
         `tiles.TARGETS` does not name.
     """
     N = check_arguments(
-        logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
         bias_ids, bias, previous, previous_logsumexp,
     )  # fmt: skip
     tile = _tile(logits, kl="kl" in outputs, biased=bias is not None)
     return launch(
-        logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
         bias_ids, bias, previous, previous_logsumexp, N=N, tile=tile, split=N < PROGRAMS_PER_SM * _multiprocessors(logits.device),
     )  # fmt: skip
 
@@ -91,7 +87,6 @@ def launch(
     logits: Tensor,
     rows: Tensor | None,
     outputs: Sequence[str],
-    top_k: int,
     banned: Tensor | None,
     temperature: Tensor | None,
     sample_temperature: Tensor | None,
@@ -113,14 +108,11 @@ def launch(
     V = logits.shape[1]
     part_tiles, parts = confidence_parts(V, tile, logits.element_size())
     split = split and parts > 1
-    result = allocate(N, outputs, top_k, logits.device)
+    result = allocate(N, outputs, logits.device)
     if N == 0:
         return result
-    partials = allocate_partials(N, parts, top_k, logits.device) if split else (None, None, None, None)
-    values, ids, part_top_logits, part_top_tokens = partials
+    values, ids = allocate_partials(N, parts, logits.device) if split else (None, None)
     fields = {f"{name}_ptr": None if split else value for name, value in result._asdict().items()}
-    if split:
-        fields |= {"top_tokens_ptr": part_top_tokens, "top_logits_ptr": part_top_logits}
     group = 16 // logits.element_size()
     num_banned = 0 if banned is None else banned.shape[-1]
     with device.launching_on(logits):
@@ -144,7 +136,6 @@ def launch(
             previous_stride=None if previous is None else previous.stride(0),
             banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
             num_bias=None if bias is None else bias.shape[1],
-            top_k=top_k,
             R=logits.shape[0],
             V=V,
             soft_cap=soft_cap,
@@ -158,7 +149,6 @@ def launch(
             KL="kl" in outputs,
             SAMPLED="sampled" in outputs,
             QUERY="query" in outputs,
-            HAS_TOP=top_k > 0,
             LANES=tile.lanes,
             GROUP=group,
             COLUMN=_column(V, tile, group, part_tiles, split),
@@ -172,43 +162,36 @@ def launch(
         )
         if split:
             merge(
-                result, partials, outputs, top_k, rows, temperature, sample_temperature, query, soft_cap, previous_logsumexp,
+                result, values, ids, outputs, rows, temperature, sample_temperature, query, soft_cap, previous_logsumexp,
                 N=N, R=logits.shape[0], V=V, parts=parts,
             )  # fmt: skip
     return result
 
 
-def allocate(N: int, outputs: Sequence[str], top_k: int, device: torch.device) -> Confidence:
+def allocate(N: int, outputs: Sequence[str], device: torch.device) -> Confidence:
     """The outputs of N rows, not written."""
     fields = {
         name: torch.empty(N, dtype=FIELD_TYPES.get(name, torch.float32), device=device)
         if requested(name, outputs)
         else None
-        for name in Confidence._fields[:-2]
+        for name in Confidence._fields
     }
-    if top_k:
-        fields["top_tokens"] = torch.empty(N, top_k, dtype=torch.int64, device=device)
-        fields["top_logits"] = torch.empty(N, top_k, dtype=torch.float32, device=device)
     return Confidence(**fields)
 
 
-def allocate_partials(
-    N: int, parts: int, top_k: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What the first launch leaves for the second: values, ids, and the logits and tokens of each part's top k."""
+def allocate_partials(N: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the first launch leaves for the second: the values and the ids of every part of every row."""
     return (
         torch.empty(N, PARTIAL_VALUES, parts, dtype=torch.float32, device=device),
         torch.empty(N, PARTIAL_IDS, parts, dtype=torch.int32, device=device),
-        torch.empty(N, parts, top_k, dtype=torch.float32, device=device) if top_k else None,
-        torch.empty(N, parts, top_k, dtype=torch.int32, device=device) if top_k else None,
     )
 
 
 def merge(
     result: Confidence,
-    partials: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    values: Tensor,
+    ids: Tensor,
     outputs: Sequence[str],
-    top_k: int,
     rows: Tensor | None,
     temperature: Tensor | None,
     sample_temperature: Tensor | None,
@@ -222,12 +205,9 @@ def merge(
     parts: int,
 ) -> None:
     """The second launch: writes `result` from the partials of every part."""
-    values, ids, part_top_logits, part_top_tokens = partials
     _merge_kernel[(N,)](
         values_ptr=values,
         ids_ptr=ids,
-        part_top_logits_ptr=part_top_logits,
-        part_top_tokens_ptr=part_top_tokens,
         rows_ptr=rows,
         temperature_ptr=temperature,
         sample_temperature_ptr=sample_temperature,
@@ -237,7 +217,6 @@ def merge(
         R=R,
         V=V,
         soft_cap=soft_cap,
-        top_k=top_k,
         HAS_ROWS=rows is not None,
         HAS_TEMPERATURE=temperature is not None,
         HAS_SOFT_CAP=soft_cap is not None,
@@ -246,7 +225,6 @@ def merge(
         KL="kl" in outputs,
         SAMPLED="sampled" in outputs,
         QUERY="query" in outputs,
-        TOP_WIDTH=triton.next_power_of_2(parts * top_k) if top_k else 0,
         PARTS=parts,
         LOG2_SLOTS=log2_slots(parts),
         num_warps=1,
@@ -297,15 +275,14 @@ _SPLIT_SETS = ("second", "second+logsumexp+entropy", "everything", "everything+b
 
 def compile_cases(capability: int) -> list[CompileCase]:
     """Every configuration that a decoder launches on a GPU of this capability: dtypes, sets of outputs and forms
-    ("split": the first of two launches); "bare" has no option, "everything" a top k too. The second launch: one for
-    each set of outputs."""
+    ("split": the first of two launches); "bare" has no option. The second launch: one for each set of outputs."""
     V = 126464
     cases = []
     for itemsize, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
         cases += [_case(capability, itemsize, dtype, name, False, V) for name in _SETS]
         cases += [_case(capability, itemsize, dtype, name, True, V) for name in _SPLIT_SETS]
     parts = confidence_parts(V, confidence_tile(capability, 2, False, False), 2)[1]
-    cases += [merge_case(name, _SETS[name], parts) for name in ("second", "second+logsumexp+entropy", "everything")]
+    cases += [_merge_case(name, parts) for name in ("second", "second+logsumexp+entropy", "everything")]
     return cases
 
 
@@ -315,17 +292,8 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     kl, biased, sampled = "kl" in outputs, name.endswith("bias"), "sampled" in outputs
     tile, group = confidence_tile(capability, itemsize, kl, biased), 16 // itemsize
     part_tiles, parts = confidence_parts(V, tile, itemsize)
-    top = {"top_tokens_ptr": "*i32" if split else "*i64", "top_logits_ptr": "*fp32"} if everything else {}
     signature = dict.fromkeys(_confidence_kernel.arg_names, "constexpr")
-    signature |= {
-        "logits_ptr": f"*{dtype}",
-        "row_stride": "i32",
-        "banned_stride": "i32",
-        "top_k": "i32",
-        "R": "i32",
-        "V": "i32",
-    }
-    signature |= top
+    signature |= {"logits_ptr": f"*{dtype}", "row_stride": "i32", "banned_stride": "i32", "R": "i32", "V": "i32"}
     if not bare:
         signature |= {"rows_ptr": "*i32", "banned_ptr": "*i64"}
     if everything:
@@ -353,7 +321,6 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
         "KL": kl,
         "SAMPLED": sampled,
         "QUERY": "query" in outputs,
-        "HAS_TOP": bool(top),
         "LANES": tile.lanes,
         "GROUP": group,
         "COLUMN": _column(V, tile, group, part_tiles, split),
@@ -380,16 +347,12 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     )
 
 
-def merge_case(name: str, outputs: Sequence[str], parts: int, kernel: str = "confidence merge") -> CompileCase:
+def _merge_case(name: str, parts: int) -> CompileCase:
     """The second launch for a set of outputs; "everything" with all that a row can have."""
-    everything = name.startswith("everything")
-    top_k = 8 if everything and kernel == "confidence merge" else 0
+    outputs, everything = _SETS[name], name.startswith("everything")
     signature = dict.fromkeys(_merge_kernel.arg_names, "constexpr")
-    signature |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "rows_ptr": "*i32", "R": "i32", "V": "i32", "top_k": "i32"}
+    signature |= {"values_ptr": "*fp32", "ids_ptr": "*i32", "rows_ptr": "*i32", "R": "i32", "V": "i32"}
     signature |= {f"{field}_ptr": kind for field, kind in OUTPUT_POINTERS.items() if requested(field, outputs)}
-    if top_k:
-        signature |= {"part_top_logits_ptr": "*fp32", "part_top_tokens_ptr": "*i32"}
-        signature |= {"top_tokens_ptr": "*i64", "top_logits_ptr": "*fp32"}
     if everything:
         signature |= {"temperature_ptr": "*fp32", "soft_cap": "fp32"}
     if "sampled" in outputs:
@@ -407,12 +370,11 @@ def merge_case(name: str, outputs: Sequence[str], parts: int, kernel: str = "con
         "KL": "kl" in outputs,
         "SAMPLED": "sampled" in outputs,
         "QUERY": "query" in outputs,
-        "TOP_WIDTH": triton.next_power_of_2(parts * top_k) if top_k else 0,
         "PARTS": parts,
         "LOG2_SLOTS": log2_slots(parts),
     }
     return CompileCase(
-        kernel=kernel,
+        kernel="confidence merge",
         config=name,
         fn=_merge_kernel,
         signature=signature,

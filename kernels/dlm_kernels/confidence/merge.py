@@ -1,8 +1,8 @@
 """The second launch of `confidence`: one small program per row makes the outputs of its parts' partials.
 
 Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no
-requested output needs is neither written nor read. With top-k also [N, PARTS, top_k] of each, best first. Choices are
-exact, so their order is none; sums are merged by `_merge_sums`.
+requested output needs is neither written nor read. Choices are exact, so their order is none; sums are merged by
+`_merge_sums`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _cap, _finish, _merge_sums, _sampling, _scales
+from .row import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _finish, _merge_sums, _sampling, _scales
 
 # The fields of a part: its sums, its largest logit of all, then of the allowed ids.
 PARTIAL_VALUES, PARTIAL_IDS = 10, 3
@@ -50,28 +50,20 @@ def _store_row(
 
 
 @triton.jit
-def _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k):
-    """The top-k of a row that has none: an error, or not needed."""
-    for k in range(top_k):
-        tl.store(top_tokens_ptr + n.to(tl.int64) * top_k + k, tl.full((), -1, tl.int64))
-        tl.store(top_logits_ptr + n.to(tl.int64) * top_k + k, 0.0)
-
-
-@triton.jit
 def _field(ptr, n, field, part, FIELDS: tl.constexpr, PARTS: tl.constexpr):
     """Where the partials of output n keep a field of a part (or of each part)."""
     return ptr + (n.to(tl.int64) * FIELDS + field) * PARTS + part
 
 
-@triton.jit(do_not_specialize=["R", "top_k"])
+@triton.jit(do_not_specialize=["R"])
 def _merge_kernel(
-    values_ptr, ids_ptr, part_top_logits_ptr, part_top_tokens_ptr,
+    values_ptr, ids_ptr,
     rows_ptr, temperature_ptr, sample_temperature_ptr, query_ptr, previous_logsumexp_ptr,
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr, top_tokens_ptr, top_logits_ptr,
-    R, V, soft_cap, top_k,
+    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+    R, V, soft_cap,
     HAS_ROWS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
-    ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr, QUERY: tl.constexpr, TOP_WIDTH: tl.constexpr,
+    ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr, QUERY: tl.constexpr,
     PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
@@ -84,8 +76,6 @@ def _merge_kernel(
                 token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
                 margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
             )  # fmt: skip
-            if TOP_WIDTH > 0:
-                _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
             return
     error = (row < 0) | (row >= R)
     before_logsumexp = 0.0
@@ -164,8 +154,6 @@ def _merge_kernel(
             token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
             margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
-        if TOP_WIDTH > 0:
-            _store_top_of_nothing(top_tokens_ptr, top_logits_ptr, n, top_k)
     else:
         sums = (row_pivot, row_total, row_energy, row_divergence, row_best)
         choices = (token, top, second_token, second, sampled_token, sampled, query_logit)
@@ -175,16 +163,3 @@ def _merge_kernel(
             token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
             margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
-        if TOP_WIDTH > 0:
-            entry = tl.arange(0, TOP_WIDTH)
-            offset = n.to(tl.int64) * PARTS * top_k + entry
-            logits = tl.load(part_top_logits_ptr + offset, mask=entry < PARTS * top_k, other=float("-inf"))
-            ids = tl.load(part_top_tokens_ptr + offset, mask=entry < PARTS * top_k, other=_NO_ID)
-            for k in range(top_k):
-                logit = tl.max(logits, axis=0)
-                first = tl.min(tl.where(logits == logit, ids, _NO_ID), axis=0)
-                exists = logit > -_LIMIT
-                tl.store(top_tokens_ptr + n.to(tl.int64) * top_k + k, tl.where(exists, first, -1).to(tl.int64))
-                logit = tl.where(exists, _cap(logit, cap, HAS_SOFT_CAP), float("-inf"))
-                tl.store(top_logits_ptr + n.to(tl.int64) * top_k + k, logit)
-                logits = tl.where(ids == first, float("-inf"), logits)

@@ -15,7 +15,6 @@ from ..checks.confidence import (
     MAX_BANNED,
     MAX_BIAS,
     MAX_TEMPERATURE,
-    MAX_TOP_K,
     MIN_TEMPERATURE,
     OUTPUTS,
     PREVIOUS_FLOOR,
@@ -26,13 +25,13 @@ from ..state import ERROR_LOGITS
 from . import noise as random_numbers
 
 __all__ = [
-    "LIMIT", "MAX_BANNED", "MAX_BIAS", "MAX_TEMPERATURE", "MAX_TOP_K", "MIN_TEMPERATURE", "OUTPUTS", "PREVIOUS_FLOOR",
+    "LIMIT", "MAX_BANNED", "MAX_BIAS", "MAX_TEMPERATURE", "MIN_TEMPERATURE", "OUTPUTS", "PREVIOUS_FLOOR",
     "Confidence", "check_arguments", "confidence", "requested",
 ]  # fmt: skip
 
 
 class Confidence(NamedTuple):
-    """Statistics of N rows, [N] but for the last two; None where they were not requested. Defined in `confidence`."""
+    """Statistics of N rows, each [N]; None where they were not requested. Defined in `confidence`."""
 
     token: Tensor  # int64
     logit: Tensor  # fp32, soft-capped, untempered
@@ -47,8 +46,6 @@ class Confidence(NamedTuple):
     sampled_confidence: Tensor | None
     query_confidence: Tensor | None
     error: Tensor  # int32, 0 or ERROR_LOGITS
-    top_tokens: Tensor | None = None  # [N, top_k] int64, best first, -1 = no further candidate
-    top_logits: Tensor | None = None  # [N, top_k] fp32, as `logit`
 
 
 def confidence(
@@ -56,7 +53,6 @@ def confidence(
     *,
     rows: Tensor | None = None,
     outputs: Sequence[str] = ("second",),
-    top_k: int = 0,
     banned: Tensor | None = None,
     temperature: Tensor | None = None,
     sample_temperature: Tensor | None = None,
@@ -74,7 +70,6 @@ def confidence(
 
         x = logits, plus `bias` at `bias_ids`      l = soft_cap * tanh(x / soft_cap), or x      p = softmax(l / temperature)
         token, second_token = the two allowed ids of highest x (ties: lowest id); logit, second_logit their l
-        top_tokens = the top_k allowed ids of highest x, best first; top_logits their l
         confidence = p[token]        margin = confidence - p[second_token]        entropy = -sum p ln p (nats)
         kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0;   ln p' = (previous, capped) / temperature - previous_logsumexp
         sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
@@ -88,7 +83,6 @@ def confidence(
         rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N =
             R.
         outputs: optional groups, any of `OUTPUTS`; token, logit, confidence and error always come.
-        top_k: 0 to 16, columns of top_tokens and top_logits; 0 = neither.
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
         temperature: [N] fp32 of the statistics. None: 1.
         sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:
@@ -107,9 +101,7 @@ def confidence(
         elsewhere, never NaN: its x holds a NaN or +inf or allows no token, its temperature is not in [1e-6, 1e6] (for
         sampling: nor 0), its query is outside [0, V) or its row outside [-1, R). A row that is not needed has -1 for
         ids and zeros elsewhere. Without a second candidate second_token is -1, second_logit -inf and margin =
-        confidence; where candidates are fewer than top_k, top_tokens go on with -1 and top_logits with -inf (-1 and 0
-        in a row with an error or not needed). A kl that is not finite, or whose row of `previous` holds a NaN or +inf,
-        is +inf and no error.
+        confidence. A kl that is not finite, or whose row of `previous` holds a NaN or +inf, is +inf and no error.
     Raises:
         ValueError: shapes, strides, unknown outputs, an argument that its output needs or that no output uses.
         TypeError: dtypes.
@@ -119,7 +111,7 @@ def confidence(
     budget, arXiv:2505.24857; KL stability, arXiv:2511.05664; a bias by past confidence, arXiv:2510.06133.
     """
     N = check_arguments(
-        logits, rows, outputs, top_k, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
         bias_ids, bias, previous, previous_logsumexp, extra_dtypes=(torch.float64,),
     )  # fmt: skip
     R, V = logits.shape
@@ -184,14 +176,6 @@ def confidence(
         query_confidence=None,
         error=(error & needed).to(torch.int32) * ERROR_LOGITS,
     )
-    if top_k:
-        remaining, tokens = allowed, []
-        for _ in range(top_k):
-            tokens.append(torch.where(remaining.any(1), _first_largest(raw, remaining), -1))
-            remaining = remaining & (ids != tokens[-1][:, None])
-        top_tokens = torch.stack(tokens, 1)
-        top_logits = torch.where(top_tokens >= 0, capped.gather(1, top_tokens.clamp(min=0)), -math.inf)
-        result = result._replace(top_tokens=top_tokens, top_logits=top_logits)
     if "kl" in outputs:
         before, before_logsumexp = rows_of(previous), rows_of(previous_logsumexp)
         usable = ~(torch.isnan(before) | (before >= LIMIT)).any(1) & before_logsumexp.isfinite()
@@ -208,19 +192,14 @@ def confidence(
     if "query" in outputs:
         result = result._replace(query_confidence=at(weight, torch.where(in_vocabulary, query, 0), 0.0) / total)
 
-    absent = {
-        "token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "top_tokens": (-1, -1), "error": (ERROR_LOGITS, 0)
-    }  # fmt: skip
+    absent = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
     fields = {}
     for name, values in result._asdict().items():
         if values is None or not requested(name, outputs):
             fields[name] = None
             continue
         failed, unneeded = absent.get(name, (0, 0))
-        shape = (N, *[1] * (values.dim() - 1))
-        fields[name] = torch.where(
-            needed.view(shape), torch.where(error.view(shape), failed, values), unneeded
-        ).to(values.dtype)  # fmt: skip
+        fields[name] = torch.where(needed, torch.where(error, failed, values), unneeded).to(values.dtype)
     return Confidence(**fields)
 
 
