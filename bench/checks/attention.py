@@ -26,7 +26,7 @@ CACHES = ("none", "contiguous", "pages", "fp8", "fp8 pages")
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a call is like. features: of "kept", "branches", "sliding", "long" (one row's window is long enough for the
+    """What a call is like. features: of "kept", "sliding", "long" (one row's window is long enough for the
     prefill form)."""
 
     dtype: torch.dtype
@@ -57,14 +57,14 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         for (i, mode), (j, cache) in itertools.product(enumerate(MODES), enumerate(CACHES)):
             if first or (i + j) % 2 == 0:
                 yield one(Kind(dtype, mode, common, next(groups), cache))
-        features = [("kept",), ("branches",), ("sliding",), ("kept", "branches", "sliding")]
+        features = [("kept",), ("kept", "sliding"), ("sliding",), ("kept", "sliding")]
         for mode, some, cache in zip(MODES, features, ("contiguous", "contiguous", "pages", "fp8 pages"), strict=True):
             yield one(Kind(dtype, mode, common, next(groups), cache, some))
 
         alone = (rows_are_independent, "a row alone = the row in the batch, bucket and capacity")
         for mode, cache in zip(MODES, ("contiguous", "fp8 pages", "pages", "contiguous"), strict=True):
             yield one(Kind(dtype, mode, common, next(groups), cache), *alone)
-        yield one(Kind(dtype, "shadow", common, next(groups), "fp8", ("kept", "branches", "sliding")), *alone)
+        yield one(Kind(dtype, "shadow", common, next(groups), "fp8", ("kept", "sliding")), *alone)
         yield one(Kind(dtype, "block", common, next(groups), "contiguous", ("long",)), *alone)
         for cache in ("contiguous", "fp8"):
             yield one(Kind(dtype, "block", common, next(groups), cache), pages_are_a_cache, "pages = contiguous")
@@ -180,7 +180,6 @@ def random_call(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch
         return torch.as_tensor(values, dtype=torch.int32).contiguous().to(device)
 
     some = {"kept": kept.to(device)} if "kept" in kind.features else {}
-    some |= {"q_branch": int32(torch.randint(-1, 3, (B, W), generator=random))} if "branches" in kind.features else {}
     window = Window(
         int32(q_pos),
         int32(q_block),
@@ -297,7 +296,7 @@ def rows_are_independent(ops: Ops, device: torch.device, sizes: Sizes, seed: int
         row, paged_row = int(call.window.cache_row[b]), call.window.page_table is not None
         capacity = max(1, int(call.window.kv_len[b]), 1 + int(call.window.kv_slot[b, :W].max()))
         fields = {field: t if field == "page_table" else t[b : b + 1] for field, t in call.window.tensors().items()}
-        fields |= {n: fields[n][:, :W].contiguous() for n in ("q_pos", "q_block", "kv_slot", "q_branch") if n in fields}
+        fields |= {n: fields[n][:, :W].contiguous() for n in ("q_pos", "q_block", "kv_slot")}
         caches = {c: getattr(before, c).clone() for c in ("k_cache", "v_cache")}
         if not paged_row:
             fields["cache_row"] = torch.zeros_like(fields["cache_row"])

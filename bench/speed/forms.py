@@ -1,5 +1,5 @@
-"""The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, drafts, a
-sliding window.
+"""The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, a sliding
+window.
 
 Each is checked against its reference at the shape that is timed, before it is timed. A paged or fp8 cache is compared
 with our own contiguous bf16 cache too: what the form costs, or saves.
@@ -26,8 +26,7 @@ from .attention import Inputs, after_prefix, flex, int32, normal, projections, s
 from .run import OURS, Bench, Shape, Work
 
 PAGE_SIZE = 64
-FORMS = ("paged", "fp8", "shadow", "kept", "branch", "sliding")
-TWICE = ("shadow", "branch")  # the window holds two copies of the block
+FORMS = ("paged", "fp8", "shadow", "kept", "sliding")
 CONTIGUOUS = "ours, contiguous bf16 cache"
 
 
@@ -40,7 +39,7 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
                 model.prefix if form != "sliding" else int
             )  # a sliding window is given all of the prefix, and reads its end
             for B, prefix in dict.fromkeys((B, reach(prefix)) for B, prefix in chosen.forms):
-                W = model.window * (2 if form in TWICE else 1)
+                W = _width(model, form)
                 cost = floors.decode(model, [model.prefix(prefix)] * B, W, 1 if form == "fp8" else 2)
                 facts = {
                     "kind": "form",
@@ -95,8 +94,13 @@ def check(call: Call, op) -> None:
     no_worse_than_torch("out", ours, alone.run(reference.block_attention), exact.run(reference.block_attention))
 
 
+def _width(model: Model, form: str) -> int:
+    """Positions of a window: a shadow's holds the block twice."""
+    return model.window * (2 if form == "shadow" else 1)
+
+
 def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, cost: floors.Cost) -> Work:
-    D, W = model.head_dim, model.window * (2 if form in TWICE else 1)
+    D, W = model.head_dim, _width(model, form)
     S = -(-(prefix + W) // PAGE_SIZE) * PAGE_SIZE
     count, cold = bench.rotation(int(cost.nbytes))
     window = after_prefix(bench, [prefix] * B, W)
@@ -105,9 +109,6 @@ def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, 
     if form == "shadow":
         window = _shadow(window)
         visible[:, :, prefix:] = _shadow_sees(window)
-    if form == "branch":
-        window = _two_drafts(window)
-        visible[:, :, prefix:] = window.q_branch[:, :, None] == window.q_branch[:, None, :]
     if form == "sliding":
         options["sliding_window"] = model.reach + 1
         visible[:, :, : max(0, prefix - model.reach)] = False
@@ -144,16 +145,6 @@ def _shadow(window: Window) -> Window:
     block = torch.zeros_like(position)
     block[:, half:] = 1
     return dataclasses.replace(window, q_pos=position, q_block=block, kv_slot=slot, mode="shadow")
-
-
-def _two_drafts(window: Window) -> Window:
-    """The first half of the window and its second, at the same positions: two drafts over one prefix."""
-    W = window.shape[1]
-    position, slot = window.q_pos.clone(), window.kv_slot.clone()
-    position[:, W // 2 :], slot[:, W // 2 :] = position[:, : W // 2], -1
-    branch = torch.zeros_like(position)
-    branch[:, W // 2 :] = 1
-    return dataclasses.replace(window, q_pos=position, kv_slot=slot, q_branch=branch)
 
 
 def _shadow_sees(window: Window) -> Tensor:

@@ -28,7 +28,6 @@ class Window:
                          | "shadow": as "block", except that a position never sees its twin of an earlier block (equal
                          q_pos):
                            a copy of the block with its own q_block then predicts every token from all the others (WINO)
-                         and, with branches, only  if  q_branch[j] == q_branch[i]  or  q_branch[j] < 0
 
     A call's `sliding_window` hides all cached slots but `s > kv_len - sliding_window`, and no window position.
 
@@ -49,8 +48,6 @@ class Window:
             and slot s of cache row r lies in page `page_table[r, s // page_size]` at `s % page_size`; S_max is P *
             page_size. kv_slot, kv_len, replaced and kept stay logical. A page may be in several rows; entries of slots
             that are neither visible nor stored are not used. None = the caches are [R, H_kv, S_max, D].
-        q_branch: [B, W]: draft of each position; several drafts share the prefix, the cache, and the positions of
-            branch < 0, which all of them see. None = one draft.
     """
 
     q_pos: Tensor
@@ -63,7 +60,6 @@ class Window:
     mode: Mode
     kept: Tensor | None = None
     page_table: Tensor | None = None
-    q_branch: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -77,8 +73,6 @@ class Window:
             "replaced": (B, 2),
             "cache_row": (B,),
         }
-        if self.q_branch is not None:
-            expected["q_branch"] = (B, W)
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:

@@ -256,7 +256,7 @@ def test_a_form_of_attention_that_ignores_its_form_is_not_timed(form: str) -> No
     """An op that treats the cache or the window as if the form were not there fails the check of every form."""
 
     def ignores(q, k, v, k_cache, v_cache, window, **options):
-        without = {"kept": None, "q_branch": None, "mode": "full"}
+        without = {"kept": None, "mode": "full"}
         if window.page_table is not None:
             without |= {
                 "page_table": torch.arange(window.page_table.numel(), dtype=torch.int32).view_as(window.page_table)

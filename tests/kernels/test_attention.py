@@ -72,26 +72,9 @@ PICTURES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "sliding past the cache": (dict(sliding_window=1), ("...... 1111",) * 4),
     "sliding over everything": (dict(sliding_window=1000), (ALL + "1111",) * 4),
     "sliding and replaced": (dict(sliding_window=4, replaced=[3, 4]), ("..1.1. 1111",) * 4),
-    "branches over one prefix": (dict(q_branch=[0, 0, 1, 1]), (ALL + "11..", ALL + "11..", ALL + "..11", ALL + "..11")),
-    "a trunk for all branches": (
-        dict(q_branch=[-1, 0, 1, 0]),
-        (ALL + "1...", ALL + "11.1", ALL + "1.1.", ALL + "11.1"),
-    ),
-    "any number below zero is the trunk": (
-        dict(q_branch=[-1, -2, 7, -1]),
-        (ALL + "11.1", ALL + "11.1", ALL + "1111", ALL + "11.1"),
-    ),
-    "branches, causal": (
-        dict(q_branch=[-1, 0, 1, 0], mode="causal"),
-        (ALL + "1...", ALL + "11..", ALL + "1.1.", ALL + "11.1"),
-    ),
-    "branches, shadow": (
-        dict(q_branch=[0, -1, 0, 1], mode="shadow", q_pos=[4, 5, 4, 5]),
-        (ALL + "11..", ALL + ".1..", ALL + ".11.", ALL + "...1"),
-    ),
     "everything": (
-        dict(q_branch=[0, 0, -1, 1], mode="block", kept=[1, 1, 1, 0, 1, 1], replaced=[2, 3], sliding_window=5, q_len=3),
-        (".1..1. 11..", ".1..1. 11..", ".1..1. ..1.", "...... ...."),
+        dict(mode="block", kept=[1, 1, 1, 0, 1, 1], replaced=[2, 3], sliding_window=5, q_len=3),
+        (".1..1. 11..", ".1..1. 11..", ".1..1. 111.", "...... ...."),
     ),
 }
 
@@ -163,7 +146,7 @@ def test_live_positions_with_a_slot_are_stored_and_nothing_else_is_written(op: s
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "features",
-    [(), ("kept",), ("branch",), ("sliding",), ("shared",), ("kept", "branch", "sliding", "shared")],
+    [(), ("kept",), ("sliding",), ("shared",), ("kept", "sliding", "shared")],
     ids="+".join,
 )
 def test_reference_is_a_softmax_over_the_visible_keys(mode: str, features: tuple[str, ...]) -> None:
@@ -181,11 +164,11 @@ SHAPES = [
     dict(D=32, G=4, W=16, mode="causal", B=2, H_kv=1),
     dict(D=80, G=7, W=15, mode="block", B=1, H_kv=1, kept=True),
     dict(D=128, G=1, W=33, mode="causal", B=2, H_kv=1, sliding=True),
-    dict(D=32, G=7, W=17, mode="block", B=1, H_kv=1, branch=True),
+    dict(D=32, G=7, W=17, mode="block", B=1, H_kv=1),
     dict(D=48, G=3, W=5, mode="full", H_kv=1, shared=True),
-    dict(D=16, G=2, W=16, mode="shadow", H_kv=1, branch=True),
+    dict(D=16, G=2, W=16, mode="shadow", H_kv=1),
     dict(D=16, G=7, W=17, mode="causal", B=1, H_kv=1, cache=False),
-    dict(D=32, G=1, W=33, mode="block", B=2, H_kv=2, cache=False, branch=True),
+    dict(D=32, G=1, W=33, mode="block", B=2, H_kv=2, cache=False),
     dict(D=16, G=3, W=17, mode="shadow", H_kv=1, cache=False),
     dict(D=16, G=5, W=1, mode="full", cache=False),
     dict(D=256, G=2, W=3, B=1, H_kv=1),
@@ -261,7 +244,6 @@ def test_tiles_do_not_change_what_is_computed(tiles: tuple, device: torch.device
         mode="shadow",
         page_size=16,
         kept=True,
-        branch=True,
         q_lens=(17, 11),
         kv_lens=(77, 33),
     )
@@ -295,13 +277,11 @@ PATHS: dict[str, dict] = {
     "several splits": dict(kv_lens=(80, 65), mode="block"),
     "no cache": dict(cache=False, mode="causal"),
     "prefill": dict(W=20, q_lens=(20, 17), kv_lens=(80, 33), mode="causal"),
-    "shadow": dict(kv_lens=(40, 80), mode="shadow", branch=True),
+    "shadow": dict(kv_lens=(40, 80), mode="shadow"),
     "fp8": dict(kv_lens=(80, 20), mode="block", fp8=True),
     "pages": dict(kv_lens=(80, 20), mode="full", page_size=16, kept=True),
     "sliding": dict(kv_lens=(80, 60), mode="full", sliding=40),
-    "everything": dict(
-        kv_lens=(80, 60), mode="shadow", sliding=60, fp8=True, page_size=32, kept=True, branch=True, W=20
-    ),
+    "everything": dict(kv_lens=(80, 60), mode="shadow", sliding=60, fp8=True, page_size=32, kept=True, W=20),
 }
 
 
@@ -400,8 +380,6 @@ SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("D, G", SHIPPED)
 def test_shipped_tiles_on_a_gpu(D: int, G: int, mode: str, dtype: torch.dtype, device: torch.device) -> None:
-    case = random_case(
-        53, B=3, W=33, H_kv=2, G=G, D=D, mode=mode, cache=True, SPLIT=512, capacity=1100, kept=True, branch=True
-    )
+    case = random_case(53, B=3, W=33, H_kv=2, G=G, D=D, mode=mode, cache=True, SPLIT=512, capacity=1100, kept=True)
     tile = kernel.attention_tile(target_of("test", device), D=D, G=G, dtype=dtype)
     check_against_the_loop(case.to(dtype).to(torch.float64), dtype, device, tile)

@@ -26,12 +26,12 @@ FEATURES = {
     "shadow": dict(mode="shadow", W=17, G=2),
     "no cache": dict(mode="block", W=17, G=3, cache=False),
     "kept": dict(mode="full", W=9, G=2, kept=True),
-    "branches": dict(mode="block", W=17, G=1, branch=True),
+    "block, G=1": dict(mode="block", W=17, G=1),
     "sliding": dict(mode="full", W=9, G=4, sliding=41),
     "fp8": dict(mode="block", W=9, G=2, fp8=True, H_kv=2),
     "one long row": dict(mode="block", W=25, G=2, q_lens=(25, 9, 24)),
-    "two long rows": dict(mode="shadow", W=50, G=1, q_lens=(50, 49, 48), branch=True, kept=True, cache=True),
-    "everything": dict(mode="shadow", W=17, G=2, kept=True, branch=True, sliding=57, fp8=True),
+    "two long rows": dict(mode="shadow", W=50, G=1, q_lens=(50, 49, 48), kept=True, cache=True),
+    "everything": dict(mode="shadow", W=17, G=2, kept=True, sliding=57, fp8=True),
 }
 every_feature = pytest.mark.parametrize("feature", FEATURES)
 some_features = pytest.mark.parametrize("feature", ["causal, D=48", "no cache", "one long row", "everything"])
@@ -62,8 +62,6 @@ def row_alone(case: Case, b: int, rng: random.Random) -> Case:
     window = case.change_window(lambda name, t: t if name == "page_table" else t[b : b + 1])
     window = dataclasses.replace(window, cache_row=torch.zeros_like(window.cache_row))
     trimmed = {name: getattr(window, name)[:, :W].contiguous() for name in ("q_pos", "q_block", "kv_slot")}
-    if w.get("q_branch") is not None:
-        trimmed["q_branch"] = window.q_branch[:, :W].contiguous()
     window = dataclasses.replace(window, **trimmed)
     new = (tensor[b : b + 1, :, :W] for tensor in (case.q, case.k, case.v))
     alone = dataclasses.replace(case, window=window)
@@ -89,7 +87,7 @@ def widened(tensor: Tensor, dim: int, value: float, by: int = 33) -> Tensor:
 def in_a_wider_bucket(case: Case) -> Case:
     """The same rows in a bucket 33 wider and caches 33 longer, all of it dead, hidden and NaN."""
     new = (widened(tensor, 2, math.nan) for tensor in (case.q, case.k, case.v))
-    longer = {"q_pos": 3, "q_block": 3, "kv_slot": 3, "q_branch": -1, "kept": 1}
+    longer = {"q_pos": 3, "q_block": 3, "kv_slot": 3, "kept": 1}
     window = case.change_window(lambda name, t: widened(t, 1, longer[name]) if name in longer else t)
     wide = dataclasses.replace(case, window=window)
     wide.q, wide.k, wide.v = new

@@ -28,8 +28,6 @@ def zeros(
     ints = {name: torch.zeros(2, W, dtype=torch.int32) for name in ("q_pos", "q_block", "kv_slot")}
     lens = {name: torch.zeros(2, dtype=torch.int32) for name in ("q_len", "kv_len", "cache_row")}
     extra = {"replaced": torch.zeros(2, 2, dtype=torch.int32), "mode": options.pop("mode", "block")}
-    if options.pop("branch", False):
-        extra["q_branch"] = torch.zeros(2, W, dtype=torch.int32)
     if options.pop("kept", False):
         extra["kept"] = torch.zeros(2, capacity, dtype=torch.bool)
     if pages:
@@ -47,15 +45,13 @@ def zeros(
 FEATURES = {
     "no cache": dict(),
     "cache": dict(capacity=80),
-    "kept, branches, sliding": dict(capacity=80, kept=True, branch=True, sliding_window=9, mode="shadow"),
+    "kept, sliding": dict(capacity=80, kept=True, sliding_window=9, mode="shadow"),
     "pages": dict(capacity=80, pages=True),
     "fp8 pages": dict(capacity=80, pages=True, fp8=True),
     "several splits": dict(capacity=1040),
     "long window": dict(W=300),
     "long window, several splits": dict(W=300, capacity=1040),
-    "everything": dict(
-        W=300, capacity=1040, pages=True, fp8=True, kept=True, branch=True, sliding_window=900, mode="shadow"
-    ),
+    "everything": dict(W=300, capacity=1040, pages=True, fp8=True, kept=True, sliding_window=900, mode="shadow"),
 }
 
 
@@ -195,8 +191,8 @@ def test_wrong_dtypes_are_named_with_their_values() -> None:
     ("changes", "error", "message"),
     [
         (dict(mode="prefix"), ValueError, "mode must be one of full, causal, block, shadow, got mode='prefix'"),
-        (dict(q_branch=torch.zeros(1, 3).int()), ValueError, r"q_branch must have shape \(1, 2\), got \(1, 3\)"),
-        (dict(q_branch=torch.zeros(1, 2).long()), TypeError, "q_branch must be int32, got torch.int64"),
+        (dict(q_block=torch.zeros(1, 3).int()), ValueError, r"q_block must have shape \(1, 2\), got \(1, 3\)"),
+        (dict(q_block=torch.zeros(1, 2).long()), TypeError, "q_block must be int32, got torch.int64"),
         (dict(page_table=torch.zeros(3).int()), ValueError, r"page_table must be \[R, P\], got shape \(3,\)"),
         (dict(page_table=torch.zeros(3, 2).long()), TypeError, "page_table must be int32, got torch.int64"),
         (
@@ -271,7 +267,7 @@ PREFILL = {"_prefill_kernel": 1}
     [
         ("no cache", SPLIT_FORM, 1),
         ("cache", SPLIT_FORM, 4),
-        ("kept, branches, sliding", SPLIT_FORM, 4),
+        ("kept, sliding", SPLIT_FORM, 4),
         ("pages", SPLIT_FORM, 4),
         ("fp8 pages", SPLIT_FORM, 4),
         ("several splits", WITH_COMBINE, 4),

@@ -151,7 +151,6 @@ def random_case(
     SPLIT: int = TOY.SPLIT,
     capacity: int = 80,
     kept: bool = False,
-    branch: bool = False,
     sliding: bool | int = False,
     fp8: bool = False,
     page_size: int | None = None,
@@ -178,9 +177,7 @@ def random_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).half().double()
 
-    w: dict[str, Any] = {
-        name: [] for name in ("q_pos", "q_block", "q_branch", "q_len", "kv_slot", "kv_len", "replaced", "kept")
-    }
+    w: dict[str, Any] = {name: [] for name in ("q_pos", "q_block", "q_len", "kv_slot", "kv_len", "replaced", "kept")}
     w["cache_row"] = rng.choices(range(R), k=B) if shared else rng.sample(range(R), B)
     for b in range(B):
         q_len = W if full_rows else rng.choice((0, W, W, rng.randint(1, W)))
@@ -211,15 +208,12 @@ def random_case(
         if mode == "shadow":
             block = [n + (50 + j if j >= q_len // 2 and rng.random() < 0.8 else 0) for j, n in enumerate(block)]
         w["q_block"].append([-1 if j < padding or rng.random() < 0.05 else n for j, n in enumerate(block)])
-        branches = rng.choice(((0, 1), (-1, 0, 1, 2), (-2, -1, 7)))
-        runs = rng.random() < 0.5
-        w["q_branch"].append([branches[j * len(branches) // W] if runs else rng.choice(branches) for j in range(W)])
         for name, value in (("q_pos", position), ("q_len", q_len), ("kv_len", kv_len), ("replaced", replaced)):
             w[name].append(value)
         w["kv_slot"].append([-1] * W)
     w["mode"] = mode
-    present = {"kept": kept, "q_branch": branch}
-    w = {name: value for name, value in w.items() if present.get(name, True)}
+    if not kept:
+        del w["kept"]
     sliding_window = rng.choice((1, 2, SPLIT // 2, SPLIT, SPLIT + 1, 1000)) if sliding is True else sliding or None
     tensors = {
         n: torch.tensor(x, dtype=torch.bool if n == "kept" else torch.int32) for n, x in w.items() if n != "mode"
@@ -407,7 +401,7 @@ MODES = ("full", "causal", "block", "shadow")
 def run_case(seed: int, device: torch.device) -> dict[str, Any]:
     """One random call of any mode and any set of features, the kernel against the loop in float64."""
     rng = random.Random(f"attention {seed}")
-    features = {name: rng.random() < 0.25 for name in ("kept", "branch", "sliding", "fp8", "shared")}
+    features = {name: rng.random() < 0.25 for name in ("kept", "sliding", "fp8", "shared")}
     features["page_size"] = rng.choice((None, None, 16, 32))
     mode = rng.choice(MODES)
     tile, prefill = rng.choice(TOYS + TOYS[3:])  # the prefill as often as the split form

@@ -50,10 +50,6 @@ def live_positions(w: dict[str, Any], b: int) -> list[int]:
 def sees(w: dict[str, Any], b: int, i: int, j: int) -> bool:
     """Whether live query i sees live window position j of its row."""
     position, block = w["q_pos"][b], w["q_block"][b]
-    if w.get("q_branch") is not None:
-        branch = w["q_branch"][b]
-        if branch[j] >= 0 and branch[j] != branch[i]:
-            return False
     if w["mode"] == "causal":
         return position[j] <= position[i]
     if w["mode"] == "block":

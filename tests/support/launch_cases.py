@@ -171,7 +171,7 @@ ATTENTION = {
     "mode": ("full", "causal", "block", "shadow"),
     "cache": ("none", "plain", "fp8"),
     "page": (0, 16, 64),
-    **dict.fromkeys(("kept", "branch", "sliding"), BOTH),
+    **dict.fromkeys(("kept", "sliding"), BOTH),
 }  # fmt: skip
 
 
@@ -197,7 +197,6 @@ def call_attention(choice: dict[str, Any]) -> None:
         cache_row=int32(B), mode=choice["mode"],
         kept=torch.zeros(B, S_max, dtype=torch.bool) if choice["kept"] else None,
         page_table=int32(B, S_max // page) if page else None,
-        q_branch=int32(B, W) if choice["branch"] else None,
     )  # fmt: skip
     q = torch.zeros(B, H_kv * choice["G"], W, D, dtype=dtype)
     k, v = (torch.zeros(B, H_kv, W, D, dtype=dtype) for _ in range(2))

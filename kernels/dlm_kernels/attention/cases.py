@@ -24,7 +24,6 @@ OPTIONAL = {
     "fp8": ("k_scale_ptr", "v_scale_ptr"),
     "kept": ("kept_ptr",),
     "paged": ("page_table_ptr",),
-    "branch": ("q_branch_ptr",),
     "sliding": ("sliding_window",),
     "partials": ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr"),
 }
@@ -40,7 +39,6 @@ class _Variant:
     mode: str = "full"
     cache: bool = True
     kept: bool = False
-    branch: bool = False
     sliding: bool = False
     fp8: bool = False
     page: int = 0
@@ -54,7 +52,7 @@ class _Variant:
         return [argument for name, arguments in OPTIONAL.items() if not present[name] for argument in arguments]
 
     def __str__(self) -> str:
-        extras = [name for name in ("kept", "branch", "sliding", "fp8") if getattr(self, name)]
+        extras = [name for name in ("kept", "sliding", "fp8") if getattr(self, name)]
         extras += [f"paged {self.page}"] if self.page else []
         return " ".join(
             [f"{self.dtype} D={self.D} G={self.G} {self.mode}", "cache" if self.cache else "no cache", *extras]
@@ -63,7 +61,7 @@ class _Variant:
 
 def compile_cases(capability: int) -> list[CompileCase]:
     """Every tile, every mode, and every optional argument, as the launcher specialises them for aligned strides."""
-    everything = {"kept": True, "branch": True, "sliding": True}
+    everything = {"kept": True, "sliding": True}
     # LLaDA, Dream, SDAR, DiffusionGemma's two kinds of layer; then what else the table has.
     splits = [_Variant("bf16", D, G) for D, G in ((128, 1), (128, 7), (128, 4), (256, 2), (512, 8), (64, 1), (64, 4))]
     splits += [_Variant("bf16", D, 1, "block") for D in (16, 32, 80, 128, 256)]
@@ -74,7 +72,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
     splits += [_Variant("fp16", 128, 7, "block")] + [
         _Variant("fp32", D, 1, "block") for D in (16, 32, 64, 128, 256, 512)
     ]
-    splits += [_Variant("bf16", 128, 1, kept=True), _Variant("bf16", 128, 4, "block", branch=True)]
+    splits += [_Variant("bf16", 128, 1, kept=True)]
     splits += [_Variant("bf16", D, 2, sliding=True) for D in (256, 512)]
     splits += [_Variant("bf16", 128, 1, page=64), _Variant("bf16", 128, 4, page=16)]
     splits += [_Variant("bf16", D, 1, fp8=True) for D in (64, 128, 256, 512)] + [

@@ -154,7 +154,6 @@ def _launch(
         "v_scale_ptr": v_scale,
         "q_pos_ptr": window.q_pos,
         "q_block_ptr": window.q_block,
-        "q_branch_ptr": window.q_branch,
         "q_len_ptr": window.q_len,
         "kv_slot_ptr": window.kv_slot,
         "kv_len_ptr": window.kv_len,

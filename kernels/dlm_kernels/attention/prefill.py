@@ -32,16 +32,7 @@ from .split import (
 
 @triton.jit
 def _window_tiles(
-    q_len,
-    q_pos_ptr,
-    q_block_ptr,
-    q_branch_ptr,
-    query_pos,
-    query_block,
-    query_branch,
-    live,
-    MODE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, live, MODE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """(first, end) of the key tiles that some row sees, and (first, end) of a range within that every row sees whole.
 
@@ -58,9 +49,6 @@ def _window_tiles(
     if MODE == "shadow":
         first_pos = tl.min(tl.where(live, query_pos, LAST_ORDER), 0)
         last_pos = tl.max(tl.where(live, query_pos, NO_ORDER), 0)
-    if q_branch_ptr is not None:
-        low = tl.min(tl.where(live, query_branch, LAST_ORDER), 0)
-        high = tl.max(tl.where(live, query_branch, NO_ORDER), 0)
     begin = q_len
     end = q_len * 0
     hole = q_len
@@ -78,9 +66,6 @@ def _window_tiles(
             # A key of a block before the newest may be the twin of a query.
             key_pos = tl.load(q_pos_ptr + j, mask=inside, other=0)
             every = every & ((key_block >= newest) | (key_pos < first_pos) | (key_pos > last_pos))
-        if q_branch_ptr is not None:
-            key_branch = tl.load(q_branch_ptr + j, mask=inside, other=-1)
-            every = every & ((key_branch < 0) | ((key_branch == low) & (key_branch == high)))
         begin = tl.minimum(begin, tl.min(tl.where(some, j, q_len), 0))
         end = tl.maximum(end, tl.max(tl.where(some, j + 1, 0), 0))
         hole = tl.minimum(hole, tl.min(tl.where(every | (j < begin), q_len, j), 0))
@@ -101,7 +86,6 @@ def _prefill_kernel(
     v_scale_ptr,
     q_pos_ptr,
     q_block_ptr,
-    q_branch_ptr,
     q_len_ptr,
     kv_slot_ptr,
     kv_len_ptr,
@@ -155,8 +139,6 @@ def _prefill_kernel(
 
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
-    if q_branch_ptr is not None:
-        q_branch_ptr += batch * W
     query = row // G
     live = tl.load(q_block_ptr + query, mask=query < q_len, other=-1) >= 0
     q = _load_queries(q_ptr, q_strides, batch, head, row, live, G, D, BLOCK_D)
@@ -221,9 +203,9 @@ def _prefill_kernel(
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr) * E4M3_UNIT
 
-    query_pos, query_block, query_branch = _load_order(q_pos_ptr, q_block_ptr, q_branch_ptr, query, live, MODE)
+    query_pos, query_block = _load_order(q_pos_ptr, q_block_ptr, query, live, MODE)
     first_tile, end_tile, first_whole, end_whole = _window_tiles(
-        q_len, q_pos_ptr, q_block_ptr, q_branch_ptr, query_pos, query_block, query_branch, live, MODE, BLOCK_N
+        q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, live, MODE, BLOCK_N
     )
     for index in range(first_whole, end_whole):
         j = index * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -233,9 +215,7 @@ def _prefill_kernel(
     for count in range(first_tile, end_tile - (end_whole - first_whole)):
         index = count + tl.where(count >= first_whole, end_whole - first_whole, 0)
         j = index * BLOCK_N + tl.arange(0, BLOCK_N)
-        key_live, visible = _window_visible(
-            j, q_len, q_pos_ptr, q_block_ptr, q_branch_ptr, query_pos, query_block, query_branch, MODE, False
-        )
+        key_live, visible = _window_visible(j, q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, MODE, False)
         k = _load_tile(k_base, j.to(tl.int64) * k_strides[2], key_live, D, BLOCK_D)
         v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
         row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, False)

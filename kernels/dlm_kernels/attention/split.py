@@ -79,18 +79,7 @@ def _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP: tl.c
 
 
 @triton.jit
-def _window_visible(
-    j,
-    q_len,
-    q_pos_ptr,
-    q_block_ptr,
-    q_branch_ptr,
-    query_pos,
-    query_block,
-    query_branch,
-    MODE: tl.constexpr,
-    SWAP: tl.constexpr,
-):
+def _window_visible(j, q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, MODE: tl.constexpr, SWAP: tl.constexpr):
     """(which window positions are live, which of them each row sees): the predicate of `Window`."""
     inside = j < q_len
     key_block = tl.load(q_block_ptr + j, mask=inside, other=-1)
@@ -108,25 +97,17 @@ def _window_visible(
         key_pos = tl.load(q_pos_ptr + j, mask=inside, other=0)
         twin = _by_key(key_pos, SWAP) == _by_row(query_pos, SWAP)
         visible = visible & ~(twin & (_by_key(key_order, SWAP) < _by_row(query_block, SWAP)))
-    if q_branch_ptr is not None:
-        key_branch = tl.load(q_branch_ptr + j, mask=inside, other=-1)
-        visible = visible & (
-            (_by_key(key_branch, SWAP) < 0) | (_by_key(key_branch, SWAP) == _by_row(query_branch, SWAP))
-        )
     return key_live, visible
 
 
 @triton.jit
-def _load_order(q_pos_ptr, q_block_ptr, q_branch_ptr, query, live, MODE: tl.constexpr):
-    """Position, block and branch of each row's query, as far as the predicate looks at them (else, whatever)."""
+def _load_order(q_pos_ptr, q_block_ptr, query, live, MODE: tl.constexpr):
+    """Position and block of each row's query, as far as the predicate looks at them (else, whatever)."""
     query_block = tl.load(q_block_ptr + query, mask=live, other=NO_ORDER)
     query_pos = query_block
     if (MODE == "causal") or (MODE == "shadow"):
         query_pos = tl.load(q_pos_ptr + query, mask=live, other=NO_ORDER)
-    query_branch = query_block
-    if q_branch_ptr is not None:
-        query_branch = tl.load(q_branch_ptr + query, mask=live, other=-1)
-    return query_pos, query_block, query_branch
+    return query_pos, query_block
 
 
 @triton.jit
@@ -216,7 +197,6 @@ def _attention_kernel(
     v_scale_ptr,
     q_pos_ptr,
     q_block_ptr,
-    q_branch_ptr,
     q_len_ptr,
     kv_slot_ptr,
     kv_len_ptr,
@@ -285,8 +265,6 @@ def _attention_kernel(
 
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
-    if q_branch_ptr is not None:
-        q_branch_ptr += batch * W
     query = row // G
     live = tl.load(q_block_ptr + query, mask=query < q_len, other=-1) >= 0
     q = _load_queries(q_ptr, q_strides, batch, head, row, live, G, D, BLOCK_D)
@@ -341,7 +319,7 @@ def _attention_kernel(
                 k_base, v_base, k_slots, v_slots, k_scale_ptr, v_scale_ptr, kv_slot_ptr + batch * W, q_block_ptr, page_table_ptr,
                 k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len, G, PAGE, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-        query_pos, query_block, query_branch = _load_order(q_pos_ptr, q_block_ptr, q_branch_ptr, query, live, MODE)
+        query_pos, query_block = _load_order(q_pos_ptr, q_block_ptr, query, live, MODE)
         window_end = q_len
         # Worth its latency only where it can save a tile.
         if MODE == "causal" and q_len > BLOCK_N:
@@ -350,9 +328,7 @@ def _attention_kernel(
             window_end = _end_of_visible(q_block_ptr, q_block_ptr, q_len, tl.max(query_block, 0))
         for start in range(0, window_end, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
-            key_live, visible = _window_visible(
-                j, q_len, q_pos_ptr, q_block_ptr, q_branch_ptr, query_pos, query_block, query_branch, MODE, SWAP
-            )
+            key_live, visible = _window_visible(j, q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, MODE, SWAP)
             k = _load_tile(k_base, j.to(tl.int64) * k_strides[2], key_live, D, BLOCK_D)
             v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
             row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP)

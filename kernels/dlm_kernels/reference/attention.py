@@ -123,9 +123,6 @@ def _window_allows(window: Window) -> Tensor:
     if window.mode == "shadow":
         same_position = window.q_pos[:, None, :] == window.q_pos[:, :, None]
         allowed = allowed & ~(same_position & (window.q_block[:, None, :] < window.q_block[:, :, None]))
-    if window.q_branch is not None:
-        branch = window.q_branch
-        allowed = allowed & ((branch[:, None, :] == branch[:, :, None]) | (branch[:, None, :] < 0))
     return allowed
 
 
