@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dlm_kernels.reference.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
+from dlm_kernels.checks.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 # More than any model has positions. A sum of a few such numbers and positions is far inside int32, and a schedule of so
 # many steps is 64 MiB of fp32 per row.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm_kernels.checks.confidence import MAX_BANNED
 from dlm_kernels.checks.unmask import MAX_STOP_IDS
-from dlm_kernels.reference.confidence import MAX_BANNED
 
 from .diffusion import DiffusionConfig
 from .limits import heat

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dlm_fast import Ops
 from dlm_kernels import reference
+from dlm_kernels.checks.confidence import OUTPUTS
 from dlm_kernels.reference import noise as random_numbers
-from dlm_kernels.reference.confidence import OUTPUTS
 
 from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
 

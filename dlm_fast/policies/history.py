@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from dlm_kernels import RowState
-from dlm_kernels.reference.confidence import MAX_BIAS
+from dlm_kernels.checks.confidence import MAX_BIAS
 
 from ..limits import MAX_SHIFT, flag, number, whole
 from .base import Policy, lane_buffer

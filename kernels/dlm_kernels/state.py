@@ -107,3 +107,18 @@ ROW_FIELDS = (
     "query_tokens",
     "error",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftSource:
+    """What the drafts of every row are made from, and how drafting went so far. `verify` writes it in place.
+
+    token [B, W] int64, score, confidence [B, W] fp32: predictions of the accepted canvas, lane by lane; 2-D fields may
+    have any row stride. tried, accepted [B] int32: steps that verified drafts, and drafts accepted beyond the first.
+    """
+
+    token: Tensor
+    score: Tensor
+    confidence: Tensor
+    tried: Tensor
+    accepted: Tensor

@@ -99,3 +99,8 @@ class Window:
         if self.q_pos.dim() != 2:
             raise ValueError(f"Window: q_pos must be [B, W], got shape {tuple(self.q_pos.shape)}")
         return self.q_pos.shape[0], self.q_pos.shape[1]
+
+
+def capacity(k_cache: Tensor, window: Window) -> int:
+    """S_max: how many slots a row of the cache has, in one piece or in the pages of its table."""
+    return k_cache.shape[2] * (1 if window.page_table is None else window.page_table.shape[1])

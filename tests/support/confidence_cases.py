@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from dlm_kernels import reference
+from dlm_kernels.checks.confidence import OUTPUTS
 from dlm_kernels.confidence import launch as kernel
 from dlm_kernels.reference import noise as generator
-from dlm_kernels.reference.confidence import OUTPUTS, Confidence
+from dlm_kernels.reference.confidence import Confidence
 from dlm_kernels.tiles import ConfidenceTile
 
 INTEGERS = ("token", "second_token", "error")

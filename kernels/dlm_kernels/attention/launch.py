@@ -7,10 +7,10 @@ import triton
 from torch import Tensor
 
 from .. import device
+from ..checks.attention import check_arguments
 from ..library import operator
-from ..reference.attention import capacity, check_arguments
 from ..tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
-from ..window import Window
+from ..window import Window, capacity
 from .cases import compile_cases
 from .combine import _combine_kernel
 from .prefill import _prefill_kernel

@@ -25,7 +25,7 @@ import math
 import triton
 import triton.language as tl
 
-from ..reference.confidence import PREVIOUS_FLOOR
+from ..checks.confidence import PREVIOUS_FLOOR
 from .choice import _add_bias, _choose, _without_banned
 from .merge import (
     _DIVERGENCE,

@@ -9,8 +9,9 @@ import triton
 from torch import Tensor
 
 from .. import device
+from ..checks.confidence import OUTPUTS, check_arguments, requested
 from ..library import operator
-from ..reference.confidence import OUTPUTS, Confidence, check_arguments, requested
+from ..reference.confidence import Confidence
 from ..static import CompileCase
 from ..tiles import ConfidenceTile, confidence_parts, confidence_tile
 from .kernel import _confidence_kernel

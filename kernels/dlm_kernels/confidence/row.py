@@ -13,7 +13,7 @@ import math
 import triton
 import triton.language as tl
 
-from ..reference.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE
+from ..checks.confidence import LIMIT, MAX_TEMPERATURE, MIN_TEMPERATURE
 from ..state import ERROR_LOGITS
 
 _LIMIT = tl.constexpr(LIMIT)

@@ -7,8 +7,10 @@ import triton
 from torch import Tensor
 
 from .. import device
+from ..checks.drafts import check_build, check_verify
 from ..library import operator
-from ..reference.drafts import DraftSource, Verified, check_build, check_verify
+from ..reference.drafts import Verified
+from ..state import DraftSource
 from ..static import CompileCase
 from ..tiles import DRAFTS_TILES, drafts_tile
 from .kernel import draft_build_kernel, verify_kernel

@@ -1,8 +1,9 @@
 """The specification of every op in plain torch. Imports torch only; the Triton kernels must equal these functions."""
 
+from ..state import DraftSource
 from .attention import block_attention
 from .confidence import Confidence, confidence
-from .drafts import DraftSource, Verified, draft_build, verify
+from .drafts import Verified, draft_build, verify
 from .unmask import unmask
 
 __all__ = ["Confidence", "DraftSource", "Verified", "block_attention", "confidence", "draft_build", "unmask", "verify"]

@@ -12,22 +12,14 @@ from torch import Tensor
 
 from ..checks.confidence import (
     LIMIT,
-    MAX_BANNED,
-    MAX_BIAS,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
-    OUTPUTS,
     PREVIOUS_FLOOR,
     check_arguments,
     requested,
 )
 from ..state import ERROR_LOGITS
 from . import noise as random_numbers
-
-__all__ = [
-    "LIMIT", "MAX_BANNED", "MAX_BIAS", "MAX_TEMPERATURE", "MIN_TEMPERATURE", "OUTPUTS", "PREVIOUS_FLOOR",
-    "Confidence", "check_arguments", "confidence", "requested",
-]  # fmt: skip
 
 
 class Confidence(NamedTuple):
@@ -82,7 +74,7 @@ def confidence(
         logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
         rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N =
             R.
-        outputs: optional groups, any of `OUTPUTS`; token, logit, confidence and error always come.
+        outputs: optional groups, any of `checks.confidence.OUTPUTS`; token, logit, confidence and error always come.
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
         temperature: [N] fp32 of the statistics. None: 1.
         sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:

@@ -9,29 +9,14 @@ FreeDave, arXiv:2510.00294.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks.drafts import check_build, check_verify
+from ..state import DraftSource
 from .select import rank_order
-from .written import check_written
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftSource:
-    """What the drafts of every row are made from, and how drafting went so far. `verify` writes it in place.
-
-    token [B, W] int64, score, confidence [B, W] fp32: predictions of the accepted canvas, lane by lane; 2-D fields may
-    have any row stride. tried, accepted [B] int32: steps that verified drafts, and drafts accepted beyond the first.
-    """
-
-    token: Tensor
-    score: Tensor
-    confidence: Tensor
-    tried: Tensor
-    accepted: Tensor
 
 
 class Verified(NamedTuple):
@@ -152,69 +137,3 @@ def _places(among: Tensor, score: Tensor) -> Tensor:
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     return torch.where(among, place, order.shape[1])
-
-
-def check_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, D: int) -> None:
-    """Raise unless `draft_build` can take these; reads no element, shared with the kernel's launcher."""
-    if isinstance(D, bool) or not isinstance(D, int):
-        raise TypeError(f"draft_build: D must be an int, got {type(D).__name__}")
-    if D < 1:
-        raise ValueError(f"draft_build: D must be at least 1, got D={D}")
-    _check("draft_build", source, 2, dict(tokens=(tokens, torch.int64, "BW")), eligible=eligible, ready=ready)
-
-
-def check_verify(
-    source: DraftSource,
-    held: Tensor,
-    token: Tensor,
-    score: Tensor,
-    confidence: Tensor,
-    eligible: Tensor,
-    ready: Tensor,
-    drafting: Tensor,
-    selects: Tensor,
-    mask_id: int,
-) -> None:
-    """Raise unless `verify` can take these; reads no element, shared with the kernel's launcher."""
-    if isinstance(mask_id, bool) or not isinstance(mask_id, int):
-        raise TypeError(f"verify: mask_id must be an int, got {type(mask_id).__name__}")
-    lanes = dict(
-        held=(held, torch.int64, "BDW"),
-        token=(token, torch.int64, "BDW"),
-        score=(score, torch.float32, "BDW"),
-        confidence=(confidence, torch.float32, "BDW"),
-    )
-    if not 0 <= mask_id < 2**31:
-        raise ValueError(f"verify: mask_id must be in [0, 2^31), got mask_id={mask_id}")
-    _check("verify", source, 3, lanes, eligible=eligible, ready=ready, drafting=drafting, selects=selects)
-    check_written("verify", {f"source.{name}": field for name, field in vars(source).items()})
-
-
-def _check(op: str, source: DraftSource, rank: int, lanes: dict, *, eligible: Tensor, **rows: Tensor) -> None:
-    name, (first, _, _) = next(iter(lanes.items()))
-    if first.dim() != rank or 0 in first.shape[1:]:
-        form = "[B, W]" if rank == 2 else "[B, D, W]"
-        raise ValueError(f"{op}: {name} must be {form} with at least one lane, got shape {tuple(first.shape)}")
-    B, W, D = first.shape[0], first.shape[-1], first.shape[1]
-    shapes = {"B": (B,), "BW": (B, W), "BDW": (B, D, W)}
-    expected = (
-        dict(lanes)
-        | {"eligible": (eligible, torch.bool, "BW")}
-        | {key: (x, torch.bool, "B") for key, x in rows.items()}
-    )
-    expected |= {
-        "source.token": (source.token, torch.int64, "BW"),
-        "source.score": (source.score, torch.float32, "BW"),
-        "source.confidence": (source.confidence, torch.float32, "BW"),
-        "source.tried": (source.tried, torch.int32, "B"),
-        "source.accepted": (source.accepted, torch.int32, "B"),
-    }
-    for name, (tensor, dtype, form) in expected.items():
-        if tensor.dtype != dtype:
-            raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shapes[form]:
-            raise ValueError(f"{op}: {name} must have shape {shapes[form]}, got {tuple(tensor.shape)}")
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} must be on {first.device} like {next(iter(lanes))}, got {tensor.device}")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{op}: the last dimension of {name} must have stride 1, got strides {tensor.stride()}")
