@@ -188,19 +188,3 @@ class CudaTimer:
 
         sample()
         return sample
-
-
-class HostTimer:
-    """`prepare` without a GPU: wall time of the host. It exercises the code; its times say nothing about a GPU."""
-
-    def __call__(self, candidate: Candidate) -> Callable[[], float]:
-        def sample() -> float:
-            if candidate.before is not None:
-                candidate.before()
-            started = time.perf_counter()
-            for call in candidate.calls:
-                call()
-            return (time.perf_counter() - started) * 1e6 / len(candidate.calls)
-
-        sample()
-        return sample

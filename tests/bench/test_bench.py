@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from bench_module import ROOT
+from host_timer import host_timer
 
 import dlm_fast
 from bench import __main__ as command
@@ -50,7 +51,7 @@ def rig(ops: dlm_fast.Ops) -> gpu_check.Rig:
         facts=FACTS,
         ops=lambda: ops,
         ceilings=lambda: CEILINGS,
-        prepare=timing.HostTimer(),
+        prepare=host_timer,
         sizes=dataclasses.replace(
             checks.TOY, every=9
         ),  # leaves out the bitwise invariance that plain torch does not promise

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from bench_module import ROOT
+from host_timer import host_timer
 
 import dlm_fast
 from bench import __main__ as command
@@ -204,7 +205,7 @@ def toy_rig() -> gpu_check.Rig:
         facts={"device": "toy", "driver": "unknown", "versions": {"torch": torch.__version__}, "commit": "unknown"},
         ops=lambda: dlm_fast.REFERENCE,
         ceilings=lambda: CEILINGS,
-        prepare=timing.HostTimer(),
+        prepare=host_timer,
         sizes=dataclasses.replace(checks.TOY, every=9),
         shapes=shapes.TOY_SHAPES,
         l2_bytes=1000,
@@ -248,7 +249,7 @@ def test_every_shape_has_a_name_of_its_own_and_a_floor() -> None:
 
 
 def toy_bench() -> Bench:
-    return Bench(CPU, timing.HostTimer(), timing.Budget(100, 0), CEILINGS, l2_bytes=1000, replays=1)
+    return Bench(CPU, host_timer, timing.Budget(100, 0), CEILINGS, l2_bytes=1000, replays=1)
 
 
 @pytest.mark.parametrize("form", speed_forms.FORMS)

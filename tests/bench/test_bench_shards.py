@@ -17,6 +17,7 @@ import pytest
 import shard_jobs
 import torch
 from bench_module import ROOT
+from host_timer import host_timer
 
 import dlm_fast
 from bench import __main__ as command
@@ -149,7 +150,7 @@ def rig(words: dict[str, list[str]], **changes) -> gpu_check.Rig:
         facts=FACTS,
         ops=shard_jobs.reference_ops,
         ceilings=lambda: CEILINGS,
-        prepare=timing.HostTimer(),
+        prepare=host_timer,
         sizes=checks.TOY,
         shapes=TOY_SHAPES,
         l2_bytes=1000,
@@ -296,7 +297,7 @@ def test_after_the_gpu_stopped_to_answer_no_row_has_a_time(monkeypatch) -> None:
         raise RuntimeError("illegal memory access")
 
     monkeypatch.setattr(speed, "sound", lambda device: False)
-    bench = speed.Bench(torch.device("cpu"), timing.HostTimer(), timing.Budget(100, 0), CEILINGS, l2_bytes=1, replays=1)
+    bench = speed.Bench(torch.device("cpu"), host_timer, timing.Budget(100, 0), CEILINGS, l2_bytes=1, replays=1)
     rows = speed.time_shapes(bench, [speed.Shape("op", "m", label, illegal, cost(1.0)) for label in ("1", "2")])
     assert [(row.status, row.reason) for row in rows] == [
         ("FAILED", "RuntimeError: illegal memory access"), ("SKIPPED", "the GPU does not answer this process since op m 1"),
