@@ -23,10 +23,11 @@ import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside
 import dlm_kernels.device
 from dlm_fast import Ops
 from dlm_kernels import reference
+from dlm_kernels.testing import Failure
 
 from . import ceilings, gpu_check
 from .checks import run as checks
-from .checks.run import Failure, Sizes
+from .checks.run import Sizes
 from .shapes import Shapes
 from .speed import forms as speed_forms
 from .speed.run import OURS, Bench, Ceilings

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
+from dlm_kernels.testing import Failure, GuardedMemory, no_worse_than_torch, poisoned, same_bits
 from dlm_kernels.window import MODES
 
-from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
+from .run import Case, Sizes, Skip, generator
 
 SPLIT = 512  # prefixes are drawn around multiples of this: where a kernel is likely to cut
 LONG = 9  # a window for the prefill form is this many times as wide as the others: at 70, more than 512 query rows in every group

@@ -13,14 +13,12 @@ from torch import Tensor
 from dlm_fast import Ops
 from dlm_kernels import reference
 from dlm_kernels.checks.confidence import OUTPUTS
-from dlm_kernels.reference import noise as random_numbers
+from dlm_kernels.testing import Failure, GuardedMemory, clear_draws, no_worse_than_torch, poisoned, same_bits
 
-from .run import Case, Failure, GuardedMemory, Sizes, Skip, generator, no_worse_than_torch, poisoned, same_bits
+from .run import Case, Sizes, Skip, generator
 
 GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
 IDS = ("token", "second_token", "error")
-# A draw is compared where the two best float64 scores are further apart than any rounding of an fp32 score near 50.
-CLEAR_DRAW = 1e-3
 
 
 def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
@@ -165,30 +163,6 @@ def compare(ours: reference.Confidence, call: dict) -> None:
             expected[keep],
             unit=units.get(field, max(1.0, unit / 4)),
         )
-
-
-def clear_draws(call: dict) -> Tensor:
-    """[N] bool: the draw cannot hang on rounding (it is greedy, or its two best scores lie apart in float64)."""
-    R, V = call["logits"].shape
-    rows = call["rows"].long()
-    logits = call["logits"][rows.clamp(0, R - 1)].double()
-    if "bias" in call:
-        inside = (call["bias_ids"] >= 0) & (call["bias_ids"] < V)
-        logits = logits.scatter_add(
-            1, torch.where(inside, call["bias_ids"], 0), torch.where(inside, call["bias"], 0.0).double()
-        )
-    if call.get("soft_cap") is not None:
-        logits = torch.where(logits > -math.inf, call["soft_cap"] * torch.tanh(logits / call["soft_cap"]), logits)
-    ids = torch.arange(V, device=logits.device)
-    temperature = call["sample_temperature"].double()
-    key = random_numbers.row_key(call["seed"], call["noise"])
-    scores = logits / torch.where(temperature > 0, temperature, 1.0)[:, None] + random_numbers.gumbel(
-        key, ids, torch.float64
-    )
-    banned = (ids == call["banned"].expand(len(rows), call["banned"].shape[-1])[..., None]).any(1)
-    best = torch.where(banned | scores.isnan(), -math.inf, scores).topk(min(2, V), dim=1).values
-    gap = best[:, 0] - best[:, -1] if V > 1 else torch.full_like(best[:, 0], math.inf)
-    return (temperature == 0) | (rows < 0) | (rows >= R) | ~(gap <= CLEAR_DRAW)
 
 
 def rows_are_independent(

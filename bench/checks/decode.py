@@ -26,8 +26,9 @@ from dlm_fast.tiny.tasks import TASKS, held_out
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.select import rank_order
+from dlm_kernels.testing import Failure
 
-from .run import Case, Failure, Sizes, Skip, generator
+from .run import Case, Sizes, Skip, generator
 
 CLEAR = 1e-4  # in logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions
 FAMILIES = {

@@ -1,5 +1,4 @@
-"""What every correctness check is made of: sizes, poisoned memory with guard zones, comparisons, and the runner that
-makes rows of them."""
+"""What every correctness check is made of: its sizes, its random numbers, and the runner that makes rows of checks."""
 
 from __future__ import annotations
 
@@ -9,16 +8,10 @@ import zlib
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 OPS = ("confidence", "unmask", "block_attention", "decode")
 NOT_RUN = "not run"
 Case = tuple[str, Callable[[], None]]
-
-
-class Failure(AssertionError):
-    """An op computed something else than its specification; the message says what."""
 
 
 class Skip(Exception):
@@ -117,6 +110,8 @@ class Check:
 
 def run(op: str, cases: Iterable[Case], device: torch.device) -> list[Check]:
     """Runs every case to its end; a case that raises becomes a row that says so."""
+    from dlm_kernels.testing import Failure  # here: what only reads a report of checks needs no kernels
+
     done = []
     for name, case in cases:
         started = time.perf_counter()
@@ -151,139 +146,3 @@ def sound(device: torch.device) -> bool:
 def generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of one case: they depend on the run's seed and the case's name, not on what ran before."""
     return torch.Generator(device).manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)
-
-
-# ---- memory: outputs are poisoned, and whatever is written next to them is seen
-
-GUARD_BYTES = 1024
-GUARD = 0xA5
-POISON = -0x5A5A5A5B  # what an integer that was never written holds; a float holds NaN
-_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-
-
-class GuardedMemory:
-    """Hands out tensors that lie between two guard zones; `check` raises if a guard was written."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, int]] = []
-        self.gaps: list[tuple[Tensor, Tensor]] = []
-
-    def empty(
-        self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """A poisoned tensor of that shape and stride, aligned as the allocator aligns."""
-        itemsize = torch.empty((), dtype=dtype).element_size()
-        elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride))
-        nbytes = elements * itemsize
-        buffer = torch.full(
-            (GUARD_BYTES + -(-nbytes // 256) * 256 + GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device
-        )
-        payload = buffer[GUARD_BYTES : GUARD_BYTES + nbytes].view(dtype)
-        if dtype.is_floating_point:
-            payload.fill_(float("nan"))
-        else:
-            payload.fill_(POISON if itemsize >= 4 else 0x5A)
-        self.buffers.append((buffer, nbytes))
-        result = payload.as_strided(shape, stride)
-        if elements > result.numel():
-            gap = torch.ones(elements, dtype=torch.bool, device=device)
-            gap.as_strided(shape, stride).fill_(False)
-            self.gaps.append((payload, gap))
-        return result
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """The tensor's values in guarded memory, same strides."""
-        if tensor.numel() == 0:
-            return tensor.clone()
-        return self.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device).copy_(tensor)
-
-    def check(self) -> None:
-        for index, (buffer, nbytes) in enumerate(self.buffers):
-            guards = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + nbytes :]])
-            touched = int((guards != GUARD).sum())
-            if touched:
-                raise Failure(f"{touched} bytes next to allocation {index} ({nbytes} bytes) were overwritten")
-        for payload, gap in self.gaps:
-            between = payload[gap]
-            touched = int((between == between if payload.is_floating_point() else between != between[0]).sum())
-            if touched:
-                raise Failure(f"{touched} elements between the rows of a strided tensor were overwritten")
-
-
-class poisoned(TorchFunctionMode):
-    """While active, every uninitialised tensor a launcher asks torch for comes from `memory`: poisoned, between
-    guards."""
-
-    def __init__(self, memory: GuardedMemory) -> None:
-        super().__init__()
-        self.memory = memory
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in _EMPTY and result.numel():
-            return self.memory.empty(tuple(result.shape), result.stride(), result.dtype, result.device)
-        return result
-
-
-# ---- comparisons
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor as integers, so that NaN equals itself and -0.0 differs from 0.0."""
-    as_integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(as_integer)
-
-
-def same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
-    """Raises Failure unless both hold the same bits."""
-    if ours.dtype != expected.dtype or ours.shape != expected.shape:
-        raise Failure(f"{name}: {ours.dtype} {list(ours.shape)} instead of {expected.dtype} {list(expected.shape)}")
-    ours, expected = ours.cpu(), expected.cpu()
-    wrong = (bits(ours) != bits(expected)).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        raise Failure(
-            f"{name}: {len(wrong)} of {ours.numel()} differ, first at {list(at)}: {ours[at].item()} instead of {expected[at].item()}"
-        )
-
-
-def no_worse_than_torch(
-    name: str,
-    ours: Tensor,
-    low_precision: Tensor,
-    exact: Tensor,
-    factor: float = 2,
-    floor: float = 1e-6,
-    unit: float = 1.0,
-) -> None:
-    """Raises Failure unless our largest error against float64 is at most `factor` times that of plain torch in our
-    dtype.
-
-    Where torch's largest error is less than the rounding of a result to our dtype, that rounding takes its place: of
-    few results, torch's may all happen to lie close to a number of the dtype. An error of `floor` relative to the
-    largest number involved (at least `unit`) is always allowed. Infinities and NaN must stand exactly where the float64
-    result has them.
-    """
-    if ours.shape != exact.shape:
-        raise Failure(f"{name}: shape {list(ours.shape)} instead of {list(exact.shape)}")
-    epsilon = torch.finfo(ours.dtype).eps
-    ours, low_precision = ours.double(), low_precision.double()
-    finite = exact.isfinite()
-    # One NaN is as good as another: its sign and payload are the hardware's.
-    strange = (torch.where(finite, 0.0, torch.where(values.isnan(), torch.nan, values)) for values in (ours, exact))
-    same_bits(f"{name} (where not finite)", *strange)
-    unwritten = int((finite & ~ours.isfinite()).sum())
-    if unwritten:
-        raise Failure(f"{name}: {unwritten} of {ours.numel()} are NaN or infinite and should not be (never written?)")
-    zero = torch.zeros_like(exact)
-    error, sizes = torch.where(finite, (ours - exact).abs(), zero), torch.where(finite, exact.abs(), zero)
-    theirs = torch.where(finite, (low_precision - exact).abs(), zero).max().item()
-    # Half of the dtype's step there: epsilon times the power of two below the number; none at 0, whose mantissa is 0.
-    rounding = epsilon / 2 * sizes / (2 * torch.frexp(sizes).mantissa.clamp(min=0.5))
-    allowed = factor * rounding.clamp(min=theirs) + floor * max(unit, sizes.max().item())
-    if not (error <= allowed).all():
-        worst = (error - allowed).argmax()
-        raise Failure(
-            f"{name}: error {error.flatten()[worst]:.3g} against float64, torch's largest is {theirs:.3g} "
-            f"(allowed {allowed.flatten()[worst]:.3g})"
-        )

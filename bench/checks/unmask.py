@@ -22,8 +22,9 @@ from dlm_kernels.checks.unmask import wanted_inputs
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
+from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
 
-from .run import Case, GuardedMemory, Sizes, generator, poisoned, same_bits
+from .run import Case, Sizes, generator
 
 MASK, STOP_IDS = 3, (1, 2)
 # Lanes and rows of calls that are read from memory. The interpreter is too slow for so many lanes; its tests have their

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
+from dlm_kernels.testing import no_worse_than_torch
 
 from .. import floors
-from ..checks.run import no_worse_than_torch
 from ..shapes import Model, Shapes
 from ..timing import Candidate
 from .attention import Inputs, after_prefix, flex, int32, normal, projections, sdpa

@@ -25,6 +25,7 @@ from bench.floors import cost
 from bench.shapes import TOY_SHAPES
 from bench.speed.run import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
 from dlm_fast import REFERENCE
+from dlm_kernels import testing
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empty_graph_us=3.0, empty_launch_us=5.0)
@@ -163,32 +164,32 @@ def test_a_decode_that_draws_other_tokens_is_red() -> None:
 
 
 def test_guard_zones_see_a_write_past_the_end_and_outputs_start_poisoned() -> None:
-    memory = checks.GuardedMemory()
-    with checks.poisoned(memory):
+    memory = testing.GuardedMemory()
+    with testing.poisoned(memory):
         floats, integers = torch.empty(3, 5), torch.ones(2).new_empty(4, dtype=torch.int64)
-    assert floats.isnan().all() and (integers == checks.POISON).all()
+    assert floats.isnan().all() and (integers == testing.POISON).all()
     memory.check()
     integers.as_strided((5,), (1,)).fill_(0)
-    with pytest.raises(checks.Failure, match="8 bytes next to allocation 1"):
+    with pytest.raises(testing.Failure, match="8 bytes next to allocation 1"):
         memory.check()
 
 
 def test_an_error_beyond_twice_torchs_own_is_a_failure_and_nan_never_passes() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     low = exact + 1e-3
-    checks.no_worse_than_torch("x", exact + 1.9e-3, low, exact)
-    with pytest.raises(checks.Failure, match="error 0.0021"):
-        checks.no_worse_than_torch("x", exact + 2.1e-3, low, exact)
-    with pytest.raises(checks.Failure, match="NaN"):
-        checks.no_worse_than_torch("x", torch.tensor([1.0, math.nan]), low, exact)
+    testing.no_worse_than_torch("x", exact + 1.9e-3, low, exact)
+    with pytest.raises(testing.Failure, match="error 0.0021"):
+        testing.no_worse_than_torch("x", exact + 2.1e-3, low, exact)
+    with pytest.raises(testing.Failure, match="NaN"):
+        testing.no_worse_than_torch("x", torch.tensor([1.0, math.nan]), low, exact)
     # A result of a 16-bit dtype may be off by two of its own roundings, also where torch hits the number: 2**-10 in [1,
     # 2), 2**-9 in [2, 4).
     exact = torch.tensor([1.75, 2.0], dtype=torch.float64)
-    checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-10, 2 + 2**-9], dtype=torch.float16), exact, exact)
-    with pytest.raises(checks.Failure, match="error 0.00195 against float64, torch's largest is 0 "):
-        checks.no_worse_than_torch("x", torch.tensor([1.75 + 2**-9, 2], dtype=torch.float16), exact, exact)
-    with pytest.raises(checks.Failure, match="error 1.01e-06 against"):
-        checks.no_worse_than_torch(
+    testing.no_worse_than_torch("x", torch.tensor([1.75 + 2**-10, 2 + 2**-9], dtype=torch.float16), exact, exact)
+    with pytest.raises(testing.Failure, match="error 0.00195 against float64, torch's largest is 0 "):
+        testing.no_worse_than_torch("x", torch.tensor([1.75 + 2**-9, 2], dtype=torch.float16), exact, exact)
+    with pytest.raises(testing.Failure, match="error 1.01e-06 against"):
+        testing.no_worse_than_torch(
             "x", torch.tensor([17 * 2**-24], dtype=torch.float16), torch.zeros(1), torch.zeros(1).double()
         )
 
@@ -259,7 +260,7 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
         raise MemoryError("no room")
 
     def wrong() -> None:
-        raise checks.Failure("out: error 1")
+        raise testing.Failure("out: error 1")
 
     work = Work(
         [timing.Candidate("ours", []), timing.Candidate("theirs", []), timing.Candidate("absent", [])],

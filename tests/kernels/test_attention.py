@@ -23,7 +23,6 @@ from attention_cases import (
     TOY,
     TOYS,
     Case,
-    assert_no_worse_than_torch,
     assert_same_bits,
     check_against_the_loop,
     not_finite,
@@ -35,6 +34,7 @@ from attention_oracle import by_the_loop, stored_by_the_loop
 from dlm_kernels import Window
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
+from dlm_kernels.testing import no_worse_than_torch
 from dlm_kernels.tiles import ATTENTION_TILES
 
 # What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2
@@ -269,7 +269,8 @@ def test_rows_of_many_queries_and_of_few_share_a_call(cache: bool, device: torch
     case = random_case(12, B=3, W=171, G=3, H_kv=1, mode="causal", cache=cache, capacity=300, **lengths)
     ours = case.to(torch.float32, device)
     out = kernel.block_attention(*ours.arguments, **ours.options)
-    assert_no_worse_than_torch(out, case.to(torch.float32).reference(), case.to(torch.float64).reference())
+    exact = case.to(torch.float64).reference()
+    no_worse_than_torch("out", out, case.to(torch.float32).reference(), exact, half_steps=False)
 
 
 PATHS: dict[str, dict] = {
@@ -360,7 +361,7 @@ def test_the_public_launcher_splits_at_its_own_tile_sizes(kv_len: int, device: t
     ours = case.to(torch.float32, device)
     out = kernel.block_attention(*ours.arguments, **ours.options)
     exact = case.to(torch.float64).reference()
-    assert_no_worse_than_torch(out, case.to(torch.float32).reference(), exact)
+    no_worse_than_torch("out", out, case.to(torch.float32).reference(), exact, half_steps=False)
 
 
 def test_the_tile_of_a_model_reaches_every_head_dim() -> None:

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from helpers import EOS, MASK, assert_no_worse_than_torch, native_model, random_prompts, save_toy_checkpoint, toy
+from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint, toy
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -27,6 +27,7 @@ from dlm_fast.models.native import ATTENTION_NAME
 from dlm_fast.ops import choose
 from dlm_fast.patching import attach
 from dlm_fast.training.networks import checkpoint_activations
+from dlm_kernels.testing import no_worse_than_torch
 
 FULL = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")
 PLAIN = {"prompts": [[5, 6]], "max_new_tokens": 3}
@@ -62,7 +63,7 @@ def test_a_plain_forward_inside_patch_equals_the_original(family, backend, heads
     with dlm_fast.patch(model, backend=backend) as handle:
         inside = logits(model, tokens)
         assert handle.attention_calls == len(model.model.layers) == 2
-    assert_no_worse_than_torch(inside, before, exact, floor=1e-5)
+    no_worse_than_torch("logits", inside, before, exact, floor=1e-5, half_steps=False)
     assert torch.equal(logits(model, tokens), before)
 
 
@@ -420,7 +421,7 @@ def test_a_plain_forward_under_autocast_is_as_near_to_the_original_as_transforme
             inside = logits(model, tokens)
             model(tokens).logits.float().sum().backward()
     assert inside.dtype == before.dtype == dtype
-    assert_no_worse_than_torch(inside, before, exact)
+    no_worse_than_torch("logits", inside, before, exact, half_steps=False)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers[0].self_attn.parameters())
 
 

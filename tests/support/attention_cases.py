@@ -21,10 +21,10 @@ from attention_oracle import (
     stored_by_the_loop,
 )
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dlm_kernels import Window, reference
 from dlm_kernels.attention import launch as kernel
+from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned, same_bits
 
 # Boundaries at toy size: key tiles of 16, splits of two tiles and at most two of them, then longer ones; three tiles of
 # queries at most.
@@ -103,39 +103,11 @@ class Case:
 
     def kernel(self, tile: kernel.AttentionTile = TOY, **private) -> Tensor:
         """The kernel at a toy tile, in memory that is poisoned and guarded."""
-        memory = PoisonedMemory()
-        with memory:
+        memory = GuardedMemory()
+        with poisoned(memory):
             out = kernel._launch(*self.arguments, **self.options, tile=tile, **private)
         memory.check()
         return out
-
-
-class PoisonedMemory(TorchFunctionMode):
-    """Inside, what torch hands out uninitialised is poisoned and lies between guard zones; `check` finds overwritten
-    guards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.guards: list[Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if (
-            getattr(func, "__name__", "") not in ("empty", "empty_like", "empty_strided", "new_empty")
-            or not result.numel()
-        ):
-            return result
-        poison = math.nan if result.is_floating_point() else -(2 ** (8 * result.element_size() - 2)) - 1
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(result.shape, result.stride(), strict=True))
-        buffer = torch.full((extent + 2 * GUARD,), poison, dtype=torch.float32 if result.dtype == FP8 else result.dtype)
-        buffer = buffer.to(result.device, result.dtype)
-        self.guards += [buffer[:GUARD], buffer[-GUARD:]]
-        return buffer[GUARD:-GUARD].as_strided(result.shape, result.stride())
-
-    def check(self) -> None:
-        for guard in self.guards:
-            untouched = guard.isnan() if guard.is_floating_point() else guard == guard[0]
-            assert untouched.all(), "something was written next to an allocation"
 
 
 def random_case(
@@ -290,51 +262,13 @@ def paged(case: Case, page_size: int, rng: random.Random | None = None) -> Case:
 
 def assert_same_bits(left: Tensor, right: Tensor) -> None:
     """Equal to the last bit, the sign of zero included; NaN equals NaN."""
-    assert left.dtype == right.dtype and left.shape == right.shape, (left.dtype, left.shape, right.dtype, right.shape)
-    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
-    left, right = left.cpu(), right.cpu()
-    wrong = left.contiguous().view(size) != right.contiguous().view(size)
-    if left.is_floating_point():
-        wrong &= ~(left.isnan() & right.isnan())
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
+    same_bits("left", left, right, any_nan=True)
 
 
-def assert_no_worse_than_torch(
-    ours: Tensor, low_precision: Tensor, exact: Tensor, factor: float = 2, floor: float = 1e-6, may_be_nan: Tensor | None = None,
-    values: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Our largest error against float64 is at most `factor` times that of the reference in the same dtype.
-
-    Where the exact result is not finite ours must not be either, and only there, but for what `may_be_nan` [like ours,
-    bool] excuses. values: what the results are means of.
-    """
-    # Where NaN leave few results to find the reference's error by: weights are rounded, and the largest value may have
-    # most of them.
-    rounding = _largest(exact.to(ours.dtype).double() - exact, exact.isfinite())
-    if values is not None and not low_precision.isfinite().all():
-        rounding = max(rounding, torch.finfo(ours.dtype).eps / 2 * _largest(values.double(), values.isfinite()))
-    ours, low_precision = ours.double().cpu(), low_precision.double().cpu()
-    assert_not_finite_where(ours, exact, may_be_nan)
-    theirs = max(rounding, _largest(low_precision - exact, low_precision.isfinite() & exact.isfinite()))
-    error = _largest(ours - exact, ours.isfinite() & exact.isfinite())
-    bound = factor * theirs + floor * max(1.0, _largest(exact, exact.isfinite()))
-    assert error <= bound, f"error {error:.3g} exceeds {factor} x torch's own {theirs:.3g} (+ floor): {bound:.3g}"
-
-
-def assert_not_finite_where(ours: Tensor, exact: Tensor, may_be_nan: Tensor | None = None) -> None:
-    hidden = ours.isfinite() & ~exact.isfinite()
-    assert not hidden.any(), (
-        f"{int(hidden.sum())} results are finite where the exact ones are not, first {hidden.nonzero()[0].tolist()}"
-    )
-    spread = ~ours.isfinite() & exact.isfinite()
-    spread &= torch.tensor(True) if may_be_nan is None else ~may_be_nan
-    assert not spread.any(), (
-        f"{int(spread.sum())} results are not finite where the exact ones are, first {spread.nonzero()[0].tolist()}"
-    )
-
-
-def _largest(values: Tensor, among: Tensor) -> float:
-    return values[among].abs().max().item() if among.any() else 0.0
+def assert_not_finite_where(ours: Tensor, exact: Tensor, may_be_nan: Tensor) -> None:
+    """What the exact results are not, ours are not finite either, and nothing else but what may be NaN."""
+    assert not (ours.isfinite() & ~exact.isfinite()).any(), "a result is finite where the exact one is not"
+    assert not (~ours.isfinite() & exact.isfinite() & ~may_be_nan).any(), "a result is not finite, the exact one is"
 
 
 def not_finite(case: Case, rng: random.Random) -> Case:
@@ -373,7 +307,15 @@ def check_against_the_loop(
     out, low_out, exact = ours.kernel(tile, **private), low.reference(), by_the_loop(case)
     assert out.shape == case.q.shape and out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     assert_not_finite_where(low_out, exact, may_be_nan(case, keys=True))
-    assert_no_worse_than_torch(out, low_out, exact, may_be_nan=may_be_nan(case, keys=False), values=case.v)
+    no_worse_than_torch(
+        "out",
+        out,
+        low_out,
+        exact,
+        half_steps=False,
+        may_be_nan=may_be_nan(case, keys=False),
+        means_of=case.v,
+    )
     w = fields(case)
     for b in range(case.q.shape[0]):
         dead = sorted(set(range(case.q.shape[2])) - set(live_positions(w, b)))

@@ -16,8 +16,8 @@ from triton.runtime import interpreter
 from dlm_kernels import reference
 from dlm_kernels.checks.confidence import OUTPUTS
 from dlm_kernels.confidence import launch as kernel
-from dlm_kernels.reference import noise as generator
 from dlm_kernels.reference.confidence import Confidence
+from dlm_kernels.testing import GuardedMemory, clear_draws, no_worse_than_torch, poisoned
 from dlm_kernels.tiles import ConfidenceTile
 
 INTEGERS = ("token", "second_token", "error")
@@ -33,9 +33,6 @@ FLOATS = (
 )
 STATISTICS = ("second", "logsumexp", "entropy")
 WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
-GUARD = 16
-# A draw is compared where its two best float64 scores are further apart than any rounding of an fp32 score.
-CLEAR_DRAW = 1e-3
 
 # A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts
 # with a program for each part, one across tiles that are parts, one into a single tile.
@@ -44,28 +41,6 @@ LANES = (16, 64, 1024)
 
 # -- running
 # -----------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Inside, `torch.empty` returns poison between two guard zones; leaving checks that no guard was overwritten."""
-    real, buffers = torch.empty, []
-
-    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        poison, size = math.nan if dtype.is_floating_point else -7777, math.prod(shape)
-        buffers.append(torch.full((size + 2 * GUARD,), poison, dtype=dtype, device=device))
-        return buffers[-1][GUARD : GUARD + size].view(shape)
-
-    torch.empty = empty
-    try:
-        yield
-    finally:
-        torch.empty = real
-    for buffer in buffers:
-        guards = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
-        assert (guards.isnan() if buffer.dtype.is_floating_point else guards == -7777).all(), (
-            "written outside an output"
-        )
 
 
 @contextlib.contextmanager
@@ -121,8 +96,11 @@ def run_kernel(
             stack.enter_context(changed(kernel, _tile=lambda logits, kl, biased: tile))
         if split is not None:
             stack.enter_context(changed(kernel, _multiprocessors=lambda device: 2**30 if split else 0))
-        stack.enter_context(poisoned_empty())
-        return kernel.confidence(logits, **arguments)
+        memory = GuardedMemory()
+        stack.enter_context(poisoned(memory))
+        result = kernel.confidence(logits, **arguments)
+    memory.check()
+    return result
 
 
 class Recorder(TorchDispatchMode):
@@ -151,19 +129,6 @@ def recorded() -> Iterator[list[str]]:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def assert_no_worse_than_torch(
-    ours: Tensor, low_precision: Tensor, exact: Tensor, scale: float, factor: float = 2
-) -> None:
-    """Error at most `factor` times torch's own in fp32, plus rounding: exponents are of size `scale` and carry 24
-    bits."""
-    finite = exact.isfinite()
-    assert torch.equal(ours[~finite].double(), exact[~finite])
-    error = (ours.double() - exact)[finite].abs()
-    theirs = (low_precision.double() - exact)[finite].abs()
-    bound = factor * theirs + 2**-22 * scale * exact[finite].abs().clamp(min=1)
-    assert (error <= bound).all(), f"error {error.max():.3e}, torch's {theirs.max():.3e}, bound {bound.min():.3e}"
-
-
 def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
     """Ids and errors exactly, floats by the error bound; `sampled_token` where the draw is clear, which nearly all
     are."""
@@ -178,7 +143,7 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
             assert torch.equal(getattr(ours, name), getattr(low, name)), name
     settled = torch.ones_like(ours.token, dtype=torch.bool)
     if low.sampled_token is not None:
-        settled = clear_draws(logits, arguments) | (low.error != 0)
+        settled = clear_draws({"logits": logits, **arguments}) | (low.error != 0)
         assert (~settled).sum() <= max(1, 0.01 * settled.numel())
         assert torch.equal(ours.sampled_token[settled], exact.sampled_token[settled]), "sampled_token"
     temperature = arguments.get("temperature")
@@ -190,6 +155,7 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
     finite = [values.float().nan_to_num(0, 0, 0).abs().clamp(max=1e4) for values in (logits, *added)]
     size = sum(values.max().item() for values in finite if values.numel())
     scale = 4 + (size + (arguments.get("soft_cap") or 0)) / coldest
+    # Exponents are of the size of the scale and carry 24 bits: so far may a result be off that torch hits by chance.
     for name in (*FLOATS, "kl"):
         values = getattr(ours, name)
         if values is not None:
@@ -199,34 +165,14 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
             terms = scale + (
                 arguments["previous_logsumexp"].nan_to_num(0, 0, 0).abs().max().item() if name == "kl" else 0
             )
-            assert_no_worse_than_torch(values[keep], getattr(low, name)[keep], getattr(exact, name)[keep], terms)
-
-
-def clear_draws(logits: Tensor, arguments: dict[str, object]) -> Tensor:
-    """[N] bool: the draw cannot hang on rounding, because it is greedy or its two best scores lie apart in float64."""
-    temperature = arguments["sample_temperature"].double()
-    (R, V), N = logits.shape, len(temperature)
-    rows = arguments.get("rows")
-    rows = torch.arange(R, device=logits.device) if rows is None else rows.long()
-    x = logits[rows.clamp(0, R - 1)].double()
-    if arguments.get("bias") is not None:
-        inside = (arguments["bias_ids"] >= 0) & (arguments["bias_ids"] < V)
-        added = torch.where(inside, arguments["bias"], 0.0).double()
-        x = x.scatter_add(1, torch.where(inside, arguments["bias_ids"], 0), added)
-    x = torch.where(x <= -1e30, -math.inf, x)
-    cap = arguments.get("soft_cap")
-    x = x if cap is None else torch.where(x > -math.inf, cap * torch.tanh(x / cap), x)
-    key = generator.row_key(arguments["seed"], arguments["noise"])
-    scores = x / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    scores = scores + generator.gumbel(key, torch.arange(V, device=logits.device), torch.float64)
-    banned = arguments.get("banned")
-    if banned is not None and banned.shape[-1]:
-        ids = torch.arange(V, device=logits.device)
-        scores = scores.masked_fill((ids == banned.expand(N, banned.shape[-1])[..., None]).any(1), -math.inf)
-    if V == 1:
-        return torch.ones(N, dtype=torch.bool, device=logits.device)
-    best = scores.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf).topk(2, dim=1).values
-    return (temperature == 0) | (best[:, 1] == -math.inf) | (best[:, 0] - best[:, 1] > CLEAR_DRAW)
+            no_worse_than_torch(
+                name,
+                values[keep],
+                getattr(low, name)[keep],
+                getattr(exact, name)[keep],
+                floor=2**-22 * terms,
+                one_by_one=True,
+            )
 
 
 def assert_identical(a: Confidence, b: Confidence) -> None:

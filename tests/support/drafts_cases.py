@@ -15,6 +15,7 @@ from torch import Tensor
 from dlm_kernels import reference
 from dlm_kernels.drafts import launch as drafts
 from dlm_kernels.reference import DraftSource
+from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
 
 MASK = 7
 FIELDS = tuple(field.name for field in dataclasses.fields(DraftSource))
@@ -152,13 +153,11 @@ def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = Non
     return Case(source, **{f.name: gather(f.name) for f in dataclasses.fields(Case)[1:]})
 
 
-# Comparisons, and memory that tells who wrote to it.
+# Comparisons.
 
 
 def same(name: str, ours: Tensor, expected: Tensor) -> None:
-    a, b = ours.cpu(), expected.cpu()
-    assert a.dtype == b.dtype and a.shape == b.shape, name
-    assert torch.equal(a, b) or torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)), f"{name}\n{a}\n{b}"
+    same_bits(name, ours, expected, any_nan=True)
 
 
 def same_sources(ours: DraftSource, expected: DraftSource) -> None:
@@ -166,62 +165,16 @@ def same_sources(ours: DraftSource, expected: DraftSource) -> None:
         same(f"source.{name}", getattr(ours, name), getattr(expected, name))
 
 
-def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
-    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard
-    zone."""
-    buffers = []
-
-    def embed(name: str, x: Tensor) -> Tensor:
-        guard = True if x.dtype == torch.bool else -777
-        sizes = [n + 4 for n in x.shape] if x.dim() > 1 else [x.shape[0] + 4]
-        buffer = torch.full(sizes, guard, dtype=x.dtype, device=x.device)
-        zone = torch.ones_like(buffer, dtype=torch.bool)
-        inner = tuple(slice(2, 2 + n) for n in x.shape)
-        buffer[inner], zone[inner] = x, False
-        buffers.append((name, buffer, zone))
-        return buffer[inner]
-
-    return case.map(embed), buffers
-
-
-class Poisoned:
-    """While active, what the launchers allocate holds garbage between guard zones; `check` raises if a guard was
-    written."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, int]] = []
-
-    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = math.prod(shape)
-        garbage = True if dtype == torch.bool else float("nan") if dtype.is_floating_point else -0x5A5A5A5B
-        buffer = torch.full((count + 64,), garbage, dtype=dtype, device=device)
-        self.buffers.append((buffer, count))
-        return buffer[32 : 32 + count].view(shape)
-
-    def __enter__(self) -> Poisoned:
-        self.patch = mock.patch.object(torch, "empty", self.empty)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.stop()
-
-    def check(self) -> None:
-        for buffer, count in self.buffers:
-            guards = torch.cat([buffer[:32], buffer[32 + count :]])
-            intact = guards.isnan() if guards.is_floating_point() else guards == buffer[0]
-            assert intact.all(), "memory next to an output was written"
-
-
 def check_kernels(case: Case, tile: tuple[int, int] | None = None) -> None:
-    """Both kernels equal their references on the case, in memory of their own, and write nothing else. `tile`: for the
-    table's."""
+    """Both kernels equal their references on the case, in guarded memory with strided rows, and write nothing else.
+    `tile`: for the table's."""
     expected = case.copy()
     built, verified = expected.build(), expected.verify()
-    ours, buffers = guarded(case)
+    memory = GuardedMemory()
+    ours = case.map(lambda _, tensor: memory.spread(tensor))
     inputs = ours.copy()
     choose = mock.patch.object(drafts, "drafts_tile", (lambda W: tile) if tile else drafts.drafts_tile)
-    with choose, Poisoned() as memory:
+    with choose, poisoned(memory):
         held = ours.build(drafts.draft_build)
         result = ours.verify(drafts.verify)
     memory.check()
@@ -231,8 +184,6 @@ def check_kernels(case: Case, tile: tuple[int, int] | None = None) -> None:
     same_sources(ours.source, expected.source)
     for field in dataclasses.fields(case)[1:]:
         same(f"the input {field.name}", getattr(ours, field.name), getattr(inputs, field.name))
-    for name, buffer, zone in buffers:
-        assert (buffer[zone] == buffer.flatten()[0]).all(), f"{name} was written outside its rows"
 
 
 def run_case(seed: int, device: torch.device | str) -> dict[str, object]:
