@@ -10,7 +10,7 @@ from .options import unread
 from .preset import FIELDS, Preset
 from .table import PRESETS
 
-__all__ = ["FIELDS", "PRESETS", "Preset", "describe", "markdown", "resolve"]
+__all__ = ["FIELDS", "PRESETS", "Preset", "describe", "resolve"]
 
 
 def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, Any], policy: Any = None) -> Preset:
@@ -62,26 +62,3 @@ def _plain(policy: Any) -> dict[str, Any]:
     return {
         name: getattr(value, "__name__", repr(value)) if callable(value) else value for name, value in fields.items()
     }
-
-
-def markdown() -> str:
-    """The table as Markdown, as the README shows it."""
-    lines = ["| preset | model | schedule | cache | rule | policy | exact? | needs | source |", "|-|-|-|-|-|-|-|-|-|"]
-    for preset in PRESETS.values():
-        policy = ", ".join(type(policy).__name__ for policy in preset.policies) or (
-            f"{preset.drafts} drafts" if preset.drafts > 1 else ""
-        )
-        rule = preset.rule + (f" on {preset.score}" if preset.score != "confidence" else "")
-        cells = (
-            f"`{preset.name}`",
-            preset.visibility,
-            preset.schedule,
-            preset.cache,
-            rule,
-            policy,
-            preset.exactness.split(":")[0],
-            preset.needs,
-            preset.source,
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
