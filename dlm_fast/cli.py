@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib.metadata
 import importlib.util
@@ -90,8 +91,11 @@ def _parser() -> Parser:
     demo = commands.add_parser(
         "demo", parents=[common, where], help="watch the embedded models decode, and a small table"
     )
-    demo.add_argument("--per-task", type=int, default=15, help="held-out prompts of each task (default: 15)")
-    demo.add_argument("--seed", type=int, default=0, help="which held-out prompts (default: 0)")
+    demo.add_argument("--per-task", type=int, default=None, help="held-out prompts of each task (default: 15)")
+    demo.add_argument("--seed", type=int, default=None, help="which held-out prompts (default: 0)")
+    demo.add_argument(
+        "--svg", type=Path, metavar="FILE", help="draw one decode step by step, as the README shows it, and no more"
+    )
 
     gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
     gen.add_argument(
@@ -102,8 +106,8 @@ def _parser() -> Parser:
     source.add_argument(
         "--input",
         type=Path,
-        help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result repeats, and '
-        '"max_new_tokens", "min_new_tokens" and "temperature" of the line',
+        help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result '
+        'repeats, and "max_new_tokens", "min_new_tokens" and "temperature" of the line',
     )
     gen.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     gen.add_argument("--restart", action="store_true", help="discard what a broken run left instead of resuming it")
@@ -144,7 +148,7 @@ def _parser() -> Parser:
 
     commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
     table = commands.add_parser("presets", parents=[common], help="the table of decoders")
-    table.add_argument("--markdown", action="store_true", help="as the README shows it")
+    table.add_argument("--markdown", action="store_true", help="as docs/decoders.md, which is made by this")
     report = commands.add_parser(
         "compile-report", parents=[common], help="compile every kernel for six GPU targets, without a GPU"
     )
@@ -160,11 +164,20 @@ def _parser() -> Parser:
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
-    from .tiny import demo
+    from .tiny import demo, trace
 
-    if args.per_task < 1:
+    given = {name: getattr(args, name) for name in ("per_task", "seed") if getattr(args, name) is not None}
+    if args.svg is not None:
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--svg draws one decode, always the same, and goes without {flags}")
+        drawn = trace.write(args.svg, backend=args.backend, device=args.device)
+        if not args.json:
+            print(f"{args.svg}: {drawn.model}, preset {drawn.preset}, {drawn.length} tokens in {drawn.nfe} forwards")
+        return {"svg": str(args.svg), **dataclasses.asdict(drawn)}
+    if given.get("per_task", 1) < 1:
         raise ValueError(f"--per-task must be at least 1, got {args.per_task}")
-    return demo.run(per_task=args.per_task, seed=args.seed, backend=args.backend, device=args.device, quiet=args.json)
+    return demo.run(backend=args.backend, device=args.device, quiet=args.json, **given)
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
@@ -295,7 +308,8 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(args: argparse.Namespace) -> dict[str, Any]:
-    from .presets import PRESETS, describe, markdown
+    from .presets import PRESETS, describe
+    from .presets.page import markdown
 
     rows = [describe(preset) for preset in PRESETS.values()]
     if args.markdown and not args.json:
@@ -305,9 +319,8 @@ def _presets(args: argparse.Namespace) -> dict[str, Any]:
         for row in rows:
             policy = ", ".join(p["name"] for p in row["policies"]) or ("drafts" if row["drafts"] > 1 else "-")
             exactness, source = row["exactness"].split(":")[0], row["source"]
-            print(
-                f"{row['name']:18}{row['visibility']:7}{row['schedule']:10}{row['cache']:10}{row['rule']:11}{policy:22}{exactness:12} {source}"
-            )
+            choices = f"{row['visibility']:7}{row['schedule']:10}{row['cache']:10}{row['rule']:11}{policy:22}"
+            print(f"{row['name']:18}{choices}{exactness:12} {source}")
             if row["needs"]:
                 print(f"{'':18}needs {row['needs']}")
     return {"presets": rows}

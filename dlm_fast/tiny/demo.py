@@ -96,7 +96,7 @@ def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any],
         row = state.tokens[0].tolist()
         steps = state.unmask_step[0].tolist()
         line = Text()
-        for position, (token, step) in enumerate(zip(row, steps)):
+        for token, step in zip(row, steps):
             if token == diffusion.mask_token_id:
                 line.append("·", style="dim")
             elif step >= 0:
@@ -154,7 +154,8 @@ def run(
 
     prompts = samples(per_task, seed)
     console.print(
-        f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, at most {MAX_NEW_TOKENS} new tokens:"
+        f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, "
+        f"at most {MAX_NEW_TOKENS} new tokens:"
     )
     rows = []
     for decoder in RUNS:

@@ -429,8 +429,23 @@ def test_presets_are_listed(capsys):
     assert [row["name"] for row in report["presets"]] == list(dlm_fast.PRESETS)
 
 
-def test_the_readme_shows_the_table_of_presets(capsys):
-    assert run(["presets", "--markdown"], capsys)[1] in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_decoders_is_the_table_of_presets(capsys):
+    assert run(["presets", "--markdown"], capsys)[1] == (ROOT / "docs" / "decoders.md").read_text(encoding="utf-8")
+
+
+def test_the_picture_in_the_readme_is_what_the_command_draws(tmp_path, capsys):
+    drawn = tmp_path / "trace.svg"
+    assert run(["demo", "--svg", str(drawn), "--backend", "reference", "--device", "cpu"], capsys)[0] == 0
+    assert drawn.read_bytes() == (ROOT / "docs" / "trace.svg").read_bytes()
+    assert "(docs/trace.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(drawn.read_bytes()) < 60_000
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--per-task"])
+def test_the_picture_is_always_the_same(tmp_path, capsys, flag):
+    status, _, error = run(["demo", "--svg", str(tmp_path / "trace.svg"), flag, "1"], capsys)
+    assert status == 1 and f"--svg draws one decode, always the same, and goes without {flag}" in error
+    assert not (tmp_path / "trace.svg").exists()
 
 
 def test_any_option_of_a_preset_can_be_set(capsys):
