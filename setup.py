@@ -28,7 +28,10 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=PACKAGES,
     package_dir={"dlm_kernels": "kernels/dlm_kernels"},
-    package_data={"dlm_fast": ["tiny/checkpoints/*/*"]},  # the embedded tiny models
+    package_data={
+        "dlm_fast": ["py.typed", "tiny/checkpoints/*/*"],  # the embedded tiny models
+        "dlm_kernels": ["py.typed"],
+    },
     entry_points={"console_scripts": ["dlm-fast = dlm_fast.cli:main"]},
     install_requires=[
         "torch>=2.11,<2.16",
@@ -45,6 +48,7 @@ setup(
         "test": ["pytest", "pytest-benchmark", "hypothesis", "accelerate", "peft"],
         "train": ["accelerate", "peft", "matplotlib"],
         "bench": ["matplotlib", "pytest-benchmark"],
+        "lint": ["ruff"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

@@ -33,10 +33,10 @@ def pins(python_version: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def declared() -> list[Requirement]:
-    """What the README's two commands ask for: the requirements that setup.py names, the extra `test` included."""
+    """What the README's two commands and CI ask for: the requirements that setup.py names, with two of its extras."""
     pytest.importorskip("setuptools")
     code = "import json, setuptools, distutils.core as core; found = core.run_setup('setup.py', stop_after='init'); "
-    code += "print(json.dumps([*found.install_requires, *found.extras_require['test']]))"
+    code += "print(json.dumps([*found.install_requires, *found.extras_require['test'], *found.extras_require['lint']]))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return [Requirement(text) for text in json.loads(result.stdout.splitlines()[-1])]
 
@@ -51,7 +51,7 @@ def test_ci_runs_the_two_commands_that_the_readme_gives():
 @pytest.mark.parametrize("python_version", PYTHONS)
 def test_every_declared_requirement_is_pinned_within_its_range(declared, python_version):
     pinned = pins(python_version)
-    assert {"torch", "triton", "transformers", "pytest"} <= {requirement.name for requirement in declared}
+    assert {"torch", "triton", "transformers", "pytest", "ruff"} <= {requirement.name for requirement in declared}
     for requirement in declared:
         assert requirement.specifier.contains(pinned[requirement.name]), f"{requirement}: {pinned[requirement.name]}"
 

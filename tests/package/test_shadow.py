@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TYPED = {"dlm_fast/py.typed", "kernels/dlm_kernels/py.typed"}
 
 
 def python(code: str, *, cwd: Path, path: str = "") -> list[str]:
@@ -88,4 +89,9 @@ def test_a_wheel_has_every_source_file(built):
 def test_a_wheel_has_the_embedded_checkpoints(built):
     folder = ROOT / "dlm_fast" / "tiny" / "checkpoints"
     expected = {str(path.relative_to(ROOT)) for path in folder.glob("*/*") if path.is_file()}
-    assert {str(Path(file)) for file in built["data"]} == expected
+    assert {str(Path(file)) for file in built["data"]} - TYPED == expected
+
+
+def test_a_wheel_says_of_both_packages_that_they_are_typed(built):
+    assert {str(Path(file)) for file in built["data"]} >= TYPED
+    assert all((ROOT / file).is_file() for file in TYPED)
