@@ -35,9 +35,11 @@ import distutils.core
 distribution = distutils.core.run_setup("setup.py", stop_after="init")
 build = distribution.get_command_obj("build_py")
 build.ensure_finalized()
-modules = {".".join(part for part in (package, name) if part): str(path) for package, name, path in build.find_all_modules()}
+found = build.find_all_modules()
+modules = {".".join(part for part in (package, name) if part): str(path) for package, name, path in found}
 build.manifest_files = {}  # what a MANIFEST.in would add; reading it would write an egg-info folder
-data = [file for package in distribution.packages for file in build.find_data_files(package, build.get_package_dir(package))]
+packages = [(package, build.get_package_dir(package)) for package in distribution.packages]
+data = [file for package, folder in packages for file in build.find_data_files(package, folder)]
 print(json.dumps({"packages": distribution.packages, "modules": modules, "data": data}))
 """
     return json.loads(python(code, cwd=ROOT)[-1])
