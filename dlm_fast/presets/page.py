@@ -18,9 +18,9 @@ explained in [words.md](words.md).
 
 A decoder is a row of a table: what is visible, how blocks are scheduled, what is cached, which masked positions a step
 writes, and what modifies that. One loop runs every row, in batches of unequal rows, each decision per row and on the
-device. Any option can be replaced in the call (`generate(..., preset="d2f", append_threshold=0.5)`,
-`dlm-fast generate --set append_threshold=0.5`). What makes no sense together is refused with its reason, and so is an
-option that the decoder would not read.
+device. Any option can be replaced in the call (`generate(..., preset="d2f", append_threshold=0.5)`, and on the command
+line `--set append_threshold=0.5`). What makes no sense together is refused with its reason, and so is an option that
+the decoder would not read.
 
 D2F is the pipeline: finished blocks are committed by the same forward that denoises the next ones, and a block starts
 before the one before it is finished. Forwards of a batch hold each row's own blocks, and nothing waits for the slowest
