@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_every_python_block_compiles_and_finds_what_it_imports(page):
     for number, block in enumerate(python_blocks(text_of(page))):
         tree = ast.parse(block, filename=f"{page}, block {number}")
         assert missing_names(tree) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(text_of(page))])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "dlm_fast" / "tiny" / "checkpoints" / "tiny-block", tmp_path / "my-checkpoint")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in python_blocks(text_of(page)):
+        exec(compile(block, page, "exec"), names)
+    assert capsys.readouterr().out
 
 
 def test_the_pages_have_commands_and_python_at_all():
