@@ -22,7 +22,7 @@ from .patching import handle_of
 from .policies import Sampling
 from .presets import Preset, resolve
 from .requests import Requests
-from .stops import Stopper
+from .stopper import Stopper
 
 
 class DecodeError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import threading
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dlm_kernels import Window
 
-from . import models
 from .diffusion import DiffusionConfig, check_vocabulary
+from .models import Adapter, adapter_for
 from .models.native import ATTENTION_NAME, AttentionCall
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
@@ -36,7 +36,7 @@ class PatchHandle:
     """
 
     def __init__(
-        self, model: nn.Module, adapter: ModuleType, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str
+        self, model: nn.Module, adapter: Adapter, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -246,7 +246,7 @@ def plain_window(
 
 def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> PatchHandle:
     """Patches `model`; plain forwards see by `plain_mode`. `patch` and `load` differ in that mode only."""
-    adapter = models.adapter_for(model)
+    adapter = adapter_for(model)
     if _ATTRIBUTE in model.__dict__:
         raise RuntimeError("patch: this model is already patched; unpatch it first")
     adapter.verify(model)

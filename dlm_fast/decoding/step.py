@@ -103,7 +103,12 @@ def write(decode: Decode, step: Step, result: Result, choice: Choice, error: Ten
     fields = {name: value for name, value in vars(choice).items() if name != "exact"}
     lane_start = step.lanes.position[:, 0].contiguous()
     inputs = UnmaskInputs(
-        query_len=result.query_len, lane_start=lane_start, stat_error=error, **decode.constants, **fields, **result.inputs
+        query_len=result.query_len,
+        lane_start=lane_start,
+        stat_error=error,
+        **decode.constants,
+        **fields,
+        **result.inputs,
     )
     return decode.forward.handle.ops.unmask(decode.state, rule, inputs, kind=step.bucket.kind)
 

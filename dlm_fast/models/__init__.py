@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from . import native
+from .cache import KVCache
+from .native import AttentionCall
 
-ADAPTERS: tuple[ModuleType, ...] = (native,)
+
+class Adapter(Protocol):
+    """What a family's file gives: plain functions of a model of one of its classes. To add a family, write such a file
+    and list it in `ADAPTERS`.
+
+    Attributes:
+        CLASSES: the model classes that it serves, each with the class of its attention modules.
+    """
+
+    CLASSES: dict[type[nn.Module], type[nn.Module]]
+
+    def verify(self, model: nn.Module) -> None:
+        """Raises NotImplementedError for a model that was altered in a way that our attention would ignore."""
+
+    def base_model(self, model: nn.Module) -> nn.Module:
+        """The stack without its head: the module whose forward takes `dlm_call`."""
+
+    def head_dims(self, model: nn.Module) -> set[int]:
+        """The head sizes of the model's layers."""
+
+    def compute_dtype(self, model: nn.Module) -> torch.dtype:
+        """The dtype of hidden states, keys and values."""
+
+    def new_cache(self, model: nn.Module, rows: int, capacity: int) -> KVCache:
+        """Key/value buffers for every layer, in the dtype that the model computes in and on its device."""
+
+    def window_hidden(self, model: nn.Module, input_ids: Tensor, call: AttentionCall) -> Tensor:
+        """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache; the head is not applied."""
+
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, d]."""
+
+    def altered(self, model: nn.Module, call: AttentionCall) -> str | None:
+        """What the patched model was altered by, if a forward of it left out a layer; None if none was left out."""
 
 
-def adapter_for(model: nn.Module) -> ModuleType:
+ADAPTERS: tuple[Adapter, ...] = (native,)
+
+
+def adapter_for(model: nn.Module) -> Adapter:
     """The adapter whose classes include `type(model)`. Raises NotImplementedError naming what is supported."""
     for adapter in ADAPTERS:
         if type(model) in adapter.CLASSES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import traceback
 import types
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from torch.utils._pytree import tree_leaves
 
 import dlm_fast
 from dlm_fast import policies, presets
+from dlm_fast.decoding.progress import run_steps
 from dlm_fast.decoding.step import denoise_step, open_decode
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
-from dlm_fast.presets import PRESETS, Preset, resolve
+from dlm_fast.presets import PRESETS, Preset, caches, resolve
 from dlm_kernels import RowState, Window
-from dlm_kernels.state import DENOISE, DONE, REFRESH
+from dlm_kernels.state import DENOISE, DONE, REFRESH, amend
 
 # Host-side by design: they move tokens between positions.
 HOST_SIDE = ("llada2.2",)
@@ -147,6 +149,43 @@ def test_a_denoise_step_compiles_to_one_graph_that_does_the_same(preset, backend
     )
     for field in dataclasses.fields(RowState):
         assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+class Writes(TorchDispatchMode):
+    """The functions in which any tensor of a state is written."""
+
+    def __init__(self, state: RowState, writers: dict) -> None:
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in vars(state).values()}
+        self.writers, self.found = writers, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for argument, tensor in zip(function._schema.arguments, args):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                if tensor.untyped_storage().data_ptr() in self.storages:
+                    frames = (frame for frame, _ in traceback.walk_stack(None))
+                    self.found.add(
+                        next((self.writers[f.f_code] for f in frames if f.f_code in self.writers), "another")
+                    )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("preset", RUNNABLE)
+def test_a_state_is_written_by_unmask_and_by_amend(preset):
+    """Whatever a decoder does to a row besides unmasking goes through one function."""
+    chosen = resolve(
+        preset, PRESETS[preset].visibility, options_of(preset) | ({"eotp": True} if preset == "learn2pd" else {})
+    )
+    diffusion, plan, state, sampling = opened(chosen)
+    handle = attach(
+        native_model().requires_grad_(False), backend="reference", diffusion=diffusion, plain_mode=chosen.visibility
+    )
+    decode = open_decode(handle, plan, state, sampling)
+    with Writes(state, {amend.__code__: "amend", REFERENCE.unmask.__code__: "unmask"}) as writes:
+        run_steps(decode, None)
+    amends = chosen.refresh_interval or chosen.warmup_steps or preset in ("entropy-cache", "learn2pd", "llada2.2")
+    assert writes.found == ({"unmask", "amend"} if amends else {"unmask"})
+    assert (state.phase == DONE).all()
 
 
 @pytest.mark.parametrize("preset", RUNNABLE)
@@ -401,6 +440,28 @@ def test_no_preset_is_named_outside_the_table():
     for path in (package / "generate.py", *sorted((package / "decoding").glob("*.py"))):
         strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not strings & set(PRESETS), path.name
+
+
+@pytest.mark.parametrize("rule", ["quota", "threshold"])
+def test_a_cache_is_added_by_one_row_of_the_table(rule, monkeypatch):
+    """This one keeps keys and never reads them: its tokens are those of a decoder without a cache."""
+
+    def everything(at: caches.Place) -> caches.Extent:
+        zero = torch.zeros_like(at.start)
+        return caches.Extent(zero, at.length, zero)
+
+    canvas = caches.Refresh(stop=lambda at: at.length, width=lambda sizes: sizes.canvas)
+    row = caches.CacheOperation("refresh", everything, lambda sizes: sizes.canvas, canvas, grows_stale=True)
+    monkeypatch.setitem(caches.CACHES, "unread", row)
+    model, prompts = toy(eos=()), random_prompts([3, 6, 1])
+    settings = {"rule": rule, "max_new_tokens": [9, 5, 13], "block_length": 4, "stop": "never"}
+    found = dlm_fast.generate(model, prompts, preset="llada", cache="unread", refresh_interval=2, **settings)
+    expected = dlm_fast.generate(model, prompts, preset="llada", cache="none", **settings)
+    for name in ("canvas", "unmask_step"):
+        assert [x.tolist() for x in getattr(found, name)] == [x.tolist() for x in getattr(expected, name)], name
+    assert (found.nfe, found.query_tokens) == (expected.nfe, expected.query_tokens)
+    with pytest.raises(ValueError, match="drafts share the keys outside their block"):
+        dlm_fast.generate(model, prompts, preset="llada", cache="unread", drafts=2)
 
 
 def test_a_preset_of_ones_own_runs_through_the_same_loop():

@@ -17,7 +17,8 @@ from dlm_fast import cli
 from dlm_fast.loading import load_tokenizer
 from dlm_fast.presets import PRESETS
 from dlm_fast.requests import Requests, response
-from dlm_fast.stops import Stopper, read_stop_strings
+from dlm_fast.stopper import Stopper
+from dlm_fast.stops import read_stop_strings
 from dlm_kernels import RowState
 from dlm_kernels.state import COMMIT, DENOISE, DONE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import multiprocessing
 import pickle
 import threading
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import dlm_fast
+from dlm_fast import models
 from dlm_fast.models.native import ATTENTION_NAME
 from dlm_fast.ops import choose
 from dlm_fast.patching import attach
@@ -647,3 +649,13 @@ def test_a_patched_model_may_share_the_process_with_a_loaded_one():
     with attach(one, backend="reference", diffusion=FULL, plain_mode="full"):
         dlm_fast.generate(one, **PLAIN)
     assert torch.equal(dlm_fast.generate(other, **PLAIN).canvas[0], before)
+
+
+@pytest.mark.parametrize("adapter", models.ADAPTERS, ids=lambda adapter: adapter.__name__)
+def test_a_family_has_every_part_of_an_adapter(adapter):
+    """The protocol is what the loop and the patch ask of a family: its functions, by these parameters."""
+    parts = {name: part for name, part in vars(models.Adapter).items() if inspect.isfunction(part) and name[0] != "_"}
+    assert len(parts) == 8 and adapter.CLASSES
+    for name, part in parts.items():
+        expected = list(inspect.signature(part).parameters)[1:]  # a module's function has no self
+        assert list(inspect.signature(getattr(adapter, name)).parameters) == expected, name
