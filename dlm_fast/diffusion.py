@@ -24,22 +24,19 @@ class DiffusionConfig:
     Attributes:
         mask_token_id: id of [MASK].
         eos_token_ids: ids that end a response.
-        visibility: "full": every position sees every position (LLaDA, Dream). "block": block-causal, a position sees
-            its own block and all earlier ones (SDAR, LLaDA2, D2F); only then is a key/value cache exact.
-        block_length: tokens of a diffusion block the model was trained with; None where any length will do ("full").
-        block_alignment: where blocks begin. "abs": at multiples of block_length (SDAR, LLaDA2). "rel": at the end of
-            the prompt, which is one bidirectional block of its own (D2F).
-        logits_row: which position's logits predict a position. "self": its own (LLaDA, SDAR, LLaDA2). "previous": those
-            of the position before it, as in the autoregressive model it was made from (Dream, Fast-dLLM v2); position 0
-            has its own.
-        prompt_isolated: with visibility "full": the prompt, which is everything before the first mask, sees itself
-            only, and every position of the response sees everything; of a canvas to fill in, what follows the first
-            mask is response, given or not. A decoder with a cache then computes the prompt once per row, and those keys
-            are exact for good. Exact by that are the first block of a cache "prefix", "once" (freecache) and "delayed",
-            which recompute all of the response in it, and, where the response is one block (block_length >=
-            max_new_tokens), every cache but "scattered". All else is approximate as with any model of full visibility:
-            keys of earlier blocks ("prefix", "once", "delayed", "fused"), of later ones too ("dual"), and of decoded
-            positions within a block ("scattered") are older than what they have seen.
+        visibility: "full": a position sees every position. "block": it sees its own block and all earlier ones.
+        block_length: positions of a block that the model was trained with; None where any length will do ("full").
+        block_alignment: "abs": blocks begin at multiples of block_length. "rel": they begin at the end of the prompt.
+        logits_row: "self": a position's own logits predict it. "previous": those of the position before it do.
+        prompt_isolated: whether the prompt sees itself only, and the response sees everything ("full" only).
+
+    LLaDA and Dream are "full"; SDAR, LLaDA2 and D2F are "block", and only then is a key/value cache exact. "abs" are
+    SDAR and LLaDA2; of "rel" (D2F) the prompt is one bidirectional block of its own. "previous" are models that were
+    made from autoregressive ones (Dream, Fast-dLLM v2); position 0 has logits of its own.
+
+    An isolated prompt is everything before the first mask; of a canvas to fill in, what follows the first mask is
+    response, given or not. A decoder with a cache computes such a prompt once per row, and its keys are exact for good.
+    Which decoders are exact by that: docs/exactness.md.
     """
 
     mask_token_id: int

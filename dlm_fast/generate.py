@@ -1,4 +1,5 @@
-"""The decode loop: `generate` opens a batch, `run_steps` runs it, `denoise_step` is one step. One loop for every preset."""
+"""The decode loop: `generate` opens a batch, `run_steps` runs it, `denoise_step` is one step. One loop for every
+preset."""
 
 from __future__ import annotations
 
@@ -198,7 +199,8 @@ def check_mode(model: nn.Module) -> None:
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):
         raise ValueError(
-            f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); decode under "
+            f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); "
+            "decode under "
             f"torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
         )
 
@@ -224,7 +226,8 @@ def _failure(state: RowState, rows: list[int]) -> str:
         )
     if stalled:
         said.append(
-            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps in rows {stalled}"
+            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps "
+            f"in rows {stalled}"
         )
     return "generate: " + "; ".join(said)
 

@@ -140,7 +140,8 @@ def _resume(partial: Path, header: dict[str, Any]) -> int:
     if found != header:
         differs = sorted(k for k in {**found, **header} if found.get(k) != header.get(k))
         raise JobError(
-            f"{partial} is from a run with other {', '.join(differs)}; use the same settings, or --restart to discard it"
+            f"{partial} is from a run with other {', '.join(differs)}; use the same settings, or --restart to discard "
+            "it"
         )
     with partial.open("r+b") as file:
         file.truncate(sum(map(len, kept)))
@@ -234,6 +235,7 @@ def run(
     partial.unlink()
     if failed:
         raise JobError(
-            f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows {failed}"
+            f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows "
+            f"{failed}"
         )
     return resumed

@@ -192,7 +192,8 @@ def load(
         raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(
-            f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got dtype={dtype!r}"
+            f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got "
+            f"dtype={dtype!r}"
         )
     path = checkpoint_path(path)
     values = read_config(path)
@@ -203,7 +204,8 @@ def load(
         )
     if values.get("quantization_config") is not None:
         raise NotImplementedError(
-            f"load: quantised checkpoints are not supported, got quantization_config={values['quantization_config']!r} in {path}; "
+            f"load: quantised checkpoints are not supported, got quantization_config={values['quantization_config']!r} "
+            f"in {path}; "
             "supported are float weights without one"
         )
     if adapter is None and (path / ADAPTER_CONFIG).is_file():
@@ -217,7 +219,8 @@ def load(
     stored = stored_dtypes(files)
     if (path / "model.safetensors").is_file() and path / "model.safetensors" not in files:
         raise CheckpointError(
-            f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of the two"
+            f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of "
+            "the two"
         )
     dtype = dtype if dtype is not None and set(stored.values()) <= FLOATS.keys() else float_dtype(path, stored)
     family = MODEL_TYPES[config_type]

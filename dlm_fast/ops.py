@@ -69,7 +69,8 @@ def check_head_dims(ops: Ops, head_dims: Collection[int]) -> None:
     for head_dim in head_dims:
         if ops.name == "triton" and head_dim not in HEAD_DIMS:
             raise NotImplementedError(
-                f"ops: there is no Triton attention kernel for head_dim={head_dim}, only for multiples of 16 up to 256, and 512; the "
+                f"ops: there is no Triton attention kernel for head_dim={head_dim}, only for multiples of 16 up to "
+                "256, and 512; the "
                 "plain-torch reference takes any (backend='reference')"
             )
 

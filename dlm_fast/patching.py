@@ -73,7 +73,8 @@ class PatchHandle:
         altered = self.adapter.altered(self.model, call)
         if altered is not None:
             raise RuntimeError(
-                f"dlm_fast: every layer of a patched {type(self.model).__name__} must attend through dlm_fast, and was passed by in "
+                f"dlm_fast: every layer of a patched {type(self.model).__name__} must attend through dlm_fast, and was "
+                "passed by in "
                 f"{altered}; undo that, or unpatch the model and patch it again"
             )
         if not torch.compiler.is_compiling():
@@ -134,7 +135,8 @@ class PatchHandle:
         past = kwargs.get("past_key_values")
         if past is not None and past.get_seq_length():
             raise NotImplementedError(
-                f"forward: a plain forward takes no earlier keys, got {past.get_seq_length()} in past_key_values; use use_cache=False"
+                f"forward: a plain forward takes no earlier keys, got {past.get_seq_length()} in past_key_values; use "
+                "use_cache=False"
             )
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
         window = plain_window(

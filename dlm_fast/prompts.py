@@ -73,7 +73,8 @@ def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
         return Row(_encoded(where, lambda: tokenizer(item)["input_ids"]), text=True)
     if _is_message(item):
         raise ValueError(
-            f"generate: {where} must be a string, a chat or token ids, got one message of a chat; a chat is a list of them"
+            f"generate: {where} must be a string, a chat or token ids, got one message of a chat; a chat is a list of "
+            "them"
         )
     if isinstance(item, Mapping):
         rows = _read_encoding(where, item, None, tokenizer)
@@ -129,7 +130,8 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
     """The rows of what a tokenizer returned: its ids where its mask is 1."""
     if "input_ids" not in encoding:
         raise TypeError(
-            f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys {_keys(encoding)}"
+            f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys "
+            f"{_keys(encoding)}"
         )
     unknown = {key: None for key in encoding if key not in ("input_ids", "attention_mask", *IGNORED_KEYS)}
     if unknown:
@@ -165,7 +167,8 @@ def _without_pads(name: str, rows: list[list[int]], attention_mask: Any, tokeniz
     for b, ids in enumerate(rows):
         if ids and pad is not None and pad in (ids[0], ids[-1]):
             raise ValueError(
-                f"generate: {name}[{b}] must come with attention_mask=, got the tokenizer's pad id {pad} at an end of it; "
+                f"generate: {name}[{b}] must come with attention_mask=, got the tokenizer's pad id {pad} at an end of "
+                "it; "
                 "pass the tokenizer's whole result or its mask (all ones if these are no pads)"
             )
     return [Row(ids) for ids in rows]
@@ -190,7 +193,8 @@ def _live(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[in
         start, end = (live[0], live[-1] + 1) if live else (0, 0)
         if end - start != len(live):
             raise ValueError(
-                f"generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row {b}"
+                "generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row "
+                f"{b}"
             )
         kept.append(ids[start:end])
     return kept

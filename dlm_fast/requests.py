@@ -64,7 +64,8 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
         values = _listed(name, f"{what} or one per row" if scalar else f"a list of one {what[2:]} per row", value)
     if len(values) != B:
         _fail(
-            f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for {B} rows"
+            f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for "
+            f"{B} rows"
         )
     out = []
     for v in values:
@@ -89,11 +90,13 @@ def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
     """Raises ValueError where `preset` does not fit the model's rows."""
     if preset.first_token and diffusion.logits_row != "previous":
         _fail(
-            f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got {diffusion.logits_row!r}"
+            f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got "
+            f"{diffusion.logits_row!r}"
         )
     if preset.shadow and diffusion.logits_row != "self":
         _fail(
-            f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got {diffusion.logits_row!r}"
+            f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got "
+            f"{diffusion.logits_row!r}"
         )
 
 
@@ -128,7 +131,8 @@ def read(
     mask_id = diffusion.mask_token_id
     if canvas is not None and max_new_tokens is not None:
         _fail(
-            f"max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got max_new_tokens={max_new_tokens!r}"
+            "max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got "
+            f"max_new_tokens={max_new_tokens!r}"
         )
     new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
     least = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
@@ -154,7 +158,8 @@ def read(
             _fail(f"prompts[{b}] must not contain the mask id {mask_id}; to fill masks inside a text use canvas=")
         if canvas is not None and text and mask_id not in ids:
             _fail(
-                f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text without it"
+                f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text "
+                "without it"
             )
         length = len(ids) + (new[b] if canvas is None else 0)
         if length > max_positions:

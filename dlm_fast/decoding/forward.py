@@ -1,8 +1,8 @@
-"""The forward of a step, and what some decoders add to it: guidance, drafts, shadows, first tokens, rows that predict the
-position behind them.
+"""The forward of a step, and what some decoders add to it: guidance, drafts, shadows, first tokens, rows that predict
+the position behind them.
 
-`Forward` is the plain one. Each addition is a subclass that `forward_of` chooses when a decode is opened, so that a plain
-step meets none of them.
+`Forward` is the plain one. Each addition is a subclass that `forward_of` chooses when a decode is opened, so that a
+plain step meets none of them.
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ class Shadowed(Forward):
 
 @dataclasses.dataclass(frozen=True)
 class Opening(Forward):
-    """Prefills and commits predict the token behind them, which opens the next block. Fast-dLLM v2, arXiv:2509.26328."""
+    """Prefills and commits predict the token behind them, which opens the next block. Fast-dLLM v2,
+    arXiv:2509.26328."""
 
     def run(self, step: Step) -> Result:
         return self._with_first_token(step, super().run(step))

@@ -177,7 +177,8 @@ def stated_of(
     lanes: Lanes,
     statistics: dict[str, Tensor | None],
 ) -> dict[str, Tensor | None]:
-    """What the preset's rule predicts, tests and orders by, as fields of a `Choice`; lanes as the statistics have them."""
+    """What the preset's rule predicts, tests and orders by, as fields of a `Choice`; lanes as the statistics have
+    them."""
 
     def numbers(name: str) -> Tensor:
         if name == "neg_entropy":
@@ -207,7 +208,8 @@ def stated_of(
 
 
 def stats_of(ops: Ops, logits: Tensor, **arguments: Any) -> Confidence:
-    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for all."""
+    """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for
+    all."""
     stats = ops.confidence(logits, **arguments)
     if logits.dtype != torch.float64:
         return stats
@@ -225,8 +227,8 @@ def _narrowed(
     needed: Tensor,
     by_lane: Any,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Logits that top_k and top_p have narrowed, and what is left of the bias: of the rows that are narrowed none, since it
-    changes what the filters keep and so is added before."""
+    """Logits that top_k and top_p have narrowed, and what is left of the bias: of the rows that are narrowed none,
+    since it changes what the filters keep and so is added before."""
     # Rows that draw nothing are as in a batch of their own.
     temperature = by_lane(sampling.temperature)
     narrowed = temperature >= 0 if preset.greedy_filters else temperature > 0
@@ -251,8 +253,8 @@ def filtered(
     """Logits [N, V] fp32 with -inf outside the top-k and top-p sets of softmax(l / T) (T = 0: of l).
 
     The best allowed id is kept, and rows that are not `narrowed` [N] bool keep all. top-p keeps an id if those strictly
-    better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large as the k-th. Plain torch
-    on any backend: it sorts the vocabulary.
+    better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large as the k-th. Plain
+    torch on any backend: it sorts the vocabulary.
     """
     N, V = logits.shape
     work = torch.where(needed[:, None], logits, 0.0)

@@ -1,4 +1,5 @@
-"""The plan of a batch: how its canvases are cut into blocks, and everything about its steps that is the same for all."""
+"""The plan of a batch: how its canvases are cut into blocks, and everything about its steps that is the same for
+all."""
 
 from __future__ import annotations
 
@@ -49,17 +50,18 @@ class Plan:
         refresh_width: positions of a refresh step, the most of them; 0 where there is no such step.
         denoise_width: positions of a denoise step, the most of them where that varies.
         lanes: positions that a step looks at, the most of them where that varies.
-        whole_row: whether the lanes begin at `first`, since a policy looks at all masks of the row and every step computes
-            them, instead of at the block.
+        whole_row: whether the lanes begin at `first`, since a policy looks at all masks of the row and every step
+            computes them, instead of at the block.
         capacity: cache slots per row.
         previous: whether a position is predicted by the row before it.
         block_causal: whether a position sees its own block and earlier ones only.
         shadow: whether a copy of the block, its shadow, follows the canvas.
-        shadow_block: block id of shadows: behind that of the canvas, or of prompt and response where the prompt is isolated.
+        shadow_block: block id of shadows: behind that of the canvas, or of prompt and response where the prompt is
+            isolated.
         scattered: whether windows are scattered positions, not a range.
         varies: whether the widths of denoise steps differ from step to step.
-        opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute the
-            row that predicts it.
+        opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute
+            the row that predicts it.
         block_quota: whether a step writes a share of the block's full length at least.
         unmask_rule: the static part of the `unmask` op.
         exact_rule: the same where a policy said itself which positions pass.

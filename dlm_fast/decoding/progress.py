@@ -24,9 +24,9 @@ WIDTH_GRAIN = 32
 class Progress:
     """What rows still need, read by the host from a pinned copy that may be `steps_behind`.
 
-    A kind that only refresh steps can serve is known to be served as soon as one was launched, so a count that is behind
-    never asks for a second refresh that nobody needs. A pipeline appends one block a step at most: a width that is behind
-    is that much too small.
+    A kind that only refresh steps can serve is known to be served as soon as one was launched, so a count that is
+    behind never asks for a second refresh that nobody needs. A pipeline appends one block a step at most: a width that
+    is behind is that much too small.
     """
 
     def __init__(self, decode: Decode, steps_behind: int) -> None:
@@ -72,7 +72,8 @@ class Progress:
         return self._bucket("denoise") if self.to_denoise else None
 
     def _bucket(self, kind: Kind) -> Bucket:
-        """The narrowest bucket that holds every row: where widths vary, a multiple of the block length or of the grain."""
+        """The narrowest bucket that holds every row: where widths vary, a multiple of the block length or of the
+        grain."""
         plan = self.decode.plan
         width = lanes = None
         if plan.varies:
@@ -93,7 +94,8 @@ class Progress:
 def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
     """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
     plan = decode.plan
-    # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a step behind.
+    # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
+    # behind.
     repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
     steps_behind = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
     progress = Progress(decode, steps_behind)

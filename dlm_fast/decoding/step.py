@@ -1,4 +1,5 @@
-"""One denoise step: what is captured, profiled and tested. Fixed shapes, no host read, everything it changes in `Decode`."""
+"""One denoise step: what is captured, profiled and tested. Fixed shapes, no host read, everything it changes in
+`Decode`."""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ def after(decode: Decode, step: Step, view: View, choice: Choice, written: Tenso
 
 
 def request_refresh(plan: Plan, state: RowState, took_part: Tensor, wanted: Tensor | None) -> None:
-    """Sends rows that go on in their block to a refresh where the preset or a policy (`wanted` [B] bool) asks for it."""
+    """Sends rows that go on in their block to a refresh where the preset or a policy (`wanted` [B] bool) asks for
+    it."""
     preset, requests = plan.preset, [] if wanted is None else [wanted]
     if preset.warmup_steps:
         # The step after the warm-up is of everything too: it is the one whose keys are kept.
@@ -155,8 +157,8 @@ def nothing_chosen(step: Step) -> Choice:
 
 
 def only_first_mask(view: View, choice: Choice) -> Choice:
-    """The choice of the step that opens a block, where positions are predicted by the row before them: the block's first
-    masked position and nothing else, since later steps do not compute the row that predicts it."""
+    """The choice of the step that opens a block, where positions are predicted by the row before them: the block's
+    first masked position and nothing else, since later steps do not compute the row that predicts it."""
     opens = view.state.block_step == 0
     first = (view.lanes.eligible.cumsum(1) == 1) | ~opens[:, None]
     return dataclasses.replace(

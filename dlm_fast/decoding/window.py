@@ -1,5 +1,5 @@
-"""The window of a step: which positions it computes, which it looks at, and what they see. Fixed-shape tensor work on the
-device; the host reads nothing."""
+"""The window of a step: which positions it computes, which it looks at, and what they see. Fixed-shape tensor work on
+the device; the host reads nothing."""
 
 from __future__ import annotations
 
@@ -174,8 +174,8 @@ def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent:
 
 
 def block_of(plan: Plan, position: Tensor) -> Tensor:
-    """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks count
-    from 0."""
+    """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks
+    count from 0."""
     first = plan.first[:, None]
     if plan.diffusion.block_alignment == "abs":
         return 1 + torch.div(position - first % plan.block_length, plan.block_length, rounding_mode="floor")
@@ -183,7 +183,8 @@ def block_of(plan: Plan, position: Tensor) -> Tensor:
 
 
 def sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor]:
-    """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are none)."""
+    """[B] start and end of the leftmost sub-block with masks of every row's block (of the last one if there are
+    none)."""
     length = plan.preset.sub_block_length
     masked = first_masked(state.tokens, state.block_start, state.block_end, plan.mask_id)
     masked = torch.maximum(torch.minimum(masked, state.block_end - 1), state.block_start)
@@ -200,8 +201,8 @@ def _lone_sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor, Tensor
 
 
 def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
-    """[4] int32 on the device: rows that need a refresh step, rows that need a denoise step, and, where widths vary, the
-    widest window and the most lanes that a row needs."""
+    """[4] int32 on the device: rows that need a refresh step, rows that need a denoise step, and, where widths vary,
+    the widest window and the most lanes that a row needs."""
     refresh = state.phase == REFRESH
     denoise = ~refresh & (state.phase != DONE)
     width = lanes = torch.zeros((), dtype=torch.int32, device=refresh.device)

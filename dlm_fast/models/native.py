@@ -74,7 +74,8 @@ def attention(
         )
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError(
-            f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in past_key_values"
+            f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in "
+            "past_key_values"
         )
     layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
     caches = (None, None) if layer is None else (layer.keys, layer.values)
@@ -102,7 +103,8 @@ def verify(model: nn.Module) -> None:
     numbers = [getattr(layer.self_attn, "layer_idx", index) for index, layer in enumerate(layers)]
     if numbers != list(range(model.config.num_hidden_layers)):
         raise NotImplementedError(
-            f"dlm_fast: the layers must be numbered 0 to {model.config.num_hidden_layers - 1} as in config.num_hidden_layers, "
+            f"dlm_fast: the layers must be numbered 0 to {model.config.num_hidden_layers - 1} as in "
+            "config.num_hidden_layers, "
             f"got layer_idx={numbers}"
         )
     for index, layer in enumerate(layers):

@@ -94,8 +94,8 @@ class Credit(Policy):
     """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding (arXiv:2510.06133) in
     dInfer, sparse form.
 
-    C <- credit_decay * C;  C[top-1] += p ** credit_power;  decode from logits + credit_weight * ln(1 + C). Every step touches one
-    token per position, so one slot per step of the block holds all of C.
+    C <- credit_decay * C;  C[top-1] += p ** credit_power;  decode from logits + credit_weight * ln(1 + C).
+    Every step touches one token per position, so one slot per step of the block holds all of C.
     """
 
     credit_decay: float = 0.8
@@ -111,7 +111,8 @@ class Credit(Policy):
         B, slots = state.tokens.shape[0], setting.block_length
         if slots > MAX_BIAS:
             raise ValueError(
-                f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got block_length={slots}"
+                f"generate: policy Credit keeps a credit per step and needs block_length <= {MAX_BIAS}, got "
+                f"block_length={slots}"
             )
         device = state.tokens.device
         return {

@@ -160,10 +160,8 @@ class InsertDelete(Policy):
         write = chosen_masks()
         if limit == 0 and original and set(original) <= set(write):
             final, write = True, masks
-        edits = [
-            j for j, slot in enumerate(slots)
-            if slot.token != mask_id and not slot.given and best[j][1] > self.edit_threshold and best[j][0] != slot.token
-        ]  # fmt: skip
+        written = [j for j, slot in enumerate(slots) if slot.token != mask_id and not slot.given]
+        edits = [j for j in written if best[j][1] > self.edit_threshold and best[j][0] != slots[j].token]
         if final:
             best = [predict(j, commands) if best[j][0] in commands else best[j] for j in range(n)]
             edits = [j for j in edits if best[j][0] != slots[j].token]

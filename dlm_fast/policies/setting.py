@@ -23,7 +23,8 @@ class Sampling:
         steps: [B] int32 denoise steps of a block.
         block_length: [B] int32 length of a block.
         max_steps: [B] int32 denoise steps after which a row has stalled.
-        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes; None for other rules.
+        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes; None for other
+            rules.
         append_masks: [B] int32 masks at which a pipeline appends a block; None without a pipeline.
         activate_masks: [B] int32 masks at which a pipeline's next block must write a token; None without a pipeline.
         delay: [B] int32 denoise steps between a block's end and its commit, of a cache that delays it; None otherwise.

@@ -42,7 +42,8 @@ class Lanes:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being `position[:, j]`.
+    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being
+    `position[:, j]`.
 
     The fields of `Lanes` can be read from a view itself: `view.eligible`. Statistics hold where a policy needs them
     (`Policy.reads`); elsewhere they are 0, and a token is -1.
@@ -57,7 +58,8 @@ class View:
         confidence: fp32 probability of the prediction.
         greedy: int64 most likely token.
         greedy_confidence: fp32 probability of the most likely token.
-        margin: fp32 top-1 minus top-2 probability. None, as each of the next three, unless some policy asks in `outputs`.
+        margin: fp32 top-1 minus top-2 probability. None, as each of the next three, unless some policy asks in
+            `outputs`.
         gap: fp32 top-1 minus top-2 logit of the model's own distribution, whatever may be drawn.
         entropy: fp32 entropy in nats.
         kl: fp32 divergence from the row's step before, in nats.
@@ -128,7 +130,8 @@ class View:
         return (self.token[:, :, None] == self.setting.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
-        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are masked."""
+        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are
+        masked."""
         sampling = self.setting.sampling
         spread = sampling.block_length if self.setting.block_quota else self.state.block_masks
         return quota(spread, self.state.block_step, sampling.steps)
@@ -152,7 +155,8 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a step decides, lane by lane [B, W] or row by row [B]; `dlm_kernels.UnmaskInputs` says what each field means.
+    """What a step decides, lane by lane [B, W] or row by row [B]; `dlm_kernels.UnmaskInputs` says what each field
+    means.
 
     A policy returns a changed copy: `dataclasses.replace(choice, score=...)`.
 
@@ -180,7 +184,8 @@ class Choice:
     exact: bool = False
 
     def only(self, chosen: Tensor, fallback: Tensor | None = None) -> Choice:
-        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32 best."""
+        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32
+        best."""
         minimum = torch.zeros_like(self.min_unmask) if fallback is None else torch.ones_like(self.min_unmask)
         return dataclasses.replace(
             self,
@@ -202,8 +207,8 @@ def uniform(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
 
 
 def places(among: Tensor, score: Tensor) -> Tensor:
-    """[B, W] int64: the place of every lane in the order of `unmask` (score descending, position ascending), W for lanes
-    that are not `among`."""
+    """[B, W] int64: the place of every lane in the order of `unmask` (score descending, position ascending), W for
+    lanes that are not `among`."""
     order = rank_order(among, score)
     place = torch.zeros_like(order).scatter(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

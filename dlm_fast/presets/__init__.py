@@ -34,14 +34,16 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise ValueError(
-            f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are {', '.join(preset.options())}"
+            f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are "
+            f"{', '.join(preset.options())}"
         )
     if not preset.supported:
         raise NotImplementedError(f"preset {preset.name} needs {preset.needs}; its rule is UnmaskRule(renoise=True)")
     if preset.visibility != visibility:
         fitting = ", ".join(p.name for p in PRESETS.values() if p.visibility == visibility)
         raise ValueError(
-            f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; use {fitting}"
+            f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; "
+            f"use {fitting}"
         )
     chosen = preset.replace(**{**overrides, "policies": policies})
     idle = unread(chosen, overrides, preset)

@@ -50,8 +50,8 @@ class Place:
         block_causal: whether a position sees nothing behind its block.
         horizon: positions behind the block that a denoise step sees; None = all.
         vicinity: positions on either side of the block that a denoise step recomputes with it.
-        sub_block: start and end of the sub-block that a denoise step recomputes alone, and [B] bool rows in which it does;
-            None without sub-block cache.
+        sub_block: start and end of the sub-block that a denoise step recomputes alone, and [B] bool rows in which it
+            does; None without sub-block cache.
     """
 
     start: Tensor
@@ -148,6 +148,7 @@ class CacheOperation:
     """One cache operation.
 
     Attributes:
+        keeps: what is kept between forwards, in a line.
         after_block: what follows a finished block, as the `unmask` op calls it (`UnmaskRule.cache`).
         extent: what a denoise step computes, and which cached slots it sees.
         width: the most positions that a denoise step computes.
@@ -157,7 +158,8 @@ class CacheOperation:
         schedules: the schedules that it serves.
         reads: options of a preset that this cache reads and not every other one does.
         commits: whether finished blocks are appended by a step of their own (COMMIT).
-        commit_selects: whether such a step writes tokens too; it then stores only the keys of the block that it appends.
+        commit_selects: whether such a step writes tokens too; it then stores only the keys of the block that it
+            appends.
         grows_stale: whether kept keys grow old, so that `warmup_steps`, `refresh_interval` and policies refresh them.
         interval_of: what `refresh_interval` counts: denoise steps of the "block", or of the "row" from 1 on.
         refreshes_twice: whether `refresh_interval` asks for a refresh after a block's first step besides.
@@ -167,6 +169,7 @@ class CacheOperation:
         frozen_around: whether the keys around the block are the same for all steps in it, so that drafts share them.
     """
 
+    keeps: str
     after_block: CacheOp
     extent: Callable[[Place], Extent]
     width: Callable[[Sizes], int]
@@ -187,7 +190,8 @@ class CacheOperation:
 
     @property
     def keys_are_final(self) -> bool:
-        """Whether no key that is kept is older than its token, so that a token may be overwritten until its block ends."""
+        """Whether no key that is kept is older than its token, so that a token may be overwritten until its block
+        ends."""
         return not self.stores or (self.commits and not self.commit_selects)
 
 
@@ -195,35 +199,43 @@ _WHOLE_CANVAS = Refresh(stop=lambda at: at.length, width=lambda sizes: sizes.can
 
 CACHES: dict[str, CacheOperation] = {
     "none": CacheOperation(
+        "nothing: every step recomputes the canvas",
         "none", _uncached, lambda sizes: sizes.canvas, stores=False, schedules=("block", "canvas", "pipeline"),
         reads=("horizon",), computes_masks=True,
     ),
     "prefix": CacheOperation(
+        "the keys before the block, as its first step computed them (Fast-dLLM)",
         "refresh", _from_block, lambda sizes: sizes.rest, _WHOLE_CANVAS, visibility="full", reads=("horizon",),
         grows_stale=True, computes_masks=True, opens_at_row_before=True,
     ),
     "dual": CacheOperation(
+        "the keys on both sides of the block, as its first step computed them (Fast-dLLM)",
         "refresh", _inside, lambda sizes: min(sizes.block + 2 * sizes.vicinity, sizes.canvas), _WHOLE_CANVAS,
         visibility="full", reads=("vicinity",), grows_stale=True, opens_at_row_before=True, frozen_around=True,
     ),
     "once": CacheOperation(
+        "the keys before the block, each as the last step of its own block left it (FreeCache)",
         "once", _from_row_before, lambda sizes: sizes.rest + sizes.before,
         dataclasses.replace(_WHOLE_CANVAS, repeats=False), visibility="full", computes_masks=True,
     ),
     "scattered": CacheOperation(
+        "the keys of positions that were decoded two steps ago or earlier (dKV-Cache)",
         "refresh", _scattered, lambda sizes: sizes.canvas, _WHOLE_CANVAS, visibility="full", grows_stale=True,
         refreshes_twice=True, scattered=True,
     ),
     "commit": CacheOperation(
+        "the keys of finished blocks, each appended by a forward of its own; exact for block-causal models",
         "commit", _block, lambda sizes: sizes.block,
         Refresh(lambda at: at.start, lambda sizes: sizes.prompt, selects=False, opens="prompt", repeats=False),
         visibility="block", reads=("causal_commit", "first_token", "sub_block_cache"), commits=True, frozen_around=True,
     ),
     "fused": CacheOperation(
+        "the keys of finished blocks, each appended by the next denoise forward (D2F)",
         "fused", _block, lambda sizes: sizes.rest,
         Refresh(lambda at: at.end, lambda sizes: sizes.opened, opens="prompt", repeats=False), schedules=("pipeline",),
     ),
     "delayed": CacheOperation(
+        "the keys of blocks that several forwards have found finished, appended one by one (d3LLM)",
         "delayed", _from_block, lambda sizes: sizes.rest, _WHOLE_CANVAS, visibility="full", schedules=("pipeline",),
         reads=("commit_delay",), commits=True, commit_selects=True, grows_stale=True, interval_of="row",
     ),

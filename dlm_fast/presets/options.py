@@ -201,8 +201,8 @@ RULE: dict[str, Reading] = {
 class Part:
     """What a policy makes of the rule.
 
-    rules, caches: those that it goes with; None = any. Caches are told by a fact of their row. sub_blocks: whether it goes with them: what chooses in the whole
-    block,
+    rules, caches: those that it goes with; None = any. Caches are told by a fact of their row. sub_blocks: whether it
+    goes with them: what chooses in the whole block,
         and nothing besides, would wait for positions that may not be written.
     replaces: options that its own decision puts out of use. reads: options that it reads whatever the rule does.
     through: options of the rule through which it acts; its numbers are read where one of them is. numbers: when single

@@ -13,11 +13,42 @@ from .caches import CACHES, CacheOperation, names
 from .options import part_of
 
 VISIBILITIES = ("full", "block")
-SCHEDULES = ("block", "canvas", "pipeline")
-RULES = ("quota", "threshold", "factor", "entropy", "schedule", "bernoulli", "renoise")
-SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
-QUOTAS = ("masks", "block")
-STOPS = ("never", "after_block", "closed", "all_stop", "appends", "fill")
+# What each of an option's names means.
+SCHEDULES = {
+    "block": "one block at a time",
+    "canvas": "everything is one block (Dream)",
+    "pipeline": "several blocks at once, the next appended when the last is filled far enough (D2F)",
+}
+RULES = {
+    "quota": "a fixed number of positions: the block spread over `steps_per_block` steps",
+    "threshold": "every position whose score is above `threshold`, and `min_unmask` at least (the quota if that is "
+    "None)",
+    "factor": "the rank-aware threshold of Fast-dLLM: the more positions pass, the lower it is",
+    "entropy": "positions in order while their entropies fit a budget of `entropy_bound` nats (EB-Sampler)",
+    "schedule": "the share of the masks by which a time that falls from 1 to `schedule_eps` shrinks, one at least",
+    "bernoulli": "each position with that share as its probability (Dream)",
+    "renoise": "there are no masks: positions within the entropy budget get tokens, all others new random ones",
+}
+SCORES = {
+    "confidence": "probability of the token that is predicted or drawn",
+    "margin": "top-1 minus top-2 probability",
+    "neg_entropy": "minus the entropy in nats",
+    "random": "a number drawn for each position",
+    "position": "the leftmost position first",
+}
+QUOTAS = {
+    "masks": "the masks that the block holds when it is opened (LLaDA's num_transfer_tokens)",
+    "block": "the block's full length, also where it begins with the end of the prompt (SDAR, LLaDA2)",
+}
+STOPS = {
+    "never": "a row ends with its canvas",
+    "closed": "once a written EOS has nothing masked before it",
+    "after_block": "after the block in which an EOS was written",
+    "all_stop": "after a block of nothing but EOS",
+    "appends": "a written EOS bars further blocks of a pipeline (D2F)",
+    "fill": "the first written EOS fills the rest of the canvas; of full visibility, masks before it then see it "
+    "(d3LLM)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,74 +56,55 @@ class Preset:
     """One decoder: a validated choice of visibility, schedule, cache operation, unmask rule, policies and stop rule.
 
     Attributes:
-        name, source: as published.
+        name: as published.
+        source: the paper.
         exactness: what its tokens equal, and relative to what; begins with "exact" or "approximate".
-        visibility: the model visibility it decodes ("full" or "block").
-        needs: what it needs beyond an ordinary checkpoint, e.g. weights trained for it; "" = nothing.
+        visibility: the model visibility that it decodes, "full" or "block" (`DiffusionConfig.visibility`).
+        cache: what is kept between forwards, a row of `presets.caches.CACHES`.
+        rule: which masked positions of the block a step writes (`RULES`).
+        needs: what it needs beyond an ordinary checkpoint, such as weights that were trained for it; "" = nothing.
 
-        schedule: "block": one block at a time. "canvas": everything is one block (Dream). "pipeline": several blocks at
-            once; the next is appended when the last is filled to `append_threshold`, and must write a token per step
-            when the one before it is filled to `activate_threshold` (D2F).
+        schedule: how many blocks are decoded at once (`SCHEDULES`).
         block_length: positions denoised together; None = the model's own, or the whole generation where it has none.
         sub_block_length: only the leftmost sub-block with masks is written (Fast-dLLM v2); None = no sub-blocks.
+        causal_commit: whether prefill and commit forwards are causal (NBDiff).
+        first_token: whether prefill and commit forwards predict the token behind them, which opens the next block.
+        sub_block_cache: whether later steps of a sub-block recompute nothing else, on the block's older keys.
+        horizon: positions behind the block that a denoise step sees; None = all.
+        keep_last: whether it sees the canvas's last position besides.
+        scatter_suffix: whether positions of the horizon are dropped at random, the farther the likelier (DPad).
+        vicinity: positions on either side of the block that a denoise step recomputes with it.
+        warmup_steps: a row's first forwards whose keys nobody reads; the one after them is of everything too (dInfer).
+        refresh_interval: every n-th step of a block is a forward of everything, counted from its first; None = only
+            that.
+        commit_delay: forwards that must have found a block finished before it is appended to the cache (d3LLM).
+        append_threshold: filled share of the last block at which a pipeline appends the next one.
+        activate_threshold: filled share of the block before at which a block must write a token every step.
 
-        cache: what is kept between forwards.
-            "none": the whole canvas is recomputed (C0).
-            "prefix": at the start of a block, a forward of everything; then keys before the block are kept (C3).
-            "dual": the same, and keys after the block are kept too, the block's own replaced (C3 + C4).
-            "once": a forward of everything at the start of the row; keys of a finished block stay as its last step left
-                them.
-            "scattered": a forward of everything every `refresh_interval` steps; between, positions that were decoded at
-                least two steps ago are not recomputed (dKV-Cache).
-            "commit": finished blocks are appended by a forward of their own; exact for block-causal models (C1).
-            "fused": finished blocks are appended by the next denoise forward (C2). "delayed": by one too, a block at a
-                time, after `commit_delay` forwards that found it finished and all before it appended; until then
-                forwards are of everything. The prompt is appended by the `commit_delay`-th (C5). Both are a pipeline's.
-        causal_commit: prefill and commit forwards are causal (NBDiff). seeded: they predict the token after them.
-        sub_block_cache: later steps of a sub-block recompute only it, on the block's older keys.
-        horizon: denoise steps see at most so many positions after the block; None = all. keep_last: and the canvas's
-            last one.
-        scatter_suffix: of those, each is kept with a probability that falls with its distance, drawn anew per block
-            (DPad).
-        vicinity: with "dual", denoise steps recompute so many positions on either side of the block too.
-        warmup_steps: the row's first forwards of everything whose keys nobody reads, as dInfer's warmup_times counts
-            them; the one after them is of everything too, so that warmup_steps + 1 are. 0 = none but a block's first.
-        refresh_interval: every n-th step of a block, from its first on, is a forward of everything too; of "delayed",
-            every forward whose number in the row, from 1, is a multiple of n, unless it appends. None = only a block's
-            first.
-
-        rule: which masked positions of the block a step writes.
-            "quota": a fixed number: the block spread over `steps_per_block` steps (`quota_of`).
-            "threshold": score > `threshold` (>= if `inclusive`), and at least `min_unmask`, or the quota if None.
-            "factor": Fast-dLLM's rank-aware threshold; "entropy": EB-Sampler's budget `entropy_bound` in nats.
-            "schedule": floor(masks * (1 - t' / t)) positions, t falling linearly from 1 to `schedule_eps` in
-                `steps_per_block` steps, at least one unless `strict_reference`. "bernoulli": each position with that
-                probability (Dream).
-            "renoise": there are no masks: positions within `entropy_bound` receive their tokens, all others new random
-                ones (uniform-noise models; `generate` refuses it until a model family has them).
-        score: what is tested: "confidence" (probability of the drawn token), "margin" (top-1 minus top-2 probability),
-            "neg_entropy", "random", or "position" (leftmost first). rank: what orders positions; None = score.
+        score: what the rule tests (`SCORES`).
+        rank: what orders positions; None = the score.
         order_temperature: above 0, positions are drawn by softmax(rank / order_temperature) instead of taken in order.
-        run_threshold: besides, the best of every run of adjacent masks is written if its score is above this; None =
+        threshold: of rule "threshold".
+        inclusive: whether a score equal to the threshold passes; of "entropy", whether a sum equal to the budget does
             not.
-        steps_per_block: of the quota; None = one token per step.
-        quota_of: what is spread over them, the first steps taking one more where it does not divide. "masks": those
-            that the block holds when it is opened (LLaDA's num_transfer_tokens). "block": its full length, also where
-            it begins with the end of the prompt; a step writes the masks that are left at most (SDAR, LLaDA2).
-        scope: of a pipeline's forced tokens, "each" or "first" block.
-        tempered: statistics are those of the tempered, filtered distribution that is drawn from (Dream, SDAR), not of
-            the model's.
-        top_k_first: order of generate's filters. greedy_filters: they hold at temperature 0 too (Dream, D2F, RCR):
-            the token is the same, but confidences rise, so that thresholds pass sooner. Else filters are for draws.
-        suppress_eos: predicted EOS tokens are ranked last.
-        cfg_scale: classifier-free guidance against a copy without the given tokens; 0 = off.
+        factor: of rule "factor".
+        entropy_bound: of rules "entropy" and "renoise", in nats.
+        run_threshold: the best position of a run of adjacent masks is written above this score besides; None = it is
+            not.
+        min_unmask: positions that a step writes at least; None = the quota.
+        steps_per_block: steps over which a quota is spread; None = one token per step.
+        quota_of: what is spread, the first steps taking one more where it does not divide (`QUOTAS`).
+        schedule_eps: the time at which rules "schedule" and "bernoulli" end.
+        strict_reference: whether rule "schedule" may write nothing in a step, as published.
+        scope: where a pipeline forces tokens: in "each" active block or in the "first" with masks; None = "each".
+        tempered: whether statistics are those of the tempered, filtered distribution (Dream, SDAR), not of the model's.
+        top_k_first: whether top_k filters before top_p.
+        greedy_filters: whether the filters hold at temperature 0: same token, higher confidence (Dream, D2F, RCR).
+        suppress_eos: whether a predicted EOS is ranked last.
+        cfg_scale: scale of the guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
-        stop: "closed": once a written EOS has nothing masked before it. "after_block": after its block. "all_stop":
-            after a block of nothing but EOS. "never": at the end of the canvas. Pipelines: "appends": an EOS bars
-            further blocks; "fill": it fills the tail. The text ends at the first EOS under each of them; what differs
-            is the cost, and for "fill" with full visibility also the text: masks before the EOS see the filled tail
-            (d3LLM).
+        stop: when a row ends (`STOPS`); its text ends at the first EOS under each, and what differs is the cost.
     """
 
     name: str
@@ -335,7 +347,8 @@ def _check_caches(p: Preset, fail: Any) -> None:
         fail(f"first_token and causal_commit are parts of cache={serving}, got cache={p.cache!r}")
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
-            f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a sub_block_length"
+            f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "
+            "sub_block_length"
         )
     if p.vicinity and "vicinity" not in cache.reads:
         fail(f"vicinity widens cache={names(lambda other: 'vicinity' in other.reads)}, got cache={p.cache!r}")
@@ -355,7 +368,8 @@ def _check_rules(p: Preset, fail: Any) -> None:
     if p.score == "position" and (p.rule in ("threshold", "factor") or p.run_threshold is not None):
         tests = f"rule={p.rule!r}" if p.run_threshold is None else "run_threshold"
         fail(
-            f"{tests} tests a score, and a position is none; to go from the left use rank='position', got score='position'"
+            f"{tests} tests a score, and a position is none; to go from the left use rank='position', got "
+            "score='position'"
         )
     if p.rule in ("schedule", "bernoulli") and p.schedule != "canvas":
         fail(f"rule={p.rule!r} is a schedule over the whole canvas, got schedule={p.schedule!r}")
@@ -417,7 +431,8 @@ def _check_policies(p: Preset, fail: Any) -> None:
             or p.score == "random"
         ):
             fail(
-                "drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, no random order"
+                "drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, "
+                "no random order"
             )
         if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
             fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")

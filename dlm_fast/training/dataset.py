@@ -135,7 +135,8 @@ def _render(path: Path, number: int, record: dict[str, Any], tokenizer: Any) -> 
         _fail(
             path,
             number,
-            "the chat template does not put the answer after the prompt it opens for generation; give prompt_ids and answer_ids",
+            "the chat template does not put the answer after the prompt it opens for generation; give prompt_ids and "
+            "answer_ids",
         )
     return opened, closed[len(opened) :]
 
@@ -197,7 +198,8 @@ def read_dataset(
                 _fail(path, number, f"{name} must not contain the mask id {diffusion.mask_token_id}")
         if not shape.absolute and len(prompt) + shape.block_length > shape.max_length and too_long == "raise":
             _fail(
-                path, number, f"block_length must fit between the prompt and max_length, got block_length={shape.block_length}, "
+                path, number,
+                f"block_length must fit between the prompt and max_length, got block_length={shape.block_length}, "
                 f"a prompt of {len(prompt)} tokens and max_length={shape.max_length}"
             )  # fmt: skip
         needed = shape.needed(len(prompt), len(answer))

@@ -330,7 +330,8 @@ class Distiller:
         metadata = checkpoint.read_metadata(self.checkpoint_path)
         if metadata.get("kind") != KIND:
             raise ValueError(
-                f"distill: out must hold a checkpoint of a distillation to resume, got another one at {self.checkpoint_path}"
+                "distill: out must hold a checkpoint of a distillation to resume, got another one at "
+                f"{self.checkpoint_path}"
             )
         theirs = (
             json.loads(metadata["settings"])

@@ -86,8 +86,9 @@ class DistillSettings:
             raise ValueError(f"distill: {rule}")
 
         for name, allowed in (
-            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)), ("block_alignment", ("rel", "abs", None)),
-            ("optimizer", OPTIMIZERS), ("precision", PRECISIONS), ("dtype", DTYPES), ("attention", (*IMPLEMENTATIONS, None)),
+            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)),
+            ("block_alignment", ("rel", "abs", None)), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS),
+            ("dtype", DTYPES), ("attention", (*IMPLEMENTATIONS, None)),
             ("too_long", ("raise", "drop")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
@@ -144,14 +145,16 @@ class DistillSettings:
 
 
 HELP = {
-    "model": "checkpoint folder of the student, and of the teacher unless --teacher; its config.json needs a dlm section",
+    "model": "checkpoint folder of the student, and of the teacher unless --teacher; its config.json needs a dlm "
+    "section",
     "data": "JSON lines of prompt and answer",
     "out": "folder for checkpoint, log and student",
     "teacher": "another checkpoint folder with the same vocabulary; default: the student's own weights as they were",
     "objective": "forcing: D2F. certainty: dParallel. trajectory: d3LLM (needs an order on every line)",
     "visibility": "of the student; default: block for forcing, else the model's own",
     "block_length": "tokens of a block; default: the model's",
-    "block_alignment": "where blocks begin: rel = at the end of the prompt, abs = at multiples of the length; default: rel for forcing, else the model's own",
+    "block_alignment": "where blocks begin: rel = at the end of the prompt, abs = at multiples of the length; default: "
+    "rel for forcing, else the model's own",
     "hard_targets": "the answer's tokens instead of the teacher's distribution",
     "temperature": "of teacher and student in the soft loss",
     "inverse_rate_weight": "do not divide a token's loss by the masking rate of its block",
@@ -163,7 +166,8 @@ HELP = {
     "entropy_weight": "of certainty and trajectory", "entropy_temperature": "of certainty and trajectory",
     "first_block_length": "of trajectory: block length at the start, growing to --block-length",
     "full_finetune": "train all weights in float32, not LoRA; they are exported in the dtype they are stored in",
-    "lora_rank": "rank of the updates", "lora_alpha": "updates are scaled by alpha / rank", "lora_dropout": "of their input",
+    "lora_rank": "rank of the updates", "lora_alpha": "updates are scaled by alpha / rank", "lora_dropout": "of their "
+    "input",
     "lora_targets": "names of the layers that get LoRA",
     "optimizer": "muon: Muon for the matrices between the layers, AdamW for the rest",
     "lr": "peak rate of AdamW", "muon_lr": "peak rate of Muon", "betas": "of AdamW", "weight_decay": "of both",
@@ -184,7 +188,8 @@ HELP = {
     "save_adapter": "also write the LoRA adapter alone, to OUT/adapter",
 }  # fmt: skip
 CHOICES = {
-    "objective": OBJECTIVES, "visibility": ("full", "block"), "block_alignment": ("rel", "abs"), "optimizer": OPTIMIZERS,
+    "objective": OBJECTIVES, "visibility": ("full", "block"), "block_alignment": ("rel", "abs"),
+    "optimizer": OPTIMIZERS,
     "precision": PRECISIONS, "dtype": DTYPES, "attention": IMPLEMENTATIONS, "too_long": ("raise", "drop"),
 }  # fmt: skip
 TYPES = {

@@ -105,7 +105,8 @@ def token_loss(student: Tensor, targets: Tensor, teacher: Tensor | None, *, temp
         return F.cross_entropy(student.float(), targets, reduction="none")
     if teacher.shape != student.shape:
         raise ValueError(
-            f"distill: teacher and student must have the same vocabulary, got {teacher.shape[-1]} and {student.shape[-1]}"
+            f"distill: teacher and student must have the same vocabulary, got {teacher.shape[-1]} and "
+            f"{student.shape[-1]}"
         )
     wanted = torch.softmax(teacher.float() / temperature, -1)
     return -(wanted * torch.log_softmax(student.float() / temperature, -1)).sum(-1) * temperature**2

@@ -73,7 +73,8 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
 
     def fail(what: str, ours: Any, theirs: Any) -> None:
         raise VocabularyError(
-            f"distill: teacher and student must have the same vocabulary; {what} of the teacher {names[1]} is {theirs}, "
+            f"distill: teacher and student must have the same vocabulary; {what} of the teacher {names[1]} is "
+            f"{theirs}, "
             f"of the student {names[0]} {ours}"
         )
 

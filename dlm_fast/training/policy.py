@@ -307,7 +307,8 @@ def train(
     report["check"] = [accuracy(head, s, head.accept_threshold) for s in check]
     kept_fulls = [fulls[sample.prompt] for sample in held]
     report["one token per step"] = {
-        "exact_match": sum(full.right for full in kept_fulls) / len(held), "nfe": sum(full.nfe for full in kept_fulls) / len(held)
+        "exact_match": sum(full.right for full in kept_fulls) / len(held),
+        "nfe": sum(full.nfe for full in kept_fulls) / len(held),
     }  # fmt: skip
     report["fast-dllm 0.9"] = quality(model, held, preset="fast-dllm", **common)
     return head, report
@@ -355,7 +356,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"round {number}: {row['states']} states more, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}")
     for where, a in zip(("full decodes", *("its own path",) * args.rounds), report["check"]):
         print(
-            f"kept prompts, {where}: precision {a['precision']:.4f}, recall {a['recall']:.4f} (final {a['base_rate']:.3f}), "
+            f"kept prompts, {where}: precision {a['precision']:.4f}, recall {a['recall']:.4f} (final "
+            f"{a['base_rate']:.3f}), "
             f"loss {a['loss']:.4f} (of always saying that share {a['base_loss']:.4f})"
         )
     for value, row in report["by_threshold"].items():

@@ -153,7 +153,8 @@ class Trainer:
         metadata = checkpoint.read_metadata(self.checkpoint_path)
         if "batches" not in metadata:
             raise ValueError(
-                f"training: out must hold a checkpoint of a pretraining to resume, got another one at {self.checkpoint_path}"
+                "training: out must hold a checkpoint of a pretraining to resume, got another one at "
+                f"{self.checkpoint_path}"
             )
         theirs = json.loads(metadata["settings"])
         # A block-causal prompt is isolated anyway: a run forks into its two endings where that objective ends.
