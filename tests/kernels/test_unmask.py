@@ -20,7 +20,8 @@ from unmask_cases import (
     random_case,
 )
 
-from dlm_kernels import RowState, UnmaskRule, reference
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
+from dlm_kernels.checks.unmask import LANES, ROWS
 from dlm_kernels.reference.select import quota, select
 from dlm_kernels.reference.written import check_written
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
@@ -427,6 +428,12 @@ def test_memory_is_shared_by_where_tensors_begin_and_not_by_their_count_of_eleme
     check_written("op", {"a": longs[4:6], "b": ints[4:6]})  # from byte 32 and from byte 16
     with pytest.raises(ValueError, match="^op: a and b are written in place and must not share memory"):
         check_written("op", {"a": longs[2:4], "b": ints[4:6]})  # both from byte 16
+
+
+def test_every_input_is_checked_as_lanes_or_rows_and_described():
+    names = [field.name for field in dataclasses.fields(UnmaskInputs)]
+    assert {*LANES, *ROWS} == {*names} - {"mask_id", "stop_ids"} and not {*LANES} & {*ROWS}
+    assert all(f"\n        {name}: " in UnmaskInputs.__doc__ for name in names)
 
 
 def row_with(args: dict[str, object]) -> Case:

@@ -33,9 +33,10 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
 
     A selecting row, in this order:
 
-        failed    A lane whose statistics are needed has stat_error != 0: ERROR_LOGITS, DONE, and nothing is written.
-                  So does a row that has taken max_steps: ERROR_STALLED. Needed are the eligible lanes; with rule.edit
-                  or rule.remask also the written lanes of the region, with `exits` also every masked lane.
+        failed    The row is DONE and nothing is written, if a lane whose statistics are needed has stat_error != 0
+                  (ERROR_LOGITS) or else if the row has taken max_steps (ERROR_STALLED). Needed are the eligible lanes;
+                  with rule.edit or rule.remask also the written lanes of the region, with `exits` also every masked
+                  lane.
         chosen    `select` among the masked, allowed lanes of the region (rule.renoise: among all its lanes); rule.edit
                   adds its edits.
         exits     An exiting row writes every masked lane of its canvas instead, inside the region or not
