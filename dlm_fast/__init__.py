@@ -1,8 +1,10 @@
 """dlm-fast: fast, exact decoding of diffusion language models on your own GPU.
 
-model = dlm_fast.load("tiny-full")
-out = dlm_fast.generate(model, [[{"role": "user", "content": "Add 398 and 904"}]], preset="fast-dllm",
-max_new_tokens=64) out.text[0], out.nfe[0]
+Three lines decode a prompt:
+
+    model = dlm_fast.load("tiny-full")
+    out = dlm_fast.generate(model, [[{"role": "user", "content": "Add 398 and 904"}]], preset="fast-dllm")
+    out.text[0], out.nfe[0]
 """
 
 import importlib.util as _util
@@ -19,7 +21,7 @@ if "dlm_kernels" not in _sys.modules and _sibling.is_file():
 
 from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
-from .files import CheckpointError
+from .files import CheckpointError  # noqa: E402
 from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
 from .loading import load  # noqa: E402
 from .ops import REFERENCE, Ops, triton_ops  # noqa: E402

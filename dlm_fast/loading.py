@@ -54,7 +54,10 @@ def weight_files(path: Path) -> list[Path]:
     others = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if others:
-        found = f"; it has {', '.join(others)}, and weights are model.safetensors, or shards with a model.safetensors.index.json"
+        found = (
+            f"; it has {', '.join(others)}, and weights are model.safetensors, or shards with a "
+            "model.safetensors.index.json"
+        )
     elif pickles:
         found = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
     raise CheckpointError(f"load: {path} has no *.safetensors weights{found}")

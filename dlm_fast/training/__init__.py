@@ -5,8 +5,9 @@ policies.
     python -m dlm_fast.training samples --out runs/samples.jsonl --n 150000
     python -m dlm_fast.training distill --model runs/full --data runs/samples.jsonl --out runs/block --block-length 8
     python -m dlm_fast.training policy --kind filter --model runs/full --out runs/filter.safetensors
-    python -m dlm_fast.training trajectories --model runs/full --data runs/samples.jsonl --out runs/ordered.jsonl
-    --block-length 8 python -m dlm_fast.training curves runs/full/log.jsonl --out curves.png
+    python -m dlm_fast.training trajectories --model runs/full --data runs/samples.jsonl --out runs/ordered.jsonl \\
+        --block-length 8
+    python -m dlm_fast.training curves runs/full/log.jsonl --out curves.png
 
 Every run ends with safetensors; pretraining and distillation go on from their last checkpoint with --resume. From
 Python: `dlm_fast.training.distill.Distiller(DistillSettings(...)).run()`, and `dlm_fast.training.policy.train`.

@@ -1,6 +1,6 @@
 """Loss and accuracy of training runs as a picture, from their logs.
 
-python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png
+It is drawn by `python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Noise and losses of the distillations: D2F's asymmetric one, certainty forcing, and pseudo-trajectories.
 
-    forcing     Discrete diffusion forcing (D2F, arXiv:2508.09192): every block of the answer is masked at its own rate, rates do
-                not fall from block to block, and a block-causal student imitates a full-attention teacher on the same
-                canvas.
+    forcing     Discrete diffusion forcing (D2F, arXiv:2508.09192): every block of the answer is masked at its own rate,
+                rates do not fall from block to block, and a block-causal student imitates a full-attention teacher on
+                the same canvas.
     certainty   Certainty-forcing distillation (dParallel, arXiv:2509.26488): half of the answer masked, the other half
                 in a second copy; cross-entropy, and the entropy of the tokens that are right already.
     trajectory  Pseudo-trajectory distillation (d3LLM): a block masked in the order in which a teacher filled it.
@@ -97,7 +97,8 @@ def token_loss(student: Tensor, targets: Tensor, teacher: Tensor | None, *, temp
     """Cross-entropy of each token, [N] fp32: against the teacher's distribution, or against the target where there is
     no teacher.
 
-        soft    -sum_v softmax(teacher / T)_v log softmax(student / T)_v * T^2        hard    -log softmax(student)_target
+        soft    -sum_v softmax(teacher / T)_v log softmax(student / T)_v * T^2
+        hard    -log softmax(student)_target
 
     student, teacher: logits [N, V]. targets: [N]. T^2 keeps the size of the gradient (Hinton et al., arXiv:1503.02531).
     """
@@ -144,7 +145,7 @@ def certainty_loss(
     entropy_temperature: float,
     scale: float,
 ) -> Tensor:
-    """scale * sum over the two complementary halves of  (mean CE + entropy_weight * mean entropy of the tokens that are right).
+    """scale * sum over both complementary halves of (mean CE + entropy_weight * mean entropy of the right tokens).
 
     A token is right if the student's top token is the target; the entropy is that of softmax(student /
     entropy_temperature), nats.

@@ -8,8 +8,8 @@ A head that writes several tokens a step visits states that one token per step n
 the head decodes the same prompts, and its states up to the first token that differs from the full decode join the first
 ones (after DAgger, Ross et al. 2011).
 
-    python -m dlm_fast.training policy --kind filter --model tiny-full --out
-    dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
+    python -m dlm_fast.training policy --kind filter --model tiny-full \\
+        --out dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
 """
 
 from __future__ import annotations

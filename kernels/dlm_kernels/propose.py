@@ -1,7 +1,7 @@
 """Entries for the tile table, proposed by compiling candidates: what fits, without a GPU.
 
-    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 [--set
-    BLOCK_M=64,128] [--jobs N]
+    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 \\
+        [--set BLOCK_M=64,128] [--jobs N]
 
 A candidate is a shipped configuration with other tile numbers. What the machine code shows decides: nothing that spills
 or exceeds a target's shared memory is proposed; of the rest, the instruction it was designed for, then the warps that

@@ -7,11 +7,9 @@ loads or stores is remembered, and two accesses to one address, at least one of 
 is known:
 
 - Programs. Nothing orders two programs of one launch. An address that one stores, another may neither load nor store,
-were it the
-  same value.
+  were it the same value.
 - Barriers. Inside a program `tl.debug_barrier` orders all that precedes it before all that follows, and nothing else
-does:
-  reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile
+  does: reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile
   that lies in one warp needs none.
 - Threads. Each thread sees its own accesses in order.
   A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with

@@ -1,6 +1,6 @@
 """Decoders that change what they wrote (LLaDA2.1, LLaDA2.2).
 
-Bie et al. (LLaDA2.1) arXiv:2602.08676; LLaDA2.2, as served.
+Sources: Bie et al. (LLaDA2.1) arXiv:2602.08676; LLaDA2.2, as served.
 """
 
 from __future__ import annotations

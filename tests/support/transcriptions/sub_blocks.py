@@ -1,7 +1,7 @@
-"""Decoders made from an autoregressive model: a position is predicted by the row before it, and a commit seeds the next
-block.
+"""Decoders made from an autoregressive model: a position is predicted by the row before it, and a commit predicts the
+next block's first token.
 
-Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776.
+Sources: Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776.
 """
 
 from __future__ import annotations
