@@ -3,10 +3,10 @@
     python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 \\
         [--set BLOCK_M=64,128] [--jobs N]
 
-A candidate is a shipped configuration with other tile numbers. What the machine code shows decides: nothing that spills
-or exceeds a target's shared memory is proposed; of the rest, the instruction it was designed for, then the warps that
-an SM can hold. Among the first few only a GPU can tell, so a proposal is where to begin a measurement and not its
-result.
+A candidate is a shipped configuration with other tile numbers, and its machine code decides. Nothing that spills or
+exceeds a target's shared memory is proposed. The others are ordered by the instruction that they were designed for,
+then by the warps that an SM can hold. Only a GPU can tell the first few apart, so a proposal is where a measurement
+begins, not its result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from . import static
 from .static import CompileCase, CompileResult
 
-# Per kernel, the numbers that a table entry consists of and the values worth trying.
+# For each kernel, the numbers that a table entry consists of and the values worth trying.
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "attention": {
         "BLOCK_M": (16, 32, 64, 128),
@@ -32,13 +32,13 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
-    "confidence": {"LANES": (256, 512, 1024, 2048), "num_warps": (4, 8, 16), "num_stages": (1,)},
+    "confidence": {"COLUMNS": (256, 512, 1024, 2048), "num_warps": (4, 8, 16), "num_stages": (1,)},
     "unmask": {"num_warps": (1, 2, 4, 8, 16, 32)},
 }
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
-# Of one SM: shared memory in KiB and resident warps (CUDA C++ Programming Guide, "Compute Capabilities"). 65,536
-# registers everywhere.
+# What one SM has: shared memory in KiB, resident warps (CUDA C++ Programming Guide, "Compute Capabilities") and, on
+# every target, 65,536 registers.
 SM_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 SM_REGISTERS = 65536
@@ -49,9 +49,11 @@ class Proposal:
     """One candidate and what its machine code shows.
 
     Attributes:
-        numbers: the entry's numbers by name. result: of `static.compile_case`, None if it does not compile.
-        reason: why it must not ship, or why it does not compile; empty if it may.
-        programs: that fit on one SM at once, by registers, warps and shared memory. warps: theirs together.
+        numbers: the entry's numbers by name.
+        result: what `static.compile_case` says of the candidate, None if that does not compile.
+        reason: why the candidate must not ship, or why it does not compile; empty if it may ship.
+        programs: programs that fit on one SM at once, by registers, warps and shared memory.
+        warps: the warps of those programs together.
     """
 
     numbers: Mapping[str, int]
@@ -66,7 +68,7 @@ class Proposal:
 
 
 def candidates(case: CompileCase, axes: Mapping[str, Sequence[int]]) -> list[tuple[dict[str, int], CompileCase]]:
-    """`case` with every combination of numbers. Raises ValueError for a number that is not the kernel's."""
+    """`case` with every combination of numbers. Raises ValueError for a number that the kernel does not have."""
     for name in axes:
         if name not in LAUNCH_OPTIONS and name not in case.constexprs:
             raise ValueError(
@@ -77,12 +79,14 @@ def candidates(case: CompileCase, axes: Mapping[str, Sequence[int]]) -> list[tup
         numbers = dict(zip(axes, values))
         options = {name: numbers[name] for name in LAUNCH_OPTIONS if name in numbers}
         constexprs = case.constexprs | {name: value for name, value in numbers.items() if name not in LAUNCH_OPTIONS}
-        if "LANES" in numbers:  # what one trip consumes, and how many trips a vocabulary takes, follow from it
+        if "COLUMNS" in numbers:  # decides what a trip of the loop consumes, and how many trips a vocabulary takes
             elements = (
                 case.elements_per_iteration
-                and case.elements_per_iteration * numbers["LANES"] // case.constexprs["LANES"]
+                and case.elements_per_iteration * numbers["COLUMNS"] // case.constexprs["COLUMNS"]
             )
-            constexprs["COLUMN"] = max(1, case.constexprs["COLUMN"] * case.constexprs["LANES"] // numbers["LANES"])
+            constexprs["COLUMN_TILES"] = max(
+                1, case.constexprs["COLUMN_TILES"] * case.constexprs["COLUMNS"] // numbers["COLUMNS"]
+            )
             options["elements_per_iteration"] = elements
         made.append((numbers, dataclasses.replace(case, constexprs=constexprs, **options)))
     return made
@@ -95,7 +99,7 @@ def _numbers(case: CompileCase) -> list[str]:
 def residency(result: CompileResult, num_warps: int) -> int:
     """Programs of this machine code that one SM holds at once."""
     capability = int(result.target.removeprefix("sm_"))
-    # Registers are handed out to a warp in units of 256.
+    # A warp gets its registers in units of 256.
     per_warp = -(-result.registers * 32 // 256) * 256
     by_registers = SM_REGISTERS // per_warp // num_warps
     by_shared = SM_SHARED[capability] * 1024 // max(1, result.shared_bytes)
@@ -106,7 +110,7 @@ def judged(numbers: dict[str, int], case: CompileCase, capability: int) -> Propo
     """A candidate, compiled."""
     try:
         result = static.compile_case(case, capability)
-    except RuntimeError as error:  # a tile that Triton refuses is an answer
+    except RuntimeError as error:  # that Triton refuses a tile is an answer too
         return Proposal(numbers, None, " ".join(str(error).split())[:160])
     broken = [text.partition(": ")[2] for text in static.violations([result])]
     if broken:
@@ -116,7 +120,7 @@ def judged(numbers: dict[str, int], case: CompileCase, capability: int) -> Propo
 
 
 def ranked(proposals: Sequence[Proposal], mma: str) -> list[Proposal]:
-    """What may ship first, by designed instruction, instructions per element, resident warps; what may not, last."""
+    """What may ship comes first, by designed instruction, instructions per element and resident warps."""
 
     def key(proposal: Proposal) -> tuple:
         result = proposal.result
@@ -133,8 +137,8 @@ def propose(
     """Compiles the candidates of one shipped configuration, best first.
 
     Args:
-        kernel, config: names of a shipped configuration (`dlm-fast compile-report` lists them). axes: replaces AXES of
-            the kernel, number by number.
+        kernel, config: names of a shipped configuration (`dlm-fast compile-report` lists them).
+        axes: replaces the kernel's AXES, number by number.
     Raises:
         ValueError: unknown kernel, config or number.  RuntimeError: as static.compile_case.
     """
@@ -152,16 +156,16 @@ def propose(
         name: values for name, values in AXES.get(kernel, {}).items() if name in (*case.constexprs, *LAUNCH_OPTIONS)
     }
     tasks = [(numbers, candidate, capability) for numbers, candidate in candidates(case, {**chosen, **(axes or {})})]
-    own = judged({}, case, capability)
+    shipped_one = judged({}, case, capability)
     if jobs <= 1:
         found = [judged(*task) for task in tasks]
     else:
-        # Cases hold functions that do not pickle: a forked child finds them by their place in the list.
+        # Cases hold functions that do not pickle, so a forked child finds a case by its place in the list.
         global _TASKS
         _TASKS = tasks
         with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
             found = list(pool.map(_task, range(len(tasks))))
-    return case, ranked(found, own.result.mma if own.result else "none")
+    return case, ranked(found, shipped_one.result.mma if shipped_one.result else "none")
 
 
 _TASKS: list[tuple[dict[str, int], CompileCase, int]] = []
@@ -227,5 +231,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The module under its own name, as in static: kernel modules and worker processes import that one.
+    # The module runs under its own name, as in static: kernel modules and worker processes import that one.
     sys.exit(importlib.import_module("dlm_kernels.propose").main())

@@ -12,8 +12,9 @@ import dataclasses
 
 import torch
 
-# Compute capability (90 for 9.0) of every GPU that the kernels run on: the one whose tiles it runs, compiled for its
-# own target. Those that borrow have the tensor cores of the lender's family and at least its shared memory.
+# Compute capability (90 for 9.0) of every GPU that the kernels run on, and the capability whose tiles it runs. The
+# code is compiled for the GPU's own target. A GPU that borrows tiles has the tensor cores of the lender's family and at
+# least as much shared memory.
 TARGETS = {80: 80, 86: 86, 87: 86, 89: 89, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 
 
@@ -21,18 +22,21 @@ TARGETS = {80: 80, 86: 86, 87: 86, 89: 89, 90: 90, 100: 100, 103: 100, 120: 120,
 class AttentionTile:
     """How one launch cuts the work. BLOCK_N, SPLIT and MAX_SPLITS set the order in which a row's keys are summed.
 
+    The fp32 partial results of a split take rows / SPLIT of the bytes of its 16-bit keys and values, written once and
+    read once: with SPLIT = 512, between 1/16 (32 rows) and 1/4 (128 rows). A batch row of more than PREFILL_ROWS rows
+    is the prefill kernel's, because its products take longer than reading its keys, and because its partial results
+    would cost more than the keys themselves.
+
     Attributes:
-        BLOCK_M: (query, head of the group) rows a program. BLOCK_N: keys an iteration. num_warps, num_stages: launch
-            options.
-        SPLIT: slots a split has at least. The fp32 partial results of a split are rows / SPLIT of the bytes of its
-            16-bit keys and values, written once and read once: with 512, 1/16 (32 rows) to 1/4 (128 rows).
-        MAX_SPLITS: a longer prefix than MAX_SPLITS * SPLIT is cut into splits of two, three, ... times SPLIT.
-        SWAP: keys and head dim, not queries, in the first operand of the products (wgmma wants 64 rows there, and 4
-            warps).
-        PREFILL_ROWS: a batch row of more query rows (queries times heads of a group) is the prefill kernel's: by then
-            its products take longer than its keys, and partial results would cost more than the keys themselves.
-        max_registers: launch option; None leaves the number to ptxas, which for some small tiles prefers spills to
-            fewer programs.
+        BLOCK_M: rows of a program; a row is a query and one of the query heads of the group.
+        BLOCK_N: keys of an iteration.
+        num_warps: launch option.
+        num_stages: launch option.
+        SPLIT: slots that a split has at least.
+        MAX_SPLITS: splits of a prefix at most; a prefix longer than MAX_SPLITS * SPLIT gets splits of 2, 3, ... SPLIT.
+        SWAP: keys and head dim, not queries, are the first operand of the products: wgmma wants 64 rows and 4 warps.
+        PREFILL_ROWS: rows (queries times heads of a group) that a batch row of the split form has at most.
+        max_registers: launch option; None lets ptxas choose, which prefers spills to few programs for small tiles.
     """
 
     BLOCK_M: int
@@ -52,10 +56,10 @@ HEAD_DIMS = (*range(16, 257, 16), 512)
 # fp32 numbers of a tile that a program of the combine merges.
 COMBINE_ELEMENTS = 2048
 
-# By padded head dim: the tile for at most two query heads per KV head, for more, and for the prefill. Never by batch,
-# bucket or capacity: wgmma, mma.sync and the warps of a tile may round differently, so a BLOCK_M that followed the
-# bucket could change bits. Registers are the limit everywhere: zero spills on every target of `compile_cases` with
-# triton 3.6.0 and 3.7.1.
+# By padded head dim: the tile for at most two query heads per KV head, the tile for more, and that of the prefill. A
+# tile is never chosen by batch, bucket or capacity: wgmma, mma.sync and the warps of a tile may round differently, so a
+# BLOCK_M that followed the bucket could change bits. Registers are the limit everywhere; no tile spills on a target of
+# `compile_cases` with triton 3.6.0 and 3.7.1.
 _SM_90_TILES = {
     16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
@@ -73,7 +77,7 @@ _SM_100_TILES = {
     256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
     512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
 }
-# mma.sync and, but for sm_80, 99 KB of shared memory.
+# These targets have mma.sync and, but for sm_80, 99 KB of shared memory.
 _MMA_SYNC_TILES = {
     16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2), AttentionTile(128, 32, 8, 2, max_registers=255)),
     32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4, max_registers=255)),
@@ -85,7 +89,7 @@ _MMA_SYNC_TILES = {
 _SM_80_TILES = _MMA_SYNC_TILES | {
     128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))
 }
-# float32 multiplies without tensor cores ("ieee"): for tests and tiny models.
+# float32 multiplies without tensor cores ("ieee"); these tiles are for tests and tiny models.
 _FLOAT32_TILES = {
     16: (AttentionTile(16, 32, 4, 2, max_registers=255),) * 3,
     32: (AttentionTile(16, 32, 4, 2, max_registers=255),) * 3,
@@ -122,7 +126,7 @@ def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: 
 
 
 def attention_prefill_tile(capability: int, *, D: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
-    """The tile of the prefill kernel, of which SPLIT, MAX_SPLITS, SWAP and PREFILL_ROWS mean nothing."""
+    """The tile of the prefill kernel, for which SPLIT, MAX_SPLITS, SWAP and PREFILL_ROWS mean nothing."""
     return _attention_tile(capability, D, dtype, fp8, 2)
 
 
@@ -136,28 +140,37 @@ def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, plac
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceTile:
-    """LANES x (16 bytes of logits) are consumed a trip, PART_TILES (a power of 2) such tiles are a part, whose sums are
-    its own. A row's sums depend on all of it, so the choice looks at the GPU, the dtype and the arguments' presence and
-    never at the number of rows."""
+    """How a program of `confidence` reads a row of logits.
 
-    lanes: int
+    The order of a row's sums follows from every field, so a tile is chosen by the GPU, the dtype and the presence of
+    arguments, and never by the number of rows.
+
+    Attributes:
+        columns: columns that a vocabulary is dealt to; one trip of the loop reads 16 bytes of logits for each of them.
+        num_warps: launch option.
+        num_stages: launch option.
+        part_tiles: trips of the loop that make a part, which has sums of its own; a power of 2.
+        max_registers: launch option; None lets ptxas choose.
+    """
+
+    columns: int
     num_warps: int
     num_stages: int = 1
     part_tiles: int = 4
     max_registers: int | None = None
 
 
-# (compute capability, bytes of a logit): tile. On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a thread, on
-# sm_120 also with 16 warps. Parts are 16,384 ids everywhere: 8 programs a row of LLaDA's or Dream's vocabulary, 256 or
-# more for 32 rows.
+# The tile by (compute capability, bytes of a logit). On sm_100 and sm_120 ptxas spills with 4 groups of 8 logits a
+# thread, and on sm_120 also with 16 warps. Parts are 16,384 ids everywhere, which gives 8 programs to a row of LLaDA's
+# or Dream's vocabulary and 256 or more to 32 rows.
 CONFIDENCE_TILES = {
-    **{(capability, 2): ConfidenceTile(lanes=1024, num_warps=8, part_tiles=2) for capability in (80, 86, 89, 90)},
-    **{(capability, 4): ConfidenceTile(lanes=1024, num_warps=8) for capability in (80, 86, 89, 90)},
-    (100, 2): ConfidenceTile(lanes=1024, num_warps=16, part_tiles=2),
-    (120, 2): ConfidenceTile(lanes=512, num_warps=8),
-    **{(capability, 4): ConfidenceTile(lanes=1024, num_warps=8) for capability in (100, 120)},
+    **{(capability, 2): ConfidenceTile(columns=1024, num_warps=8, part_tiles=2) for capability in (80, 86, 89, 90)},
+    **{(capability, 4): ConfidenceTile(columns=1024, num_warps=8) for capability in (80, 86, 89, 90)},
+    (100, 2): ConfidenceTile(columns=1024, num_warps=16, part_tiles=2),
+    (120, 2): ConfidenceTile(columns=512, num_warps=8),
+    **{(capability, 4): ConfidenceTile(columns=1024, num_warps=8) for capability in (100, 120)},
 }
-# Warps of a call with "kl" or a bias where it differs from the tile's: with 8, the ptxas of Triton 3.6 spills there.
+# Warps of a call with "kl" or a bias, where 8 are too few: the ptxas of Triton 3.6 spills with them.
 _KL_WARPS = {100: 16}
 _BIAS_WARPS = {120: 16}
 # Parts of a row at most: `_merge_kernel` holds a value of each in the registers of one warp.
@@ -165,6 +178,7 @@ CONFIDENCE_PARTS = 32
 
 
 def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool) -> ConfidenceTile:
+    """The tile of a call on a GPU; `capability` is a value of TARGETS, `itemsize` the bytes of a logit."""
     tile = CONFIDENCE_TILES[capability, itemsize]
     warps = max(tile.num_warps, _KL_WARPS.get(capability, 0) * kl, _BIAS_WARPS.get(capability, 0) * biased)
     # Left alone, ptxas spills some of "kl" and of a bias to make room for more programs.
@@ -173,32 +187,45 @@ def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool) -> C
 
 def confidence_parts(V: int, tile: ConfidenceTile, itemsize: int) -> tuple[int, int]:
     """(tiles of a part, parts) of a vocabulary of V ids. Larger vocabularies than 32 parts hold have larger parts."""
-    return _parts(-(-V * itemsize // (16 * tile.lanes)), tile.part_tiles, CONFIDENCE_PARTS)
-
-
-def _parts(tiles: int, part_tiles: int, most: int) -> tuple[int, int]:
-    while part_tiles * most < tiles:
+    tiles, part_tiles = -(-V * itemsize // (16 * tile.columns)), tile.part_tiles
+    while part_tiles * CONFIDENCE_PARTS < tiles:
         part_tiles *= 2
     return part_tiles, -(-tiles // part_tiles)
 
 
+def confidence_column_tiles(V: int, tile: ConfidenceTile, itemsize: int) -> int:
+    """Tiles that a column crosses from the first id to the last one of a vocabulary, rounded up to a power of 2."""
+    return 1 << (-(-V * itemsize // (16 * tile.columns)) - 1).bit_length()
+
+
+def log2_slots(parts: int) -> int:
+    """Logarithm of the least power of 2 that holds the parts."""
+    return (parts - 1).bit_length()
+
+
 @dataclasses.dataclass(frozen=True)
 class UnmaskTile:
-    """BLOCK_W lanes of a row, all in registers; or, with BLOCK_T, read again and again from memory in tiles of BLOCK_T
-    lanes."""
+    """How a program of `unmask` holds the lanes of a row: all of them in registers, or in memory, read tile by tile.
+
+    Attributes:
+        BLOCK_W: lanes that a row has at most.
+        num_warps: launch option.
+        BLOCK_T: lanes of a tile that is read from memory again and again; None keeps all lanes in registers.
+    """
 
     BLOCK_W: int
     num_warps: int
     BLOCK_T: int | None = None
 
 
-# The narrowest that holds the lanes is used. One warp needs no barrier; in registers, wide tiles are bound by the sort,
-# whose 64-bit keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 (the entropies),
-# in 128 registers a thread.
+# The narrowest tile that holds the lanes is used. One warp needs no barrier. In registers, wide tiles are bound by the
+# sort, whose 64-bit keys and partners must stay there. From memory, a choice keeps 32 bits of a lane, or 96 with the
+# entropies, in 128 registers a thread.
 UNMASK_TILES = (UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), UnmaskTile(8192, 16, 1024))
 
 
 def unmask_tile(W: int) -> UnmaskTile:
+    """The tile of a call with W lanes a row."""
     return next(tile for tile in UNMASK_TILES if W <= tile.BLOCK_W)
 
 
@@ -207,4 +234,5 @@ DRAFTS_TILES = ((32, 1), (256, 4), (1024, 8))
 
 
 def drafts_tile(W: int) -> tuple[int, int]:
+    """The tile of a call with W lanes a row."""
     return next((tile for tile in DRAFTS_TILES if W <= tile[0]), DRAFTS_TILES[-1])

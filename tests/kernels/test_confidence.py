@@ -17,8 +17,8 @@ triton = pytest.importorskip(
 )
 import triton.language as tl
 from confidence_cases import (
+    COLUMNS,
     FLOATS,
-    LANES,
     STATISTICS,
     assert_equals_reference,
     assert_identical,
@@ -43,8 +43,7 @@ def fast():
         yield
 
 
-# -- hand-worked
-# -------------------------------------------------------------------------------------------------------------
+# Hand-worked.
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -122,8 +121,7 @@ def test_a_row_that_is_not_needed_is_not_read(op, device) -> None:
     assert all(getattr(result, name).tolist()[::2] == [0, 0] for name in FLOATS)
 
 
-# -- the reference equals an independent transcription
-# --------------------------------------------------------------------------
+# The reference equals an independent transcription.
 
 
 def transcription(row: Tensor, banned: set[int], temperature: float) -> tuple[int, int, float, float, float, float]:
@@ -167,18 +165,17 @@ def test_soft_cap_is_applied_before_the_temperature() -> None:
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name))
 
 
-# -- the kernel equals the reference
-# ---------------------------------------------------------------------------------------------
+# The kernel equals the reference.
 
 
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("V", [2, 97, 1023, 1024, 1025, 4097])
-def test_kernel_equals_reference_across_tiles(V, lanes, device) -> None:
-    lanes = 128 if V > 1025 and lanes < 1024 else lanes  # the interpreter pays per tile
+def test_kernel_equals_reference_across_tiles(V, columns, device) -> None:
+    columns = 128 if V > 1025 and columns < 1024 else columns  # the interpreter pays per tile
     logits = torch.randn(2, V, device=device) * 4
     arguments = everything(2, V, device, greedy_every=2) | {"banned": torch.randint(-1, V, (2, 2), device=device)}
     arguments["banned"][0] = logits[0].topk(2).indices if V > 2 else -1
-    assert_equals_reference(run_kernel(logits, lanes, **arguments), logits, **arguments)
+    assert_equals_reference(run_kernel(logits, columns, **arguments), logits, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -209,10 +206,10 @@ def test_kernel_equals_reference_with_a_soft_cap(soft_cap, device) -> None:
 @pytest.mark.parametrize("seed", range(24))
 def test_kernel_equals_reference_on_random_calls(seed, device) -> None:
     logits, arguments = random_case(seed, device)
-    assert_equals_reference(run_kernel(logits, LANES[seed % 3], **arguments), logits, **arguments)
+    assert_equals_reference(run_kernel(logits, COLUMNS[seed % 3], **arguments), logits, **arguments)
 
 
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize(
     ("tied", "expected"),
     [
@@ -222,42 +219,42 @@ def test_kernel_equals_reference_on_random_calls(seed, device) -> None:
         ((255, 256), (255, 256)),
         ((6, 70, 134), (6, 70)),
     ],
-    ids=["in a group", "in tiles", "three tiles", "either side of a boundary", "one lane, three tiles"],
+    ids=["in a group", "in tiles", "three tiles", "either side of a boundary", "one column, three tiles"],
 )
-def test_ties_go_to_the_lowest_ids_within_and_across_tiles(tied, expected, lanes, device) -> None:
+def test_ties_go_to_the_lowest_ids_within_and_across_tiles(tied, expected, columns, device) -> None:
     logits = torch.zeros(1, 400, device=device)
     logits[0, list(tied)] = 2.0
-    result = run_kernel(logits, lanes)
+    result = run_kernel(logits, columns)
     assert (result.token.item(), result.second_token.item()) == expected
     assert result.margin.item() == 0
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_a_row_of_equal_logits_gives_ids_0_and_1(lanes, device) -> None:
-    result = run_kernel(torch.full((1, 500), -1.5, device=device), lanes, outputs=STATISTICS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_row_of_equal_logits_gives_ids_0_and_1(columns, device) -> None:
+    result = run_kernel(torch.full((1, 500), -1.5, device=device), columns, outputs=STATISTICS)
     assert (result.token.item(), result.second_token.item()) == (0, 1)
     assert result.entropy.item() == pytest.approx(math.log(500))
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_the_32_largest_banned_leave_the_33rd_and_34th(lanes, device) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_the_32_largest_banned_leave_the_33rd_and_34th(columns, device) -> None:
     logits = torch.randn(1, 1025, device=device)
     logits[0, 64:72] += 10  # whole groups of banned ids
     order = logits[0].topk(34).indices
-    result = run_kernel(logits, lanes, banned=order[:32].clone())
+    result = run_kernel(logits, columns, banned=order[:32].clone())
     assert [result.token.item(), result.second_token.item()] == order[32:].tolist()
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_a_banned_maximum_hides_nothing_in_its_group_or_lane(lanes, device) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_banned_maximum_hides_nothing_in_its_group_or_lane(columns, device) -> None:
     logits = torch.zeros(2, 400, device=device)
     logits[:, 65], logits[:, 66], logits[:, 129] = (
         5.0,
         4.0,
         3.0,
-    )  # 65 and 66 in one group; 129 in the same lane at 16 lanes
+    )  # 65 and 66 in one group; 129 in the same column at 16 columns
     banned = torch.tensor([[65, -1], [65, 66]], device=device)
-    result = run_kernel(logits, lanes, banned=banned)
+    result = run_kernel(logits, columns, banned=banned)
     assert result.token.tolist() == [66, 129]
     assert result.second_token.tolist() == [129, 0]
 
@@ -288,8 +285,7 @@ def test_one_bad_logit_anywhere_is_found(value, where, device) -> None:
     assert result.error.tolist() == [0, 1] and result.confidence[1] == 0
 
 
-# -- layout: strides, rows, batches
-# ------------------------------------------------------------------------------------------------
+# Layout: strides, rows, batches.
 
 
 def test_strided_rows_are_read_in_place(device) -> None:
@@ -353,8 +349,7 @@ def test_no_rows_launch_nothing(device) -> None:
     assert result.token.shape == result.confidence.shape == (0,)
 
 
-# -- noise
-# -------------------------------------------------------------------------------------------------------------------------
+# Noise.
 
 
 @pytest.mark.parametrize(
@@ -448,8 +443,7 @@ def test_order_scores_are_uniform_and_not_the_token_noise() -> None:
     ).any()
 
 
-# -- sampling
-# ------------------------------------------------------------------------------------------------------------------------
+# Sampling.
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -476,8 +470,8 @@ def test_kernel_samples_what_the_reference_samples(device) -> None:
     assert ours.sampled_token.unique().numel() > 20
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_draws_do_not_depend_on_the_tile_or_the_batch(lanes, device) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_draws_do_not_depend_on_the_tile_or_the_batch(columns, device) -> None:
     logits = torch.randn(4, 700, device=device)
     arguments = everything(4, 700, device)
     order = torch.tensor([3, 1, 0], device=device)
@@ -486,7 +480,7 @@ def test_draws_do_not_depend_on_the_tile_or_the_batch(lanes, device) -> None:
         for name, value in arguments.items()
     }
     expected = run_kernel(logits, 128, **arguments).sampled_token[order]
-    assert torch.equal(run_kernel(logits, lanes, rows=order.int(), **some).sampled_token, expected)
+    assert torch.equal(run_kernel(logits, columns, rows=order.int(), **some).sampled_token, expected)
 
 
 def test_zero_sampling_temperature_is_the_token_itself(device) -> None:
@@ -504,8 +498,7 @@ def test_another_seed_position_step_or_request_draws_anew(device) -> None:
     assert len(set(first + other)) == 8
 
 
-# -- refusals
-# ------------------------------------------------------------------------------------------------------------------------
+# Refusals.
 
 
 @pytest.mark.parametrize("op", [reference.confidence, kernel.confidence])

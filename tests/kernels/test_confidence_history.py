@@ -14,7 +14,7 @@ from dlm_kernels.reference.confidence import Confidence
 
 pytest.importorskip("triton", reason="without Triton, the confidence kernel cannot be compared with its reference")
 from confidence_cases import (
-    LANES,
+    COLUMNS,
     STATISTICS,
     assert_equals_reference,
     assert_identical,
@@ -28,7 +28,7 @@ from confidence_cases import (
 from dlm_kernels.confidence import launch as kernel
 
 LN2, LN3 = math.log(2), math.log(3)
-GROUP = 4  # fp32 logits of a lane's load
+GROUP = 4  # fp32 logits of a column's load
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
@@ -194,10 +194,10 @@ def test_reference_kl_equals_dense_probabilities(soft_cap) -> None:
     assert ((ours.kl - published).abs() <= (p * (q < 1e-9)).sum(1) * LN2 + 1e-2 * published).all()
 
 
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("V", [97, 1023, 1024, 1025, 4097])
-def test_kernel_with_a_bias_equals_reference_across_tiles(V, lanes, device) -> None:
-    lanes = 128 if V > 1025 and lanes < 1024 else lanes  # the interpreter pays per tile
+def test_kernel_with_a_bias_equals_reference_across_tiles(V, columns, device) -> None:
+    columns = 128 if V > 1025 and columns < 1024 else columns  # the interpreter pays per tile
     logits = torch.randn(4, V, device=device) * 4
     order = logits.topk(5).indices
     arguments = everything(4, V, device, greedy_every=2)
@@ -211,40 +211,40 @@ def test_kernel_with_a_bias_equals_reference_across_tiles(V, lanes, device) -> N
     bias_ids[2, 0], bias[2, 0] = order[2, 4], 40.0  # a banned id gets the largest logit
     bias_ids[3, 6], bias[3, 6] = arguments["query"][3], 20.0
     arguments |= {"bias_ids": bias_ids, "bias": bias}
-    ours = run_kernel(logits, lanes, **arguments)
+    ours = run_kernel(logits, columns, **arguments)
     assert ours.token[:3].tolist() == [order[0, 1], order[1, 2], ours.token[2]] and ours.token[2] != order[2, 4]
     assert ours.sampled_token[2] != order[2, 4] and ours.confidence[2] < 1e-3
     assert_equals_reference(ours, logits, **arguments)
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_a_bias_on_either_side_of_every_boundary_is_found(lanes, device) -> None:
-    tile, V = lanes * GROUP, 2 * max(LANES) * GROUP + 5
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_bias_on_either_side_of_every_boundary_is_found(columns, device) -> None:
+    tile, V = columns * GROUP, 2 * max(COLUMNS) * GROUP + 5
     places = sorted(
         {place for edge in (0, tile, 2 * tile, V) for place in (edge - 1, edge, edge + GROUP) if 0 <= place < V}
     )
     places = torch.tensor(places, device=device)
     N = len(places)
     row = torch.zeros(1, V, device=device).expand(N, V)
-    zeros = run_kernel(row, lanes, bias_ids=places[:, None].contiguous(), bias=torch.full((N, 1), 2.0, device=device))
+    zeros = run_kernel(row, columns, bias_ids=places[:, None].contiguous(), bias=torch.full((N, 1), 2.0, device=device))
     assert torch.equal(zeros.token, places)
     assert torch.equal(zeros.second_token, (places == 0).long())
     assert zeros.confidence.tolist() == pytest.approx([math.exp(2) / (V - 1 + math.exp(2))] * N)
     # All of them at once: the lowest two of equal logits.
     together = run_kernel(
-        row[:1], lanes, bias_ids=places[None].contiguous(), bias=torch.full((1, N), 2.0, device=device)
+        row[:1], columns, bias_ids=places[None].contiguous(), bias=torch.full((1, N), 2.0, device=device)
     )
     assert [together.token.item(), together.second_token.item()] == places[:2].tolist()
 
 
-@pytest.mark.parametrize("lanes", LANES)
-def test_a_negative_bias_on_the_winner_leaves_its_group_lane_and_tile_intact(lanes, device) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_negative_bias_on_the_winner_leaves_its_group_lane_and_tile_intact(columns, device) -> None:
     logits = torch.zeros(1, 400, device=device)
     logits[0, 65], logits[0, 66], logits[0, 129], logits[0, 300] = 5.0, 4.0, 3.0, 2.0
     lowered = [(1, (66, 129)), (2, (129, 300)), (3, (300, 0))]
     for count, expected in lowered:
         bias = biased([[65, 66, 129][:count]], [[-6.0] * count], device)
-        result = run_kernel(logits, lanes, **bias)
+        result = run_kernel(logits, columns, **bias)
         assert (result.token.item(), result.second_token.item()) == expected
 
 
@@ -289,10 +289,10 @@ def test_a_bias_decides_what_is_drawn(device) -> None:
     assert (lowered.sampled_token != plain).all()
 
 
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("V", [2, 97, 1023, 1024, 1025, 4097])
-def test_kernel_kl_equals_reference_across_tiles(V, lanes, device) -> None:
-    lanes = 128 if V > 1025 and lanes < 1024 else lanes  # the interpreter pays per tile
+def test_kernel_kl_equals_reference_across_tiles(V, columns, device) -> None:
+    columns = 128 if V > 1025 and columns < 1024 else columns  # the interpreter pays per tile
     logits = torch.randn(4, V, device=device) * 4
     previous = logits.clone()
     previous[1] += 0.05 * torch.randn(V, device=device)
@@ -300,7 +300,7 @@ def test_kernel_kl_equals_reference_across_tiles(V, lanes, device) -> None:
     temperature = torch.rand(4, device=device) + 0.5
     arguments = everything(4, V, device) | {"temperature": temperature}
     arguments |= after(previous, temperature) | {"outputs": (*arguments["outputs"], "kl")}
-    ours = run_kernel(logits, lanes, **arguments)
+    ours = run_kernel(logits, columns, **arguments)
     assert ours.kl[0] < 1e-4 and (ours.kl >= 0).all()
     assert_equals_reference(ours, logits, **arguments)
 

@@ -34,8 +34,8 @@ from confidence_cases import (
 from dlm_kernels.confidence import launch as kernel
 from dlm_kernels.tiles import CONFIDENCE_PARTS, CONFIDENCE_TILES, confidence_parts
 
-LANES, PART_TILES = 4, 2
-TILE = 4 * LANES  # fp32 ids
+COLUMNS, PART_TILES = 4, 2
+TILE = 4 * COLUMNS  # fp32 ids
 PART = TILE * PART_TILES
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 both = pytest.mark.parametrize("op", [reference.confidence, kernel.confidence], ids=["reference", "kernel"])
@@ -49,7 +49,7 @@ def fast():
 
 
 def run(logits: Tensor, split: bool, **arguments: object) -> reference.Confidence:
-    return run_kernel(logits, LANES, part_tiles=PART_TILES, split=split, **arguments)
+    return run_kernel(logits, COLUMNS, part_tiles=PART_TILES, split=split, **arguments)
 
 
 def both_forms(logits: Tensor, **arguments: object) -> reference.Confidence:
@@ -59,8 +59,7 @@ def both_forms(logits: Tensor, **arguments: object) -> reference.Confidence:
     return split
 
 
-# -- equal bits, and equal to the reference
-# ------------------------------------------------------------------------------------
+# Equal bits, and equal to the reference.
 
 
 @pytest.mark.parametrize(
@@ -120,8 +119,7 @@ def test_pivots_far_apart_do_not_overflow_where_parts_meet(split, device):
     assert result.confidence.tolist() == pytest.approx([1 / PART, 1.0])
 
 
-# -- hostile rows
-# --------------------------------------------------------------------------------------------------------------
+# Hostile rows.
 
 
 @forms
@@ -196,22 +194,21 @@ def test_token_and_runner_up_have_the_bias_and_the_cap(split, device):
     assert_equals_reference(result, logits, **arguments)
 
 
-# -- parts and launches
-# ----------------------------------------------------------------------------------------------------------
+# Parts and launches.
 
 
 @pytest.mark.parametrize("V", [1, 50257, 126464, 151936, 262144, 2**30 - 1])
 def test_parts_cover_a_vocabulary_and_are_at_most_32(V):
     for (_, itemsize), tile in CONFIDENCE_TILES.items():
         part_tiles, parts = confidence_parts(V, tile, itemsize)
-        part = part_tiles * tile.lanes * 16 // itemsize
+        part = part_tiles * tile.columns * 16 // itemsize
         assert (parts - 1) * part < V <= parts * part and parts <= CONFIDENCE_PARTS
         assert part_tiles & (part_tiles - 1) == 0 and (part == 16384 or V > 32 * 16384)
 
 
 def test_many_rows_are_one_launch_and_few_are_two_and_nothing_else_but_allocations(device):
     programs = kernel.PROGRAMS_PER_SM * kernel._multiprocessors(device)
-    with changed(kernel, _tile=lambda *_, **__: toy_tile(LANES, PART_TILES)):
+    with changed(kernel, _tile=lambda *_, **__: toy_tile(COLUMNS, PART_TILES)):
         for N, V, split in ((programs, PART + 1, False), (programs - 1, PART, False), (programs - 1, PART + 1, True)):
             logits = torch.zeros(N, V, device=device)
             with recorded() as calls:
@@ -229,8 +226,7 @@ def test_no_rows_launch_nothing(device):
     assert set(calls) == {"aten.empty"} and result.token.shape == (0,)
 
 
-# -- the same order in machine code
-# ----------------------------------------------------------------------------------------------
+# The same order in machine code.
 
 COMPILE = """
 import collections, json, re
@@ -266,7 +262,7 @@ for dtype in ("bf16", "fp32"):
 
 
 def test_both_forms_compile_to_sums_over_the_same_layouts_and_to_the_same_arithmetic_in_the_loop():
-    """The interpreter adds in one order whatever is compiled. On a GPU a sum over lanes follows its layout, and the
+    """The interpreter adds in one order whatever is compiled. On a GPU a sum over columns follows its layout, and the
     compiler fuses."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]

@@ -43,15 +43,17 @@ from dlm_kernels import (
 device.capability_of = lambda op, tensor, kernel: 90
 
 # Numbers that follow from the vocabulary: the report compiles one vocabulary.
-OF_THE_VOCABULARY = ("PARTS", "LOG2_SLOTS", "COLUMN")
+OF_THE_VOCABULARY = ("PARTS", "LOG2_SLOTS", "COLUMN_TILES")
 
 
 def known(variant):
-    return dataclasses.replace(variant, constants=tuple(item for item in variant.constants if item[0] not in OF_THE_VOCABULARY))
+    constants = tuple(item for item in variant.constants if item[0] not in OF_THE_VOCABULARY)
+    return dataclasses.replace(variant, constants=constants)
 
 
 SHIPPED = {{
-    known(variant_of_case(case)): f"{{case.kernel}} {{case.config}}" for op in static.KERNEL_MODULES for case in static.shipped(op, 90)
+    known(variant_of_case(case)): f"{{case.kernel}} {{case.config}}"
+    for op in static.KERNEL_MODULES for case in static.shipped(op, 90)
 }}
 
 
@@ -64,8 +66,8 @@ def attend(B, W, H, H_kv, D, S_max, mode, kv_len=5, dtype=torch.bfloat16, **opti
     caches = [torch.zeros(B, H_kv, S_max, D, dtype=dtype) if S_max else None for _ in range(2)]
     lane = torch.arange(W, dtype=torch.int32).expand(B, W).contiguous()
     window = Window(
-        q_pos=lane, q_block=torch.zeros_like(lane), q_len=int32([W] * B), kv_slot=lane + kv_len, kv_len=int32([kv_len] * B),
-        replaced=int32([[0, 0]] * B), cache_row=int32(range(B)), mode=mode,
+        q_pos=lane, q_block=torch.zeros_like(lane), q_len=int32([W] * B), kv_slot=lane + kv_len,
+        kv_len=int32([kv_len] * B), replaced=int32([[0, 0]] * B), cache_row=int32(range(B)), mode=mode,
     )
     attention.block_attention(q, k, v, *caches, window, scale=D**-0.5, **options)
 
@@ -81,7 +83,9 @@ def draft(B, D, W):
     eligible, rows = torch.zeros(B, W, dtype=torch.bool), torch.zeros(B, dtype=torch.bool)
     held = drafts.draft_build(source, lanes[0], eligible, rows, D=D)
     scores = torch.zeros(B, D, W)
-    drafts.verify(source, held, held, scores, scores, eligible=eligible, ready=rows, drafting=rows, selects=rows, mask_id=9)
+    drafts.verify(
+        source, held, held, scores, scores, eligible=eligible, ready=rows, drafting=rows, selects=rows, mask_id=9
+    )
 
 
 def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="denoise"):

@@ -34,13 +34,12 @@ FLOATS = (
 STATISTICS = ("second", "logsumexp", "entropy")
 WITHOUT_KL = tuple(name for name in OUTPUTS if name != "kl")
 
-# A whole tile of fp32 is 4 * lanes ids: these cut every vocabulary here differently, one across many tiles and parts
+# A whole tile of fp32 is 4 * columns ids: these cut every vocabulary here differently, one across many tiles and parts
 # with a program for each part, one across tiles that are parts, one into a single tile.
-LANES = (16, 64, 1024)
+COLUMNS = (16, 64, 1024)
 
 
-# -- running
-# -----------------------------------------------------------------------------------------------------------------
+# Running.
 
 
 @contextlib.contextmanager
@@ -74,22 +73,22 @@ def faster_interpreter() -> Iterator[None]:
         yield
 
 
-def toy_tile(lanes: int, part_tiles: int = 4) -> ConfidenceTile:
-    return ConfidenceTile(lanes=lanes, num_warps=1, part_tiles=part_tiles)
+def toy_tile(columns: int, part_tiles: int = 4) -> ConfidenceTile:
+    return ConfidenceTile(columns=columns, num_warps=1, part_tiles=part_tiles)
 
 
 def run_kernel(
     logits: Tensor,
-    lanes: int | None = None,
+    columns: int | None = None,
     *,
     part_tiles: int | None = None,
     split: bool | None = None,
     **arguments: object,
 ) -> Confidence:
-    """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 lanes are split),
+    """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 columns are split),
     its buffers poisoned."""
-    tile = None if lanes is None else toy_tile(lanes, part_tiles or {16: 4, 64: 1}.get(lanes, 2))
-    split = lanes == 16 if lanes is not None and split is None else split
+    tile = None if columns is None else toy_tile(columns, part_tiles or {16: 4, 64: 1}.get(columns, 2))
+    split = columns == 16 if columns is not None and split is None else split
     with contextlib.ExitStack() as stack:
         stack.enter_context(faster_interpreter())
         if tile is not None:
@@ -125,8 +124,7 @@ def recorded() -> Iterator[list[str]]:
         yield recorder.calls
 
 
-# -- checks
-# ------------------------------------------------------------------------------------------------------------------
+# Checks.
 
 
 def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: object) -> None:
@@ -188,8 +186,7 @@ def rows_of(result: Confidence, rows: slice) -> Confidence:
     return Confidence(*(None if values is None else values[rows] for values in result))
 
 
-# -- random calls
-# --------------------------------------------------------------------------------------------------------------
+# Random calls.
 
 
 def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> dict[str, object]:
@@ -289,14 +286,14 @@ def run_case(seed: int, device: torch.device) -> dict[str, object]:
     most one from a tile or a few parts. One program a row, one a part, or both and then bit for bit the same."""
     rng = random.Random(seed + 2**32)
     form = rng.choice(["unsplit", "unsplit", "split", "split", "both"])
-    lanes, part_tiles = rng.choice([(4, 1), (4, 2), (16, 1), (64, 1)])
+    columns, part_tiles = rng.choice([(4, 1), (4, 2), (16, 1), (64, 1)])
     # Parts of fp32 logits; those of fp16 and bf16 are twice as wide, and the vocabulary is then off a part's middle or
     # end.
-    V = max(1, 4 * lanes * part_tiles * rng.choice([1, 2, 3, 4]) + rng.choice([-1, 0, 1]))
+    V = max(1, 4 * columns * part_tiles * rng.choice([1, 2, 3, 4]) + rng.choice([-1, 0, 1]))
     logits, arguments = random_case(seed, device, (V,), most_rows=2)
-    width = lanes * 16 // logits.element_size()
+    width = columns * 16 // logits.element_size()
     forms = {"unsplit": [False], "split": [True], "both": [False, True]}[form]
-    results = [run_kernel(logits, lanes, part_tiles=part_tiles, split=split, **arguments) for split in forms]
+    results = [run_kernel(logits, columns, part_tiles=part_tiles, split=split, **arguments) for split in forms]
     if form == "both":
         assert_identical(*results)
     assert_equals_reference(results[0], logits, **arguments)

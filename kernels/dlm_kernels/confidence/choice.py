@@ -1,8 +1,8 @@
-"""Device code of `confidence` after its pass over the vocabulary: which ids the lanes' largest logits are, and what
+"""Device code of `confidence` after its pass over the vocabulary: which ids the columns' largest logits are, and what
 follows them.
 
-A *column* is the ids of one lane: id = (tile * LANES + lane) * GROUP + element over the tiles. The answers are in few
-columns, which are read again, and biased again: that of the winner, and of a lane whose winner is banned.
+A *column* is the ids (tile * COLUMNS + column) * GROUP + element over all tiles and elements. The answers lie in few
+columns: in that of the winner, and in a column whose winner is banned. Those are read again, and biased again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def _is_banned(ids, banned_ptr, NUM_BANNED: tl.constexpr):
 
 
 @triton.jit
-def _column(lane, first_tile, LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr):
-    """[COLUMN, GROUP] ids of one lane, ascending by row, from a tile on."""
-    tiles = first_tile + tl.arange(0, COLUMN)
-    return (tiles[:, None] * LANES + lane) * GROUP + tl.arange(0, GROUP)[None, :]
+def _ids_of_column(column, first_tile, COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr):
+    """[COLUMN_TILES, GROUP] ids of one column, ascending by row, from a tile on."""
+    tiles = first_tile + tl.arange(0, COLUMN_TILES)
+    return (tiles[:, None] * COLUMNS + column) * GROUP + tl.arange(0, GROUP)[None, :]
 
 
 @triton.jit
 def _add_bias(x, first, offset, biases, end, HAS_BIAS: tl.constexpr):
-    """Logits of the ids first + offset with their biases, one after the other."""
+    """The logits of the ids first + offset with their biases, which are added one after the other."""
     if HAS_BIAS:
         bias_ids_ptr, bias_ptr, num_bias = biases
         for k in range(num_bias):
@@ -48,11 +48,11 @@ def _load(logits_ptr, ids, biases, end, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def _first_largest_tile(values, first_tile, COLUMN: tl.constexpr):
-    """Largest of a [COLUMN, GROUP] column and the lowest tile that holds it."""
+def _first_largest_tile(values, first_tile, COLUMN_TILES: tl.constexpr):
+    """The largest value of a [COLUMN_TILES, GROUP] column and the lowest tile that holds it."""
     per_tile = tl.max(values, axis=1)
     largest = tl.max(per_tile, axis=0)
-    return largest, first_tile + tl.min(tl.where(per_tile == largest, tl.arange(0, COLUMN), COLUMN), axis=0)
+    return largest, first_tile + tl.min(tl.where(per_tile == largest, tl.arange(0, COLUMN_TILES), COLUMN_TILES), axis=0)
 
 
 @triton.jit
@@ -64,65 +64,65 @@ def _lowest_id(ids, chosen):
 def _without_banned(
     bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
     NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SAMPLED: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' largest allowed logits and draws: a lane that won with a group that holds a banned id is searched
+    """The columns' largest allowed logits and draws: a column that won with a group that holds a banned id is searched
     again."""
     best, best_tile, drawn, drawn_tile = bests
     _, soft_cap, _ = scales
     _, sample_scale, k0, k1 = sampling
-    lanes = tl.arange(0, LANES)
-    suspect = lanes < 0
+    columns = tl.arange(0, COLUMNS)
+    suspect = columns < 0
     for k in range(NUM_BANNED):
         banned_group = tl.load(banned_ptr + k) // GROUP
-        suspect |= best_tile * LANES + lanes == banned_group
+        suspect |= best_tile * COLUMNS + columns == banned_group
         if SAMPLED:
-            suspect |= drawn_tile * LANES + lanes == banned_group
+            suspect |= drawn_tile * COLUMNS + columns == banned_group
     if tl.max(suspect.to(tl.int32), axis=0) > 0:
         for k in range(NUM_BANNED):
             banned_id = tl.load(banned_ptr + k)
-            if (banned_id >= first_tile * (LANES * GROUP)) & (banned_id < end):
-                lane = (banned_id.to(tl.int32) // GROUP) % LANES
-                ids = _column(lane, first_tile, LANES, GROUP, COLUMN)
+            if (banned_id >= first_tile * (COLUMNS * GROUP)) & (banned_id < end):
+                column = (banned_id.to(tl.int32) // GROUP) % COLUMNS
+                ids = _ids_of_column(column, first_tile, COLUMNS, GROUP, COLUMN_TILES)
                 x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
                 banned = _is_banned(ids, banned_ptr, NUM_BANNED)
-                value, tile = _first_largest_tile(tl.where(banned, float("-inf"), x), first_tile, COLUMN)
-                best = tl.where(lanes == lane, value, best)
-                best_tile = tl.where(lanes == lane, tile, best_tile)
+                value, tile = _first_largest_tile(tl.where(banned, float("-inf"), x), first_tile, COLUMN_TILES)
+                best = tl.where(columns == column, value, best)
+                best_tile = tl.where(columns == column, tile, best_tile)
                 if SAMPLED:
                     score = _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
-                    value, tile = _first_largest_tile(tl.where(banned, float("-inf"), score), first_tile, COLUMN)
-                    drawn = tl.where(lanes == lane, value, drawn)
-                    drawn_tile = tl.where(lanes == lane, tile, drawn_tile)
+                    value, tile = _first_largest_tile(tl.where(banned, float("-inf"), score), first_tile, COLUMN_TILES)
+                    drawn = tl.where(columns == column, value, drawn)
+                    drawn_tile = tl.where(columns == column, tile, drawn_tile)
     return best, best_tile, drawn, drawn_tile
 
 
 @triton.jit
 def _choose(
     bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, SAMPLED: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr,
+    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
+    SAMPLED: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Token, runner-up and draw among the allowed ids of tiles [first_tile, first_tile + COLUMN) below `end`, with
-    their logits and the draw's score. A choice whose logit (score) is -inf is none, and its id means nothing."""
+    """Token, runner-up and draw among the allowed ids below `end` of tiles [first_tile, first_tile + COLUMN_TILES),
+    with their logits and the draw's score. A choice whose logit (score) is -inf is none, and its id means nothing."""
     best, best_tile, drawn, drawn_tile = bests
     _, soft_cap, _ = scales
     draws, sample_scale, k0, k1 = sampling
-    lanes = tl.arange(0, LANES)
-    # Token: the lowest id of the first lane that holds the largest allowed logit.
-    groups = best_tile * LANES + lanes
+    columns = tl.arange(0, COLUMNS)
+    # 1. Token: the lowest id of the first column that holds the largest allowed logit.
+    groups = best_tile * COLUMNS + columns
     top = tl.max(best, axis=0)
-    top_lane = tl.min(tl.where(best == top, groups, _NO_ID), axis=0) % LANES
-    ids = _column(top_lane, first_tile, LANES, GROUP, COLUMN)
+    top_column = tl.min(tl.where(best == top, groups, _NO_ID), axis=0) % COLUMNS
+    ids = _ids_of_column(top_column, first_tile, COLUMNS, GROUP, COLUMN_TILES)
     x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
     x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
     token = _lowest_id(ids, x == top)
 
-    # Runner-up: the best other lane, or the best other id of the winner's lane.
+    # 2. Runner-up: the best other column, or the best other id of the winner's column.
     second_token = token
     second = top
     if SECOND:
-        others = tl.where(lanes == top_lane, float("-inf"), best)
+        others = tl.where(columns == top_column, float("-inf"), best)
         elsewhere = tl.max(others, axis=0)
         group_ids = tl.min(tl.where(others == elsewhere, groups, _NO_ID), axis=0) * GROUP + tl.arange(0, GROUP)
         group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
@@ -130,18 +130,18 @@ def _choose(
         x = tl.where(ids == token, float("-inf"), x)
         second = tl.maximum(elsewhere, tl.max(tl.max(x, axis=1), axis=0))
         elsewhere_id = tl.min(tl.where(group_x == second, group_ids, _NO_ID), axis=0)
-        # Where no other lane has anything, the group is any one, the winner's own not excepted.
+        # Where no other column has anything, the group is an arbitrary one, perhaps the winner's own.
         elsewhere_id = tl.where(elsewhere == second, elsewhere_id, _NO_ID)
         second_token = tl.minimum(_lowest_id(ids, x == second), elsewhere_id)
 
-    # Draw: recompute the winning group's scores.
+    # 3. Draw: the scores of the winning group are computed again.
     sampled_token = token
     sampled = top
     highest = top
     if SAMPLED:
         if draws:
             highest = tl.max(drawn, axis=0)
-            group = tl.min(tl.where(drawn == highest, drawn_tile * LANES + lanes, _NO_ID), axis=0)
+            group = tl.min(tl.where(drawn == highest, drawn_tile * COLUMNS + columns, _NO_ID), axis=0)
             group_ids = group * GROUP + tl.arange(0, GROUP)
             group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
             score = _score(group_x, group_ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)

@@ -1,21 +1,21 @@
-"""Device code of `confidence`: one pass over the vocabulary of each needed row, by one program or by one for every part
-of it.
+"""Device code of `confidence`: one pass over the vocabulary of each needed row, by one program for the whole row or by
+one for every part of it.
 
-The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load), the groups are dealt round-robin to LANES
-lanes, and PART_TILES tiles make a part:
+The vocabulary is cut into groups of GROUP consecutive ids (one 16-byte load). The groups are dealt round-robin to
+COLUMNS columns, and PART_TILES tiles make a part:
 
-    id = (tile * LANES + lane) * GROUP + element        one tile = one trip of the loop
+    id = (tile * COLUMNS + column) * GROUP + element        one tile = one trip of the loop
 
-Each lane keeps its largest logit and the tile where it first saw it, and the running sums of the softmax and of the
-entropy ("kl": and of the divergence). Everything else is found after the loop by re-reading a *column*, the ids of one
-lane: which element of the group it was, the runner-up inside the winner's lane, and what is left of a lane whose winner
-is banned. So banned ids, the runner-up and the ids themselves cost nothing in the loop. Nor do biases: the
-loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its elements are
-compared with every biased id, and the loop goes on after it.
+Each column keeps its largest logit and the tile where that logit came first, and the running sums of the softmax and of
+the entropy (with "kl", of the divergence too). Everything else is found after the loop by reading a column again: which
+element of its group the largest logit is, the runner-up inside the winner's column, and what is left of a column whose
+winner is banned. So banned ids, the runner-up and the ids themselves cost nothing in the loop. Biases cost nothing
+there either: the loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its
+elements are compared with every biased id, and the loop goes on after it.
 
-Sums start afresh in every part, and a part's are reduced over the lanes before they meet another's (`_merge_sums`), so
-that a row has the same bits whether one program reads all its parts (many rows) or each part has a program (few rows,
-SPLIT). Largest logits are exact and go on from part to part.
+Sums start afresh in every part, and the sums of a part are reduced over the columns before they meet those of another
+part (`_merge_sums`). A row therefore has the same bits whether one program reads all its parts (many rows) or each part
+has a program (few rows, SPLIT). Largest logits are exact and go on from part to part.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ _FLOOR_LOG2 = tl.constexpr(PREVIOUS_FLOOR * math.log2(math.e))
 
 
 @triton.jit
-def _next_biased_tile(start, biases, end, LANES: tl.constexpr, GROUP: tl.constexpr):
+def _next_biased_tile(start, biases, end, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """The first tile from `start` on that holds a biased id below `end`."""
     bias_ids_ptr, _, num_bias = biases
     nearest = tl.full((), _NO_ID, tl.int32)
     for k in range(num_bias):
         biased_id = tl.load(bias_ids_ptr + k)
-        biased_tile = (biased_id // (LANES * GROUP)).to(tl.int32)
+        biased_tile = (biased_id // (COLUMNS * GROUP)).to(tl.int32)
         ahead = (biased_id >= 0) & (biased_id < end) & (biased_tile >= start)
         nearest = tl.where(ahead, tl.minimum(nearest, biased_tile), nearest)
     return nearest
@@ -84,9 +84,9 @@ def _next_biased_tile(start, biases, end, LANES: tl.constexpr, GROUP: tl.constex
 def _accumulate(
     state, x, before, tile, scales, sampling, elements,
     HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Every lane's state after one more group of logits, x [LANES, GROUP], and of the previous step's, `before`."""
+    """Every column's state after one more group of logits, x [COLUMNS, GROUP], and of the previous step's, `before`."""
     best, best_tile, drawn, drawn_tile, pivot, total, energy, divergence = state
     scale, soft_cap, before_shift = scales
     draws, sample_scale, k0, k1 = sampling
@@ -112,7 +112,7 @@ def _accumulate(
     total = decay * total + tl.sum(weight, axis=1)
     if SAMPLED:
         if draws:
-            score = _score(x, tile * (LANES * GROUP) + elements, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
+            score = _score(x, tile * (COLUMNS * GROUP) + elements, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
             highest = tl.max(score, axis=1)
             drawn_tile = tl.where(highest > drawn, tile, drawn_tile)
             drawn = tl.maximum(drawn, highest)
@@ -123,17 +123,17 @@ def _accumulate(
 def _whole_tiles(
     state, logits_ptr, previous_ptr, start, stop, scales, sampling, elements,
     HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The state after tiles [start, stop). No mask: filling in for masked elements would cost an instruction for every
-    two."""
+    """The state after the tiles [start, stop), which are read without a mask: filling in for masked elements would cost
+    an instruction for every two."""
     for tile in range(start, stop):
-        x = tl.load(logits_ptr + tile * (LANES * GROUP) + elements).to(tl.float32)
+        x = tl.load(logits_ptr + tile * (COLUMNS * GROUP) + elements).to(tl.float32)
         before = x
         if KL:
-            before = tl.load(previous_ptr + tile * (LANES * GROUP) + elements).to(tl.float32)
+            before = tl.load(previous_ptr + tile * (COLUMNS * GROUP) + elements).to(tl.float32)
         state = _accumulate(
-            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP
+            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP
         )
     return state
 
@@ -142,21 +142,21 @@ def _whole_tiles(
 def _one_tile(
     state, logits_ptr, previous_ptr, tile, biases, end, scales, sampling, elements,
     HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The state after a tile that is incomplete, empty or biased."""
-    if tile * (LANES * GROUP) < end:
-        ids = tile * (LANES * GROUP) + elements
+    if tile * (COLUMNS * GROUP) < end:
+        ids = tile * (COLUMNS * GROUP) + elements
         x = tl.load(logits_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
-        # First ids and offsets apart: the offsets are constants of the machine code, and no register holds the id of an
-        # element.
-        first = (tile * LANES + tl.arange(0, LANES)[:, None]) * GROUP
+        # First ids and offsets are kept apart: the offsets are constants of the machine code, and no register holds the
+        # id of an element.
+        first = (tile * COLUMNS + tl.arange(0, COLUMNS)[:, None]) * GROUP
         x = _add_bias(x, first, tl.arange(0, GROUP)[None, :], biases, end, HAS_BIAS)
         before = x
         if KL:
             before = tl.load(previous_ptr + ids, mask=ids < end, other=float("-inf")).to(tl.float32)
         state = _accumulate(
-            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP
+            state, x, before, tile, scales, sampling, elements, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP
         )
     return state
 
@@ -165,41 +165,44 @@ def _one_tile(
 def _part(
     bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
     LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
-    SAMPLED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr,
+    SAMPLED: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The lanes' largest logits and draws after one more part, and the part's own sums: pivot, total, energy,
+    """The columns' largest logits and draws after one more part, and the part's own sums: pivot, total, energy,
     divergence.
 
-    LAST: this may be the last part, whose last tile may be incomplete.
+    LAST says that this may be the last part, whose last tile may be incomplete.
     """
+    # 1. Every column reads its ids of the part.
     best, best_tile, drawn, drawn_tile = bests
-    zeros = tl.zeros((LANES,), tl.float32)
-    state = (best, best_tile, drawn, drawn_tile, tl.full((LANES,), _NO_PIVOT, tl.float32), zeros, zeros, zeros)
+    zeros = tl.zeros((COLUMNS,), tl.float32)
+    state = (best, best_tile, drawn, drawn_tile, tl.full((COLUMNS,), _NO_PIVOT, tl.float32), zeros, zeros, zeros)
     start = part * PART_TILES
-    end = tl.minimum((start + PART_TILES) * (LANES * GROUP), V)
-    whole = end // (LANES * GROUP)
+    end = tl.minimum((start + PART_TILES) * (COLUMNS * GROUP), V)
+    whole = end // (COLUMNS * GROUP)
     if HAS_BIAS:
-        while start * (LANES * GROUP) < end:
-            stop = tl.minimum(_next_biased_tile(start, biases, end, LANES, GROUP), whole)
+        while start * (COLUMNS * GROUP) < end:
+            stop = tl.minimum(_next_biased_tile(start, biases, end, COLUMNS, GROUP), whole)
             state = _whole_tiles(
                 state, logits_ptr, previous_ptr, start, stop, scales, sampling, elements,
-                HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+                HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP,
             )  # fmt: skip
             state = _one_tile(
                 state, logits_ptr, previous_ptr, stop, biases, end, scales, sampling, elements,
-                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP,
             )  # fmt: skip
             start = stop + 1
     else:
         state = _whole_tiles(
             state, logits_ptr, previous_ptr, start, whole, scales, sampling, elements,
-            HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+            HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP,
         )  # fmt: skip
         if LAST:
             state = _one_tile(
                 state, logits_ptr, previous_ptr, whole, biases, end, scales, sampling, elements,
-                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP,
+                HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP,
             )  # fmt: skip
+
+    # 2. The columns' sums become the part's.
     best, best_tile, drawn, drawn_tile, pivot, total, energy, divergence = state
     part_pivot = tl.max(pivot, axis=0)
     step = tl.maximum(pivot - part_pivot, _FAR_BELOW)
@@ -214,24 +217,25 @@ def _part(
     return (best, best_tile, drawn, drawn_tile), (part_pivot, part_total, part_energy, part_divergence)
 
 
-# R and the stride of `banned` change with the batch: no recompilation for them. Nor for the number of biases: a loop
-# over them that is unrolled takes registers that the tile needs.
+# R and the stride of `banned` change with the batch, and nothing is compiled again for them. Nor is anything for the
+# number of biases: a loop over them that is unrolled takes registers that the tile needs.
 @triton.jit(do_not_specialize=["R", "banned_stride", "num_bias"])
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
     bias_ids_ptr, bias_ptr, previous_ptr, previous_logsumexp_ptr,
-    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+    margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
     values_ptr, ids_ptr,
     row_stride, previous_stride, banned_stride, num_bias, R, V, soft_cap,
     HAS_ROWS: tl.constexpr, NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     QUERY: tl.constexpr,
-    LANES: tl.constexpr, GROUP: tl.constexpr, COLUMN: tl.constexpr, PART_TILES: tl.constexpr, PARTS: tl.constexpr,
-    LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr, PART_TILES: tl.constexpr,
+    PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N,), and the outputs; SPLIT: (N, PARTS), and every part's partials for `_merge_kernel`, the outputs
-    None."""
+    """The outputs of a row, in a grid of (N,). With SPLIT the grid is (N, PARTS), a program leaves the partials of a
+    part to `_merge_kernel`, and the pointers to the outputs are None."""
+    # 1. The row, and what it is told.
     n = tl.program_id(0)
     row = n
     if HAS_ROWS:
@@ -240,8 +244,9 @@ def _confidence_kernel(
             if not SPLIT:
                 _store_row(
                     n, (-1, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1, 0.0, 0.0, 0),
-                    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-                    margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+                    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+                    confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr,
+                    error_ptr,
                 )  # fmt: skip
             return
     error = (row < 0) | (row >= R)
@@ -260,7 +265,8 @@ def _confidence_kernel(
     if KL:
         before_logsumexp = tl.load(previous_logsumexp_ptr + row, mask=error == 0, other=0.0)
         previous_ptr += row.to(tl.int64) * previous_stride
-    temperature, scale, bad = _scales(n, temperature_ptr, HAS_TEMPERATURE)  # everything exponential is in units of log2
+    # Everything exponential is in units of log2.
+    temperature, scale, bad = _scales(n, temperature_ptr, HAS_TEMPERATURE)
     error |= bad
     draws, sample_scale, bad = _sampling(n, sample_temperature_ptr, SAMPLED)
     error |= bad
@@ -269,37 +275,37 @@ def _confidence_kernel(
     if SAMPLED:
         k0, k1 = _noise_key(seed_ptr, noise_ptr, n)
 
-    # One pass over the vocabulary, part by part.
+    # 2. One pass over the vocabulary, part by part.
     scales = (scale, cap, before_logsumexp * _LOG2E)
     sampling = (draws, sample_scale, k0, k1)
-    elements = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    nothing = tl.full((LANES,), float("-inf"), tl.float32)
+    elements = tl.arange(0, COLUMNS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    nothing = tl.full((COLUMNS,), float("-inf"), tl.float32)
     first_tile = 0
     end = V
     if SPLIT:
         part = tl.program_id(1)
         first_tile = part * PART_TILES
-        end = tl.minimum((first_tile + PART_TILES) * (LANES * GROUP), V)
-        tiles = tl.zeros((LANES,), tl.int32) + first_tile
+        end = tl.minimum((first_tile + PART_TILES) * (COLUMNS * GROUP), V)
+        tiles = tl.zeros((COLUMNS,), tl.int32) + first_tile
         bests, sums = _part(
             (nothing, tiles, nothing, tiles), logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
-            True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+            True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
         )  # fmt: skip
         row_pivot, row_total, row_energy, row_divergence = sums
     else:
-        tiles = tl.zeros((LANES,), tl.int32)
+        tiles = tl.zeros((COLUMNS,), tl.int32)
         bests = (nothing, tiles, nothing, tiles)
         slot = tl.arange(0, 1 << LOG2_SLOTS)
         pivots = tl.full((1 << LOG2_SLOTS,), _NO_PIVOT, tl.float32)
         totals = tl.zeros((1 << LOG2_SLOTS,), tl.float32)
         energies, divergences = totals, totals
-        # Only the last part can have an incomplete tile, but every part can have biased ones. The last one is apart for
-        # the loop over whole tiles to be all that its loop loads.
-        apart: tl.constexpr = 0 if HAS_BIAS else 1
-        for part in range(PARTS - apart):
+        # Only the last part can have an incomplete tile, but every part can have biased ones. Without biases the last
+        # part is read after the loop, so that the loop over whole tiles is all that the parts' loop loads.
+        left_out: tl.constexpr = 0 if HAS_BIAS else 1
+        for part in range(PARTS - left_out):
             bests, sums = _part(
                 bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
-                HAS_BIAS, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+                HAS_BIAS, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
             )  # fmt: skip
             pivots = tl.where(slot == part, sums[0], pivots)
             totals = tl.where(slot == part, sums[1], totals)
@@ -308,7 +314,7 @@ def _confidence_kernel(
         if not HAS_BIAS:
             bests, sums = _part(
                 bests, logits_ptr, previous_ptr, PARTS - 1, biases, V, scales, sampling, elements,
-                True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, LANES, GROUP, PART_TILES,
+                True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
             )  # fmt: skip
             pivots = tl.where(slot == PARTS - 1, sums[0], pivots)
             totals = tl.where(slot == PARTS - 1, sums[1], totals)
@@ -318,26 +324,27 @@ def _confidence_kernel(
             pivots, totals, energies, divergences, LOG2_SLOTS, ENTROPY, KL
         )  # fmt: skip
 
-    # What of it is allowed.
+    # 3. The choices among the ids that are allowed.
     row_best = tl.max(bests[0], axis=0)
     if NUM_BANNED > 0:
         bests = _without_banned(
             bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-            NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SAMPLED, LANES, GROUP, COLUMN,
+            NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
         )  # fmt: skip
     token, top, second_token, second, sampled_token, sampled, drawn = _choose(
         bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-        NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, LANES, GROUP, COLUMN,
+        NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
     )  # fmt: skip
     query_logit = top
     if QUERY:
         query = tl.load(query_ptr + n)
         error |= ((query >= 0) & (query < V)) == 0
-        in_part = (query >= first_tile * (LANES * GROUP)) & (query < end)
+        in_part = (query >= first_tile * (COLUMNS * GROUP)) & (query < end)
         query_logit = tl.load(logits_ptr + query, mask=in_part, other=float("-inf")).to(tl.float32)
         query_logit = _add_bias(query_logit, 0, query, biases, end, HAS_BIAS)
         query_logit = tl.where(in_part, query_logit, float("-inf"))
 
+    # 4. A part's partials, or the outputs of the row.
     if SPLIT:
         part = tl.program_id(1)
         tl.store(_field(values_ptr, n, _PIVOT, part, _VALUES, PARTS), row_pivot)
@@ -368,8 +375,8 @@ def _confidence_kernel(
     if error:
         _store_row(
             n, (0, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, _ERROR),
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+            confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
     else:
         merged = (row_pivot, row_total, row_energy, row_divergence, row_best)
@@ -377,6 +384,6 @@ def _confidence_kernel(
         values = _finish(merged, choices, temperature, scale, before_logsumexp, cap, HAS_SOFT_CAP, KL)
         _store_row(
             n, values,
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+            confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """The second launch of `confidence`: one small program per row makes the outputs of its parts' partials.
 
-Partial values [N, VALUES, PARTS] and ids [N, IDS, PARTS], fields in the order of the constants below; a field that no
-requested output needs is neither written nor read. Choices are exact, so their order is none; sums are merged by
-`_merge_sums`.
+The partials are values [N, VALUES, PARTS] and ids [N, IDS, PARTS], with fields in the order of the constants below; a
+field that no requested output needs is neither written nor read. Choices are exact, so the order in which they are
+merged does not matter; sums are merged by `_merge_sums`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .row import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _finish, _merge_sums, _sampling, _scales
 
-# The fields of a part: its sums, its largest logit of all, then of the allowed ids.
+# The fields of a part: its sums, its largest logit of all ids, then what is chosen among the allowed ids.
 PARTIAL_VALUES, PARTIAL_IDS = 10, 3
 _VALUES = tl.constexpr(PARTIAL_VALUES)
 _IDS = tl.constexpr(PARTIAL_IDS)
@@ -22,18 +22,18 @@ _TOKEN, _SECOND_TOKEN, _SAMPLED_TOKEN = map(tl.constexpr, range(3))
 
 @triton.jit
 def _store(pointer, n, value):
-    if pointer is not None:  # requested
+    if pointer is not None:  # the output was requested
         tl.store(pointer + n, value)
 
 
 @triton.jit
 def _store_row(
     n, values,
-    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+    margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
 ):  # fmt: skip
-    """One value to every output that was requested. Pointers one by one: Triton 3.6 takes no tuple that holds a
-    None."""
+    """Stores one value to every output that was requested. The pointers come one by one, because Triton 3.6 takes no
+    tuple that holds a None."""
     _store(token_ptr, n, values[0])
     _store(logit_ptr, n, values[1])
     _store(second_token_ptr, n, values[2])
@@ -59,13 +59,15 @@ def _field(ptr, n, field, part, FIELDS: tl.constexpr, PARTS: tl.constexpr):
 def _merge_kernel(
     values_ptr, ids_ptr,
     rows_ptr, temperature_ptr, sample_temperature_ptr, query_ptr, previous_logsumexp_ptr,
-    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr, margin_ptr,
-    sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+    token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
+    margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
     R, V, soft_cap,
     HAS_ROWS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
     ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr, QUERY: tl.constexpr,
     PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr,
 ):  # fmt: skip
+    """The outputs of a row from the partials of its parts, in a grid of (N,)."""
+    # 1. The row, and what it is told.
     n = tl.program_id(0)
     row = n
     if HAS_ROWS:
@@ -73,8 +75,8 @@ def _merge_kernel(
         if row == -1:
             _store_row(
                 n, (-1, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1, 0.0, 0.0, 0),
-                token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-                margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+                token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+                confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
             )  # fmt: skip
             return
     error = (row < 0) | (row >= R)
@@ -89,6 +91,7 @@ def _merge_kernel(
     if HAS_SOFT_CAP:
         cap = soft_cap
 
+    # 2. The sums of the row.
     slot = tl.arange(0, 1 << LOG2_SLOTS)
     is_part = slot < PARTS
     zeros = tl.zeros((1 << LOG2_SLOTS,), tl.float32)
@@ -109,6 +112,7 @@ def _merge_kernel(
     row_best = tl.max(largest, axis=0)
     error |= (row_total != row_total) | (row_best >= _LIMIT)
 
+    # 3. The choices of the row: token, runner-up, draw, and the logit of the query.
     top = tl.max(tops, axis=0)
     error |= (top > -_LIMIT) == 0
     token = tl.min(tl.where(tops == top, tokens, _NO_ID), axis=0)
@@ -136,7 +140,7 @@ def _merge_kernel(
                 _field(values_ptr, n, _SAMPLED, slot, _VALUES, PARTS), mask=is_part, other=float("-inf")
             )
             drawn_tokens = tl.load(_field(ids_ptr, n, _SAMPLED_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
-            # Ids of different parts differ, so the token is its part's.
+            # Ids of different parts differ, so the lowest id of the highest draw is that of one part.
             sampled_token = tl.min(tl.where(drawn == tl.max(drawn, axis=0), drawn_tokens, _NO_ID), axis=0)
             sampled = tl.max(tl.where(drawn_tokens == sampled_token, drawn_logits, float("-inf")), axis=0)
 
@@ -144,15 +148,16 @@ def _merge_kernel(
     if QUERY:
         query = tl.load(query_ptr + n)
         error |= ((query >= 0) & (query < V)) == 0
-        # -inf from every part but the query's.
+        # Every part but the query's has left -inf.
         queried = tl.load(_field(values_ptr, n, _QUERY, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
         query_logit = tl.max(queried, axis=0)
 
+    # 4. The outputs.
     if error:
         _store_row(
             n, (0, 0.0, -1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, _ERROR),
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+            confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip
     else:
         sums = (row_pivot, row_total, row_energy, row_divergence, row_best)
@@ -160,6 +165,6 @@ def _merge_kernel(
         values = _finish(sums, choices, temperature, scale, before_logsumexp, cap, HAS_SOFT_CAP, KL)
         _store_row(
             n, values,
-            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
-            margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
+            token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr,
+            confidence_ptr, margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
         )  # fmt: skip

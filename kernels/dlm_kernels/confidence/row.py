@@ -1,9 +1,9 @@
 """What the two kernels of `confidence` share for a row: its noise, its scales, its soft cap, and the merge of the
 statistics of the parts that its vocabulary was cut into.
 
-Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program
-computed all parts or each its own. No product feeds a sum that the compiler could fuse it with (`_rounded_product`), so
-every kernel that inlines these functions rounds at the same places.
+Bits: a row's sums are merged here and nowhere else, by the same operations in the same order, whether one program has
+computed all parts or each part had a program. No product feeds a sum that the compiler could fuse it with
+(`_rounded_product`), so every kernel that inlines these functions rounds at the same places.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ERROR = tl.constexpr(ERROR_LOGITS)
 _LOG2E = tl.constexpr(math.log2(math.e))
 _TWO_LOG2E = tl.constexpr(2 * math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
-# The pivot of what holds nothing but -inf: finite, because -inf - -inf is NaN; below LIMIT / MIN_TEMPERATURE in units
-# of log2.
+# The pivot of what holds nothing but -inf. It is finite, because -inf - -inf is NaN, and lies below
+# -LIMIT / MIN_TEMPERATURE in units of log2.
 _NO_PIVOT = tl.constexpr(-2e36)
-# Stands for an exponent of -inf where it is multiplied by a weight: 2^-10000 is 0 as well, but 0 * -inf would be NaN.
+# Stands for an exponent of -inf that is multiplied by its weight: 2^-10000 is 0 as well, but 0 * -inf would be NaN.
 _FAR_BELOW = tl.constexpr(-10000.0)
 _NO_ID = tl.constexpr(2**30)  # above every id, group and tile
 
@@ -70,10 +70,10 @@ def _gumbel(ids, k0, k1):
 
 @triton.jit
 def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """soft_cap * tanh(x / soft_cap); -inf stays -inf."""
+    """soft_cap * tanh(x / soft_cap), where -inf stays -inf."""
     if HAS_SOFT_CAP:
-        # 1 - 2 / (e^(2y) + 1): saturates to +-1 where the exponential overflows or vanishes. Off by 2^-23 at most,
-        # absolutely.
+        # tanh y = 1 - 2 / (e^(2y) + 1) saturates to +-1 where the exponential overflows or vanishes, and its absolute
+        # error is at most 2^-23.
         tanh = 1.0 - 2.0 / (tl.exp2(x * tl.div_rn(_TWO_LOG2E, soft_cap)) + 1.0)
         return tl.where(x <= -_LIMIT, float("-inf"), soft_cap * tanh)
     else:
@@ -82,8 +82,9 @@ def _cap(x, soft_cap, HAS_SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _pivot(x, scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """What exponents up to that of x are taken relative to: rounded down to an integer, so that rescaling is exact and
-    no fused rounding can make two pivots disagree. -inf for -inf: the caller takes the maximum with a finite one."""
+    """What exponents up to that of x are taken relative to. The pivot is rounded down to an integer, so that rescaling
+    is exact and no fused rounding can make two pivots disagree. That of -inf is -inf, and the caller takes its maximum
+    with a finite one."""
     return tl.floor(_cap(x, soft_cap, HAS_SOFT_CAP) * scale)
 
 
@@ -94,7 +95,7 @@ def _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _scales(n, temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
-    """(temperature, 1 / temperature in units of log2, whether it is none) of output n (or of each of them)."""
+    """(temperature, 1 / temperature in units of log2, whether the temperature is out of range) of output n."""
     temperature = 1.0
     bad = n < 0
     if HAS_TEMPERATURE:
@@ -106,7 +107,7 @@ def _scales(n, temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def _sampling(n, sample_temperature_ptr, SAMPLED: tl.constexpr):
-    """(whether output n draws, 1 / its sampling temperature, whether that is none)."""
+    """(whether output n draws, 1 / its sampling temperature, whether that is out of range)."""
     draws = n < 0
     bad = n < 0
     sample_scale = 1.0
@@ -139,8 +140,8 @@ def _merge_sums(
 ):
     """The row's (pivot, total, energy, divergence) from its parts'. A slot without a part has _NO_PIVOT and zeros."""
     row_pivot = tl.max(pivots, axis=0)
-    # Not below _FAR_BELOW, where the decay is 0 already: times a total of a whole part, the distance of two pivots can
-    # overflow.
+    # The step is not below _FAR_BELOW, where the decay is 0 already: the distance of two pivots times the total of a
+    # whole part can overflow.
     step = tl.maximum(pivots - row_pivot, _FAR_BELOW)
     decay = tl.exp2(step)
     row_total = _ordered_sum(_rounded_product(decay, totals), LOG2_SLOTS)
@@ -164,8 +165,8 @@ def _finish(
 ):  # fmt: skip
     """The values of every output of a row without an error, in the order of `_store_row`.
 
-    sums: pivot, total, energy, divergence, largest logit of all. choices: token, its logit, the runner-up and its, the
-    drawn token and its, the logit of the query; uncapped.
+    sums: pivot, total, energy, divergence, and the largest logit of all ids. choices: the token and its logit, the
+    runner-up and its logit, the drawn token and its logit, and the logit of the query. No logit is capped yet.
     """
     row_pivot, row_total, row_energy, row_divergence, row_best = sums
     token, top, second_token, second, sampled_token, sampled, query_logit = choices
@@ -185,5 +186,5 @@ def _finish(
     margin = confidence - _probability(second, scale, row_pivot, row_total)
     sampled_confidence = _probability(_cap(sampled, soft_cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
     query_confidence = _probability(_cap(query_logit, soft_cap, HAS_SOFT_CAP), scale, row_pivot, row_total)
-    return (token, top, second_token, second, logsumexp, entropy, kl, confidence, margin, sampled_token, sampled_confidence,
-            query_confidence, 0)  # fmt: skip
+    return (token, top, second_token, second, logsumexp, entropy, kl, confidence, margin, sampled_token,
+            sampled_confidence, query_confidence, 0)  # fmt: skip
