@@ -20,14 +20,15 @@ from dlm_kernels.window import MODES
 from .run import Case, Sizes, Skip, generator
 
 SPLIT = 512  # prefixes are drawn around multiples of this: where a kernel is likely to cut
-LONG = 9  # a window for the prefill form is this many times as wide as the others: at 70, more than 512 query rows in every group
+# A window for the prefill form is so many times as wide as the others: at 70, in every group more than 512 query rows.
+LONG = 9
 FP8 = torch.float8_e4m3fn
 CACHES = ("none", "contiguous", "pages", "fp8", "fp8 pages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a call is like. features: of "kept", "sliding", "long" (one row's window is long enough for the
+    """What a call is like. features: any of "kept", "sliding" and "long" (one row's window is long enough for the
     prefill form)."""
 
     dtype: torch.dtype

@@ -1,5 +1,5 @@
-"""Is `confidence` its float64 reference, on every group of outputs and every dtype? Does a row depend on the other rows,
-or on how many there are?"""
+"""Is `confidence` its float64 reference, on every group of outputs and every dtype? Does a row depend on the other
+rows, or on how many there are?"""
 
 from __future__ import annotations
 

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from .tiles import TARGETS
 
-# What the interpreter stands for. An H100: what CI runs is what most users of these models run.
+# The GPU that the interpreter stands for: an H100, so that CI runs what most users of these models run.
 INTERPRETED = 90
 
 _HERE = contextlib.nullcontext()
 
 
 def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Inside, the tensor's GPU is the current one: Triton launches on the current device and its stream, whatever the
-    arguments' is."""
+    """A context in which the tensor's GPU is the current one: Triton launches on the current device and its stream,
+    wherever the arguments are."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(tensor.get_device())
@@ -35,8 +35,8 @@ def capability_of(op: str, tensor: Tensor, kernel: object) -> int:
     """
     if not tensor.is_cuda and isinstance(kernel, triton.runtime.JITFunction):
         raise RuntimeError(
-            f"{op}: the Triton kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported, got tensors on "
-            f"{tensor.device}; dlm_kernels.reference.{op} runs anywhere"
+            f"{op}: the Triton kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported, "
+            f"got tensors on {tensor.device}; dlm_kernels.reference.{op} runs anywhere"
         )
     return target_of(op, tensor.device)
 
@@ -53,8 +53,8 @@ def target_of(caller: str, where: torch.device) -> int:
     if capability not in TARGETS:
         known = ", ".join(str(known / 10) for known in sorted(TARGETS))
         raise NotImplementedError(
-            f"{caller}: there are no Triton kernels for compute capability {capability / 10} ({where}), only for {known}; the "
-            "plain-torch reference runs anywhere (backend='reference')"
+            f"{caller}: there are no Triton kernels for compute capability {capability / 10} ({where}), "
+            f"only for {known}; the plain-torch reference runs anywhere (backend='reference')"
         )
     return TARGETS[capability]
 

@@ -1,13 +1,14 @@
 """The launchers as PyTorch operators, `torch.ops.dlm_kernels.<name>`, for whatever traces instead of running.
 
-In eager mode a launcher runs as it stands: going through the dispatcher costs the host more than the launch does. Under
-`torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node with a fake
-implementation and a schema that says what it mutates. Both ways run the same code; nothing else differs.
+In eager mode a launcher runs as it stands, because going through the dispatcher costs the host more than the launch
+does. Under `torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node
+with a fake implementation and a schema that says what the call mutates. Both ways run the same code.
 
 The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`) goes in field by
-field, and a result of optional tensors comes out as the list of those that are there:
+field, and a result of optional tensors comes out as the list of the tensors that are there:
 
-    block_attention(q, ..., window, *, scale)  ->  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor
+    block_attention(q, ..., window, *, scale)
+    becomes  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ def operator(
     result: type | None = None,
     present: Callable[..., Sequence[str]] | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Registers a launcher as an operator; what is returned calls the launcher, or the operator where that is being
-    traced.
+    """Registers a launcher as an operator, and returns what calls the launcher or, where the call is traced, the
+    operator.
 
     Args:
-        mutates: arguments written in place; of a dataclass, all its tensors.
-        fake: called with the launcher's arguments, returns empty tensors like the launcher's.
-        result: type of a result that is a NamedTuple of tensors.
-        present: of a NamedTuple of optional tensors, the fields that are not None, from the launcher's arguments
-            (without reading tensors). Such an operator must not mutate: functionalization takes no list of tensors
-            then.
+        mutates: arguments that are written in place; of a dataclass, all its tensors are.
+        fake: called with the launcher's arguments, it returns empty tensors like the launcher's.
+        result: the type of a result that is a NamedTuple of tensors.
+        present: for a NamedTuple of optional tensors, it returns the fields that are not None, from the launcher's
+            arguments and without reading tensors. Such an operator must not mutate, because functionalization then
+            takes no list of tensors.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -104,7 +105,8 @@ def operator(
             missing = [key for key in names if key not in given]
             if unknown or missing or len(positional) > len(names):
                 raise TypeError(
-                    f"{name}: missing arguments {missing}, unknown arguments {unknown}, {len(positional)} positional ones"
+                    f"{name}: missing arguments {missing}, unknown arguments {unknown}, "
+                    f"{len(positional)} positional ones"
                 )
             out = getattr(torch.ops.dlm_kernels, name)(*(p.of(given) for p in parameters))
             return (
@@ -119,7 +121,7 @@ def operator(
 
 
 def _is_traced(positional: Sequence[Any]) -> bool:
-    """Is the first tensor a subclass (a FakeTensor, for one)? Only the dispatcher knows what to do with those."""
+    """Whether the first tensor is of a subclass (a FakeTensor, for one), which only the dispatcher can handle."""
     first = positional[0] if positional else None
     if dataclasses.is_dataclass(first):
         first = getattr(first, dataclasses.fields(first)[0].name)

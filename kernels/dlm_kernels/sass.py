@@ -1,5 +1,4 @@
-"""What a kernel's machine code says: loops, loads, tensor-core instructions. Text of `nvdisasm -c` goes in, facts come
-out."""
+"""What a kernel's machine code says: its loops, loads and tensor-core instructions, from the text of `nvdisasm -c`."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _BARRIER = re.compile(r"\bB\d+\b")
 
-# Components of a load's opcode that give its width; a load that has none of them is 32 bits wide.
-# LDGSTS.E.BYPASS.LTC128B.128 is 128 bits wide for its last component: LTC128B is a prefetch size.
+# Components of a load's opcode that give its width; a load without such a component is 32 bits wide. The last component
+# counts: LDGSTS.E.BYPASS.LTC128B.128 is 128 bits wide, and its LTC128B is a prefetch size.
 _WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
-# First component of the opcode. HFMA2.MMA is not among them: it is a plain half-precision multiply-add.
+# The first component of the opcode. HFMA2.MMA is in no set: that is a plain half-precision multiply-add.
 _WGMMA = frozenset({"HGMMA", "IGMMA", "QGMMA", "BGMMA"})
 _TCGEN05 = frozenset({"UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA", "UTCMXQMMA"})
 _MMA_SYNC = frozenset({"HMMA", "IMMA", "QMMA", "BMMA", "DMMA", "OMMA"})
@@ -54,7 +53,7 @@ def parse(disassembly: str, kernel: str) -> tuple[list[Instruction], dict[str, i
     """The instructions of `kernel`, and where its labels point: label to index of the instruction that follows it."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    pending: list[str] = []  # labels that no instruction has followed yet: the end of the code has one
+    pending: list[str] = []  # labels that no instruction has followed yet, like the one at the end of the code
     inside = False
     for line in disassembly.splitlines():
         if line.startswith("//--------------------- ."):
@@ -83,8 +82,7 @@ def mma_kind(instructions: list[Instruction]) -> str:
 
 
 def widest_load(instructions: list[Instruction]) -> int:
-    """Bits of the widest load from global memory that a thread issues; 0 if it issues none (none at all, or by TMA
-    only)."""
+    """Bits of the widest load from global memory that a thread issues; 0 if threads load nothing, or TMA does."""
     return max((instruction.global_load_bits for instruction in instructions), default=0)
 
 
@@ -114,7 +112,8 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
 
 
 def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]:
-    """The natural loops of the kernel: for every header, what reaches a jump back to it without leaving through it."""
+    """The natural loops of the kernel: for every header, what reaches a jump back to it without passing through it."""
+    # 1. Basic blocks, and the edges between them.
     successors = _successors(instructions, labels)
     starts = {0} | {target for index, targets in enumerate(successors) for target in targets if targets != [index + 1]}
     starts |= {
@@ -130,7 +129,8 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
         for target in targets:
             before[target].append(start)
 
-    # Dominators by the plain fixed point: a few hundred blocks at most. A block that nothing reaches stays out.
+    # 2. Dominators by the plain fixed point: there are a few hundred blocks at most. A block that nothing reaches stays
+    # out.
     order, seen, stack = [], {0}, [(0, iter(after[0]))]
     while stack:
         block, rest = stack[-1]
@@ -148,6 +148,7 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
             new = {block} | set.intersection(*(dominators[previous] for previous in before[block] if previous in seen))
             changed, dominators[block] = changed or new != dominators[block], new
 
+    # 3. The body of every loop: what reaches a jump back to its header.
     bodies: dict[int, set[int]] = {}
     for block in order:
         for header in after[block]:
@@ -159,11 +160,12 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
                         body.add(member)
                         todo += [previous for previous in before[member] if previous in seen]
 
+    # 4. What each loop counts.
     found = []
     for header, body in bodies.items():
         nested = set().union(*(other for inner, other in bodies.items() if inner != header and other < body))
-        own = [index for start in body - nested for index in range(start, end[start])]
-        bits = sum(instructions[index].global_load_bits for index in own)
+        outside_nested = [index for start in body - nested for index in range(start, end[start])]
+        bits = sum(instructions[index].global_load_bits for index in outside_nested)
         found.append(Loop(sum(end[start] - start for start in body), bits // 8))
     return found
 
@@ -175,8 +177,8 @@ def ttir_loop_bytes(ttir: str) -> int:
     """Bytes that a program reads in one iteration of the source's loading loop: the largest over the loops, nested ones
     excluded.
 
-    The compilers below unroll loops as they like. What an iteration of the machine's loop loads, over this, is how far
-    they did.
+    The compilers below unroll loops as they like. The bytes that an iteration of the machine's loop loads, divided by
+    these, say how far they did.
     """
     largest, depth, open_loops = 0, 0, []
     for line in ttir.splitlines():

@@ -36,8 +36,8 @@ from triton.runtime.jit import JITFunction
 from . import sass
 from .tiles import TARGETS
 
-# Compiled unless another is asked for: the targets with tiles of their own. The others of `TARGETS` run the same
-# configurations.
+# What is compiled for unless another target is asked for: the targets that have tiles of their own. The others in
+# `TARGETS` run the same configurations.
 CAPABILITIES = tuple(sorted(set(TARGETS.values())))
 
 # KiB that one program may use: CUDA C++ Programming Guide, "Compute Capabilities", maximum shared memory per thread
@@ -47,11 +47,10 @@ SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 1
 # Columns of tensor memory (sm_100), all of it.
 TENSOR_MEMORY_LIMIT = 512
 
-# SASS instructions per vocabulary element on sm_90: more, and the reduction no longer keeps up with the memory of an
-# H100.
+# SASS instructions per vocabulary element on sm_90. With more, the reduction does not keep up with an H100's memory.
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
-# Module of each op. Its `compile_cases(capability)` lists what its launcher may launch.
+# The module of each op, whose `compile_cases(capability)` lists what its launcher may launch.
 KERNEL_MODULES = {name: f"{__package__}.{name}.launch" for name in ("attention", "confidence", "unmask", "drafts")}
 
 
@@ -60,7 +59,7 @@ class CompileCase:
     """One configuration that a launcher may launch.
 
     Attributes:
-        kernel: the op's name, or the op's name and the stage's.
+        kernel: the op's name, or the names of the op and of its stage.
         config: what tells this configuration from the kernel's others, in a few words.
         fn: the `@triton.jit` function.
         signature: every argument's Triton type: "*bf16", "*i64", "i32", "fp32", "constexpr", or a tuple of types.
@@ -70,9 +69,9 @@ class CompileCase:
         num_warps, num_stages: launch options.
         elements_per_iteration: vocabulary elements that one program consumes in one iteration of its vocabulary loop;
             None where there is no such loop.
-        mma: kind of tensor-core instruction that the configuration was designed for ("wgmma"); None: whatever it gets.
-        maxnreg: launch option, registers of a thread at most; None: ptxas decides, and may prefer spills to few
-            programs.
+        maxnreg: launch option, the registers of a thread at most; None lets ptxas decide, which may prefer spills to
+            few programs.
+        mma: kind of tensor-core instruction that the configuration was designed for ("wgmma"); None accepts any.
     """
 
     kernel: str
@@ -96,8 +95,8 @@ class CompileResult:
         kernel, config: of the case. target: "sm_90".
         registers: per thread.
         spills: bytes of spill stores and loads in the code, as ptxas counts them.
-        stack_bytes: local memory of a thread (STACK + LOCAL of cuobjdump). 0 proves that there are no spills; more need
-            not be spills: the slow path of `sin` keeps an array there.
+        stack_bytes: local memory of a thread (STACK + LOCAL of cuobjdump). 0 proves that there are no spills; other
+            values need not be spills, as the slow path of `sin` keeps an array there.
         shared_bytes: shared memory of a program, dynamic and static. From sm_90 on, the static part includes the 1 KiB
             that the system reserves, so the number errs to the safe side.
         tensor_memory: columns (sm_100), else 0.
@@ -129,7 +128,8 @@ def _tool(name: str) -> str:
     except (AttributeError, RuntimeError):
         folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         raise RuntimeError(
-            f"static: {name} not found; the official Triton wheels for Linux have it in {folder} (triton {triton.__version__})"
+            f"static: {name} not found; the official Triton wheels for Linux have it in {folder} "
+            f"(triton {triton.__version__})"
         ) from None
 
 
@@ -183,8 +183,8 @@ def _check(case: CompileCase) -> None:
 
 
 def _spill_bytes(ptx: str, capability: int, fusion: bool, stack: int) -> int:
-    """Bytes of spill stores and loads of a kernel that uses `stack` bytes of local memory. Only ptxas tells them from
-    arrays, and its count is not kept in the binary, so it is asked again."""
+    """Bytes of spill stores and loads of a kernel that uses `stack` bytes of local memory. Only ptxas tells spills from
+    arrays, and its count is not kept in the binary, so ptxas runs again."""
     target = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
     ptxas = "ptxas_blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -197,16 +197,17 @@ def _spill_bytes(ptx: str, capability: int, fusion: bool, stack: int) -> int:
             counts = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
             if counts and int(counts[1]) == stack:
                 return int(counts[2]) + int(counts[3])
-    return stack  # no account of it: taken for spills
+    return stack  # ptxas gives no account of the local memory, which is then taken for spills
 
 
 def compile_case(case: CompileCase, capability: int) -> CompileResult:
-    """Compile one configuration for one target, with no driver and no GPU, and read its machine code.
+    """Compiles one configuration for one target, with no driver and no GPU, and reads its machine code.
 
     Raises:
         RuntimeError: the interpreter is on; a CUDA binary of Triton's wheel is missing; the kernel does not compile.
         ValueError: a target that is not in TARGETS, or a case that does not fit its function.
     """
+    # 1. Compile.
     _refuse_what_changes_the_code()
     if capability not in TARGETS:
         raise ValueError(
@@ -217,10 +218,11 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    except Exception as error:  # of any stage of Triton's; said again with a name on it
+    except Exception as error:  # raised by any stage of Triton, and said again with the name of the case
         raise RuntimeError(f"{case.kernel} {case.config} on sm_{capability} does not compile: {error}") from error
     metadata = compiled.metadata
 
+    # 2. Read the machine code.
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -231,19 +233,21 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
         raise RuntimeError(f"static: cuobjdump printed no resource usage of {metadata.name}: {usage.strip()}")
     registers, stack, static_shared, local = map(int, match.groups())
 
+    # 3. Count.
     per_element = None
     if case.elements_per_iteration is not None:
         per_element = _instructions_per_element(
             case, instructions, labels, compiled.asm["ttir"], 32 * metadata.num_warps
         )
+    spills = 0
+    if stack + local:
+        spills = _spill_bytes(compiled.asm["ptx"], capability, metadata.enable_fp_fusion, stack + local)
     return CompileResult(
         kernel=case.kernel,
         config=case.config,
         target=f"sm_{capability}",
         registers=registers,
-        spills=_spill_bytes(compiled.asm["ptx"], capability, metadata.enable_fp_fusion, stack + local)
-        if stack + local
-        else 0,
+        spills=spills,
         stack_bytes=stack + local,
         shared_bytes=metadata.shared + static_shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
@@ -262,8 +266,8 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
 def _instructions_per_element(
     case: CompileCase, instructions: list[sass.Instruction], labels: dict[str, int], ttir: str, threads: int
 ) -> float:
-    """Instructions of the vocabulary loop x threads / elements it consumes. The vocabulary loop is the one that loads
-    most."""
+    """Instructions of the vocabulary loop x threads / elements that the loop consumes. The vocabulary loop is the loop
+    that loads most."""
     loop = max(
         sass.loops(instructions, labels), key=lambda loop: (loop.load_bytes, loop.instructions), default=sass.Loop(0, 0)
     )
@@ -331,8 +335,8 @@ def report(
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
     if workers <= 1:
         return [_compile_shipped(task) for task in tasks]
-    # Forked, so that nobody's main module runs again and torch is imported once. The children touch no CUDA and no
-    # thread pool.
+    # The processes are forked, so that no main module runs again and torch is imported once. The children touch no CUDA
+    # and no thread pool.
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile_shipped, tasks))
 
@@ -367,8 +371,9 @@ def table(results: Sequence[CompileResult]) -> str:
     header = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "mma", "load", "instr/element")
     rows = [
         (
-            result.kernel, result.config, result.target, str(result.registers), str(result.spills), str(result.stack_bytes),
-            str(result.shared_bytes), result.mma, f"{result.widest_load}-bit" if result.widest_load else "-",
+            result.kernel, result.config, result.target, str(result.registers), str(result.spills),
+            str(result.stack_bytes), str(result.shared_bytes), result.mma,
+            f"{result.widest_load}-bit" if result.widest_load else "-",
             "-" if result.instructions_per_element is None else f"{result.instructions_per_element:.2f}",
         )
         for result in results
@@ -379,7 +384,7 @@ def table(results: Sequence[CompileResult]) -> str:
 
 
 def print_table(results: Sequence[CompileResult]) -> None:
-    """Print `table` and a last line that counts."""
+    """Prints `table` and a last line that counts."""
     targets, found = len({result.target for result in results}), len(violations(results))
     print(table(results))
     print(f"{len(results)} binaries, {targets} targets, triton {triton.__version__}: {found or 'no'} violations")
@@ -391,8 +396,8 @@ def as_dict(result: CompileResult) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; status 1 if a configuration must not ship. With --json the last line of stdout is one JSON
-    object."""
+    """Prints the report, and returns status 1 if a configuration must not ship. With --json the last line of stdout is
+    one JSON object."""
     purpose = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m dlm_kernels.static", description=purpose, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object, last line")
@@ -416,5 +421,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The module under its own name: its worker processes and the kernel modules import that one.
+    # The module runs under its own name, which its worker processes and the kernel modules import.
     sys.exit(importlib.import_module("dlm_kernels.static").main())

@@ -17,17 +17,16 @@ class Window:
     """Which positions a forward computes, what they see, and where their keys go.
 
     Every decoder is data in these tensors: sub-blocks, pipelines, overlays and padding differ here and nowhere else.
-    All tensors (but `kept`, bool) are int32 on the model's device; `W` is the width of the bucket, of which row `b`
-    uses `q_len[b]`.
+    All tensors are int32 (`kept` is bool) on the model's device; `W` is the width of the bucket, of which row `b` uses
+    `q_len[b]`.
 
     A window position `j` of row `b` is *live* if `j < q_len[b]` and `q_block[b, j] >= 0`. A dead position is attended
     by nobody, its output is zero and its key is not stored. A live query `i` sees
 
-        cached slot s    if  s < kv_len[b]  and not  replaced[b, 0] <= s < replaced[b, 1]  and kept[b, s]     (in every mode)
+        cached slot s    if  s < kv_len[b]  and not  replaced[b, 0] <= s < replaced[b, 1]  and kept[b, s], in every mode
         live window j    if  "full": always | "causal": q_pos[j] <= q_pos[i] | "block": q_block[j] <= q_block[i]
-                         | "shadow": as "block", except that a position never sees its twin of an earlier block (equal
-                         q_pos):
-                           a copy of the block with its own q_block then predicts every token from all the others (WINO)
+                         | "shadow": as "block", but never its twin (equal q_pos) of an earlier block: a copy of the
+                           block with its own q_block then predicts every token from all the others (WINO)
 
     A call's `sliding_window` hides all cached slots but `s > kv_len - sliding_window`, and no window position.
 
@@ -43,7 +42,7 @@ class Window:
         cache_row: [B] row of the cache buffers that belongs to each batch row.
         mode: the predicate inside the window.
         kept: [B, S_max] bool: cached slots that are not hidden one by one; None = all are kept. Decoders that recompute
-            scattered positions (dKV-Cache) hide those.
+            scattered positions (dKV-Cache) hide the slots of those positions.
         page_table: [R, P]: the caches are pages, [num_pages, H_kv, page_size, D] with page_size a power of two >= 16,
             and slot s of cache row r lies in page `page_table[r, s // page_size]` at `s % page_size`; S_max is P *
             page_size. kv_slot, kv_len, replaced and kept stay logical. A page may be in several rows; entries of slots

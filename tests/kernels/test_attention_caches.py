@@ -196,7 +196,7 @@ def test_every_head_has_its_own_scales(op: str, device: torch.device) -> None:
 
 
 @pytest.mark.gpu(
-    "paged and fp8 caches are within the error bound, and their bytes exact, in bfloat16 and float16 at the shipped tiles"
+    "paged and fp8 caches are within the error bound, and their bytes exact, in bfloat16 and float16 at shipped tiles"
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("D, G", [(64, 1), (128, 4), (128, 7), (256, 2)])

@@ -74,6 +74,7 @@ def test_an_empty_batch_returns_before_launching(B: int, W: int, op: str, device
     assert block_attention(q, q, q, cache, cache.clone(), window, scale=1.0).shape == (B, 2, W, 16)
 
 
+SCALE = "{}_scale must be given with a cache of torch.float8_e4m3fn and with no other"
 BAD = {
     "q must be [B, H, W, D], got shape (2, 17, 32)": lambda a: a.update(q=torch.zeros(2, 17, 32)),
     "k must be [B, H_kv, W, D] with B=2, W=17, D=32": lambda a: a.update(k=torch.zeros(2, 2, 16, 32)),
@@ -118,11 +119,11 @@ BAD = {
         v_cache=torch.zeros(4, 2, 80, 32, requires_grad=True)
     ),
     "sliding_window must be in [1, 2^31), got 0": lambda a: a.update(sliding_window=0),
-    "k_scale must be given with a cache of torch.float8_e4m3fn and with no other, got k_scale (2,) and a cache of torch.float32": (
+    f"{SCALE.format('k')}, got k_scale (2,) and a cache of torch.float32": (
         lambda a: a.update(k_scale=torch.ones(2), v_scale=torch.ones(2))
     ),
-    "v_scale must be given with a cache of torch.float8_e4m3fn and with no other, got no v_scale and a cache": lambda a: (
-        a.update(k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(2))
+    f"{SCALE.format('v')}, got no v_scale and a cache": lambda a: a.update(
+        k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(2)
     ),
     "k_scale must be contiguous [H_kv] with H_kv=2, got (1,)": lambda a: a.update(
         k_cache=a["k_cache"].to(FP8), v_cache=a["v_cache"].to(FP8), k_scale=torch.ones(1), v_scale=torch.ones(1)

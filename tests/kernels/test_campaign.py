@@ -74,7 +74,8 @@ def test_campaign_of_a_kernel_against_its_reference(op, device, request):
             "dlm_fast": dlm_fast.__version__,
         }
         total = {
-            "what": "random calls of every kernel against the float64 reference: ids and integers exact, floats within the error bound",
+            "what": "random calls of every kernel against the float64 reference: "
+            "ids and integers exact, floats within the error bound",
             "cases": sum(entry["counts"].get("cases", 0) for entry in kernels.values()),
             "crossing a boundary": sum(
                 entry["counts"].get("crossing a tile or split boundary", 0) for entry in kernels.values()

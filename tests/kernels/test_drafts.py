@@ -46,8 +46,12 @@ SAYS = [[0, 2, 3, 4], [0, 0, 3, 4], [0, 0, 0, 4]]
 # name: arguments -> lanes chosen, their tokens, drafts accepted beyond the first
 VERIFIED = {
     "all drafts agree, and the last mask comes with them": ((DRAFTS, SAYS, RIGHT, {}), {0: 1, 1: 2, 2: 3, 3: 4}, 2),
-    "a chain ends where the token differs": ((DRAFTS, [[0, 2, 3, 4], [0, 0, 5, 4], [0] * 4], RIGHT, {}), {0: 1, 1: 2}, 1),
-    "and where another lane comes next": ((DRAFTS, SAYS, [[4.0, 3, 2, 1], [4.0, 3, 1, 2], [4.0, 3, 2, 1]], {}), {0: 1, 1: 2}, 1),
+    "a chain ends where the token differs": (
+        (DRAFTS, [[0, 2, 3, 4], [0, 0, 5, 4], [0] * 4], RIGHT, {}), {0: 1, 1: 2}, 1,
+    ),
+    "and where another lane comes next": (
+        (DRAFTS, SAYS, [[4.0, 3, 2, 1], [4.0, 3, 1, 2], [4.0, 3, 2, 1]], {}), {0: 1, 1: 2}, 1,
+    ),
     "the first draft needs no agreement": ((DRAFTS, [[0, 5, 5, 5]] * 3, RIGHT, {}), {0: 1}, 0),
     "a row that does not draft accepts the first only": ((DRAFTS, SAYS, RIGHT, {"drafting": False}), {0: 1}, 0),
     "a row without a source writes nothing": ((DRAFTS, SAYS, RIGHT, {"ready": False}), {}, 0),

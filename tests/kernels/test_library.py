@@ -41,8 +41,9 @@ def window_of(q_len: list[int], W: int, device, **fields) -> Window:
     lane = torch.arange(W, dtype=torch.int32, device=device).expand(B, W)
     fields = {"mode": "block"} | fields
     return Window(
-        q_pos=(lane + 4).contiguous(), q_block=(lane // 2).contiguous(), q_len=int32(q_len), kv_slot=(lane + 4).contiguous(),
-        kv_len=int32([4] * B), replaced=int32([[0, 0]] * B), cache_row=int32(range(B)), **fields,
+        q_pos=(lane + 4).contiguous(), q_block=(lane // 2).contiguous(), q_len=int32(q_len),
+        kv_slot=(lane + 4).contiguous(), kv_len=int32([4] * B), replaced=int32([[0, 0]] * B),
+        cache_row=int32(range(B)), **fields,
     )  # fmt: skip
 
 

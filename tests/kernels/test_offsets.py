@@ -30,7 +30,8 @@ def far_apart(values: torch.Tensor) -> torch.Tensor:
         out = torch.empty_strided(values.shape, strides, dtype=values.dtype, device=values.device)
     except RuntimeError as error:
         pytest.skip(
-            f"no {(ROWS - 1) * FAR * values.element_size() / 2**30:.0f} GiB of addresses here: {str(error).splitlines()[0]}"
+            f"no {(ROWS - 1) * FAR * values.element_size() / 2**30:.0f} GiB of addresses here: "
+            f"{str(error).splitlines()[0]}"
         )
     return out.copy_(values)
 
@@ -46,8 +47,9 @@ def test_attention(device, far):
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     window = Window(
-        q_pos=(lane + 33).contiguous(), q_block=lane.contiguous(), q_len=int32(*[W] * B), kv_slot=(lane + 33).contiguous(),
-        kv_len=int32(*[33] * B), replaced=int32(*[[0, 0]] * B), cache_row=int32(3, 0, 1, 2), mode="causal",
+        q_pos=(lane + 33).contiguous(), q_block=lane.contiguous(), q_len=int32(*[W] * B),
+        kv_slot=(lane + 33).contiguous(), kv_len=int32(*[33] * B), replaced=int32(*[[0, 0]] * B),
+        cache_row=int32(3, 0, 1, 2), mode="causal",
     )  # fmt: skip
     near = {name: value.clone() for name, value in given.items()}
     expected = block_attention(**near, window=window, scale=0.25)

@@ -61,7 +61,8 @@ def matmul(config, m, n, k, warps, stages):
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "K": "i32"}
     tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
     signature |= dict.fromkeys(tiles, "constexpr")
-    return CompileCase("matmul", config, matmul_kernel, signature, tiles, ("a_ptr", "b_ptr", "out_ptr", "K"), warps, stages)
+    divisible = ("a_ptr", "b_ptr", "out_ptr", "K")
+    return CompileCase("matmul", config, matmul_kernel, signature, tiles, divisible, warps, stages)
 
 def sine():
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "BLOCK_V": "constexpr"}
@@ -189,7 +190,8 @@ tell(good)
 def test_a_case_that_does_not_fit_and_a_missing_binary_are_refused_by_name(tmp_path):
     lines = run_toys(tmp_path, REFUSALS).stdout.splitlines()
     expected = [
-        "ValueError sum aligned: signature must name exactly the function's arguments, differs in ['BLOCK_V', 'V', 'out_ptr'",
+        "ValueError sum aligned: signature must name exactly the function's arguments, "
+        "differs in ['BLOCK_V', 'V', 'out_ptr'",
         "ValueError sum aligned: constexprs must be exactly the 'constexpr' arguments, differs in ['BLOCK_V']",
         "ValueError sum aligned: divisible_by_16 must name arguments of the function, got 'y_ptr'",
         "RuntimeError sum aligned: fn must be a @triton.jit function, got function;",
@@ -313,7 +315,9 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
 BORROWED = """
 from dlm_kernels import static, tiles
 from dlm_kernels.static import violations
-chosen = {"attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "unmask": "threshold", "draft_build": ""}
+chosen = {
+    "attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "unmask": "threshold", "draft_build": "",
+}
 found = []
 for capability in sorted(set(tiles.TARGETS) - set(static.CAPABILITIES)):
     cases = [case for op in static.KERNEL_MODULES for case in static.shipped(op, capability)]

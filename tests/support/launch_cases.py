@@ -193,8 +193,8 @@ def call_attention(choice: dict[str, Any]) -> None:
 
     page = choice["page"]
     window = Window(
-        q_pos=int32(B, W), q_block=int32(B, W), q_len=int32(B), kv_slot=int32(B, W), kv_len=int32(B), replaced=int32(B, 2),
-        cache_row=int32(B), mode=choice["mode"],
+        q_pos=int32(B, W), q_block=int32(B, W), q_len=int32(B), kv_slot=int32(B, W), kv_len=int32(B),
+        replaced=int32(B, 2), cache_row=int32(B), mode=choice["mode"],
         kept=torch.zeros(B, S_max, dtype=torch.bool) if choice["kept"] else None,
         page_table=int32(B, S_max // page) if page else None,
     )  # fmt: skip

@@ -50,7 +50,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # What is replaced while races are watched.
 HOOKS = {
     "InterpreterBuilder": (
-        "set_grid_idx", "create_masked_load", "create_masked_store", "create_barrier", "create_atomic_rmw", "create_atomic_cas",
+        "set_grid_idx", "create_masked_load", "create_masked_store", "create_barrier", "create_atomic_rmw",
+        "create_atomic_cas",
     ),
     "GridExecutor": ("__call__", "_init_args_hst"),
 }  # fmt: skip

@@ -1,10 +1,10 @@
 """Device code of `block_attention`, the cache's side: which slots a row sees, where a slot lies, how a key gets there
 and back.
 
-A cache is [rows, H_kv, S_max, D] or, with a page table, [pages, H_kv, PAGE, D]: then slot s lies in page table[s //
-PAGE] at s % PAGE. Its elements are those of q, or e4m3 bytes with one float32 scale a head. The bytes are taken apart
-and put together with integer operations, on every target the same: sm_80 and sm_86 have no conversion, and the
-interpreter's is no reference.
+A cache is [rows, H_kv, S_max, D] or, with a page table, [pages, H_kv, PAGE, D]; then slot s lies in page
+table[s // PAGE] at s % PAGE. Its elements have the dtype of q, or are e4m3 bytes with one float32 scale a head. The
+bytes are taken apart and put together with integer operations that are the same on every target: sm_80 and sm_86 have
+no conversion, and the interpreter's is no reference.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton.language as tl
 
 # Keys copied to the cache per iteration: enough to fill the copy's loads, few enough to cost no registers.
 STORE_N = tl.constexpr(16)
-# What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, whose bias is
-# larger by 8.
+# What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, and the bias of
+# a float16 is larger by 8.
 E4M3_UNIT = tl.constexpr(256.0)
 
 
@@ -30,8 +30,8 @@ def _tile_mask(rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _load_tile(ptr, offset, keep, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] at `offset` [rows] of a tensor whose last stride is 1; rows not kept and the padding are zero.
-    None: all kept."""
+    """[rows, BLOCK_D] at `offset` [rows] of a tensor whose last stride is 1. Rows that are not kept and the padding are
+    zero; `keep` None keeps all rows."""
     pointers = ptr + offset[:, None] + tl.arange(0, BLOCK_D)[None, :]
     if keep is not None:
         return tl.load(pointers, mask=_tile_mask(keep, D, BLOCK_D), other=0)
@@ -46,7 +46,7 @@ def _decode_e4m3(byte):
     """value / E4M3_UNIT in float16, exactly, subnormals and NaN included."""
     wide = byte.to(tl.uint16)
     size = wide & 0x7F
-    # 0x7F would be 480, where e4m3 has its NaN; 0xFE ends in the place of one of float16's.
+    # 0x7F would be 480, where e4m3 has its NaN; 0xFE ends in the place of a NaN of float16.
     size = tl.where(size == 0x7F, 0xFE, size)
     return (((wide & 0x80) << 8) | (size << 7)).to(tl.float16, bitcast=True)
 
@@ -57,10 +57,10 @@ def _encode_e4m3(value):
     bits = value.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
     clipped = tl.where(size > 0x43E00000, 0x43E00000, size)  # 448
-    # From 2^-6 on: drop 20 bits of the mantissa, rebias the exponent from 127 to 7; a carry runs into the exponent, as
-    # it should.
+    # From 2^-6 on, 20 bits of the mantissa are dropped and the bias of the exponent becomes 7 instead of 127. A carry
+    # runs into the exponent, as it should.
     normal = ((clipped + 0x7FFFF + ((clipped >> 20) & 1)) >> 20) - 960
-    # Below, e4m3 counts in steps of 2^-9; adding 2^23 makes float32 count, and round, in units.
+    # Below 2^-6, e4m3 counts in steps of 2^-9; adding 2^23 makes float32 count, and round, in units.
     counted = clipped.to(tl.float32, bitcast=True) * 512.0 + 8388608.0
     code = tl.where(clipped >= 0x3C800000, normal, counted.to(tl.uint32, bitcast=True) - 0x4B000000)
     code = tl.where(size > 0x7F800000, 0x7F, code)
@@ -69,8 +69,7 @@ def _encode_e4m3(value):
 
 @triton.jit
 def _first_visible(kv_len, sliding_window):
-    """First cached slot that the sliding window leaves visible; with a sliding window of n, the last n - 1 slots
-    are."""
+    """The first cached slot that the sliding window leaves visible; a sliding window of n shows the last n - 1."""
     first = kv_len * 0
     if sliding_window is not None:
         first = tl.maximum(kv_len - sliding_window + 1, 0)
@@ -92,8 +91,8 @@ def _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, 
 def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N):
     """How a row's visible prefix is cut: (where the first split starts, slots a split, number of splits, at least 1).
 
-    It looks at nothing but the row's own length. Long prefixes get longer splits instead of more: the partial results
-    are fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
+    The plan looks at nothing but the row's own length. Long prefixes get longer splits instead of more splits: the
+    partial results are fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
     """
     base = _first_visible(kv_len, sliding_window) // BLOCK_N * BLOCK_N
     span = kv_len - base
@@ -103,9 +102,10 @@ def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.cons
 
 @triton.jit
 def _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N):
-    """(first, number) of the key tiles of a split [begin, end) that are replaced as a whole: they are passed over.
+    """(first, number) of the key tiles of a split [begin, end) that are replaced as a whole, and are passed over.
 
-    That changes no bit, as a hidden tile adds exact zeros. A split that has no other tile leaves no partial result.
+    Passing over them changes no bit, as a hidden tile adds exact zeros. A split that has no other tile leaves no
+    partial result.
     """
     tiles_end = tl.cdiv(end, BLOCK_N)
     gap = tl.minimum(tl.maximum(tl.cdiv(replaced_start, BLOCK_N), begin // BLOCK_N), tiles_end)
@@ -115,7 +115,7 @@ def _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N):
 
 @triton.jit
 def _cache_base(ptr, strides, cache_row, head, PAGE: tl.constexpr):
-    """Where the slots of one KV head begin; in a paged cache, where those of page 0 do."""
+    """Where the slots of one KV head begin or, in a paged cache, where those of page 0 begin."""
     base = ptr + head * strides[1]
     if PAGE == 0:
         base += cache_row * strides[0]
@@ -124,8 +124,8 @@ def _cache_base(ptr, strides, cache_row, head, PAGE: tl.constexpr):
 
 @triton.jit
 def _tile_pages(table_ptr, start, slot, visible, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of a tile of slots: one for all if a tile, which starts at a multiple of BLOCK_N, never crosses
-    pages."""
+    """The page of each slot of a tile, or one page for all where no tile crosses pages: a tile starts at a multiple of
+    BLOCK_N."""
     page = 0
     if PAGE >= BLOCK_N:
         page = tl.load(table_ptr + start // PAGE).to(tl.int64)
@@ -139,6 +139,7 @@ def _tile_pages(table_ptr, start, slot, visible, PAGE: tl.constexpr, BLOCK_N: tl
 
 @triton.jit
 def _slot_offset(slot, page, strides, PAGE: tl.constexpr):
+    """Where each slot lies behind `_cache_base`."""
     if PAGE == 0:
         return slot.to(tl.int64) * strides[2]
     else:
@@ -172,7 +173,7 @@ def _store_keys(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Copies the stored ones among window positions [first, last) of one KV head to their cache slots."""
+    """Copies the window positions in [first, last) of one KV head that are stored to their cache slots."""
     columns = tl.arange(0, BLOCK_D)
     for start in range(first, last, STORE_N):
         j = start + tl.arange(0, STORE_N)

@@ -1,5 +1,4 @@
-"""The configurations of `block_attention` that must compile: every tile of the table, and every variant of the three
-kernels."""
+"""The configurations of `block_attention` that must compile: every tile of the table, every variant of the kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from .split import _attention_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"attention": _attention_kernel, "attention prefill": _prefill_kernel, "attention combine": _combine_kernel}
-# Pointers that are not to int32.
+# Pointers to float32; those that are in no list are to int32.
 FLOAT_POINTERS = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr", "k_scale_ptr", "v_scale_ptr")
 # Arguments that the launcher leaves out, as None, of a call that does without them.
 OPTIONAL = {
@@ -31,7 +30,7 @@ OPTIONAL = {
 
 @dataclasses.dataclass(frozen=True)
 class _Variant:
-    """One call, as far as it is compiled in. `page` is the page size, 0 without a page table."""
+    """What a call has compiled in. `page` is the page size, 0 without a page table."""
 
     dtype: str
     D: int
@@ -60,9 +59,9 @@ class _Variant:
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Every tile, every mode, and every optional argument, as the launcher specialises them for aligned strides."""
+    """Every tile, every mode and every optional argument, as the launcher specialises them for aligned strides."""
     everything = {"kept": True, "sliding": True}
-    # LLaDA, Dream, SDAR, DiffusionGemma's two kinds of layer; then what else the table has.
+    # LLaDA, Dream, SDAR and the two kinds of layer of DiffusionGemma come first, then what else the table has.
     splits = [_Variant("bf16", D, G) for D, G in ((128, 1), (128, 7), (128, 4), (256, 2), (512, 8), (64, 1), (64, 4))]
     splits += [_Variant("bf16", D, 1, "block") for D in (16, 32, 80, 128, 256)]
     splits += [_Variant("bf16", D, 7, "block") for D in (16, 32, 128, 512)]

@@ -1,4 +1,4 @@
-"""Device code of `block_attention`: what becomes of a tile's sums, and the combine of the splits' partial results."""
+"""Device code of `block_attention`: what becomes of the sums of a tile, and the combine of partial results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import triton.language as tl
 
 from .cache import _replaced_tiles, _split_plan, _tile_mask
 
-# Finite pivot of what has no visible key: -inf - -inf is NaN. The least float32, so that no finite score lies below it.
+# The pivot of a row without a visible key. It is finite, because -inf - -inf is NaN, and the least float32, so that no
+# finite score lies below.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# The sum of weights of a row that is dead, in partial results; a live one's is at least 0, or NaN.
+# The sum of weights that partial results hold for a dead row; that of a live row is at least 0, or NaN.
 DEAD = tl.constexpr(-1.0)
 
 
@@ -17,8 +18,8 @@ DEAD = tl.constexpr(-1.0)
 def _normalized(acc, row_sum, live):
     """The weighted mean of the values of live rows, zeros of the others.
 
-    A live row sees itself, so its weights have a sum. Where that is NaN, or 0 because every score is -inf, so is what
-    it stands for not a number: zeros in its place would hide an overflow from all that follows.
+    A live row sees itself, so its weights have a sum. Where the sum is NaN, or is 0 because every score is -inf, the
+    mean is not a number either, and zeros in its place would hide an overflow from all that follows.
     """
     return tl.where(live[:, None], acc / tl.where(live, row_sum, 1.0)[:, None], 0.0)
 
@@ -58,8 +59,9 @@ def _combine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merges the partial results of the row's own splits in their order, where it has several; rows beyond q_len get
+    """Merges the partial results of a batch row that has several splits, in their order; rows beyond q_len get
     zeros."""
+    # 1. Which rows, and how many splits they have.
     tiles = num_rows // BLOCK_R
     pair = tl.program_id(0) // tiles
     tile_start = tl.program_id(0) % tiles * BLOCK_R
@@ -77,6 +79,7 @@ def _combine_kernel(
     rows_in_use = q_len * G - first_row
     merged = tl.where(tile_start < rows_in_use, splits, 0)
 
+    # 2. The splits that have written something, one after the other.
     row_max = tl.full([BLOCK_R], LOWEST, tl.float32)
     row_sum = tl.where(local < rows_in_use, 0.0, DEAD)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -97,6 +100,7 @@ def _combine_kernel(
         row_sum = row_sum * decay + split_sum * share
         acc = acc * decay[:, None] + split_acc * share[:, None]
         row_max = new_max
-    # Not `row_sum >= 0`, which is false of NaN.
+
+    # 3. The output. A row is live unless its sum is negative: `row_sum >= 0` is false of NaN.
     result = _normalized(acc, row_sum, (row_sum < 0) == 0)
     _write_output(out_ptr, result, batch, head, first_row + local, W, H_KV, G, D, BLOCK_D)

@@ -1,4 +1,4 @@
-"""`block_attention` in Triton: its launcher. Device code: split.py and its neighbours; tiles: ../tiles.py."""
+"""The launcher of `block_attention` in Triton. Its device code is in split.py and its neighbours."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .split import _attention_kernel
 __all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
 
 LOG2_E = 1.4426950408889634
-# Partial results are fp32 [splits, rows, D] per KV head; beyond this, several groups of query tiles take turns in the
-# workspace.
+# Partial results are fp32 [splits, rows, D] per KV head. Where they would take more than this, groups of query tiles
+# take turns in the workspace.
 WORKSPACE_BYTES = 512 * 2**20
 
 
@@ -47,46 +47,48 @@ def block_attention(
     values.
 
         first   cache[cache_row[b], :, kv_slot[b, j]] = k, v[b, :, j]   for every live j with kv_slot[b, j] >= 0
-        then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over the keys that `Window` lets i see
+        then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over what i sees (`Window`)
 
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16; any strides, the last one 1.
-        k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
+        k, v: [B, H_kv, W, D], after RoPE, dtype of q. H is a multiple of H_kv; query head h uses KV head
+            h // (H / H_kv).
         k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in
             place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
             are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k; finite.
-        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in
-            float32, rounded to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is
-            read is that value times scale. The window's own keys are attended as they come.
-        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all
+        k_scale, v_scale: [H_kv] float32, given with a float8_e4m3fn cache and with no other. What is stored is
+            key / scale in float32, rounded to the nearest e4m3 value, ties to even, and beyond +-448 to +-448 (NaN
+            stays NaN); what is read is that value times scale. The window's own keys are attended as they come.
+        sliding_window: at least 1; of the cached slots only those s > kv_len - sliding_window are visible. None: all
             are.
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets
         zeros.
     Raises:
-        ValueError: shape, stride, device, D not a multiple of 16 up to 256 nor 512, one cache given, a scale that is
-        not finite,
-            sliding_window < 1, scales of the cache without an fp8 one or the other way round; caches that are empty,
-            expanded, share
-            memory or require a gradient.  TypeError: dtype.
+        ValueError: shape, stride, device, D neither a multiple of 16 up to 256 nor 512, one cache given, a scale that
+            is not finite, sliding_window < 1, scales without an fp8 cache or the other way round, caches that are
+            empty, expanded, share memory or require a gradient.
+        TypeError: dtype.
         RuntimeError: a gradient of q, k or v is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
-        NotImplementedError: a GPU
-            that `tiles.TARGETS` does not name.
+        NotImplementedError: a GPU that `tiles.TARGETS` does not name.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
     no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. A NaN or an
     infinity in a live query, or in a key or value that it sees, is carried into the results, as in the reference.
 
-    The visible prefix is read in splits, cut by the row's own length, whose partial results are added in order; a row
-    of many queries (more than the tile's PREFILL_ROWS of them times H / H_kv) is walked by one program a query tile
-    instead. Both depend on the row alone, so its result has the same bits alone or in a batch, in any bucket that holds
-    it and at any capacity. Launches: one; one more (the combine) if the capacity, or the sliding window, has room for
-    several splits; one more (the prefill) if W has room for a row of many queries. Beyond 512 MiB of workspace, which
-    is at most PREFILL_ROWS / SPLIT times what B rows of a 16-bit cache take, groups of query tiles take turns in it,
-    two launches each. Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax:
-    arXiv:2205.14135.
+    The visible prefix is read in splits, which are cut by the row's own length and whose partial results are added in
+    order. For a row of many queries (with the heads of a group more than the tile's PREFILL_ROWS), one program a query
+    tile walks the whole prefix instead. Both depend on the row alone, so its result has the same bits alone or in a
+    batch, in any bucket that holds the row and at any capacity.
+
+    There is one launch; one more (the combine) if the capacity, or the sliding window, has room for several splits; and
+    one more (the prefill) if W has room for a row of many queries. Beyond 512 MiB of workspace, which is at most
+    PREFILL_ROWS / SPLIT times what B rows of a 16-bit cache take, groups of query tiles take turns in the workspace,
+    with two launches each.
+
+    Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
     """
     check_arguments(
         q, k, v, k_cache, v_cache, window,
@@ -101,11 +103,12 @@ def block_attention(
 
 
 def _capability(q: Tensor) -> int:
-    """Compute capability whose tiles q's GPU runs; under the interpreter, that which it stands for."""
+    """Compute capability whose tiles q's GPU runs; under the interpreter, that of the GPU that it stands for."""
     capability = device.capability_of("block_attention", q, _attention_kernel)
     if not q.is_cuda and q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.runtime.JITFunction):
         raise RuntimeError(
-            "block_attention: q is bfloat16, whose products Triton's interpreter gets wrong (triton #11585): use float16 or float32"
+            "block_attention: q is bfloat16, whose products Triton's interpreter gets wrong (triton #11585): "
+            "use float16 or float32"
         )
     return capability
 
@@ -126,11 +129,12 @@ def _launch(
     prefill: AttentionTile | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
-    """`block_attention` after its checks, for a given tile and prefill tile (None: the same, not swapped)."""
+    """`block_attention` after its checks, for a given tile and prefill tile (None: the same tile, not swapped)."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
         raise RuntimeError(
             "block_attention: has no backward, got q, k or v with requires_grad=True; call it under torch.no_grad()"
         )
+    # 1. What is written.
     B, H, W, D = q.shape
     H_kv = k.shape[1]
     G = H // H_kv
@@ -139,7 +143,7 @@ def _launch(
     if out.numel() == 0:
         return out.transpose(1, 2)
 
-    # What both forms are told. Of an fp8 cache, the kernels handle the bytes.
+    # 2. What both forms are told. Of an fp8 cache the kernels handle the bytes.
     kept, page_table = (window.kept, window.page_table) if has_cache else (None, None)
     S_max = capacity(k_cache, window) if has_cache else 0
     if k_scale is not None:
@@ -181,6 +185,8 @@ def _launch(
         "PAGE": 0 if page_table is None else k_cache.shape[2],
         "BLOCK_D": triton.next_power_of_2(D),
     }
+
+    # 3. The prefill, if the bucket has room for a row of many queries, and the splits.
     with device.launching_on(q):
         if W * G > tile.PREFILL_ROWS:
             prefill = prefill or tile
@@ -199,11 +205,12 @@ def _launch(
 
 
 def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_bytes: int, *, B: int, S_max: int) -> None:
-    """The split form and its combine, on the first PREFILL_ROWS query rows of the bucket: a row that has more is not
-    theirs."""
+    """Launches the split form and its combine on the first PREFILL_ROWS query rows of the bucket: a batch row that has
+    more is the prefill kernel's."""
+    # 1. How many splits, and how many query tiles the workspace holds at once.
     q, H_kv, G, D, BLOCK_D = (common[name] for name in ("q_ptr", "H_KV", "G", "D", "BLOCK_D"))
     query_tiles = triton.cdiv(min(common["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
-    # As many splits as a row can have: a sliding window leaves few slots to cut, which need not begin at a key tile.
+    # A row can have so many splits: a sliding window leaves few slots to cut, which need not begin at a key tile.
     visible = S_max
     if common["sliding_window"] is not None:
         visible = min(S_max, common["sliding_window"] - 1 + tile.BLOCK_N)
@@ -212,30 +219,25 @@ def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_byt
     tiles_at_once = query_tiles
     if num_splits > 1:
         tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
+
+    # 2. The workspace.
     partial_acc = partial_max = partial_sum = None
     if common["HAS_CACHE"]:
-        # Empty if nobody has several splits: the kernel is the same one for every capacity, and does not look at it.
+        # The workspace is empty if no row can have several splits: the kernel is the same for every capacity, and does
+        # not look there.
         rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
         partial_acc = torch.empty(rows, D, dtype=torch.float32, device=q.device)
         partial_max = torch.empty(rows, dtype=torch.float32, device=q.device)
         partial_sum = torch.empty(rows, dtype=torch.float32, device=q.device)
     partials = {"partial_acc_ptr": partial_acc, "partial_max_ptr": partial_max, "partial_sum_ptr": partial_sum}
     plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
-    shared = (
-        "q_len_ptr",
-        "kv_len_ptr",
-        "replaced_ptr",
-        "out_ptr",
-        "W",
-        "H_KV",
-        "sliding_window",
-        "longest",
-        "G",
-        "D",
-        "BLOCK_D",
-    )
-    BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
 
+    # 3. The launches, a group of query tiles after the other.
+    shared = (
+        "q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr", "W", "H_KV", "sliding_window", "longest", "G", "D",
+        "BLOCK_D",
+    )  # fmt: skip
+    BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
     for first_tile in range(0, query_tiles, tiles_at_once):
         num_tiles = min(tiles_at_once, query_tiles - first_tile)
         _attention_kernel[(B * H_kv * num_tiles, num_splits)](

@@ -1,8 +1,8 @@
 """Device code of `block_attention` for long windows (prefill): one program a query tile walks the cached prefix, then
 the window.
 
-Nothing is split and nothing combined. The key tiles that a query tile needs are those between the first and the last
-key that any of its rows sees; of them, a contiguous range that every row sees whole is multiplied without a mask, and
+Nothing is split and nothing is combined. The key tiles that a query tile needs are those between the first and the last
+key that any of its rows sees. A contiguous range of them, which every row sees whole, is multiplied without a mask, and
 only the others (the diagonal, ends, holes) evaluate the predicate. In "causal" mode with four positions a tile:
 
     key tile      0 1 2 3
@@ -34,9 +34,9 @@ from .split import (
 def _window_tiles(
     q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, live, MODE: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """(first, end) of the key tiles that some row sees, and (first, end) of a range within that every row sees whole.
+    """(first, end) of the key tiles that some row sees, and (first, end) of a range within, which every row sees whole.
 
-    Exact for orders that ascend; for others right, and more tiles than necessary are read and masked.
+    Both are exact for orders that ascend. For other orders more tiles than necessary are read, and masked.
     """
     if MODE == "causal":
         order = query_pos
@@ -63,7 +63,7 @@ def _window_tiles(
             some = some & (key_order <= newest)
             every = every & (key_order <= oldest)
         if MODE == "shadow":
-            # A key of a block before the newest may be the twin of a query.
+            # A key of a block before the newest one may be the twin of a query.
             key_pos = tl.load(q_pos_ptr + j, mask=inside, other=0)
             every = every & ((key_block >= newest) | (key_pos < first_pos) | (key_pos > last_pos))
         begin = tl.minimum(begin, tl.min(tl.where(some, j, q_len), 0))
@@ -116,13 +116,12 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of query rows of one KV head against everything it sees, for batch rows of more than `longest` query
-    rows.
-
-    Of the others it writes the zeros beyond `longest`, where the split form has no program.
+    """One tile of query rows of one KV head against everything that the tile sees, for batch rows of more than
+    `longest` query rows. For other batch rows the kernel writes the zeros beyond `longest`, where the split form has no
+    program.
     """
+    # 1. Which rows. The tiles that see most start first, so that the last ones to finish are short.
     pair = tl.program_id(0) // num_tiles
-    # The tiles that see most start first, so that the last ones to finish are short.
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch = (pair // H_KV).to(tl.int64)
     head = (pair % H_KV).to(tl.int64)
@@ -132,11 +131,12 @@ def _prefill_kernel(
         return
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if is_short | (tile * BLOCK_M >= q_len * G):
-        # Rows of this tile before `longest` are the split form's if the batch row is short.
+        # If the batch row is short, the rows of this tile before `longest` are the split form's.
         in_place = tl.where(is_short & (row < longest), W * G, row)
         _write_output(out_ptr, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), batch, head, in_place, W, H_KV, G, D, BLOCK_D)
         return
 
+    # 2. The queries, and where the window's keys are.
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
     query = row // G
@@ -148,6 +148,8 @@ def _prefill_kernel(
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # 3. The window's keys are stored, and the cached keys attended: the tiles seen whole, then the others.
     if HAS_CACHE:
         cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
         k_slots = _cache_base(k_cache_ptr, k_cache_strides, cache_row, head, PAGE)
@@ -160,8 +162,9 @@ def _prefill_kernel(
             v_scale_ptr += head
             score_scale = scale_log2 * (tl.load(k_scale_ptr) * E4M3_UNIT)
         _store_window(
-            k_base, v_base, k_slots, v_slots, k_scale_ptr, v_scale_ptr, kv_slot_ptr + batch * W, q_block_ptr, page_table_ptr,
-            k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len, G, PAGE, D, BLOCK_M, BLOCK_D,
+            k_base, v_base, k_slots, v_slots, k_scale_ptr, v_scale_ptr, kv_slot_ptr + batch * W, q_block_ptr,
+            page_table_ptr, k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len, G, PAGE, D, BLOCK_M,
+            BLOCK_D,
         )  # fmt: skip
         kv_len = tl.load(kv_len_ptr + batch)
         replaced_start = tl.load(replaced_ptr + 2 * batch)
@@ -169,8 +172,7 @@ def _prefill_kernel(
         first = _first_visible(kv_len, sliding_window)
         first_tile = first // BLOCK_N
         end_tile = tl.cdiv(kv_len, BLOCK_N)
-        # The range that is seen whole lies before the replaced slots; they, if they are any, leave a gap of tiles
-        # behind it.
+        # The range that is seen whole lies before the replaced slots, which leave a gap of tiles behind the range.
         first_whole = tl.cdiv(first, BLOCK_N)
         end_whole = kv_len // BLOCK_N
         gap = end_tile
@@ -203,6 +205,7 @@ def _prefill_kernel(
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr) * E4M3_UNIT
 
+    # 4. The window: the tiles seen whole, then the others.
     query_pos, query_block = _load_order(q_pos_ptr, q_block_ptr, query, live, MODE)
     first_tile, end_tile, first_whole, end_whole = _window_tiles(
         q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, live, MODE, BLOCK_N

@@ -1,9 +1,9 @@
 """Device code of `block_attention`: the pass over cached prefix and window, cut into splits.
 
-Rows of a tile are (query, head of the group) pairs: row r is query r // G, head r % G of the KV head's group, G any
-integer. The visible prefix is cut by the row's own length (`_split_plan`), never by batch, bucket or capacity; the last
-split also takes the window, so a row with a short prefix has one split, whose program writes the output itself. With
-G=1, SPLIT=4, kv_len=6, a window of 3 in "causal" mode and cache slots 4..5 replaced:
+Rows of a tile are (query, head of the group) pairs: row r is query r // G and head r % G of the KV head's group, for
+any integer G. The visible prefix is cut by the row's own length (`_split_plan`), never by batch, bucket or capacity.
+The last split also takes the window, so a row with a short prefix has one split, whose program writes the output
+itself. With G=1, SPLIT=4, kv_len=6, a window of 3 in "causal" mode and cache slots 4..5 replaced:
 
                  split 0    split 1, window
     cache slot   0 1 2 3  | 4 5   j = 0 1 2
@@ -34,27 +34,28 @@ from .combine import DEAD, LOWEST, _normalized, _write_output
 
 # Positions per iteration when looking for the last key that a tile of queries can see.
 SCAN_N = tl.constexpr(1024)
-# Orders before and after every position and block.
+# Orders that come before and after every position and block.
 NO_ORDER = tl.constexpr(-2147483648)
 LAST_ORDER = tl.constexpr(2147483647)
 
 
 @triton.jit
 def _by_key(x, SWAP: tl.constexpr):
-    """A vector over keys, to broadcast against a tile of scores: [rows, keys], or [keys, rows] when operands are
-    swapped."""
+    """A vector over keys, to broadcast against a tile of scores, which is [rows, keys] or, with swapped operands,
+    [keys, rows]."""
     return x[:, None] if SWAP else x[None, :]
 
 
 @triton.jit
 def _by_row(x, SWAP: tl.constexpr):
+    """A vector over rows, to broadcast against a tile of scores."""
     return x[None, :] if SWAP else x[:, None]
 
 
 @triton.jit
 def _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP: tl.constexpr):
-    """One step of the online softmax, in base 2. Hidden keys get weight 0 exactly, and move no pivot; None: none is
-    hidden.
+    """One step of the online softmax, in base 2. Hidden keys get weight 0 exactly and move no pivot; `visible` is None
+    where no key is hidden.
 
     SWAP computes the transposes, S^T = K Q^T and O^T = V^T P^T: the tensor cores of sm_90 want 64 rows in their first
     operand, which keys and head dim have when the queries are few. `acc` is then [BLOCK_D, rows].
@@ -80,11 +81,11 @@ def _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP: tl.c
 
 @triton.jit
 def _window_visible(j, q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, MODE: tl.constexpr, SWAP: tl.constexpr):
-    """(which window positions are live, which of them each row sees): the predicate of `Window`."""
+    """(which window positions are live, which of them each row sees), by the predicate of `Window`."""
     inside = j < q_len
     key_block = tl.load(q_block_ptr + j, mask=inside, other=-1)
     key_live = key_block >= 0
-    # A dead key comes after every query: one vector of orders in registers instead of orders and flags.
+    # A dead key comes after every query, so that one vector of orders is in registers instead of orders and flags.
     if MODE == "full":
         visible = _by_key(key_live, SWAP)
     elif MODE == "causal":
@@ -102,7 +103,7 @@ def _window_visible(j, q_len, q_pos_ptr, q_block_ptr, query_pos, query_block, MO
 
 @triton.jit
 def _load_order(q_pos_ptr, q_block_ptr, query, live, MODE: tl.constexpr):
-    """Position and block of each row's query, as far as the predicate looks at them (else, whatever)."""
+    """Position and block of each row's query; what the predicate of the mode does not look at may be anything."""
     query_block = tl.load(q_block_ptr + query, mask=live, other=NO_ORDER)
     query_pos = query_block
     if (MODE == "causal") or (MODE == "shadow"):
@@ -112,7 +113,7 @@ def _load_order(q_pos_ptr, q_block_ptr, query, live, MODE: tl.constexpr):
 
 @triton.jit
 def _end_of_visible(order_ptr, block_ptr, q_len, newest):
-    """First window position beyond every live key of order at most `newest`: from there on, the whole tile sees
+    """The first window position beyond every live key of order at most `newest`, from which on the whole tile sees
     nothing."""
     end = 0
     for start in range(0, q_len, SCAN_N):
@@ -125,6 +126,7 @@ def _end_of_visible(order_ptr, block_ptr, q_len, newest):
 
 @triton.jit
 def _load_queries(q_ptr, strides, batch, head, row, live, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] queries of a tile; zeros where a row is dead."""
     offset = (head * G + row % G) * strides[1] + (row // G).to(tl.int64) * strides[2]
     return _load_tile(q_ptr + batch * strides[0], offset, live, D, BLOCK_D)
 
@@ -135,7 +137,7 @@ def _store_window(
     k_cache_strides, v_cache_strides, tile, q_len,
     G: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Stores keys and values of the queries whose first row lies in this tile, so that each is stored by one program.
+    """Stores keys and values of the queries whose first row lies in this tile, so that one program stores each.
 
     The slots are hidden from every reader (the contract of Window), so no order between programs is needed.
     """
@@ -173,7 +175,7 @@ def _store_window(
     )
 
 
-# The lengths of a bucket must not multiply the compiled variants.
+# Nothing is compiled again for the lengths of a bucket.
 @triton.jit(
     do_not_specialize=[
         "W",
@@ -235,13 +237,14 @@ def _attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of query rows of one KV head against one split. The result of a row with one split is final, else
-    partial.
+    """One tile of query rows of one KV head against one split. The result of a batch row with one split is final, that
+    of a row with several is partial.
 
-    Strides are those of (batch row, head, position); for a cache (cache row or page, head, slot). Rows of more than
-    `longest` query rows are left to the prefill kernel.
+    Strides are those of (batch row, head, position), and of a cache those of (cache row or page, head, slot). Batch
+    rows of more than `longest` query rows are left to the prefill kernel.
     """
-    # Query tiles of one KV head are neighbours, so that the second one finds the keys in L2.
+    # 1. Which rows, and which split. Query tiles of one KV head are neighbours, so that the second one finds the keys
+    # in L2.
     pair = tl.program_id(0) // num_tiles
     tile = first_tile + tl.program_id(0) % num_tiles
     split = tl.program_id(1)
@@ -250,7 +253,7 @@ def _attention_kernel(
     q_len = tl.load(q_len_ptr + batch)
     if q_len * G > longest:
         return
-    # A split beyond the row's own prefix holds nothing: the combine does not read it.
+    # A split beyond the row's own prefix holds nothing, and the combine does not read its partial results.
     splits = 1
     if HAS_CACHE:
         kv_len = tl.load(kv_len_ptr + batch)
@@ -263,6 +266,7 @@ def _attention_kernel(
             _write_output(out_ptr, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), batch, head, row, W, H_KV, G, D, BLOCK_D)
         return
 
+    # 2. The queries.
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
     query = row // G
@@ -275,6 +279,8 @@ def _attention_kernel(
         acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # 3. The cached keys of the split.
     if HAS_CACHE:
         cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
         k_slots = _cache_base(k_cache_ptr, k_cache_strides, cache_row, head, PAGE)
@@ -300,7 +306,7 @@ def _attention_kernel(
         for index in range(begin // BLOCK_N, tiles_end - gap_tiles):
             start = (index + tl.where(index >= gap, gap_tiles, 0)) * BLOCK_N
             slot = start + tl.arange(0, BLOCK_N)
-            # Hidden slots are not read at all: another program of this launch may be writing them.
+            # Hidden slots are not read at all, because another program of this launch may be writing them.
             visible = _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, sliding_window)
             page = _tile_pages(page_table_ptr, start, slot, visible, PAGE, BLOCK_N)
             k = _load_cached(k_slots, slot, page, k_cache_strides, visible, q.dtype, PAGE, D, BLOCK_D)
@@ -311,17 +317,19 @@ def _attention_kernel(
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr) * E4M3_UNIT
 
+    # 4. The window, which belongs to the last split: its keys are stored, and attended.
     if split == splits - 1:
         k_base = k_ptr + batch * k_strides[0] + head * k_strides[1]
         v_base = v_ptr + batch * v_strides[0] + head * v_strides[1]
         if HAS_CACHE:
             _store_window(
-                k_base, v_base, k_slots, v_slots, k_scale_ptr, v_scale_ptr, kv_slot_ptr + batch * W, q_block_ptr, page_table_ptr,
-                k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len, G, PAGE, D, BLOCK_M, BLOCK_D,
+                k_base, v_base, k_slots, v_slots, k_scale_ptr, v_scale_ptr, kv_slot_ptr + batch * W, q_block_ptr,
+                page_table_ptr, k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len,
+                G, PAGE, D, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         query_pos, query_block = _load_order(q_pos_ptr, q_block_ptr, query, live, MODE)
         window_end = q_len
-        # Worth its latency only where it can save a tile.
+        # Looking for the end is worth its latency only where that can save a tile.
         if MODE == "causal" and q_len > BLOCK_N:
             window_end = _end_of_visible(q_pos_ptr, q_block_ptr, q_len, tl.max(query_pos, 0))
         elif MODE != "full" and q_len > BLOCK_N:
@@ -333,6 +341,7 @@ def _attention_kernel(
             v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
             row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP)
 
+    # 5. The output, or a partial result for the combine.
     if SWAP:
         acc = tl.trans(acc)
     if splits == 1:

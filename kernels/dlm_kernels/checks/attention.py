@@ -30,9 +30,13 @@ def check_arguments(
     dtypes: tuple[torch.dtype, ...],
     head_dims: Collection[int] | None = None,
 ) -> None:
-    """Raises what `block_attention` documents (`head_dims` None: any D); reads shapes, strides, dtypes and devices
-    only."""
+    """Raises what `block_attention` documents; reads shapes, strides, dtypes and devices only.
+
+    Args:
+        dtypes: those that q may have. head_dims: those that D may be; None: any.
+    """
     op = "block_attention"
+    # 1. Shapes.
     if q.dim() != 4:
         raise ValueError(f"{op}: q must be [B, H, W, D], got shape {tuple(q.shape)}")
     B, H, W, D = q.shape
@@ -55,6 +59,7 @@ def check_arguments(
     if q.dtype not in dtypes:
         raise TypeError(f"{op}: q must be one of {', '.join(str(dtype) for dtype in dtypes)}, got {q.dtype}")
 
+    # 2. Numbers.
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
     if not abs(scale) <= MAX_SCALE:
@@ -65,6 +70,7 @@ def check_arguments(
         if not 1 <= sliding_window < 2**31:
             raise ValueError(f"{op}: sliding_window must be in [1, 2^31), got {sliding_window}")
 
+    # 3. Dtypes, devices and strides.
     tensors = {"q": q, "k": k, "v": v}
     if k_cache is not None:
         tensors |= {"k_cache": k_cache, "v_cache": v_cache}
@@ -124,7 +130,8 @@ def _check_scales(
             continue
         if tuple(scale.shape) != (H_kv,) or not scale.is_contiguous():
             raise ValueError(
-                f"{op}: {name} must be contiguous [H_kv] with H_kv={H_kv}, got {tuple(scale.shape)}, strides {scale.stride()}"
+                f"{op}: {name} must be contiguous [H_kv] with H_kv={H_kv}, "
+                f"got {tuple(scale.shape)}, strides {scale.stride()}"
             )
         if scale.dtype != torch.float32:
             raise TypeError(f"{op}: {name} must be torch.float32, got {scale.dtype}")

@@ -13,10 +13,10 @@ MAX_BANNED, MAX_BIAS = 32, 64
 # A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf:
 # between them every intermediate of the one-pass recurrences is finite in fp32.
 LIMIT = 1e30
-# Temperatures outside are an error of the row: LIMIT / MIN_TEMPERATURE must be finite, LIMIT / MAX_TEMPERATURE
-# infinitely unlikely.
+# A temperature outside of these is an error of its row: LIMIT / MIN_TEMPERATURE must be finite, and LIMIT /
+# MAX_TEMPERATURE infinitely unlikely.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-# Least ln p of a token of the previous step: KLASS adds 1e-12 inside both logarithms, which keeps the divergence
+# The least ln p of a token of the previous step. KLASS adds 1e-12 inside both logarithms, which keeps the divergence
 # finite.
 PREVIOUS_FLOOR = math.log(1e-12)
 
@@ -55,14 +55,13 @@ def check_arguments(
     previous_logsumexp: Tensor | None,
     extra_dtypes: tuple[torch.dtype, ...] = (),
 ) -> int:
-    """Raise on a call that `confidence` does not define; returns N. Looks at shapes and dtypes, never at values on the
-    device."""
-    check_matrix("confidence", "logits", logits, "[R, V] with 1 <= V < 2^30", extra_dtypes)
+    """Raises on a call that `confidence` does not define, and returns N. Looks at shapes and dtypes, never at values on
+    the device."""
+    _check_matrix("logits", logits, "[R, V] with 1 <= V < 2^30", extra_dtypes)
     if not 1 <= logits.shape[1] < 2**30:
         raise ValueError(f"confidence: logits must be [R, V] with 1 <= V < 2^30, got shape {list(logits.shape)}")
-    check_outputs("confidence", outputs, OUTPUTS, soft_cap)
+    _check_outputs(outputs, soft_cap)
     _check_groups(
-        "confidence",
         outputs,
         sampled={"sample_temperature": sample_temperature, "seed": seed, "noise": noise},
         query={"query": query},
@@ -83,9 +82,8 @@ def check_arguments(
             raise ValueError(f"confidence: previous must have last stride 1, got strides {previous.stride()}")
         if previous.device != logits.device:
             raise ValueError(f"confidence: previous must be on {logits.device}, got {previous.device}")
-    N = _check_row_tensors("confidence", logits, rows, banned, temperature, sample_temperature, seed, noise, query)
+    N = _check_row_tensors(logits, rows, banned, temperature, sample_temperature, seed, noise, query)
     _check_tensors(
-        "confidence",
         logits.device,
         N,
         ("bias_ids", bias_ids, torch.int64, [] if bias_ids is None else [(N, bias_ids.shape[-1:].numel())]),
@@ -97,37 +95,37 @@ def check_arguments(
     return N
 
 
-def check_matrix(op: str, name: str, values: Tensor, shape: str, extra_dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless `values` is a matrix of a dtype that the op takes, with any row stride and last stride 1."""
+def _check_matrix(name: str, values: Tensor, shape: str, extra_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises unless `values` is a matrix of a dtype that the op takes, with any row stride and last stride 1."""
     dtypes = (torch.float16, torch.bfloat16, torch.float32, *extra_dtypes)
     if values.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {values.dtype}")
+        raise TypeError(f"confidence: {name} must be one of {', '.join(map(str, dtypes))}, got {values.dtype}")
     if values.dim() != 2:
-        raise ValueError(f"{op}: {name} must be {shape}, got shape {list(values.shape)}")
+        raise ValueError(f"confidence: {name} must be {shape}, got shape {list(values.shape)}")
     if values.shape[1] > 1 and values.stride(1) != 1:
-        raise ValueError(f"{op}: {name} must have last stride 1, got strides {values.stride()}")
+        raise ValueError(f"confidence: {name} must have last stride 1, got strides {values.stride()}")
 
 
-def check_outputs(op: str, outputs: Sequence[str], known: Sequence[str], soft_cap: float | None) -> None:
-    """Raise on output groups that the op does not have, and on a cap that is none."""
-    if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(known):
-        raise ValueError(f"{op}: outputs must be distinct names out of {known}, got {outputs!r}")
+def _check_outputs(outputs: Sequence[str], soft_cap: float | None) -> None:
+    """Raises on output groups that the op does not have, and on a cap that is not a positive number."""
+    if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(OUTPUTS):
+        raise ValueError(f"confidence: outputs must be distinct names out of {OUTPUTS}, got {outputs!r}")
     if soft_cap is not None and (isinstance(soft_cap, bool) or not 0 < soft_cap < math.inf):
-        raise ValueError(f"{op}: soft_cap must be a positive finite number or None, got {soft_cap!r}")
+        raise ValueError(f"confidence: soft_cap must be a positive finite number or None, got {soft_cap!r}")
 
 
-def _check_groups(op: str, outputs: Sequence[str], **groups: dict[str, Tensor | None]) -> None:
+def _check_groups(outputs: Sequence[str], **groups: dict[str, Tensor | None]) -> None:
     for group, arguments in groups.items():
         for name, value in arguments.items():
             if (value is not None) != (group in outputs):
                 state = "required" if value is None else "used"
                 raise ValueError(
-                    f"{op}: {name} is {state} only with {group!r} in outputs, got {name}={_kind(value)}, {outputs!r}"
+                    f"confidence: {name} is {state} only with {group!r} in outputs, "
+                    f"got {name}={_kind(value)}, {outputs!r}"
                 )
 
 
 def _check_row_tensors(
-    op: str,
     matrix: Tensor,
     rows: Tensor | None,
     banned: Tensor | None,
@@ -140,11 +138,10 @@ def _check_row_tensors(
     N = matrix.shape[0]
     if rows is not None:
         if rows.dim() != 1:
-            raise ValueError(f"{op}: rows must be [N], got shape {list(rows.shape)}")
+            raise ValueError(f"confidence: rows must be [N], got shape {list(rows.shape)}")
         N = rows.shape[0]
     K = 0 if banned is None else banned.shape[-1:].numel()
     _check_tensors(
-        op,
         matrix.device,
         N,
         ("rows", rows, torch.int32, [(N,)]),
@@ -156,26 +153,27 @@ def _check_row_tensors(
         ("banned", banned, torch.int64, [(K,), (N, K)]),
     )
     if K > MAX_BANNED:
-        raise ValueError(f"{op}: banned must hold at most {MAX_BANNED} ids a row, got K={K}")
+        raise ValueError(f"confidence: banned must hold at most {MAX_BANNED} ids a row, got K={K}")
     return N
 
 
 def _check_tensors(
-    op: str, device: torch.device, N: int, *tensors: tuple[str, Tensor | None, torch.dtype, list[tuple[int, ...]]]
+    device: torch.device, N: int, *tensors: tuple[str, Tensor | None, torch.dtype, list[tuple[int, ...]]]
 ) -> None:
     for name, value, dtype, shapes in tensors:
         if value is None:
             continue
         if value.dtype != dtype:
-            raise TypeError(f"{op}: {name} must be {dtype}, got {value.dtype}")
+            raise TypeError(f"confidence: {name} must be {dtype}, got {value.dtype}")
         if tuple(value.shape) not in shapes:
             raise ValueError(
-                f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)} (N = {N})"
+                f"confidence: {name} must have shape {' or '.join(map(str, shapes))}, "
+                f"got {tuple(value.shape)} (N = {N})"
             )
         if not value.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous, got strides {value.stride()}")
+            raise ValueError(f"confidence: {name} must be contiguous, got strides {value.stride()}")
         if value.device != device:
-            raise ValueError(f"{op}: {name} must be on {device}, got {value.device}")
+            raise ValueError(f"confidence: {name} must be on {device}, got {value.device}")
 
 
 def _kind(value: Tensor | None) -> str:

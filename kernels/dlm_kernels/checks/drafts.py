@@ -11,7 +11,7 @@ from ..state import DraftSource
 
 
 def check_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, D: int) -> None:
-    """Raise unless `draft_build` can take these."""
+    """Raises unless `draft_build` can take these."""
     if isinstance(D, bool) or not isinstance(D, int):
         raise TypeError(f"draft_build: D must be an int, got {type(D).__name__}")
     if D < 1:
@@ -31,7 +31,7 @@ def check_verify(
     selects: Tensor,
     mask_id: int,
 ) -> None:
-    """Raise unless `verify` can take these."""
+    """Raises unless `verify` can take these."""
     if isinstance(mask_id, bool) or not isinstance(mask_id, int):
         raise TypeError(f"verify: mask_id must be an int, got {type(mask_id).__name__}")
     lanes = dict(

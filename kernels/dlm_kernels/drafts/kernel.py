@@ -1,8 +1,9 @@
-"""Device code of `draft_build` and `verify`, read in tiles of BLOCK_T lanes. Specification: reference.drafts.
+"""Device code of `draft_build` and `verify`, which read a row in tiles of BLOCK_T lanes. Specification:
+reference.drafts.
 
-Lanes have the keys of `unmask` (order-preserving bits of the score, then the lane): all different, so the order is
-total and nothing depends on the tile or the batch. Few lanes are wanted in order, so they are found one by one, each
-the greatest below the last.
+Lanes have the keys of `unmask` (order-preserving bits of the score, then the lane). No two keys are equal, so the order
+is total and nothing depends on the tile or the batch. Few lanes are wanted in order, so they are found one by one, each
+as the greatest key below the last one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _LANES = tl.constexpr(2**31)
 
 @triton.jit
 def _best_below(limit, W, score_ptr, eligible_ptr, held_ptr, mask_id, BLOCK_T: tl.constexpr):
-    """The greatest key below `limit` of an eligible lane (held_ptr not None: of one masked in that canvas), or
-    KEY_MIN."""
+    """The greatest key below `limit` of an eligible lane, which must be masked in the canvas `held_ptr` if that is not
+    None; KEY_MIN if there is none."""
     top = limit * 0 + KEY_MIN
     for begin in range(0, W, BLOCK_T):
         lane = begin + tl.arange(0, BLOCK_T)
@@ -33,8 +34,8 @@ def _best_below(limit, W, score_ptr, eligible_ptr, held_ptr, mask_id, BLOCK_T: t
 
 @triton.jit
 def _last_of_best(number, W, score_ptr, eligible_ptr, BLOCK_T: tl.constexpr):
-    """The key of the last of the `number` best eligible lanes: above every key if it is 0, KEY_MIN if there are
-    fewer."""
+    """The key of the last of the `number` best eligible lanes; above every key if `number` is 0, KEY_MIN if there are
+    fewer lanes."""
     cut = number.to(tl.int64) * 0 + KEY_MAX
     for _ in range(number):
         cut = _best_below(cut, W, score_ptr, eligible_ptr, None, 0, BLOCK_T)
@@ -56,6 +57,7 @@ def draft_build_kernel(
     # tiles
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
+    """The canvases of the drafts of a row, one after the other: each writes one lane more than the draft before."""
     row = tl.program_id(0).to(tl.int64)
     eligible_ptr += row * eligible_stride
     score_ptr = source_score_ptr + row * source_score_stride
@@ -75,9 +77,9 @@ def draft_build_kernel(
 
 @triton.jit(
     do_not_specialize=(
-        "W", "D", "mask_id", "source_token_stride", "source_score_stride", "source_confidence_stride", "eligible_stride",
-        "held_stride", "held_draft_stride", "token_stride", "token_draft_stride", "score_stride", "score_draft_stride",
-        "confidence_stride", "confidence_draft_stride",
+        "W", "D", "mask_id", "source_token_stride", "source_score_stride", "source_confidence_stride",
+        "eligible_stride", "held_stride", "held_draft_stride", "token_stride", "token_draft_stride", "score_stride",
+        "score_draft_stride", "confidence_stride", "confidence_draft_stride",
     )
 )  # fmt: skip
 def verify_kernel(
@@ -98,6 +100,8 @@ def verify_kernel(
     # tiles
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
+    """What a step of a row writes, and the source of its next drafts."""
+    # 1. The row, and how many of its lanes are eligible.
     row = tl.program_id(0).to(tl.int64)
     source_token_ptr += row * source_token_stride
     source_score_ptr += row * source_score_stride
@@ -120,7 +124,7 @@ def verify_kernel(
         eligible = tl.load(eligible_ptr + begin + index, mask=begin + index < W, other=0) != 0
         left += tl.sum(eligible.to(tl.int32))
 
-    # The chain: from the accepted draft to the last one that the static decoder makes of it.
+    # 2. The chain: from the accepted draft to the last one that the static decoder makes of the accepted one.
     best = D * 0
     goes_on = drafting
     while goes_on:
@@ -143,7 +147,7 @@ def verify_kernel(
         goes_on = reached > best
         best = reached
 
-    # What is written: the accepted draft, and the last mask with it.
+    # 3. What is written: the accepted draft, and the last mask with it.
     count = tl.where(ready, best + 1, 0)
     closes = left - count == 1
     cut = _last_of_best(count, W, source_score_ptr, eligible_ptr, BLOCK_T)

@@ -26,8 +26,9 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
     """The held tokens [B, D, W] int64 of D canvases a row: draft k is the row with its k + 1 best eligible lanes
     written.
 
-    Equal to reference.draft_build bit for bit; arguments and errors are described there. Nothing depends on the tile or
-    on the other rows. Traffic: every draft reads 26 B a lane (from L2 but for the first) and writes 8 B.
+    The result equals that of reference.draft_build bit for bit, where arguments and errors are described. Nothing
+    depends on the tile or on the other rows. Traffic: every draft reads 26 B a lane (all but the first from L2) and
+    writes 8 B.
 
     Raises:
         As reference.draft_build, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a
@@ -87,9 +88,9 @@ def verify(
 ) -> Verified:
     """Accepts the longest chain of drafts and makes its last canvas the next source, in place.
 
-    Equal to reference.verify bit for bit; arguments and errors are described there. Nothing depends on the tile or on
-    the other rows.
-    Traffic: 61 B a lane, and 13 B a lane for every accepted draft and 16 B for every draft compared with it.
+    The result equals that of reference.verify bit for bit, where arguments and errors are described. Nothing depends on
+    the tile or on the other rows. Traffic: 61 B a lane, and besides 13 B a lane for every accepted draft and 16 B for
+    every draft that is compared with one.
 
     Raises:
         As reference.verify, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a GPU
@@ -143,7 +144,7 @@ def verify(
 
 
 def compile_cases(capability: int) -> list[CompileCase]:
-    """Both kernels with every tile. Equal for all targets."""
+    """Both kernels with every tile; the configurations are the same for all targets."""
     return [_case(kernel, *tile) for kernel in (draft_build_kernel, verify_kernel) for tile in DRAFTS_TILES]
 
 

@@ -32,29 +32,30 @@ def block_attention(
     values.
 
         first   cache[cache_row[b], :, kv_slot[b, j]] = k, v[b, :, j]   for every live j with kv_slot[b, j] >= 0
-        then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over the keys that `Window` lets i see
+        then    out[b, h, i] = sum_s softmax_s(scale * q[b, h, i] . key_s) value_s   over what i sees (`Window`)
 
     Args:
         q: [B, H, W, D] float32, bfloat16 or float16 (here also float64, and any D); any strides, the last one 1.
-        k, v: [B, H_kv, W, D], after RoPE, dtype of q; H a multiple of H_kv, query head h uses KV head h // (H / H_kv).
+        k, v: [B, H_kv, W, D], after RoPE, dtype of q. H is a multiple of H_kv; query head h uses KV head
+            h // (H / H_kv).
         k_cache, v_cache: [R, H_kv, S_max, D] (with `window.page_table`, pages), dtype of q or float8_e4m3fn, written in
             place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
             are ignored.
         window: what is visible and where keys go; every tensor contiguous.
         scale: multiplies q . k; finite.
-        k_scale, v_scale: [H_kv] float32, of a float8_e4m3fn cache and of no other. What is stored is key / scale in
-            float32, rounded to the nearest e4m3 value, ties to even, beyond +-448 to +-448 (NaN stays NaN); what is
-            read is that value times scale. The window's own keys are attended as they come.
-        sliding_window: of the cached slots only those s > kv_len - sliding_window are visible; at least 1. None: all
+        k_scale, v_scale: [H_kv] float32, given with a float8_e4m3fn cache and with no other. What is stored is
+            key / scale in float32, rounded to the nearest e4m3 value, ties to even, and beyond +-448 to +-448 (NaN
+            stays NaN); what is read is that value times scale. The window's own keys are attended as they come.
+        sliding_window: at least 1; of the cached slots only those s > kv_len - sliding_window are visible. None: all
             are.
     Returns:
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets
         zeros.
     Raises:
-        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales of
-        the cache without
-            an fp8 one or the other way round; caches that are empty, expanded, share memory or require a gradient.
-            TypeError: dtype.
+        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales
+            without an fp8 cache or the other way round, caches that are empty, expanded, share memory or require a
+            gradient.
+        TypeError: dtype.
 
     Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
     no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden
@@ -73,10 +74,13 @@ def block_attention(
     if out.numel() == 0:
         return out.transpose(1, 2)
 
+    # 1. Who sees whom in the window.
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
     live = (torch.arange(W, device=q.device) < window.q_len[:, None]) & (window.q_block >= 0)
     visible = live[:, :, None] & live[:, None, :] & _window_allows(window)
     keys, values, readable = k.to(precision), v.to(precision), live
+
+    # 2. The window's keys are stored; the row's visible slots come before the window.
     if k_cache is not None:
         stored = live & (window.kv_slot >= 0)
         _store(k_cache, k, k_scale, stored, window)
@@ -87,16 +91,18 @@ def block_attention(
         keys = torch.cat([_read(k_cache, k_scale, in_cache, window, precision), keys], 2)
         values = torch.cat([_read(v_cache, v_scale, in_cache, window, precision), values], 2)
 
+    # 3. What nobody may read can be NaN, which neither a weight of zero nor a score of -inf would silence, so zeros
+    # replace it.
     H_kv = k.shape[1]
-    # What nobody may read can be NaN, and neither a weight of zero nor a score of -inf would silence it: it must be
-    # gone.
     queries = q.to(precision).masked_fill(~live[:, None, :, None], 0.0).unflatten(1, (H_kv, H // H_kv)).flatten(2, 3)
     keys, values = (tensor.masked_fill(~readable[:, None, :, None], 0.0) for tensor in (keys, values))
+
+    # 4. The softmax over the visible keys, and the mean of their values.
     mask = visible[:, None].repeat(1, 1, H // H_kv, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen: the weights, whose sum is 1
-    # otherwise, show it. Such a softmax is not a number, whether a query or its keys are not finite or their product
-    # overflows.
+    # Over scores that are all -inf, torch's softmax is zeros, as if nothing were seen; the sum of the weights, which is
+    # 1 otherwise, tells the two apart. Such a softmax is not a number, whether a query or its keys are not finite or
+    # their product overflows.
     weights = F.scaled_dot_product_attention(
         queries, keys, torch.ones_like(values[..., :1]), attn_mask=mask, scale=scale
     )
@@ -106,7 +112,7 @@ def block_attention(
 
 
 def _window_allows(window: Window) -> Tensor:
-    """[B, W, W] (or broadcastable): may query i (dim 1) look at position j (dim 2), both being live."""
+    """[B, W, W] (or broadcastable): whether query i (dim 1) may look at position j (dim 2), if both are live."""
     allowed = torch.ones((), dtype=torch.bool, device=window.q_pos.device)
     if window.mode != "full":
         order = window.q_pos if window.mode == "causal" else window.q_block
@@ -128,7 +134,7 @@ def _cache_visible(window: Window, S_max: int, sliding_window: int | None) -> Te
 
 
 def _place(row: Tensor, slot: Tensor, cache: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """(first index, third index) of `slot` of cache row `row` in the cache: itself, or its page and the place in it."""
+    """(first index, third index) in the cache of `slot` of cache row `row`: the two themselves, or page and place."""
     row, slot = row.long(), slot.long()
     if window.page_table is None:
         return row, slot

@@ -60,11 +60,13 @@ def confidence(
     """Most likely token per row with its probability and, on request, runner-up, logsumexp, entropy, KL, a draw, a
     query.
 
-        x = logits, plus `bias` at `bias_ids`      l = soft_cap * tanh(x / soft_cap), or x      p = softmax(l / temperature)
+        x = logits, plus `bias` at `bias_ids`    l = soft_cap * tanh(x / soft_cap), or x    p = softmax(l / temperature)
         token, second_token = the two allowed ids of highest x (ties: lowest id); logit, second_logit their l
         confidence = p[token]        margin = confidence - p[second_token]        entropy = -sum p ln p (nats)
-        kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0;   ln p' = (previous, capped) / temperature - previous_logsumexp
-        sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id); sampled_confidence = p[it]
+        kl = sum p (ln p - max(ln p', ln 1e-12)), not below 0
+            ln p' = (previous, capped) / temperature - previous_logsumexp
+        sampled_token = argmax over allowed ids of l / sample_temperature + gumbel(row key, id)
+        sampled_confidence = p[sampled_token]
 
     Sums are over all V ids; `logsumexp` is of l / temperature. An id is allowed if it is not banned and its x is above
     -1e30. Banned ids cannot be token, second_token or sampled_token, but stay in every sum. Everything is computed in
@@ -72,14 +74,14 @@ def confidence(
 
     Args:
         logits: [R, V] fp16, bf16 or fp32, last stride 1, any row stride; read once, not modified.
-        rows: [N] int32, the logits row of each output; -1 = nothing needed, and nothing is read. None: every row, N =
-            R.
+        rows: [N] int32, the logits row of each output; -1 = nothing is needed, and nothing is read. None: every row,
+            and N = R.
         outputs: optional groups, any of `checks.confidence.OUTPUTS`; token, logit, confidence and error always come.
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
         temperature: [N] fp32 of the statistics. None: 1.
         sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:
         seed: [1] int64, and
-        noise: [N, 3] int32, the row's (request index, absolute position, own step); see `reference.noise`.
+        noise: [N, 3] int32, request index, absolute position and own step of each output; see `reference.noise`.
         query: [N] int64, required for "query": query_confidence = p[query].
         soft_cap: a constant of the model; None = no cap.
         bias_ids: [N, K] int64, 1 <= K <= 64, given with bias. Ids outside [0, V), such as -1, bias nothing: what their
@@ -106,6 +108,7 @@ def confidence(
         logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
         bias_ids, bias, previous, previous_logsumexp, extra_dtypes=(torch.float64,),
     )  # fmt: skip
+    # 1. The row of every output, with its bias.
     R, V = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = torch.arange(R, device=logits.device) if rows is None else rows.to(torch.int64)
@@ -113,8 +116,7 @@ def confidence(
     present = (row >= 0) & (row < R)
 
     def rows_of(values: Tensor) -> Tensor:
-        """The row of each output, 0 where there is none. Fixed shapes, no boolean indexing: it would read the
-        device."""
+        """The row of each output, 0 where there is none. Shapes are fixed: boolean indexing would read the device."""
         if not R:
             return torch.zeros(N, *values.shape[1:], dtype=dtype, device=logits.device)
         return torch.where(present.view(N, *[1] * (values.dim() - 1)), values[row.clamp(0, R - 1)].to(dtype), 0.0)
@@ -123,7 +125,7 @@ def confidence(
     raw = torch.where(raw <= -LIMIT, -math.inf, raw)
     scale = torch.ones(N, dtype=dtype, device=logits.device) if temperature is None else temperature.to(dtype)
 
-    # Choose by x: the cap is increasing, and rounding must not make it tie.
+    # 2. Errors and choices. Tokens are chosen by x: the cap is increasing, and its rounding must not make a tie.
     ids = torch.arange(V, device=logits.device)
     allowed = ~_is_banned(ids, banned, N) & (raw > -math.inf)
     error = ~present | torch.isnan(raw).any(1) | (raw >= LIMIT).any(1) | ~allowed.any(1) | ~_is_temperature(scale)
@@ -141,6 +143,7 @@ def confidence(
     others = allowed & (ids != token[:, None])
     second_token = torch.where(others.any(1), _first_largest(raw, others), -1)
 
+    # 3. The softmax of the capped logits, and what follows from the choices.
     capped = _cap(raw, soft_cap)
     scaled = capped / scale[:, None]
     shifted = scaled - scaled.amax(1, keepdim=True)
@@ -168,6 +171,8 @@ def confidence(
         query_confidence=None,
         error=(error & needed).to(torch.int32) * ERROR_LOGITS,
     )
+
+    # 4. The groups that need more arguments.
     if "kl" in outputs:
         before, before_logsumexp = rows_of(previous), rows_of(previous_logsumexp)
         usable = ~(torch.isnan(before) | (before >= LIMIT)).any(1) & before_logsumexp.isfinite()
@@ -184,6 +189,7 @@ def confidence(
     if "query" in outputs:
         result = result._replace(query_confidence=at(weight, torch.where(in_vocabulary, query, 0), 0.0) / total)
 
+    # 5. Rows that failed or are not needed, and fields that were not requested.
     absent = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
     fields = {}
     for name, values in result._asdict().items():
@@ -212,8 +218,8 @@ def _is_banned(ids: Tensor, banned: Tensor | None, N: int) -> Tensor:
 
 
 def _add_bias(values: Tensor, bias_ids: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`values` [N, V] plus the bias. One id of each row at a time, so that the order of the sum of an id's biases is
-    defined."""
+    """`values` [N, V] plus the bias. Ids are taken one of each row at a time, which defines the order in which several
+    biases of an id are added."""
     if bias is None:
         return values
     valid = (bias_ids >= 0) & (bias_ids < values.shape[1])

@@ -20,8 +20,8 @@ from .select import rank_order
 
 
 class Verified(NamedTuple):
-    """What a step writes, lane by lane [B, W]: `chosen` bool lanes, their token `pred` int64 and its `confidence`
-    fp32."""
+    """What a step writes, lane by lane, each [B, W]: the lanes `chosen` (bool), their token `pred` (int64) and its
+    `confidence` (fp32)."""
 
     chosen: Tensor
     pred: Tensor
@@ -34,7 +34,7 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
 
         source's order 2 0 1, D = 2       tokens  # # # g    draft 0  # # c g    draft 1  a # c g
 
-    Best means source.score descending, then the lowest lane; -0.0 ties with 0.0, NaN is -inf.
+    Best means of highest source.score, and of the lowest lane among ties; -0.0 ties with 0.0, and NaN counts as -inf.
 
     Args:
         source: its token and score are read where a lane is eligible.
@@ -69,10 +69,10 @@ def verify(
 ) -> Verified:
     """Accepts the longest chain of drafts and makes its last canvas the next source, in place.
 
-        target_i  draft i with the one lane written that the static decoder writes next: its best masked lane, by the draft's
-                  own scores, receives the draft's own token (nothing if the draft holds no mask)
-        agrees    draft j > i is what the static decoder makes of draft i: target_i = held_j on every lane, and there are
-                  more than j eligible lanes
+        target_i  draft i with the one lane written that the static decoder writes next: its best masked lane, by the
+                  draft's own scores, receives the draft's own token (nothing if the draft holds no mask)
+        agrees    draft j > i is what the static decoder makes of draft i: target_i = held_j on every lane, and there
+                  are more than j eligible lanes
         accepted  best = 0; again and again the last draft that agrees with `best`, until there is none
 
     A ready row writes the best + 1 lanes of the accepted draft, as the source predicted them. The last masked lane
@@ -96,6 +96,7 @@ def verify(
         TypeError: dtype. ValueError: shape, device, last stride.
     """
     check_verify(source, held, token, score, confidence, eligible, ready, drafting, selects, mask_id)
+    # 1. Which later drafts agree with each draft.
     B, D, W = held.shape
     place = _places(eligible, source.score)
     left = eligible.sum(1)
@@ -106,6 +107,8 @@ def verify(
     k = torch.arange(D, device=held.device)
     agrees = (target[:, :, None] == held[:, None]).all(-1)  # [B, draft, later draft]
     agrees = agrees & (k[None, :] > k[:, None]) & (k < left[:, None])[:, None] & drafts[:, None, None]
+
+    # 2. The chain, from draft 0 to the last draft that agrees with the one before.
     best = torch.zeros(B, 1, dtype=torch.int64, device=held.device)
     for _ in range(D - 1):
         reached = agrees.gather(1, best[:, :, None].expand(B, 1, D))[:, 0]
@@ -114,6 +117,7 @@ def verify(
     def of_best(values: Tensor) -> Tensor:
         return values.gather(1, best[:, :, None].expand(B, 1, W))[:, 0]
 
+    # 3. What is written.
     count = torch.where(ready, best[:, 0] + 1, 0)
     closes = left - count == 1
     from_draft = (place < count[:, None]) & eligible
@@ -122,6 +126,8 @@ def verify(
         pred=torch.where(from_draft, source.token, of_best(token)),
         confidence=torch.where(from_draft, source.confidence, of_best(confidence)),
     )
+
+    # 4. The accepted draft becomes the source.
     counts = drafts & selects
     source.accepted.add_(torch.where(counts, best[:, 0], 0).int())
     source.tried.add_(counts.int())
@@ -131,7 +137,7 @@ def verify(
 
 
 def _places(among: Tensor, score: Tensor) -> Tensor:
-    """The place of every lane in the order of `unmask`, W for lanes not `among`. [B, W] int64"""
+    """[B, W] int64: the place of every lane in the order of `unmask`, W for lanes that are not `among`."""
     order = rank_order(among, score)
     place = torch.zeros_like(order).scatter(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

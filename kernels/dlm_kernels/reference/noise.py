@@ -1,10 +1,10 @@
 """Counter-based noise: the integer generator that the reference and the kernels share, bit for bit.
 
 A number depends on nothing but its address: the seed, the request, the absolute position, the row's own step and, for
-token noise, the vocabulary id. Where the row sits in a batch, how wide the batch is and in what order it is computed do
-not enter, so a sampled generation is reproducible and equals the same request run alone.
+token noise, the vocabulary id. Where a row sits in a batch, how wide the batch is and in what order rows are computed
+do not enter, so a sampled generation is reproducible and equals the same request run alone.
 
-    row key     (k0, k1, _, _) = Philox-4x32-10(counter = (request, position, step, TOKEN_STREAM), key = (seed lo, seed hi))
+    row key     (k0, k1, _, _) = Philox-4x32-10(counter = (request, position, step, TOKEN_STREAM), key = seed lo, hi)
     token bits  fmix32(fmix32(id ^ k0) + k1), uint32 wraparound          fmix32: finaliser of MurmurHash3 (A. Appleby)
     uniform     ((bits >> 9) + 0.5) * 2^-23, exact in fp32, never 0 or 1
     gumbel      -log(-log(uniform))
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Fourth word of the Philox counter: what the numbers are for. Streams never share a counter.
+# The fourth word of the Philox counter says what the numbers are for, so that two streams never share a counter.
 TOKEN_STREAM, ORDER_STREAM = 0, 1
 
 _MASK = 0xFFFFFFFF
@@ -96,7 +96,7 @@ def _row_words(seed: Tensor, noise: Tensor, stream: int) -> Tensor:
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a uint32 product, through 16-bit halves: the full product does not fit int64."""
+    """High and low word of a uint32 product, through 16-bit halves, because the full product does not fit int64."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _MASK
 

@@ -1,7 +1,7 @@
 """What the tests of the kernels and the check on a GPU (`python -m bench gpu-check`) are both made of.
 
-`memory` hands out poisoned memory between guard zones, `compare` says when a result is right, and `draws` when a draw of
-`confidence` may be compared at all. Imports torch only: neither pytest nor Triton.
+`memory` hands out poisoned memory between guard zones, `compare` says when a result is right, and `draws` when a draw
+of `confidence` may be compared at all. The package imports torch, and neither pytest nor Triton.
 """
 
 from .compare import Failure, bits, no_worse_than_torch, same_bits

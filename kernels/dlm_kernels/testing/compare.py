@@ -49,7 +49,8 @@ def no_worse_than_torch(
 ) -> None:
     """Raises Failure unless our error against float64 is at most `factor` times that of plain torch in our dtype.
 
-        allowed = factor * max(torch's largest error, half a step of our dtype at the result) + floor * max(unit, largest)
+        allowed = factor * max(torch's largest error, half a step of our dtype at the result)
+                + floor * max(unit, largest)
 
     `largest` is the largest exact result. The half step is there because of few results torch's may all happen to lie
     close to a number of the dtype. Infinities and NaN must stand exactly where the float64 result has them.
