@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState, UnmaskRule
-from dlm_kernels.checks.unmask import Kind
+from dlm_kernels.rules import Kind
 from dlm_kernels.state import DENOISE, DONE, REFRESH
 
 from ..diffusion import DiffusionConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState
-from dlm_kernels.checks.unmask import Kind
+from dlm_kernels.rules import Kind
 from dlm_kernels.state import DENOISE
 
 from .forward import Drafted

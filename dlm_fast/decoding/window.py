@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState, Window
-from dlm_kernels.checks.unmask import Kind
 from dlm_kernels.reference.advance import first_masked
 from dlm_kernels.reference.noise import uniform_scores
+from dlm_kernels.rules import Kind
 from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 
 from ..policies import Lanes, Sampling

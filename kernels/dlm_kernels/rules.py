@@ -7,12 +7,14 @@ from typing import Literal
 
 from torch import Tensor
 
+Kind = Literal["refresh", "denoise"]
 Pass = Literal["none", "threshold", "factor", "entropy"]
 Scope = Literal["row", "each", "first"]
 Remask = Literal["none", "lowest", "saber", "wino"]
 CacheOp = Literal["none", "commit", "refresh", "once", "fused", "delayed"]
 Stop = Literal["never", "after_block", "closed", "appends", "fill", "all_stop"]
 
+KINDS: tuple[Kind, ...] = ("refresh", "denoise")
 PASSES: tuple[Pass, ...] = ("none", "threshold", "factor", "entropy")
 SCOPES: tuple[Scope, ...] = ("row", "each", "first")
 REMASKS: tuple[Remask, ...] = ("none", "lowest", "saber", "wino")

@@ -19,8 +19,8 @@ ERROR_STALLED = 2  # the row took more denoise steps than its decoder allows
 class RowState:
     """Where every row of the batch stands. No field is read by the host inside a step.
 
-    A state is written in three places: where a decode is opened, by `unmask`, and by `amend`, through which goes all that
-    a decoder does to a row besides unmasking.
+    A state is written in three places: where a decode is opened, by `unmask`, and by `amend`, through which goes
+    whatever else a decoder does to a row.
 
     `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
     [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet

@@ -50,8 +50,8 @@ TENSOR_MEMORY_LIMIT = 512
 # SASS instructions per vocabulary element on sm_90. With more, the reduction does not keep up with an H100's memory.
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
-# The module of each op, whose `compile_cases(capability)` lists what its launcher may launch.
-KERNEL_MODULES = {name: f"{__package__}.{name}.launch" for name in ("attention", "confidence", "unmask", "drafts")}
+# The module of each op, whose `compile_cases(capability)` lists what the op's launcher may launch.
+KERNEL_MODULES = {name: f"{__package__}.{name}.cases" for name in ("attention", "confidence", "unmask", "drafts")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,7 +233,7 @@ import collections, json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dlm_kernels.confidence.launch import compile_cases
+from dlm_kernels.confidence.cases import compile_cases
 from dlm_kernels.static import _attributes
 
 def sums(ttgir):

@@ -22,8 +22,8 @@ from unmask_cases import (
 
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
 from dlm_kernels.checks.unmask import LANES, ROWS
+from dlm_kernels.checks.written import check_written
 from dlm_kernels.reference.select import quota, select
-from dlm_kernels.reference.written import check_written
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, REFRESH
 from dlm_kernels.unmask import unmask

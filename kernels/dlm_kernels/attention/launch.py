@@ -11,12 +11,11 @@ from ..checks.attention import check_arguments
 from ..library import operator
 from ..tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
 from ..window import Window, capacity
-from .cases import compile_cases
 from .combine import _combine_kernel
 from .prefill import _prefill_kernel
 from .split import _attention_kernel
 
-__all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention", "compile_cases"]
+__all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention"]
 
 LOG2_E = 1.4426950408889634
 # Partial results are fp32 [splits, rows, D] per KV head. Where they would take more than this, groups of query tiles

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..reference.written import check_written
 from ..window import Window, capacity
+from .written import check_written
 
 FP8 = torch.float8_e4m3fn
 # What the kernel multiplies scores by, scale * log2(e), is a float32.

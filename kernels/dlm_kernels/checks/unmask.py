@@ -4,16 +4,13 @@ element."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 
-from ..reference.written import check_written
-from ..rules import UnmaskInputs, UnmaskRule
+from ..rules import KINDS, Kind, UnmaskInputs, UnmaskRule
 from ..state import ROW_FIELDS, RowState
+from .written import check_written
 
-Kind = Literal["refresh", "denoise"]
-KINDS: tuple[Kind, ...] = ("refresh", "denoise")
 MAX_STOP_IDS = 16
 
 # The tensors of `UnmaskInputs` and their dtypes. LANES have a number for every lane [B, W], ROWS one for every row [B];

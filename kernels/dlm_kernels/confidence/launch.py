@@ -12,11 +12,10 @@ from ..checks.confidence import check_arguments, requested
 from ..library import operator
 from ..reference.confidence import Confidence
 from ..tiles import ConfidenceTile, confidence_column_tiles, confidence_parts, confidence_tile, log2_slots
-from .cases import compile_cases
 from .kernel import _confidence_kernel
 from .merge import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
 
-__all__ = ["compile_cases", "confidence", "launch"]
+__all__ = ["confidence", "launch"]
 
 # Programs wanted for every SM: fewer rows than that are split. Splitting changes no bit of a row, so the choice may
 # look at N and at the device.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks.unmask import Kind, check_arguments
-from ..rules import UnmaskInputs, UnmaskRule
+from ..checks.unmask import check_arguments
+from ..rules import Kind, UnmaskInputs, UnmaskRule
 from ..state import COMMIT, DENOISE, DONE, ERROR_LOGITS, ERROR_STALLED, REFRESH, RowState
 from .advance import After, advance_block, advance_pipeline, is_in
 from .select import lowest, quota, select, select_in_blocks
