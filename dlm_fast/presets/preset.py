@@ -294,7 +294,7 @@ def check(preset: Preset) -> None:
     }
     known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS}
     for name, values in known.items():
-        if getattr(p, name) not in values:
+        if getattr(p, name) not in list(values):
             fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={shown(getattr(p, name))}")
     owner = f"preset {p.name}"
     for name in ("block_length", "sub_block_length", "steps_per_block", "refresh_interval"):

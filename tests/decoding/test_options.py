@@ -288,7 +288,7 @@ REFUSED = [
     (
         "entropy-cache",
         {"cache": "none"},
-        "policy EntropyRefresh goes with cache 'prefix' or 'dual' or 'scattered', got cache='none'",
+        "policy EntropyRefresh goes with cache 'prefix', 'dual' or 'scattered', got cache='none'",
     ),
     ("local-leap", {"rule": "quota"}, "policy LocalLeap goes with rule 'threshold', got rule='quota'"),
     ("ccd", {"sub_block_length": 2}, "policy ConsistentTrajectory chooses in the whole block, got sub_block_length=2"),

@@ -119,8 +119,10 @@ def edited(
         # The later a position, the surer it is.
         logits[0, j, ids] = torch.tensor([4.0 + j - rank for rank in range(len(ids))])
     view = types.SimpleNamespace(
-        plan=types.SimpleNamespace(diffusion=types.SimpleNamespace(mask_token_id=MASK)),
-        sampling=types.SimpleNamespace(banned=torch.tensor([MASK]), eos=torch.tensor([EOS]), no_eos_before=None),
+        setting=types.SimpleNamespace(
+            mask_id=MASK,
+            sampling=types.SimpleNamespace(banned=torch.tensor([MASK]), eos=torch.tensor([EOS]), no_eos_before=None),
+        ),
         state=types.SimpleNamespace(step=torch.tensor([7])),
         position=torch.arange(len(tokens))[None],
         logits=logits,
