@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_kernels import RowState, UnmaskInputs
+from dlm_kernels import RowState, UnmaskInputs, UnmaskRule
 from dlm_kernels.state import DENOISE, REFRESH, amend
 
 from ..patching import PatchHandle
@@ -75,7 +75,8 @@ def denoise_step(decode: Decode, bucket: Bucket) -> None:
     result = forward.run(step)
     view = forward.look(step, result)
     choice = choose(decode, step, result, view)
-    written = write(decode, step, result, choice, view.error)
+    rule = plan.exact_rule if choice.exact else plan.unmask_rule
+    written = write(decode, step, result, choice, rule, view.error)
     after(decode, step, view, choice, written)
     forward.after(step, result)
 
@@ -83,7 +84,7 @@ def denoise_step(decode: Decode, bucket: Bucket) -> None:
 def prefill(decode: Decode, step: Step) -> None:
     """A step that fills the cache and writes no token."""
     result = decode.forward.prefill(step)
-    write(decode, step, result, nothing_chosen(step), None)
+    write(decode, step, result, nothing_chosen(step), decode.plan.prefill_rule)
     decode.forward.after(step, result)
 
 
@@ -97,15 +98,14 @@ def choose(decode: Decode, step: Step, result: Result, view: View) -> Choice:
     return choice
 
 
-def write(decode: Decode, step: Step, result: Result, choice: Choice, error: Tensor | None) -> Tensor:
-    """Hands the choice to the `unmask` op; [B, W] bool lanes that were written."""
-    plan = decode.plan
-    rule = plan.prefill_rule if error is None else plan.exact_rule if choice.exact else plan.unmask_rule
+def write(
+    decode: Decode, step: Step, result: Result, choice: Choice, rule: UnmaskRule, error: Tensor | None = None
+) -> Tensor:
+    """Hands the choice to the `unmask` op, which writes the state; [B, W] bool lanes that were written."""
     fields = {name: value for name, value in vars(choice).items() if name != "exact"}
-    lane_start = step.lanes.position[:, 0].contiguous()
     inputs = UnmaskInputs(
         query_len=result.query_len,
-        lane_start=lane_start,
+        lane_start=step.lanes.position[:, 0].contiguous(),
         stat_error=error,
         **decode.constants,
         **fields,
