@@ -30,7 +30,8 @@ from dlm_kernels.testing import Failure
 
 from .run import Case, Sizes, Skip, generator
 
-CLEAR = 1e-4  # in logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions
+# In logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions.
+CLEAR = 1e-4
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
