@@ -269,9 +269,8 @@ def _gpu_check(given: argparse.Namespace) -> int:
             rig = gpu_check.cuda_rig(processes, **options, commit=cache.commit, facts={"kernel_cache": cache.facts})
 
             def finish(result: dict[str, Any]) -> None:
-                print(
-                    f"\n{cache.compiled_since()} kernels were compiled besides those compiled ahead, compiled baselines among them"
-                )
+                count = cache.compiled_since()
+                print(f"\n{count} kernels were compiled besides those compiled ahead, compiled baselines among them")
 
             left = began + given.seconds - time.monotonic()
             return gpu_check.gpu_check(rig, given.out, seed, left, wanted=wanted, finish=finish)
@@ -432,8 +431,8 @@ def _quality(given: argparse.Namespace) -> int:
         raise UsageError("--per-task and --batch-size must be at least 1")
     try:
         document = quality.run(
-            given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size, models=given.models or quality.MODELS,
-            presets=given.presets, earlier=given.earlier,
+            given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size,
+            models=given.models or quality.MODELS, presets=given.presets, earlier=given.earlier,
         )  # fmt: skip
     except quality.QualityError as error:
         raise UsageError(str(error)) from None

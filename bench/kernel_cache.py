@@ -226,7 +226,8 @@ def lines(found: Placed) -> list[str]:
     )
     lines = [f"{made}, commit {manifest.commit}"]
     lines += [
-        f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; for this run {variables}"
+        f"    {facts['placed']} placed, {facts['launchers']} launchers built, {facts['seconds']} s; "
+        f"for this run {variables}"
     ]
     if facts["reason"]:
         lines.append(f"    {facts['reason']}: what is missing is compiled when it is launched")

@@ -69,7 +69,8 @@ SWEEPS: dict[str, Sequence[dict[str, Any]]] = {
 # What its prompt changes is all that this model adds: the uncached loops, and decoders that keep a prompt's keys.
 ONLY = {
     "tiny-isolated": (
-        "llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer", "dkv-cache", "d3llm", "dllm-var",
+        "llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer", "dkv-cache", "d3llm",
+        "dllm-var",
     ),
 }  # fmt: skip
 # Fractions of the prompts, so that all of it takes about half an hour of one core: a tenth for decoders of one forward
@@ -77,12 +78,12 @@ ONLY = {
 # the report is about.
 CANVAS = ("dream", "dream-origin")
 SLOW = (
-    "llada", "klass", "ccd", "ccd-ds", "rcr", "saber", "wino", "certainty-prior", "dkv-cache", "entropy-cache", "freedave",
-    "freedave-block", "sdar-sequential", "llada2.1",
+    "llada", "klass", "ccd", "ccd-ds", "rcr", "saber", "wino", "certainty-prior", "dkv-cache", "entropy-cache",
+    "freedave", "freedave-block", "sdar-sequential", "llada2.1",
 )  # fmt: skip
 VARIATIONS = (
-    "fast-dllm-factor", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "dparallel", "dllm-rl", "eb-sampler",
-    "prophet", "sched", "local-leap", "streaming-dllm", "dpad",
+    "fast-dllm-factor", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "dparallel", "dllm-rl",
+    "eb-sampler", "prophet", "sched", "local-leap", "streaming-dllm", "dpad",
 )  # fmt: skip
 PARTS = {**dict.fromkeys(CANVAS, 10), **dict.fromkeys(SLOW, 5), **dict.fromkeys(VARIATIONS, 2)}
 # One token per step, what all others are held to: on every prompt all the same.

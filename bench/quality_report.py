@@ -21,9 +21,10 @@ def table(document: dict[str, Any]) -> str:
     tasks, rows = document["tasks"], document["settings"]
     lines = [
         f"Exact match on held-out prompts of {len(tasks)} tasks ({', '.join(tasks)}; seed {document['seed']}), greedy:",
-        f"{document['per_task']} prompts a task, fewer for slow decoders and for variations. Their number is in each row; +- is one standard",
-        "error. NFE and query tokens (positions computed) are means per prompt and count prefills, refreshes and commits.",
-        "`python -m bench quality` makes all of this; `python -m bench quality --check FILE` measures a sample of it again.",
+        f"{document['per_task']} prompts a task, fewer for slow decoders and for variations. Their number is in each",
+        "row; +- is one standard error. NFE and query tokens (positions computed) are means per prompt and count",
+        "prefills, refreshes and commits. `python -m bench quality` makes all of this;",
+        "`python -m bench quality --check FILE` measures a sample of the settings again.",
         "",
         *stale_section(rows, tasks),
         *d2f_section(rows),
@@ -76,9 +77,10 @@ def stale_section(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[str]:
     yield from (
         "## What stale caches cost",
         "",
-        "Fast-dLLM's threshold 0.9 uncached, over a prefix cache and a dual cache, and FreeCache, which refreshes nothing. The",
-        "prompt of tiny-isolated does not see the response, so its keys are exact for good; those of earlier blocks (dual: and of later",
-        "ones) are not. Differences are in points from the same model uncached, whose own exact match is in the rows `none`.",
+        "Fast-dLLM's threshold 0.9 uncached, over a prefix cache and a dual cache, and FreeCache, which refreshes",
+        "nothing. The prompt of tiny-isolated does not see the response, so its keys are exact for good; those of",
+        "earlier blocks (dual: and of later ones) are not. Differences are in points from the same model uncached,",
+        "whose own exact match is in the rows `none`.",
         "",
         *header("model", "cache", "exact match", "points", "query tokens", *tasks),
     )
@@ -112,19 +114,22 @@ def d2f_section(rows: Sequence[Row]) -> Iterator[str]:
     yield from (
         "## D2F pays",
         "",
-        "The student's blocks in a pipeline (`d2f`, threshold 0.9 unless it says otherwise) against one at a time (`llada2`, threshold",
-        "0.9), both over the exact cache, and against its teacher with Fast-dLLM's dual cache. `llada2` commits a finished block by a",
-        "forward of its own, `d2f` together with the next denoise step: with append_threshold=1.0 activate_threshold=1.0 that is all it",
-        "saves, its blocks being one at a time; what the other rows save beyond it is the pipeline's. Differences are from the first row.",
+        "The student's blocks in a pipeline (`d2f`, threshold 0.9 unless the row says otherwise) against one at a time",
+        "(`llada2`, threshold 0.9), both over the exact cache, and against the student's teacher with Fast-dLLM's dual",
+        "cache. `llada2` commits a finished block by a forward of its own, `d2f` together with the next denoise step:",
+        "with append_threshold=1.0 activate_threshold=1.0 that is all that `d2f` saves, because its blocks are then",
+        "decoded one at a time; what the other rows save beyond that is the pipeline's. Differences are from the first",
+        "row.",
         "",
         *header("decoder", "exact match", "points", "NFE", "NFE, %", "query tokens", "query tokens, %"),
     )
     for name, row in compared:
-        more = ["", "", ""]
+        differences = ["", "", ""]
         if row is not single:
             ratios = [row[cost] / single[cost] - 1 for cost in ("nfe", "query_tokens")]
-            more = [points(difference) for difference in (row["exact_match"] - single["exact_match"], *ratios)]
-        yield cells(name, exact(row), more[0], f"{row['nfe']:.2f}", more[1], f"{row['query_tokens']:.0f}", more[2])
+            differences = [points(by) for by in (row["exact_match"] - single["exact_match"], *ratios)]
+        match, nfe, query_tokens = differences
+        yield cells(name, exact(row), match, f"{row['nfe']:.2f}", nfe, f"{row['query_tokens']:.0f}", query_tokens)
     yield ""
 
 
@@ -157,7 +162,7 @@ def name_points(axis: Any, named: Sequence[tuple[float, float, str]]) -> None:
         left, right = px + 5, px + 5 + width * len(name)
         for place in (step * sign for step in range(40) for sign in (1, -1)):
             middle = py + height * place
-            if all(abs(middle - m) >= height or right < l or left > r for l, m, r in taken):
+            if all(abs(middle - m) >= height or right < begin or left > end for begin, m, end in taken):
                 break
         taken.append((left, middle, right))
         line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5} if place else None

@@ -152,8 +152,9 @@ class Record:
     def document(self) -> dict[str, Any]:
         """The result as one JSON document, whether the run came to its end or not."""
         return report.document(
-            command=self.head["command"], machine=self.head["machine"], seed=self.head["seed"], started=self.head["time"],
-            seconds=self.seconds, ended=self.ended, ceilings=self.ceilings, checks=self.of_ops(), timings=self.rows(),
+            command=self.head["command"], machine=self.head["machine"], seed=self.head["seed"],
+            started=self.head["time"], seconds=self.seconds, ended=self.ended, ceilings=self.ceilings,
+            checks=self.of_ops(), timings=self.rows(),
         )  # fmt: skip
 
 

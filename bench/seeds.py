@@ -54,8 +54,8 @@ def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     others = {task: 0.0 for task in data.TASK_NAMES if task not in short.tasks}
     teacher = Settings(
-        folder / "full", steps=short.steps, seed=seed, tokens_per_step=short.tokens_per_step, weights=others, threads=short.threads,
-        compile=short.compile,
+        folder / "full", steps=short.steps, seed=seed, tokens_per_step=short.tokens_per_step, weights=others,
+        threads=short.threads, compile=short.compile,
     )  # fmt: skip
     Trainer(teacher).run()
     samples = folder / "samples.jsonl"
@@ -121,7 +121,7 @@ def lines(document: dict[str, Any]) -> list[str]:
         if "summary" in document:
             row = document["summary"][name]
             found[-1] += (
-                f"; mean {row['exact_match_mean']:.1%}, standard deviation {100 * row['exact_match_std']:.1f} points; NFE "
+                f"; mean {row['exact_match_mean']:.1%}, standard deviation {100 * row['exact_match_std']:.1f} points; "
+                f"NFE {row['nfe_mean']:.2f} +- {row['nfe_std']:.2f}"
             )
-            found[-1] += f"{row['nfe_mean']:.2f} +- {row['nfe_std']:.2f}"
     return found

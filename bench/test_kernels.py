@@ -1,12 +1,11 @@
 """Microbenchmarks of every kernel for pytest-benchmark.
 
-    python -m pytest bench/test_kernels.py --benchmark-only                               # a CUDA GPU
-    TRITON_INTERPRET=1 python -m pytest bench/test_kernels.py -m toy --benchmark-only     # none: toy shapes, meaningless times
+    python -m pytest bench/test_kernels.py --benchmark-only                            # with a CUDA GPU
+    TRITON_INTERPRET=1 python -m pytest bench/test_kernels.py -m toy --benchmark-only  # without: its times mean nothing
 
 A round replays one CUDA graph with a call for every set of inputs and waits for the device; `extra_info` says how many
-calls that is.
-No round is timed before the op's checks are green. `python -m bench kernels` has the baselines, the ceilings and the
-gates.
+calls that is. No round is timed before the op's checks are green. `python -m bench kernels` has the baselines, the
+ceilings and the gates.
 """
 
 from __future__ import annotations

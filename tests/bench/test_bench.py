@@ -279,7 +279,9 @@ def test_rows_hold_share_speedup_noise_and_every_failure() -> None:
         ],
     )
     assert [(r.shape, r.candidate, r.status) for r in rows] == [
-        ("1", "ours", "ok"), ("1", "theirs", "ok"), ("1", "absent", "FAILED"), ("2", "ours", "FAILED"), ("3", "ours", "SKIPPED"),
+        ("1", "ours", "ok"), ("1", "theirs", "ok"), ("1", "absent", "FAILED"),
+        ("2", "ours", "FAILED"),
+        ("3", "ours", "SKIPPED"),
         ("4", "ours", "FAILED"),
     ]  # fmt: skip
     assert (

@@ -128,7 +128,8 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
         "import shard_jobs\n"
         "from bench import shards\n"
         "if __name__ == '__main__':\n"
-        "    for event in shards.run([shards.Job('', 'hangs')], functools.partial(shard_jobs.make, ['hangs']), processes=1, job_seconds=60):\n"
+        "    make = functools.partial(shard_jobs.make, ['hangs'])\n"
+        "    for event in shards.run([shards.Job('', 'hangs')], make, processes=1, job_seconds=60):\n"
         "        print(multiprocessing.active_children()[0].pid, flush=True)\n"
     )
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as run:
@@ -162,7 +163,8 @@ def rig(words: dict[str, list[str]], **changes) -> gpu_check.Rig:
 
 
 WORDS = {
-    "confidence": ["fine 1", "fine 2"], "unmask": ["raises", "fine"], "block_attention": ["fine", "exits"], "decode": ["fine", "hangs"],
+    "confidence": ["fine 1", "fine 2"], "unmask": ["raises", "fine"],
+    "block_attention": ["fine", "exits"], "decode": ["fine", "hangs"],
 }  # fmt: skip
 
 
@@ -300,8 +302,9 @@ def test_after_the_gpu_stopped_to_answer_no_row_has_a_time(monkeypatch) -> None:
     bench = speed.Bench(torch.device("cpu"), host_timer, timing.Budget(100, 0), CEILINGS, l2_bytes=1, replays=1)
     rows = speed.time_shapes(bench, [speed.Shape("op", "m", label, illegal, cost(1.0)) for label in ("1", "2")])
     assert [(row.status, row.reason) for row in rows] == [
-        ("FAILED", "RuntimeError: illegal memory access"), ("SKIPPED", "the GPU does not answer this process since op m 1"),
-    ]  # fmt: skip
+        ("FAILED", "RuntimeError: illegal memory access"),
+        ("SKIPPED", "the GPU does not answer this process since op m 1"),
+    ]
 
 
 @pytest.mark.parametrize(

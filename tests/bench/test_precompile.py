@@ -49,7 +49,9 @@ def cases(*given):
 
 
 triton.compile, gpu_check.cases_of = broken, cases
-collect._follow = lambda collector, name, *others, **options: followed.append(name) or follow(collector, name, *others, **options)
+collect._follow = lambda collector, name, *rest, **options: (
+    followed.append(name) or follow(collector, name, *rest, **options)
+)
 collect.Collector = lambda: collectors.append(make()) or collectors[0]
 status = precompile.precompile(file, [90], 3, 1, said.append, sizes, shapes, ("confidence",))
 

@@ -349,7 +349,8 @@ def test_eotp_cuts_after_the_first_accepted_end_or_else_after_the_likeliest(acce
     lengths = []
     out = dlm_fast.generate(
         model, [prompt], preset="learn2pd", block_length=new, max_new_tokens=new, eotp=True, accept_threshold=0.5,
-        head=lambda c: torch.full_like(c, float(accepts)), on_step=lambda state: lengths.append(state.canvas_len.tolist()),
+        head=lambda c: torch.full_like(c, float(accepts)),
+        on_step=lambda state: lengths.append(state.canvas_len.tolist()),
     )  # fmt: skip
     assert lengths[0] == [len(prompt) + cut + 1]
     # What is cut off is never written, and later forwards do not compute it.

@@ -342,8 +342,9 @@ def test_a_preset_made_by_hand_may_hold_numbers_that_it_does_not_read_but_no_unk
 
 
 EXTREME = (
-    -1, 0, 2**31 - 1, 2**31, 2**32 + 3, 2**63, 10**400, 10**5000, MAX_WHOLE, MAX_WHOLE + 1, MAX_DRAFTS, -(2**40), 1.5, 1e39, -1e39, 5e-324,
-    float("inf"), float("-inf"), float("nan"), True, "x", None, [], (1,), {},
+    -1, 0, 2**31 - 1, 2**31, 2**32 + 3, 2**63, 10**400, 10**5000, MAX_WHOLE, MAX_WHOLE + 1, MAX_DRAFTS, -(2**40),
+    1.5, 1e39, -1e39, 5e-324, float("inf"), float("-inf"), float("nan"),
+    True, "x", None, [], (1,), {},
 )  # fmt: skip
 
 

@@ -22,12 +22,14 @@ BLOCK, PROMPTS, NEW = 4, [1, 6], [10, 5]
 # Decoders with a bound of their own; all the others write at least one token a step.
 OWN_BOUND = ("freedave", "freedave-block", "dream-origin", "rcr", "wino", "llada2.1", "llada2.2", "diffusion-gemma")
 PLANNED = (
-    "llada", "dream", "dream-origin", "fast-dllm", "fast-dllm-factor", "fast-dllm-prefix", "fast-dllm-dual", "fast-dllm-v2",
-    "dllm-rl", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "d3llm", "dparallel", "dllm-var", "d2f",
-    "nbdiff", "efficient-dlm", "sdar", "sdar-dynamic", "sdar-sequential", "sdar-entropy", "trado", "llada2", "llada2-quota",
-    "llada2.1", "llada2.2", "eb-sampler", "klass", "ccd", "ccd-ds", "prophet", "sched", "rcr", "wino", "saber", "local-leap",
-    "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache", "learn2pd", "learned-commit",
-    "freedave", "freedave-block",
+    "llada", "dream", "dream-origin",
+    "fast-dllm", "fast-dllm-factor", "fast-dllm-prefix", "fast-dllm-dual", "fast-dllm-v2",
+    "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "dllm-rl", "d3llm", "dparallel", "dllm-var",
+    "d2f", "nbdiff", "efficient-dlm", "trado", "sdar", "sdar-dynamic", "sdar-sequential", "sdar-entropy",
+    "llada2", "llada2-quota", "llada2.1", "llada2.2",
+    "eb-sampler", "klass", "ccd", "ccd-ds", "prophet", "sched", "rcr", "wino", "saber", "local-leap",
+    "certainty-prior", "streaming-dllm", "dpad", "freecache", "dkv-cache", "entropy-cache",
+    "learn2pd", "learned-commit", "freedave", "freedave-block",
 )  # fmt: skip
 # Steps of a block beyond its length and its edits.
 AFTER_EDITS = {"llada2.1": 1, "llada2.2": 2}

@@ -20,8 +20,8 @@ import dlm_fast
 REGISTRY.update(transcription_policies.REGISTRY)
 DECODERS = [name for name, decoder in REGISTRY.items() if decoder.visibility == "full"]
 CACHED = (
-    "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer-vicinity", "d3llm", "dllm-var", "dkv-cache", "streaming-dllm",
-    "freedave",
+    "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer-vicinity", "d3llm", "dllm-var", "dkv-cache",
+    "streaming-dllm", "freedave",
 )  # fmt: skip
 
 
@@ -245,8 +245,8 @@ def test_triton_decodes_as_the_reference_does(preset, device):
     options |= {"vicinity": 2, "warmup_steps": 1} if preset == "dinfer-vicinity" else {}
     outputs = [
         dlm_fast.generate(
-            toy("full", layers=1, prompt_isolated=True, backend=backend).to(device), random_prompts([3, 5]), preset=preset,
-            max_new_tokens=[7, 4], **options,
+            toy("full", layers=1, prompt_isolated=True, backend=backend).to(device), random_prompts([3, 5]),
+            preset=preset, max_new_tokens=[7, 4], **options,
         )
         for backend in ("triton", "reference")
     ]  # fmt: skip

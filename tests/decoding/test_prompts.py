@@ -78,7 +78,7 @@ def test_a_canvas_takes_the_same_forms():
     tokenizer = padded_tokenizer()
     texts = ["a[MASK]", "b[MASK][MASK]d", "[MASK]"]
     encoding = tokenizer(texts, padding=True, return_tensors="pt")
-    expected = rows(canvas=[ids for ids in tokenizer(texts)["input_ids"]])
+    expected = rows(canvas=list(tokenizer(texts)["input_ids"]))
 
     assert rows(canvas=texts, tokenizer=tokenizer) == rows(canvas=encoding, tokenizer=tokenizer) == expected
     assert rows(canvas=encoding["input_ids"].numpy(), attention_mask=encoding["attention_mask"]) == expected
@@ -223,7 +223,10 @@ def test_a_canvas_is_refused_as_a_prompt_would_be(wrong):
 def test_a_padded_tensor_without_its_mask_is_refused(side):
     tokenizer = padded_tokenizer(side)
     ids = tokenizer(TEXTS, padding=True, return_tensors="pt")["input_ids"]
-    message = rf"prompts\[0\] must come with attention_mask=, got the tokenizer's pad id {tokenizer.pad_token_id} at an end of it; pass"
+    message = (
+        r"prompts\[0\] must come with attention_mask=, "
+        rf"got the tokenizer's pad id {tokenizer.pad_token_id} at an end of it; pass"
+    )
     for padded in (ids, ids.numpy(), {"input_ids": ids}, {"input_ids": ids.tolist()}):
         with pytest.raises(ValueError, match=message):
             rows(padded, tokenizer)

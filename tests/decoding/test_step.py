@@ -451,7 +451,9 @@ def test_a_cache_is_added_by_one_row_of_the_table(rule, monkeypatch):
         return caches.Extent(zero, at.length, zero)
 
     canvas = caches.Refresh(stop=lambda at: at.length, width=lambda sizes: sizes.canvas)
-    row = caches.CacheOperation("all, unread", "refresh", everything, lambda sizes: sizes.canvas, canvas, grows_stale=True)
+    row = caches.CacheOperation(
+        "all, unread", "refresh", everything, lambda sizes: sizes.canvas, canvas, grows_stale=True
+    )
     monkeypatch.setitem(caches.CACHES, "unread", row)
     model, prompts = toy(eos=()), random_prompts([3, 6, 1])
     settings = {"rule": rule, "max_new_tokens": [9, 5, 13], "block_length": 4, "stop": "never"}

@@ -121,7 +121,8 @@ def request(ids: list[int], stops, eos: tuple[int, ...], mask: int) -> Requests:
     """One row: a prompt of two tokens and as many masks as there are ids."""
     canvas = torch.tensor([5, 6] + [mask] * len(ids))
     return Requests(
-        canvases=[canvas], prompt_lengths=[2], min_new_tokens=[0], temperature=[0.0], top_k=0, top_p=1.0, seed=0, request_ids=[0],
+        canvases=[canvas], prompt_lengths=[2], min_new_tokens=[0], request_ids=[0],
+        temperature=[0.0], top_k=0, top_p=1.0, seed=0,
         stop_strings=stops, banned_token_ids=(), eos_token_ids=eos,
     )  # fmt: skip
 

@@ -108,7 +108,8 @@ def summary(request):
     if not found or path is None:
         return
     document = {
-        "what": "decodes by the plain-torch backend in float64 against independent transcriptions; identical tokens, steps and forwards",
+        "what": "decodes by the plain-torch backend in float64 against independent transcriptions; "
+        "identical tokens, steps and forwards",
         "torch": torch.__version__,
         "dlm_fast": dlm_fast.__version__,
         "cases": sum(entry["counts"]["cases"] for entry in found.values()),

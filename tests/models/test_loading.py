@@ -498,7 +498,8 @@ def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkey
         ({"eos_token_ids": [EOS, 99]}, "eos_token_ids must be below the model's vocab_size=48, got 99"),
         (
             {"mask_token_id": 7},
-            r"mask_token_id must be the tokenizer's, 0 \('\[MASK\]'\), got mask_token_id=7 of the diffusion configuration",
+            r"mask_token_id must be the tokenizer's, 0 \('\[MASK\]'\), "
+            r"got mask_token_id=7 of the diffusion configuration",
         ),
     ],
 )

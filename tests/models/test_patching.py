@@ -479,7 +479,8 @@ def test_an_altered_attention_module_is_refused_and_nothing_is_patched():
 
 def test_a_sliding_window_is_refused():
     config = Qwen2Config(
-        vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
         use_sliding_window=True, sliding_window=8, max_window_layers=0, pad_token_id=None, bos_token_id=None,
     )  # fmt: skip
     with pytest.raises(NotImplementedError, match="layer 0 has sliding_window=8; only full attention is supported"):
@@ -502,8 +503,8 @@ def test_a_gpu_without_kernels_is_refused_when_the_backend_is_chosen(capability,
     device_module = pytest.importorskip("dlm_kernels.device", reason="the kernels need Triton")
     known = "8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1"
     message = (
-        rf"backend '{backend}': there are no Triton kernels for compute capability {capability / 10} \(.*\), only for {known}; "
-        r".*backend='reference'"
+        rf"backend '{backend}': there are no Triton kernels for compute capability {capability / 10} \(.*\), "
+        rf"only for {known}; .*backend='reference'"
     )
     monkeypatch.setattr(device_module, "_capability", lambda index: capability)
     with pytest.raises(NotImplementedError, match=message):
@@ -529,7 +530,9 @@ def test_a_gpu_that_borrows_tiles_decodes_with_those_of_its_family(capability, m
 def test_a_head_size_without_a_kernel_is_refused_by_patch_and_is_the_references_alone():
     pytest.importorskip("triton")
     model = native_model(head_dim=20)
-    refusal = r"no Triton attention kernel for head_dim=20, only for multiples of 16 up to 256, and 512; .*backend='reference'"
+    refusal = (
+        "no Triton attention kernel for head_dim=20, only for multiples of 16 up to 256, and 512; .*backend='reference'"
+    )
     with pytest.raises(NotImplementedError, match=refusal):
         dlm_fast.patch(model, backend="triton")
     before = model(torch.tensor([[5, 6, 7]])).logits
@@ -547,7 +550,8 @@ def test_what_our_attention_would_ignore_is_refused():
         model(tokens, position_ids=torch.tensor([[0, 1, 0, 1]]))
     with pytest.raises(
         ValueError,
-        match="prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, this one is 'full'",
+        match="prompt_lengths has a meaning for block-causal models and those of an isolated prompt only, "
+        "this one is 'full'",
     ):
         model(tokens, prompt_lengths=torch.tensor([2]))
 

@@ -22,9 +22,10 @@ def opened(chosen: Preset, temperature: float = 0.0):
         logits_row=row_of(chosen.name),
     )
     batch = read(
-        diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None, prompts=random_prompts([5, 3, 9]), canvas=None, max_new_tokens=6,
-        min_new_tokens=2, temperature=temperature, top_k=0, top_p=1.0, seed=0, request_ids=None, stop_strings=(), banned_token_ids=(5,),
-        eos_token_ids=None,
+        diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None,
+        prompts=random_prompts([5, 3, 9]), canvas=None, request_ids=None, max_new_tokens=6, min_new_tokens=2,
+        temperature=temperature, top_k=0, top_p=1.0, seed=0,
+        stop_strings=(), banned_token_ids=(5,), eos_token_ids=None,
     )  # fmt: skip
     plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
     return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))

@@ -91,7 +91,8 @@ GOOD = ids(3, 4)
         ),
         (
             ids(29, 2),
-            "block_length must fit between the prompt and max_length, got block_length=4, a prompt of 29 tokens and max",
+            "block_length must fit between the prompt and max_length, "
+            "got block_length=4, a prompt of 29 tokens and max",
         ),
         (ids(7, 26), "must fit max_length=32 in whole blocks of 4, got 7 . 26 tokens, which take 35"),
         ({"prompt": "ab", "answer": "cd"}, "the chat template does not put the answer after the prompt it opens"),

@@ -168,8 +168,8 @@ def decode_pipeline(
             rows = model.look(row.tokens, range(committed, region.end), cache=held, cached=range(committed), store=True)
         row.pay(region.end - committed if cached else region.end)
         for s in choose(
-            row, region, model.predictor(rows, before), threshold=threshold, inclusive=inclusive, score=score, rank=rank,
-            scope=scope, min_unmask=min_unmask, activate_threshold=activate_threshold,
+            row, region, model.predictor(rows, before), scope=scope, score=score, rank=rank,
+            threshold=threshold, inclusive=inclusive, min_unmask=min_unmask, activate_threshold=activate_threshold,
         ):  # fmt: skip
             row.write(s)
         fill(row)
@@ -230,8 +230,8 @@ def decode_d3llm(
         rows = model.look(row.tokens, window, cache=held, cached=range(window[0]), store=wide or caches is not None)
         row.pay(len(window))
         for s in choose(
-            row, region, model.predictor(rows, before), threshold=threshold, inclusive=inclusive, score=score, rank=rank,
-            scope=scope, min_unmask=min_unmask, activate_threshold=activate_threshold,
+            row, region, model.predictor(rows, before), scope=scope, score=score, rank=rank,
+            threshold=threshold, inclusive=inclusive, min_unmask=min_unmask, activate_threshold=activate_threshold,
         ):  # fmt: skip
             row.write(s)
         fill(row)
