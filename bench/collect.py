@@ -30,6 +30,7 @@ from .checks import run as checks
 from .checks.run import Sizes
 from .shapes import Shapes
 from .speed import forms as speed_forms
+from .speed import unmask_forms as speed_unmask_forms
 from .speed.run import OURS, Bench, Ceilings
 from .timing import Budget
 
@@ -142,7 +143,7 @@ def checks_and_timings(
         (case, why it could not be followed to its end), which is "" for most.
     """
     collector.capability = capability
-    for module in (*gpu_check.CASES.values(), speed_forms):
+    for module in (*gpu_check.CASES.values(), speed_forms, speed_unmask_forms):
         for name in JUDGES:
             if hasattr(module, name):
                 setattr(module, name, lambda *arguments, **options: None)

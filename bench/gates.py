@@ -13,12 +13,14 @@ from typing import Any
 UNSPLIT, DENSE, FLEX = "ours, unsplit", "ours, everything visible", "FlexAttention, compiled"
 EAGER, FLOAT64 = "argmax + softmax + gather", "argmax + softmax + gather, float64"
 LOOP = "loop over rows, launched by the host"
+FROM_MEMORY = ("ours, from memory", "ours, from memory, tile of long regions")
 PUBLISHED = "whole canvas, no cache, launched by the host"
 FEWER_LAYERS = "layers: no more fit in this GPU's memory"
 
 MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 # Largest window queries x group of a class, and the share of copy bandwidth that it must reach.
 DECODE_CLASSES = ((64, 0.75), (128, 0.65), (224, 0.5))
+UNMASK_FORM_LANES = (32, 128)
 LARGE_KV = 30e6  # bytes of keys and values a layer, below which a launch is not bound by memory
 STATIC_TARGETS = 6
 INSTRUCTIONS_PER_ELEMENT = 10.5
@@ -72,6 +74,7 @@ def evaluate(document: dict[str, Any]) -> list[Gate]:
         *_prefill([r for r in rows if r.facts.get("kind") == "prefill" and r.facts["L"] >= 4096], gemm),
         *_confidence([r for r in rows if r.facts.get("kind") == "confidence"], copy, document.get("device", "")),
         *_unmask([r for r in rows if r.facts.get("kind") == "unmask" and r.facts["lanes"] == 32]),
+        *_unmask_forms([r for r in rows if r.facts.get("kind") == "unmask-forms"]),
         *_step(rows),
         *_static(document.get("static")),
     ]
@@ -168,6 +171,19 @@ def _unmask(rows: list[Row]) -> Iterator[Gate]:
     eight = [r for r in rows if r.facts["B"] == 8]
     yield _gate("unmask", "loop over rows / ours >= 100 at B = 8", eight, lambda r: r.over_ours(LOOP), 100.0)
     yield Gate("unmask", "one launch", None, NOT_MEASURED, "not a time: the test suite counts launches")
+
+
+def _unmask_forms(rows: list[Row]) -> Iterator[Gate]:
+    """Whether the table of tiles is right to keep regions of so many lanes in registers."""
+
+    def fastest_from_memory(row: Row) -> float | None:
+        return min((row.over_ours(name) for name in FROM_MEMORY if name in row.times), default=None)
+
+    for lanes in UNMASK_FORM_LANES:
+        chosen = [r for r in rows if r.facts["lanes"] == lanes]
+        yield _gate(
+            "unmask forms", f"from memory / in registers >= 1.0 at {lanes} lanes", chosen, fastest_from_memory, 1.0
+        )
 
 
 def _step(rows: list[Row]) -> Iterator[Gate]:

@@ -16,33 +16,18 @@ import dlm_fast  # first: in a checkout it puts the dlm_kernels that lies beside
 from dlm_fast import Ops
 
 from . import machine, report, shards
-from .checks import (
-    attention as check_attention,
-)
-from .checks import (
-    confidence as check_confidence,
-)
-from .checks import (
-    decode as check_decode,
-)
-from .checks import (
-    unmask as check_unmask,
-)
+from .checks import attention as check_attention
+from .checks import confidence as check_confidence
+from .checks import decode as check_decode
+from .checks import unmask as check_unmask
 from .checks.run import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
 from .record import Record
 from .shapes import CHECK_SHAPES, Shapes
-from .speed import (
-    attention as speed_attention,
-)
-from .speed import (
-    forms as speed_forms,
-)
-from .speed import (
-    ops as speed_ops,
-)
-from .speed import (
-    step as speed_step,
-)
+from .speed import attention as speed_attention
+from .speed import forms as speed_forms
+from .speed import ops as speed_ops
+from .speed import step as speed_step
+from .speed import unmask_forms as speed_unmask_forms
 from .speed.run import OURS, Bench, Ceilings, Shape, Timing, time_shapes
 from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 
@@ -61,6 +46,7 @@ TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "attention-prefill": (speed_attention.prefill_shapes, ("block_attention",)),
     "confidence": (speed_ops.confidence_shapes, ("confidence",)),
     "unmask": (speed_ops.unmask_shapes, ("unmask",)),
+    "unmask-forms": (speed_unmask_forms.shapes, ("unmask",)),
     "step": (speed_step.shapes, OPS),
     "attention-forms": (speed_forms.shapes, ("block_attention",)),
 }

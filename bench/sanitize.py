@@ -37,6 +37,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_STATUS = 97  # what compute-sanitizer exits with if it found something; a status of our own checks is 0 or 1
 PRINT_LIMIT = 500
 TARGET_COMMAND = "sanitize-target"
+# What is checked only where it is timed: see `Work.check`.
+CHECKED_WHERE_TIMED = ("attention-forms", "unmask-forms")
 
 
 class SanitizeError(RuntimeError):
@@ -168,18 +170,10 @@ def check_target(seed: int, plain_memory: bool) -> int:
     import dlm_fast
 
     from . import gpu_check, report, shapes
-    from .checks import (
-        attention as check_attention,
-    )
-    from .checks import (
-        confidence as check_confidence,
-    )
-    from .checks import (
-        run as checks,
-    )
-    from .checks import (
-        unmask as check_unmask,
-    )
+    from .checks import attention as check_attention
+    from .checks import confidence as check_confidence
+    from .checks import run as checks
+    from .checks import unmask as check_unmask
 
     if plain_memory:
         for module in (check_attention, check_confidence, check_unmask):
@@ -190,11 +184,10 @@ def check_target(seed: int, plain_memory: bool) -> int:
     wanted = [op for op in gpu_check.CASES if op != "decode"]
     with torch.no_grad():
         done = gpu_check.check_all(dlm_fast.triton_ops(), device, sizes, seed, print, wanted=wanted)
-        # What is checked only where it is timed.
-        op = "attention-forms"
-        done[op] = checks.run(op, shape_checks(op, dlm_fast.triton_ops(), device, shapes.TOY_SHAPES), device)
-        for line in report.check_lines(op, done[op]):
-            print(line)
+        for op in CHECKED_WHERE_TIMED:
+            done[op] = checks.run(op, shape_checks(op, dlm_fast.triton_ops(), device, shapes.TOY_SHAPES), device)
+            for line in report.check_lines(op, done[op]):
+                print(line)
     green = all(report.is_green(of_op) for of_op in done.values())
     print("sanitize-target: green" if green else "sanitize-target: RED", flush=True)
     return 0 if green else 1

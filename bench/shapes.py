@@ -77,7 +77,8 @@ class Shapes:
         prefill: lengths of one window without a cache. forms: (B, prefix) of the paged, fp8 and shadow forms of
             attention.
         rows: logits rows of confidence, and whether its variants (fp32, more outputs) are timed for every model.
-            batches: (B, lanes) of unmask. steps: (B, prefix) of the denoise step.
+            batches: (B, lanes) of unmask. unmask_forms: (B, lanes) at which its two forms run side by side.
+        steps: (B, prefix) of the denoise step.
     """
 
     models: tuple[Model, ...]
@@ -87,6 +88,7 @@ class Shapes:
     forms: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     batches: tuple[tuple[int, int], ...]
+    unmask_forms: tuple[tuple[int, int], ...]
     steps: tuple[tuple[int, int], ...]
     variants: bool = False
 
@@ -100,6 +102,7 @@ CHECK_SHAPES = Shapes(
     forms=((8, 4096),),
     rows=(32, 256, 1024),
     batches=((1, 32), (8, 32), (128, 32)),
+    unmask_forms=((8, 32), (8, 128)),
     steps=((1, 1024), (8, 1024)),
 )
 SWEEP_SHAPES = Shapes(
@@ -110,6 +113,7 @@ SWEEP_SHAPES = Shapes(
     forms=((1, 4096), (8, 4096), (8, 32768)),
     rows=(32, 128, 256, 1024),
     batches=((1, 32), (8, 32), (32, 32), (128, 32), (8, 256), (8, 2048), (8, 8192)),
+    unmask_forms=((1, 32), (8, 32), (128, 32), (1, 128), (8, 128), (128, 128)),
     steps=((1, 1024), (1, 8192), (8, 1024), (32, 1024)),
     variants=True,
 )
@@ -121,5 +125,6 @@ TOY_SHAPES = Shapes(
     forms=((2, 20),),
     rows=(4,),
     batches=((2, 32),),
+    unmask_forms=((2, 32), (2, 128)),
     steps=((2, 10),),
 )

@@ -24,6 +24,7 @@ STATIC_KERNELS = {
     "attention-prefill": "attention",
     "confidence": "confidence",
     "unmask": "unmask",
+    "unmask-forms": "unmask",
     "attention-forms": "attention",
 }
 NOT_MEASURED = (

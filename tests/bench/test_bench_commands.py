@@ -22,6 +22,7 @@ from bench.speed import attention as speed_attention
 from bench.speed import forms as speed_forms
 from bench.speed import ops as speed_ops
 from bench.speed import step as speed_step
+from bench.speed import unmask_forms as speed_unmask_forms
 from bench.speed.run import Bench, Ceilings
 from dlm_kernels.testing import Failure
 
@@ -313,6 +314,7 @@ def timings(chosen: shapes.Shapes, speedups: dict[str, float], share: float = 0.
 SPEEDUPS = {
     speed_attention.UNSPLIT: 6.0, speed_attention.DENSE: 1.9, speed_attention.FLEX: 1.5, speed_ops.EAGER: 4.0,
     speed_ops.FLOAT64: 12.0, speed_ops.LOOP: 300.0, speed_step.PUBLISHED: 3.0,
+    speed_unmask_forms.MEMORY: 1.2, speed_unmask_forms.MEMORY_OF_LONG_REGIONS: 1.1,
 }  # fmt: skip
 
 
@@ -406,6 +408,7 @@ def test_the_names_that_gates_look_for_are_those_that_are_timed() -> None:
     }
     for names, module in modules.items():
         assert [getattr(gates, name) for name in names.split()] == [getattr(module, name) for name in names.split()]
+    assert gates.FROM_MEMORY == (speed_unmask_forms.MEMORY, speed_unmask_forms.MEMORY_OF_LONG_REGIONS)
 
 
 def test_gates_of_a_file_are_a_table_and_an_exit_status(tmp_path, capsys) -> None:
@@ -608,11 +611,13 @@ def test_the_kernels_that_are_sanitized_are_those_that_are_launched(monkeypatch)
 
 
 def test_what_is_checked_only_where_it_is_timed_is_sanitized_too() -> None:
-    op = "attention-forms"
-    cases = list(sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES))
     # The toy model has no sliding layers.
-    assert len({name for name, _ in cases}) == len(cases) == len(speed_forms.FORMS) - 1
-    assert {check.status for check in checks.run(op, cases, CPU)} == {"passed"}
+    expected = {"attention-forms": len(speed_forms.FORMS) - 1, "unmask-forms": 2 * len(speed_unmask_forms.RULES)}
+    assert set(sanitize.CHECKED_WHERE_TIMED) == set(expected)
+    for op in sanitize.CHECKED_WHERE_TIMED:
+        cases = list(sanitize.shape_checks(op, dlm_fast.REFERENCE, CPU, shapes.TOY_SHAPES))
+        assert len({name for name, _ in cases}) == len(cases) == expected[op]
+        assert {check.status for check in checks.run(op, cases, CPU)} == {"passed"}
 
 
 def test_a_sanitize_run_is_a_document(tmp_path) -> None:
