@@ -1,5 +1,7 @@
-"""The decode loop: `generate` opens a batch, `run_steps` runs it, `denoise_step` is one step. One loop for every
-preset."""
+"""The function `generate`: from prompts to texts, by one decode loop for every preset.
+
+`generate` reads the arguments and opens the batch, `run_steps` runs the loop, and `denoise_step` is one step of it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ from .stopper import Stopper
 
 
 class DecodeError(RuntimeError):
-    """A decode that could not be finished. `output` holds every row as far as it got; `rows` the rows that failed."""
+    """A decode that could not be finished.
+
+    Attributes:
+        output: the result of every row; a row that failed is there as far as its decode got, with finish "error".
+        rows: indices of the rows that failed.
+    """
 
     def __init__(self, message: str, output: GenerateOutput, rows: list[int]) -> None:
         super().__init__(message)
@@ -37,22 +44,24 @@ class DecodeError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-    """What was decoded and what it cost; one entry per prompt, in order.
+    """What was decoded and what it cost. Every list has one entry per prompt, in the order of the prompts.
 
     Attributes:
-        sequences: generated ids up to and excluding the first EOS or special token that is a stop string; 1-D int64.
-            Where a stop string ends the row, the fewest ids whose text begins with `text`.
-        text: `tokenizer.decode(sequences, skip_special_tokens=True)`, cut where the first stop string begins; None
-            without a tokenizer. The cut takes something away only where the last id spells both an end of `text` and a
-            beginning of the stop string: no id spells less.
-        canvas: the whole canvas, given tokens included, as the loop left it; 1-D int64.
-        finish: "eos", "stop" (a stop string), "length", or "error" (see DecodeError).
-        nfe: forwards the row took part in, prefill, refreshes and commits included.
-        query_tokens: positions computed over those forwards.
-        tpf: generated tokens before the first EOS / nfe.
-        unmask_step: the row's denoise step at which each canvas position was written, -1 = given or not written.
-        confidence: probability of each token when it was written, 0 = given or not written.
-        wall_time: seconds, for the whole batch. preset: as resolved.
+        sequences: generated token ids, 1-D int64, up to and without the first EOS, or the first special token that is a
+            stop string. Where a stop string of ordinary text ends the row, the ids are the fewest whose text begins
+            with the row's `text`.
+        text: `tokenizer.decode(ids, skip_special_tokens=True)` of the row, cut where the first stop string begins; None
+            without a tokenizer. The text is shorter than that of `sequences` only where one id spells both the end of
+            the text and the beginning of the stop string, since no smaller number of ids spells the text then.
+        canvas: the whole canvas as the loop left it, the given tokens included, 1-D int64.
+        finish: why the row ended: "eos", "stop" (a stop string), "length", or "error" (see `DecodeError`).
+        nfe: number of forwards that the row took part in; prefills, refreshes and commits count.
+        query_tokens: number of positions that were computed in those forwards.
+        tpf: generated tokens before the first EOS, divided by `nfe`.
+        unmask_step: for each canvas position, the row's denoise step that wrote the token; -1 = no step wrote one.
+        confidence: for each canvas position, the probability of the token when it was written; 0 = no step wrote one.
+        wall_time: seconds that the whole batch took.
+        preset: the decoder as it ran, with every option that the call replaced.
     """
 
     sequences: list[Tensor]
@@ -90,50 +99,70 @@ def generate(
     on_step: Callable[[RowState], None] | None = None,
     **options: Any,
 ) -> GenerateOutput:
-    """Completes every prompt (or fills every canvas) by diffusion decoding. A batch equals its rows run alone.
+    """Completes prompts, or fills the masks of canvases, by diffusion decoding.
 
-    That is exact of every op and decision; torch's matrix products may round a row differently in a batch of another
-    shape. In float32 only near-ties can tell. In bf16 and fp16 tokens can differ, and are bitwise independent of what
-    the neighbours hold where the shapes are the same: rows, lengths, and the widths of windows, which follow the rows
-    with cache "scattered", pipelines and drafts.
+    A canvas is a row of token ids that holds the mask token wherever a token is still to be written; the canvas of a
+    prompt is the prompt with `max_new_tokens` masks behind it. A denoise step runs the model once and writes tokens
+    over some of the masks. The preset, a published decoder, says which masks a step writes and what is cached.
+
+    A row gets the tokens that it would get alone, whatever else is in the batch: every op and every decision treats
+    each row by itself. Only torch's matrix products may round a row differently in a batch of another shape. In float32
+    this rounding can change a token only where two candidates nearly tie. In bfloat16 and float16 the tokens of two
+    batches of different shapes can differ; in two batches of the same shape a row's tokens are bitwise equal whatever
+    the other rows hold. The shape is the number of rows, their lengths and the widths of the windows; with cache
+    "scattered", with pipelines and with drafts these widths depend on how far the rows have got.
 
     Args:
-        model: from `dlm_fast.load`, or patched by `dlm_fast.patch` with a diffusion configuration; in eval mode,
-            outside autocast.
-        prompts: strings, chats (lists of {"role", "content"}) or token ids (lists, 1-D tensors or arrays), of any
-            lengths >= 1; or a tokenizer's result, whose ids are taken where its attention_mask is 1; or a 2-D tensor or
-            array [B, L] of ids.
-        canvas: instead of prompts, in the same forms: ids (or text) that hold the mask wherever a token is wanted
-            (infilling). The response begins at the first mask; `text` and `sequences` hold what was given after it too.
-        attention_mask: [B, L] of 0 and 1 beside token ids, 0 = padding, at either end of a row. Without it a 2-D tensor
-            with the tokenizer's pad id at an end of a row is refused; lists of ids are taken as they are.
-        preset: a name of `dlm_fast.PRESETS` or a `Preset`; default "llada" or "sdar" by the model's visibility.
-        policy: what modifies the preset's rule: a function `(view, choice) -> choice` (or the positions to write, or a
-            score), a `dlm_fast.policies.Policy`, or a list of them; they act after the preset's own.
-        **options: replace the preset's (`preset.options()` lists them): block_length, cache, rule, threshold, ...
-            Unknown ones raise, and so do those that the decoder would not read (a threshold where the rule is a quota).
-        max_new_tokens, min_new_tokens: per call or per row; an EOS is not drawn before min_new_tokens. max_new_tokens
-            is 128 by default, and refused with `canvas`, which says itself where tokens are wanted.
-        temperature: per call or per row, 0 = greedy. Draws are a function of (seed, request id, position, step) only.
-        request_ids: what keys each row's noise; default 0, 1, 2, ... Confidences are those of the drawn token without
-            temperature (LLaDA, arXiv:2502.09992) unless the preset is `tempered`.
-        top_k, top_p: draw among the most likely tokens only; 0 and 1.0 are off. Plain torch, which sorts the
-            vocabulary. Rows of temperature 0 draw nothing and are as without them, unless the preset has
-            `greedy_filters`.
-        stop_strings: the text ends where the earliest of them begins; a special token among them is found by its id.
-            The same text as without them, cut; a row ends early once that is certain, so only by finished blocks where
-            a decoder edits or takes tokens back. Costs a host read per step.
-        banned_token_ids: never drawn, besides the mask id. eos_token_ids: default the model's.
-        tokenizer: default the one that `load` found. on_step: called after every step with the state (host reads
-            allowed).
+        model: a model from `dlm_fast.load`, or one that `dlm_fast.patch` patched and that has a diffusion
+            configuration. The model must be in eval mode, and autocast must be off.
+        prompts: the prompts, each of at least one token: a list of strings, of chats (lists of {"role", "content"}) or
+            of token ids (lists, 1-D tensors or arrays); or a tokenizer's result, of which the ids count where its
+            attention_mask is 1; or a 2-D tensor or array [B, L] of ids.
+        canvas: rows to fill in, instead of prompts and in the same forms. A row holds the mask wherever a token is
+            wanted. The response begins at the row's first mask, so `text` and `sequences` also hold the given tokens
+            that come after the first mask.
+        attention_mask: [B, L] of 0 and 1, beside token ids; 0 marks padding, which may stand at either end of a row.
+            Without an attention_mask, a 2-D tensor whose row begins or ends with the tokenizer's pad id is refused,
+            and lists of ids are taken as they are.
+        preset: the decoder: a name of `dlm_fast.PRESETS`, or a `Preset`. Default: "llada" for a model of full
+            visibility, "sdar" for a block-causal one.
+        policy: what modifies the preset's rule: a function `(view, choice) -> choice`, which may also return the
+            positions to write or a score; or a `dlm_fast.policies.Policy`; or a list of functions and policies. They
+            act after the preset's own policies.
+        max_new_tokens: number of masks behind a prompt, for all rows or one number per row. Default: 128. Refused
+            beside `canvas`, which says itself where tokens are wanted.
+        min_new_tokens: number of response tokens before which no EOS is drawn, for all rows or one number per row.
+        temperature: temperature of the draws, for all rows or one number per row; 0 = greedy. The reported confidence
+            is the drawn token's probability without the temperature (LLaDA, arXiv:2502.09992), unless the preset is
+            `tempered`.
+        top_k: draw among the k most likely tokens only; 0 = off. The filters `top_k` and `top_p` run in plain torch,
+            which sorts the vocabulary. A row of temperature 0 draws nothing, so that the filters change nothing in that
+            row unless the preset has `greedy_filters`.
+        top_p: draw among the most likely tokens whose probabilities sum to p only; 1.0 = off.
+        seed: random seed. A draw is a function of seed, request id, position and step alone.
+        request_ids: for each row the number that keys the row's noise. Default: 0, 1, 2, ...
+        stop_strings: strings that end a text: the text ends where the earliest of them begins. A stop string that is a
+            special token is found by its id. The text is the one that would come without stop strings, cut; a row ends
+            early once the cut is certain. If the decoder edits tokens or takes tokens back, only finished blocks make
+            a cut certain. Stop strings cost a host read per step.
+        banned_token_ids: ids that are never drawn. The mask id is always banned.
+        eos_token_ids: ids that end a text. Default: those of the model's diffusion configuration.
+        tokenizer: what encodes prompts and decodes responses. Default: the tokenizer that `load` found.
+        on_step: a function that is called with the state after every step, and that may read tensors on the host.
+        **options: options of the preset that the call replaces, such as block_length, cache, rule or threshold;
+            `preset.options()` lists them. An unknown option raises, and so does one that the decoder would not read,
+            such as a threshold where the rule is a quota.
     Returns:
         GenerateOutput.
     Raises:
-        ValueError, TypeError: bad arguments, each naming argument, rule and value; nothing is decoded then.
-        DecodeError: logits with NaN, or a policy that makes no progress; it holds what was decoded.
-        NotImplementedError: the preset's model family is not here yet.
-        RuntimeError: the patch is not in place any more, so that a layer attended otherwise.
+        ValueError: an argument is out of range, or two arguments contradict each other. The message names the argument,
+            the rule and the value, and nothing has been decoded.
+        TypeError: an argument is of a wrong type, with the same kind of message.
+        NotImplementedError: the preset needs a model family that is not here yet.
+        DecodeError: the model's logits hold NaN, or a policy makes no progress. The error holds what was decoded.
+        RuntimeError: the patch is not in place any more, so that a layer did not attend through our op.
     """
+    # 1. Check what does not depend on the model, and that the model is ready to decode.
     if preset is not None and not isinstance(preset, (str, Preset)):
         raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={preset!r}")
     if on_step is not None and not callable(on_step):
@@ -144,9 +173,13 @@ def generate(
             "generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load"
         )
     check_mode(model)
-    tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
+
+    # 2. Resolve the decoder, and check that it fits the model.
     chosen = resolve(preset, handle.diffusion.visibility, options, policy)
     requests.check_support(chosen, handle.diffusion)
+
+    # 3. Read the requests, and check that the decoder can serve them.
+    tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
     batch = requests.read(
         handle.diffusion,
         vocab_size=model.config.vocab_size,
@@ -167,21 +200,16 @@ def generate(
         eos_token_ids=eos_token_ids,
     )
     check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
+
+    # 4. Open the rows and run steps until no row needs one. A batch of no rows has nothing to run.
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)
-    if len(batch.canvases):
-        takes_back = bool(chosen.families & {"edit", "revise"})
-        stopper = Stopper(batch, handle.diffusion.mask_token_id, takes_back) if batch.stop_strings is not None else None
+    if batch.canvases:
+        decode = open_decode(handle, plan, state, sampling_of(batch, plan, device))
+        run_steps(decode, _after_step(batch, plan, on_step))
 
-        def after_step(state: RowState) -> None:
-            if stopper is not None:
-                stopper(state)
-            if on_step is not None:
-                on_step(state)
-
-        hook = after_step if stopper is not None or on_step is not None else None
-        run_steps(open_decode(handle, plan, state, sampling_of(batch, plan, device)), hook)
+    # 5. Build the output, and raise if a row failed.
     output = _output(batch, state, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
     failed = state.error.nonzero().flatten().tolist()
     if failed:
@@ -190,8 +218,10 @@ def generate(
 
 
 def check_mode(model: nn.Module) -> None:
-    """Raises ValueError where a decode would not be the model's own: a module in training mode (dropout), or
-    autocast."""
+    """Raises ValueError where a decode would not compute what the model computes.
+
+    That is the case if a module is in training mode (dropout), and under autocast.
+    """
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         where = "" if model.training else f" in {training[0]}"
@@ -200,8 +230,7 @@ def check_mode(model: nn.Module) -> None:
     if torch.is_autocast_enabled(device):
         raise ValueError(
             f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); "
-            "decode under "
-            f"torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
+            f"decode under torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
         )
 
 
@@ -216,35 +245,22 @@ def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p
         raise ValueError(f"generate: preset {preset.name} decodes greedily, got {got}")
 
 
-def _failure(state: RowState, rows: list[int]) -> str:
-    broken = [row for row in rows if int(state.error[row]) & ERROR_LOGITS]
-    stalled = [row for row in rows if row not in broken]
-    said = []
-    if broken:
-        said.append(
-            f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}"
-        )
-    if stalled:
-        said.append(
-            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps "
-            f"in rows {stalled}"
-        )
-    return "generate: " + "; ".join(said)
-
-
 def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
-    """The device tensors that decide draws, quotas and thresholds of a batch."""
+    """How a batch draws, and the numbers of its rule, as tensors on the device."""
+    preset = plan.preset
     B = len(batch.canvases)
 
     def rows(values: Any, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).expand(B).contiguous().to(device)
 
-    preset = plan.preset
+    # 1. First positions of an EOS, and the number of steps that fill a block.
     no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
     spans = [len(canvas) - start for canvas, start in zip(batch.canvases, plan.first.tolist())]
-    # Where a row is one block, the batch's longest one must not decide its schedule.
-    whole = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
-    steps = [preset.steps_per_block or (max(1, span) if whole else plan.block_length) for span in spans]
+    # Where a row is one block, the longest row of the batch must not decide the schedule of a shorter one.
+    one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
+    steps = [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]
+
+    # 2. The share of the masks that each step writes: a time falls from 1 to schedule_eps, and the masks with it.
     transfer = None
     if preset.by_share:
         transfer = torch.zeros(B, max(steps), dtype=torch.float32)
@@ -252,16 +268,19 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
             t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
             transfer[b, :S] = 1 - t[1:] / t[:-1]
         transfer = transfer.to(device)
-    # A safety net, not a schedule: the bounds of every policy (tests/decoding/test_policy_bounds.py) are below it.
+
+    # 3. The steps after which a row has stalled. This is a safety net and not a schedule: the bounds of every policy
+    # (tests/decoding/test_policy_bounds.py) are below these numbers.
     edits = max((getattr(policy, "max_post_edits", 0) for policy in preset.policies), default=0)
-    a_block = 2 * max(plan.block_length, *steps) + edits + 8
-    max_steps = [min(a_block * (-(-span // plan.block_length) + 1), 2**30) for span in spans]
+    steps_of_block = 2 * max(plan.block_length, *steps) + edits + 8
+    max_steps = [min(steps_of_block * (-(-span // plan.block_length) + 1), 2**30) for span in spans]
 
     def masks_at(share: float) -> int | None:
-        """The most masks at which a block of the full length is filled to `share`."""
+        """The largest number of masks at which a block of the full length is filled to `share`."""
         length = plan.block_length
         return bisect.bisect_right(range(length + 1), -share, key=lambda masks: -(length - masks) / length) - 1
 
+    # 4. Everything on the device.
     pipeline = preset.pipeline
     return Sampling(
         temperature=rows(batch.temperature, torch.float32),
@@ -285,23 +304,60 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     )
 
 
+def _after_step(
+    batch: Requests, plan: Plan, on_step: Callable[[RowState], None] | None
+) -> Callable[[RowState], None] | None:
+    """What the loop calls after a step: stop strings end rows first, then the user's function sees the state."""
+    if batch.stop_strings is None:
+        return on_step
+    takes_back = bool(plan.preset.families & {"edit", "revise"})
+    stopper = Stopper(batch, plan.mask_id, takes_back)
+
+    def after_step(state: RowState) -> None:
+        stopper(state)
+        if on_step is not None:
+            on_step(state)
+
+    return after_step
+
+
 def _output(
     batch: Requests, state: RowState, tokenizer: Any, diffusion: Any, preset: Preset, seconds: float
 ) -> GenerateOutput:
+    """The final state of a batch as plain results, one per row."""
     tokens, steps, confidence = state.tokens.cpu(), state.unmask_step.cpu(), state.unmask_confidence.cpu()
     nfe, query_tokens = state.nfe.tolist(), state.query_tokens.tolist()
-    ends = [requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))]
-    lengths = [len(c) for c in batch.canvases]
+    responses = [
+        requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))
+    ]
+    lengths = [len(canvas) for canvas in batch.canvases]
     return GenerateOutput(
-        sequences=[end.ids for end in ends],
-        text=[end.text for end in ends] if tokenizer is not None else None,
-        canvas=[tokens[b, :n] for b, n in enumerate(lengths)],
-        finish=["error" if error else end.finish for end, error in zip(ends, state.error.tolist())],
+        sequences=[response.ids for response in responses],
+        text=[response.text for response in responses] if tokenizer is not None else None,
+        canvas=[tokens[b, :length] for b, length in enumerate(lengths)],
+        finish=["error" if error else response.finish for response, error in zip(responses, state.error.tolist())],
         nfe=nfe,
         query_tokens=query_tokens,
-        tpf=[end.written / n if n else 0.0 for end, n in zip(ends, nfe)],
-        unmask_step=[steps[b, :n] for b, n in enumerate(lengths)],
-        confidence=[confidence[b, :n] for b, n in enumerate(lengths)],
+        tpf=[response.written / forwards if forwards else 0.0 for response, forwards in zip(responses, nfe)],
+        unmask_step=[steps[b, :length] for b, length in enumerate(lengths)],
+        confidence=[confidence[b, :length] for b, length in enumerate(lengths)],
         wall_time=seconds,
         preset=preset,
     )
+
+
+def _failure(state: RowState, rows: list[int]) -> str:
+    """Why `rows` failed, as one message."""
+    broken = [row for row in rows if int(state.error[row]) & ERROR_LOGITS]
+    stalled = [row for row in rows if row not in broken]
+    reasons = []
+    if broken:
+        reasons.append(
+            f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}"
+        )
+    if stalled:
+        reasons.append(
+            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps "
+            f"in rows {stalled}"
+        )
+    return "generate: " + "; ".join(reasons)
