@@ -1,9 +1,9 @@
-"""Acceleration policies: what modifies a preset's rule, as torch functions on the device.
+"""Policies: what modifies a preset's rule, as torch functions that run on the device.
 
-To write one, pass a function of `(view, choice)` to `generate(policy=...)`, or subclass `Policy` if it needs memory
-between steps:
+To write a policy, pass a function of `(view, choice)` to `generate(policy=...)`, or subclass `Policy` if the policy
+needs memory between steps. This function writes the two leftmost masks in every step:
 
-    def leftmost_two(view, choice):                        # exactly these positions
+    def leftmost_two(view, choice):
         return view.best(torch.full_like(view.step, 2), score=-view.position.float())
 
     dlm_fast.generate(model, prompts, preset="llada", policy=leftmost_two)

@@ -1,4 +1,4 @@
-"""How a policy is written: the class to subclass, and what `generate(policy=...)` takes in its place."""
+"""How a policy is written: the class to subclass, and what `generate(policy=...)` takes in place of an instance."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from .view import Choice, Lanes, Memory, View
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A rule for what a step writes, in torch functions that run on the device. Subclasses are frozen dataclasses of
-    their numbers.
+    """A rule for what a step writes, in torch functions that run on the device.
 
-    Nothing in them may read a tensor on the host or make a shape that depends on values, so that a step can be
-    captured.
+    A subclass is a frozen dataclass; its fields are the policy's numbers. No method may read a tensor on the host or
+    make a shape that depends on values, so that a step can be captured.
 
     Class attributes:
-        outputs: statistics it needs beyond token and confidence: any of "margin", "gap", "entropy", "kl".
-        reads: whose statistics: "masked" (eligible positions), "region" (also written ones), "row" (masked ones of the
-            canvas).
-        family: what it replaces, to refuse what makes no sense together: "select", "exit", "revise", "edit", "refresh".
-        greedy_only: it makes its own predictions, and refuses a temperature, top_k and top_p.
-        remask: how a revising policy masks tokens again (`UnmaskRule.remask`).
+        outputs: the statistics that the policy needs beyond token and confidence, any of "margin", "gap", "entropy" and
+            "kl".
+        reads: the positions whose statistics the policy reads: "masked" (the eligible positions), "region" (also the
+            positions of the region that were written), or "row" (every masked position of the canvas).
+        family: what the policy replaces, one of "select", "exit", "revise", "edit" and "refresh"; policies that make no
+            sense together are refused by their families.
+        remask: how a policy of family "revise" masks tokens again (`UnmaskRule.remask`).
+        greedy_only: whether the policy makes its own predictions, so that a temperature, top_k and top_p are refused.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ()
@@ -41,24 +42,24 @@ class Policy:
     greedy_only: ClassVar[bool] = False
 
     def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:
-        """[B, W] bool lanes whose statistics it reads."""
+        """[B, W] bool: the lanes whose statistics the policy reads."""
         if self.reads == "row":
             return lanes.masked
         return lanes.eligible | lanes.written if self.reads == "region" else lanes.eligible
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        """Buffers that live as long as the decode; the policy writes them in place."""
+        """The policy's buffers, which live as long as the decode and which the policy writes in place."""
         return {}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        """The choice of this step, given the one of the preset's rule."""
+        """The policy's choice for this step, made from `choice`, which the rule and earlier policies made."""
         return choice
 
     def after(self, view: View, choice: Choice, written: Tensor) -> None:
-        """Called when the step has written `written` [B, W] bool; `view.state` is then the new state."""
+        """Is called after the step wrote the lanes `written` [B, W] bool; `view.state` is the new state then."""
 
     def refreshes(self, view: View, choice: Choice, written: Tensor) -> Tensor | None:
-        """[B] bool rows whose cache is to be refreshed next, if they stay in their block; None = no say."""
+        """[B] bool: the rows whose cache the next step refreshes if they stay in their block; None = no opinion."""
         return None
 
 
@@ -66,7 +67,11 @@ class Policy:
 class Function(Policy):
     """A policy that is one torch function `(view, choice) -> choice`.
 
-    It may also return a bool tensor [B, W], exactly the positions to write, or a float tensor [B, W], a new score.
+    The function may also return a bool tensor [B, W], which says exactly the lanes to write, or a float32 tensor
+    [B, W], which is a new score.
+
+    Attributes:
+        function: the function.
     """
 
     function: Callable[[View, Choice], Any]
@@ -88,8 +93,10 @@ class Function(Policy):
 
 
 def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
-    """A policy, a function or a sequence of them, as a tuple of policies. Raises TypeError otherwise, naming the
-    argument."""
+    """A tuple of policies from a policy, a function, or a list of policies and functions.
+
+    Raises TypeError for anything else; the message names the argument by `name`.
+    """
     if policy is None:
         return ()
     if isinstance(policy, Policy):
@@ -103,10 +110,10 @@ def as_policies(policy: Any, name: str = "policy") -> tuple[Policy, ...]:
 
 
 def lane_buffer(setting: Setting, state: RowState, dtype: torch.dtype, fill: float = 0) -> Tensor:
-    """A buffer [B, W] with one entry per lane."""
+    """A buffer [B, W] with one entry per lane, filled with `fill`."""
     return torch.full((state.tokens.shape[0], setting.lanes), fill, dtype=dtype, device=state.tokens.device)
 
 
 def row_buffer(state: RowState, dtype: torch.dtype, fill: float = 0) -> Tensor:
-    """A buffer [B] with one entry per row."""
+    """A buffer [B] with one entry per row, filled with `fill`."""
     return torch.full((state.tokens.shape[0],), fill, dtype=dtype, device=state.tokens.device)

@@ -1,4 +1,4 @@
-"""Early commit: once the answer is certain enough, every mask that is left is written at once."""
+"""Policies that exit early: once the answer is certain enough, a step writes every mask that is left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Policy, lane_buffer, row_buffer
 from .setting import Setting
 from .view import Choice, Lanes, Memory, View
 
-ANSWER_LENGTH = 5
+ANSWER_LENGTH = 5  # positions of an answer whose start is known (Prophet)
 CURVES = ("cosine", "linear", "exponential")
 REDUCTIONS = ("mean", "median", "quantile", "min")
 
@@ -30,33 +30,37 @@ def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
     return block * steps + view.block_step, blocks * steps
 
 
-def reduce_gap(gap: Tensor, among: Tensor, how: str) -> Tensor:
-    """One number per row [B] float64 from the gaps `among` [B, W] bool; "median" is the lower one, "quantile" is 0.2,
-    interpolated."""
-    n = among.sum(1)
-    if how == "mean":
-        return torch.where(among, gap.double(), 0.0).sum(1) / n.clamp(min=1)
+def reduce_gap(gap: Tensor, among: Tensor, reduction: str) -> Tensor:
+    """[B] float64: one number per row, made of the row's gaps on the lanes `among` [B, W] bool.
+
+    "median" is the lower median, and "quantile" is the interpolated 0.2 quantile.
+    """
+    count = among.sum(1)
+    if reduction == "mean":
+        return torch.where(among, gap.double(), 0.0).sum(1) / count.clamp(min=1)
     ordered = torch.where(among, gap.double(), math.inf).sort(1).values
 
-    def at(index: Tensor) -> Tensor:
+    def gap_at(index: Tensor) -> Tensor:
         return ordered.gather(1, index.clamp(0, ordered.shape[1] - 1).long()[:, None])[:, 0]
 
-    if how == "quantile":
-        place = 0.2 * (n - 1).clamp(min=0).double()
-        low, high = at(place.floor()), at(place.ceil())
+    if reduction == "quantile":
+        place = 0.2 * (count - 1).clamp(min=0).double()
+        low, high = gap_at(place.floor()), gap_at(place.ceil())
         return low + torch.where(high > low, (high - low) * (place - place.floor()), 0.0)
-    return at((n - 1).clamp(min=0) // 2 if how == "median" else torch.zeros_like(n))
+    return gap_at((count - 1).clamp(min=0) // 2 if reduction == "median" else torch.zeros_like(count))
 
 
 @dataclasses.dataclass(frozen=True)
 class Prophet(Policy):
-    """Exits when the mean logit gap of the answer reaches a threshold that falls with the schedule. Prophet,
-    arXiv:2508.19982.
+    """Exits when the mean logit gap of the answer reaches a threshold that falls along the schedule.
 
     Where a cache leaves later blocks uncomputed (dual, block-causal), an exit finishes the block instead of the row.
+    Prophet, arXiv:2508.19982.
 
-    answer_start: offset of the answer in the response; its five positions are looked at. None: every masked position of
-    the row. gap_thresholds: for the first third of the schedule, the second, and the rest.
+    Attributes:
+        answer_start: offset in the response of the answer's five positions, whose gaps count; None = the gaps of all
+            masked positions of the row count.
+        gap_thresholds: the thresholds in the first third of the schedule, in the second third and in the rest.
     """
 
     answer_start: int | None = None
@@ -82,7 +86,7 @@ class Prophet(Policy):
             & (lanes.position < start + ANSWER_LENGTH)
             & (lanes.position < state.canvas_len[:, None])
         )
-        # With a cache, steps do not compute what lies before the block.
+        # With a cache, a step does not compute the positions before the block.
         return answer if not setting.cached else answer & (lanes.position >= state.block_start[:, None])
 
     def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:
@@ -91,20 +95,34 @@ class Prophet(Policy):
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)
         u = (step + 1) / steps
-        early, middle, late = self.gap_thresholds
-        threshold = torch.where(u < 0.33, early, torch.where(u < 0.67, torch.full_like(u, middle), late))
+        first_third, second_third, rest = self.gap_thresholds
+        threshold = torch.where(u < 0.33, first_third, torch.where(u < 0.67, torch.full_like(u, second_third), rest))
         answer = self._answer(view.setting, view.lanes, view.state)
         return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sched(Policy):
-    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`. SchED,
-    arXiv:2512.02892.
+    """Exits when the logit gap of the masked positions reaches a curve that falls from `high` to `low`.
 
-    curve: over u = step / (steps - 1): "cosine", "linear", or "exponential" with `rate`. reduce: what is made of the
-    gaps. With max_change below 1, the predictions must besides have changed in at most that share of positions, for
-    `patience` + 1 steps.
+    The curve is a function of u = step / (steps - 1):
+
+        cosine       low + (high - low) * (1 + cos(pi u)) / 2
+        linear       high - (high - low) * u
+        exponential  low + (high - low) * exp(-rate * u)
+
+    The predictions must also be calm: for `patience` + 1 steps, at most a share `max_change` of the masked positions
+    changed their prediction. SchED, arXiv:2512.02892.
+
+    Attributes:
+        curve: shape of the curve: "cosine", "linear" or "exponential".
+        high: value of the curve at the first step.
+        low: value of the curve at the last step.
+        rate: how fast the curve "exponential" falls.
+        min_progress: share of the canvas that must be written before a row may exit.
+        patience: number of further steps that the predictions must have been calm.
+        max_change: largest share of changed predictions in a calm step.
+        reduce: how the gaps of the positions become one number: "mean", "median", "quantile" or "min".
     """
 
     curve: str = "cosine"
@@ -151,11 +169,13 @@ class Sched(Policy):
         changed = (view.masked & (view.greedy != view.memory["predicted"])).sum(1).double() / masks.clamp(min=1)
         changed = torch.where(view.step == 0, 1.0, changed)
         progress = 1 - masks.double() / view.state.canvas_len
-        moving = progress >= self.min_progress
-        calm = torch.where(moving & (changed <= self.max_change), view.memory["calm"] + 1, 0)
-        view.keep("calm", calm)
+        has_progress = progress >= self.min_progress
+        calm_steps = torch.where(has_progress & (changed <= self.max_change), view.memory["calm"] + 1, 0)
+        view.keep("calm", calm_steps)
         view.keep("predicted", view.greedy)
-        exits = moving & (reduce_gap(view.gap, view.masked, self.reduce) >= threshold) & (calm > self.patience)
+        exits = (
+            has_progress & (reduce_gap(view.gap, view.masked, self.reduce) >= threshold) & (calm_steps > self.patience)
+        )
         return dataclasses.replace(
             choice,
             exits=exits,

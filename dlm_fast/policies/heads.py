@@ -1,4 +1,4 @@
-"""Small trained networks that decide which positions a step writes, and their files (safetensors, never pickle)."""
+"""Heads: small trained networks that decide which positions a step writes, and their files, which are safetensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..files import CHECKPOINTS, PICKLES, CheckpointError
 
 HEADS = CHECKPOINTS / "heads"
 SUFFIX = ".safetensors"
-# What a head's file says about itself, all of it as text.
+# The facts in the metadata of a head's file, all of them as text.
 FIELDS = ("kind", "block_length", "width", "accept_threshold", "trained_on", "seed", "step")
-MAX_SIZE = 4096
+MAX_SIZE = 4096  # of a head's block and of its hidden layer
 
 
 def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
-    """The sum over one dimension, halves added until one is left.
+    """The sum over one dimension: the second half is added to the first half until one entry is left.
 
-    Elementwise additions alone: the order in which an entry's terms are added depends on their number only, where a
-    matrix product's or a reduction's may depend on how many rows are computed together.
+    All additions are elementwise, so the order of the terms depends on their number only. A matrix product or a
+    reduction may add the terms in another order when another number of rows is computed together.
     """
     x = x.movedim(dim, -1)
     size = 1 << (x.shape[-1] - 1).bit_length()
@@ -39,8 +39,10 @@ def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that gives a row the same bits in any batch. In training, where that does not matter, a matrix
-    product."""
+    """A linear layer that gives a row the same bits in any batch.
+
+    In training mode the bits do not matter, and the layer is a matrix product.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -49,18 +51,20 @@ class RowLinear(nn.Linear):
 
 
 def probability(logits: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)). torch.sigmoid rounds differently at the end of a vector than inside it, on a CPU."""
+    """1 / (1 + exp(-x)). On a CPU, torch.sigmoid rounds differently at a vector's end than in its middle."""
     return 1 / (1 + torch.exp(-logits))
 
 
 class Head(nn.Module):
-    """A trained head. Subclasses say what they read; `logits` has their arguments, and `forward` gives sigmoid(logits)
-    in [0, 1].
+    """A trained head. A subclass defines `logits` and says what its arguments are; `forward` gives sigmoid(logits).
 
     Attributes:
-        block_length: of the block that it reads, position by position. width: of its hidden layer.
-        accept_threshold: the probability above which a position is written, as chosen in training.
-        trained_on, seed, step: the model, the seed and the number of steps of its training.
+        block_length: number of positions of the block that the head reads.
+        width: size of the hidden layer.
+        accept_threshold: the probability above which a position is written, as training chose it.
+        trained_on: name of the model that the head was trained on.
+        seed: random seed of the training.
+        step: number of optimizer steps of the training.
     """
 
     kind: ClassVar[str]
@@ -87,16 +91,15 @@ class Head(nn.Module):
 
     @property
     def __name__(self) -> str:
-        """How a preset's description shows it."""
+        """How the description of a preset shows the head."""
         return f"{self.kind} head trained on {self.trained_on or 'nothing'}, block_length {self.block_length}"
 
 
 class FilterHead(Head):
-    """Learn2PD's filter: a block's confidences through two layers. arXiv:2509.25188 (published for blocks of 32, 32
-    wide).
+    """Learn2PD's filter: two layers that read a block's confidences.
 
     confidence [B, block_length] fp32, 0 where nothing is masked -> [B, block_length] logits of "this prediction is
-    final".
+    final". The published filter reads blocks of 32 and is 32 wide. arXiv:2509.25188.
     """
 
     kind = "filter"
@@ -110,18 +113,19 @@ class FilterHead(Head):
 
 
 class CommitHead(Head):
-    """One transformer layer from a block's confidences to the probability that a position is written, after Jazbec et
-    al. 2025.
+    """One transformer layer that reads a block's confidences and says which positions to write.
 
     confidence [B, W] fp32, 0 where nothing is masked; masked [B, W] bool; time [B] fp32, the share of the block's steps
-    that are over -> [B, W] logits, W the block length. Two attention heads. The paper's is 128 wide, 300 thousand
-    parameters, for models of 8 billion; the one that is shipped runs beside a model of 0.9 million and is 32 wide, 9
-    thousand.
+    that are over -> [B, W] logits of "write this position", where W is the block length.
+
+    The layer has two attention heads. In the paper the layer is 128 wide and has 300 thousand parameters, beside models
+    of 8 billion; the shipped layer is 32 wide and has 9 thousand parameters, beside a model of 0.9 million. After
+    Jazbec et al. 2025, arXiv:2512.09106.
     """
 
     kind = "commit"
     attention_heads: ClassVar[int] = 2
-    # -ln(1 - p) of a confidence that fp32 cannot tell from 1: scales that feature to [0, 1].
+    # -ln(1 - p) of a confidence that fp32 cannot tell from 1; the division by this number scales the feature to [0, 1].
     certain: ClassVar[float] = 24 * math.log(2)
 
     def __init__(self, block_length: int, width: int = 32, **facts: Any) -> None:
@@ -134,7 +138,7 @@ class CommitHead(Head):
         self.out = RowLinear(width, 1)
 
     def logits(self, confidence: Tensor, masked: Tensor, time: Tensor) -> Tensor:
-        # Most confidences are close to 1, where their logarithm still tells them apart.
+        # Most confidences are close to 1, where the logarithm of 1 - confidence still tells them apart.
         certainty = -torch.log((1 - confidence).clamp(min=2.0**-24)) / self.certain
         features = torch.stack(
             [confidence, certainty, masked.to(confidence.dtype), time[:, None].expand_as(confidence)], -1
@@ -161,13 +165,16 @@ KINDS: dict[str, type[Head]] = {head.kind: head for head in (FilterHead, CommitH
 
 
 def shipped() -> list[str]:
-    """Names of the heads that come with the package."""
+    """The names of the heads that come with the package."""
     return sorted(file.name.removesuffix(SUFFIX) for file in HEADS.glob("*" + SUFFIX))
 
 
 def save_head(head: Head, path: str | Path) -> None:
-    """Writes a head. The file appears under its name once it is complete; an earlier one survives until then, and an
-    OSError."""
+    """Writes a head to a file.
+
+    The file appears under its name once its content is complete. An earlier file of that name survives until then, and
+    survives if the disk refuses (OSError).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -187,13 +194,14 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
     """A trained head for the presets "learn2pd" (kind "filter") and "learned-commit" (kind "commit").
 
     Args:
-        name_or_path: a head that comes with the package ("tiny-filter", "tiny-commit"), or a *.safetensors file.
-            device: default "cuda" if there is one, else "cpu".
+        name_or_path: the name of a head that comes with the package ("tiny-filter", "tiny-commit"), or a *.safetensors
+            file.
+        device: where the head goes. Default: "cuda" if there is a GPU, else "cpu".
     Raises:
-        CheckpointError: no such head, a file that is not a head's, another kind, tensors missing, unknown, of another
-        shape or
-            dtype, or not finite.
+        CheckpointError: there is no such head; the file is not a head's, or is of an unknown kind; tensors are missing,
+            unknown, of another shape or dtype, or not finite.
     """
+    # 1. Find the file.
     path = Path(name_or_path)
     if str(name_or_path) in shipped() and not path.is_file():
         path = HEADS / f"{name_or_path}{SUFFIX}"
@@ -202,6 +210,8 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
         raise CheckpointError(f"load_head: head must be a *{SUFFIX} file or one of {known}, got {str(name_or_path)!r}")
     if path.suffix in PICKLES:
         raise CheckpointError(f"load_head: {path} is a pickle file, which is never opened; heads are {SUFFIX} files")
+
+    # 2. Read the file, once, so that metadata and tensors are those of one file.
     try:
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
@@ -209,6 +219,8 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
         metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"load_head: {path} is not a readable safetensors file: {error}") from error
+
+    # 3. Build the head that the metadata describe, and check the tensors.
     head = _head_of(path, metadata)
     expected = head.state_dict()
     for what, names in (("missing", set(expected) - set(tensors)), ("unknown", set(tensors) - set(expected))):
@@ -220,6 +232,8 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
             raise CheckpointError(f"load_head: tensor {name} of {path} must be {rule}, got {got}")
         if not tensor.isfinite().all():
             raise CheckpointError(f"load_head: tensor {name} of {path} must be finite, got NaN or inf")
+
+    # 4. Load.
     head.load_state_dict(tensors)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

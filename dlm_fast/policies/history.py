@@ -1,5 +1,4 @@
-"""Policies that remember earlier steps of the block: stable predictions, consistent trajectories, accumulated
-credit."""
+"""Policies that remember earlier steps of the block: stable predictions, short lists, accumulated credit."""
 
 from __future__ import annotations
 
@@ -19,11 +18,15 @@ from .view import Choice, Memory, View
 
 @dataclasses.dataclass(frozen=True)
 class KLStability(Policy):
-    """Writes every confident position whose distribution stood still for `kl_history` steps, or else the schedule's
-    share.
+    """Writes every position that is confident and whose distribution stood still for some steps.
 
-    ready = score > threshold, and KL(p_t || p_{t-1}) < kl_threshold in the last kl_history steps of this block.
-    KLASS, arXiv:2511.05664.
+        ready = score > threshold, and KL(p_t || p_{t-1}) < kl_threshold in the last kl_history steps of this block
+
+    Where no position is ready, the step writes the schedule's share. KLASS, arXiv:2511.05664.
+
+    Attributes:
+        kl_threshold: the divergence, in nats, below which a distribution stood still.
+        kl_history: number of steps for which the distribution must have stood still.
     """
 
     kl_threshold: float = 0.015
@@ -38,26 +41,28 @@ class KLStability(Policy):
         return {"calm": lane_buffer(setting, state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        first = (view.block_step == 0)[:, None]
-        calm = torch.where(~first & (view.kl < self.kl_threshold), view.memory["calm"] + 1, 0)
-        calm = view.keep("calm", calm)
-        ready = view.eligible & (calm >= self.kl_history) & (choice.score > choice.value[:, None])
+        first_step = (view.block_step == 0)[:, None]
+        calm_steps = torch.where(~first_step & (view.kl < self.kl_threshold), view.memory["calm"] + 1, 0)
+        calm_steps = view.keep("calm", calm_steps)
+        ready = view.eligible & (calm_steps >= self.kl_history) & (choice.score > choice.value[:, None])
         return choice.only(ready, fallback=view.quota())
 
 
 @dataclasses.dataclass(frozen=True)
 class ConsistentTrajectory(Policy):
-    """Writes candidates that stayed on the short list with the same prediction, instead of this step's best. CCD, list
-    form.
+    """Writes candidates that stayed on a short list with an unchanged prediction, instead of this step's best.
 
-    dynamic: all of them (CCD-DS), else as many as the schedule writes. CCD: arXiv:2512.02044.
+    Every step makes a short list of the best positions that the step did not write. A candidate is consistent if the
+    position is among the best again, was on the list of the step before, and has the prediction of the step before.
+    This is the list form of CCD, arXiv:2512.02044.
+
+    Attributes:
+        dynamic: whether a step writes all consistent candidates (CCD-DS), instead of as many as the schedule writes.
     """
 
     dynamic: bool = False
-    # Steps before the list may decide; candidates a step gains from then on; the list's longest length in shares of the
-    # schedule.
-    warmup: ClassVar[int] = 4
-    longest: ClassVar[int] = 5
+    warmup: ClassVar[int] = 4  # steps of a block before the list may decide
+    longest: ClassVar[int] = 5  # the list's greatest length, in shares of the schedule
 
     def __post_init__(self) -> None:
         flag("policy ConsistentTrajectory", "dynamic", self.dynamic)
@@ -69,20 +74,20 @@ class ConsistentTrajectory(Policy):
         }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        i, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps.clamp(min=1)
-        left = view.eligible.sum(1).int()
+        step, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps.clamp(min=1)
+        masks_left = view.eligible.sum(1).int()
         share = (masks // steps).clamp(min=1)
-        length = torch.minimum(i - self.warmup + 2, self.longest * share)
-        length = torch.where(i < self.warmup, 1, torch.where(10 * left <= masks, 2, length))
-        last = i >= steps - 1
-        count = torch.where(last, left, torch.minimum(share, left))
+        length = torch.minimum(step - self.warmup + 2, self.longest * share)
+        length = torch.where(step < self.warmup, 1, torch.where(10 * masks_left <= masks, 2, length))
+        last_step = step >= steps - 1
+        count = torch.where(last_step, masks_left, torch.minimum(share, masks_left))
 
-        listed = view.memory["listed"] & (i > 0)[:, None]
+        listed = view.memory["listed"] & (step > 0)[:, None]
         best = view.best(count, choice.score)
-        agreed = view.best(length, choice.score) & listed & (view.greedy == view.memory["predicted"])
-        plain = (i < self.warmup + 1) | last | ~(best & listed).any(1) | (agreed.sum(1) < count)
-        kept = agreed if self.dynamic else view.best(count, choice.score, among=agreed)
-        chosen = torch.where(plain[:, None], best, kept)
+        consistent = view.best(length, choice.score) & listed & (view.greedy == view.memory["predicted"])
+        ignores_list = (step < self.warmup + 1) | last_step | ~(best & listed).any(1) | (consistent.sum(1) < count)
+        candidates = consistent if self.dynamic else view.best(count, choice.score, among=consistent)
+        chosen = torch.where(ignores_list[:, None], best, candidates)
 
         view.keep("listed", view.best(length, choice.score, among=view.eligible & ~chosen))
         view.keep("predicted", view.greedy)
@@ -91,11 +96,19 @@ class ConsistentTrajectory(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Credit(Policy):
-    """Tokens that led before keep a decaying credit that is added to their logits. CreditDecoding (arXiv:2510.06133) in
-    dInfer, sparse form.
+    """Tokens that led in earlier steps keep a decaying credit, which is added to their logits.
 
-    C <- credit_decay * C;  C[top-1] += p ** credit_power;  decode from logits + credit_weight * ln(1 + C).
-    Every step touches one token per position, so one slot per step of the block holds all of C.
+        C <- credit_decay * C
+        C[top-1] += p ** credit_power
+        decode from logits + credit_weight * ln(1 + C)
+
+    A step gives credit to one token per position, so one slot per step of the block holds all of C. This is the sparse
+    form of CreditDecoding (arXiv:2510.06133), as dInfer has the method.
+
+    Attributes:
+        credit_decay: what a step leaves of the credit.
+        credit_power: exponent of the probability that a leading token is credited with.
+        credit_weight: weight of the credit beside the logits.
     """
 
     credit_decay: float = 0.8
@@ -121,18 +134,18 @@ class Credit(Policy):
         }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        fresh = (view.block_step == 0)[:, None, None]
-        ids = torch.where(fresh, -1, view.memory["ids"])
-        credit = torch.where(fresh, 0.0, view.memory["credit"]) * self.credit_decay
+        first_step = (view.block_step == 0)[:, None, None]
+        ids = torch.where(first_step, -1, view.memory["ids"])
+        credit = torch.where(first_step, 0.0, view.memory["credit"]) * self.credit_decay
         slots = torch.arange(ids.shape[2], device=ids.device)
-        known = ids == view.greedy[:, :, None]
-        # The first step at which a token leads gives it the slot of that step.
-        own = (
-            torch.where(known.any(2, keepdim=True), known, slots == view.block_step[:, None, None])
+        has_slot = ids == view.greedy[:, :, None]
+        # A token that leads for the first time takes the slot of this step.
+        credited = (
+            torch.where(has_slot.any(2, keepdim=True), has_slot, slots == view.block_step[:, None, None])
             & view.eligible[:, :, None]
         )
-        ids = torch.where(own, view.greedy[:, :, None], ids)
-        credit = torch.where(own, credit + view.greedy_confidence[:, :, None] ** self.credit_power, credit)
+        ids = torch.where(credited, view.greedy[:, :, None], ids)
+        credit = torch.where(credited, credit + view.greedy_confidence[:, :, None] ** self.credit_power, credit)
         view.keep("ids", ids)
         view.keep("credit", credit)
         return view.restated(choice, ids, self.credit_weight * torch.log1p(credit))

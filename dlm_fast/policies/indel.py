@@ -1,5 +1,7 @@
-"""Insert and delete: a block whose tokens move between positions. Plain torch on the host, on every backend; it cannot
-be captured."""
+"""Insert and delete: a policy by which the tokens of a block move between positions.
+
+The policy works on the host, on every backend, so a step with this policy cannot be captured.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,35 @@ _SAVED = ("block_start", "block_end", "block_masks", "canvas_len")
 
 @dataclasses.dataclass
 class _Slot:
-    """What a position of the block holds, and what moves with it. original: it was a mask when the block was opened."""
+    """What a position of the block holds; a slot moves as a whole.
+
+    Attributes:
+        token: the token, which may be the mask.
+        is_given: whether the token was there when the block was opened.
+        is_original: whether the slot was a mask when the block was opened, and is not one that was put in later.
+        step: the denoise step that wrote the token; -1 = none did.
+        confidence: the probability of the token when it was written.
+    """
 
     token: int
-    given: bool
-    original: bool
+    is_given: bool
+    is_original: bool
     step: int
     confidence: float
 
 
 @dataclasses.dataclass
 class _Row:
-    """A row's block while it is edited. seen: contents that steps have begun with. history: by position, what was
-    written there, commands included; it stays where it is when tokens move."""
+    """A row's block while steps edit the block.
+
+    Attributes:
+        slots: the block's slots, one per position.
+        seen: contents of the block with which earlier steps began.
+        history: for each position, all that was written there, commands included. The history of a position stays
+            there when tokens move.
+        updates: number of steps that the block has taken.
+        post: number of steps that began without original masks.
+    """
 
     slots: list[_Slot]
     seen: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
@@ -47,17 +65,26 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class InsertDelete(Policy):
-    """The joint threshold with two more predictions: DELETE drops its position, SPLIT puts a mask before it. LLaDA2.2.
+    """The joint threshold with two commands: DELETE drops a position, SPLIT puts a mask before a position.
 
-    A step writes masks above the threshold (one more than were introduced since, at least) and overwrites written
-    tokens above `edit_threshold`. The block is final in its `max_post_edits`-th step without original masks (0: in the
-    one that writes the last of them), or after more than block length + `max_post_edits` steps; a final step writes
-    everything, and no mask, DELETE or SPLIT. Where the block returns to a content it has had, the least certain change
-    avoids what was written at its position before, DELETE and SPLIT included; the position's history stays when tokens
-    move.
+    A step writes the masks whose prediction is above the threshold, and overwrites written tokens whose prediction is
+    above `edit_threshold`. The smallest number of masks that a step writes is one more than the number of masks that
+    were put into the block since its opening. A final step fills the block: the step writes every mask, and writes no
+    mask, DELETE or SPLIT. A step is final in three cases:
 
-    delete_id, split_id: of the model's vocabulary; the commands are never part of a finished text. max_post_edits:
-    SGLang's max_post_edit_steps.
+    - The step is the `max_post_edits`-th one that began without original masks.
+    - With `max_post_edits` 0: the step writes the last original mask.
+    - The block has taken more than block length + `max_post_edits` steps.
+
+    If a step begins with a content that the block has had before, the least certain change of the step avoids all that
+    was ever written at its position, the commands included. LLaDA2.2.
+
+    Attributes:
+        delete_id: id of the command DELETE in the model's vocabulary. No finished text holds a command.
+        split_id: id of the command SPLIT in the model's vocabulary.
+        edit_threshold: the probability above which another prediction overwrites a written token.
+        max_post_edits: number of steps that may edit the block once no original mask is left (SGLang's
+            max_post_edit_steps).
     """
 
     delete_id: int | None = None
@@ -95,11 +122,12 @@ class InsertDelete(Policy):
             if changed:
                 saved[b] = (final, {name: int(getattr(state, name)[b]) for name in _SAVED}, int(state.block_step[b]))
         amend(state, view.selects, **canvas)
-        nothing = torch.zeros_like(view.eligible)
-        return dataclasses.replace(choice.only(nothing), edit_value=torch.full_like(choice.value, torch.inf))
+        no_lane = torch.zeros_like(view.eligible)
+        return dataclasses.replace(choice.only(no_lane), edit_value=torch.full_like(choice.value, torch.inf))
 
     def after(self, view: View, choice: Choice, written: Tensor) -> None:
-        # A block without masks looks finished to the op: rows that go on in it, or have yet to commit it, are put back.
+        # The op takes a block without masks for finished, and the row moves on. Rows that go on editing their block are
+        # put back, and so are rows that have yet to commit their block.
         state, rows = view.state, torch.zeros_like(view.selects)
         fields = {name: getattr(state, name).clone() for name in (*_SAVED, "block_step", "phase")}
         for b, (final, saved, block_step) in view.memory["saved"].items():
@@ -113,72 +141,86 @@ class InsertDelete(Policy):
         amend(state, rows, **fields)
 
     def _open(self, view: View, b: int, start: int, end: int) -> _Row:
+        """The block [start, end) of row b as it is opened."""
         mask_id = view.setting.mask_id
         tokens = view.state.tokens[b, start:end].tolist()
         return _Row([_Slot(token, token != mask_id, token == mask_id, -1, 0.0) for token in tokens])
 
     def _step(self, view: View, row: _Row, b: int, n: int, threshold: float) -> tuple[bool, bool]:
-        """Edits the block by one forward; returns whether it is final now, and whether it changed."""
+        """Edits the block of n positions by one forward; returns whether the block is final, and whether it changed."""
         mask_id, slots = view.setting.mask_id, row.slots
         commands = {mask_id, self.delete_id, self.split_id}
+
+        # 1. What a position predicts, with its probability, if some ids are avoided.
         logits = view.logits[b, :n].double()
         p = logits.softmax(-1)
-        never = set(view.setting.sampling.banned.tolist()[1:])  # the first is the mask, which is a command here
-        first_eos = (
-            int(view.setting.sampling.no_eos_before[b]) if view.setting.sampling.no_eos_before is not None else 0
-        )
-        first = int(view.position[b, 0])
-        eos = set(view.setting.sampling.eos.tolist())
+        sampling = view.setting.sampling
+        banned_ids = set(sampling.banned.tolist()[1:])  # without the mask, the first one, which is a command here
+        no_eos_before = int(sampling.no_eos_before[b]) if sampling.no_eos_before is not None else 0
+        first_position = int(view.position[b, 0])
+        eos = set(sampling.eos.tolist())
 
         def predict(j: int, avoid: set[int]) -> tuple[int, float]:
-            without = sorted(avoid | never | (eos if first + j < first_eos else set()))
-            # By the logits: equal ones may have probabilities that differ in the last bit.
+            excluded_ids = sorted(avoid | banned_ids | (eos if first_position + j < no_eos_before else set()))
+            # The logits decide, since equal logits may have probabilities that differ in the last bit.
             values = logits[j].clone()
-            values[without] = -torch.inf
+            values[excluded_ids] = -torch.inf
             token = int(values.argmax())
             return token, float(p[j, token].float())
 
+        # 2. Whether this step is final, before it is known which masks the step writes.
         masks = [j for j, slot in enumerate(slots) if slot.token == mask_id]
-        original = [j for j in masks if slots[j].original]
+        original_masks = [j for j in masks if slots[j].is_original]
         row.updates += 1
-        row.post += not original
+        row.post += not original_masks
         limit = self.max_post_edits
-        final = (limit > 0 and row.post >= limit) or (limit == 0 and not original) or row.updates > n + limit
-        best = [
-            predict(j, {mask_id} if slots[j].original and slots[j].token == mask_id and not final else set())
+        final = (limit > 0 and row.post >= limit) or (limit == 0 and not original_masks) or row.updates > n + limit
+
+        # 3. The masks to write. An original mask never predicts a mask before the final step.
+        predictions = [
+            predict(j, {mask_id} if slots[j].is_original and slots[j].token == mask_id and not final else set())
             for j in range(n)
         ]
 
         def chosen_masks() -> list[int]:
-            if final or not original:
+            if final or not original_masks:
                 return masks
-            order = sorted(masks, key=lambda j: (-best[j][1], j))
-            minimum = min(len(masks) - len(original) + 1, len(masks))
-            passing = [j for j in masks if best[j][1] > threshold]
+            order = sorted(masks, key=lambda j: (-predictions[j][1], j))
+            minimum = min(len(masks) - len(original_masks) + 1, len(masks))
+            passing = [j for j in masks if predictions[j][1] > threshold]
             return passing if len(passing) >= minimum else order[:minimum]
 
-        write = chosen_masks()
-        if limit == 0 and original and set(original) <= set(write):
-            final, write = True, masks
-        written = [j for j, slot in enumerate(slots) if slot.token != mask_id and not slot.given]
-        edits = [j for j in written if best[j][1] > self.edit_threshold and best[j][0] != slots[j].token]
+        masks_to_write = chosen_masks()
+        if limit == 0 and original_masks and set(original_masks) <= set(masks_to_write):
+            final, masks_to_write = True, masks
+
+        # 4. The written tokens to overwrite. A final step writes tokens only.
+        written = [j for j, slot in enumerate(slots) if slot.token != mask_id and not slot.is_given]
+        edits = [j for j in written if predictions[j][1] > self.edit_threshold and predictions[j][0] != slots[j].token]
         if final:
-            best = [predict(j, commands) if best[j][0] in commands else best[j] for j in range(n)]
-            edits = [j for j in edits if best[j][0] != slots[j].token]
-        writing = sorted({*write, *edits})
-        if not writing:
+            predictions = [predict(j, commands) if predictions[j][0] in commands else predictions[j] for j in range(n)]
+            edits = [j for j in edits if predictions[j][0] != slots[j].token]
+        changes = sorted({*masks_to_write, *edits})
+        if not changes:
             return final, False
+
+        # 5. A content that comes back means a cycle: the least certain change avoids what its position has had.
         content = tuple(slot.token for slot in slots)
-        differing = [j for j in writing if best[j][0] != slots[j].token]
+        differing = [j for j in changes if predictions[j][0] != slots[j].token]
         if content in row.seen and not final and differing:
-            j = min(differing, key=lambda j: (best[j][1], j))
-            best[j] = predict(j, row.history[j] | ({mask_id} if j in original else set()))
+            j = min(differing, key=lambda j: (predictions[j][1], j))
+            predictions[j] = predict(j, row.history[j] | ({mask_id} if j in original_masks else set()))
         row.seen.add(content)
-        self._apply(row, {j: best[j] for j in writing}, int(view.state.step[b]), mask_id)
+
+        # 6. Write.
+        self._apply(row, {j: predictions[j] for j in changes}, int(view.state.step[b]), mask_id)
         return final, True
 
     def _apply(self, row: _Row, writes: dict[int, tuple[int, float]], step: int, mask_id: int) -> None:
-        """Writes tokens with their confidence; DELETE drops its position, SPLIT puts a mask before what it holds."""
+        """Writes tokens with their confidence. DELETE drops the position, SPLIT puts a mask before the position's slot.
+
+        Slots that are pushed beyond the block's end are lost, and masks fill up a block that became shorter.
+        """
         result, n = [], len(row.slots)
         for j, slot in enumerate(row.slots):
             if j not in writes:
@@ -189,7 +231,7 @@ class InsertDelete(Policy):
             if token == self.split_id:
                 result += [_Slot(mask_id, False, False, -1, 0.0), slot]
             elif token == mask_id:
-                result.append(_Slot(token, False, slot.original, -1, 0.0))
+                result.append(_Slot(token, False, slot.is_original, -1, 0.0))
             elif token != self.delete_id:
-                result.append(_Slot(token, False, slot.original, step, confidence))
+                result.append(_Slot(token, False, slot.is_original, step, confidence))
         row.slots = (result + [_Slot(mask_id, False, False, -1, 0.0) for _ in range(n)])[:n]

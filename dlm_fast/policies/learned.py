@@ -1,4 +1,4 @@
-"""Policies whose decisions a small trained network makes (`dlm_fast.load_head`, or any function of the same shape)."""
+"""Policies whose decisions a small trained network makes: a head from `dlm_fast.load_head`, or any such function."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from .view import Choice, Memory, View
 
 @dataclasses.dataclass(frozen=True)
 class _Learned(Policy):
-    """What the two have in common: opening a head, and showing it its block.
+    """What both learned policies have: a head, and a threshold for its probabilities.
 
-    head: a `Head`, its name or file (opened on the model's device when a decode starts), or a function.
-    accept_threshold: what the head's probabilities are compared with; None = what the head was trained for, or
-    `published`.
+    Attributes:
+        head: a `Head`; or a head's name or file, which is opened on the model's device when a decode starts; or a
+            function with the arguments that the policy's docstring names.
+        accept_threshold: the number that the head's probabilities must exceed; None = the threshold that the head was
+            trained for or, for a function, the published one.
     """
 
     head: Callable[..., Tensor] | str | Path | None = None
@@ -38,8 +40,12 @@ class _Learned(Policy):
     def _opened(
         self, setting: Setting, state: RowState, kind: str, called: str, signature: str, published: float
     ) -> Memory:
-        """The head and its threshold, as a decode keeps them. Raises before anything is decoded if the head does not
-        fit."""
+        """The head and its threshold, as a decode keeps them.
+
+        Raises an error before anything is decoded if the head does not fit the decoder. `kind` is the kind of head that
+        the policy reads, `called` and `signature` describe the head in errors, and `published` is the threshold of a
+        function.
+        """
         name, head = f"preset {setting.preset}", self.head
         if head is None:
             raise ValueError(
@@ -56,14 +62,14 @@ class _Learned(Policy):
             )
         if isinstance(head, Head):
             device = next(head.parameters()).device
-            wrong = {
+            facts = {
                 "kind": (head.kind, kind),
                 "block_length": (head.block_length, setting.block_length),
                 "device": (str(device), str(state.tokens.device)),
             }
-            for what, (of_head, wanted) in wrong.items():
-                if of_head != wanted:
-                    rule = f"head must be of {what} {wanted!r} as this decode is"
+            for what, (of_head, of_decode) in facts.items():
+                if of_head != of_decode:
+                    rule = f"head must be of {what} {of_decode!r} as this decode is"
                     raise ValueError(f"generate: {name}: {rule}, got a head of {what} {of_head!r}")
             if head.training:
                 raise ValueError(f"generate: {name}: head must be in eval mode, call head.eval()")
@@ -72,8 +78,10 @@ class _Learned(Policy):
 
 
 def of_block(view: View, values: Tensor) -> Tensor:
-    """Values [B, W] of the lanes as values [B, block_length] of the block's positions, 0 (False) where there is no
-    lane."""
+    """Values [B, W] of the lanes as values [B, block_length] of the block's positions.
+
+    A position of the block that no lane looks at has the value 0 (False).
+    """
     W, length = values.shape[1], view.setting.block_length
     if not view.setting.whole_row:
         return F.pad(values, (0, length - W)) if W < length else values
@@ -83,7 +91,7 @@ def of_block(view: View, values: Tensor) -> Tensor:
 
 
 def of_lanes(view: View, values: Tensor) -> Tensor:
-    """Values [B, block_length] of the block's positions as values [B, W] of the lanes, 0 outside the block."""
+    """Values [B, block_length] of the block's positions as values [B, W] of the lanes; 0 outside the block."""
     W, length = view.position.shape[1], view.setting.block_length
     if not view.setting.whole_row:
         return values[:, :W]
@@ -94,14 +102,15 @@ def of_lanes(view: View, values: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedFilter(_Learned):
-    """A learned head says which predictions are already final; the fixed schedule writes its share besides.
+    """Writes the predictions that a learned head calls final, and besides the share of the fixed schedule.
 
-    Learn2PD, arXiv:2509.25188.
+    The head is a function (confidence [B, block_length] fp32, 0 where not eligible) -> [B, block_length] in [0, 1],
+    on the device. Learn2PD, arXiv:2509.25188.
 
-    head: (confidence [B, block_length] fp32, 0 where not eligible) -> [B, block_length] in [0, 1], on the device.
-    eotp: end-of-text prediction: the row is cut after the first accepted position that predicts an EOS, or else after
-    the most
-        confident masked one of the block that does. What is cut off is not computed any more, and never written.
+    Attributes:
+        eotp: whether a predicted end of text cuts the row (end-of-text prediction). The cut comes after the first
+            accepted position that predicts an EOS, or else after the block's most confident eligible position that
+            predicts one. Positions behind the cut are not computed any more and are never written.
     """
 
     eotp: bool = False
@@ -121,10 +130,10 @@ class LearnedFilter(_Learned):
             ends = view.is_eos()
             W = ends.shape[1]
             lane = torch.arange(W, device=ends.device)
-            first = torch.where(accepted & ends, lane, W).amin(1)
-            likely = torch.where(view.eligible & ends, view.confidence, -1.0)
-            likely = torch.where((view.eligible & ends).any(1), likely.argmax(1), W)
-            cut = torch.where(first < W, first, likely)
+            first_accepted = torch.where(accepted & ends, lane, W).amin(1)
+            most_confident = torch.where(view.eligible & ends, view.confidence, -1.0)
+            most_confident = torch.where((view.eligible & ends).any(1), most_confident.argmax(1), W)
+            cut = torch.where(first_accepted < W, first_accepted, most_confident)
             end = view.position[:, 0] + cut.int() + 1
             canvas_len = torch.minimum(view.state.canvas_len, end)
             block_end = torch.minimum(view.state.block_end, canvas_len)
@@ -134,14 +143,13 @@ class LearnedFilter(_Learned):
 
 @dataclasses.dataclass(frozen=True)
 class LearnedCommit(_Learned):
-    """A learned head writes the positions to which it gives more than `accept_threshold`; none: the one to which it
-    gives most.
+    """Writes the positions to which a learned head gives more than the threshold, or the best one if there is none.
 
-    Learning Unmasking Policies, arXiv:2512.09106, decoded greedily. There the head is trained by reinforcement; the
-    heads that come with this package are trained on targets (`python -m dlm_fast.training policy`).
+    The head is a function (confidence [B, block_length] fp32, 0 where not eligible; eligible [B, block_length] bool;
+    time [B] fp32, the block's steps over the block's length, at most 1) -> [B, block_length] in [0, 1], on the device.
 
-    head: (confidence [B, block_length] fp32, 0 where not eligible; eligible [B, block_length] bool; time [B] fp32,
-    steps taken in the block over its length, at most 1) -> [B, block_length] in [0, 1], on the device.
+    The method is Learning Unmasking Policies, arXiv:2512.09106, decoded greedily. The paper trains its head by
+    reinforcement; the heads of this package are trained on targets (`python -m dlm_fast.training policy`).
     """
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
@@ -156,5 +164,5 @@ class LearnedCommit(_Learned):
 
 
 def block_time(view: View) -> Tensor:
-    """[B] fp32 in [0, 1]: denoise steps taken in the block over its length."""
+    """[B] fp32 in [0, 1]: the denoise steps that the block has taken, over the block's length."""
     return (view.block_step.float() / view.setting.block_length).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Policies that decide when a stale cache is computed again."""
+"""Policies that decide when a step computes a stale cache again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from .view import Choice, View
 
 @dataclasses.dataclass(frozen=True)
 class EntropyRefresh(Policy):
-    """The cache is refreshed after a step that wrote a token of more than `refresh_entropy` nats.
+    """Refreshes the cache after a step that wrote a token of high entropy.
 
-    After the idea of EntropyCache, arXiv:2603.18489.
+    This follows the idea of EntropyCache, arXiv:2603.18489.
+
+    Attributes:
+        refresh_entropy: the entropy in nats above which a written token asks for a refresh.
     """
 
     refresh_entropy: float = 1.0

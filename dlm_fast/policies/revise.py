@@ -1,4 +1,4 @@
-"""Policies that take tokens back or overwrite them, inside the current block only."""
+"""Policies that take tokens back or overwrite tokens, in the current block only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .view import Choice, Memory, View
 
 @dataclasses.dataclass(frozen=True)
 class RunningConfidence(Policy):
-    """Every step writes all masks and takes back the least confident, so that the block fills on a fixed schedule.
+    """Writes all masks in every step and takes the least confident tokens back, on a fixed schedule.
 
-    After step i of S, ceil(m0 (i + 1) / S) of the block's m0 masks are written; a token keeps the score of the step
-    that wrote it. RCR in MDPO, arXiv:2508.13148.
+    After step i of S, ceil(m0 (i + 1) / S) of the block's m0 masks are written. A token keeps the score of the step
+    that wrote the token. RCR in MDPO, arXiv:2508.13148.
     """
 
     family: ClassVar[str] = "revise"
@@ -32,16 +32,18 @@ class RunningConfidence(Policy):
 
     def choose(self, view: View, choice: Choice) -> Choice:
         masks, steps = view.state.block_masks.long(), view.setting.sampling.steps.clamp(min=1)
-        done = torch.minimum((masks * (view.block_step + 1) + steps - 1) // steps, masks)
-        run = view.keep("run", torch.where(view.eligible, choice.score, view.memory["run"]))
-        return dataclasses.replace(choice.only(view.eligible), remask_score=run, remask_count=(masks - done).int())
+        tokens_wanted = torch.minimum((masks * (view.block_step + 1) + steps - 1) // steps, masks)
+        running_score = view.keep("run", torch.where(view.eligible, choice.score, view.memory["run"]))
+        return dataclasses.replace(
+            choice.only(view.eligible), remask_score=running_score, remask_count=(masks - tokens_wanted).int()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Backtrack(Policy):
-    """Writes what beats the mean confidence of all earlier writes (at least `min_unmask`), takes back what fell most.
+    """Writes what beats the mean confidence of all earlier writes, and takes back what lost most confidence.
 
-    Saber, arXiv:2510.18165.
+    A step writes `min_unmask` positions at least. Saber, arXiv:2510.18165.
     """
 
     reads: ClassVar[str] = "region"
@@ -49,54 +51,55 @@ class Backtrack(Policy):
     remask: ClassVar[str] = "saber"
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        whole = torch.zeros_like(state.unmask_confidence)
+        zeros = torch.zeros_like(state.unmask_confidence)
         return {
             "last": lane_buffer(setting, state, torch.float32),
-            "final": whole,
-            "ever": torch.zeros_like(whole, dtype=torch.bool),
+            "final": zeros,
+            "ever": torch.zeros_like(zeros, dtype=torch.bool),
         }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        last = torch.where((view.block_step == 0)[:, None], 0.0, view.memory["last"])
-        fall = view.confidence - last
+        confidence_before = torch.where((view.block_step == 0)[:, None], 0.0, view.memory["last"])
+        gain = view.confidence - confidence_before
         view.keep("last", view.confidence)
-        ever = view.memory["ever"]
-        count = ever.sum(1)
-        mean = torch.where(ever, view.memory["final"].double(), 0.0).sum(1) / count.clamp(min=1)
+        was_written = view.memory["ever"]
+        count = was_written.sum(1)
+        mean = torch.where(was_written, view.memory["final"].double(), 0.0).sum(1) / count.clamp(min=1)
         value = torch.where(count > 0, mean, 1.0).float()
-        return dataclasses.replace(choice, score=view.confidence, rank=None, value=value, remask_score=fall)
+        return dataclasses.replace(choice, score=view.confidence, rank=None, value=value, remask_score=gain)
 
     def after(self, view: View, choice: Choice, written: torch.Tensor) -> None:
-        # Lanes past the canvas write to a column of their own.
+        # Lanes that were not written, or that lie past the canvas, write to an extra position, which is cut off.
         L = view.memory["final"].shape[1]
         place = torch.where(written, view.position.long(), L)
 
-        def put(name: str, values: torch.Tensor) -> None:
+        def record(name: str, values: torch.Tensor) -> None:
             buffer = view.memory[name]
             buffer.copy_(torch.nn.functional.pad(buffer, (0, 1)).scatter(1, place, values)[:, :L])
 
-        put("final", view.confidence)
-        put("ever", torch.ones_like(written))
+        record("final", view.confidence)
+        record("ever", torch.ones_like(written))
 
 
 @dataclasses.dataclass(frozen=True)
 class Wino(Policy):
-    """Wide in, narrow out: writes boldly, and takes back what its context no longer supports. WINO, arXiv:2507.18578.
+    """Writes boldly, and takes back the tokens that their context no longer supports ("wide in, narrow out").
 
-    A shadow copy of the block predicts every written token from all the others; the lowest of those below
-    verify_threshold are masked again, fewer than the step before has written.
+    A shadow copy of the block predicts every written token from all the other tokens. Tokens whose probability is below
+    `verify_threshold` are masked again, the lowest first, and fewer than the step before wrote. WINO, arXiv:2507.18578.
+
+    Attributes:
+        verify_threshold: the probability below which a written token may be masked again.
     """
 
     verify_threshold: float = 0.9
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "wino"
-    # Tokens a step may write: this share of the masks, within bounds. What the first step of a block counts as the step
-    # before it.
-    share: ClassVar[float] = 0.7
-    least: ClassVar[int] = 5
-    most: ClassVar[int] = 20
-    first: ClassVar[int] = 30
+    mask_share: ClassVar[float] = 0.7  # a step writes at most this share of the masks, clamped to the next two numbers
+    min_tokens: ClassVar[int] = 5
+    max_tokens: ClassVar[int] = 20
+    tokens_before: ClassVar[int] = 30  # what the first step of a block takes as the number that the step before wrote
 
     def __post_init__(self) -> None:
         number("policy Wino", "verify_threshold", self.verify_threshold, 0, 1)
@@ -105,13 +108,15 @@ class Wino(Policy):
         return {"accepted": row_buffer(state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        cap = (view.eligible.sum(1).double() * self.share).floor().clamp(self.least, self.most).int()
-        before = torch.where(view.block_step == 0, self.first, view.memory["accepted"])
+        max_unmask = (
+            (view.eligible.sum(1).double() * self.mask_share).floor().clamp(self.min_tokens, self.max_tokens).int()
+        )
+        tokens_before = torch.where(view.block_step == 0, self.tokens_before, view.memory["accepted"])
         return dataclasses.replace(
             choice,
-            max_unmask=cap,
+            max_unmask=max_unmask,
             remask_score=view.back,
-            remask_count=before - 1,
+            remask_count=tokens_before - 1,
             remask_value=torch.full_like(choice.value, self.verify_threshold),
         )
 
@@ -121,11 +126,16 @@ class Wino(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class JointThreshold(Policy):
-    """Masks become tokens above the threshold, tokens become other tokens above `edit_threshold`. LLaDA2.1,
+    """Writes masks above the threshold, and overwrites written tokens above a threshold of their own.
+
+    A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. LLaDA2.1,
     arXiv:2602.08676.
 
-    A block ends with a step that changes nothing, or after `max_post_edits` steps without masks. repeat_penalty is
-    subtracted from the logit of the token before each position, of the block; its first position has none (SGLang).
+    Attributes:
+        edit_threshold: the score above which another prediction overwrites a written token.
+        max_post_edits: number of steps without masks that may still edit the block.
+        repeat_penalty: what is subtracted, at each position, from the logit of the token that stands one position
+            before; the first position of the block has no penalty (SGLang).
     """
 
     edit_threshold: float = 0.0
@@ -145,12 +155,16 @@ class JointThreshold(Policy):
     def choose(self, view: View, choice: Choice) -> Choice:
         if self.repeat_penalty:
             L = view.state.tokens.shape[1]
-            before = view.state.tokens.gather(1, (view.position - 1).clamp(0, L - 1).long())
-            before = torch.where(view.position > view.state.block_start[:, None], before, -1)[:, :, None]
-            choice = view.restated(choice, before, torch.full_like(before, -self.repeat_penalty, dtype=torch.float32))
-        full = ~view.eligible.any(1)
-        post = view.keep("post", torch.where(view.block_step == 0, 0, view.memory["post"]) + full)
-        settled = full & (post > self.max_post_edits)
+            token_before = view.state.tokens.gather(1, (view.position - 1).clamp(0, L - 1).long())
+            token_before = torch.where(view.position > view.state.block_start[:, None], token_before, -1)[:, :, None]
+            choice = view.restated(
+                choice, token_before, torch.full_like(token_before, -self.repeat_penalty, dtype=torch.float32)
+            )
+        without_masks = ~view.eligible.any(1)
+        steps_without_masks = view.keep(
+            "post", torch.where(view.block_step == 0, 0, view.memory["post"]) + without_masks
+        )
+        is_settled = without_masks & (steps_without_masks > self.max_post_edits)
         return dataclasses.replace(
-            choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(settled, math.inf)
+            choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(is_settled, math.inf)
         )

@@ -12,16 +12,22 @@ from ..limits import number, whole
 from .base import Policy
 from .view import Choice, View
 
-# Narrower than this, a neighbour's weight is 0 in float64 anyway, and the square of the width soon is.
+# Below this width a neighbour's weight is 0 in float64 anyway, and a little further below the square of the width is 0.
 MIN_SIGMA = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class NearBest(Policy):
-    """The threshold is lowered to just below the best score where nothing reaches it, so near-ties of the best are
-    written with it.
+    """Where no score reaches the threshold, the threshold sinks to just below the best score.
 
-    value = min(value, best score - slack). dInfer, arXiv:2510.08666.
+    The step then writes the best position and the positions that nearly tie with the best one:
+
+        value = min(value, best score - slack)
+
+    dInfer, arXiv:2510.08666.
+
+    Attributes:
+        slack: how far below the best score the threshold sinks.
     """
 
     slack: float = 1e-5
@@ -36,8 +42,13 @@ class NearBest(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveThreshold(Policy):
-    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)). Streaming-dLLM,
-    arXiv:2601.17917."""
+    """The threshold falls as the block fills: value * (1 - alpha * (1 - masked / block)).
+
+    Streaming-dLLM, arXiv:2601.17917.
+
+    Attributes:
+        alpha: the share of the threshold that is lost when the block is full.
+    """
 
     alpha: float = 0.3
 
@@ -51,9 +62,13 @@ class AdaptiveThreshold(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class LocalLeap(Policy):
-    """Positions within `distance` of a confident one (score >= the threshold) need only `relaxed_threshold`.
+    """Positions near a confident position (score >= the threshold) need to pass a lower threshold only.
 
     LocalLeap, arXiv:2510.07081.
+
+    Attributes:
+        relaxed_threshold: the threshold of a position near a confident one.
+        distance: how many positions away from a confident position counts as near.
     """
 
     relaxed_threshold: float = 0.75
@@ -72,13 +87,17 @@ class LocalLeap(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class CertaintyPrior(Policy):
-    """Scores are multiplied by the Gaussian-weighted share of decoded neighbours (`sigma` positions wide).
+    """Every score is multiplied by the share of the position's neighbours that are decoded, weighted by a Gaussian.
 
-    Left of the canvas counts as decoded, right of it as its last position does. d2Cache, arXiv:2509.23094.
+    Positions left of the canvas count as decoded; positions right of the canvas count as the last position of the
+    canvas does. d2Cache, arXiv:2509.23094.
+
+    Attributes:
+        sigma: the width of the Gaussian, in positions.
     """
 
     sigma: float = 10.0
-    reach: ClassVar[int] = 30
+    reach: ClassVar[int] = 30  # neighbours on either side that are weighed
 
     def __post_init__(self) -> None:
         number("policy CertaintyPrior", "sigma", self.sigma, MIN_SIGMA)

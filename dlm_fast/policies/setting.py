@@ -1,4 +1,4 @@
-"""What holds for a whole decode: how it draws, and the facts that a policy may read of it."""
+"""What holds for a whole decode: how its rows draw, and the facts of the decode that a policy may read."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a batch draws, and the numbers of its rule. Device tensors, so that a captured step serves every request.
+    """How a batch draws, and the numbers of its rule.
+
+    The numbers are tensors on the device, so that one captured step serves every request. The last three fields are
+    Python values, since they decide which ops a step runs.
 
     Attributes:
-        temperature: [B] fp32, 0 = greedy.
+        temperature: [B] fp32 temperature of the draws, 0 = greedy.
         seed: [1] int64 random seed.
         request: [B] int32 index that keys a row's noise.
-        banned: [K] int64 ids that are never drawn; the mask id is the first of them.
+        banned: [K] int64 ids that are never drawn; the first one is the mask id.
         eos: [E] int64 ids that end a text.
-        no_eos_before: [B] int32 first position that may hold an EOS; None where no row has such a rule.
-        value: [B] fp32 number that the pass test compares with.
-        min_unmask: [B] int32 positions that a step writes at least.
-        steps: [B] int32 denoise steps of a block.
+        no_eos_before: [B] int32 first position that may hold an EOS; None where no row has min_new_tokens.
+        value: [B] fp32 number that the pass test compares a score with.
+        min_unmask: [B] int32 smallest number of positions that a step writes.
+        steps: [B] int32 denoise steps over which a block's quota is spread.
         block_length: [B] int32 length of a block.
         max_steps: [B] int32 denoise steps after which a row has stalled.
         transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes; None for other
             rules.
-        append_masks: [B] int32 masks at which a pipeline appends a block; None without a pipeline.
-        activate_masks: [B] int32 masks at which a pipeline's next block must write a token; None without a pipeline.
-        delay: [B] int32 denoise steps between a block's end and its commit, of a cache that delays it; None otherwise.
-        top_k: filter of the draws, 0 = off. The host knows this one and the two below.
+        append_masks: [B] int32 number of masks in the last block at which a pipeline appends a block; None without a
+            pipeline.
+        activate_masks: [B] int32 number of masks in a block at which a pipeline's next block must write a token; None
+            without a pipeline.
+        delay: [B] int32 denoise steps between the end of a block and its commit; None where the cache delays no commit.
+        top_k: filter of the draws, 0 = off.
         top_p: filter of the draws, 1.0 = off.
         draws: whether any row has a temperature above 0.
     """
@@ -55,17 +60,17 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The facts of a decode that a policy may read; they hold for all of its steps.
+    """The facts of a decode that a policy may read; they are the same in all steps of the decode.
 
     Attributes:
-        preset: the decoder's name, for errors.
-        block_length: positions of a block.
-        lanes: positions that a step looks at, the most of them where that varies.
-        whole_row: whether the lanes begin at `first` and reach to the row's end, instead of being the block's.
+        preset: the decoder's name, for error messages.
+        block_length: number of positions in a block.
+        lanes: number of positions that a step looks at; the largest number where steps differ.
+        whole_row: whether the lanes are the positions from `first` to the row's end, instead of those of the block.
         first: [B] int32 position at which a row's first block begins.
         mask_id: id of the mask.
-        cached: whether a step may leave positions before the block uncomputed, since their keys are kept.
-        block_quota: whether a fixed schedule spreads the block's full length over its steps, and not its masks.
+        cached: whether a step may leave positions before the block uncomputed, since their keys are cached.
+        block_quota: whether a fixed schedule spreads the block's full length over the steps, instead of its masks.
         sampling: how the batch draws.
     """
 

@@ -15,7 +15,7 @@ from dlm_kernels.reference.select import quota, rank_order
 
 from .setting import Sampling, Setting
 
-# Tensors, but for policies that work on the host.
+# The values are tensors; only a policy that works on the host keeps other values.
 Memory = dict[str, Any]
 
 
@@ -24,12 +24,12 @@ class Lanes:
     """The positions that a step may write, [B, W]: lane j of row b is position `position[b, j]`.
 
     Attributes:
-        position: int32 place in the canvas.
-        tokens: int64 what the canvas holds there.
-        masked: bool positions of the canvas that hold the mask.
-        in_region: bool positions of the block, or of the pipeline's blocks.
-        eligible: bool positions that are masked and in the region.
-        written: bool positions of the region that the decoder wrote.
+        position: int32, the lane's position in the canvas.
+        tokens: int64, the token that the canvas holds there.
+        masked: bool, the lane is a position of the canvas that holds the mask.
+        in_region: bool, the lane is a position of the block, or of one of the pipeline's blocks.
+        eligible: bool, the lane is masked and in the region.
+        written: bool, the lane is in the region and the decoder wrote its token.
     """
 
     position: Tensor
@@ -42,32 +42,34 @@ class Lanes:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One denoise step as a policy sees it: device tensors, [B, W] unless said otherwise, lane j being
-    `position[:, j]`.
+    """One denoise step as a policy sees it: tensors on the device, [B, W] unless an entry says otherwise.
 
-    The fields of `Lanes` can be read from a view itself: `view.eligible`. Statistics hold where a policy needs them
-    (`Policy.reads`); elsewhere they are 0, and a token is -1.
+    The fields of `Lanes` can be read from the view itself, as `view.eligible`. A statistic is valid on the lanes that
+    some policy needs (`Policy.reads`); on the other lanes a statistic is 0 and a token is -1.
 
     Attributes:
         setting: the facts of the decode.
-        state: where every row stands, before this step writes.
-        lanes: the positions that are looked at.
-        selects: [B] bool rows that take part in this step; what is decided for other rows is not used.
-        logits: [B, W, V] as the model's head gave them, guidance included.
-        token: int64 prediction; where there is a temperature, a draw.
+        state: where every row stands before this step writes.
+        lanes: the positions that the step looks at; lane j of row b is position `position[b, j]`.
+        selects: [B] bool, the rows that take part in this step; a choice for any other row has no effect.
+        logits: [B, W, V], the logits of the model's head, guidance included.
+        token: int64 prediction; a draw where the row has a temperature.
         confidence: fp32 probability of the prediction.
         greedy: int64 most likely token.
         greedy_confidence: fp32 probability of the most likely token.
-        margin: fp32 top-1 minus top-2 probability. None, as each of the next three, unless some policy asks in
-            `outputs`.
-        gap: fp32 top-1 minus top-2 logit of the model's own distribution, whatever may be drawn.
-        entropy: fp32 entropy in nats.
-        kl: fp32 divergence from the row's step before, in nats.
+        margin: fp32 top-1 minus top-2 probability; None unless some policy lists "margin" in `outputs`.
+        gap: fp32 top-1 minus top-2 logit of the model's own distribution, also where the token is drawn from another
+            one; None unless some policy lists "gap".
+        entropy: fp32 entropy in nats; None unless some policy lists "entropy".
+        kl: fp32 divergence in nats from the distribution of the row's previous step; None unless some policy lists
+            "kl".
         error: int32, not 0 where the statistics are unusable.
         stated: what the preset's rule predicts, tests and orders by, as fields of a `Choice`.
-        restate: statistics again with a sparse logit bias, (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
-        memory: the policy's own buffers (`Policy.memory`), kept between steps.
-        back: fp32 probability of the token that is held, predicted by the shadow of its position; None without shadows.
+        restate: a function that computes the statistics again with a sparse bias on the logits,
+            (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
+        memory: the policy's own buffers (`Policy.memory`), which are kept between steps.
+        back: fp32 probability of the token that the canvas holds, as the shadow of the position predicts the token;
+            None without shadows.
     """
 
     setting: Setting
@@ -122,46 +124,66 @@ class View:
         return self.state.step
 
     def uniform(self) -> Tensor:
-        """A number in (0, 1) per lane, [B, W] fp32, that depends on (seed, request, position, the row's step) only."""
+        """[B, W] fp32: a number in (0, 1) per lane, a function of (seed, request, position, the row's step) alone."""
         return uniform(self.lanes, self.state, self.setting.sampling)
 
     def is_eos(self) -> Tensor:
-        """[B, W] bool predictions that would end the text."""
+        """[B, W] bool: the lanes whose prediction would end the text."""
         return (self.token[:, :, None] == self.setting.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
-        """[B] int32 positions that the fixed schedule (`steps_per_block`, `quota_of`) writes now, if so many are
-        masked."""
+        """[B] int32: how many positions the fixed schedule (`steps_per_block`, `quota_of`) writes in this step.
+
+        If fewer positions are masked, the schedule writes all of them.
+        """
         sampling = self.setting.sampling
         spread = sampling.block_length if self.setting.block_quota else self.state.block_masks
         return quota(spread, self.state.block_step, sampling.steps)
 
     def keep(self, name: str, value: Tensor) -> Tensor:
-        """Writes the rows of this step into a buffer of `memory`, [B, ...], and returns the buffer."""
+        """Writes `value` [B, ...] into a buffer of `memory` for the rows of this step, and returns the buffer."""
         buffer = self.memory[name]
         buffer.copy_(torch.where(self.selects.view(-1, *[1] * (buffer.dim() - 1)), value, buffer))
         return buffer
 
     def best(self, count: Tensor, score: Tensor | None = None, among: Tensor | None = None) -> Tensor:
-        """[B, W] bool: the `count` [B] best of the eligible lanes, or of the lanes `among`; ties go to the lowest
-        position."""
+        """[B, W] bool: the `count` [B] best of the lanes `among`; ties go to the lowest position.
+
+        By default the lanes are the eligible ones, and the score is the confidence.
+        """
         among = self.lanes.eligible if among is None else among
         return places(among, self.confidence if score is None else score) < count[:, None]
 
     def restated(self, choice: Choice, ids: Tensor, bias: Tensor) -> Choice:
-        """The choice by the statistics of biased logits (`restate`)."""
+        """`choice`, as the statistics of the biased logits (`restate`) predict, test and order."""
         return dataclasses.replace(choice, **self.restate(ids, bias).stated)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What a step decides, lane by lane [B, W] or row by row [B]; `dlm_kernels.UnmaskInputs` says what each field
-    means.
+    """What a step decides, per lane [B, W] or per row [B]; a policy returns `dataclasses.replace(choice, ...)`.
 
-    A policy returns a changed copy: `dataclasses.replace(choice, score=...)`.
+    `dlm_kernels.UnmaskInputs` gives the shape and dtype of every field but `exact`.
 
     Attributes:
-        exact: whether `score` > `value` decides, whatever the preset's rule is (`only` sets it).
+        pred: the token to write.
+        score: what the pass test compares with `value`.
+        confidence: the probability of `pred`, which is recorded.
+        value: the number that the pass test compares `score` with.
+        min_unmask: the smallest number of positions that the step writes.
+        rank: what orders the lanes; None = `score`.
+        entropy: the entropy in nats, for the rule "entropy".
+        allowed: the lanes that may be written; None = all.
+        fallback: how many positions the step writes where fewer than `min_unmask` pass; None = `min_unmask`.
+        max_unmask: the largest number of positions that the step writes.
+        run_value: the number that the best score of a run of adjacent masks must exceed.
+        edit_value: the number that the score of a written position must exceed for its token to be overwritten.
+        refill: the tokens of the positions that stay unchosen, for models without masks.
+        remask_score: what orders the positions that are masked again, lowest first.
+        remask_count: how many positions are masked again.
+        remask_value: the number below which `remask_score` must be for a position to be masked again.
+        exits: the rows that write every mask now.
+        exact: whether `score` > `value` alone decides, whatever the preset's rule is (`only` sets this field).
     """
 
     pred: Tensor
@@ -184,8 +206,10 @@ class Choice:
     exact: bool = False
 
     def only(self, chosen: Tensor, fallback: Tensor | None = None) -> Choice:
-        """Writes exactly the eligible lanes of `chosen` [B, W] bool; where there are none, the `fallback` [B] int32
-        best."""
+        """The choice that writes exactly the eligible lanes of `chosen` [B, W] bool.
+
+        Where a row has no such lane, the `fallback` [B] int32 best lanes are written; without a fallback, none.
+        """
         minimum = torch.zeros_like(self.min_unmask) if fallback is None else torch.ones_like(self.min_unmask)
         return dataclasses.replace(
             self,
@@ -199,7 +223,7 @@ class Choice:
 
 
 def uniform(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
-    """A number in (0, 1) per lane, [B, W] fp32, that depends on (seed, request, position, the row's step) only."""
+    """[B, W] fp32: a number in (0, 1) per lane, a function of (seed, request, position, the row's step) alone."""
     B, W = lanes.position.shape
     request, step = (rows[:, None].expand(B, W) for rows in (sampling.request, state.step))
     counters = torch.stack([request, lanes.position, step], -1)
@@ -207,8 +231,10 @@ def uniform(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
 
 
 def places(among: Tensor, score: Tensor) -> Tensor:
-    """[B, W] int64: the place of every lane in the order of `unmask` (score descending, position ascending), W for
-    lanes that are not `among`."""
+    """[B, W] int64: the place of every lane of `among` in the order of `unmask`; W for the other lanes.
+
+    The order is by score, highest first; ties go to the lowest position.
+    """
     order = rank_order(among, score)
     place = torch.zeros_like(order).scatter(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

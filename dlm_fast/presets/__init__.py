@@ -1,4 +1,4 @@
-"""Decoder presets: every published decoder is a row of one table."""
+"""Presets: every published decoder is a row of one table."""
 
 from __future__ import annotations
 
@@ -14,22 +14,29 @@ __all__ = ["FIELDS", "PRESETS", "Preset", "describe", "resolve"]
 
 
 def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, Any], policy: Any = None) -> Preset:
-    """A preset by name (default: "llada" or "sdar", by the model's visibility) with some of its options replaced.
+    """The decoder that a call asks for: a preset with some of its options replaced.
 
-    policy: what `generate(policy=...)` was given; it acts after the preset's own policies.
-
-    Raises NotImplementedError for a preset of a model family that is not here; ValueError for an unknown preset or
-    option, for an option that the decoder does not read (`presets/options.py`), for a combination that makes no sense,
-    and where the preset's visibility is not the model's.
+    Args:
+        preset: a name, a `Preset`, or None for the default of the model's visibility ("llada" or "sdar").
+        visibility: the model's visibility, "full" or "block".
+        overrides: the options that the call replaces, by name.
+        policy: the policies of `generate(policy=...)`, which act after the preset's own policies.
+    Raises:
+        ValueError: the preset or an option is unknown, an option is not read by the decoder (`presets/options.py`), a
+            combination makes no sense, or the preset's visibility is not the model's.
+        NotImplementedError: the preset is for a model family that is not here yet.
     """
+    # 1. Find the preset.
     if preset is None:
         preset = "llada" if visibility == "full" else "sdar"
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got preset={preset!r}")
         preset = PRESETS[preset]
-    own = as_policies(overrides["policies"], "policies") if "policies" in overrides else preset.policies
-    policies = own + as_policies(policy)
+
+    # 2. Check that every option is known, and that the preset fits the model.
+    preset_policies = as_policies(overrides["policies"], "policies") if "policies" in overrides else preset.policies
+    policies = preset_policies + as_policies(policy)
     known = {*FIELDS, *(field.name for each in policies for field in dataclasses.fields(each))}
     unknown = sorted(set(overrides) - known)
     if unknown:
@@ -45,6 +52,8 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
             f"preset {preset.name} decodes models of visibility {preset.visibility!r}, this model is {visibility!r}; "
             f"use {fitting}"
         )
+
+    # 3. Replace the options, and check that the decoder reads every one of them.
     chosen = preset.replace(**{**overrides, "policies": policies})
     idle = unread(chosen, overrides, preset)
     if idle:
@@ -53,13 +62,14 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
 
 
 def describe(preset: Preset) -> dict[str, Any]:
-    """The preset as plain data, its policies by name with their numbers."""
+    """The preset as plain data; a policy is its class's name with the policy's numbers."""
     row = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
     row["policies"] = [{"name": type(policy).__name__, **_plain(policy)} for policy in preset.policies]
     return row
 
 
 def _plain(policy: Any) -> dict[str, Any]:
+    """The numbers of a policy, by name; a function is shown by its own name."""
     fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     return {
         name: getattr(value, "__name__", repr(value)) if callable(value) else value for name, value in fields.items()

@@ -1,7 +1,8 @@
-"""When an option is read: one table, by which `generate` refuses an option that would change nothing.
+"""When a decoder reads an option: one table, by which `generate` refuses an option that would change nothing.
 
-An option that a decoder does not read is the first thing people tune, and they conclude that it does not matter. A
-preset's own fields may hold such numbers (a default is a default); what is given in a call must be read.
+Somebody who tunes an option that the decoder does not read would conclude that the option does not matter. A preset's
+own fields may hold numbers that its decoder does not read, since every field has a default; an option of a call must be
+read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..policies import (
 )
 from .caches import CacheOperation, names
 
-# A function of a Preset, whose class is built on this table and so cannot be named here.
+# A condition on a Preset. The class Preset is built on this table, so this file cannot import the class.
 When = Callable[[Any], bool]
 
 
@@ -40,7 +41,10 @@ When = Callable[[Any], bool]
 class Reading:
     """When an option is read.
 
-    when: whether a preset reads it. by: what reads it, in words. shows: the preset's fields that decide, for the error.
+    Attributes:
+        when: whether a preset reads the option.
+        by: what reads the option, in words, for the error.
+        shows: the fields of the preset that decide, for the error.
     """
 
     when: When
@@ -61,8 +65,7 @@ def _orders(p: Any) -> bool:
 
 
 def _falls_back(p: Any) -> bool:
-    """Whether a step may find nothing that passes: the order decides then, and only then if it is no part of the
-    test."""
+    """Whether it may happen that no position passes the test, so that the order decides what a step writes."""
     near = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
     return not (near and p.rule == "threshold" and p.min_unmask == 1)
 
@@ -80,7 +83,10 @@ def _refreshed(p: Any) -> bool:
 
 
 def _option_of_cache(name: str, *, drafts: bool = True) -> Reading:
-    """An option that some caches read (`CacheOperation.reads`). drafts: whether they read it with drafts too."""
+    """When an option is read that only some caches read (`CacheOperation.reads`).
+
+    `drafts` says whether these caches read the option with drafts too.
+    """
     serving = f"cache={names(lambda cache: name in cache.reads)}"
     if drafts:
         return Reading(lambda p: name in p.operation.reads, serving, ("cache",))
@@ -91,8 +97,8 @@ def _option_of_cache(name: str, *, drafts: bool = True) -> Reading:
 
 REFRESHED = Reading(_refreshed, f"cache {names(lambda cache: cache.grows_stale)}, without drafts", ("cache", "drafts"))
 ALWAYS = Reading(_always, "every decoder", ())
-# A block-causal cache and drafts are incompatible with much: where a preset could not be told otherwise, the option is
-# not read.
+# The options of the decode loop: schedule, cache, blocks, guidance, drafts and draws. An option also counts as not read
+# where the decoder allows no other value than the preset's, as a block-causal cache and drafts often do.
 STRUCTURE: dict[str, Reading] = {
     "schedule": ALWAYS,
     "cache": ALWAYS,
@@ -146,14 +152,14 @@ STRUCTURE: dict[str, Reading] = {
         f"a static decoder of one token per step with cache {names(lambda cache: cache.frozen_around)}",
         ("rule", "steps_per_block", "cache"),
     ),
-    # What happens to a drawn token; without a temperature nothing is drawn, and the option waits for one.
+    # Options of the draws. They count as read without a temperature too, since a temperature is no option of a preset.
     "tempered": Reading(_draws, "decoders that may draw", ("drafts",)),
     "top_k_first": Reading(_draws, "decoders that may draw", ("drafts",)),
     "greedy_filters": Reading(
         lambda p: not any(policy.greedy_only for policy in p.policies), "decoders with filters", ()
     ),
 }
-# What decides which positions a step writes; a policy may decide it instead.
+# The options of the rule, which decide what a step writes. A policy may decide in their place.
 RULE: dict[str, Reading] = {
     "rule": ALWAYS,
     "threshold": Reading(lambda p: p.rule == "threshold", "rule='threshold'", ("rule",)),
@@ -199,15 +205,18 @@ RULE: dict[str, Reading] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a policy makes of the rule.
+    """What a policy makes of the rule, and what the policy goes with.
 
-    rules, caches: those that it goes with; None = any. Caches are told by a fact of their row. sub_blocks: whether it
-    goes with them: what chooses in the whole block,
-        and nothing besides, would wait for positions that may not be written.
-    replaces: options that its own decision puts out of use. reads: options that it reads whatever the rule does.
-    through: options of the rule through which it acts; its numbers are read where one of them is. numbers: when single
-    numbers
-        of its own are read, for those that are not always.
+    Attributes:
+        rules: the rules that the policy goes with; None = all.
+        replaces: options of the rule that are not read any more, since the policy decides instead.
+        reads: options that the policy reads, whatever the rule reads.
+        through: options of the rule through which the policy acts; the policy's numbers are read where the rule reads
+            one of these options. Empty = the numbers are always read.
+        numbers: when a number of the policy is read, for the numbers that are not always read.
+        caches: whether the policy goes with a cache operation; None = with all.
+        sub_blocks: whether the policy goes with sub-blocks. A policy that chooses in the whole block does not, because
+            a choice outside the sub-block would not be written.
     """
 
     rules: tuple[str, ...] | None = None
@@ -221,7 +230,7 @@ class Part:
 
 _ALL, _VALUE = frozenset(RULE), frozenset({"threshold", "factor", "entropy_bound"})
 _SCHEDULE = frozenset({"steps_per_block"})
-_QUOTA = _SCHEDULE | {"quota_of"}  # what `View.quota` reads
+_QUOTA = _SCHEDULE | {"quota_of"}  # the options that `View.quota` reads
 _BY_SCORE = frozenset({"score", "suppress_eos"})
 _WEIGHTED = Reading(
     lambda p: _tests(p) or (p.rank is None and not p.order_temperature),
@@ -243,7 +252,7 @@ def _grows_stale_in_blocks(cache: CacheOperation) -> bool:
     return cache.grows_stale and "block" in cache.schedules
 
 
-# Policies that are not here may read any option of the rule, and may decide without it.
+# A policy that is not in this table may read any option of the rule, and may also decide without the rule.
 UNKNOWN = Part(reads=_ALL)
 PARTS: dict[type[Policy], Part] = {
     NearBest: Part(("threshold",), through=_VALUE),
@@ -267,36 +276,43 @@ PARTS: dict[type[Policy], Part] = {
 
 
 def part_of(policy: Policy) -> Part:
+    """The table's entry of a policy."""
     return PARTS.get(type(policy), UNKNOWN)
 
 
-def unread(preset: Any, given: Iterable[str], base: Any) -> list[str]:
-    """A sentence for each of the options `given`, by which `preset` came of `base`, that it does not read.
+def unread(preset: Any, options: Iterable[str], base: Any) -> list[str]:
+    """One sentence for each of the `options` that `preset` does not read.
 
-    An option that the preset could not do without is no such option (`horizon=None` beside a cache that allows none).
+    The call made `preset` by replacing these options in `base`. An option counts as read if `preset` would be refused
+    with the value of `base` (`horizon=None` beside a cache that allows no horizon).
     """
-    live = {name for name, reading in RULE.items() if reading.when(preset)}
+    # 1. The options of the rule that are read, after every policy has replaced some and read others.
+    rule_options = {name for name, reading in RULE.items() if reading.when(preset)}
     replaced: dict[str, str] = {}
     for policy in preset.policies:
         part = part_of(policy)
-        # What reaches a policy through the rule is gone where an earlier one has replaced it; the schedule is read as
-        # it is.
+        # A policy reads the score that the rule made: if an earlier policy replaced an option of the score, the option is
+        # not read any more. The schedule is different, since every policy reads the schedule itself.
         reads = {name for name in part.reads if part is UNKNOWN or name in _QUOTA or name not in replaced}
-        replaced |= {name: type(policy).__name__ for name in part.replaces & live}
-        live = (live - part.replaces) | reads
+        replaced |= {name: type(policy).__name__ for name in part.replaces & rule_options}
+        rule_options = (rule_options - part.replaces) | reads
     if preset.steps_per_block is None:
-        live.discard("quota_of")  # one token a step is one, whatever it is a share of
+        rule_options.discard("quota_of")  # one token per step is one, whatever the quota is spread over
+
+    # 2. The numbers of the policies.
     numbers: dict[str, Reading] = {}
     for policy in preset.policies:
         part = part_of(policy)
-        idle = part.through and not part.through & live
+        idle = part.through and not part.through & rule_options
         by_rule = Reading(lambda p: False, f"a decoder whose {' or '.join(sorted(part.through))} decides", ())
         for field in dataclasses.fields(policy):
             numbers[field.name] = by_rule if idle else part.numbers.get(field.name, ALWAYS)
+
+    # 3. A sentence for every option that nothing reads.
     reasons = []
-    for name in given:
+    for name in options:
         reading = RULE.get(name) or STRUCTURE.get(name) or numbers.get(name, ALWAYS)
-        if name in live or (name not in RULE and reading.when(preset)) or _needed(preset, name, base):
+        if name in rule_options or (name not in RULE and reading.when(preset)) or _needed(preset, name, base):
             continue
         if name in replaced:
             reasons.append(
@@ -310,7 +326,7 @@ def unread(preset: Any, given: Iterable[str], base: Any) -> list[str]:
 
 
 def _needed(preset: Any, name: str, base: Any) -> bool:
-    """Whether the preset would be refused with the value that `base` has."""
+    """Whether the preset would be refused if the option `name` had the value that `base` has."""
     if not hasattr(preset, name):
         return False
     try:

@@ -1,4 +1,7 @@
-"""The table: every published decoder as a row of data. Numbers are the authors' defaults where they publish any."""
+"""The table of presets: every published decoder as a row of data.
+
+The numbers are the authors' defaults where the authors publish any.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ _EXACT = "exact: same tokens as recomputing everything"
 _PREFIX = "approximate: keys before the block are as old as the block"
 _DUAL = "approximate: keys before and after the block are as old as the block"
 
-# Settings that several rows share.
+# Options that several rows share.
 _FULL: dict[str, Any] = {"visibility": "full", "cache": "none", "exactness": _UNCACHED}
 _BLOCK: dict[str, Any] = {"visibility": "block", "cache": "commit", "exactness": _EXACT}
 _THRESHOLD: dict[str, Any] = {"rule": "threshold", "inclusive": True, "block_length": 32}
