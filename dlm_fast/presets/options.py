@@ -291,8 +291,8 @@ def unread(preset: Any, options: Iterable[str], base: Any) -> list[str]:
     replaced: dict[str, str] = {}
     for policy in preset.policies:
         part = part_of(policy)
-        # A policy reads the score that the rule made: if an earlier policy replaced an option of the score, the option is
-        # not read any more. The schedule is different, since every policy reads the schedule itself.
+        # A policy reads the score that the rule made, so an option of the score that an earlier policy replaced is not
+        # read any more. The schedule is different, since every policy reads the schedule itself.
         reads = {name for name in part.reads if part is UNKNOWN or name in _QUOTA or name not in replaced}
         replaced |= {name: type(policy).__name__ for name in part.replaces & rule_options}
         rule_options = (rule_options - part.replaces) | reads
