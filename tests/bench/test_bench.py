@@ -68,7 +68,7 @@ def failures(done: list[checks.Check]) -> list[str]:
     return [f"{check.name}: {check.detail}" for check in done if check.status == "FAILED"]
 
 
-# ---- the checks
+# The checks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 and full sizes are what gpu-check itself runs on a GPU")
@@ -202,7 +202,7 @@ def test_a_check_that_crashes_is_a_row_and_the_next_one_runs() -> None:
     assert [(c.status, c.detail) for c in done] == [("FAILED", "RuntimeError: illegal address"), ("passed", "")]
 
 
-# ---- the times
+# The times
 
 
 def test_percentiles_of_known_samples() -> None:
@@ -298,7 +298,7 @@ def test_a_difference_within_the_noise_is_not_a_loss() -> None:
     assert losses([row]) == [] and losses([dataclasses.replace(row, noise=0.04)]) != []
 
 
-# ---- the command
+# The command
 
 
 def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> None:

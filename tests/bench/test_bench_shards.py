@@ -38,7 +38,7 @@ def found_by_processes(monkeypatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
 
 
-# ---- processes
+# Processes
 
 
 def events(words: list[str], processes: int, **options) -> list[shards.Event]:
@@ -142,7 +142,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path) -> None:
     assert not alive(child)
 
 
-# ---- checks in processes
+# Checks in processes
 
 
 def rig(words: dict[str, list[str]], **changes) -> gpu_check.Rig:
@@ -236,7 +236,7 @@ def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tm
     assert "latin: line 1 must be one of a run's" in capsys.readouterr().err
 
 
-# ---- the lines of a run
+# The lines of a run
 
 
 def recorded(path: Path) -> record.Record:

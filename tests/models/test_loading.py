@@ -393,7 +393,7 @@ def test_a_config_that_asks_for_tuples_decodes_all_the_same(folder):
     assert answer(load(folder)) == expected
 
 
-# Adapters.
+# Adapters
 
 
 @pytest.fixture
@@ -488,7 +488,7 @@ def test_an_adapter_that_does_not_fit_is_named(folder, adapter, tmp_path, monkey
         load(folder, adapter=adapter)
 
 
-# What the configuration says of the model and the tokenizer.
+# What the configuration says of the model and the tokenizer
 
 
 @pytest.mark.parametrize(

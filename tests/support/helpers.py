@@ -122,6 +122,16 @@ def row_of(preset: str) -> str:
     return "previous" if dlm_fast.PRESETS[preset].first_token else "self"
 
 
+# Presets that a toy can run, and the one that works on the host by design: it moves tokens between positions.
+RUNNABLE = [name for name, preset in dlm_fast.PRESETS.items() if preset.supported]
+HOST_SIDE = ("llada2.2",)
+
+
+def model_for(preset: str, **kwargs) -> nn.Module:
+    """A toy that the preset fits."""
+    return toy(dlm_fast.PRESETS[preset].visibility, logits_row=row_of(preset), **kwargs)
+
+
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     """Prompts of the given lengths, without mask or EOS."""
     generator = torch.Generator().manual_seed(seed)

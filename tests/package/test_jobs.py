@@ -1,0 +1,353 @@
+"""Jobs: prompts from a file, what a broken run leaves and how it is resumed, full disks, settings of single lines."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from commands import error_of, run
+from helpers import MASK, Synced, save_toy_checkpoint
+
+import dlm_fast
+from dlm_fast import jobs
+
+
+class Interrupted(Exception):
+    pass
+
+
+def break_after(monkeypatch, batches: int, error: BaseException) -> None:
+    """The decode of batch number `batches` (from 0) raises."""
+    real, done = jobs.generate, iter(range(100))
+
+    def generate(*args, **kwargs):
+        if next(done) == batches:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "generate", generate)
+
+
+def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
+    status, out, _ = run([*command, "--json"], capsys)
+    assert status == 0
+    assert json.loads(out.splitlines()[-1]) == {"output": str(tmp_path / "out.jsonl"), "records": 7, "resumed": 0}
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(7))
+    assert [line.get("id") for line in lines] == [None, "chat", 7, None, None, None, None]
+    assert set(lines[0]) == {"index", "text", "ids", "finish", "nfe", "query_tokens", "tpf"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+def test_every_batch_is_on_the_disk_before_the_next_one_and_all_of_it_before_it_is_named(
+    command, tmp_path, capsys, monkeypatch
+):
+    synced, decode, seen = Synced(monkeypatch), jobs.generate, []
+
+    def generate(*args, **kwargs):
+        seen.append(synced.holds(tmp_path / "out.jsonl.partial"))
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(jobs, "generate", generate)
+    assert run(command, capsys)[0] == 0
+    assert seen == [True] * 4 and synced.named == ["out.jsonl"]
+
+
+def test_the_output_does_not_depend_on_the_batch_size(command, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    run(command, capsys)
+    by_two = output.read_bytes()
+    assert run([*command, "--overwrite", "--batch-size", "7"], capsys)[0] == 0
+    assert output.read_bytes() == by_two
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_resuming_a_broken_run_equals_an_unbroken_one_byte_for_byte(command, tmp_path, capsys, monkeypatch, batches):
+    output = tmp_path / "out.jsonl"
+    run(command, capsys)
+    whole = output.read_bytes()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        break_after(patch, batches, Interrupted("power cut"))
+        assert "power cut" in error_of(command, capsys)
+    assert not output.exists() and (tmp_path / "out.jsonl.partial").exists()
+    status, out, _ = run([*command, "--json"], capsys)
+    finished = {0: 0, 1: 2, 3: 5}[batches]  # a batch holds prompts or canvases, never both: 2, 1, 2, 2
+    assert status == 0 and json.loads(out)["resumed"] == finished
+    assert output.read_bytes() == whole and not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize("tail", [b'{"index": 2, "te', b'{"index": 2}', b"\xff\xfe\n", b"\n"])
+def test_a_damaged_last_line_is_dropped_and_decoded_again(command, tmp_path, capsys, monkeypatch, tail):
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    run(command, capsys)
+    whole = output.read_bytes()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        break_after(patch, 1, Interrupted())
+        run(command, capsys)
+    partial.write_bytes(partial.read_bytes() + tail)
+    assert run(command, capsys)[0] == 0
+    assert output.read_bytes() == whole
+
+
+def test_a_partial_file_cut_inside_its_header_is_started_again(command, tmp_path, capsys):
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    partial.write_bytes(b'{"input": "12')
+    assert run(command, capsys)[0] == 0
+    assert len(output.read_bytes().splitlines()) == 7
+
+
+def test_a_partial_file_of_other_settings_is_refused_and_kept(command, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_after(patch, 1, Interrupted())
+        run(command, capsys)
+    partial = tmp_path / "out.jsonl.partial"
+    before = partial.read_bytes()
+    message = error_of([*command, "--seed", "9"], capsys)
+    assert "is from a run with other settings" in message and "--restart" in message
+    assert partial.read_bytes() == before
+    assert run([*command, "--seed", "9", "--restart"], capsys)[0] == 0
+
+
+def test_a_partial_file_of_another_model_is_refused(command, checkpoint, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other"
+    save_toy_checkpoint(other, seed=5)
+    with monkeypatch.context() as patch:
+        break_after(patch, 1, Interrupted())
+        run(command, capsys)
+    argv = [str(other) if part == str(checkpoint) else part for part in command]
+    assert "is from a run with other model" in error_of(argv, capsys)
+
+
+def test_an_existing_output_is_kept_unless_overwritten(command, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious")
+    assert f"--output {output} exists; use --overwrite to replace it" in error_of(command, capsys)
+    assert output.read_text() == "precious"
+    assert run([*command, "--overwrite"], capsys)[0] == 0
+    assert len(output.read_text().splitlines()) == 7
+
+
+def test_an_interrupt_keeps_what_was_finished(command, tmp_path, capsys, monkeypatch):
+    break_after(monkeypatch, 2, KeyboardInterrupt())
+    status, out, err = run(command, capsys)
+    assert status == 130 and out == "" and err.splitlines()[-1] == "dlm-fast: interrupted; what was finished is kept"
+    assert len((tmp_path / "out.jsonl.partial").read_bytes().splitlines()) == 1 + 3
+
+
+class FullDisk:
+    """A binary file that takes `room` more bytes, and then says that the disk is full."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room[0] -= len(data)
+        if self.room[0] < 0:
+            self.file.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 200, 700, 1000, 1400])
+def test_a_full_disk_is_an_error_and_no_output_looks_complete(command, tmp_path, capsys, monkeypatch, room):
+    output = tmp_path / "out.jsonl"
+    run(command, capsys)
+    whole = output.read_bytes()
+    output.unlink()
+    left, real_open = [room], Path.open
+
+    def open_on_full_disk(self, mode="r", *args, **kwargs):
+        file = real_open(self, mode, *args, **kwargs)
+        return FullDisk(file, left) if self.parent == tmp_path and mode in ("wb", "ab") else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_on_full_disk)
+        assert "No space left on device" in error_of(command, capsys)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == ["out.jsonl.partial"]
+    assert run(command, capsys)[0] == 0  # with room again, it goes on
+    assert output.read_bytes() == whole
+
+
+def test_a_disk_that_fills_up_while_the_output_is_finished_keeps_the_old_output(command, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    output.write_text("old")
+    monkeypatch.setattr(
+        jobs.os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
+    assert "No space left on device" in error_of([*command, "--overwrite"], capsys)
+    assert output.read_text() == "old"
+
+
+def test_an_output_in_a_folder_that_is_missing_or_read_only_is_an_error(command, tmp_path, capsys, monkeypatch):
+    missing = str(tmp_path / "no" / "out.jsonl")
+    argv = [missing if part == str(tmp_path / "out.jsonl") else part for part in command]
+    assert missing in error_of(argv, capsys)
+    # Root may write anywhere, so a read-only disk is simulated.
+    real_open = Path.open
+
+    def open_read_only(self, mode="r", *args, **kwargs):
+        if mode != "r" and mode != "rb":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return real_open(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_read_only)
+    assert "Read-only file system" in error_of(command, capsys)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write to a read-only folder")
+def test_an_output_in_a_read_only_folder_is_an_error(command, tmp_path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    argv = [str(locked / "out.jsonl") if part == str(tmp_path / "out.jsonl") else part for part in command]
+    assert "Permission denied" in error_of(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"prompt": "a"}\n{"prompt"', r"line 2: not JSON"),
+        ('{"text": "a"}', r"line 1: must be an object with exactly one of 'prompt' and 'canvas'"),
+        ('{"prompt": "a", "canvas": [0]}', r"line 1: must be an object with exactly one"),
+        ("[1, 2]", r"line 1: must be an object"),
+        ("\n\n", r"has no prompts"),
+    ],
+)
+def test_a_bad_input_line_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys, content, message):
+    prompts.write_text(content)
+    assert message in error_of(command, capsys)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_an_input_that_cannot_be_read_is_named(command, prompts, capsys):
+    prompts.write_bytes(b"\xff\xff")
+    assert f"--input {prompts} cannot be read" in error_of(command, capsys)
+    prompts.unlink()
+    assert f"--input {prompts} cannot be read" in error_of(command, capsys)
+
+
+def test_a_job_keeps_the_rows_beside_a_failed_one(checkpoint, prompts, tmp_path):
+    model = dlm_fast.load(checkpoint, device="cpu")
+    poison = 47
+    model.model.embed_tokens.weight.data[poison] = float("nan")
+    records = [{"prompt": [5, 6]}, {"prompt": [7, poison]}, {"prompt": [9]}]
+    output = tmp_path / "results.jsonl"
+    settings = {"max_new_tokens": 4, "banned_token_ids": [poison]}
+    with pytest.raises(jobs.JobError, match=r"is complete, but .* were not in rows \[1\]"):
+        jobs.run(model, records, output, settings=settings, batch_size=2)
+    finishes = [json.loads(line)["finish"] for line in output.read_text().splitlines()]
+    assert finishes[1] == "error" and "error" not in (finishes[0], finishes[2]) and len(finishes) == 3
+
+
+@pytest.fixture
+def own_settings(prompts):
+    """Lines with settings of their own between lines without."""
+    records = [{"prompt": "abc"}, {"prompt": "abc", "max_new_tokens": 2, "temperature": 0.0, "meta": {"answer": [1]}}]
+    records += [
+        {"prompt": "xy", "min_new_tokens": 6, "temperature": 1.5},
+        {"canvas": [5, MASK], "temperature": 0},
+        {"prompt": "z", "id": 3},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    return records
+
+
+def test_a_line_may_have_settings_of_its_own(command, own_settings, checkpoint, tmp_path, capsys):
+    assert run(command, capsys)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = dlm_fast.load(checkpoint, device="cpu")
+    job = {"max_new_tokens": 6, "min_new_tokens": 0, "temperature": 0.7}
+    for index in (0, 1, 2, 4):
+        record = own_settings[index]
+        settings = {name: record.get(name, value) for name, value in job.items()}
+        chat = [{"role": "user", "content": record["prompt"]}]
+        alone = dlm_fast.generate(model, [chat], block_length=3, request_ids=[index], **settings)
+        assert lines[index]["ids"] == alone.sequences[0].tolist()
+    assert [line.get("meta") for line in lines] == [None, {"answer": [1]}, None, None, None] and lines[4]["id"] == 3
+
+
+def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(
+    command, own_settings, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out.jsonl"
+    run(command, capsys)
+    whole = output.read_bytes()
+    assert run([*command, "--overwrite", "--batch-size", "3"], capsys)[0] == 0 and output.read_bytes() == whole
+    output.unlink()
+    with monkeypatch.context() as patch:
+        break_after(patch, 1, Interrupted())
+        run(command, capsys)
+    assert run(command, capsys)[0] == 0 and output.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            {"prompt": "a", "system": "x", "answer": 3},
+            "line 2: unknown keys ['answer', 'system']; a line may have prompt or canvas, id, meta",
+        ),
+        (
+            {"prompt": "a", "max_new_tokens": 0},
+            "line 2: max_new_tokens must be a whole number >= 1, got max_new_tokens=0",
+        ),
+        ({"prompt": "a", "max_new_tokens": 10**30}, "line 2: max_new_tokens must be a whole number <= 16777216"),
+        (
+            {"prompt": "a", "min_new_tokens": "3"},
+            "line 2: min_new_tokens must be a whole number >= 0, got min_new_tokens='3'",
+        ),
+        ({"prompt": "a", "temperature": [1]}, "line 2: temperature must be a finite number >= 0, got temperature=[1]"),
+        (
+            {"prompt": "a", "temperature": 1e-9},
+            "line 2: temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09",
+        ),
+        ({"prompt": "a", "min_new_tokens": 7}, "line 2: min_new_tokens must be at most max_new_tokens, got 7 > 6"),
+        ({"canvas": [MASK], "max_new_tokens": 3}, "line 2: max_new_tokens goes with a prompt"),
+        (
+            {"prompt": "a", "meta": [float("nan")]},
+            "line 2: meta must be JSON that a file in UTF-8 can hold: Out of range float values",
+        ),
+        (
+            {"prompt": "a", "id": "\ud800"},
+            "line 2: id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode",
+        ),
+    ],
+)
+def test_a_bad_setting_of_a_line_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys, line, message):
+    prompts.write_text(json.dumps({"prompt": "abc"}) + "\n" + json.dumps(line))
+    assert message in error_of(command, capsys)
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_temperature_that_the_decoder_refuses_is_named_before_anything_is_decoded(command, prompts, tmp_path, capsys):
+    prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "temperature": 0.5}')
+    message = error_of([*command, "--preset", "freedave", "--temperature", "0"], capsys)
+    assert "the line of index 1: generate: drafts are lossless for greedy decoding only, got temperature=0.5" in message
+    prompts.write_text('{"prompt": "abc", "temperature": 0}\n{"prompt": "abc"}')
+    message = error_of([*command, "--preset", "freedave", "--temperature", "0.5"], capsys)
+    assert "the line of index 1: generate: drafts are lossless for greedy decoding only, got temperature=0.5" in message
+
+
+def test_a_line_ends_where_a_line_of_json_does(command, prompts, tmp_path, capsys):
+    meta = "a\u2028b\u0085c"
+    prompts.write_text(
+        json.dumps({"prompt": "abc", "meta": meta}, ensure_ascii=False) + "\r\n" + json.dumps({"prompt": "abc"})
+    )
+    assert run(command, capsys)[0] == 0
+    lines = (tmp_path / "out.jsonl").read_bytes().decode().split("\n")[:-1]
+    assert [json.loads(line).get("meta") for line in lines] == [meta, None]
+    assert not (tmp_path / "out.jsonl.partial").exists()
