@@ -1,4 +1,4 @@
-"""What a checkpoint must say about itself to be decoded by diffusion."""
+"""What a checkpoint must say about itself so that it can be decoded by diffusion."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ class DiffusionConfig:
     Attributes:
         mask_token_id: id of [MASK].
         eos_token_ids: ids that end a response.
-        visibility: "full": a position sees every position. "block": it sees its own block and all earlier ones.
-        block_length: positions of a block that the model was trained with; None where any length will do ("full").
-        block_alignment: "abs": blocks begin at multiples of block_length. "rel": they begin at the end of the prompt.
-        logits_row: "self": a position's own logits predict it. "previous": those of the position before it do.
-        prompt_isolated: whether the prompt sees itself only, and the response sees everything ("full" only).
+        visibility: what a position sees: "full" = every position (LLaDA, Dream); "block" = its own block and all
+            earlier blocks (SDAR, LLaDA2, D2F). Only with "block" is a key/value cache exact.
+        block_length: number of positions in a block, as in training; None = any length, for visibility "full".
+        block_alignment: where blocks begin: "abs" = at multiples of block_length (SDAR, LLaDA2); "rel" = at the end of
+            the prompt, which is then one bidirectional block (D2F).
+        logits_row: whose logits predict a position: "self" = its own; "previous" = those of the position before it, in
+            models that were made from autoregressive ones (Dream, Fast-dLLM v2). Position 0 is predicted by its own.
+        prompt_isolated: whether the prompt sees itself only, while the response sees everything; for visibility "full".
 
-    LLaDA and Dream are "full"; SDAR, LLaDA2 and D2F are "block", and only then is a key/value cache exact. "abs" are
-    SDAR and LLaDA2; of "rel" (D2F) the prompt is one bidirectional block of its own. "previous" are models that were
-    made from autoregressive ones (Dream, Fast-dLLM v2); position 0 has logits of its own.
-
-    An isolated prompt is everything before the first mask; of a canvas to fill in, what follows the first mask is
-    response, given or not. A decoder with a cache computes such a prompt once per row, and its keys are exact for good.
-    Which decoders are exact by that: docs/exactness.md.
+    An isolated prompt is everything before the first mask. In a canvas to fill in, everything from the first mask on is
+    response, also the given tokens there. A decoder with a cache computes an isolated prompt once per row, and the keys
+    of the prompt are exact for good; docs/exactness.md says which decoders are exact by this.
     """
 
     mask_token_id: int
@@ -78,12 +77,12 @@ class DiffusionConfig:
 
     @property
     def plain_mode(self) -> str:
-        """How a forward that is no decoder's sees (`model(input_ids)`): "full", "block" or "isolated"."""
+        """How a plain forward (`model(input_ids)`) sees: "full", "block" or "isolated"."""
         return "isolated" if self.prompt_isolated else self.visibility
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
-        """Reads the `dlm` section of a config.json; unknown keys raise."""
+        """The configuration in the `dlm` section of a config.json. An unknown key raises ValueError."""
         if not isinstance(values, Mapping):
             raise ValueError(f"DiffusionConfig: the section must be an object of names and values, got {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -97,8 +96,10 @@ class DiffusionConfig:
 
 
 def check_vocabulary(diffusion: DiffusionConfig, vocab_size: int) -> None:
-    """Raises ValueError unless a model of `vocab_size` ids has the mask and every EOS, TypeError if `diffusion` is no
-    DiffusionConfig."""
+    """Raises ValueError unless a vocabulary of `vocab_size` ids holds the mask and every EOS.
+
+    Raises TypeError if `diffusion` is no DiffusionConfig.
+    """
     if not isinstance(diffusion, DiffusionConfig):
         raise TypeError(f"dlm_fast: diffusion must be a DiffusionConfig, got {type(diffusion).__name__}")
     for name, ids in (("mask_token_id", [diffusion.mask_token_id]), ("eos_token_ids", diffusion.eos_token_ids)):

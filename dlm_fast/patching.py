@@ -1,4 +1,7 @@
-"""patch and unpatch: verify, bind, restore. Instances only; never a class, never a module global."""
+"""`patch` and `unpatch`: verify a model, bind our attention to it, and restore it.
+
+A patch changes instances only, never a class and never a global of a module.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,21 @@ _ATTRIBUTE = "_dlm_fast_patch"
 
 
 class PatchHandle:
-    """A patched model: what the decode loop needs to know about it, and the way back.
+    """A patched model: what the decode loop needs to know about the model, and the way back.
 
-    Also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a pickle of
-    the model is patched too, by a handle of its own (`handle_of`).
+    A handle is also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a
+    pickle of the model is patched too, and has a handle of its own (`handle_of`).
 
     Attributes:
-        model: the patched instance. adapter: its family. ops: the backend in use.
-        diffusion: the model's diffusion configuration, or None (then only plain forwards run).
-        tokenizer: set by `load`.
-        attention_calls: attention calls through our op since the model was patched, one per layer and forward. Eager
-            forwards only: a counter in a compiled graph would compile it again at every call.
+        model: the patched instance.
+        adapter: the adapter of the model's family.
+        ops: the backend in use.
+        diffusion: the model's diffusion configuration; None = none, so that only plain forwards run.
+        tokenizer: the tokenizer that `load` found; None after `patch`.
+        plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
+        attention_calls: number of attention calls through our op since the model was patched, one per layer and
+            forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
+            every call.
     """
 
     def __init__(
@@ -48,50 +55,53 @@ class PatchHandle:
         self._old_config: Any = None
         self._configured: list[nn.Module] = []
         self._hooks: list[Any] = []
-        self._running = 0  # plain forwards
+        self._running = 0  # plain forwards that have begun and not ended
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: the adapter by name, and nothing of forwards."""
-        fresh = {"adapter": self.adapter.__name__, "attention_calls": 0, "_running": 0, "_lock": None}
-        return {**self.__dict__, **fresh}
+        """What a copy or a pickle takes along: the adapter by its name, and no count of forwards."""
+        initial = {"adapter": self.adapter.__name__, "attention_calls": 0, "_running": 0, "_lock": None}
+        return {**self.__dict__, **initial}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, adapter=importlib.import_module(state["adapter"]), _lock=threading.Lock())
 
     def window_hidden(self, input_ids: Tensor, window: Window, cache: Any) -> Tensor:
-        """Last hidden states [B, W, d] of a window of tokens [B, W]. Raises RuntimeError where the patch is not in
-        place any more."""
+        """Last hidden states [B, W, d] of a window of tokens [B, W].
+
+        Raises RuntimeError where the patch is not in place any more.
+        """
         call = AttentionCall(window, cache, self.ops)
         hidden = self.adapter.window_hidden(self.model, input_ids, call)
         self._finish(call)
         return hidden
 
     def _finish(self, call: AttentionCall) -> None:
-        """Raises RuntimeError unless every layer attended through `call`: by transformers' own attention it would be
-        causal."""
+        """Raises RuntimeError unless every layer attended through `call`.
+
+        A layer that attended through transformers' own attention saw causally.
+        """
         altered = self.adapter.altered(self.model, call)
         if altered is not None:
             raise RuntimeError(
                 f"dlm_fast: every layer of a patched {type(self.model).__name__} must attend through dlm_fast, and was "
-                "passed by in "
-                f"{altered}; undo that, or unpatch the model and patch it again"
+                f"passed by in {altered}; undo that, or unpatch the model and patch it again"
             )
         if not torch.compiler.is_compiling():
             with self._lock:
                 self.attention_calls += len(call.served)
 
     def unpatch(self) -> None:
-        """Restores the model; a second call raises RuntimeError."""
+        """Restores the model. A second call raises RuntimeError."""
         if self.model.__dict__.get(_ATTRIBUTE) is not self:
             raise RuntimeError("unpatch: this model is not patched by this handle (was it unpatched before?)")
         self._restore()
 
     def _bind(self) -> None:
+        """Puts the patch in place, or leaves the model as it was if that fails."""
         base = self.adapter.base_model(self.model)
         self._old_config = self.model.config
-        # Two models may share one config object; the attention is chosen through it, so this instance gets its own
-        # copy.
+        # The config object chooses the attention, and two models may share one, so this instance gets a copy.
         config = copy.copy(self._old_config)
         config._attn_implementation = ATTENTION_NAME
         try:
@@ -109,20 +119,20 @@ class PatchHandle:
             raise
 
     def _restore(self) -> None:
+        """Takes the patch back; a plain forward that is still running keeps the hook that checks its end."""
         for module in self._configured:
             module.config = self._old_config
         self._configured = []
         self.model.__dict__.pop(_ATTRIBUTE, None)
         with self._lock:
-            # The end of a forward that runs in another thread still has to see that its layers were changed under it.
-            kept = self._hooks[1:] if self._running else []
-            for hook in self._hooks[: len(self._hooks) - len(kept)]:
+            # A forward that runs in another thread must still find, at its end, that its layers were changed meanwhile.
+            remaining = self._hooks[1:] if self._running else []
+            for hook in self._hooks[: len(self._hooks) - len(remaining)]:
                 hook.remove()
-            self._hooks = kept
+            self._hooks = remaining
 
     def _begin_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Gives a forward that is not ours (`model(input_ids, attention_mask=...)`) the window of its family's
-        visibility."""
+        """Gives a plain forward (`model(input_ids, attention_mask=...)`) the window of the model's visibility."""
         if kwargs.get("dlm_call") is not None:
             return args, kwargs
         kwargs = dict(kwargs)
@@ -156,7 +166,7 @@ class PatchHandle:
         return args, kwargs
 
     def _end_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Checks a plain forward. `output` is None if it failed."""
+        """Checks a plain forward at its end; `output` is None if the forward failed."""
         call = kwargs.get("dlm_call")
         if call is None or not call.plain:
             return
@@ -191,12 +201,24 @@ def plain_window(
     position_ids: Tensor | None,
     prompt_lengths: Tensor | None,
 ) -> Window:
-    """The window of a whole sequence without a cache, padding (anywhere) taken from a 2-D `attention_mask`.
+    """The window of a forward over whole sequences [B, L] without a cache.
 
-    Blocks of a block-causal model count from the first real token ("abs"), or from the end of the prompt ("rel"), which
-    is `prompt_lengths` [B] (real tokens) or else everything before the first mask, the form of every decoder's canvas.
-    "isolated": that prompt sees itself, everything after it sees everything.
+    Padding may stand anywhere in a row. Blocks count over the real tokens of a row: from the first one ("abs"), or from
+    the end of the prompt ("rel").
+
+    Args:
+        mode: how the forward sees: "full", "block", "causal", or "isolated" (the prompt sees itself, and everything
+            after the prompt sees everything).
+        shape: B and L.
+        device: device of the window's tensors.
+        diffusion: the model's diffusion configuration, which modes "block" and "isolated" need.
+        input_ids: [B, L] token ids; None where the forward has embeddings instead.
+        attention_mask: [B, L], 0 = padding; None = no padding.
+        position_ids: [B, L] as the caller gave them, to refuse packed sequences.
+        prompt_lengths: [B] real tokens of each prompt; None = the prompt is what stands before the first mask, as in
+            the canvas of every decoder.
     """
+    # 1. Refuse what a plain forward cannot do.
     B, L = shape
     if attention_mask is not None and attention_mask.dim() != 2:
         raise NotImplementedError(f"forward: attention_mask must be [B, L], got shape {tuple(attention_mask.shape)}")
@@ -212,12 +234,15 @@ def plain_window(
             f"this one is {mode!r}"
         )
 
+    # 2. Real tokens, and each one's index among the real tokens of its row.
     int32 = {"dtype": torch.int32, "device": device}
-    live = (
+    is_real = (
         torch.ones(B, L, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.to(device) != 0
     )
     index = torch.arange(L, **int32).expand(B, L)
-    place = live.int().cumsum(-1, dtype=torch.int32) - 1  # index among the row's real tokens
+    place = is_real.int().cumsum(-1, dtype=torch.int32) - 1
+
+    # 3. Block ids: 0 for the prompt, then 1, 2, ... for the blocks of the response.
     block = torch.zeros(B, L, **int32)
     if mode in ("block", "isolated"):
         assert diffusion is not None and (mode == "isolated" or diffusion.block_length is not None)
@@ -228,15 +253,17 @@ def plain_window(
                     raise ValueError(
                         "forward: a model that treats the prompt differently needs prompt_lengths with inputs_embeds"
                     )
-                given = live & (input_ids != diffusion.mask_token_id)
-                # Real tokens before the first mask: those whose running count of masks is still zero.
-                prompt_lengths = (given & ((live & ~given).cumsum(-1) == 0)).sum(-1)
+                is_given = is_real & (input_ids != diffusion.mask_token_id)
+                # A real token stands before the first mask if the running count of masks is still zero there.
+                prompt_lengths = (is_given & ((is_real & ~is_given).cumsum(-1) == 0)).sum(-1)
             start = prompt_lengths.to(**int32).view(B, 1)
-        length = L if mode == "isolated" else diffusion.block_length  # a response is one block to its isolated prompt
+        length = (
+            L if mode == "isolated" else diffusion.block_length
+        )  # with an isolated prompt the response is one block
         block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
     return Window(
         q_pos=index.contiguous(),
-        q_block=torch.where(live, block, -1).int(),
+        q_block=torch.where(is_real, block, -1).int(),
         q_len=torch.full((B,), L, **int32),
         kv_slot=torch.full((B, L), -1, **int32),
         kv_len=torch.zeros(B, **int32),
@@ -247,7 +274,7 @@ def plain_window(
 
 
 def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> PatchHandle:
-    """Patches `model`; plain forwards see by `plain_mode`. `patch` and `load` differ in that mode only."""
+    """Patches `model`. `patch` and `load` differ only in `plain_mode`, by which plain forwards see."""
     adapter = adapter_for(model)
     if _ATTRIBUTE in model.__dict__:
         raise RuntimeError("patch: this model is already patched; unpatch it first")
@@ -262,22 +289,23 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
 
 
 def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend: str | Ops = "auto") -> PatchHandle:
-    """Runs `model`'s attention through our op, and lets `generate` decode it. Returns the handle that undoes it.
+    """Runs the model's attention through our op, so that `generate` can decode the model. Returns the patch's handle.
 
-    Inside the patch a plain forward keeps the visibility the class has in transformers (causal), and equals the
-    original's logits within rounding, under autocast too. Only this instance changes; other models, even ones that
-    share its config, do not. A forward in which a layer did not attend through our op raises RuntimeError. To compile
-    it, patch first.
+    A plain forward of the patched model keeps the visibility that the class has in transformers (causal), and its
+    logits equal those of the original model within rounding, under autocast too. Only this instance changes; other
+    models stay as they are, even models that share its config. A forward in which a layer did not attend through our op
+    raises RuntimeError. To compile the model, patch it first.
 
     Args:
         model: a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM with full attention in every layer.
-        diffusion: how the model was trained to be decoded; default: the `dlm` section of its config, if it has one.
+        diffusion: how the model was trained to be decoded. Default: the `dlm` section of the model's config, if the
+            config has one.
         backend: "auto", "triton", "reference" or an `Ops`.
     Raises:
-        NotImplementedError: another class, a modified attention module, a sliding window; a GPU or a head size that the
-        Triton kernels
-            do not have, where they are the backend. RuntimeError: patched already.
-        ValueError: ids of the diffusion configuration that the vocabulary does not hold.
+        NotImplementedError: the model is of another class, or has a modified attention module or a sliding window; or
+            the backend is Triton, whose kernels do not have the GPU or the head size.
+        RuntimeError: the model is patched already.
+        ValueError: the vocabulary does not hold an id of the diffusion configuration.
     """
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         diffusion = DiffusionConfig.from_dict(model.config.dlm)
@@ -286,7 +314,10 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
 
 
 def handle_of(model: nn.Module) -> PatchHandle:
-    """The handle of a patched or loaded model. Raises ValueError if it is neither, TypeError if it is no model."""
+    """The handle of a patched or loaded model.
+
+    Raises ValueError if the model is neither patched nor loaded, and TypeError if `model` is no model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"
@@ -301,7 +332,7 @@ def handle_of(model: nn.Module) -> PatchHandle:
 
 
 def explain(model: nn.Module) -> dict[str, Any]:
-    """Which op of a patched model runs where, and why, as plain data."""
+    """Which ops a patched model runs, on which device and why, as plain data."""
     handle = handle_of(model)
     device = next(model.parameters()).device
     return {

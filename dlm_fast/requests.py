@@ -1,4 +1,4 @@
-"""What a user asks for, checked and turned into canvases; and what a finished canvas says."""
+"""From the arguments of `generate` to checked canvases, and from a finished canvas to a response."""
 
 from __future__ import annotations
 
@@ -24,7 +24,21 @@ from .stops import StopStrings, read_stop_strings
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """A checked batch. `canvases` are 1-D int64 on the CPU; `prompt_lengths[b]` is where row b's response begins."""
+    """A checked batch; every list has one entry per row.
+
+    Attributes:
+        canvases: token ids with masks, 1-D int64 on the CPU.
+        prompt_lengths: position at which the row's response begins.
+        min_new_tokens: response tokens before which no EOS is drawn.
+        temperature: temperature of the draws, 0 = greedy.
+        top_k: filter of the draws, 0 = off.
+        top_p: filter of the draws, 1.0 = off.
+        seed: random seed.
+        request_ids: number that keys the row's noise.
+        stop_strings: strings that end a text; None without any.
+        banned_token_ids: ids that are never drawn, besides the mask id.
+        eos_token_ids: ids that end a text.
+    """
 
     canvases: list[Tensor]
     prompt_lengths: list[int]
@@ -44,7 +58,7 @@ def _fail(rule: str) -> None:
 
 
 def _listed(name: str, what: str, value: Any) -> list:
-    """The items of a list, tensor or array; anything that only looks like one is refused."""
+    """The items of a list, tensor or array. Strings and mappings are refused, though they can be iterated over."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
         return value.tolist()
     if isinstance(value, (str, bytes, bytearray, Mapping, Tensor, np.ndarray)) or not isinstance(value, Iterable):
@@ -53,7 +67,7 @@ def _listed(name: str, what: str, value: Any) -> list:
 
 
 def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: bool = True) -> list:
-    """A number for every row (if `scalar`), or one per row; each at least `low`."""
+    """One number per row, each at least `low`; with `scalar`, one number for all rows will do too."""
     what = "a whole number" if kind is int else "a number"
     single = isinstance(value, numbers.Number) or isinstance(value, (Tensor, np.ndarray)) and not value.ndim
     if single and scalar:
@@ -67,27 +81,27 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
             f"{name} must be {'one value or one per row' if scalar else 'one per row'}, got {len(values)} values for "
             f"{B} rows"
         )
-    out = []
-    for v in values:
-        v = v.tolist() if isinstance(v, (Tensor, np.ndarray)) else v
+    checked = []
+    for item in values:
+        item = item.tolist() if isinstance(item, (Tensor, np.ndarray)) else item
         if (
-            isinstance(v, bool)
-            or not isinstance(v, numbers.Real)
-            or (kind is int and not isinstance(v, numbers.Integral))
+            isinstance(item, bool)
+            or not isinstance(item, numbers.Real)
+            or (kind is int and not isinstance(item, numbers.Integral))
         ):
-            raise TypeError(f"generate: {name} must be {what}, got {name}={v!r}")
+            raise TypeError(f"generate: {name} must be {what}, got {name}={item!r}")
         try:
-            number = kind(v)
+            number = kind(item)
         except OverflowError:  # a whole number beyond every float
             number = math.inf
         if not number >= low or number == math.inf:
-            _fail(f"{name} must be a finite number >= {low:g}, got {name}={v}")
-        out.append(number)
-    return out
+            _fail(f"{name} must be a finite number >= {low:g}, got {name}={item}")
+        checked.append(number)
+    return checked
 
 
 def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
-    """Raises ValueError where `preset` does not fit the model's rows."""
+    """Raises ValueError where the preset needs other rows of logits than the model has."""
     if preset.first_token and diffusion.logits_row != "previous":
         _fail(
             f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got "
@@ -120,33 +134,41 @@ def read(
     banned_token_ids: Sequence[int],
     eos_token_ids: Sequence[int] | None,
 ) -> Requests:
-    """Checks every argument of `generate` before anything is decoded. Raises ValueError or TypeError."""
+    """The batch that the arguments of `generate` describe; every argument is checked before anything is decoded.
+
+    The arguments are those of `generate`. Besides, `diffusion` is the model's diffusion configuration, `vocab_size` and
+    `max_positions` are the sizes of its vocabulary and its longest row. Raises ValueError or TypeError.
+    """
+    # 1. Rows of token ids, from prompts or from canvases.
     if (prompts is None) == (canvas is None):
         _fail("exactly one of prompts and canvas must be given")
     if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
         raise TypeError(f"generate: tokenizer must be a transformers tokenizer, got tokenizer={tokenizer!r}")
-    name, given = ("prompts", prompts) if canvas is None else ("canvas", canvas)
-    rows = read_rows(name, given, attention_mask, tokenizer)
+    name, source = ("prompts", prompts) if canvas is None else ("canvas", canvas)
+    rows = read_rows(name, source, attention_mask, tokenizer)
     B = len(rows)
+
+    # 2. Lengths of the responses, and special ids.
     mask_id = diffusion.mask_token_id
     if canvas is not None and max_new_tokens is not None:
         _fail(
             "max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got "
             f"max_new_tokens={max_new_tokens!r}"
         )
-    new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
-    least = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
+    max_new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
+    min_new = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
     eos = _ids("eos_token_ids", diffusion.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     banned = _ids("banned_token_ids", banned_token_ids, vocab_size)
     if mask_id in eos:
         _fail(f"eos_token_ids must not hold the mask id {mask_id}")
     if len(eos) > MAX_STOP_IDS:
         _fail(f"eos_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(eos)}")
-    room = MAX_BANNED - 1 - (len(eos) if any(least) else 0)
+    room = MAX_BANNED - 1 - (len(eos) if any(min_new) else 0)
     if len(banned) > room:
-        why = " (an EOS held back by min_new_tokens counts)" if any(least) else ""
+        why = " (an EOS held back by min_new_tokens counts)" if any(min_new) else ""
         _fail(f"banned_token_ids must hold at most {room} ids{why}, got {len(banned)}")
 
+    # 3. Canvases.
     canvases, prompt_lengths = [], []
     for b, (ids, text) in enumerate((row.ids, row.text) for row in rows):
         if not ids:
@@ -161,15 +183,17 @@ def read(
                 f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text "
                 "without it"
             )
-        length = len(ids) + (new[b] if canvas is None else 0)
+        length = len(ids) + (max_new[b] if canvas is None else 0)
         if length > max_positions:
             _fail(f"{name}[{b}] with its new tokens must fit the model's {max_positions} positions, got {length}")
         prompt_lengths.append(len(ids) if canvas is None else (ids.index(mask_id) if mask_id in ids else len(ids)))
-        canvases.append(torch.tensor(ids + ([mask_id] * new[b] if canvas is None else []), dtype=torch.int64))
-        if canvas is None and least[b] > new[b]:
-            _fail(f"min_new_tokens must be at most max_new_tokens, got {least[b]} > {new[b]} in row {b}")
-        if least[b] > max_positions:
-            _fail(f"min_new_tokens must be at most the model's {max_positions} positions, got {least[b]} in row {b}")
+        canvases.append(torch.tensor(ids + ([mask_id] * max_new[b] if canvas is None else []), dtype=torch.int64))
+        if canvas is None and min_new[b] > max_new[b]:
+            _fail(f"min_new_tokens must be at most max_new_tokens, got {min_new[b]} > {max_new[b]} in row {b}")
+        if min_new[b] > max_positions:
+            _fail(f"min_new_tokens must be at most the model's {max_positions} positions, got {min_new[b]} in row {b}")
+
+    # 4. Numbers of the draws.
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
         _fail(f"seed must be a whole number in [0, 2^63), got seed={seed!r}")
     ids = list(range(B)) if request_ids is None else _per_row("request_ids", request_ids, B, int, 0, scalar=False)
@@ -185,7 +209,7 @@ def read(
     return Requests(
         canvases=canvases,
         prompt_lengths=prompt_lengths,
-        min_new_tokens=least,
+        min_new_tokens=min_new,
         temperature=temperatures,
         top_k=int(top_k),
         top_p=float(top_p),
@@ -198,26 +222,33 @@ def read(
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    out = []
+    """The token ids of an argument, each checked against the vocabulary."""
+    ids = []
     for value in _listed(name, "a list of token ids", values):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"generate: {name} must be token ids, got {value!r}")
         if not 0 <= value < vocab_size:
             _fail(f"{name} must hold ids in [0, {vocab_size}), got {value}")
-        out.append(int(value))
-    return tuple(out)
+        ids.append(int(value))
+    return tuple(ids)
 
 
 def _token(tokenizer: Any, token_id: int) -> Any:
-    """A token as text, its id where the tokenizer cannot say."""
+    """A token as text, or the token's id where the tokenizer has no text for the token."""
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
     return token_id if convert is None else convert(token_id)
 
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """A row's response up to the first EOS or stop string: the fewest ids that spell its text, why it ended, and how
-    many it wrote."""
+    """A row's response up to the first EOS or stop string.
+
+    Attributes:
+        ids: the fewest ids that spell the text, 1-D int64.
+        text: the text; None without a tokenizer.
+        finish: why the response ended: "eos", "stop" or "length".
+        written: how many of the ids the decoder wrote.
+    """
 
     ids: Tensor
     text: str | None
@@ -228,8 +259,11 @@ class Response:
 def response(
     batch: Requests, b: int, tokens: Tensor, unmask_step: Tensor, tokenizer: Any, diffusion: DiffusionConfig
 ) -> Response:
-    """The response of row b from its canvas [L]: its filled positions up to the first EOS that was written, or up to a
-    stop string."""
+    """The response of row b, from the row's canvas `tokens` [L] and `unmask_step` [L].
+
+    The response holds the filled positions up to the first EOS that was written, or up to a stop string.
+    """
+    # 1. The end of the ids: the first mask, the first written EOS, or the first special token that is a stop string.
     start, end, finish = batch.prompt_lengths[b], len(batch.canvases[b]), "length"
     ids = tokens[start:end].tolist()
     written = (unmask_step[start:end] >= 0).tolist()
@@ -245,6 +279,8 @@ def response(
             continue
         break
     ids = ids[: end - start]
+
+    # 2. The text, cut by a stop string.
     text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else None
     cut = stops.find(text) if stops is not None else None
     if cut is not None:

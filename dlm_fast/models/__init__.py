@@ -1,4 +1,4 @@
-"""Model adapters: how each Hugging Face family runs a window of tokens against our cache. One file a family."""
+"""Model adapters: how each Hugging Face family runs a window of tokens against our cache, one file a family."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .native import AttentionCall
 
 
 class Adapter(Protocol):
-    """What a family's file gives: plain functions of a model of one of its classes. To add a family, write such a file
-    and list it in `ADAPTERS`.
+    """What a family's file gives: plain functions, each of a model of one of the family's classes.
+
+    To add a family, write a file with these functions and list the file in `ADAPTERS`.
 
     Attributes:
-        CLASSES: the model classes that it serves, each with the class of its attention modules.
+        CLASSES: the model classes of the family, each with the class of its attention modules.
     """
 
     CLASSES: dict[type[nn.Module], type[nn.Module]]
@@ -44,14 +45,17 @@ class Adapter(Protocol):
         """Logits [N, V] of hidden states [N, d]."""
 
     def altered(self, model: nn.Module, call: AttentionCall) -> str | None:
-        """What the patched model was altered by, if a forward of it left out a layer; None if none was left out."""
+        """What altered the patched model, if a layer did not attend through `call`; None if all layers did."""
 
 
 ADAPTERS: tuple[Adapter, ...] = (native,)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter whose classes include `type(model)`. Raises NotImplementedError naming what is supported."""
+    """The adapter whose classes include `type(model)`.
+
+    Raises NotImplementedError, naming the supported classes, where there is none.
+    """
     for adapter in ADAPTERS:
         if type(model) in adapter.CLASSES:
             return adapter

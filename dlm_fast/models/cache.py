@@ -1,4 +1,4 @@
-"""Static key/value buffers behind transformers' `Cache` interface."""
+"""Key/value buffers of a fixed size, behind transformers' `Cache` interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class KVLayer(CacheLayerMixin):
-    """One layer's buffers. `update` hands keys and values through: `block_attention` stores and attends in one op."""
+    """One layer's buffers.
+
+    `update` only hands keys and values through, since `block_attention` stores and attends in one op.
+
+    Attributes:
+        keys: [rows, H_kv, capacity, D]; None without a capacity.
+        values: the values, of the same shape as `keys`.
+        is_initialized: always True, for transformers.
+    """
 
     def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
         super().__init__()
@@ -17,7 +25,7 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers are made with the cache."""
+        """Does nothing, because the buffers are made with the cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -32,19 +40,24 @@ class KVLayer(CacheLayerMixin):
         return 0 if self.keys is None else self.keys.shape[2]
 
     def get_max_cache_shape(self) -> int:
-        """The older name of `get_max_length` (transformers 5.17)."""
+        """`get_max_length` by its name in transformers 5.17."""
         return self.get_max_length()
 
 
 class KVCache(Cache):
     """Keys (after RoPE) and values of every layer, `[rows, H_kv, capacity, D]` each, allocated once and never grown.
 
-    Lengths live in the `Window` of each forward, not here: which slots are visible, hidden or written is the decoder's
-    choice, per row. `capacity=0` stores nothing (decoders that recompute the whole canvas).
+    The cache holds no lengths: for each row the decoder chooses which slots are visible, hidden or written, and tells
+    this in the `Window` of each forward.
 
     Args:
-        num_layers, num_kv_heads, head_dim: of the model.
-        rows: batch rows. capacity: slots per row.
+        num_layers: layers of the model.
+        num_kv_heads: key/value heads of a layer.
+        head_dim: size of a head.
+        rows: rows of the batch.
+        capacity: slots per row; 0 = the cache stores nothing, for decoders that recompute the whole canvas.
+        dtype: dtype of the buffers.
+        device: device of the buffers.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Llama, Qwen2 and Qwen3 as transformers ships them, driven through its attention interface and a `Cache` subclass.
+"""Llama, Qwen2 and Qwen3 as transformers ships them, driven through transformers' attention interface.
 
 No forward is rewritten. The base model is called with one extra keyword, `dlm_call`, which transformers hands through
-to the attention function; there our op stores the window's keys and values and attends, in one call.
+to the attention function. There our op stores the window's keys and values and attends, in one call.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class AttentionCall:
     """What one forward tells every attention layer.
 
     Attributes:
-        window: what is computed and what it sees.
-        cache: the static buffers; None = keys and values live for this forward only.
-        ops: the op backend.
-        plain: whether it is of a forward that is no decoder's (`model(input_ids)`).
-        served: layers that attended through it, in order. Python's own: in a compiled graph there is nothing of it.
+        window: which positions the forward computes, and what they see.
+        cache: the key/value buffers; None = keys and values live for this forward only.
+        ops: the backend.
+        plain: whether the forward is a plain one (`model(input_ids)`), and not a decoder's.
+        served: numbers of the layers that attended through the call, in order. The list is Python's own and adds no op
+            to a compiled graph.
     """
 
     window: Window
@@ -57,14 +58,17 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H,
-    D]."""
+    """The attention function that transformers calls.
+
+    query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H, D].
+    """
+    # 1. Refuse what the op cannot do.
     if dlm_call is None:
         raise RuntimeError(
             "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
         )
-    for name, given in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
-        if given is not None:
+    for name, argument in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
+        if argument is not None:
             raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
     if dropout:
         raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
@@ -77,12 +81,14 @@ def attention(
             f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in "
             "past_key_values"
         )
+
+    # 2. Attend, with the cache of this layer.
     layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
     caches = (None, None) if layer is None else (layer.keys, layer.values)
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # As torch's own attention does there: RoPE leaves queries and keys in float32, where the projection of values
-        # has not.
+        # Under autocast RoPE leaves queries and keys in float32, and values come in the dtype of autocast. Torch's own
+        # attention casts all three to the dtype of autocast, and so does this function.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
             out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
@@ -92,7 +98,7 @@ def attention(
     return out.transpose(1, 2), None
 
 
-# Registered by name, but without a mask function of the same name: transformers then builds no [L, L] mask at all.
+# No mask function is registered by this name, so transformers builds no [L, L] mask at all.
 AttentionInterface.register(ATTENTION_NAME, attention)
 
 
@@ -104,8 +110,7 @@ def verify(model: nn.Module) -> None:
     if numbers != list(range(model.config.num_hidden_layers)):
         raise NotImplementedError(
             f"dlm_fast: the layers must be numbered 0 to {model.config.num_hidden_layers - 1} as in "
-            "config.num_hidden_layers, "
-            f"got layer_idx={numbers}"
+            f"config.num_hidden_layers, got layer_idx={numbers}"
         )
     for index, layer in enumerate(layers):
         module = layer.self_attn
@@ -131,8 +136,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def altered(model: nn.Module, call: AttentionCall) -> str | None:
-    """What the patched model was altered by, if a forward of it left out a layer; None if every layer attended through
-    `call`."""
+    """What altered the patched model, if a layer did not attend through `call`; None if all layers did."""
     layers = model.model.layers
     if call.served == list(range(len(layers))):
         return None
@@ -148,15 +152,17 @@ def altered(model: nn.Module, call: AttentionCall) -> str | None:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of hidden states, keys and values: that of the first norm's output. A quantised layer's weights have
-    another one."""
+    """The dtype of hidden states, keys and values, which is the dtype of the first norm's output.
+
+    The weights of a quantised layer have another dtype.
+    """
     return torch.promote_types(
         model.model.embed_tokens.weight.dtype, model.model.layers[0].input_layernorm.weight.dtype
     )
 
 
 def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
-    """Buffers for every layer of `model`, in the dtype that it computes in and on its device."""
+    """Key/value buffers for every layer, in the dtype that the model computes in and on its device."""
     layer = model.model.layers[0]
     return KVCache(
         num_layers=len(model.model.layers),
@@ -170,13 +176,13 @@ def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
 
 
 def window_hidden(model: nn.Module, input_ids: Tensor, call: AttentionCall) -> Tensor:
-    """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache (the head is not applied)."""
+    """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache; the head is not applied."""
     out = model.model(
         input_ids=input_ids,
         position_ids=call.window.q_pos,
         past_key_values=call.cache,
         use_cache=False,
-        return_dict=True,  # config.json may say otherwise
+        return_dict=True,  # config.json may ask for tuples
         dlm_call=call,
     )
     return out.last_hidden_state
