@@ -66,9 +66,17 @@ class Drafts(DraftSource):
             held, token, score, confidence: [B, D, W] of the drafts: what they hold, and what their forward predicts.
         """
         verified = ops.verify(
-            self, held, token, score, confidence,
-            eligible=lanes.eligible, ready=ready, drafting=~self.suspended(), selects=selects, mask_id=mask_id,
-        )  # fmt: skip
+            self,
+            held,
+            token,
+            score,
+            confidence,
+            eligible=lanes.eligible,
+            ready=ready,
+            drafting=~self.suspended(),
+            selects=selects,
+            mask_id=mask_id,
+        )
         return Choice(
             pred=verified.pred,
             score=verified.chosen.float(),

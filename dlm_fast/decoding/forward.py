@@ -205,9 +205,17 @@ class Forward:
         def viewed(history: History | None, bias: tuple[Tensor, Tensor] | None) -> View:
             preset, sampling, lanes = self.plan.preset, self.sampling, step.lanes
             statistics = measure(
-                self.handle.ops, preset, self.wanted, self.state, sampling, result.logits, lanes, needed,
-                history=history, bias=bias,
-            )  # fmt: skip
+                self.handle.ops,
+                preset,
+                self.wanted,
+                self.state,
+                sampling,
+                result.logits,
+                lanes,
+                needed,
+                history=history,
+                bias=bias,
+            )
             return View(
                 setting=self.setting,
                 state=self.state,
