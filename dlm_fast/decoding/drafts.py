@@ -23,10 +23,11 @@ TRIES, RARELY = 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Drafts(DraftSource):
-    """The source of the next drafts, and how drafting went so far. Written in place."""
+    """Where the next drafts come from, and how drafting has gone so far; both are written in place."""
 
     @classmethod
     def empty(cls, state: RowState, lanes: int) -> Drafts:
+        """The drafts of a decode that has not begun: no row has a source."""
         B, device = state.tokens.shape[0], state.tokens.device
         return cls(
             token=torch.full((B, lanes), -1, dtype=torch.int64, device=device),
@@ -41,11 +42,11 @@ class Drafts(DraftSource):
         return (self.tried >= TRIES) & (RARELY * self.accepted < self.tried)
 
     def ready(self, state: RowState, kind: str) -> Tensor:
-        """[B] bool rows that have a source: not those at the first step of a block, whose forward is the source."""
+        """[B] bool rows that have a source. The first step of a block has none, since its forward makes the first one."""
         return (state.block_step > 0) & (kind == "denoise")
 
     def tokens(self, ops: Ops, lanes: Lanes, ready: Tensor, D: int) -> Tensor:
-        """[B, D, W] held tokens of every draft; a row without a source holds its own D times."""
+        """[B, D, W] the tokens that every draft holds at the lanes; a row without a source has D equal drafts."""
         return ops.draft_build(self, lanes.tokens, lanes.eligible, ready, D=D)
 
     def choose(
@@ -60,10 +61,18 @@ class Drafts(DraftSource):
         confidence: Tensor,
         mask_id: int,
     ) -> Choice:
-        """Accepts the longest chain and makes its last canvas the next source.
+        """Accepts the longest chain of drafts that agree, and makes the last of them the next source.
 
         Args:
-            held, token, score, confidence: [B, D, W] of the drafts: what they hold, and what their forward predicts.
+            ops: the backend.
+            lanes: the positions that the step looks at.
+            ready: [B] bool rows that had drafts to verify.
+            selects: [B] bool rows for which tokens are chosen.
+            held: [B, D, W] tokens that the drafts hold.
+            token: [B, D, W] tokens that the forward predicts from each draft.
+            score: [B, D, W] what orders the predictions.
+            confidence: [B, D, W] probability of the predictions.
+            mask_id: id of the mask.
         """
         verified = ops.verify(
             self,
