@@ -14,7 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = RESULTS.parent.parent
-MOST_PROCESSES = 16  # each holds a CUDA context
+MOST_PROCESSES = 16  # every process holds a CUDA context
 
 
 class UsageError(ValueError):
@@ -223,8 +223,8 @@ def _need_cuda() -> None:
 
 
 def _make(file: Path | None) -> None:
-    """The file's folder; and the file can be written, which is better known now than when there is something to
-    write."""
+    """Makes the file's folder, and tries whether the file can be written: that is better known before there is
+    something to write."""
     try:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ def launch_empty(pointer: torch.Tensor) -> None:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """Raises RuntimeError if one of them cannot be measured: then no share of a ceiling can be reported."""
+    """Measures every ceiling. Raises RuntimeError if one of them cannot be measured: then no share of a ceiling can be
+    reported."""
     timer, budget = CudaTimer(device), Budget(60, 0)
     elements = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 8) // 2
     source = torch.randn(elements, device=device, dtype=torch.bfloat16)

@@ -1,7 +1,8 @@
-"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: their own cases run, on
-CPU tensors, with a driver that is not there, and what Triton would compile is collected instead of launched.
+"""Which machine code the checks and timings of `gpu-check` ask for, found out without a GPU: the cases of `gpu-check`
+run on CPU tensors, with a driver that stands in for a GPU's, and what Triton would compile is collected instead of
+launched.
 
-For a process of its own, without TRITON_INTERPRET: what stands in for a GPU stays in place.
+This runs in a process of its own, without TRITON_INTERPRET, because what stands in for a GPU stays in place.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ from .timing import Budget
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200: how often a row of logits is split follows from it
 JUDGES = ("same_bits", "no_worse_than_torch", "compare", "compare_states")
-THINNER = 16  # hidden and intermediate sizes are no part of a machine code, but for being multiples of 16
+THINNER = 16  # hidden and intermediate sizes are no part of a machine code, except that they are multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One machine code. asked_by: the first case that asks for it."""
+    """One machine code.
+
+    Attributes:
+        asked_by: the first case that asks for this machine code.
+    """
 
     source: ASTSource
     options: Any
@@ -55,7 +60,12 @@ class Variant:
 
 
 class Collector:
-    """Stands in for a GPU from the moment it is made. variants: what was asked for since, each once."""
+    """Stands in for a GPU from the moment it is made.
+
+    Attributes:
+        variants: every machine code that was asked for since then, each once.
+        asking: the case that runs now.
+    """
 
     def __init__(self) -> None:
         self.variants: dict[tuple[str, str, int], Variant] = {}
@@ -79,8 +89,8 @@ class Collector:
         torch.cuda.mem_get_info = lambda device=None: (1 << 40, 1 << 40)
         torch.Generator = _CPUGenerator
 
-    # As much of a Triton driver as a launch asks for. Triton keeps what it made by device: every capability is a device
-    # of its own.
+    # As much of a Triton driver as a launch asks for. Triton keeps compiled kernels by device, so every capability is a
+    # device of its own.
 
     def get_current_device(self) -> int:
         return self.capability
@@ -108,7 +118,7 @@ class _Unlaunched:
 
 
 class _OnTheCPU(TorchFunctionMode):
-    """Whatever is asked for on a GPU is made on the CPU; random inputs, if `blank`, are not even drawn."""
+    """Makes on the CPU whatever is asked for on a GPU. With `blank`, random inputs are not even drawn."""
 
     def __init__(self, blank: bool) -> None:
         super().__init__()
@@ -117,7 +127,7 @@ class _OnTheCPU(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in _device_constructors() and kwargs.get("device") is None:
-            kwargs["device"] = CPU  # also inside `with device:`, which names it later
+            kwargs["device"] = CPU  # also inside `with device:`, which would name the GPU later
         args = tuple(CPU if _is_gpu(value) else value for value in args)
         kwargs = {name: CPU if _is_gpu(value) else value for name, value in kwargs.items()}
         if self.blank and func is torch.randn:
@@ -137,10 +147,11 @@ class _CPUGenerator(torch.Generator):
 def checks_and_timings(
     collector: Collector, capability: int, sizes: Sizes, shapes: Shapes, seed: int, ops: tuple[str, ...] = checks.OPS
 ) -> Iterator[tuple[str, str]]:
-    """Runs every case of the ops' checks, and ours at every shape that is timed if they are green; nothing is judged.
+    """Runs every case of the ops' checks, and ours at every shape that is timed if these checks are green. Nothing is
+    judged.
 
     Yields:
-        (case, why it could not be followed to its end), which is "" for most.
+        (case, why the case could not be followed to its end), and the reason is "" for most cases.
     """
     collector.capability = capability
     for module in (*gpu_check.CASES.values(), speed_forms, speed_unmask_forms):
@@ -181,7 +192,7 @@ def _follow(collector: Collector, name: str, case: Callable[[], None], blank: bo
     try:
         with torch.no_grad(), _OnTheCPU(blank):
             case()
-    except Exception as error:  # a check that is skipped, too: its kernels are not known
+    except Exception as error:  # this includes a check that is skipped: its kernels are not known
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return name, reason
 
@@ -192,7 +203,7 @@ class _OneSet(Bench):
 
 
 def _doubled(ops: Ops) -> Ops:
-    """Ours, which computes nothing here, and then the reference."""
+    """Ops that call ours, which compute nothing here, and then return what the reference computes."""
 
     def both(name: str) -> Callable:
         ours, expected = getattr(ops, name), getattr(reference, name)

@@ -16,14 +16,16 @@ Key = tuple[str, str, str, str]
 
 
 class ResultError(ValueError):
-    """A file that is no result, or two that cannot be compared; the message says which rule and what was found."""
+    """A file that is no result, or two files that cannot be compared; the message says which rule is broken and what
+    was found."""
 
 
 def load(path: Path) -> dict[str, Any]:
     """A result file of `kernels` or `gpu-check`: the document, or the lines (.jsonl) of a run that may have been cut
     off.
 
-    Raises ResultError.
+    Raises:
+        ResultError: the file is no such result.
     """
     try:
         is_lines = path.suffix == ".jsonl"
@@ -44,8 +46,12 @@ def load(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One row that both files have a time for. ratio: B over A, above 1 is slower. noise: of both, as shares of their
-    times."""
+    """One row that both files have a time for.
+
+    Attributes:
+        ratio: B's time over A's; above 1, B is slower.
+        noise: what both files say of the row's noise, added up, as a share of its time.
+    """
 
     key: Key
     a_us: float
@@ -66,9 +72,11 @@ class Comparison:
     """What two files say of each other.
 
     Attributes:
-        differences: facts of the machine that differ, "name: A, B". pairs: rows with a time in both. only: rows of one
-            file alone, with the file's letter. lost: rows that had a time in A and FAILED in B, with the reason.
-            untimed: rows without a time in one or both, other than lost ones.
+        differences: facts of the machine that differ, "name: A, B".
+        pairs: rows with a time in both files.
+        only: rows of one file alone, with the letter of that file.
+        lost: rows that had a time in A and FAILED in B, with the reason.
+        untimed: the other rows without a time in one file or in both.
     """
 
     differences: list[str]
@@ -79,7 +87,8 @@ class Comparison:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Comparison:
-    """Row by row. Raises ResultError for files of different commands, or one in which nothing was measured."""
+    """Compares row by row. Raises ResultError for files of different commands, and for a file in which nothing was
+    measured."""
     if a["command"] != b["command"]:
         raise ResultError(f"both files must be of one command, got A: {a['command']}, B: {b['command']}")
     for letter, document in (("A", a), ("B", b)):
@@ -106,8 +115,8 @@ def _rows(document: dict[str, Any]) -> dict[Key, dict[str, Any]]:
 
 
 def _noise(row: dict[str, Any]) -> float:
-    """What a difference must exceed: ours against ours in the shape, or the spread of the row itself if that is
-    more."""
+    """What a difference must exceed: the difference of ours against ours in this shape, or the spread of the row itself
+    if the spread is larger."""
     return max(row.get("noise", 0.0), (row["p80_us"] - row["p20_us"]) / 2 / row["p50_us"])
 
 
@@ -116,7 +125,7 @@ def _name(key: Key) -> str:
 
 
 def report(found: Comparison, tolerance: float, across_devices: bool) -> tuple[list[str], int]:
-    """The text and the exit status: 0 no row is slower, 1 one is or lost its time, 2 not compared."""
+    """The text and the exit status: 0 no row is slower, 1 a row is slower or lost its time, 2 nothing was compared."""
     lines = [f"the machines differ in {difference}" for difference in found.differences]
     status = 0
     if found.differences and not across_devices:

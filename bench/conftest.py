@@ -1,4 +1,5 @@
-"""Microbenchmarks run from a bare checkout too, and register their marker here: bench/ is not among the test paths."""
+"""Registers the marker of the microbenchmarks, and lets them run from a bare checkout: bench/ is not among the test
+paths."""
 
 from __future__ import annotations
 

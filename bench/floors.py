@@ -1,5 +1,5 @@
-"""The least a kernel can do: bytes it must move and operations it must multiply, from the shape alone. Arithmetic, no
-torch."""
+"""The least a kernel can do: the bytes that it must move and the operations that it must multiply, computed from the
+shape alone. This is arithmetic and needs no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .shapes import Model
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a piece of work cannot do without. What runs one after the other adds up, each part bound by its own
-    ceiling.
+    """What a piece of work cannot do without. Parts that run one after the other add up, and each part is bound by its
+    own ceiling.
 
     Attributes:
         parts: (bytes moved, operations multiplied) of each part.
@@ -29,7 +29,7 @@ class Cost:
         return sum(flops for _, flops in self.parts)
 
     def floor_us(self, copy_tb_s: float, gemm_tflop_s: float) -> float:
-        """Microseconds at these ceilings: the longer of moving and multiplying, of every part, added up."""
+        """Microseconds at these ceilings: for every part the longer of moving and multiplying, added up."""
         return sum(max(nbytes / copy_tb_s / 1e6, flops / gemm_tflop_s / 1e6) for nbytes, flops in self.parts)
 
 
@@ -59,13 +59,14 @@ def decode(model: Model, lengths: Sequence[int], window: int | None = None, cach
 
 
 def visible_pairs(visibility: str, L: int, block: int) -> int:
-    """Pairs of a query and a key it sees, in one window of L positions without a cache."""
+    """How many pairs of a query and a key that the query sees there are in one window of L positions without a
+    cache."""
     if visibility == "full":
         return L * L
     if visibility == "causal":
         return L * (L + 1) // 2
-    whole, rest = divmod(L, block)
-    return block * block * whole * (whole + 1) // 2 + rest * L
+    blocks, tail = divmod(L, block)
+    return block * block * blocks * (blocks + 1) // 2 + tail * L
 
 
 def prefill(model: Model, L: int) -> Cost:
@@ -75,12 +76,12 @@ def prefill(model: Model, L: int) -> Cost:
 
 
 def confidence(N: int, V: int, itemsize: int, kl: bool = False) -> Cost:
-    """N rows of logits read once; with the divergence from the previous step, that step's rows too."""
+    """N rows of logits, read once; for the divergence from the previous step, that step's rows are read as well."""
     return cost(N * V * itemsize * (1 + kl))
 
 
 def unmask(B: int, lanes: int) -> Cost:
-    """Per lane: the token read and written (16 bytes), its prediction (8), its score (4)."""
+    """A lane's token is read and written (16 bytes), and its prediction (8) and its score (4) are read."""
     return cost(28 * B * lanes)
 
 
@@ -93,7 +94,8 @@ def matrices(model: Model, layers: int | None = None) -> int:
 
 
 def step(model: Model, B: int, prefix: int, layers: int | None = None) -> Cost:
-    """A denoise step of a dense model: every weight read, attention of every layer, logits written and read."""
+    """A denoise step of a dense model: every weight is read, every layer attends, and the logits are written and
+    read."""
     count, weights, W = model.layers if layers is None else layers, matrices(model, layers), model.window
     attention = decode(model, [prefix] * B)
     return Cost(

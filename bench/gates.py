@@ -1,4 +1,4 @@
-"""`python -m bench gates RESULT.json`: what the kernels are held to, as ratios, computed from one result file.
+"""`python -m bench gates RESULT.json`: what the kernels are held to, as ratios that are computed from one result file.
 
 A gate that the file has no rows for is "not measured", never met. Every gate is judged by the worst of its rows.
 """
@@ -28,8 +28,12 @@ INSTRUCTIONS_PER_ELEMENT = 10.5
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """One line of the table. `value`: the worst measured; `detail`: of which row, out of how many, or why there is
-    none."""
+    """One line of the table.
+
+    Attributes:
+        value: the worst value that was measured.
+        detail: the row of that value, out of how many rows; or why there is no value.
+    """
 
     goal: str
     rule: str
@@ -59,8 +63,8 @@ class Row:
         return self.times[candidate]["p50_us"] / self.ours["p50_us"] if candidate in self.times else None
 
     def best_baseline(self) -> float | None:
-        others = [row["p50_us"] for name, row in self.times.items() if not name.startswith("ours")]
-        return min(others) / self.ours["p50_us"] if others else None
+        baselines = [row["p50_us"] for name, row in self.times.items() if not name.startswith("ours")]
+        return min(baselines) / self.ours["p50_us"] if baselines else None
 
 
 def evaluate(document: dict[str, Any]) -> list[Gate]:
@@ -93,7 +97,7 @@ def _rows(timings: Iterable[dict[str, Any]]) -> Iterator[Row]:
 def _gate(
     goal: str, rule: str, rows: Iterable[Row], value: Callable[[Row], float | None], bound: float, at_most: bool = False
 ) -> Gate:
-    """The worst value of the rows against a bound."""
+    """The worst value of the rows, judged against a bound."""
     values = [(taken, row.name) for row in rows if (taken := value(row)) is not None]
     if not values:
         return Gate(goal, rule, None, NOT_MEASURED, "no row with the times it needs")
@@ -110,11 +114,11 @@ def _decode(rows: list[Row], copy: float | None) -> Iterator[Gate]:
     large, goal = [r for r in rows if r.facts["kv_bytes"] >= LARGE_KV], "decode attention, >= 30 MB KV a layer"
     equal = [r for r in large if r.facts["equal"]]
     above = 0
-    for most, bound in DECODE_CLASSES:
-        chosen = [r for r in equal if above < r.W_x_G <= most]
-        rule = f"share of copy bandwidth >= {bound} at {above} < W x G <= {most}"
+    for largest, bound in DECODE_CLASSES:
+        chosen = [r for r in equal if above < r.W_x_G <= largest]
+        rule = f"share of copy bandwidth >= {bound} at {above} < W x G <= {largest}"
         yield _gate(goal, rule, chosen, lambda r: _share_of_copy(r, copy), bound)
-        above = most
+        above = largest
     yield _gate(goal, "best torch baseline / ours >= 1.0", large, Row.best_baseline, 1.0)
     special = [r for r in large if not r.facts["equal"] or r.facts["G"] == 7]
     yield _gate(
@@ -233,7 +237,7 @@ def _static(static: dict[str, Any] | None) -> Iterator[Gate]:
 
 
 def lines(gates: Iterable[Gate]) -> list[str]:
-    """The table as text, and a line that counts."""
+    """The table as text, and a line that counts the verdicts."""
     gates = list(gates)
     rows = [(g.verdict, "-" if g.value is None else f"{g.value:.3g}", g.goal, g.rule, g.detail) for g in gates]
     header = ("verdict", "value", "gate", "rule", "of")

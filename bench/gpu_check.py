@@ -31,15 +31,15 @@ from .speed import unmask_forms as speed_unmask_forms
 from .speed.run import OURS, Bench, Ceilings, Shape, Timing, time_shapes
 from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 
-# Cheap and basic first.
+# The ops in the order in which they are checked: the cheap and basic ones come first.
 CASES = {
     "confidence": check_confidence,
     "unmask": check_unmask,
     "block_attention": check_attention,
     "decode": check_decode,
 }
-# What is timed: its shapes, and the ops whose checks must be green for that. What a gate is about comes first: time may
-# run out. The forms of attention are also checked at every shape, by `Work.check`.
+# What is timed: its shapes, and the ops whose checks must be green before. What a gate is about comes first, because
+# time may run out. The forms of attention and of `unmask` are also checked at every shape, by `Work.check`.
 TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "attention-decode": (speed_attention.decode_shapes, ("block_attention",)),
     "attention-ragged": (speed_attention.ragged_shapes, ("block_attention",)),
@@ -56,16 +56,16 @@ CasesOf = Callable[[Ops, torch.device, Sizes, int, Collection[str]], list[tuple[
 
 
 def needed_checks(timings: Collection[str]) -> tuple[str, ...]:
-    """The ops that have to be green before these are timed."""
+    """The ops that have to be green before these timings are taken."""
     return tuple(op for op in OPS if any(op in TIMINGS[name][1] for name in timings))
 
 
 def cases_of(
     ops: Ops, device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str] = OPS
 ) -> list[tuple[str, Case]]:
-    """Every case of the wanted ops, with its op; the same code for a GPU and for the interpreter, at other sizes.
+    """Every case of the wanted ops, with its op. A GPU and the interpreter run the same cases, at other sizes.
 
-    A name comes once in an op: two cases of one name draw the same random numbers, and are the same case.
+    A name stands once in an op: two cases of one name draw the same random numbers, so they are the same case.
     """
     found: dict[tuple[str, str], tuple[str, Case]] = {}
     for op, module in CASES.items():
@@ -98,10 +98,14 @@ class Rig:
     """What a run runs on. `cuda_rig` is the real one; a test may build a small one on the CPU.
 
     Attributes:
-        facts: device, driver, versions and commit, for the report. ops: makes the ops (it may raise).
-        ceilings: measures them (it may raise). prepare: takes samples of a candidate.
-        processes: how many run the checks side by side; `ops` and `cases` are pickled for them. 0 = this one, alone.
-        compile_seconds: for the baselines in all. case_seconds: a check that takes longer costs its process.
+        facts: device, driver, versions and commit, for the report.
+        ops: makes the ops (this may raise).
+        ceilings: measures the ceilings (this may raise).
+        prepare: takes samples of a candidate.
+        processes: how many processes run the checks side by side; `ops` and `cases` are pickled for them. 0 = this
+            process alone.
+        compile_seconds: what compiling the baselines may take in all.
+        case_seconds: a check that takes longer costs its process.
     """
 
     device: torch.device
@@ -130,7 +134,8 @@ def cuda_rig(
     """The current CUDA device, the Triton kernels, and the sizes of published models.
 
     Args:
-        commit: of the checkout, if git does not know. facts: more of them.
+        commit: the checkout's commit, for a checkout in which git does not know the commit.
+        facts: more facts of the run.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     known = machine.commit()
@@ -161,7 +166,8 @@ def cuda_rig(
 def check_side_by_side(
     rig: Rig, ops: Ops, seed: int, wanted: Collection[str], record: Record, say: Callable[[str], None]
 ) -> None:
-    """Every check of the wanted ops in the rig's processes; a line as each begins, and one as it ends."""
+    """Runs every check of the wanted ops in the rig's processes; prints a line as each check begins, and one as it
+    ends."""
     cases = rig.cases(ops, rig.device, rig.sizes, seed, wanted)
     jobs = [shards.Job(op, name) for op, (name, _) in cases]
     for op in dict.fromkeys(job.group for job in jobs):
@@ -186,7 +192,7 @@ def check_side_by_side(
 def _runner(
     cases: CasesOf, make_ops: Callable[[], Ops], device: torch.device, sizes: Sizes, seed: int, wanted: Collection[str]
 ) -> shards.Work:
-    """Runs a case by its place among all, and says whether the process can run another."""
+    """What runs a case by its place among all cases, and says whether the process can run another case."""
     known = cases(make_ops(), device, sizes, seed, wanted)
 
     def work(index: int) -> tuple[Check, bool]:
@@ -204,19 +210,19 @@ def _runner(
     return work
 
 
-def _in_a_process(cases: CasesOf, make_ops: Callable[[], Ops], device: torch.device, *others: Any) -> shards.Work:
-    """The same in one process of many."""
+def _in_a_process(cases: CasesOf, make_ops: Callable[[], Ops], device: torch.device, *arguments: Any) -> shards.Work:
+    """`_runner` for one process of many."""
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return _runner(cases, make_ops, device, *others)
+    return _runner(cases, make_ops, device, *arguments)
 
 
 def time_all(
     bench: Bench, ops: Ops, shapes: Shapes, wanted: Sequence[str], record: Record, say: Callable[[str], None]
 ) -> None:
-    """Times what is correct, in the order wanted; what is not gets a row that says so. A line as each row is
-    measured."""
+    """Times what is correct, in the order wanted, and prints a line as each row is measured. What is not correct gets a
+    row that says so."""
     checks = record.of_ops()
     record.plan_timings(
         (shape.op, shape.model, shape.label) for op in wanted for shape in TIMINGS[op][0](None, None, shapes)
@@ -252,11 +258,11 @@ def gpu_check(
     """Prints everything and returns the exit status: 0 green, 1 red.
 
     Args:
-        out: folder for `command`.jsonl, which is written line by line, and `command`.json at the end; None = print
-            only.
-        wanted: names of TIMINGS in the order in which they are timed. "gpu-check" checks every op whatever is timed,
-            others those that these need.
-        finish: called with the document before it is printed (plots).
+        out: folder for `command`.jsonl, which is written line by line, and for `command`.json at the end; None =
+            nothing is written.
+        wanted: names of TIMINGS in the order in which they are timed. "gpu-check" checks every op whatever is timed;
+            another command checks the ops that these timings need.
+        finish: called with the document before the document is printed (plots).
     """
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
@@ -279,7 +285,7 @@ def gpu_check(
         record.measured(ceilings)
         for line in report.ceiling_lines(dataclasses.asdict(ceilings)):
             say(line)
-    except Exception as error:  # correctness can be checked all the same
+    except Exception as error:  # without ceilings, correctness can be checked all the same
         say(f"    FAILED: {short(error)}")
 
     say("\ncorrectness")

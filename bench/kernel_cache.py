@@ -1,10 +1,11 @@
-"""Kernels compiled on another machine: the file they travel in, and their place in this machine's Triton cache.
+"""Kernels that were compiled on another machine: the file that they travel in, and their place in this machine's Triton
+cache.
 
 The file is a tar.xz of `manifest.json`, `launchers.json` and a folder for each kernel with its machine code and
 metadata. Triton finds a kernel by a key over its source, its options and the installation, down to the bytes of its
 libraries, which differ from one Python version to another. So the file holds a kernel under the part of the key that is
-the kernel's own, and the rest is added where it is placed. Where the kernel's own part does not agree, Triton compiles:
-a cache makes a run faster, never different.
+the kernel's own, and the part of the installation is added where the kernel is placed. Where the kernel's own part does
+not agree, Triton compiles: a cache makes a run faster, never different.
 """
 
 from __future__ import annotations
@@ -26,20 +27,26 @@ from typing import Any
 
 from . import machine
 
-# Without line numbers the machine code is smaller. The variable is part of the key: it must be the same where a kernel
-# is looked for.
+# Without line numbers the machine code is smaller. The variable is part of the key, so its value must be the same where
+# a kernel is looked for.
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 KEPT = (".cubin", ".json")
 GROUP = "__grp__"  # what Triton calls the file that lists a kernel's files
 
 
 class CacheError(RuntimeError):
-    """A file that is no cache; the message says why."""
+    """A file that is no cache of kernels; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One kernel in the file. folder: there. source, options: hashes of them, Triton's. target: compute capability."""
+    """One kernel in the file.
+
+    Attributes:
+        folder: the kernel's folder in the file.
+        source, options: Triton's hashes of the kernel's source and options.
+        target: compute capability.
+    """
 
     folder: str
     source: str
@@ -49,12 +56,15 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What the kernels were made of and by.
+    """What the kernels were made of, and by what.
 
     Attributes:
-        triton: version. ptxas: version, by target. environment: the variables that Triton counts as part of a key.
-        commit, sources: of the checkout; `sources` is a hash of its Python files. seed: of the checks' inputs, which
-            decide which optional arguments a case has, and thereby its kernels.
+        triton: version of Triton.
+        ptxas: version of ptxas, by target.
+        environment: the variables that Triton counts as part of a key.
+        commit: of the checkout.
+        sources: a hash of the checkout's Python files.
+        seed: of the checks' inputs, which decide which optional arguments a case has, and thereby its kernels.
     """
 
     triton: str
@@ -67,21 +77,21 @@ class Manifest:
 
 
 def pack(path: Path, manifest: Manifest, files: Path, launchers: Sequence[str]) -> None:
-    """Writes the file. files: a folder with those of `manifest.kernels`."""
+    """Writes the file. `files` is a folder that holds the folders of `manifest.kernels`."""
     texts = {"manifest.json": json.dumps(dataclasses.asdict(manifest)), "launchers.json": json.dumps(list(launchers))}
     with tarfile.open(path, "w:xz", preset=9) as archive:
         for name, text in texts.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(text.encode())
             archive.addfile(entry, io.BytesIO(text.encode()))
-        # Alike beside alike: the compression sees only so far back.
+        # Files that are alike lie beside each other, because the compression sees only so far back.
         for file in sorted(files.rglob("*"), key=lambda file: (file.suffix, file.name, file.stat().st_size)):
             if file.suffix in KEPT and not file.name.startswith(GROUP):
                 archive.add(file, arcname=str(file.relative_to(files)))
 
 
 def unpack(path: Path, folder: Path) -> tuple[Manifest, list[str]]:
-    """The manifest, and the C sources of the launchers; the kernels' files lie in the folder then. Raises
+    """The manifest, and the C sources of the launchers; afterwards `folder` holds the kernels' files. Raises
     CacheError."""
     try:
         with tarfile.open(path, "r:xz") as archive:
@@ -94,7 +104,7 @@ def unpack(path: Path, folder: Path) -> tuple[Manifest, list[str]]:
 
 
 def environment() -> dict[str, str]:
-    """The variables that Triton counts as part of a key, as they are."""
+    """The variables that Triton counts as part of a key, with their values here."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     return get_cache_invalidating_env_vars()
@@ -111,7 +121,7 @@ def place(manifest: Manifest, files: Path, cache: Path) -> tuple[int, str]:
     """Puts every kernel where Triton looks for it.
 
     Returns:
-        (how many, why not all), the reason "" if all are.
+        (how many kernels were placed, why not all of them), the reason being "" if all were.
     """
     import triton
     from triton.runtime.cache import _base32, triton_key
@@ -121,13 +131,13 @@ def place(manifest: Manifest, files: Path, cache: Path) -> tuple[int, str]:
     if environment() != manifest.environment:
         return 0, f"made under {manifest.environment}, here is {environment()}"
     here = {target: ptxas(int(target)) for target in manifest.ptxas}
-    other = [
+    differences = [
         f"ptxas {made} for sm_{target}, here {here[target]}"
         for target, made in manifest.ptxas.items()
         if here[target] != made
     ]
-    if other:
-        return 0, f"made by {', '.join(other)}"
+    if differences:
+        return 0, f"made by {', '.join(differences)}"
     variables = str(sorted(environment().items()))
     for kernel in manifest.kernels:
         key = f"{triton_key()}-{kernel.source}-{here[str(kernel.target)]}-{kernel.options}-{variables}"
@@ -143,8 +153,8 @@ def place(manifest: Manifest, files: Path, cache: Path) -> tuple[int, str]:
 
 
 def build_launchers(sources: Sequence[str]) -> int:
-    """Builds, where Triton looks for them, the C extensions through which it launches; older Tritons have one for each
-    signature."""
+    """Builds the C extensions through which Triton launches kernels, where Triton looks for them; older Tritons have
+    one extension for each signature."""
     from triton.backends.nvidia import driver
     from triton.runtime.build import compile_module_from_src
 
@@ -159,15 +169,21 @@ def build_launchers(sources: Sequence[str]) -> int:
     def build(source: str) -> None:
         compile_module_from_src(src=source, name="__triton_launcher", **options)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler is a process of its own
+    # The C compiler is a process of its own, so threads are enough.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(build, sources))
     return len(sources)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A cache in use. folder: Triton's. commit: of its sources, None if they are not those here. facts: for the
-    report."""
+    """A cache in use.
+
+    Attributes:
+        folder: the Triton cache.
+        commit: the commit of the cache's sources; None if these are not the sources here.
+        facts: what the report says of the cache.
+    """
 
     manifest: Manifest
     folder: Path
@@ -175,14 +191,14 @@ class Placed:
     facts: dict[str, Any]
 
     def compiled_since(self) -> int:
-        """How many kernels Triton has compiled besides."""
+        """How many kernels Triton has compiled besides those of the file."""
         return sum(1 for _ in self.folder.glob("*/*.cubin")) - self.facts["placed"]
 
 
 @contextlib.contextmanager
 def placed(path: Path) -> Iterator[Placed]:
-    """For this process and those it starts: a Triton cache of their own that holds the kernels of a file. Raises
-    CacheError."""
+    """Gives this process, and those that it starts, a Triton cache of their own that holds the kernels of a file.
+    Raises CacheError."""
     before = dict(os.environ)
     with (
         tempfile.TemporaryDirectory(prefix="dlm-fast-") as files,
@@ -196,7 +212,7 @@ def placed(path: Path) -> Iterator[Placed]:
             launchers = 0
             try:
                 launchers = build_launchers(sources) if count else 0
-            except Exception as error:  # each is built at its first launch then
+            except Exception as error:  # every launcher is then built at its first launch
                 reason = (
                     f"the launchers cannot be built ahead: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 )

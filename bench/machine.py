@@ -1,4 +1,4 @@
-"""What the numbers were taken on: device, driver, versions, commit."""
+"""What the numbers were taken on: the device, its driver, versions, the commit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """A hash of the checkout's Python files: says without git whether two checkouts are of one commit."""
+    """A hash of the checkout's Python files, which says without git whether two checkouts are of one commit."""
     digest = hashlib.sha256()
     for folder in ("kernels", "dlm_fast", "bench"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -59,7 +59,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """stdout of a command, or None if it is absent or fails."""
+    """What a command wrote to stdout, or None if the command is absent or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

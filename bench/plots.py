@@ -13,8 +13,8 @@ OURS_COLOUR, BASELINE_COLOUR = "#1b6ca8", "#d1495b"
 def draw(result: dict[str, Any], out: Path) -> list[Path]:
     """Writes `out`/kernels_<op>.png for every op that has a time, and returns the paths. Needs matplotlib.
 
-    A shape in which ours has no time is on the plot too, without a mark: a gap is a finding. The bar through a mark
-    spans the 20th to the 80th percentile.
+    A shape in which ours has no time is on the plot too, without a mark, because a gap is a finding. The bar through a
+    mark spans the 20th to the 80th percentile.
     """
     import matplotlib
 

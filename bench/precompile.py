@@ -21,7 +21,7 @@ from .checks import run as checks
 from .collect import Variant
 from .shapes import CHECK_SHAPES, Shapes
 
-# Nothing but the machine code is needed of what is compiled.
+# Of what is compiled, only the machine code is needed.
 ENVIRONMENT = kernel_cache.ENVIRONMENT | {"TRITON_STORE_BINARY_ONLY": "1"}
 
 
@@ -35,14 +35,14 @@ def precompile(
     shapes: Shapes = CHECK_SHAPES,
     ops: tuple[str, ...] = checks.OPS,
 ) -> int:
-    """Collects, compiles and packs. Exit status: 0; 1 if something did not compile or could not be followed, each
-    named.
+    """Collects, compiles and packs. Exit status: 0; 1 if something did not compile or could not be followed, and each
+    such thing is named.
 
     Args:
-        targets: compute capabilities (90). seed: of the checks' inputs: which optional arguments a case has hangs on
-            it.
-        jobs: processes that compile. ops: of checks.OPS; what is timed is followed where all ops that it needs are
-            among them.
+        targets: compute capabilities (90).
+        seed: of the checks' inputs, on which depends which optional arguments a case has.
+        jobs: processes that compile.
+        ops: of checks.OPS; what is timed is followed where all ops that it needs are among them.
     """
     torch.set_num_threads(1)
     collector, lost = collect.Collector(), 0
@@ -80,8 +80,8 @@ def precompile(
 
 
 def _compiled(variants: Sequence[Variant], jobs: int, say: Callable[[str], None]) -> Iterator[tuple[int, str]]:
-    """(index, error or "") of each, as they come. In forked processes: what was collected is there, and cannot be
-    pickled."""
+    """(index, error or "") of each variant, as they are compiled, in forked processes: these have what was collected,
+    which cannot be pickled."""
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=context, initializer=_hold, initargs=(variants,)
@@ -106,7 +106,7 @@ def _compile(index: int) -> str:
     try:
         triton.compile(variant.source, target=variant.target, options=variant.options.__dict__)
     except Exception as error:
-        # Triton says first where it was called from, with the code, and last what is wrong.
+        # Triton's message begins with the place of the call and its code, and ends with what is wrong.
         while error.__cause__ is not None:
             error = error.__cause__
         return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
@@ -114,7 +114,7 @@ def _compile(index: int) -> str:
 
 
 def _kernel(variant: Variant, cache: Path) -> kernel_cache.Kernel:
-    """Its entry: where Triton has put it, and the parts of its key that are its own."""
+    """The kernel's entry: where Triton has put the kernel, and the parts of its key that are its own."""
     key = get_cache_key(
         variant.source, make_backend(variant.target), variant.options, env_vars=kernel_cache.environment()
     )
@@ -123,8 +123,8 @@ def _kernel(variant: Variant, cache: Path) -> kernel_cache.Kernel:
 
 
 def _launchers(variants: Sequence[Variant]) -> list[str]:
-    """The C sources of the extensions through which Triton launches them: one for each signature; none where it has one
-    for all."""
+    """The C sources of the extensions through which Triton launches the variants: one for each signature, or none where
+    one extension serves all signatures."""
     if not hasattr(driver, "make_launcher"):
         return []
 

@@ -35,7 +35,7 @@ from .quality_report import plot, table
 
 MODELS = EMBEDDED
 MAX_NEW_TOKENS = 64
-BLOCK_LENGTH = 8  # of models of full visibility, which were trained with any; tiny-block has its own
+BLOCK_LENGTH = 8  # of models of full visibility, which were trained with any length; tiny-block has a length of its own
 # What cannot run on these models, and why; every other preset is run.
 LEFT_OUT = {
     "fast-dllm-v2": "needs a model whose rows predict the next position",
@@ -66,7 +66,7 @@ SWEEPS: dict[str, Sequence[dict[str, Any]]] = {
         {"append_threshold": 1.0, "activate_threshold": 1.0},
     ),
 }
-# What its prompt changes is all that this model adds: the uncached loops, and decoders that keep a prompt's keys.
+# This model adds only what an isolated prompt changes: the uncached loops, and decoders that keep a prompt's keys.
 ONLY = {
     "tiny-isolated": (
         "llada", "fast-dllm", "fast-dllm-prefix", "fast-dllm-dual", "freecache", "dinfer", "dkv-cache", "d3llm",
@@ -86,7 +86,7 @@ VARIATIONS = (
     "eb-sampler", "prophet", "sched", "local-leap", "streaming-dllm", "dpad",
 )  # fmt: skip
 PARTS = {**dict.fromkeys(CANVAS, 10), **dict.fromkeys(SLOW, 5), **dict.fromkeys(VARIATIONS, 2)}
-# One token per step, what all others are held to: on every prompt all the same.
+# One token per step, which all other settings are held to; this one is measured on every prompt.
 BASELINE = ("tiny-full", "llada", {"block_length": BLOCK_LENGTH})
 
 
@@ -96,7 +96,7 @@ class QualityError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A point: a model, a preset, and what of the preset is changed."""
+    """A point: a model, a preset, and which options of the preset are changed."""
 
     model: str
     preset: str
@@ -111,20 +111,21 @@ class Setting:
         return label(self.preset, self.options)
 
     def prompts(self, per_task: int) -> int:
-        """How many prompts of every task it is measured on."""
+        """How many prompts of every task the setting is measured on."""
         parts = 1 if (self.model, self.preset, self.options) == BASELINE else PARTS.get(self.preset, 1)
         return -(-per_task // parts)
 
 
 def label(preset: str, options: dict[str, Any]) -> str:
-    """A preset and what of it is changed, without what every row has."""
+    """A preset and its changed options, without those that every row has."""
     common = {"block_length": BLOCK_LENGTH, **NEEDED.get(preset, {})}
     changed = {name: value for name, value in options.items() if name not in common or value != common[name]}
     return " ".join([preset, *(f"{name}={value}" for name, value in changed.items())])
 
 
 def visibility_of(model: str) -> str:
-    """Of an embedded model, from its config.json: the weights need not be opened to list what is run on them."""
+    """The visibility of an embedded model, read from its config.json: the weights need not be opened to list what is
+    run on them."""
     config = json.loads((checkpoint_path(model) / "config.json").read_text())
     return DiffusionConfig.from_dict(config["dlm"]).visibility
 
@@ -139,9 +140,9 @@ def settings(models: Iterable[str] = MODELS, presets: Iterable[str] | None = Non
             preset = PRESETS[name]
             if preset.visibility != visibility or name in LEFT_OUT or name not in ONLY.get(model, (name,)):
                 continue
-            own = {"block_length": BLOCK_LENGTH} if visibility == "full" and preset.schedule != "canvas" else {}
-            more = () if model in ONLY else SWEEPS.get(name, ())
-            found += [Setting(model, name, {**own, **NEEDED.get(name, {}), **changed}) for changed in ({}, *more)]
+            block = {"block_length": BLOCK_LENGTH} if visibility == "full" and preset.schedule != "canvas" else {}
+            sweep = () if model in ONLY else SWEEPS.get(name, ())
+            found += [Setting(model, name, {**block, **NEEDED.get(name, {}), **changed}) for changed in ({}, *sweep)]
     return found
 
 
@@ -153,8 +154,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def share_error(share: float, n: int) -> float:
-    """Standard error of a share of n prompts, after two more of either kind (Agresti and Coull 1998): not 0 where all
-    are right."""
+    """Standard error of a share of n prompts, after two prompts of either kind are added (Agresti and Coull 1998): the
+    error is not 0 where all are right."""
     p = (share * n + 2) / (n + 4)
     return math.sqrt(p * (1 - p) / (n + 4))
 
@@ -170,7 +171,7 @@ def measure(
     started, cpu = time.perf_counter(), time.process_time()
     for task, samples in prompts.items():
         hits = 0
-        # A batch costs what its longest row does: rows of like length go together, which changes no result.
+        # A batch costs what its longest row costs, so rows of like length go together, which changes no result.
         samples = sorted(samples, key=lambda sample: len(sample.answer))
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
@@ -211,13 +212,14 @@ def conditions(per_task: int, seed: int) -> dict[str, Any]:
 
 @functools.cache
 def weights() -> str:
-    """What the embedded models and heads hold, 16 hexadecimal digits: results of other weights do not go with these."""
+    """A hash of 16 hexadecimal digits over what the embedded models and heads hold: results of other weights do not go
+    with these."""
     files = sorted(CHECKPOINTS.glob("*/*.safetensors"))
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
 
 
 def read(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """A result file. Raises QualityError if it is none, or one of other prompts."""
+    """A result file. Raises QualityError if the file is no result, or is one of other prompts."""
     try:
         document = json.loads(file.read_text())
         rows = {Setting(row["model"], row["preset"], row["options"]).key for row in document["settings"]}
@@ -243,7 +245,8 @@ def finished(files: Iterable[Path], per_task: int, seed: int) -> dict[str, dict[
 
 
 def drawn(per_task: int, seed: int) -> dict[str, list[Sample]]:
-    """`per_task` held-out prompts of every task; fewer are the first ones of more."""
+    """`per_task` held-out prompts of every task; a smaller number gives the first of the prompts that a larger one
+    gives."""
     return {task: held_out(task, per_task, seed) for task in TASKS}
 
 
@@ -251,7 +254,7 @@ class Models:
     """The embedded models, opened when they are first asked for."""
 
     def __init__(self) -> None:
-        transformers.utils.logging.disable_progress_bar()  # its bar for loading weights would run through ours
+        transformers.utils.logging.disable_progress_bar()  # transformers' bar would run through our lines
         self._loaded: dict[str, torch.nn.Module] = {}
 
     def __getitem__(self, name: str) -> torch.nn.Module:
@@ -270,8 +273,8 @@ def run(
     presets: Sequence[str] | None,
     earlier: Sequence[Path],
 ) -> dict[str, Any]:
-    """Measures every setting that `earlier` results do not hold; writes quality.json after each, then the table and the
-    plot."""
+    """Measures every setting that `earlier` results do not hold. quality.json is written after each setting, the table
+    and the plot at the end."""
     wanted = settings(models, presets)
     done = finished(earlier, per_task, seed)
     prompts, opened = drawn(per_task, seed), Models()
@@ -305,11 +308,11 @@ def run(
 
 
 def check(file: Path, *, count: int, batch_size: int, choice: int = 0) -> list[str]:
-    """Measures `count` settings of a result file again, on its own prompts; says of each whether it is within the
-    stated noise.
+    """Measures `count` settings of a result file again, on the file's own prompts, and says of each whether it is
+    within the stated noise.
 
-    The prompts are the same and decoding is greedy, so what may differ is rounding: by at most one stated standard
-    error. choice: seeds which settings. Every line begins with "same" or "DIFFERS".
+    The prompts are the same and decoding is greedy, so only rounding may differ: by at most one stated standard error.
+    `choice` seeds which settings are measured. Every line begins with "same" or "DIFFERS".
     """
     document = read(file, {name: value for name, value in conditions(0, 0).items() if name not in ("per_task", "seed")})
     prompts, opened, lines = drawn(document["per_task"], document["seed"]), Models(), []
@@ -325,13 +328,13 @@ def check(file: Path, *, count: int, batch_size: int, choice: int = 0) -> list[s
         again = measure(opened[setting.model], setting, some, batch_size)
         found = {name: (row[name], again[name], row[f"{name}_se"]) for name in ("exact_match", "nfe", "query_tokens")}
         same = all(abs(a - b) <= noise for a, b, noise in found.values())
-        said = ", ".join(f"{name} {a:.4g} -> {b:.4g} (se {noise:.2g})" for name, (a, b, noise) in found.items())
-        lines.append(f"{'same' if same else 'DIFFERS':8}{setting.model} {setting.label}: {said}")
+        changes = ", ".join(f"{name} {a:.4g} -> {b:.4g} (se {noise:.2g})" for name, (a, b, noise) in found.items())
+        lines.append(f"{'same' if same else 'DIFFERS':8}{setting.model} {setting.label}: {changes}")
     return lines
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces the file only once all of it is written."""
+    """Replaces the file, once all of the text is written."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""What `python -m bench quality` found, for reading: tables and the plot."""
+"""What `python -m bench quality` found, for reading: its tables and the plot."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# What keeps keys that go stale, as the first section compares them: (what it is called, preset).
+# The caches whose keys go stale, as the first section compares them: (what the cache is called, preset).
 STALE = (
     ("none", "fast-dllm"),
     ("prefix", "fast-dllm-prefix"),
@@ -58,7 +58,7 @@ def exact(row: Row) -> str:
 
 
 def find(rows: Sequence[Row], preset: str, model: str | None = None, **options: Any) -> Row | None:
-    """The row of a preset at its default, or with these options changed and no other; None if it was not run."""
+    """The row of a preset at its default, or with these options changed and no other option; None if it was not run."""
     changed = "".join(f" {name}={value}" for name, value in options.items())
     return next((row for row in rows if row["label"] == preset + changed and model in (None, row["model"])), None)
 
@@ -93,7 +93,7 @@ def stale_section(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[str]:
 
 
 def points(difference: float) -> str:
-    """A difference in points or per cent, -0.0 being 0."""
+    """A difference in points or per cent, where -0.0 is 0."""
     return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
@@ -104,13 +104,13 @@ def d2f_section(rows: Sequence[Row]) -> Iterator[str]:
     pipelined = [row for row in rows if row["preset"] == "d2f"]
     if single is None or not pipelined:
         return
-    others: Sequence[tuple[str, Row | None]] = (
+    teachers: Sequence[tuple[str, Row | None]] = (
         ("teacher, one token per step", find(rows, "llada", "tiny-full")),
         ("teacher, threshold 0.9", find(rows, "fast-dllm", "tiny-full")),
         ("teacher, threshold 0.9, dual cache", find(rows, "fast-dllm-dual", "tiny-full")),
     )
     compared = [("student, one block at a time", single), *((f"student, {row['label']}", row) for row in pipelined)]
-    compared += [(name, row) for name, row in others if row is not None]
+    compared += [(name, row) for name, row in teachers if row is not None]
     yield from (
         "## D2F pays",
         "",
@@ -134,7 +134,7 @@ def d2f_section(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def frontier(rows: Sequence[Row], cost: str) -> list[Row]:
-    """The rows that no other beats in both cost and exact match, by cost."""
+    """The rows that no other row beats in both cost and exact match, by cost."""
     best, kept = -1.0, []
     for row in sorted(rows, key=lambda r: (r[cost], -r["exact_match"])):
         if row["exact_match"] > best:
@@ -143,7 +143,7 @@ def frontier(rows: Sequence[Row], cost: str) -> list[Row]:
     return kept
 
 
-LEAST_WRONG = 0.3  # per cent; where a decoder that makes no mistake is drawn, on a logarithmic scale
+LEAST_WRONG = 0.3  # per cent: a decoder that makes no mistake is drawn here, because the scale is logarithmic
 
 
 def wrong(row: Row) -> float:
@@ -152,8 +152,8 @@ def wrong(row: Row) -> float:
 
 
 def name_points(axis: Any, named: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each (x, y, name) beside its point, moved up or down until it covers no other name, with a line to the
-    point if far."""
+    """Writes each (x, y, name) beside its point. A name moves up or down until it covers no other name, and a far name
+    gets a line to its point."""
     height, width = 8.5, 3.7  # points a line and a character take
     scale = axis.figure.dpi / 72
     taken: list[tuple[float, float, float]] = []  # left, middle, right, in points
@@ -171,9 +171,11 @@ def name_points(axis: Any, named: Sequence[tuple[float, float, str]]) -> None:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """One panel per model and cost: every setting a point with its standard error, those that nothing beats joined.
+    """One panel for each model and cost: every setting is a point with its standard error, and those that nothing beats
+    are joined.
 
-    Named are they and every preset at its defaults. Wrong answers on a logarithmic scale, for most decoders make few.
+    These, and every preset at its defaults, have their names beside them. Wrong answers are on a logarithmic scale,
+    because most decoders give few.
     """
     import matplotlib
 

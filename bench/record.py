@@ -1,6 +1,6 @@
-"""What a run has found so far: in memory, and line by line in a file, so that a run that is cut off loses nothing.
+"""What a run has found so far, in memory and line by line in a file, so that a run that is cut off loses nothing.
 
-A line is a JSON object; `line` says what it is, `at` how many seconds after the start it was written:
+A line is a JSON object; its `line` says what it is, and its `at` how many seconds after the start it was written:
 
     run              command, schema, time, seed, machine
     ceilings         values
@@ -27,19 +27,21 @@ Shape = tuple[str, str, str]  # op, model, label
 
 
 class LineError(ValueError):
-    """A file that does not hold the lines of a run; the message says which line."""
+    """A file that does not hold the lines of a run; the message says which line is wrong."""
 
 
 class Record:
-    """Everything a run has found. Made empty for a run, or by `read` from its file.
+    """Everything that a run has found. A run starts with an empty one; `read` makes one from a run's file.
 
     Attributes:
-        head: what the line `run` says. checks, timings: as they came. seconds: of the last line. ended: the run came to
-            its end.
+        head: what the line `run` says.
+        checks, timings: in the order in which they came.
+        seconds: when the last line was written, after the start.
+        ended: whether the run came to its end.
     """
 
     def __init__(self, path: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """path: the file, which is replaced; None = in memory only."""
+        """`path` is the file, which is replaced; None = in memory only."""
         self.head: dict[str, Any] = {}
         self.ceilings: dict[str, float] | None = None
         self.checks: list[Check] = []
@@ -50,7 +52,7 @@ class Record:
         self._shapes: list[Shape] = []
         self._begun: set[tuple[str, ...]] = set()
         self._clock, self._start = clock, clock()
-        # By line: what is written is in the hands of the system, whatever becomes of this process.
+        # Buffered by line: a line that is written is in the hands of the system, whatever becomes of this process.
         self._file = None if path is None else open(path, "w", encoding="utf-8", buffering=1)
 
     def begin(self, command: str, started: str, seed: int, machine: dict[str, Any]) -> None:
@@ -61,7 +63,8 @@ class Record:
         self._say("ceilings", values=values)
 
     def plan_checks(self, op: str, names: Iterable[str]) -> None:
-        """The checks of an op, before the first begins. Those that the file then has no result of are not run."""
+        """Names the checks of an op before the first of them begins. A check without a result in the file was then not
+        run."""
         self._say("checks planned", op=op, names=list(names))
 
     def plan_timings(self, shapes: Iterable[Shape]) -> None:
@@ -85,14 +88,14 @@ class Record:
             self._file.close()
 
     def _say(self, line: str, **values: Any) -> None:
-        said = {"line": line, "at": round(self._clock() - self._start, 2), **values}
+        message = {"line": line, "at": round(self._clock() - self._start, 2), **values}
         if self._file is not None:
-            self._file.write(report.dumps(said) + "\n")
-        self._hear(said)
+            self._file.write(report.dumps(message) + "\n")
+        self._hear(message)
 
-    def _hear(self, said: dict[str, Any]) -> None:
-        """The same for a line that is written and one that is read."""
-        values = dict(said)
+    def _hear(self, message: dict[str, Any]) -> None:
+        """Takes in a line, whether the line was just written or is read from a file."""
+        values = dict(message)
         line, self.seconds = values.pop("line"), values.pop("at")
         if line == "run":
             self.head = values
@@ -114,7 +117,7 @@ class Record:
             raise ValueError(line)
 
     def of_ops(self) -> dict[str, list[Check]]:
-        """The checks by op, in the order planned; one without a result says whether it had begun."""
+        """The checks by op, in the order planned; a check without a result says whether it had begun."""
         done = {(check.op, check.name): check for check in self.checks}
         found = {}
         for op, names in self._planned.items():
@@ -123,7 +126,7 @@ class Record:
         return found
 
     def rows(self) -> list[Timing]:
-        """The rows of times; of a run that was cut off, a row also for every shape that it did not come to."""
+        """The rows of times; a run that was cut off also has a row for every shape that it did not come to."""
         if self.ended:
             return self.timings
         done = {(row.op, row.model, row.shape) for row in self.timings}
@@ -135,7 +138,7 @@ class Record:
         return [*self.timings, *(Timing(*shape, OURS, "SKIPPED", reason) for shape, reason in reasons.items())]
 
     def lines(self) -> list[str]:
-        """The run as text, as it printed itself, but for the checks that passed."""
+        """The run as text, as the run printed itself, but without the checks that passed."""
         lines = [*report.heading_lines(self.head), "", "ceilings"]
         lines += report.ceiling_lines(self.ceilings or {}) or ["    not measured"]
         lines += [
@@ -159,7 +162,7 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """The record of a file. A last line that was cut off is left out. Raises OSError, LineError."""
+    """The record of a file. A last line that was cut off is left out. Raises OSError and LineError."""
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split(
         "\n"
     )  # behind the last newline: nothing, or what was cut off

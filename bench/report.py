@@ -1,4 +1,4 @@
-"""What is printed, and the JSON document."""
+"""What a run prints, and its JSON document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 2  # of every result file; `compare` and `gates` read this one only
 
 
 def heading_lines(head: dict[str, Any]) -> list[str]:
-    """What the run was on. head: `Record.head`."""
+    """What the run was on; `head` is that of a `Record`."""
     facts = head["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return [
@@ -26,19 +26,19 @@ def heading_lines(head: dict[str, Any]) -> list[str]:
 
 
 def check_lines(op: str, checks: Sequence[Check]) -> list[str]:
-    """One line for an op, one for each check in it that is red or skipped, one for those that were not run for one
-    reason."""
+    """One line for an op, one for each of its checks that is red or skipped, and one for those that were not run for
+    one reason."""
     counts = {status: sum(c.status == status for c in checks) for status in ("passed", "FAILED", "skipped", NOT_RUN)}
     verdict = "green" if is_green(checks) else "RED"
     seconds = sum(c.seconds for c in checks)
-    others = "".join(f" {counts[status]:4} {status}" for status in ("FAILED", "skipped"))
-    others += f" {counts[NOT_RUN]:4} {NOT_RUN}" if counts[NOT_RUN] else ""
-    lines = [f"{op:16} {verdict:6} {counts['passed']:4} passed{others} {seconds:7.1f} s"]
+    not_passed = "".join(f" {counts[status]:4} {status}" for status in ("FAILED", "skipped"))
+    not_passed += f" {counts[NOT_RUN]:4} {NOT_RUN}" if counts[NOT_RUN] else ""
+    lines = [f"{op:16} {verdict:6} {counts['passed']:4} passed{not_passed} {seconds:7.1f} s"]
     lines += [f"    {c.status} {c.name}: {c.detail}" for c in checks if c.status in ("FAILED", "skipped")]
     for reason in dict.fromkeys(c.detail for c in checks if c.status == NOT_RUN):
         names = [c.name for c in checks if (c.status, c.detail) == (NOT_RUN, reason)]
-        more = f"; {len(names) - NAMED} more" if names[NAMED:] else ""
-        lines.append(f"    {NOT_RUN}, {reason}: {'; '.join(names[:NAMED])}{more}")
+        unnamed = f"; {len(names) - NAMED} more" if names[NAMED:] else ""
+        lines.append(f"    {NOT_RUN}, {reason}: {'; '.join(names[:NAMED])}{unnamed}")
     return lines
 
 
@@ -55,7 +55,7 @@ def timing_header() -> str:
 
 
 def timing_lines(rows: Sequence[Timing]) -> list[str]:
-    """One shape: a heading, and a line for each candidate."""
+    """The lines of one shape: a heading, and a line for each candidate."""
     first = rows[0]
     heading = f"{first.op}  {first.model}  {first.shape}"
     if first.floor_us is not None:
@@ -81,7 +81,7 @@ def timing_lines(rows: Sequence[Timing]) -> list[str]:
 
 
 def loss_lines(rows: Sequence[Timing]) -> list[str]:
-    """The shapes where a baseline beats us, or a line that says there is none among those measured."""
+    """The shapes where a baseline beats us, or a line that says that none was measured."""
     lost = losses(rows)
     unmeasured = sum(row.status != "ok" for row in rows)
     lines = [f"{r.op}  {r.model}  {r.shape}: {r.candidate} takes {r.speedup:.2f} of our time" for r in lost] or [
@@ -113,8 +113,8 @@ def document(
     checks: dict[str, list[Check]],
     timings: Sequence[Timing],
 ) -> dict[str, Any]:
-    """The whole result of a run on a GPU as plain data; `ok` is what the exit status says: every op that was to be
-    checked is green. `ended`: the run came to its end."""
+    """The whole result of a run on a GPU as plain data. `ok` is what the exit status says: every op that was to be
+    checked is green. `ended` says that the run came to its end."""
     ops = {
         op: {
             "green": is_green(done),
@@ -147,7 +147,7 @@ def document(
 
 
 def row(timing: Timing) -> dict[str, Any]:
-    """Its fields, but for those that do not apply."""
+    """The fields of a row, without those that do not apply."""
     return {name: rounded(value) for name, value in dataclasses.asdict(timing).items() if value not in (None, "", {})}
 
 
@@ -156,10 +156,10 @@ def ceiling_lines(ceilings: Mapping[str, float]) -> list[str]:
 
 
 def rounded(value: Any) -> Any:
-    """Five digits of a float: more are noise, and every one is stored."""
+    """A float with five digits: further digits are noise, and every digit is stored."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def dumps(result: dict[str, Any]) -> str:
-    """One line of JSON; NaN and infinities would not be JSON and raise."""
+    """One line of JSON. NaN and infinities are no JSON, so they raise."""
     return json.dumps(result, allow_nan=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""`python -m bench sanitize`: the kernels' checks at small size under NVIDIA's compute-sanitizer, a process for each
+"""`python -m bench sanitize`: the kernels' checks at small size under NVIDIA's compute-sanitizer, in a process for each
 tool.
 
     memcheck   reads and writes outside of allocations, misaligned ones, failing CUDA calls
@@ -6,9 +6,9 @@ tool.
     initcheck  reads of device memory that nobody wrote
     synccheck  barriers that not all of a program's threads reach
 
-The allocator's caching is switched off: inside its blocks no access is out of bounds. All tools but initcheck look at
-our kernels only; initcheck has to see who writes, so it watches everything, and reports that lie in other kernels are
-counted apart.
+The allocator's caching is switched off, because inside a cached block no access is out of bounds. All tools but
+initcheck look at our kernels only. initcheck has to see who writes, so it watches all kernels, and its reports that lie
+in kernels of others are counted separately.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SanitizeError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One report: its first line, and the function that it lies in ("" if it names none)."""
+    """One report: its first line, and the function in which the report lies ("" if it names none)."""
 
     text: str
     function: str
@@ -58,10 +58,11 @@ class Verdict:
     """What one tool said.
 
     Attributes:
-        ok: it ran to its end, found nothing in our kernels, and their checks passed under it.
-        errors: of its summary; None = it printed none. findings: as many as it printed. elsewhere: of those, in others'
-            kernels.
-        reason: why it is not ok.
+        ok: the tool ran to its end and found nothing in our kernels, and their checks passed under it.
+        errors: the count of the tool's summary; None = the tool printed no summary.
+        findings: the reports that were printed.
+        elsewhere: how many of the findings lie in kernels that are not ours.
+        reason: why the verdict is not ok.
     """
 
     tool: str
@@ -116,10 +117,10 @@ _BROKEN = re.compile(r"^=+ (?:Internal Sanitizer Error|Error: (?!Race)).*$", re.
 
 
 def parse(tool: str, status: int, output: str, kernels: Collection[str]) -> Verdict:
-    """The verdict of a run: its exit status, all it printed, and which functions are ours.
+    """The verdict of a run, from its exit status, all that it printed, and the names of our functions.
 
-    Nothing is taken for clean that did not say so: no summary, an error of the tool's own, or fewer printed reports
-    than counted ones make a run red.
+    A tool is clean only if it said so: no summary, an error of the tool itself, or fewer printed reports than counted
+    ones make a run red.
     """
     findings: list[Finding] = []
     lines = output.splitlines()
@@ -164,7 +165,8 @@ def run(sanitizer: str, tool: str, kernels: Sequence[str], seed: int, log: Path 
 
 
 def check_target(seed: int, plain_memory: bool) -> int:
-    """What runs under the tool: every op's checks but the whole decodes, at toy size. Exit status: 0 green, 1 red."""
+    """What runs under the tool: the checks of every op at toy size, without whole decodes. Exit status: 0 green, 1
+    red."""
     import torch
 
     import dlm_fast

@@ -36,7 +36,7 @@ SETTINGS = {
 class Short:
     """A shortened run: optimizer steps and canvas positions a step of both trainings, samples, and prompts a task.
 
-    Its tasks are fewer too: on nine, this little training leaves hardly an answer right.
+    A shortened run has fewer tasks too: on nine tasks, so little training leaves hardly an answer right.
     """
 
     steps: int = 700
@@ -50,16 +50,17 @@ class Short:
 
 
 def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
-    """Trains a teacher and a student from nothing and decodes with both; returns exact match and forwards of each."""
+    """Trains a teacher and a student from nothing and decodes with both; returns the exact match and the forwards of
+    each."""
     started = time.perf_counter()
-    others = {task: 0.0 for task in data.TASK_NAMES if task not in short.tasks}
+    weights = {task: 0.0 for task in data.TASK_NAMES if task not in short.tasks}
     teacher = Settings(
-        folder / "full", steps=short.steps, seed=seed, tokens_per_step=short.tokens_per_step, weights=others,
+        folder / "full", steps=short.steps, seed=seed, tokens_per_step=short.tokens_per_step, weights=weights,
         threads=short.threads, compile=short.compile,
     )  # fmt: skip
     Trainer(teacher).run()
     samples = folder / "samples.jsonl"
-    data.write_samples(samples, short.samples, seed=seed, weights=others)
+    data.write_samples(samples, short.samples, seed=seed, weights=weights)
     student = DistillSettings(
         str(teacher.out), samples, folder / "block", **recipe(), steps=short.distill_steps, seed=seed,
         tokens_per_step=short.tokens_per_step, threads=short.threads,
@@ -75,11 +76,14 @@ def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
 
 
 def recipe() -> dict[str, Any]:
-    """The options of the embedded student's first distillation (its training.json), less those a shortened run sets."""
+    """The options of the embedded student's first distillation (its training.json), without those that a shortened run
+    sets."""
     command = json.loads((checkpoint_path("tiny-block") / "training.json").read_text())["distill"][0]
     values = vars(build_parser().parse_args(["distill", *command]))
-    own = {"model", "data", "out", "steps", "seed", "tokens_per_step", "threads"}
-    return {field.name: values[field.name] for field in dataclasses.fields(DistillSettings) if field.name not in own}
+    shortened = {"model", "data", "out", "steps", "seed", "tokens_per_step", "threads"}
+    return {
+        field.name: values[field.name] for field in dataclasses.fields(DistillSettings) if field.name not in shortened
+    }
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -95,7 +99,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def run(out: Path, seeds: list[int], short: Short, folder: Path) -> dict[str, Any]:
-    """Runs every seed and writes out/seeds.json after each; `folder` takes the runs themselves."""
+    """Runs every seed and writes out/seeds.json after each; `folder` takes the files of the runs."""
     runs: list[dict[str, Any]] = []
     for seed in seeds:
         runs.append(run_seed(seed, short, folder / f"seed-{seed}"))

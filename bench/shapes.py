@@ -10,12 +10,14 @@ class Model:
     """A published architecture, or one kind of its attention layers.
 
     Attributes:
-        family: what `check_decode.FAMILIES` builds it from for the denoise step; None = a mixture of experts, which has
-            no such row, and no `intermediate` here.
-        visibility: what its decoder lets a window position see. prefill: the same of a window without a cache.
-        window: positions denoised together. reach: cached positions that its layers see at most; None = all.
-        soft_cap: of its logits. has_head: rows of logits are timed for it (False for a second kind of layers of one
-            model).
+        family: what `check_decode.FAMILIES` builds the model of the denoise step from; None = a mixture of experts,
+            which has no row of steps, and no `intermediate` here.
+        visibility: what the model's decoder lets a position of a window see.
+        prefill: the visibility of a window without a cache; "" = the same.
+        window: positions that are denoised together.
+        reach: cached positions that the layers see at most; None = all.
+        soft_cap: the soft cap of the logits; None = none.
+        has_head: whether rows of logits are timed for this model (not for a second kind of layers of one model).
     """
 
     name: str
@@ -46,7 +48,7 @@ class Model:
         return self.prefill or self.visibility
 
     def prefix(self, positions: int) -> int:
-        """How much of a prefix its layers see."""
+        """How many positions of a prefix the layers see."""
         return positions if self.reach is None else min(positions, self.reach)
 
 
@@ -55,8 +57,8 @@ DREAM = Model("Dream-7B", "qwen2", "full", 28, 3584, 18944, 28, 4, 128, 152064, 
 SDAR_4B = Model("SDAR-4B", "qwen3", "block", 36, 2560, 9728, 32, 8, 128, 151936, 151669, 151643)
 SDAR_8B = Model("SDAR-8B", "qwen3", "block", 36, 4096, 12288, 32, 8, 128, 151936, 151669, 151643)
 LLADA2_MINI = Model("LLaDA2-mini", None, "block", 20, 2048, 0, 16, 4, 128, 157184, 156895, 156892)
-# No mask token: its canvas starts from random ids. A sliding layer shows each query the last 1,023 cached positions and
-# the canvas.
+# This model has no mask token: its canvas starts from random ids. A sliding layer shows each query the last 1,023
+# cached positions and the canvas.
 DIFFUSION_GEMMA = Model(
     "DiffusionGemma-sliding", None, "full", 25, 2816, 0, 16, 8, 256, 262144, 0, 1,
     window=256, reach=1023, prefill="causal", soft_cap=30.0,
@@ -73,12 +75,15 @@ class Shapes:
     """What is timed for every model.
 
     Attributes:
-        decode: (B, prefix) of decode attention with equal lengths. ragged: (B, longest prefix), lengths spread evenly.
-        prefill: lengths of one window without a cache. forms: (B, prefix) of the paged, fp8 and shadow forms of
-            attention.
-        rows: logits rows of confidence, and whether its variants (fp32, more outputs) are timed for every model.
-            batches: (B, lanes) of unmask. unmask_forms: (B, lanes) at which its two forms run side by side.
+        decode: (B, prefix) of decode attention with equal lengths.
+        ragged: (B, longest prefix) of decode attention with lengths that are spread evenly.
+        prefill: lengths of one window without a cache.
+        forms: (B, prefix) of the paged, fp8 and shadow forms of attention.
+        rows: logits rows of confidence.
+        batches: (B, lanes) of unmask.
+        unmask_forms: (B, lanes) at which the two forms of unmask run side by side.
         steps: (B, prefix) of the denoise step.
+        variants: whether the variants of confidence (fp32, more outputs) are timed for every model.
     """
 
     models: tuple[Model, ...]

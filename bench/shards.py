@@ -1,8 +1,8 @@
-"""Jobs in processes side by side. A job that kills its process, hangs or leaves it unsound costs that process and is
-named; the others go on behind it in a new one.
+"""Jobs in processes side by side. A job that kills its process, hangs in it or leaves it unsound costs that process and
+is named; the other jobs go on in a new process.
 
-Knows neither torch nor what a job does: a process starts as fast as what it imports. It ends with the one that started
-it, however that one ends.
+This module knows neither torch nor what a job does, so a process starts as fast as what it imports. A process ends with
+the one that started it, however that one ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 START_SECONDS = 180.0  # for a process to import what it needs
-MOST_LOST = 8  # processes that one group of jobs may cost before the rest of it is left out
+MOST_LOST = 8  # processes that one group of jobs may cost before its other jobs are left out
 JOIN_SECONDS = 10.0  # for killed processes to be gone
-# Never forked: a fork of a process that has used CUDA cannot use it.
+# Processes are never forked: a fork of a process that has used CUDA cannot use CUDA.
 _SPAWN = multiprocessing.get_context("spawn")
 
 Work = Callable[[int], tuple[Any, bool]]
@@ -31,8 +31,11 @@ Work = Callable[[int], tuple[Any, bool]]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is done, by name. group: jobs that are alike; where many of them break their process, the others are not
-    tried."""
+    """What is done, by its name.
+
+    Attributes:
+        group: jobs that are alike; where many of them break their process, the others of the group are not tried.
+    """
 
     group: str
     name: str
@@ -43,9 +46,10 @@ class Event:
     """What happened to a job.
 
     Attributes:
-        kind: "begun"; then "ended" with its `result`, or "lost" with the `reason` why its process is gone. "not run":
-            never begun.
-        index: which of the jobs. seconds: since it began.
+        kind: "begun"; then "ended" with the job's `result`, or "lost" with the `reason` why its process is gone. "not
+            run": the job never began.
+        index: which of the jobs.
+        seconds: since the job began.
     """
 
     kind: str
@@ -68,10 +72,11 @@ def run(
 
     Args:
         make: called once in every process; what it returns does a job by its index and says (result, whether the
-            process is still sound). It is pickled: a function of a module, or a partial of one.
-        processes: 0 = this one does them all, and nothing guards it.
-        job_seconds: a job that has not ended by then is lost. start_seconds: the same of a process that is starting.
-        most_lost: so many lost processes of one group, and the rest of the group is not run.
+            process is still sound). `make` is pickled, so it is a function of a module, or a partial of one.
+        processes: 0 = this process does all jobs, and nothing guards it.
+        job_seconds: a job that has not ended by then is lost.
+        start_seconds: a process that has not started by then is lost.
+        most_lost: once a group has lost so many processes, the other jobs of the group are not run.
     """
     if processes == 0:
         work = make()
@@ -94,7 +99,7 @@ def run(
                 kind, result, sound = message
                 index, seconds = shard.job, time.monotonic() - shard.since
                 if index is None and kind != "ready":
-                    failed = result  # another one would not start either
+                    failed = result  # another process would not start either
                 elif kind == "ended":
                     yield Event("ended", index, result=result, seconds=seconds)
                 elif kind == "died":
@@ -108,9 +113,9 @@ def run(
                     group = jobs[index].group
                     lost[group] += 1
                     if lost[group] == most_lost:
-                        rest = [n for n in waiting if jobs[n].group == group]
+                        left_out = [n for n in waiting if jobs[n].group == group]
                         waiting = collections.deque(n for n in waiting if jobs[n].group != group)
-                        for n in rest:
+                        for n in left_out:
                             yield Event("not run", n, reason=f"{most_lost} others of {group} broke their process")
                     if len(shards) < len(waiting):
                         shards.append(_Shard(make))
@@ -133,7 +138,11 @@ def run(
 
 
 class _Shard:
-    """One process, seen from the one that started it. job: what it is at, since when; None: it is starting."""
+    """One process, seen from the process that started it.
+
+    Attributes:
+        job: the job that the process is at, and since when; None: the process is starting.
+    """
 
     def __init__(self, make: Callable[[], Work]) -> None:
         self.connection, theirs = _SPAWN.Pipe()
@@ -141,16 +150,16 @@ class _Shard:
         self.job: int | None = None
         self.since = time.monotonic()
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+        theirs.close()  # then the end of the process is the end of the connection
 
     def begin(self, index: int) -> None:
         self.job, self.since = index, time.monotonic()
-        with contextlib.suppress(OSError):  # it is gone, which the next message says
+        with contextlib.suppress(OSError):  # the process is gone, which its next message says
             self.connection.send(index)
 
     def message(self, limit: float) -> tuple[str, Any, bool] | None:
         """(kind, result or reason, whether the process is sound), or None while there is nothing to say."""
-        # Asked now: what has come while others were attended to is no time-out.
+        # Asked now, because a message that came while other processes were attended to is no time-out.
         if self.connection.poll():
             try:
                 return self.connection.recv()
@@ -162,7 +171,7 @@ class _Shard:
         return None
 
     def end(self) -> None:
-        """Without waiting for it: the other processes' jobs go on."""
+        """Ends the process without waiting for it, because the jobs of the other processes go on."""
         self.process.kill()
         self.connection.close()
 
@@ -175,7 +184,7 @@ def _ending(status: int | None) -> str:
 
 def _serve(connection: multiprocessing.connection.Connection, make: Callable[[], Work]) -> None:
     """What runs in the process."""
-    faulthandler.enable()  # a crash says on stderr where it was
+    faulthandler.enable()  # a crash then says on stderr where it happened
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work = make()

@@ -1,6 +1,6 @@
 """What the machine code of the kernels shows, compiled without a GPU: `dlm_kernels.static` in a process of its own.
 
-Of its own, because Triton decides at import whether it interprets or compiles.
+The process is its own because Triton decides at import whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def static_table(targets: Sequence[str], kernels: Sequence[str], jobs: int | Non
     """Registers, spills, shared memory, tensor-core instruction and instructions an element of every configuration.
 
     Args:
-        targets: compute capabilities ("90"); empty = all. kernels: names that `dlm_kernels.static` takes; empty = all.
+        targets: compute capabilities ("90"); empty = all.
+        kernels: names that `dlm_kernels.static` takes; empty = all.
         jobs: processes; None = one for every core.
     Returns:
         {"text": the table, "kernels": its rows, "violations": what must not ship, "only": kernels}.

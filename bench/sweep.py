@@ -1,4 +1,4 @@
-"""`kernels`: on a GPU every kernel at every shape; without one the static table and computed floors, which measure
+"""`kernels`: on a GPU every kernel at every shape; without a GPU the static table and computed floors, which measure
 nothing."""
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def choose(models: Sequence[str] | None, ops: Sequence[str] | None) -> tuple[Sha
 def measured(
     rig: gpu_check.Rig, out: Path | None, ops: Sequence[str], seed: int | None, seconds: float, plots: bool
 ) -> int:
-    """Ceilings, checks, times, gates, JSON, and a plot per op. Exit status: 0 every needed check is green, 1 one is
-    red."""
+    """Ceilings, checks, times, gates, JSON, and a plot for each op. Exit status: 0 every needed check is green, 1 a
+    check is red."""
 
     def finish(result: dict[str, Any]) -> None:
         if out is not None and plots:
@@ -168,7 +168,7 @@ def floor_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _page(result: dict[str, Any], floor_text: list[str], verdicts: list[str]) -> str:
-    """The same as a page: what was printed, under headings."""
+    """What was printed, as a page with headings."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts = [
         "# Kernels without a GPU",

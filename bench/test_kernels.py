@@ -35,7 +35,7 @@ Key = tuple[str, str, str]
 
 
 def shapes(chosen: Shapes, bench: Bench | None = None, ops: dlm_fast.Ops | None = None) -> dict[Key, Shape]:
-    """Every shape by op, model and label; without a bench only to list them."""
+    """Every shape by op, model and label. Without a bench the shapes can only be listed."""
     listed = [shape for op in KERNELS for shape in gpu_check.TIMINGS[op][0](bench, ops, chosen)]
     return {(shape.op, shape.model, shape.label): shape for shape in listed}
 
@@ -52,7 +52,7 @@ def red(op: str, device: str) -> list[str]:
 
 
 def run(benchmark, key: Key, chosen: Shapes, device: torch.device, l2_bytes: int) -> None:
-    """Checks, then times our kernel at one shape."""
+    """Checks our kernel, then times it at one shape."""
     findings = [line for op in gpu_check.TIMINGS[key[0]][1] for line in red(op, device.type)]
     if findings:
         pytest.fail(f"not timed, {len(findings)} checks are red: {findings[0]}")
@@ -76,12 +76,12 @@ def run(benchmark, key: Key, chosen: Shapes, device: torch.device, l2_bytes: int
 
 
 def _restore(before: Callable[[], object]) -> None:
-    """pytest-benchmark takes what a setup returns for arguments."""
+    """Returns nothing, because pytest-benchmark takes what a setup returns for arguments."""
     before()
 
 
 def _round(candidate: Candidate, device: torch.device) -> Callable[[], None]:
-    """One round: every call once, and the device is done when it returns."""
+    """One round: every call runs once, and the device is done when the round returns."""
 
     def calls() -> None:
         for call in candidate.calls:

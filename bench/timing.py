@@ -1,4 +1,5 @@
-"""How a time is taken: CUDA-graph replays over rotating inputs, candidates in turn, medians with their spread."""
+"""How a time is taken: CUDA-graph replays over rotating inputs, candidates that take turns, medians with their
+spread."""
 
 from __future__ import annotations
 
@@ -54,9 +55,10 @@ class Candidate:
     Attributes:
         name: "ours" or the baseline's name.
         calls: one closure for each set of inputs; a sample runs all of them once.
-        graph: captured into one CUDA graph; False = launched by the host, as it would be used (it reads the device).
-        before: run before every sample, not timed (restores what the calls change).
-        compiles: goes through torch.compile, and therefore draws on the budget for compiling.
+        graph: whether the calls are captured into one CUDA graph; False = the host launches them, as it would in use
+            (the implementation reads the device).
+        before: runs before every sample and is not timed (it restores what the calls change).
+        compiles: whether the implementation goes through torch.compile, and so draws on the budget for compiling.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a candidate: a time, or the reason why there is none."""
+    """What came of a candidate: a time, or the reason why there is no time."""
 
     status: str  # "ok", "FAILED" or "SKIPPED"
     stats: Stats | None = None
@@ -80,7 +82,7 @@ class OutOfTime(Exception):
 
 
 class Budget:
-    """Seconds left for the whole command and, of those, for compiling baselines."""
+    """The seconds that are left for the whole command and, among these, for compiling baselines."""
 
     def __init__(self, seconds: float, compile_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -112,7 +114,7 @@ def measure(
     Args:
         prepare: warms a candidate up and returns a function that takes one sample, in microseconds a call.
     Returns:
-        One outcome a candidate. What fails is a row that says so; the others go on.
+        One outcome for each candidate. A candidate that fails has an outcome that says so, and the others go on.
     """
     outcomes: dict[str, Outcome] = {}
     samplers: dict[str, Callable[[], float]] = {}
@@ -144,7 +146,7 @@ def measure(
 
 
 class CudaTimer:
-    """`prepare` on a GPU: warm up, capture, and time replays with device events."""
+    """`prepare` on a GPU: it warms a candidate up, captures its calls, and times replays with device events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

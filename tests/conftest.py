@@ -15,15 +15,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A bare checkout runs its tests too. An installed copy (editable or not) is left alone: nothing is put before it.
-# kernels/ is added for the package inside it; it has no __init__.py, so it never is a module named `kernels` (see
-# dlm_kernels/__init__.py).
+# A bare checkout runs its tests too. An installed copy (editable or not) is left alone: nothing is put before it. The
+# folder kernels/ is added for the package inside; the folder has no __init__.py, so it never is a module named
+# `kernels` (see dlm_kernels/__init__.py).
 for package, folder in (("dlm_kernels", ROOT / "kernels"), ("dlm_fast", ROOT)):
     if importlib.util.find_spec(package) is None:
         sys.path.append(str(folder))
 
-# Triton reads the variable when a function is decorated, its own library's functions included: it must be set before
-# any import.
+# Triton reads the variable when a function is decorated, and its own library's functions are: the variable must be set
+# before any import.
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         raise pytest.UsageError(
@@ -36,9 +36,9 @@ torch.set_num_threads(1)
 
 
 def patch_the_language_once() -> None:
-    """Halves the interpreter's time: it looks for every builtin of triton.language again at each call of each device
-    function, though a launch has patched them all. Here a launch patches a module once; what is patched, and how, is
-    the interpreter's."""
+    """Halves the interpreter's time. At each call of each device function the interpreter looks for every builtin of
+    triton.language again, though a launch has patched them all. Here a launch patches a module once; what is patched,
+    and how, stays the interpreter's."""
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):
@@ -68,8 +68,8 @@ def patch_the_language_once() -> None:
 
 
 def drop_nan_from_maxima() -> None:
-    """A GPU's maximum of a number and NaN is the number (PTX max.f32), and the kernels are written for that; numpy's is
-    NaN."""
+    """Makes the maximum of a number and NaN the number. On a GPU it is (PTX max.f32), and the kernels are written for
+    that; numpy's is NaN."""
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 

@@ -1,9 +1,9 @@
 """Whole decodes, Triton against the reference on the same device: random toy models, and the embedded tiny models where
-present.
+the checkout has them.
 
-Token for token, except where the reference itself decided by a hair: two float32 computations of one model differ in
-the last bits, and a decision between candidates that lie closer than that is nobody's to make. `Watch` measures how
-close it was.
+The two are compared token for token, except where the reference itself decided by a hair: two float32 computations of
+one model differ in the last bits, and neither may be blamed for a decision between candidates that lie closer than
+that. `Watch` measures how close every decision was.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, wa
 
 
 class Watch:
-    """The reference ops, recording for every row the smallest gap by which any decision of its decode was taken."""
+    """The reference ops; for every row they record the smallest gap by which any decision of its decode was taken."""
 
     def __init__(self) -> None:
         self.gap: Tensor | None = None  # [B]
@@ -218,20 +218,20 @@ class Watch:
             used = torch.where(real, inputs.entropy.gather(1, order), 0.0)
             distance = used.cumsum(1) - (0 if rule.inclusive else used.cummax(1).values) - bound
         if distance is not None:
-            first = rule.passes == "entropy" and not rule.inclusive  # its first position always passes
+            first = rule.passes == "entropy" and not rule.inclusive  # the first position in rank order always passes
             gaps.append(torch.where(real & ~((r == 1) & first), distance.abs(), math.inf).amin(1))
         if rule.remask != "none":
             # Any two scores may decide what is taken back.
             ordered = torch.where(inside, inputs.remask_score, math.inf).sort(1).values
-            apart = ordered.diff(dim=1)
-            gaps.append(torch.where(apart > 0, apart, math.inf).nan_to_num(nan=math.inf, posinf=math.inf).amin(1))
+            steps = ordered.diff(dim=1)
+            gaps.append(torch.where(steps > 0, steps, math.inf).nan_to_num(nan=math.inf, posinf=math.inf).amin(1))
         self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))
         return chosen
 
     @staticmethod
     def _cut(rule, rank: Tensor, eligible: Tensor, chosen: Tensor, block_length: Tensor) -> Tensor:
-        """[B] the cut between the worst position chosen and the best one left; in a pipeline, the best two of any
-        block."""
+        """[B]: the gap between the worst position chosen and the best one left; in a pipeline, the gap between the best
+        two of any block."""
         if not rule.pipeline:
             left = eligible & ~chosen & chosen.any(1, keepdim=True)
             return torch.where(chosen, rank, math.inf).amin(1) - torch.where(left, rank, -math.inf).amax(1)
@@ -240,6 +240,6 @@ class Watch:
         for block in range(-(-rank.shape[1] // int(block_length.min()))):
             inside = eligible & (lane // block_length[:, None] == block)
             best = torch.where(inside, rank, -math.inf).topk(min(2, rank.shape[1]), dim=1).values
-            apart = best[:, 0] - best[:, -1]
-            smallest = torch.where(inside.sum(1) > 1, torch.minimum(smallest, apart), smallest)
+            gap = best[:, 0] - best[:, -1]
+            smallest = torch.where(inside.sum(1) > 1, torch.minimum(smallest, gap), smallest)
         return smallest

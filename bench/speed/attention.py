@@ -1,8 +1,8 @@
 """`block_attention` against what torch offers: SDPA without and with a mask, variable-length attention, compiled
 FlexAttention.
 
-The baselines get their keys ready-made in one contiguous cache: ours stores the window's keys in the time measured,
-they do not.
+The baselines find all keys ready in one contiguous cache. Ours stores the window's keys in the time that is measured;
+the baselines do not.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .run import OURS, Bench, Shape, Work
 
 def decode_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
     """A window over cached prefixes of one length. A layer that sees only part of a prefix is timed once for all longer
-    ones."""
+    prefixes."""
     for model in chosen.models:
         for B, prefix in dict.fromkeys((B, model.prefix(prefix)) for B, prefix in chosen.decode):
             yield _decode_shape(bench, ops, model, [prefix] * B, f"prefix={prefix}")
 
 
 def ragged_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """The same, prefixes of evenly spread lengths."""
+    """A window over cached prefixes whose lengths are spread evenly."""
     for model in chosen.models:
         for B, prefix in dict.fromkeys((B, model.prefix(prefix)) for B, prefix in chosen.ragged):
             lengths = [prefix * (b + 1) // B for b in range(B)]
@@ -43,8 +43,8 @@ def ragged_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
 
 
 def prefill_shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """One window of L positions and no cache. Left out where a layer sees less than L: no such predicate is a
-    kernel's."""
+    """One window of L positions and no cache. A layer that sees less than L has no such shape: no kernel has that
+    predicate."""
     for model in chosen.models:
         for L in chosen.prefill:
             if model.prefix(L) < L - 1:
@@ -88,7 +88,11 @@ FLEX = "FlexAttention, compiled"
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """One set of inputs. keys, values: what baselines attend over, the window's own included."""
+    """One set of inputs.
+
+    Attributes:
+        keys, values: what the baselines attend over, the window's own keys and values included.
+    """
 
     q: Tensor
     k: Tensor
@@ -160,7 +164,7 @@ def after_prefix(bench: Bench, lengths: list[int], W: int) -> Window:
 
 
 def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
-    """Our kernel with the whole prefix in one split: what splitting is measured against."""
+    """Our kernel with the whole prefix in one split, which the effect of splitting is measured against."""
     from dlm_kernels import device
     from dlm_kernels.attention import launch as attention
     from dlm_kernels.tiles import attention_tile
@@ -225,7 +229,8 @@ def sdpa(s: Inputs, backend: SDPBackend | None, mask: Tensor | None, options: di
 
 
 def _varlen(bench: Bench, sets: list[Inputs], lengths: list[int], W: int, options: dict) -> Candidate:
-    """torch.nn.attention.varlen over keys packed beforehand; a torch without it fails in the row."""
+    """torch.nn.attention.varlen over keys that were packed beforehand; in a torch without that function, the row
+    fails."""
     B = len(lengths)
     ends = torch.tensor([n + W for n in lengths], device=bench.device)
     cu_q = int32(bench, [W * b for b in range(B + 1)])
@@ -249,7 +254,8 @@ def _varlen(bench: Bench, sets: list[Inputs], lengths: list[int], W: int, option
 
 
 def _known(function, options: dict) -> dict:
-    """The options a function takes: `scale` and `enable_gqa` came to varlen_attn after its first release."""
+    """Those of the options that a function takes: `scale` and `enable_gqa` came to varlen_attn after its first
+    release."""
     names = inspect.signature(function).parameters
     missing = [name for name, value in options.items() if name not in names and name == "enable_gqa" and value]
     if missing:
@@ -258,7 +264,7 @@ def _known(function, options: dict) -> dict:
 
 
 def flex(bench: Bench, sets: list[Inputs], B: int, W: int, S: int, visible, options: dict) -> Candidate:
-    """FlexAttention compiled for this shape; its block mask is built beforehand, once."""
+    """FlexAttention, compiled for this shape; its block mask is built once, beforehand."""
     state: dict = {}
 
     def call(s: Inputs) -> Tensor:

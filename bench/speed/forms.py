@@ -1,8 +1,8 @@
 """The other forms of `block_attention`: paged and fp8 caches, kept slots, a shadow copy of the window, a sliding
 window.
 
-Each is checked against its reference at the shape that is timed, before it is timed. A paged or fp8 cache is compared
-with our own contiguous bf16 cache too: what the form costs, or saves.
+Before a form is timed, it is checked against its reference at the shape that is timed. A paged or fp8 cache is also
+compared with our own contiguous bf16 cache, which shows what the form costs or saves.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
         for form in FORMS:
             if form == "sliding" and model.reach is None:
                 continue
-            reach = (
-                model.prefix if form != "sliding" else int
-            )  # a sliding window is given all of the prefix, and reads its end
+            # A sliding window is given all of the prefix, and reads the end of it.
+            reach = model.prefix if form != "sliding" else int
             for B, prefix in dict.fromkeys((B, reach(prefix)) for B, prefix in chosen.forms):
                 W = _width(model, form)
                 cost = floors.decode(model, [model.prefix(prefix)] * B, W, 1 if form == "fp8" else 2)
@@ -57,7 +56,7 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of `block_attention`: inputs, and its options by name."""
+    """One call of `block_attention`: its inputs, and its options by name."""
 
     q: Tensor
     k: Tensor
@@ -71,8 +70,8 @@ class Call:
         return op(self.q, self.k, self.v, self.k_cache, self.v_cache, self.window, **self.options)
 
     def row(self, b: int, dtype: torch.dtype | None = None) -> Call:
-        """Row b alone, the caches copied; q, k, v and the caches in another dtype, but for an fp8 cache, which stays
-        one."""
+        """Row b alone, with copied caches; q, k, v and the caches are in `dtype` if one is given, but an fp8 cache
+        stays an fp8 cache."""
         alone = {
             name: tensor[b : b + 1].contiguous()
             for name, tensor in self.window.tensors().items()
@@ -87,15 +86,15 @@ class Call:
 
 
 def check(call: Call, op) -> None:
-    """Raises Failure unless the first row of the call is what the reference makes of it. Rows do not depend on each
-    other."""
+    """Raises Failure unless the first row of the call is what the reference makes of that row. Rows do not depend on
+    each other."""
     alone, exact = call.row(0), call.row(0, torch.float64)  # before the op writes anything
     ours = call.run(op)[:1]
     no_worse_than_torch("out", ours, alone.run(reference.block_attention), exact.run(reference.block_attention))
 
 
 def _width(model: Model, form: str) -> int:
-    """Positions of a window: a shadow's holds the block twice."""
+    """Positions of a window: a shadow's window holds the block twice."""
     return model.window * (2 if form == "shadow" else 1)
 
 
@@ -124,7 +123,7 @@ def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, 
     contiguous = [Call(s.q, s.k, s.v, s.keys, s.values, window, options) for s in sets]
     calls = [_variant(bench, call, form) for call in contiguous]
     for call in contiguous:
-        call.run(ops.block_attention)  # stores the window's keys, which the baselines find in place
+        call.run(ops.block_attention)  # stores the window's keys, so that the baselines find them in place
     candidates = [Candidate(OURS, [partial(call.run, ops.block_attention) for call in calls])]
     if form in ("paged", "fp8"):
         candidates.append(Candidate(CONTIGUOUS, [partial(call.run, ops.block_attention) for call in contiguous]))
@@ -137,8 +136,8 @@ def _form(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, form: str, 
 
 
 def _shadow(window: Window) -> Window:
-    """The first half of the window once more in the second, as the next block: its copies predict every token from the
-    others."""
+    """The window with its first half once more in the second half, as the next block: the copies predict every token
+    from the other tokens."""
     half = window.shape[1] // 2
     position, slot = window.q_pos.clone(), window.kv_slot.clone()
     position[:, half:], slot[:, half:] = position[:, :half], -1
@@ -161,7 +160,7 @@ def _variant(bench: Bench, call: Call, form: str) -> Call:
         B, H_kv, S, D = call.k_cache.shape
         per_row = S // PAGE_SIZE
         order = torch.randperm(B * per_row, device=bench.device)
-        # The first page is never in its place: there a kernel that ignored the table would be right.
+        # The first page is never in its place, because a kernel that ignored the table would be right there.
         order = torch.where(order[0] == 0, order.roll(1), order)
         window = dataclasses.replace(call.window, page_table=int32(bench, order.view(B, per_row)))
 

@@ -1,4 +1,4 @@
-"""From candidates to rows: every shape that is timed becomes rows, also when something fails or the time is up."""
+"""From candidates to rows: every shape that is timed becomes rows, also where something fails or the time is up."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class Ceilings:
     """What this GPU does at best, measured in the same run.
 
     Attributes:
-        copy_tb_s: device-to-device copy, bytes read plus bytes written. gemm_tflop_s: bf16 product of random matrices.
-        empty_kernel_us: an empty Triton kernel in a graph of many. empty_graph_us: replay of a graph of one.
+        copy_tb_s: device-to-device copy, bytes read plus bytes written.
+        gemm_tflop_s: bf16 product of random matrices.
+        empty_kernel_us: an empty Triton kernel in a graph of many.
+        empty_graph_us: replay of a graph that holds one empty kernel.
         empty_launch_us: an empty Triton kernel launched by the host.
     """
 
@@ -34,7 +36,7 @@ class Ceilings:
     empty_launch_us: float
 
     def floor_us(self, cost: Cost) -> float:
-        """Least time of that work, every part of it at its ceiling."""
+        """Least time of that work, with every part of it at its ceiling."""
         return cost.floor_us(self.copy_tb_s, self.gemm_tflop_s)
 
 
@@ -43,9 +45,12 @@ class Work:
     """What a row times.
 
     Attributes:
-        candidates: "ours" first. cost: what no implementation can do without. sets, cold: rotation of the inputs.
-        note: what a reader must know about the shape. check: raises if ours is wrong here, for ops whose checks do not
-            cover it.
+        candidates: "ours" comes first.
+        cost: what no implementation can do without.
+        sets: how many sets of inputs the calls rotate through.
+        cold: whether the sets together exceed the L2 cache.
+        note: what a reader must know about the shape.
+        check: raises if ours is wrong here, for shapes that the op's checks do not cover.
     """
 
     candidates: list[Candidate]
@@ -58,10 +63,12 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One row of shapes: how to build its work, and roughly how long building and timing takes.
+    """One shape: how its work is built, and roughly how long building and timing it takes.
 
     Attributes:
-        cost: of `Work`, known without building it. facts: the shape as data, for the gates.
+        cost: the cost of the `Work`, known before the work is built.
+        facts: the shape as data, for the gates.
+        seconds: what building and timing takes.
     """
 
     op: str
@@ -75,8 +82,12 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One row of the report. `speedup`: this candidate's time over ours; above 1, ours is faster. `facts`: the shape as
-    data."""
+    """One row of the report.
+
+    Attributes:
+        speedup: this candidate's time over ours; above 1, ours is faster.
+        facts: the shape as data.
+    """
 
     op: str
     model: str
@@ -103,10 +114,10 @@ class Timing:
 
 @dataclasses.dataclass
 class Bench:
-    """Where timings run: the device, how a candidate is prepared, and the time there is.
+    """Where timings run: the device, how a candidate is prepared, and the time that is left.
 
     Attributes:
-        lost: the shape at which the device stopped to answer; "": it answers.
+        lost: the shape at which the device stopped to answer; "": the device answers.
     """
 
     device: torch.device
@@ -127,7 +138,7 @@ def time_shapes(
     on_rows: Callable[[list[Timing]], None] = lambda rows: None,
     on_begin: Callable[[Shape], None] = lambda shape: None,
 ) -> list[Timing]:
-    """Times every shape; what cannot be built or is out of time is a row too."""
+    """Times every shape. A shape that cannot be built or has no time left is a row too."""
     done: list[Timing] = []
     for shape in shapes:
         on_begin(shape)
@@ -158,8 +169,8 @@ def _attempt(bench: Bench, shape: Shape) -> list[Timing]:
 
 
 def _clean_up(bench: Bench) -> None:
-    """Frees what the last shape held. Forgets what was compiled, too: past 8 shapes of one function torch stops
-    compiling it."""
+    """Frees what the last shape held, and forgets what was compiled: past 8 shapes of one function, torch stops
+    compiling that function."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
     if bench.device.type == "cuda":

@@ -1,7 +1,7 @@
 """One denoise step of a model of published shape with random weights: window forward, head, confidence, unmask.
 
-A random model takes the same time as a trained one: every step computes the same shapes, and the state is put back
-after each.
+A random model takes the same time as a trained one, because every step computes the same shapes and the state is put
+back after each step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ..shapes import Model, Shapes
 from ..timing import Candidate
 from .run import OURS, Bench, Shape, Work
 
-# transformers' SDPA under another name. For names it knows it makes masks, and a dense one where a graph is captured;
-# the published loops have none: every position sees the whole canvas.
+# transformers' SDPA under another name. For the names that transformers knows, it makes masks, and a dense mask where a
+# graph is captured. The published loops have no mask: every position sees the whole canvas.
 UNMASKED_SDPA = "bench_sdpa"
 AttentionInterface.register(UNMASKED_SDPA, sdpa_attention_forward)
 PUBLISHED = "whole canvas, no cache, launched by the host"  # a candidate that the gates look for by name
@@ -43,8 +43,8 @@ PRESET_OF = {"full": "fast-dllm-dual", "block": "llada2"}
 
 
 def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
-    """Dense models only: a mixture of experts is bound by which experts its tokens choose, and random weights choose at
-    random."""
+    """Dense models only. A mixture of experts is bound by which experts its tokens choose, and with random weights they
+    choose at random."""
     for model in chosen.models:
         if model.family is None:
             continue
@@ -59,8 +59,8 @@ def shapes(bench: Bench, ops: Ops, chosen: Shapes) -> Iterator[Shape]:
 
 
 def random_model(model: Model, device: torch.device) -> tuple[nn.Module, str]:
-    """bfloat16 weights (float32 on a CPU), with as many layers as fit next to what a step needs; and a note if those
-    are fewer."""
+    """A model in bfloat16 (float32 on a CPU) with as many layers as fit next to what a step needs; and a note if these
+    are fewer than the published model has."""
     layers, note = model.layers, ""
     if device.type == "cuda":
         per_layer = 2 * model.hidden * (2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.intermediate)
@@ -186,7 +186,7 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
 
 
 def _share(model: nn.Module) -> nn.Module:
-    """Another instance over the same parameters."""
+    """Another instance over the parameters of the same model."""
     return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
 
 

@@ -1,3 +1,3 @@
-"""`bench` is not installed: here it is put within reach of an import, before any test of this room asks for it."""
+"""Puts `bench`, which is not installed, within reach of an import before any test of this room asks for it."""
 
 import bench_module  # noqa: F401

@@ -34,7 +34,7 @@ FACTS = {"device": "toy", "driver": "unknown", "versions": {"torch": torch.__ver
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Toy tensors on a busy machine: a second thread is mostly waited for."""
+    """Toy tensors on a busy machine gain nothing from a second thread, which is mostly waited for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def one_thread():
 
 
 def random_case(seed: int, op: str, ops: dlm_fast.Ops, sizes: checks.Sizes = checks.TOY) -> list[checks.Check]:
-    """Every check of `op` on data of that seed: what a longer campaign runs."""
+    """Every check of `op` on data of that seed, as a longer campaign runs them."""
     return checks.run(op, gpu_check.CASES[op].cases(ops, CPU, dataclasses.replace(sizes, every=1), seed), CPU)
 
 
@@ -98,7 +98,7 @@ def _unwritten(logits, **arguments):
 
 
 def _of_the_batch(logits, **arguments):
-    """Its sums depend on the row's place in the batch."""
+    """A confidence whose sums depend on the row's place in the batch."""
     result = REFERENCE.confidence(logits, **arguments)
     place = torch.arange(len(result.confidence))
     return result._replace(confidence=result.confidence * (1 + place * 2e-7))
@@ -336,7 +336,7 @@ def test_a_green_run_prints_its_document_last_and_exits_0(tmp_path, capsys) -> N
     for row in document["timings"]:
         assert row["status"] in ("ok", "FAILED", "SKIPPED")
         assert ("p50_us" in row and "share" in row) if row["status"] == "ok" else row["reason"]
-    # What ours is compared with ran too: a baseline that fails everywhere would make an empty comparison.
+    # Ours has a time for every op: without one, a comparison would be empty.
     assert {(r["op"], r["status"]) for r in document["timings"] if r["candidate"] == "ours"} == {
         (op, "ok") for op in gpu_check.TIMINGS
     }

@@ -60,7 +60,7 @@ def test_a_decode_reads_its_prefix_once_and_moves_its_window_twice() -> None:
 def test_the_floor_of_a_step_is_what_its_parts_add_up_to_by_hand(
     model: shapes.Model, B: int, prefix: int, h100: float, h200: float
 ) -> None:
-    """Milliseconds, computed apart from this code and rounded more coarsely."""
+    """Milliseconds that were computed without this code and are rounded more coarsely."""
     step = floors.step(model, B, prefix)
     for card, expected in (("H100", h100), ("H200", h200)):
         assert step.floor_us(*floors.CARDS[card]) / 1e3 == pytest.approx(expected, rel=0.02)
@@ -297,7 +297,8 @@ for what in {statements!r}:
 
 
 def test_whatever_a_command_imports_is_found_from_a_bare_checkout() -> None:
-    """Each module first in a process of its own: none may hang on what another has put in place."""
+    """Every module is the first import of a process of its own: no module may depend on what another one has put in
+    place."""
     files = sorted(path for path in (ROOT / "bench").rglob("*.py") if path.stem not in ("conftest", "test_kernels"))
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     statements = [f"import {module}" for module in modules if module != "bench.plots" or sweep.has_matplotlib()]

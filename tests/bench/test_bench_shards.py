@@ -1,5 +1,5 @@
-"""The checks in processes side by side: what breaks one costs that one and is named, and a run that is cut off loses
-nothing."""
+"""The checks in processes side by side: what breaks a process costs that process and is named, and a run that is cut
+off loses nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CEILINGS = Ceilings(copy_tb_s=2.0, gemm_tflop_s=500.0, empty_kernel_us=1.0, empt
 
 @pytest.fixture(autouse=True)
 def found_by_processes(monkeypatch) -> None:
-    """A process finds `bench` where this one would look for it."""
+    """A process finds `bench` where this process would look for it."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
 
 
@@ -48,14 +48,13 @@ def events(words: list[str], processes: int, **options) -> list[shards.Event]:
 
 
 def outcomes(found: list[shards.Event], words: list[str]) -> dict[str, str]:
-    """How every job ended; each ends once, and after it began."""
+    """How every job ended. Each job ends once, and after it began."""
     ends = [event for event in found if event.kind != "begun"]
     assert sorted(event.index for event in ends) == list(range(len(words)))
     for event in ends:
-        begun = [other for other in found if (other.kind, other.index) == ("begun", event.index)]
-        assert len(begun) == (event.kind != "not run") and all(
-            found.index(other) < found.index(event) for other in begun
-        )
+        begun = [start for start in found if (start.kind, start.index) == ("begun", event.index)]
+        assert len(begun) == (event.kind != "not run")
+        assert all(found.index(start) < found.index(event) for start in begun)
     return {words[event.index]: event.reason or event.kind for event in ends}
 
 
@@ -185,7 +184,7 @@ def test_what_raises_dies_or_hangs_is_red_by_name_and_only_green_ops_are_timed(t
         ("unmask", "SKIPPED"), ("confidence", "ok"), ("confidence", "ok"), ("confidence", "ok"), ("confidence", "ok"),
         ("confidence", "ok"), ("attention-prefill", "SKIPPED"),
     ]  # fmt: skip
-    # A line as a case begins, and one as it ends; in the order of what happened.
+    # There is a line as a case begins, and one as the case ends, in the order of what happened.
     assert lines.index("begins  unmask  raises") < lines.index(
         next(line for line in lines if line.startswith("FAILED  unmask  raises"))
     )
@@ -240,7 +239,7 @@ def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tm
 
 
 def recorded(path: Path) -> record.Record:
-    """A run with a green op, one that has not ended, and one shape of three timed."""
+    """A run with a green op, an op that has not ended, and times of one shape out of three."""
     run = record.Record(path)
     run.begin("gpu-check", "2026-01-01", 5, FACTS)
     run.measured(CEILINGS)
@@ -322,9 +321,9 @@ def test_wrong_options_of_gpu_check_are_named(capsys, tmp_path, options: list[st
 
 def test_every_check_of_a_gpu_has_a_name_of_its_own() -> None:
     arguments = dlm_fast.REFERENCE, torch.device("cuda"), checks.GPU, 1
-    said = {}  # two of one name draw the same numbers, and must be the same case
+    cases_by_name = {}  # two cases of one name draw the same numbers, so they must be the same case
     for op, module in gpu_check.CASES.items():
         for name, case in module.cases(*arguments):
-            assert said.setdefault((op, name), repr(case.args)) == repr(case.args)
-    assert [(op, name) for op, (name, _) in gpu_check.cases_of(*arguments)] == list(said)
-    assert len(said) > 500 and {op for op, _ in said} == set(checks.OPS)
+            assert cases_by_name.setdefault((op, name), repr(case.args)) == repr(case.args)
+    assert [(op, name) for op, (name, _) in gpu_check.cases_of(*arguments)] == list(cases_by_name)
+    assert len(cases_by_name) > 500 and {op for op, _ in cases_by_name} == set(checks.OPS)

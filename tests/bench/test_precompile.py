@@ -1,5 +1,5 @@
-"""`python -m bench precompile` and `gpu-check --cache`: what the checks launch is compiled without a GPU, and found
-again by Triton."""
+"""`python -m bench precompile` and `gpu-check --cache`: what the checks launch is compiled without a GPU, and Triton
+finds it again."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from bench import kernel_cache, machine
 
 pytest.importorskip("triton", reason="these tests compile kernels")
 
-# One case, what the ceilings launch, a kernel that does not compile and a case that raises. In a process of its own:
-# there the driver is stood in for.
+# One case, what the ceilings launch, a kernel that does not compile and a case that raises. All of this runs in a
+# process of its own, in which something stands in for the driver.
 SCRIPT = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -94,13 +94,13 @@ def test_what_was_compiled_ahead_triton_does_not_compile_again(precompiled) -> N
 
 
 def test_what_does_not_compile_and_what_cannot_be_followed_is_named_and_the_others_are_packed(precompiled) -> None:
-    said = precompiled["said"]
-    assert precompiled["status"] == 1 and said[-1] == "1 did not compile, 1 could not be followed"
+    lines = precompiled["said"]
+    assert precompiled["status"] == 1 and lines[-1] == "1 did not compile, 1 could not be followed"
     kernel = "_empty_kernel for sm_90, asked for by ceilings"
     assert f"DOES NOT COMPILE {kernel}: AssertionError: Loop-carried variable candidates" in [
-        line.strip() for line in said
+        line.strip() for line in lines
     ]
-    assert "NOT FOLLOWED confidence: broken: RuntimeError: not to be followed" in said
+    assert "NOT FOLLOWED confidence: broken: RuntimeError: not to be followed" in lines
 
 
 def manifest(**changes) -> kernel_cache.Manifest:
@@ -125,8 +125,8 @@ def manifest(**changes) -> kernel_cache.Manifest:
     ],
 )
 def test_a_cache_of_another_installation_is_not_placed_and_says_why(tmp_path, changes: dict, reason: str) -> None:
-    count, said = kernel_cache.place(manifest(**changes), tmp_path, tmp_path / "cache")
-    assert count == 0 and said.startswith(reason) and bool(said) == bool(reason)
+    count, found = kernel_cache.place(manifest(**changes), tmp_path, tmp_path / "cache")
+    assert count == 0 and found.startswith(reason) and bool(found) == bool(reason)
 
 
 def test_the_commit_of_a_cache_counts_only_for_the_same_sources(tmp_path) -> None:

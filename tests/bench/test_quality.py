@@ -12,7 +12,7 @@ from dlm_fast.presets import PRESETS, resolve
 from dlm_fast.tiny.tasks import TASKS
 
 
-def row(model: str, preset: str, exact_match: float, nfe: float, **more) -> dict:
+def row(model: str, preset: str, exact_match: float, nfe: float, **changes) -> dict:
     """A row as `measure` makes it."""
     cost = {"nfe": nfe, "nfe_se": 0.1, "query_tokens": 10 * nfe, "query_tokens_se": 1.0}
     right = {
@@ -29,7 +29,7 @@ def row(model: str, preset: str, exact_match: float, nfe: float, **more) -> dict
         "exactness": "exact",
         **right,
         **cost,
-        **more,
+        **changes,
     }
 
 

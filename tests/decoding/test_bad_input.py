@@ -35,7 +35,11 @@ BAD = [
         r"rule must be one of quota, threshold, factor, entropy, schedule, bernoulli, renoise, got rule='best'",
     ),
     ({"score": "p"}, ValueError, r"score must be one of .* got score='p'"),
-    ({"stop": "soon"}, ValueError, r"stop must be one of never, after_block, closed, .*got stop='soon'"),
+    (
+        {"stop": "soon"},
+        ValueError,
+        r"stop must be one of never, closed, after_block, all_stop, appends, fill, got stop='soon'",
+    ),
     ({"cache": "commit"}, ValueError, r"cache='commit' needs a block-causal model"),
     ({"rule": "entropy", "score": "random"}, ValueError, r"rule='entropy' needs an order by score, got score='random'"),
     ({"blocklength": 8}, ValueError, r"unknown options blocklength; options of preset llada are .*block_length"),

@@ -5,10 +5,10 @@ The default suite runs the first 200 decodes of the 2,000 of the campaign:
     python -m pytest -m campaign tests/decoding/test_decode_campaign.py --campaign-summary
     bench/results/decode_campaign.json
 
-Two computations in fp32 may part where the decision between them is nearer than rounding. A row that differs is exempt
-if float64 (our oracle, replaying the row up to the first step at which the two differ) finds another decision within
-the bounds of tests/support/decode_cases.py at that step; at most 1% of the rows may be. Exact ties are no exemption:
-their order is defined.
+Two computations in fp32 may part where a decision is nearer than their rounding. A row that differs is exempt if
+float64 finds another decision within the bounds of tests/support/decode_cases.py at the first step at which the two
+differ (our oracle replays the row up to there); at most 1% of the rows may be exempt. Exact ties are no exemption,
+because their order is defined.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cases_of(part: int) -> Iterator[Case]:
 
 
 def run_part(part: int, device: str) -> tuple[collections.Counter, list[str], list[str]]:
-    """Counts of what was decoded, the rows exempted as near-ties, and the rows that differ without excuse."""
+    """Counts of what was decoded, the rows that are exempt as near-ties, and the rows that differ without excuse."""
     counts, exempt, wrong = collections.Counter(), [], []
     for case in cases_of(part):
         triton, reference = case.generate("triton", device), case.generate("reference", device)

@@ -40,13 +40,13 @@ def test_nothing_depends_on_the_process_wide_default_dtype(preset, default_dtype
     settings = {"preset": preset, "max_new_tokens": 6, "min_new_tokens": 2, **options_of(preset)}
     draws = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
     greedy_only = PRESETS[preset].drafts > 1 or preset in HOST_SIDE
-    for more in ({},) if greedy_only else ({}, draws):
+    for sampling in ({},) if greedy_only else ({}, draws):
         default_dtype(torch.float32)
-        expected = dlm_fast.generate(model, prompts, **settings, **more)
+        expected = dlm_fast.generate(model, prompts, **settings, **sampling)
         for dtype in (torch.bfloat16, torch.float64):
             default_dtype(dtype)
             with DtypesMade() as made:
-                found = dlm_fast.generate(model, prompts, **settings, **more)
+                found = dlm_fast.generate(model, prompts, **settings, **sampling)
             assert found.nfe == expected.nfe
             for name in ("canvas", "confidence", "unmask_step"):
                 assert all(
@@ -131,11 +131,12 @@ def test_a_row_in_16_bits_depends_on_its_neighbours_lengths_and_not_on_what_they
     """A matrix product may change its kernel, and so its rounding, with its shape; rows of one product are
     independent."""
     model = model_for(preset, dtype=dtype)
-    row, neighbours, others = random_prompts([6])[0], random_prompts([3, 9], seed=1), random_prompts([3, 9], seed=2)
+    row = random_prompts([6])[0]
+    neighbours = [random_prompts([3, 9], seed=seed) for seed in (1, 2)]
     settings = {"preset": preset, "max_new_tokens": [7, 6, 9], **options_of(preset)}
 
-    one, other = (dlm_fast.generate(model, [before, row, after], **settings) for before, after in (neighbours, others))
-    assert one.canvas[0].tolist() != other.canvas[0].tolist()
+    first, second = (dlm_fast.generate(model, [before, row, after], **settings) for before, after in neighbours)
+    assert first.canvas[0].tolist() != second.canvas[0].tolist()
     for name in ("canvas", "confidence", "unmask_step"):
-        assert torch.equal(getattr(one, name)[1], getattr(other, name)[1]), name
-    assert (one.nfe[1], one.query_tokens[1]) == (other.nfe[1], other.query_tokens[1])
+        assert torch.equal(getattr(first, name)[1], getattr(second, name)[1]), name
+    assert (first.nfe[1], first.query_tokens[1]) == (second.nfe[1], second.query_tokens[1])

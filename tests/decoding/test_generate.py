@@ -28,7 +28,7 @@ def toy_for(preset: str, **kwargs):
 
 
 def block_of(preset: str, length: int = 4) -> dict:
-    """The block_length option; a block-causal toy has its own already."""
+    """The block_length option; a block-causal toy has a block length of its own already."""
     return {"block_length": length} if PRESETS[preset].visibility == "full" else {}
 
 
@@ -37,7 +37,7 @@ def tokens(out) -> list[list[int]]:
 
 
 def everything(out, row: int) -> tuple:
-    """All that a row's result is, but the time it took."""
+    """All that the result of a row is, except the time that it took."""
     text = None if out.text is None else out.text[row]
     tensors = tuple(tuple(t[row].tolist()) for t in (out.sequences, out.canvas, out.unmask_step, out.confidence))
     return (*tensors, text, out.finish[row], out.nfe[row], out.query_tokens[row], out.tpf[row])
@@ -159,9 +159,9 @@ def test_a_batch_of_unequal_prompts_equals_its_rows_alone(preset, temperature):
         alone = dlm_fast.generate(
             model, [prompt], max_new_tokens=new[row], temperature=t, request_ids=[row], **settings
         )
-        same, other = everything(alone, 0), everything(batch, row)
-        assert same[:3] == other[:3] and same[4:] == other[4:]
-        assert same[3] == pytest.approx(other[3], abs=1e-5)
+        by_itself, in_batch = everything(alone, 0), everything(batch, row)
+        assert by_itself[:3] == in_batch[:3] and by_itself[4:] == in_batch[4:]
+        assert by_itself[3] == pytest.approx(in_batch[3], abs=1e-5)
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -250,15 +250,15 @@ def test_an_eos_is_not_drawn_before_min_new_tokens(preset):
     model, prompts = toy_for(preset, eos=eos), [[20, 21], [22], [23, 24, 25]]
     settings = {"preset": preset, "max_new_tokens": 9, **block_of(preset)}
     free = dlm_fast.generate(model, prompts, **settings)
-    held = dlm_fast.generate(model, prompts, min_new_tokens=[6, 0, 9], **settings)
+    held_back = dlm_fast.generate(model, prompts, min_new_tokens=[6, 0, 9], **settings)
     assert min(map(len, free.sequences)) < 6  # the ids end rows early unless they are held back
-    assert len(held.sequences[0]) >= 6 and len(held.sequences[2]) == 9
-    assert everything(held, 1)[:2] == everything(free, 1)[:2]
-    assert held.finish[2] == "length"
+    assert len(held_back.sequences[0]) >= 6 and len(held_back.sequences[2]) == 9
+    assert everything(held_back, 1)[:2] == everything(free, 1)[:2]
+    assert held_back.finish[2] == "length"
 
 
 def test_the_stop_rules_differ_in_cost_and_never_in_text_while_later_tokens_are_unseen():
-    """Block-causal: what follows an EOS cannot change what precedes it."""
+    """In a block-causal model, what follows an EOS cannot change what precedes it."""
     model = toy("block", eos=tuple(range(1, 8)), block_length=4)
     prompts = random_prompts([3, 5, 8, 2, 6])
     outs = {
@@ -461,7 +461,8 @@ NOT_FINITE = {
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("change", NOT_FINITE)
 def test_attention_that_is_not_finite_ends_in_an_error(change, backend):
-    """Zeros in place of its results would decode plausible tokens: the residual stream stays finite."""
+    """Zeros in place of the results of attention would decode plausible tokens, because the residual stream stays
+    finite."""
     if backend == "triton":
         pytest.importorskip("triton")
     model = toy(backend=backend, dtype=torch.float16)

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 
 def everything(out: dlm_fast.GenerateOutput, row: int) -> tuple:
-    """A row but for its confidences, which carry the rounding of the model's own matrix products."""
+    """A row without its confidences, which carry the rounding of the model's own matrix products."""
     tensors = tuple(t[row].tolist() for t in (out.sequences, out.canvas, out.unmask_step))
     return (*tensors, out.finish[row], out.nfe[row], out.query_tokens[row])
 
@@ -230,9 +230,9 @@ def test_a_batch_with_a_head_equals_its_rows_alone(kind, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_decides_by_its_own_threshold_unless_told_otherwise(kind):
-    def nfe(head, **more):
-        more |= {"preset": PRESET_OF[kind], "head": head, "block_length": BLOCK, "max_new_tokens": 8, "stop": "never"}
-        return dlm_fast.generate(toy(), random_prompts([5, 2]), **more).nfe
+    def nfe(head, **options):
+        options |= {"preset": PRESET_OF[kind], "block_length": BLOCK, "max_new_tokens": 8, "stop": "never"}
+        return dlm_fast.generate(toy(), random_prompts([5, 2]), head=head, **options).nfe
 
     everything_passes, nothing_passes = random_head(kind, accept_threshold=0.0), random_head(kind, accept_threshold=1.0)
     assert nfe(everything_passes) == [2, 2] and nfe(nothing_passes) == [8, 8]
@@ -241,7 +241,7 @@ def test_a_head_decides_by_its_own_threshold_unless_told_otherwise(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_that_looks_at_the_whole_row_does_not_move_the_block_under_the_head(kind):
-    """Then there are lanes for the row's every mask, of which the head sees its block's."""
+    """Such a policy has lanes for every mask of the row, of which the head sees those of its block."""
     options = {"preset": PRESET_OF[kind], "head": random_head(kind), "accept_threshold": 0.3}
     options |= {"block_length": BLOCK, "max_new_tokens": [11, 6]}
     alone = dlm_fast.generate(toy(), random_prompts([5, 2]), **options)

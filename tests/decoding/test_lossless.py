@@ -1,8 +1,8 @@
-"""Exact means the same tokens as the decoder it is exact to, in float32: on random models, and on held-out prompts of
-the tiny ones.
+"""A decoder is exact if it writes the same tokens as the decoder that it is exact to, in float32: on random models, and
+on held-out prompts of the tiny models.
 
-The tiny models' decisions are far from ties. Random models are compared in float32 too, where a near-tie may flip;
-seeds are fixed.
+The tiny models' decisions are far from ties. Random models are compared in float32 too, where a near-tie may flip, so
+their seeds are fixed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PAIRS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         "d2f",
         {"append_threshold": 0.5, "threshold": 0.5, "cache": "none"},
     ),
-    # Blocks that wait for the one before them are blocks one at a time.
+    # Blocks that wait for the block before them are decoded one at a time.
     ("d2f", {"append_threshold": 1.0, "activate_threshold": 1.0}, "llada2", {"threshold": 0.9}),
     *(
         (name, {}, name, {"cache": "none"})
@@ -45,10 +45,10 @@ PAIRS: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 IDS = [f"{a} {' '.join(f'{k}={v}' for k, v in x.items())}" for a, x, _, _ in PAIRS]
 
 
-def same_text(model, prompts, pair, **more) -> tuple[Any, Any]:
+def same_text(model, prompts, pair, **settings) -> tuple[Any, Any]:
     preset, options, static, static_options = pair
-    ours = dlm_fast.generate(model, prompts, preset=preset, **options, **more)
-    exact = dlm_fast.generate(model, prompts, preset=static, **static_options, **more)
+    ours = dlm_fast.generate(model, prompts, preset=preset, **options, **settings)
+    exact = dlm_fast.generate(model, prompts, preset=static, **static_options, **settings)
     # Behind the first EOS the rows may stop at different places.
     assert [ids.tolist() for ids in ours.sequences] == [ids.tolist() for ids in exact.sequences]
     assert ours.finish == exact.finish
@@ -110,7 +110,7 @@ def test_a_width_that_is_a_step_behind_still_holds_every_row_of_a_pipeline(monke
     init = Progress.__init__
     monkeypatch.setattr(Progress, "__init__", lambda self, decode, steps_behind: init(self, decode, 1))
     behind = dlm_fast.generate(model, prompts, **options)
-    # One step that nobody needs at the end, and none in which a row finds its bucket too narrow.
+    # There is one step at the end that nobody needs, and none in which a row finds its bucket too narrow.
     assert handle.attention_calls - calls == calls + model.config.num_hidden_layers
     assert [row.tolist() for row in behind.canvas] == [row.tolist() for row in exact.canvas]
     assert (behind.nfe, behind.query_tokens) == (exact.nfe, exact.query_tokens)

@@ -1,9 +1,9 @@
-"""An option that is given is read: what a decoder does not read is refused, what it reads changes some decode, and
-bounds are named.
+"""An option that is given is read: what a decoder does not read is refused, what a decoder reads changes some decode,
+and bounds are named.
 
-The first claim is one table (`dlm_fast/presets/options.py`). Whether it is true is tried out here: for every preset and
-every option, an option that is accepted must change some decode of a toy, and one that is refused must change none. The
-default suite tries one pair in 41; all of them:
+The first claim is one table (`dlm_fast/presets/options.py`). Whether the table is true is tried out here: for every
+preset and every option, an option that is accepted must change some decode of a toy, and one that is refused must
+change none. The default suite tries one pair in 41; this command tries all pairs:
 
     python -m pytest -m campaign tests/decoding/test_options.py
 """
@@ -32,7 +32,7 @@ from dlm_fast.presets import FIELDS, PRESETS, Preset, options, resolve
 DECODERS = [name for name, preset in PRESETS.items() if preset.supported]
 EOS = (1, 2, 3)
 PROMPTS, NEW = [3, 1, 6], [7, 11, 3]
-# Where the options of other tests never come to what a number decides.
+# Options for presets that the options of other tests never bring to what a number decides.
 TRIED = {
     "ccd": {"block_length": 9, "steps_per_block": None},
     "ccd-ds": {"block_length": 9, "steps_per_block": None},
@@ -113,7 +113,7 @@ FLAGS = (False, True)
 
 @functools.cache
 def model_of(visibility: str, logits_row: str, seed: int, sharp: bool):
-    """A toy; a sharp one is so sure of everything that its confidences are 1 and its entropies 0."""
+    """A toy; a sharp toy is so sure of everything that its confidences are 1 and its entropies 0."""
     model = copy.deepcopy(native_model(seed=seed, heads=2, kv_heads=1, layers=2))
     if sharp:
         with torch.no_grad():
@@ -136,21 +136,21 @@ def row_of(name: str, option: str) -> str:
 
 def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Options of the preset, and arguments of `generate`, under which to try an option."""
-    preset, own = PRESETS[name], options_of(name)
+    preset, needed = PRESETS[name], options_of(name)
     row = row_of(name, option)
-    eager, shy = ({**own, **variant} for variant in variants(name))
+    eager, shy = ({**needed, **variant} for variant in variants(name))
     eager, shy = eager | TRIED.get(name, {}), shy | TRIED.get(name, {})
     numbers = preset.options()
     if option == "strict_reference" and preset.rule == "schedule":
         eager["steps_per_block"] = 20
     if option == "quota_of" and preset.drafts == 1:
-        eager["steps_per_block"] = shy["steps_per_block"] = own["steps_per_block"] = 3
+        eager["steps_per_block"] = shy["steps_per_block"] = needed["steps_per_block"] = 3
     if option == "rate":
         eager["curve"] = shy["curve"] = "exponential"
     yield eager, {"row": row, "seed": 0}
     yield shy, {"row": row, "seed": 0}
     certain = {"slack": 0.0, "relaxed_threshold": 1.0}
-    certain = {**own, **{n: v for n, v in certain.items() if n in numbers}}
+    certain = {**needed, **{n: v for n, v in certain.items() if n in numbers}}
     if preset.rule == "threshold":
         certain["threshold"] = 0.0 if preset.score == "neg_entropy" else 1.0
     yield certain, {"row": row, "seed": 0, "sharp": True}
@@ -188,8 +188,8 @@ def values_of(option: str, preset: Preset) -> tuple:
 
 
 def check_pair(name: str, option: str) -> None:
-    """Accepted: some value changes some decode, unless the preset can have no other value. Refused: none changes
-    any."""
+    """If the option is accepted, some value changes some decode, unless the preset can have no other value. If the
+    option is refused, no value changes any decode."""
     base, accepted, changed = PRESETS[name], False, False
     for given, arguments in contexts(name, option):
         before = base.replace(**given)
@@ -214,7 +214,7 @@ def check_pair(name: str, option: str) -> None:
 
 
 def has_alternative(name: str, option: str) -> bool:
-    """Whether the preset can have another value of the option in any context: where not, there is nothing to
+    """Whether the preset can have another value of the option in any context; where it cannot, there is nothing to
     compare."""
     for given, _ in contexts(name, option):
         before = PRESETS[name].replace(**given)
@@ -227,7 +227,7 @@ def has_alternative(name: str, option: str) -> bool:
 
 
 PAIRS = [(name, option) for name in DECODERS for option in PRESETS[name].options()]
-# One of every 41 in the default run, all in the campaign.
+# The default run tries one pair of every 41, the campaign all pairs.
 SAMPLE = [next(pair for pair in PAIRS[place:] if has_alternative(*pair)) for place in range(0, len(PAIRS) - 41, 41)]
 
 
@@ -331,8 +331,8 @@ def test_a_policy_of_ones_own_may_read_any_option():
 
 def test_every_option_has_an_entry():
     assert set(FIELDS) == set(options.RULE) | set(options.STRUCTURE)
-    own = {cls for cls in vars(policies).values() if isinstance(cls, type) and issubclass(cls, policies.Policy)}
-    assert own - {policies.Policy, policies.Function} == set(options.PARTS)
+    found = {cls for cls in vars(policies).values() if isinstance(cls, type) and issubclass(cls, policies.Policy)}
+    assert found - {policies.Policy, policies.Function} == set(options.PARTS)
 
 
 def test_a_preset_made_by_hand_may_hold_numbers_that_it_does_not_read_but_no_unknown_ones():
@@ -357,15 +357,15 @@ def readers(option: str) -> list[str]:
 @pytest.mark.parametrize("option", sorted({option for name in DECODERS for option in PRESETS[name].options()}))
 def test_an_extreme_value_is_refused_by_name_or_decodes(option):
     for name in readers(option):
-        preset, own = PRESETS[name], options_of(name)
-        more = {"curve": "exponential"} if option == "rate" else {}
+        preset, needed = PRESETS[name], options_of(name)
+        curve = {"curve": "exponential"} if option == "rate" else {}
         for value in EXTREME:
             if option == "max_post_edits" and value == MAX_WHOLE:
                 continue  # edits that go on for as long as they may
             model = model_of(preset.visibility, row_of(name, option), 0, False)
             try:
                 out = dlm_fast.generate(
-                    model, [[7, 8, 9]], preset=name, max_new_tokens=6, **{**own, **more, option: value}
+                    model, [[7, 8, 9]], preset=name, max_new_tokens=6, **{**needed, **curve, option: value}
                 )
             except (ValueError, TypeError) as error:
                 assert option in str(error), f"{name}: {error}"
@@ -437,8 +437,8 @@ def test_presets_whose_published_loop_filters_greedy_rows_say_so(name):
     assert {"dream", "dream-origin", "d2f", "rcr"} == {n for n, preset in PRESETS.items() if preset.greedy_filters}
     model, settings = toy(PRESETS[name].visibility), {"preset": name, "max_new_tokens": NEW, **options_of(name)}
     plain, filtered, told = (
-        [row.tolist() for row in dlm_fast.generate(model, random_prompts(PROMPTS), **settings, **more).confidence]
-        for more in ({}, {"top_p": 0.3}, {"top_p": 0.3, "greedy_filters": False})
+        [row.tolist() for row in dlm_fast.generate(model, random_prompts(PROMPTS), **settings, **filters).confidence]
+        for filters in ({}, {"top_p": 0.3}, {"top_p": 0.3, "greedy_filters": False})
     )
     assert plain == told != filtered
 

@@ -109,7 +109,7 @@ def test_dream_origin_ends_after_its_schedule():
 
 
 def steps_by_block(row: list[Snapshot]) -> dict[int, list[Snapshot]]:
-    """The denoise steps of a row by the block they worked on: how the block stood after each."""
+    """The denoise steps of a row by the block that they worked on: how the block stood after each step."""
     blocks: dict[int, list[Snapshot]] = {}
     for before, after in zip(row, row[1:]):
         if after.step > before.step:
@@ -200,7 +200,7 @@ def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
         blocks = -(-length // decode.plan.block_length) + 1
         edits = max((getattr(policy, "max_post_edits", 0) for policy in decode.plan.preset.policies), default=0)
         in_a_block = dict.fromkeys(("rcr", "dream-origin"), int(decode.sampling.steps[0]))
-        in_a_block |= {edits_too: decode.plan.block_length + edits + more for edits_too, more in AFTER_EDITS.items()}
+        in_a_block |= {editor: decode.plan.block_length + edits + after for editor, after in AFTER_EDITS.items()}
         bound = blocks * in_a_block[name] if name in in_a_block else length
         assert decode.sampling.max_steps[0] >= bound, options
 
@@ -217,7 +217,8 @@ def test_every_preset_has_a_bound():
     ],
 )
 def test_a_bias_counts_in_what_orders_as_in_what_is_tested(preset: str, options: dict) -> None:
-    """The score orders where there is no rank: named as the rank, it must order in the same way, biased as it is."""
+    """Where there is no rank, the score orders. Named as the rank, the score must order in the same way, biased as it
+    is."""
     prompts = random_prompts([3, 2, 4, 1], 5)
     for seed in range(4):
         model = toy("full", seed=seed)

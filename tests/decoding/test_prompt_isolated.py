@@ -1,5 +1,5 @@
-"""Models of full visibility whose prompt sees itself only: who sees whom, what a cache keeps for good, and what is
-exact then."""
+"""Models of full visibility whose prompt sees itself only: who sees whom, what a cache keeps for good, and which
+decoders are then exact."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_the_keys_of_an_isolated_prompt_are_what_its_first_forward_made_them(mon
 
 
 def test_the_keys_of_an_isolated_prompt_do_not_depend_on_the_response(monkeypatch):
-    """A refresh that computed the prompt again would find the same bits; without isolation it would not."""
+    """A refresh that computed the prompt again would find the same bits; without isolation the bits would differ."""
     prompt, filled = random_prompts([5, 6])
 
     def same(**options) -> bool:

@@ -1,4 +1,4 @@
-"""What may be handed to `generate` as prompts or canvas, which ids it is, and what everything else is told."""
+"""What may be handed to `generate` as prompts or canvas, which ids that is, and what anything else is told."""
 
 from __future__ import annotations
 

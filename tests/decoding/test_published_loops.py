@@ -108,8 +108,8 @@ DELETE, SPLIT = 2, 3
 def edited(
     tokens: list[int], prefers: list[list[int]], original: set[int], seen: bool = False, history: dict | None = None
 ) -> tuple[list[int], dict[int, set[int]]]:
-    """One step of a block whose first position is given: its tokens then, and what was written at each position so
-    far."""
+    """One step of a block whose first position is given: the tokens of the block after the step, and what was written
+    at each position so far."""
     policy = InsertDelete(delete_id=DELETE, split_id=SPLIT)
     row = _Row([_Slot(token, j == 0, j in original, -1, 0.0) for j, token in enumerate(tokens)])
     row.seen |= {tuple(tokens)} if seen else set()

@@ -90,8 +90,8 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("preset", ["llada", "fast-dllm-dual", "sdar", "d2f"])
 def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_launches(preset):
-    """In a captured graph a small launch costs a microsecond or two: a hundred of them, a few percent of an 8B model's
-    step."""
+    """In a captured graph a small launch costs a microsecond or two, so a hundred of them cost a few percent of an 8B
+    model's step."""
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
     diffusion, plan, state, sampling = opened(chosen)
     counter = Launches()
@@ -190,7 +190,7 @@ def test_a_batch_of_unequal_rows_equals_its_rows_alone(preset):
         assert alone.unmask_step[0].tolist() == together.unmask_step[row].tolist()
 
 
-# Rows that sit a step out, and what they cost.
+# Rows that sit a step out, and what they cost
 
 
 def watched(preset: str, options: dict | None = None):
@@ -214,7 +214,7 @@ def watched(preset: str, options: dict | None = None):
 
 
 def rows_of(values, row: int) -> dict[str, list]:
-    """What the fields hold of one row."""
+    """What the fields of the state hold of one row."""
     return {f.name: getattr(values, f.name)[row].tolist() for f in dataclasses.fields(values)}
 
 
@@ -246,8 +246,8 @@ def test_a_row_that_needs_another_kind_of_step_sits_it_out(preset, kind):
     if decode.plan.refresh_width:
         denoise_step(decode, decode.plan.bucket("refresh"))
     state = decode.state
-    takes_part, other = (REFRESH, DENOISE) if kind == "refresh" else (DENOISE, REFRESH)
-    state.phase.copy_(torch.tensor([takes_part, other, DONE]))
+    takes_part, sits_out = (REFRESH, DENOISE) if kind == "refresh" else (DENOISE, REFRESH)
+    state.phase.copy_(torch.tensor([takes_part, sits_out, DONE]))
     before = [rows_of(state, row) for row in (1, 2)]
     measured.clear()
     denoise_step(decode, decode.plan.bucket(kind))
@@ -298,7 +298,7 @@ def test_top_p_keeps_an_id_if_those_before_it_have_exactly_top_p_of_the_mass(mon
 
 
 def test_no_preset_is_named_outside_the_table():
-    """Adding a row touches no code of the loop: none of it asks which preset it runs."""
+    """Adding a row touches no code of the loop, because no code of the loop asks which preset it runs."""
     package = Path(dlm_fast.__file__).parent
     for path in (package / "generate.py", *sorted((package / "decoding").glob("*.py"))):
         strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
@@ -307,7 +307,7 @@ def test_no_preset_is_named_outside_the_table():
 
 @pytest.mark.parametrize("rule", ["quota", "threshold"])
 def test_a_cache_is_added_by_one_row_of_the_table(rule, monkeypatch):
-    """This one keeps keys and never reads them: its tokens are those of a decoder without a cache."""
+    """The cache of this test keeps keys and never reads them, so its tokens are those of a decoder without a cache."""
 
     def everything(at: caches.Place) -> caches.Extent:
         zero = torch.zeros_like(at.start)

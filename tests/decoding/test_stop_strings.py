@@ -1,4 +1,5 @@
-"""Stop strings: the text is what it would be without them, cut where the first of them begins, whatever wrote it."""
+"""Stop strings: the text is what it would be without them, cut where the first of them begins, whatever wrote the
+text."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def tokenizer_of(pieces: list[str], decoder, *, merges: bool = False, clean: boo
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As of Qwen and Llama 3: a character may be several tokens, and a token the end of one and the beginning of
-    another."""
+    """A tokenizer as of Qwen and Llama 3: a character may be several tokens, and a token the end of one character and
+    the beginning of another."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     spelled = "".join(piece for piece, _ in split.pre_tokenize_str("a é€🦙ab"))
@@ -53,8 +54,8 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As of Llama 2: characters out of the vocabulary are runs of byte tokens, and a run that is no text is all
-    replacements."""
+    """A tokenizer as of Llama 2: characters that the vocabulary lacks are runs of byte tokens, and a run that is no
+    text is all replacements."""
     used = sorted({*"a\né€🦙".encode(), 0xFF})
     pieces = ["▁", "a", "▁a", "b", "▁ab", "ba", "é", "c", *(f"<0x{byte:02X}>" for byte in used)]
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -107,7 +108,8 @@ def special_ids(tok) -> dict[str, int]:
 
 
 def random_stops(text: str, rng: random.Random, special: list[str]) -> list[str]:
-    """Pieces of the text, some with an end that it does not go on with, some special tokens; in any order."""
+    """Pieces of the text in any order: some have an end with which the text does not go on, and some are special
+    tokens."""
     stops = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         start = rng.randrange(max(1, len(text)))
@@ -139,7 +141,7 @@ def write(state: RowState, places: list[int], ids: list[int]) -> None:
 
 
 def cut(ids: list[int], tok, stops: list[str], eos: tuple[int, ...]) -> tuple[str, str]:
-    """The text of ids that nothing interrupts, cut by hand; and why it ended."""
+    """The text of ids that nothing interrupts, cut by hand; and why the text ended."""
     by_id = {id for token, id in special_ids(tok).items() if token in stops}
     end = next((j for j, token in enumerate(ids) if token in eos or token in by_id), len(ids))
     finish = "length" if end == len(ids) else "eos" if ids[end] in eos else "stop"
@@ -193,8 +195,8 @@ def test_settled_text_stays_whatever_follows(name):
         ids = random_ids(name, rng, rng.randrange(8))
         settled = stops.settled(ids)
         assert tok.decode(ids, skip_special_tokens=True).startswith(settled)
-        for more in [[token] for token in vocabulary] + [random_ids(name, rng, 3) for _ in range(20)]:
-            assert tok.decode(ids + more, skip_special_tokens=True).startswith(settled), f"{ids} and then {more}"
+        for later in [[token] for token in vocabulary] + [random_ids(name, rng, 3) for _ in range(20)]:
+            assert tok.decode(ids + later, skip_special_tokens=True).startswith(settled), f"{ids} and then {later}"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ import dlm_fast
 # The policies are written in a file of their own, on top of the same cases.
 REGISTRY.update(transcription_policies.REGISTRY)
 CASES, DEFAULT_CASES = 200, 20
-# Its specification says nothing of given tokens behind the first mask.
+# Decoders whose specification says nothing of given tokens behind the first mask.
 WITHOUT_INFILLING = ("llada2.2",)
 
 
@@ -85,8 +85,8 @@ def check(case: Case) -> tuple[collections.Counter, list[str]]:
 def run(name: str, seeds: range) -> tuple[collections.Counter, list[str]]:
     counts, wrong = collections.Counter(), []
     for seed in seeds:
-        more, found = check(random_case(name, seed))
-        counts.update(more)
+        added, found = check(random_case(name, seed))
+        counts.update(added)
         wrong += found
     return counts, wrong
 
@@ -179,6 +179,6 @@ def test_a_transcription_imports_nothing_of_the_project(path):
     tree = ast.parse(path.read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    own = {"torch", "oracles", "transcriptions"}
-    allowed = own | {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "struct", "typing"}
+    ours = {"torch", "oracles", "transcriptions"}
+    allowed = ours | {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "struct", "typing"}
     assert {name.split(".")[0] for name in imported} <= allowed

@@ -23,14 +23,15 @@ def test_a_copy_is_patched_by_a_handle_of_its_own(duplicate):
     model, tokens = toy("full"), ids(6)
     logits(model, tokens)
     twin = duplicate(model)
-    handle, own = dlm_fast.handle_of(model), dlm_fast.handle_of(twin)
-    assert own is not handle and own.model is twin and own.adapter is handle.adapter and own.attention_calls == 0
-    assert own.diffusion == handle.diffusion and twin.config is not model.config
-    assert torch.equal(logits(twin, tokens), logits(model, tokens)) and own.attention_calls == 2
+    handle, twin_handle = dlm_fast.handle_of(model), dlm_fast.handle_of(twin)
+    assert twin_handle is not handle and twin_handle.model is twin
+    assert twin_handle.adapter is handle.adapter and twin_handle.attention_calls == 0
+    assert twin_handle.diffusion == handle.diffusion and twin.config is not model.config
+    assert torch.equal(logits(twin, tokens), logits(model, tokens)) and twin_handle.attention_calls == 2
     assert torch.equal(dlm_fast.generate(twin, **PLAIN).canvas[0], dlm_fast.generate(model, **PLAIN).canvas[0])
 
     bidirectional, causal = logits(model, tokens), logits(native_model(), tokens)
-    own.unpatch()
+    twin_handle.unpatch()
     assert torch.equal(logits(twin, tokens), causal) and torch.equal(logits(model, tokens), bidirectional)
     assert not twin.model._forward_pre_hooks and not twin.model._forward_hooks
     with torch.no_grad():

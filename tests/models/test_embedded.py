@@ -1,4 +1,5 @@
-"""The two models inside the package: they load, answer, and trade steps for accuracy as a trained model does."""
+"""The two models inside the package: they load, they answer, and they trade steps for accuracy as a trained model
+does."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def test_a_threshold_saves_forwards_and_keeps_most_answers(careful, parallel):
 
 
 def test_tokens_that_depend_on_one_another_must_not_be_written_together():
-    """Any order of a shuffle's words is right, so words drawn independently of one another repeat; one at a time they
-    do not."""
+    """Any order of a shuffle's words is right. Words that are drawn independently of one another repeat; words that are
+    drawn one at a time do not."""
     samples = held_out("shuffle", 8, seed=3)
     chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
 
@@ -73,7 +74,8 @@ def test_tokens_that_depend_on_one_another_must_not_be_written_together():
 
 
 def test_an_isolated_prompt_makes_stale_caches_harmless():
-    """Which words are used already, full attention reads off the prompt, whose cached keys do not know."""
+    """A model of full attention reads off the prompt which words are used already, and the cached keys of the prompt do
+    not know."""
     samples = held_out("shuffle", 10, seed=3)
     chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
 

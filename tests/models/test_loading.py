@@ -1,5 +1,5 @@
-"""Opening checkpoints: safetensors only, nothing silently causal, and an error with a name for everything that is
-wrong."""
+"""Opening checkpoints: only safetensors are read, nothing is silently causal, and everything that is wrong has an error
+with a name."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def test_a_saved_model_comes_back_as_a_native_class_with_its_weights(tmp_path, f
 
 
 def test_a_plain_forward_is_bidirectional_and_honours_the_padding_mask(folder):
-    model, (tokens, other) = load(folder), random_prompts([7, 4])
-    padded = torch.tensor([tokens, other + [9] * 3])
+    model, (tokens, shorter) = load(folder), random_prompts([7, 4])
+    padded = torch.tensor([tokens, shorter + [9] * 3])
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     with torch.no_grad():
         both = model(padded, attention_mask=mask).logits
-        alone = model(torch.tensor([other])).logits
+        alone = model(torch.tensor([shorter])).logits
         changed = model(torch.tensor([[*tokens[:-1], (tokens[-1] + 1) % 40 + 2]])).logits
     torch.testing.assert_close(both[1, :4], alone[0], atol=2e-5, rtol=1e-4)
-    # Never silently causal: the last token reaches the first position.
+    # The model is not causal: the last token reaches the first position.
     assert (changed[0, 0] - both[0, 0]).abs().max() > 1e-3
 
 
@@ -68,12 +68,12 @@ def test_a_plain_forward_of_a_block_causal_model_sees_to_the_end_of_the_block(tm
     model, tokens = load(tmp_path), torch.tensor(random_prompts([12]))
 
     def reaches(changed_position: int) -> list[int]:
-        other = tokens.clone()
-        other[0, changed_position] = (tokens[0, changed_position] + 1) % 40 + 2
+        changed = tokens.clone()
+        changed[0, changed_position] = (tokens[0, changed_position] + 1) % 40 + 2
         with torch.no_grad():
             lengths = torch.tensor([3])
             difference = (
-                (model(other, prompt_lengths=lengths).logits - model(tokens, prompt_lengths=lengths).logits)
+                (model(changed, prompt_lengths=lengths).logits - model(tokens, prompt_lengths=lengths).logits)
                 .abs()
                 .amax(-1)[0]
             )
@@ -247,7 +247,7 @@ def test_code_beside_the_weights_of_a_known_model_is_never_imported(folder, no_n
         "transformers.models."
     )
     assert dlm_fast.generate(model, ["abc"], max_new_tokens=2).text is not None
-    # A tokenizer that is nothing without its code.
+    # A tokenizer that is of no use without its code.
     path.write_text(
         json.dumps({**tokenizer, "tokenizer_class": "Slow", "auto_map": {"AutoTokenizer": ["tokenization.Slow", None]}})
     )
@@ -279,9 +279,9 @@ def test_shards_are_one_model_and_two_sets_of_weights_are_refused(folder):
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
-    for shard, held in shards.items():
-        save_file({name: weights[name] for name in held}, folder / shard, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    for shard, of_shard in shards.items():
+        save_file({name: weights[name] for name in of_shard}, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, of_shard in shards.items() for name in of_shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
         CheckpointError, match="has both model.safetensors and a model.safetensors.index.json of other files; keep one"

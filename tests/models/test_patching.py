@@ -113,7 +113,7 @@ def test_gradients_flow_through_the_reference_backend():
 
 def test_patching_one_instance_leaves_every_other_alone():
     model = native_model()
-    twin = LlamaForCausalLM(model.config).eval()  # shares the config object
+    twin = LlamaForCausalLM(model.config).eval()  # this model shares the config object
     assert twin.config is model.config
     config, modules, forwards = dict(vars(model.config)), dict(model.named_modules()), LlamaForCausalLM.forward
     before = logits(twin, ids(6))
@@ -308,16 +308,16 @@ def test_the_diffusion_configuration_is_read_from_the_config():
 
 
 def test_a_patched_model_may_share_the_process_with_a_loaded_one():
-    one, other = native_model(seed=1), toy("full", seed=2)
-    before = dlm_fast.generate(other, **PLAIN).canvas[0]
-    with attach(one, backend="reference", diffusion=FULL, plain_mode="full"):
-        dlm_fast.generate(one, **PLAIN)
-    assert torch.equal(dlm_fast.generate(other, **PLAIN).canvas[0], before)
+    patched, loaded = native_model(seed=1), toy("full", seed=2)
+    before = dlm_fast.generate(loaded, **PLAIN).canvas[0]
+    with attach(patched, backend="reference", diffusion=FULL, plain_mode="full"):
+        dlm_fast.generate(patched, **PLAIN)
+    assert torch.equal(dlm_fast.generate(loaded, **PLAIN).canvas[0], before)
 
 
 @pytest.mark.parametrize("adapter", models.ADAPTERS, ids=lambda adapter: adapter.__name__)
 def test_a_family_has_every_part_of_an_adapter(adapter):
-    """The protocol is what the loop and the patch ask of a family: its functions, by these parameters."""
+    """The protocol is what the loop and the patch ask of a family: its functions, with these parameters."""
     parts = {name: part for name, part in vars(models.Adapter).items() if inspect.isfunction(part) and name[0] != "_"}
     assert len(parts) == 8 and adapter.CLASSES
     for name, part in parts.items():

@@ -156,7 +156,7 @@ def test_an_unknown_backend_is_refused_and_nothing_is_patched():
 
 @pytest.mark.parametrize("capability, backend", [(75, "auto"), (75, "triton"), (70, "triton"), (110, "auto")])
 def test_a_gpu_without_kernels_is_refused_when_the_backend_is_chosen(capability, backend, monkeypatch):
-    """Never a quiet fall back to the reference, and never at the first forward."""
+    """The refusal is neither a quiet fall back to the reference, nor does it wait for the first forward."""
     device_module = pytest.importorskip("dlm_kernels.device", reason="the kernels need Triton")
     known = "8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1"
     message = (
@@ -215,8 +215,8 @@ def test_earlier_keys_are_refused_rather_than_forgotten():
 
 
 def test_transformers_own_generate_inside_patch_is_right_or_refused():
-    """Its second step hands over a cache: our plain forward keeps none, so it must say so rather than forget the
-    prompt."""
+    """The second step of transformers' generate hands over a cache. Our plain forward keeps none, so it must say so
+    rather than forget the prompt."""
     model, tokens = native_model(), ids(4)
     expected = model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False, pad_token_id=EOS)
     with dlm_fast.patch(model, backend="reference"):

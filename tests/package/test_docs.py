@@ -51,7 +51,7 @@ def anchors_of(text: str) -> set[str]:
 
 
 def broken_links(page: str, text: str) -> list[str]:
-    """Relative links of a page that lead to no file, or to a heading that its page does not have."""
+    """Relative links of a page that lead to no file, or to a heading that the linked page does not have."""
     broken = []
     for link in LINK.findall(prose_of(text)):
         if re.match(r"[a-z]+:", link):
@@ -70,7 +70,7 @@ def command_lines(text: str) -> Iterator[str]:
     blocks += re.findall(r"`((?:dlm-fast|python -m [\w.]+) [^`]+)`", prose_of(text))
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
-            # What joins programs, and what follows a pipe or a redirection, is the shell's.
+            # What joins programs, and what follows a pipe or a redirection, belongs to the shell.
             for part in re.split(r"&&|;|\||>", line.partition(" #")[0]):
                 yield part.strip()
 
@@ -80,12 +80,12 @@ def arguments_of(line: str) -> tuple[str, list[str]] | None:
     found = re.search(rf"(?:^|\s)({'|'.join(map(re.escape, PROGRAMS))})(?=\s|$)", line.replace("python3 ", "python "))
     if found is None:
         return None
-    rest = line.replace("python3 ", "python ")[found.end() :]
-    return found[1], shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", rest))
+    arguments = line.replace("python3 ", "python ")[found.end() :]
+    return found[1], shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", arguments))
 
 
 class Parsed(Exception):
-    """The arguments were accepted, and nothing is run."""
+    """The arguments were accepted, so nothing needs to run."""
 
 
 def accepts(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -112,7 +112,7 @@ def python_blocks(text: str) -> list[str]:
 
 
 def missing_names(tree: ast.AST) -> list[str]:
-    """What a block imports, or takes from dlm_fast, that does not exist; and presets that there are none of."""
+    """What a block of code imports, or takes from dlm_fast, that does not exist; and presets that do not exist."""
     missing = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# From low to high; a file or a package of dlm_fast, by its first name.
+# The floors from low to high; each entry is a file or a package of dlm_fast, by its first name.
 FLOORS = (
     ("dlm_kernels",),
     ("version", "limits", "files", "diffusion", "ops", "models", "patching"),
@@ -42,24 +42,24 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def floor_of(name: str) -> int:
-    top, _, rest = name.partition(".")
-    return FLOOR[top] if top == "dlm_kernels" else FLOOR[rest.split(".")[0] or "__init__"]
+    top, _, below = name.partition(".")
+    return FLOOR[top] if top == "dlm_kernels" else FLOOR[below.split(".")[0] or "__init__"]
 
 
 def test_nothing_imports_from_a_floor_above() -> None:
     known = modules()
     upward = [
-        f"{name} -> {other}"
+        f"{name} -> {imported}"
         for name, path in known.items()
-        for other in imports(name, path, known)
-        if floor_of(other) > floor_of(name)
+        for imported in imports(name, path, known)
+        if floor_of(imported) > floor_of(name)
     ]
     assert not upward
 
 
 def test_no_two_files_import_each_other() -> None:
     known = modules()
-    # A package's own file lists its parts for others; a part that asks a neighbour does not ask for the list.
+    # The __init__ of a package lists the package's parts for others; a part that asks a neighbour does not ask for it.
     TopologicalSorter({name: imports(name, path, known) for name, path in known.items()}).prepare()
 
 
@@ -70,7 +70,7 @@ def test_whatever_asks_for_a_cache_or_a_rule_by_name_is_a_preset() -> None:
             if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute | ast.Name):
                 name = node.left.attr if isinstance(node.left, ast.Attribute) else node.left.id
                 strings = [
-                    leaf for other in node.comparators for leaf in ast.walk(other) if isinstance(leaf, ast.Constant)
+                    leaf for operand in node.comparators for leaf in ast.walk(operand) if isinstance(leaf, ast.Constant)
                 ]
                 if name in ("cache", "rule") and any(isinstance(leaf.value, str) for leaf in strings):
                     compared.append(f"{path.relative_to(ROOT)}:{node.lineno}")

@@ -114,12 +114,12 @@ def test_a_partial_file_of_other_settings_is_refused_and_kept(command, tmp_path,
 
 
 def test_a_partial_file_of_another_model_is_refused(command, checkpoint, tmp_path, capsys, monkeypatch):
-    other = tmp_path / "other"
-    save_toy_checkpoint(other, seed=5)
+    other_model = tmp_path / "other"
+    save_toy_checkpoint(other_model, seed=5)
     with monkeypatch.context() as patch:
         break_after(patch, 1, Interrupted())
         run(command, capsys)
-    argv = [str(other) if part == str(checkpoint) else part for part in command]
+    argv = [str(other_model) if part == str(checkpoint) else part for part in command]
     assert "is from a run with other model" in error_of(argv, capsys)
 
 
@@ -140,7 +140,7 @@ def test_an_interrupt_keeps_what_was_finished(command, tmp_path, capsys, monkeyp
 
 
 class FullDisk:
-    """A binary file that takes `room` more bytes, and then says that the disk is full."""
+    """A binary file that takes `room` more bytes and then says that the disk is full."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room

@@ -1,4 +1,4 @@
-"""What a newcomer installs: two commands, exact pins that fit the declared ranges, one version."""
+"""What a newcomer installs: two commands, exact pins that fit the declared ranges, and one version."""
 
 from __future__ import annotations
 

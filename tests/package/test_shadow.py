@@ -1,4 +1,4 @@
-"""No module of ours is named `kernels`: that is Hugging Face's package, and transformers imports it wherever it is
+"""No module of ours is named `kernels`: that is Hugging Face's package, which transformers imports wherever it is
 installed."""
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ TYPED = {"dlm_fast/py.typed", "kernels/dlm_kernels/py.typed"}
 
 
 def python(code: str, *, cwd: Path, path: str = "") -> list[str]:
-    """Lines that a fresh interpreter prints. Its sys.path starts with `cwd`, as under `python -m pytest`."""
+    """Lines that a fresh interpreter prints. The sys.path of this interpreter starts with `cwd`, as under `python -m
+    pytest`."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     environment |= {"PYTHONPATH": path} if path else {}
     result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -26,7 +27,7 @@ def python(code: str, *, cwd: Path, path: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, list[str]]:
-    """What setup.py would put into a wheel, asked of setuptools without building one."""
+    """What setup.py would put into a wheel: setuptools is asked, and no wheel is built."""
     pytest.importorskip("setuptools")
     code = """
 import json, pathlib

@@ -46,8 +46,8 @@ class ModelSpec:
 
 @functools.lru_cache(maxsize=64)
 def build(spec: ModelSpec, device: str = "cpu") -> nn.Module:
-    """The unpatched model, with biases and norms away from their initial zeros and ones, which would hide a missing
-    one."""
+    """The unpatched model, with biases and norms away from their initial zeros and ones, which would hide a bias or a
+    norm that is missing."""
     model = native_model(
         spec.family,
         heads=spec.heads,
@@ -173,9 +173,9 @@ class Case:
 def first_difference(ours: tuple[list[int], list[int]], theirs: tuple[list[int], list[int]]) -> int | None:
     """The first denoise step at which two decodes of a row, (tokens, unmask_step) each, wrote different tokens or
     positions; None where they never did."""
-    late = 1 << 30
+    unwritten = 1 << 30
     steps = [
-        min(a if a >= 0 else late, b if b >= 0 else late)
+        min(a if a >= 0 else unwritten, b if b >= 0 else unwritten)
         for x, a, y, b in zip(*ours, *theirs, strict=True)
         if (x, a) != (y, b)
     ]
@@ -208,15 +208,15 @@ def random_model(rng: random.Random, small: bool) -> ModelSpec:
 
 def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
     """Options that keep the preset's own rule half of the time, at numbers where a toy model takes both branches."""
-    own = dlm_fast.PRESETS[preset].rule
-    rule = own if rng.random() < 0.5 else rng.choice(("quota", "threshold", "factor", "entropy"))
-    options: dict[str, Any] = {"rule": rule} if rule != own else {}
+    preset_rule = dlm_fast.PRESETS[preset].rule
+    rule = preset_rule if rng.random() < 0.5 else rng.choice(("quota", "threshold", "factor", "entropy"))
+    options: dict[str, Any] = {"rule": rule} if rule != preset_rule else {}
     if rule == "quota":
         options["steps_per_block"] = rng.choice((None, 1, 2, 3, 7))
     if rule == "threshold":
         options["threshold"] = rng.choice((0.15, 0.3, 0.5, 0.8))
         options["score"] = rng.choice(("confidence", "confidence", "margin"))
-        if rng.random() < 0.2:  # dParallel: entropy at most so much
+        if rng.random() < 0.2:  # dParallel: the entropy is at most so much
             options |= {"score": "neg_entropy", "threshold": rng.choice((-2.5, -1.5, -0.5)), "inclusive": True}
     if rule == "factor":
         options["factor"] = rng.choice((0.5, 1.0, 1.7))
@@ -231,15 +231,15 @@ def random_rule(rng: random.Random, preset: str) -> dict[str, Any]:
         inclusive = rng.random() < 0.5
         options |= {"inclusive": inclusive} if rule in ("threshold", "entropy") else {}
     if rule != "quota" and rng.random() < 0.3:
-        least, steps = rng.choice((1, 2, 3, None)), rng.choice((1, 2, 4))
-        options |= {"min_unmask": least} if least else {"min_unmask": None, "steps_per_block": steps}
+        minimum, steps = rng.choice((1, 2, 3, None)), rng.choice((1, 2, 4))
+        options |= {"min_unmask": minimum} if minimum else {"min_unmask": None, "steps_per_block": steps}
     return options
 
 
 def random_case(seed: int, *, preset: str | None = None, rows: int | None = None, small: bool = False) -> Case:
     """A case that depends on its arguments only: every preset and rule, GQA 1, 4 and 7, prompt lengths 1 and
-    block_length +- 1, ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids. `small`: few layers,
-    heads and tokens, for the interpreter."""
+    block_length +- 1, ragged batches, fixed tokens in the middle, early EOS, sampling, banned ids. With `small`, the
+    model has few layers and heads and the case few tokens, for the interpreter."""
     rng = random.Random(f"decode {seed}")
     preset = preset or rng.choice(FULL_PRESETS + BLOCK_PRESETS)
     visibility = dlm_fast.PRESETS[preset].visibility
@@ -260,7 +260,8 @@ def random_case(seed: int, *, preset: str | None = None, rows: int | None = None
     if visibility == "block" and rng.random() < 0.15:
         options["cache"] = "none"
     if dlm_fast.PRESETS[preset].tempered:
-        options["tempered"] = False  # tempered statistics are the transcriptions' (tests/support/transcriptions)
+        # Tempered statistics are what the transcriptions are for (tests/support/transcriptions).
+        options["tempered"] = False
     B = rows or rng.choice((3, 4, 5))
     lengths = [
         max(1, rng.choice((1, block_length - 1, block_length, block_length + 1, rng.randint(1, 9 if small else 17))))

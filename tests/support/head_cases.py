@@ -18,7 +18,7 @@ KINDS = tuple(PRESET_OF)
 
 
 def random_head(kind: str, block_length: int = BLOCK, *, seed: int = 0, scale: float = 4.0, **facts) -> heads.Head:
-    """A head that no one trained, its weights spread so that it says anything between 0 and 1."""
+    """A head that no one trained, with weights that spread so that it says anything between 0 and 1."""
     head = training.new_head(kind, block_length, 8, "nothing", seed, 0)
     generator = torch.Generator().manual_seed(seed)
     for parameter in head.parameters():

@@ -170,7 +170,8 @@ class Synced:
     """What files held when they were last synced to the disk (`os.fsync`), and a check of every file that gets its name
     by `os.replace`.
 
-    named: the names given so far.
+    Attributes:
+        named: the names given so far.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,12 +115,12 @@ Rule = Callable[[list[Candidate], int, int], tuple[list[int], float]]
 
 
 def rank(candidates: list[Candidate]) -> list[int]:
-    """Indices by score, best first; ties by position."""
+    """Indices by score, best first; ties go by position."""
     return sorted(range(len(candidates)), key=lambda i: (-round(candidates[i].score, TIE_DIGITS), i))
 
 
 def _gap(candidates: list[Candidate], order: list[int], k: int) -> float:
-    """How far the k-th best score is from the next one; an exact tie is no near-tie, its order is defined."""
+    """How far the k-th best score is from the next one. An exact tie is no near-tie, because its order is defined."""
     if not 0 < k < len(order):
         return math.inf
     gap = candidates[order[k - 1]].score - candidates[order[k]].score
@@ -143,7 +143,7 @@ def quota(steps: int, length: int | None = None) -> Rule:
 
 
 def threshold(tau: float, inclusive: bool, kmin: int | Rule = 1) -> Rule:
-    """All that pass, or else the `kmin` best; `kmin` may be a quota (SDAR dynamic)."""
+    """All candidates that pass, or else the `kmin` best; `kmin` may be a quota (SDAR dynamic)."""
 
     def choose(candidates: list[Candidate], masks: int, step: int) -> tuple[list[int], float]:
         passing = [i for i, c in enumerate(candidates) if (c.score >= tau if inclusive else c.score > tau)]
@@ -275,8 +275,8 @@ class Row:
             return sorted(allowed, key=lambda i: (-round(values[i], TIE_DIGITS), i))
 
         keys = key.tolist()
-        first, *others = order(keys)
-        token_margin = min((keys[first] - keys[i] for i in others if keys[first] - keys[i] > TIE), default=math.inf)
+        first, *runners_up = order(keys)
+        token_margin = min((keys[first] - keys[i] for i in runners_up if keys[first] - keys[i] > TIE), default=math.inf)
         p, entropy = log_p.exp(), -(log_p.exp() * log_p).sum().item()
         if s.score == "margin":
             best = order(logits.tolist())

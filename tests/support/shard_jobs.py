@@ -1,4 +1,4 @@
-"""Jobs that end well and badly, for processes of their own: they find this module by its name. Nothing here imports
+"""Jobs that end well and badly, for processes of their own, which find this module by its name. Nothing here imports
 torch."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def make(words: list[str]):
 
 
 def cases(words: dict[str, list[str]], ops, device, sizes, seed, wanted):
-    """The same as checks: the names of each op's cases say what they do."""
+    """Cases of checks that are such jobs: the name of each op's case says what the case does."""
     return [(op, (word, lambda word=word: do(word))) for op in wanted for word in words[op]]
 
 

@@ -1,7 +1,7 @@
-"""Triton's launch path without a GPU: a driver that is not there, and launches that are recorded instead of made.
+"""Triton's launch path without a GPU: a stand-in for the driver, and launches that are recorded instead of made.
 
-What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what would be compiled is
-what is recorded. For processes of their own, without TRITON_INTERPRET: see tests/kernels/test_launch.py.
+What a launcher passes is specialised by Triton as on a GPU (types, alignment, ones, None); what Triton would compile is
+what is recorded. This is for processes of their own, without TRITON_INTERPRET: see tests/kernels/test_launch.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from dlm_kernels.static import CompileCase
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One machine code: what Triton distinguishes. aligned: paths of arguments that are known multiples of 16."""
+    """One machine code: all that Triton distinguishes.
+
+    Attributes:
+        aligned: paths of the arguments that are known multiples of 16.
+    """
 
     function: str
     signature: tuple[tuple[str, object], ...]
@@ -63,7 +67,8 @@ def _name(function: JITFunction, path: tuple[int, ...]) -> str:
 
 
 def variant_of(function: JITFunction, signature, constants, attributes, options) -> Variant:
-    """From what Triton is about to compile. `constants` and `attributes` are keyed by place, as Triton keys them."""
+    """The machine code of what Triton is about to compile. `constants` and `attributes` are keyed by place, as Triton
+    keys them."""
     return Variant(
         function.__name__,
         tuple((name, kind) for name, kind in signature.items()),
@@ -92,7 +97,8 @@ def variant_of_case(case: CompileCase) -> Variant:
 
 
 def make_ir(function: JITFunction, signature, constants, attributes, options, target: GPUTarget) -> None:
-    """Triton's front end alone: raises what it has against the code of a kernel, as it would before any compilation."""
+    """Runs Triton's front end alone, which raises what it has against the code of a kernel, as it would before any
+    compilation."""
     context = ir.context()
     ir.load_dialects(context)
     backend = make_backend(target)
@@ -102,8 +108,8 @@ def make_ir(function: JITFunction, signature, constants, attributes, options, ta
 
 
 def record(capability: int, front_end: bool = False) -> list[Launch]:
-    """From now on no kernel is compiled or launched; the list grows by what would have been. `front_end`: every machine
-    code is brought through Triton's front end."""
+    """From now on no kernel is compiled or launched; the list grows by what would have been. With `front_end`, every
+    machine code goes through Triton's front end."""
     launches: list[Launch] = []
     made: list[Variant] = []
     seen: set[Variant] = set()

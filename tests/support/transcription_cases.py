@@ -230,12 +230,12 @@ def some(rng: random.Random, chance: float, name: str, values: tuple) -> Options
     return {name: rng.choice(values)} if rng.random() < chance else {}
 
 
-def common_rule(own: str, own_min: int | None = 1) -> Callable[[random.Random], Options]:
-    """The four common rules; the preset's own half of the time."""
+def common_rule(preset_rule: str, own_min: int | None = 1) -> Callable[[random.Random], Options]:
+    """The four common rules; half of the time the preset keeps its own."""
 
     def draw(rng: random.Random) -> Options:
-        rule = own if rng.random() < 0.5 else rng.choice(("quota", "threshold", "factor", "entropy"))
-        options: Options = {"rule": rule} if rule != own else {}
+        rule = preset_rule if rng.random() < 0.5 else rng.choice(("quota", "threshold", "factor", "entropy"))
+        options: Options = {"rule": rule} if rule != preset_rule else {}
         if rule == "quota":
             options |= some(rng, 0.8, "steps_per_block", (None, 1, 2, 3, 7))
             options |= some(rng, 0.6, "score", ("confidence", "margin", "neg_entropy", "random", "position"))
@@ -334,7 +334,7 @@ def block_causal(model: Model, canvas: list[int], settings: Settings, o: Options
     return blockwise.decode_block_causal(model, canvas, settings, **blocks(diffusion), **cached(o))
 
 
-def seeded(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+def with_first_tokens(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
     return sub_blocks.decode_seeded(model, canvas, settings, **blocks(diffusion), **o)
 
 
@@ -494,7 +494,7 @@ REGISTRY: dict[str, Decoder] = {
             (0.5, "sub_block_cache", (True, False)),
             (0.2, "min_unmask", (1, 2)),
         ),
-        seeded,
+        with_first_tokens,
         rows=("previous",),
         lengths=(1, 2, 4, 5, 8, 8),
         new=(1, 18),
@@ -503,7 +503,7 @@ REGISTRY: dict[str, Decoder] = {
         "block",
         {"threshold": 0.9, "causal_commit": True},
         only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2))),
-        seeded,
+        with_first_tokens,
         rows=("previous",),
     ),
     "efficient-dlm": Decoder(

@@ -1,5 +1,5 @@
-"""The acceleration policies for tests/decoding/test_transcriptions.py: what each draws at random, and what answers for
-it."""
+"""The acceleration policies for tests/decoding/test_transcriptions.py: what each policy draws at random, and which
+transcription answers for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = (0.7, "steps_per_block", (None, 1, 2, 3, 5, 7))
 
 
 def sharp_filter(confidence: torch.Tensor) -> torch.Tensor:
-    """A learned filter that no one trained: [B, W] -> [B, W]. It looks at the neighbours, so that a shifted lane
+    """A learned filter that no one trained: [B, W] -> [B, W]. The filter looks at neighbours, so that a shifted lane
     shows."""
     around = torch.nn.functional.pad(confidence.double(), (1, 1))
     return torch.sigmoid(15 * (confidence.double() - 0.3 * around[:, :-2] - 0.5 * around[:, 2:])).float()
@@ -34,15 +34,15 @@ def sharp_policy(confidence: torch.Tensor, eligible: torch.Tensor, time: torch.T
     return torch.sigmoid(15 * (confidence.double() - around - 0.1 + 0.5 * time[:, None].double())).float()
 
 
-def transcribed(decode: Callable[..., Row], **more: Any) -> Transcription:
-    """A transcription that takes the options by name; `steps_per_block` it calls `steps`, None being one token per
-    step."""
+def transcribed(decode: Callable[..., Row], **fixed: Any) -> Transcription:
+    """A transcription that takes the options by name. What the preset calls `steps_per_block` the transcription calls
+    `steps`, and None is one token per step."""
 
     def transcribe(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
         o = dict(o)
         if "steps_per_block" in o:
             o["steps"] = o.pop("steps_per_block") or o["block_length"]
-        return decode(model, canvas, settings, **o, **more)
+        return decode(model, canvas, settings, **o, **fixed)
 
     return transcribe
 

@@ -1,5 +1,5 @@
-"""Asymmetric distillation: noise and losses are the recipe's, a run learns, resumes to the same bits, and its student
-decodes."""
+"""Asymmetric distillation: noise and losses are the recipe's, a run learns and resumes to the same bits, and its
+student decodes."""
 
 import dataclasses
 import json
@@ -88,8 +88,8 @@ def test_rates_never_fall_and_stay_within_their_bounds(low, high):
 
 
 def test_rates_are_distributed_as_published():
-    """p_1 ~ U(.2, .7), each rise ~ U(0, (.7 - p_1) / (M - 1)): by their means, and by the greatest rise that is
-    possible."""
+    """p_1 ~ U(.2, .7), and each rise ~ U(0, (.7 - p_1) / (M - 1)): judged by their means, and by the greatest rise that
+    is possible."""
     M = 5
     rates = block_rates(torch.full((20000,), M), Noise(), torch.Generator().manual_seed(2)).double()
     share = rates.diff() / ((0.7 - rates[:, :1]) / (M - 1))
@@ -200,7 +200,7 @@ def test_the_certainty_loss_equals_a_transcription():
 
 
 def test_a_step_is_the_recipe_on_its_canvases(settings):
-    """The whole chain, from the batch's labels to the loss: a plain forward of each model with dlm_fast's own
+    """The whole chain, from the batch's labels to the loss: each model makes a plain forward with dlm_fast's own
     visibility."""
     distiller = Distiller(settings(micro_batches=1))
     batch = distiller.masking(distiller.steps.next()[0], torch.Generator().manual_seed(5))
@@ -408,12 +408,12 @@ def test_masking_of_a_trajectory_grows_with_the_training(settings):
     canvases.rank = torch.where(
         torch.arange(canvases.tokens.shape[1]) >= canvases.prompt[:, None], torch.arange(canvases.tokens.shape[1]), -1
     )
-    late = masking(canvases, torch.Generator().manual_seed(0), progress=1.0)
-    early = masking(canvases, torch.Generator().manual_seed(0), progress=0.0)
+    at_end = masking(canvases, torch.Generator().manual_seed(0), progress=1.0)
+    at_start = masking(canvases, torch.Generator().manual_seed(0), progress=0.0)
 
     # At the end t is .8 of blocks of the full length, at the start of blocks of one token.
-    assert len(late.row) > len(early.row)
-    assert (late.half == 0).sum() > (late.half == 1).sum()
+    assert len(at_end.row) > len(at_start.row)
+    assert (at_end.half == 0).sum() > (at_end.half == 1).sum()
 
 
 @pytest.mark.parametrize(
@@ -460,12 +460,12 @@ def test_teacher_and_student_of_different_vocabularies_are_refused(settings, tea
         Distiller(settings(teacher=str(tmp_path / "larger")))
 
     diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(EOS,), visibility="full")
-    student, other = native_model(), toy_tokenizer()
-    other.add_tokens(["zz"])
+    student, longer = native_model(), toy_tokenizer()
+    longer.add_tokens(["zz"])
     with pytest.raises(
         VocabularyError, match="id of 'zz' .1 tokens differ. of the teacher b is 48, of the student a None"
     ):
-        check_vocabularies((student, diffusion, toy_tokenizer()), (student, diffusion, other), ("a", "b"))
+        check_vocabularies((student, diffusion, toy_tokenizer()), (student, diffusion, longer), ("a", "b"))
     with pytest.raises(VocabularyError, match="mask id of the teacher b is 7, of the student a 0"):
         check_vocabularies(
             (student, diffusion, None), (student, dataclasses.replace(diffusion, mask_token_id=7), None), ("a", "b")
@@ -481,10 +481,10 @@ def test_a_run_does_not_overwrite_another_and_resumes_with_its_own_settings_only
         Distiller(settings())
     with pytest.raises(ValueError, match="distill: high must be the checkpoint's to resume, 0.7, got 0.9"):
         Distiller(settings(resume=True, high=0.9))
-    other = tmp_path / "other.jsonl"
-    other.write_text(data_file.read_text() + data_file.read_text())
+    longer_data = tmp_path / "other.jsonl"
+    longer_data.write_text(data_file.read_text() + data_file.read_text())
     with pytest.raises(ValueError, match="data's content must be the checkpoint's to resume"):
-        Distiller(settings(resume=True, data=other))
+        Distiller(settings(resume=True, data=longer_data))
 
 
 def test_checkpoint_and_student_are_on_the_disk_before_they_get_their_names(settings, monkeypatch):
@@ -500,7 +500,7 @@ def test_checkpoint_and_student_are_on_the_disk_before_they_get_their_names(sett
 
 @pytest.mark.parametrize("kind", [None, "pretraining"])
 def test_a_checkpoint_of_another_kind_is_not_resumed(settings, kind):
-    """All else in it fits, so that nothing but its kind can refuse it."""
+    """All else in the checkpoint fits, so that nothing but its kind can refuse it."""
     distiller = Distiller(settings())
     distiller.save()
     metadata = checkpoint.read_metadata(distiller.checkpoint_path)

@@ -1,5 +1,5 @@
-"""Data of a distillation: lines are read as a decoder would render them, wrong ones are named, canvases are drawn from
-a seed."""
+"""Data of a distillation: lines are read as a decoder would render them, wrong lines are named, and canvases are drawn
+from a seed."""
 
 import json
 
@@ -28,8 +28,8 @@ def read(path, shape=SHAPE, tokenizer=None, **options):
     return read_dataset(path, tokenizer or toy_tokenizer(), DIFFUSION, shape, vocab_size=VOCAB, **options)
 
 
-def ids(prompt: int, answer: int, **more) -> dict:
-    return {"prompt_ids": [5] * prompt, "answer_ids": [6] * (answer - 1) + [EOS], **more}
+def ids(prompt: int, answer: int, **fields) -> dict:
+    return {"prompt_ids": [5] * prompt, "answer_ids": [6] * (answer - 1) + [EOS], **fields}
 
 
 def test_text_is_tokenised_as_the_tiny_models_are_trained_and_prompted(tmp_path):

@@ -35,8 +35,8 @@ def test_two_runs_with_one_seed_give_identical_weights(trained, model):
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), head.state_dict().values())
     )
     assert again.accept_threshold == head.accept_threshold in training.THRESHOLDS
-    other = training.new_head(kind, BLOCK, 8, "", 1, 60)
-    assert not torch.equal(other.out.weight, training.new_head(kind, BLOCK, 8, "", 0, 60).out.weight)
+    other_seed = training.new_head(kind, BLOCK, 8, "", 1, 60)
+    assert not torch.equal(other_seed.out.weight, training.new_head(kind, BLOCK, 8, "", 0, 60).out.weight)
 
 
 def test_a_short_training_on_a_model_lowers_the_loss(trained):

@@ -1,4 +1,4 @@
-"""The synthetic tasks: their answers, their checks, and the wall between train and held out."""
+"""The synthetic tasks: their answers, their checks, and the wall between what is trained on and what is held out."""
 
 import random
 
@@ -82,11 +82,11 @@ def test_shuffle_trains_on_every_order_of_a_list():
 @pytest.mark.parametrize("task", TASKS)
 def test_train_never_has_the_content_of_a_held_out_sample(task):
     content = TASKS[task].content
-    held = {content(sample.prompt) for sample in held_out(task, 100)}
+    kept_apart = {content(sample.prompt) for sample in held_out(task, 100)}
 
-    assert len(held) == 100
+    assert len(kept_apart) == 100
     assert all(is_held_out(sample) for sample in held_out(task, 100))
-    assert not held & {content(sample.prompt) for sample in samples_of(task, 2000)}
+    assert not kept_apart & {content(sample.prompt) for sample in samples_of(task, 2000)}
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_full_states_are_those_of_a_block_by_block_decoder():
 
 
 def _state(block_start, first_eos, masked):
-    """The weights if the block at `block_start` is being denoised: clean before it, all masked after it."""
+    """The weights if the block at `block_start` is being denoised: before the block all is clean, after it all is
+    masked."""
     weights = []
     for position, is_masked in enumerate(masked):
         later = position >= block_start + 8
@@ -302,8 +303,8 @@ def test_a_checkpoint_of_another_kind_is_not_resumed(tmp_path):
     trainer = Trainer(run_settings(tmp_path))
     trainer.save()
     metadata = checkpoint.read_metadata(trainer.checkpoint_path)
-    others = {name: value for name, value in metadata.items() if name != "batches"} | {"kind": "distillation"}
-    checkpoint.save(trainer.checkpoint_path, trainer.model, trainer.optimizers, others)
+    foreign = {name: value for name, value in metadata.items() if name != "batches"} | {"kind": "distillation"}
+    checkpoint.save(trainer.checkpoint_path, trainer.model, trainer.optimizers, foreign)
 
     with pytest.raises(ValueError, match="out must hold a checkpoint of a pretraining to resume, got another one at"):
         Trainer(run_settings(tmp_path, resume=True))
@@ -319,7 +320,7 @@ def test_a_run_does_not_overwrite_another_unless_resumed(tmp_path):
 
 
 def test_a_run_forks_into_both_visibilities_where_the_block_causal_steps_end(tmp_path):
-    """Isolating the prompt changes nothing before, so the two models share these steps."""
+    """Isolating the prompt changes nothing before the fork, so the two models share the steps before it."""
     whole = Trainer(run_settings(tmp_path / "whole", block_causal=0.2, prompt_isolated=True))
     for _ in range(6):
         whole.train_step()
@@ -364,7 +365,7 @@ def test_loss_counts_each_weighted_token(tmp_path):
 
 @pytest.mark.parametrize("batches", [FullBatches, BlockCausalBatches])
 def test_no_sample_is_dropped(batches):
-    """Dropping the samples that do not fit would make long ones rare."""
+    """Dropping the samples that do not fit would make long samples rare."""
     stream = SampleStream(7)
     drawn = []
     draw = stream.next

@@ -1,4 +1,4 @@
-"""Who sees whom in training is who sees whom in decoding: dense mask, FlexAttention and the decoders' op agree."""
+"""Who sees whom in training is who sees whom in decoding: the dense mask, FlexAttention and the decoders' op agree."""
 
 import dataclasses
 
@@ -39,10 +39,10 @@ def random_canvases(seed: int) -> tuple[Tensor, Tensor, int, dlm_fast.DiffusionC
 
 
 def seen_by_the_op(op, blocks: Tensor, mode: str, *, cached: Tensor | None = None) -> Tensor:
-    """[B, W, W] bool: what each query of a whole window attends to, read off its output.
+    """[B, W, W] bool: what each query of a whole window attends to, read off the op's output.
 
-    With queries of zero all visible keys weigh the same, and position j's value is the j-th unit vector. cached: [B],
-    positions of each row whose keys an earlier forward stored; they are then computed by no query.
+    With queries of zero all visible keys weigh the same, and the value of position j is the j-th unit vector. `cached`
+    [B]: positions of each row whose keys an earlier forward stored; no query computes them then.
     """
     B, W = blocks.shape
     index = torch.arange(W).expand(B, W)
@@ -115,7 +115,7 @@ def test_blocks_read_from_a_cache_are_those_training_lets_be_seen(op, seeds):
 
 
 def test_a_pipelined_decode_sees_what_training_sees():
-    """Every forward of D2F on ragged prompts: windows of several blocks over a cache that commits fill."""
+    """Every forward of D2F on ragged prompts has windows of several blocks over a cache that commits fill."""
     model = toy("block", block_length=4)
     handle, windows = dlm_fast.handle_of(model), []
 
@@ -168,7 +168,7 @@ def test_padding_is_seen_by_nobody_and_sees_itself_alone():
 
 
 def test_flex_attention_attends_as_the_dense_mask():
-    """Uncompiled and forward only, which is what FlexAttention has on a CPU."""
+    """FlexAttention runs uncompiled and forward only, which is what it has on a CPU."""
     prompt, length, width, diffusion = random_canvases(2)
     blocks, mode = block_labels(prompt, length, width, diffusion)
     q, k, v = torch.randn(3, 3, 4, width, 16).unbind()
@@ -184,10 +184,10 @@ def test_flex_attention_attends_as_the_dense_mask():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_transformers_model_hands_both_masks_through(family, monkeypatch):
-    """The mask that each attention function receives is the one given, and the logits are the same."""
+    """The mask that each attention function receives is the one that was given, and the logits are the same."""
     from transformers.integrations import flex_attention as integration
 
-    # Compiling needs minutes here; what is tested is what reaches the function.
+    # Compiling would take minutes here, and the test is about what reaches the function.
     monkeypatch.setattr(
         integration,
         "compile_friendly_flex_attention",

@@ -166,7 +166,7 @@ def decode_refreshed(
             choose = choose_with(row, end - start)
         else:
             choose = make_rule(row, rule, steps=steps_per_block or block_length, **options)
-        opened, i, held = len(row.masked(start, end)), 0, Cache()
+        opened, i, stored = len(row.masked(start, end)), 0, Cache()
         while row.masked(start, end):
             if i == 0:
                 window, kept = range(L), range(0)
@@ -176,7 +176,7 @@ def decode_refreshed(
             else:
                 window = range(start, end)
                 kept = [*range(start), *range(end, L)]
-            rows = model.look(row.tokens, window, cache=held, cached=kept, store=i == 0)
+            rows = model.look(row.tokens, window, cache=stored, cached=kept, store=i == 0)
             row.pay(len(window))
             logits_of = model.predictor(rows)
             if i == 0 and model.previous:
@@ -262,16 +262,16 @@ def decode_vicinity(
     The row's first `warmup_steps` forwards are full and fill no cache. After them a forward is full that finds no
     cache, that is the first of its block, or a `refresh_interval`-th of it.
     """
-    row, L, held = Row(canvas, settings), len(canvas), Cache()
+    row, L, stored = Row(canvas, settings), len(canvas), Cache()
     for start, end in blocks_of(row, block_length):
         choose = below_best(row, score, threshold)
         i = 0
         while row.masked(start, end):
             warm = row.step >= warmup_steps
-            full = not held.held or i == 0 or (refresh_interval is not None and i % refresh_interval == 0)
+            full = not stored.keys or i == 0 or (refresh_interval is not None and i % refresh_interval == 0)
             window = range(L) if full else range(max(0, start - vicinity), min(L, end + vicinity))
             rows = model.look(
-                row.tokens, window, cache=held, cached=[p for p in range(L) if p not in window], store=warm
+                row.tokens, window, cache=stored, cached=[p for p in range(L) if p not in window], store=warm
             )
             row.pay(len(window))
             logits_of = model.predictor(rows)
@@ -306,12 +306,12 @@ def decode_credit(
     row, L = Row(canvas, settings), len(canvas)
     for start, end in blocks_of(row, block_length):
         choose = make_rule(row, rule, score=score, inclusive=inclusive, **options)
-        opened, i, held = len(row.masked(start, end)), 0, Cache()
+        opened, i, stored = len(row.masked(start, end)), 0, Cache()
         credit: dict[int, Tensor] = {}
         while row.masked(start, end):
             window = range(L) if i == 0 else range(start, end)
             kept = [] if i == 0 else [*range(start), *range(end, L)]
-            logits_of = model.predictor(model.look(row.tokens, window, cache=held, cached=kept, store=i == 0))
+            logits_of = model.predictor(model.look(row.tokens, window, cache=stored, cached=kept, store=i == 0))
             row.pay(len(window))
             for v in credit.values():
                 v *= credit_decay

@@ -99,16 +99,16 @@ class Cache:
     """Keys and values by position, as old as the forward that stored them."""
 
     def __init__(self) -> None:
-        self.held: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.keys: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def store(self, positions: Iterable[int], stored: KeysValues) -> None:
         for i, position in enumerate(positions):
-            self.held[position] = [(k[:, i], v[:, i]) for k, v in stored]
+            self.keys[position] = [(k[:, i], v[:, i]) for k, v in stored]
 
     def take(self, positions: Sequence[int]) -> KeysValues:
-        layers = range(len(self.held[positions[0]]))
+        layers = range(len(self.keys[positions[0]]))
         return [
-            tuple(torch.stack([self.held[p][layer][kv] for p in positions], 1) for kv in (0, 1)) for layer in layers
+            tuple(torch.stack([self.keys[p][layer][kv] for p in positions], 1) for kv in (0, 1)) for layer in layers
         ]
 
 
@@ -242,12 +242,12 @@ class Row:
         drawn = left / s.temperature + s.gumbel(position, self.step) if s.temperature > 0 else left
         token = likeliest(drawn)[0]
 
-        best, *others = likeliest(left)
+        best, *runners_up = likeliest(left)
         plain = likeliest(logits)
         shown = left / s.temperature if s.tempered and s.temperature > 0 else left
         log_p = shown.log_softmax(-1)
         p = log_p.exp()
-        second = p[others[0]] if others else 0.0
+        second = p[runners_up[0]] if runners_up else 0.0
         return Stats(
             position=position,
             token=token,
@@ -300,19 +300,19 @@ def order(stats: Iterable[Stats], score: Callable[[Stats], float]) -> list[Stats
     return sorted(stats, key=lambda s: (-score(s), s.position))
 
 
-def select(ordered: Sequence[Stats], passes: Callable[[Stats], bool], least: int) -> list[Stats]:
-    """Those that pass, or else the `least` best. `ordered`: best first."""
+def select(ordered: Sequence[Stats], passes: Callable[[Stats], bool], minimum: int) -> list[Stats]:
+    """Those that pass, or else the `minimum` best. `ordered`: best first."""
     passing = [s for s in ordered if passes(s)]
-    least = min(least, len(ordered))
-    return passing if len(passing) >= least else list(ordered[:least])
+    minimum = min(minimum, len(ordered))
+    return passing if len(passing) >= minimum else list(ordered[:minimum])
 
 
-def leading(ordered: Sequence[Stats], passes: Callable[[int, Stats], bool], least: int) -> list[Stats]:
-    """The longest prefix whose every member passes (rank 1, 2, ...), or else the `least` best."""
+def leading(ordered: Sequence[Stats], passes: Callable[[int, Stats], bool], minimum: int) -> list[Stats]:
+    """The longest prefix whose every member passes (rank 1, 2, ...), or else the `minimum` best."""
     n = 0
     while n < len(ordered) and passes(n + 1, ordered[n]):
         n += 1
-    return list(ordered[: max(n, min(least, len(ordered)))])
+    return list(ordered[: max(n, min(minimum, len(ordered)))])
 
 
 def quota(masks: int, steps: int, i: int) -> int:
@@ -356,19 +356,19 @@ def make_rule(
 
     def choose(candidates: list[Stats], masks: int, i: int) -> list[Stats]:
         ordered = order(candidates, lambda s: named(rank or score, s))
-        least = quota(masks, steps, i) if rule == "quota" or min_unmask is None else min_unmask
+        minimum = quota(masks, steps, i) if rule == "quota" or min_unmask is None else min_unmask
         if rule == "quota":
-            return ordered[:least]
+            return ordered[:minimum]
         if rule == "threshold":
             tau = fp32(threshold)
-            return select(ordered, lambda s: value(s) >= tau if inclusive else value(s) > tau, least)
+            return select(ordered, lambda s: value(s) >= tau if inclusive else value(s) > tau, minimum)
         if rule == "factor":
-            return leading(ordered, lambda r, s: value(s) >= fp32(1 - fp32(factor) / (r + 1)), least)
+            return leading(ordered, lambda r, s: value(s) >= fp32(1 - fp32(factor) / (r + 1)), minimum)
         budget, costs = units(entropy_bound), [units(s.entropy) for s in ordered]
 
         def affordable(r: int, s: Stats) -> bool:
             return sum(costs[:r]) < budget if inclusive else sum(costs[:r]) - max(costs[:r]) <= budget
 
-        return leading(ordered, affordable, least)
+        return leading(ordered, affordable, minimum)
 
     return choose

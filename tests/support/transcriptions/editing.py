@@ -134,8 +134,8 @@ def decode_insert_delete(
             elif masks:
                 ranked = sorted(masks, key=lambda p: (-pick[p][1], p))
                 passing = [p for p in ranked if pick[p][1] > fp32(threshold)]
-                least = len(masks) - len(waiting) + 1
-                writes = passing if len(passing) >= least else ranked[:least]
+                minimum = len(masks) - len(waiting) + 1
+                writes = passing if len(passing) >= minimum else ranked[:minimum]
             if max_post_edits == 0 and set(waiting) <= set(writes):
                 final, writes = True, masks
             edited = {

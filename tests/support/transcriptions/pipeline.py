@@ -158,14 +158,15 @@ def decode_pipeline(
         return row
     first = row.masked(0, L)[0]
     start, block = layout(row, block_length, alignment) if visibility == "block" else (first, None)
-    region, held, before = Region(row, start, block_length), Cache(), None
+    region, stored, before = Region(row, start, block_length), Cache(), None
     committed = 0  # the first forward also commits what precedes the region
     while masks_left(row, region):
         finished = region.finished()
         if visibility == "block":
             rows = model.look(row.tokens, range(region.end), sees=lambda q, k: block(k) <= block(q))
         else:
-            rows = model.look(row.tokens, range(committed, region.end), cache=held, cached=range(committed), store=True)
+            window, kept = range(committed, region.end), range(committed)
+            rows = model.look(row.tokens, window, cache=stored, cached=kept, store=True)
         row.pay(region.end - committed if cached else region.end)
         for s in choose(
             row, region, model.predictor(rows, before), scope=scope, score=score, rank=rank,
@@ -203,13 +204,13 @@ def decode_d3llm(
     """d3LLM: full visibility over the whole canvas; the first part that is finished and not cached waits `commit_delay`
     forwards.
 
-    Forwards count from 1. The prompt is finished at 0, a block in the forward that finds it so and everything before it
-    cached. A forward that caches recomputes what is not cached yet, and keeps the keys it gives to what it caches. Of
-    the others, one that comes before the prompt is cached, that finds a block waiting, or whose number is a multiple of
-    `refresh_interval` recomputes everything; the rest recompute what is not cached.
-    Once a stop token bars further blocks (it does not fill), the canvas ends where the last one does.
+    Forwards count from 1. The prompt is finished at 0, and a block in the forward that finds the block finished and
+    everything before it cached. A forward that caches recomputes what is not cached yet, and keeps the keys of what it
+    caches. Among the other forwards, one that comes before the prompt is cached, that finds a block waiting, or whose
+    number is a multiple of `refresh_interval` recomputes everything; the rest recompute what is not cached. Once a stop
+    token bars further blocks (without filling), the canvas ends where the last block ends.
     """
-    row, L, held = Row(canvas, settings), len(canvas), Cache()
+    row, L, stored = Row(canvas, settings), len(canvas), Cache()
     if not row.masked(0, L):
         return row
     region = Region(row, row.masked(0, L)[0], block_length)
@@ -224,10 +225,10 @@ def decode_d3llm(
             caches = region.start if prompt_waits else finished.pop(0)[1]
             waits_since = n if finished else None
         refreshes = refresh_interval is not None and n % refresh_interval == 0
-        wide = caches is None and (prompt_waits or bool(finished) or refreshes)
+        full = caches is None and (prompt_waits or bool(finished) or refreshes)
         seen = region.end if barred(row) and settings.stop != "fill" else L
-        window = range(seen) if wide else range(cached, seen)
-        rows = model.look(row.tokens, window, cache=held, cached=range(window[0]), store=wide or caches is not None)
+        window = range(seen) if full else range(cached, seen)
+        rows = model.look(row.tokens, window, cache=stored, cached=range(window[0]), store=full or caches is not None)
         row.pay(len(window))
         for s in choose(
             row, region, model.predictor(rows, before), scope=scope, score=score, rank=rank,

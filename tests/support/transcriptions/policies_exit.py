@@ -53,8 +53,8 @@ def decode_prophet(
             return None
         gap = sum(row.stats(p, predict(p)).gap for p in answer) / len(answer)
         done = (block.index * steps + block.i + 1) / total
-        early, middle, late = gap_thresholds
-        if fp32(gap) < fp32(early if done < 0.33 else middle if done < 0.67 else late):
+        at_start, in_middle, at_end = gap_thresholds
+        if fp32(gap) < fp32(at_start if done < 0.33 else in_middle if done < 0.67 else at_end):
             return None
         return [row.stats(p, predict(p)) for p in row.masked(0, L)]
 

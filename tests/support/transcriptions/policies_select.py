@@ -66,13 +66,13 @@ def block_by_block(
     """
     row, L = Row(canvas, settings), len(canvas)
     for block in blocks_of(row, block_length):
-        held = Cache()
+        stored = Cache()
         while row.masked(block.start, block.end):
             window = range(L)
             if cache != "none" and block.i > 0:
                 window = range(block.start, block.end if cache == "dual" else L)
             kept = [p for p in range(L) if p not in window]
-            predict = model.predictor(model.look(row.tokens, window, cache=held, cached=kept, store=True))
+            predict = model.predictor(model.look(row.tokens, window, cache=stored, cached=kept, store=True))
             row.pay(len(window))
             final = leave(row, block, predict)
             if final is not None:
@@ -109,13 +109,13 @@ def decode_eb_sampler(
 
     def choose(row: Row, block: Block, candidates: list[Stats]) -> list[Stats]:
         ordered = order(candidates, lambda s: row.score(score, s))
-        least = quota(block.masks, steps, block.i) if min_unmask is None else min_unmask
+        minimum = quota(block.masks, steps, block.i) if min_unmask is None else min_unmask
         fitting = 0
         for k in range(1, len(ordered) + 1):
             entropies = [units(s.entropy) for s in ordered[:k]]
             if sum(entropies) - max(entropies) <= units(entropy_bound):
                 fitting = k
-        return ordered[: max(fitting, min(least, len(ordered)))]
+        return ordered[: max(fitting, min(minimum, len(ordered)))]
 
     return block_by_block(model, canvas, settings, block_length, choose, cache=cache)
 

@@ -37,7 +37,7 @@ def decode_seeded(
     sub_block_cache: while the leftmost sub-block with masks begins with a token, and the block was computed once, only
     the sub-block is computed, against the block's last keys; its own new ones replace them.
     """
-    row, L, held = Row(canvas, settings), len(canvas), Cache()
+    row, L, stored = Row(canvas, settings), len(canvas), Cache()
     if not row.masked(0, L):
         return row
     start, block = layout(row, block_length, alignment)
@@ -51,7 +51,7 @@ def decode_seeded(
             return k <= q if causal_commit and q < start else block(k) <= block(q)
 
         if start and row.masked(start, start + 1):
-            seed(row, start, model.look(row.tokens, range(start), sees=sees)[start - 1])
+            write_first_token(row, start, model.look(row.tokens, range(start), sees=sees)[start - 1])
             if row.closed(start, end):
                 return row
         choose = make_rule(row, rule, steps=steps_per_block or block_length, **options)
@@ -60,11 +60,11 @@ def decode_seeded(
             a = next(a for a in range(start, end, length) if row.masked(a, min(a + length, end)))
             b = min(a + length, end)
             if sub_block_cache and i > 0 and not row.masked(a, a + 1):
-                others = [p for p in range(end) if not a <= p < b]
-                rows = model.look(row.tokens, range(a, b), cache=held, cached=others, store=True)
+                outside = [p for p in range(end) if not a <= p < b]
+                rows = model.look(row.tokens, range(a, b), cache=stored, cached=outside, store=True)
                 row.pay(b - a)
             else:
-                rows = model.look(row.tokens, range(end), sees=sees, cache=held, store=True)
+                rows = model.look(row.tokens, range(end), sees=sees, cache=stored, store=True)
                 row.pay(end - start)
             logits_of = model.predictor(rows)
             step(row, choose, [row.stats(p, logits_of(p)) for p in row.masked(a, b)], opened, i)
@@ -77,8 +77,9 @@ def decode_seeded(
         start = end
 
 
-def seed(row: Row, position: int, logits: Tensor) -> None:
-    """Writes the likeliest token, whatever the temperature and the filters; no denoise step."""
+def write_first_token(row: Row, position: int, logits: Tensor) -> None:
+    """Writes the likeliest token of a block's first position, whatever the temperature and the filters. This is no
+    denoise step."""
     drawn, row.settings = row.settings, dataclasses.replace(row.settings, temperature=0.0, top_k=0, top_p=1.0)
     row.write(row.stats(position, logits))
     row.settings = drawn
