@@ -1,4 +1,4 @@
-"""The command `dlm-fast`: demo, generate, doctor, presets, compile-report."""
+"""The command `dlm-fast` with its subcommands demo, generate, doctor, presets and compile-report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from .version import __version__
 
-# Flags for the options that most presets share; --set reaches every other one.
+# The options of a preset that have a flag, with their types; --set reaches every other option.
 OPTION_TYPES = {
     "block_length": int,
     "cache": str,
@@ -32,7 +32,7 @@ OPTION_TYPES = {
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value a JSON number, true, false, null, or a plain word."""
+    """Name and value of NAME=VALUE, where the value is a JSON number, true, false, null, or a plain word."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
@@ -42,7 +42,7 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-# Flags of other decoders' commands: what is meant here.
+# Flags of other decoders' commands, with the flags that mean the same here.
 FOREIGN_FLAGS = {
     "--steps": "--steps-per-block = steps / blocks",
     "--gen-length": "--max-new-tokens",
@@ -54,8 +54,7 @@ FOREIGN_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows every flag by its whole name only, and says which one a wrong one may have
-    meant."""
+    """An argument parser that takes whole names of flags only, and suggests a flag for a wrong one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -64,20 +63,23 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(args, namespace)
         flags = [flag.partition("=")[0] for flag in unknown if flag.startswith("--")]
         if flags:
-            hints = [f"{flag}: use {meant}" for flag in flags if (meant := self._meant(flag))]
+            hints = [f"{flag}: use {suggestion}" for flag in flags if (suggestion := self._suggestion(flag))]
             self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
         return namespace, unknown
 
-    def _meant(self, flag: str) -> str:
+    def _suggestion(self, flag: str) -> str:
+        """The flags that a wrong flag may have meant, as text; empty without any."""
         known = list(self._option_string_actions)
         name = flag.replace("_", "-")
         foreign = FOREIGN_FLAGS.get(name, "")
         if foreign.partition(" ")[0] in known:
             return foreign
-        return " or ".join([own for own in known if own.startswith(name)] or difflib.get_close_matches(name, known, 1))
+        longer = [other for other in known if other.startswith(name)]
+        return " or ".join(longer or difflib.get_close_matches(name, known, 1))
 
 
 def _parser() -> Parser:
+    # 1. What the subcommands share.
     parser = Parser(prog="dlm-fast", description="Fast, exact decoding of diffusion language models.")
     parser.add_argument("--version", action="version", version=f"dlm-fast {__version__}")
     common = Parser(add_help=False)
@@ -88,6 +90,7 @@ def _parser() -> Parser:
     where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    # 2. demo
     demo = commands.add_parser(
         "demo", parents=[common, where], help="watch the embedded models decode, and a small table"
     )
@@ -97,6 +100,7 @@ def _parser() -> Parser:
         "--svg", type=Path, metavar="FILE", help="draw one decode step by step, as the README shows it, and no more"
     )
 
+    # 3. generate
     gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
     gen.add_argument(
         "--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full"
@@ -146,6 +150,7 @@ def _parser() -> Parser:
         "--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold"
     )
 
+    # 4. doctor, presets and compile-report
     commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
     table = commands.add_parser("presets", parents=[common], help="the table of decoders")
     table.add_argument("--markdown", action="store_true", help="as docs/decoders.md, which is made by this")
@@ -164,23 +169,25 @@ def _parser() -> Parser:
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    """Shows the embedded models decode, or draws one decode; returns the report of --json."""
     from .tiny import demo, trace
 
-    given = {name: getattr(args, name) for name in ("per_task", "seed") if getattr(args, name) is not None}
+    choices = {name: getattr(args, name) for name in ("per_task", "seed") if getattr(args, name) is not None}
     if args.svg is not None:
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        if choices:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in choices)
             raise ValueError(f"--svg draws one decode, always the same, and goes without {flags}")
         drawn = trace.write(args.svg, backend=args.backend, device=args.device)
         if not args.json:
             print(f"{args.svg}: {drawn.model}, preset {drawn.preset}, {drawn.length} tokens in {drawn.nfe} forwards")
         return {"svg": str(args.svg), **dataclasses.asdict(drawn)}
-    if given.get("per_task", 1) < 1:
+    if choices.get("per_task", 1) < 1:
         raise ValueError(f"--per-task must be at least 1, got {args.per_task}")
-    return demo.run(backend=args.backend, device=args.device, quiet=args.json, **given)
+    return demo.run(backend=args.backend, device=args.device, quiet=args.json, **choices)
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Decodes prompts with a checkpoint; returns the report of --json."""
     import torch
 
     from . import jobs
@@ -188,6 +195,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from .patching import handle_of
     from .presets import FIELDS
 
+    # 1. Read the arguments.
     if args.input is not None and args.output is None:
         raise ValueError("--input needs --output")
     dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -206,6 +214,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         **dict(args.set),
     }
     records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input, settings)
+
+    # 2. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
     adapter = False if args.adapter == "none" else args.adapter
     model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device, adapter=adapter)
     tokenizer = handle_of(model).tokenizer
@@ -214,6 +224,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     def wrap(prompt: Any) -> Any:
         return [{"role": "user", "content": prompt}] if chats and isinstance(prompt, str) else prompt
 
+    # 3. Without an output file: decode one batch, and print the texts.
     if args.output is None:
         from .generate import generate
 
@@ -224,6 +235,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
                 print(result["text"] if result["text"] is not None else result["ids"])
         return {"results": results, "preset": out.preset.name, "wall_time": out.wall_time}
 
+    # 4. With an output file: run a job, with a bar of its progress on stderr.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -253,6 +265,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _doctor(args: argparse.Namespace) -> dict[str, Any]:
+    """Reports versions, the GPU, and which op runs where and why; returns the report of --json."""
     import torch
 
     from .files import EMBEDDED
@@ -265,6 +278,7 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    # 1. Gather the facts.
     report: dict[str, Any] = {
         "dlm_fast": __version__,
         "python": platform.python_version(),
@@ -285,8 +299,10 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
     for name in EMBEDDED:
         try:
             report["embedded"][name] = explain(load(name, backend=args.backend, device=args.device))
-        except NotImplementedError as error:  # a GPU that has no kernels: what the report is asked for
+        except NotImplementedError as error:  # the GPU has no kernels, which is what the report must say
             report["embedded"][name] = {"refused": str(error)}
+
+    # 2. Print the facts.
     if not args.json:
         print(f"dlm-fast {__version__}, Python {report['python']}, {report['platform']}")
         for package, number in report["packages"].items():
@@ -308,6 +324,7 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _presets(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints the table of presets; returns the report of --json."""
     from .presets import PRESETS, describe
     from .presets.page import markdown
 
@@ -327,6 +344,7 @@ def _presets(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compile_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles the kernels for several GPU targets, without a GPU; returns the report of --json."""
     if importlib.util.find_spec("triton") is None:
         raise ImportError("compile-report needs the package triton, which is not installed")
     from dlm_kernels import static
@@ -358,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import transformers
 
-        # Its bar for loading weights would run through ours.
+        # The bar that transformers shows for loading weights would run through our bar.
         transformers.utils.logging.disable_progress_bar()
         report = COMMANDS[args.command](args)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Checkpoints as files: where the embedded ones lie, and what is never opened."""
+"""Checkpoints as files: where the embedded checkpoints lie, and which files are never opened."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class CheckpointError(ValueError):
-    """A folder that cannot be opened as a checkpoint; the message names the file and the rule."""
+    """A folder or file cannot be opened as a checkpoint; the message names the file and the rule."""
 
 
 def checkpoint_path(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model (`EMBEDDED`) or of a checkpoint on disk."""
+    """The folder of an embedded model (`EMBEDDED`), or of a checkpoint on disk."""
     path = Path(name_or_path)
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)

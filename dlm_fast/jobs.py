@@ -1,4 +1,7 @@
-"""A file of prompts in, a file of results out: resumable, and never half-written under its final name."""
+"""Jobs: from a file of prompts to a file of results.
+
+A job that was interrupted can be resumed, and a file that is not complete never has its final name.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,27 @@ from .limits import heat, whole
 from .patching import handle_of
 from .presets import resolve
 
-# What a line may say for itself, and what holds where neither it nor the job's settings do.
+# The settings that a line may have of its own, each with the value that holds where neither line nor job has one.
 LINE_SETTINGS: dict[str, Any] = {"max_new_tokens": 128, "min_new_tokens": 0, "temperature": 0.0}
-# Of `generate`; whatever else its settings hold is an option of the preset.
+# The arguments of `generate`; every other setting of a job is an option of the preset.
 ARGUMENTS = frozenset(inspect.signature(generate).parameters)
 LINE_KEYS = ("prompt", "canvas", "id", "meta", *LINE_SETTINGS)
 
 
 class JobError(ValueError):
-    """A job that cannot start or go on; the message names the file and the rule."""
+    """A job cannot start or go on; the message names the file and the rule."""
 
 
 def read_prompts(path: Path, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The lines of a prompts.jsonl: {"prompt": text, chat or ids} or {"canvas": ids}.
+    """The lines of a JSON-lines file of prompts: {"prompt": text, chat or ids} or {"canvas": ids}.
 
-    Optional keys: "id" and "meta", any JSON, which the line's result repeats; "max_new_tokens" (of a prompt),
-    "min_new_tokens" and "temperature", which replace the job's `settings` for that line. Every line is checked for
-    them; other keys are refused.
+    A line may also have "id" and "meta", which are any JSON and which the line's result repeats. And a line may have
+    "max_new_tokens" (beside a prompt), "min_new_tokens" and "temperature", which replace the job's `settings` for that
+    line. Other keys are refused. Raises JobError, which names the file, the line (from 1) and the rule.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # JSON may hold what `splitlines` takes for the end of a line
+        # JSON may hold characters that `splitlines` takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"--input {path} cannot be read: {error}") from error
     records = []
@@ -62,7 +64,7 @@ def read_prompts(path: Path, settings: Mapping[str, Any] | None = None) -> list[
 
 
 def _check_line(where: str, record: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key that a line does not have, and for a setting out of range."""
+    """Raises ValueError for a key that no line may have, and for a setting out of range."""
     unknown = sorted(set(record) - set(LINE_KEYS))
     if unknown:
         known = "prompt or canvas, id, meta (repeated in the result), " + ", ".join(LINE_SETTINGS)
@@ -74,19 +76,19 @@ def _check_line(where: str, record: dict[str, Any], settings: Mapping[str, Any])
             json.dumps(record.get(name), ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise ValueError(f"{where}: {name} must be JSON that a file in UTF-8 can hold: {error}") from None
-    for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0)):
+    for name, low in (("max_new_tokens", 1), ("min_new_tokens", 0)):
         if name in record:
-            whole(where, name, record[name], least)
+            whole(where, name, record[name], low)
     if "temperature" in record:
         heat(where, "temperature", record["temperature"])
-    most, least = (_of_line(record, settings, name) for name in ("max_new_tokens", "min_new_tokens"))
-    says = "max_new_tokens" in record or "min_new_tokens" in record
-    if says and "prompt" in record and least > most:
-        raise ValueError(f"{where}: min_new_tokens must be at most max_new_tokens, got {least} > {most}")
+    max_new, min_new = (_of_line(record, settings, name) for name in ("max_new_tokens", "min_new_tokens"))
+    has_length = "max_new_tokens" in record or "min_new_tokens" in record
+    if has_length and "prompt" in record and min_new > max_new:
+        raise ValueError(f"{where}: min_new_tokens must be at most max_new_tokens, got {min_new} > {max_new}")
 
 
 def _of_line(record: dict[str, Any], settings: Mapping[str, Any], name: str) -> Any:
-    """A setting of one line: its own, or the job's."""
+    """A setting of one line: the line's own value, or else the job's."""
     value = settings.get(name)
     return record.get(name, LINE_SETTINGS[name] if value is None else value)
 
@@ -109,7 +111,7 @@ def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict
 
 
 def result_lines(output: GenerateOutput, first_index: int, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One plain-data record per row of `output`, in order."""
+    """The results of a batch as plain data, one per row and in order; `first_index` is the index of the first row."""
     for b, record in enumerate(records):
         yield {
             "index": first_index + b,
@@ -124,8 +126,11 @@ def result_lines(output: GenerateOutput, first_index: int, records: list[dict[st
 
 
 def _resume(partial: Path, header: dict[str, Any]) -> int:
-    """Number of finished lines in a broken run's partial file, which is cut after its last whole line."""
-    kept: list[bytes] = []
+    """The number of finished lines in the partial file of a broken run; -1 if the file has no header.
+
+    The file is cut after its last whole line. Raises JobError if the header names other settings.
+    """
+    whole_lines: list[bytes] = []
     for raw in partial.read_bytes().splitlines(keepends=True):
         if not raw.endswith(b"\n"):
             break
@@ -133,10 +138,10 @@ def _resume(partial: Path, header: dict[str, Any]) -> int:
             json.loads(raw)
         except ValueError:
             break
-        kept.append(raw)
-    if not kept:
+        whole_lines.append(raw)
+    if not whole_lines:
         return -1
-    found = json.loads(kept[0])
+    found = json.loads(whole_lines[0])
     if found != header:
         differs = sorted(k for k in {**found, **header} if found.get(k) != header.get(k))
         raise JobError(
@@ -144,8 +149,8 @@ def _resume(partial: Path, header: dict[str, Any]) -> int:
             "it"
         )
     with partial.open("r+b") as file:
-        file.truncate(sum(map(len, kept)))
-    return len(kept) - 1
+        file.truncate(sum(map(len, whole_lines)))
+    return len(whole_lines) - 1
 
 
 def run(
@@ -161,20 +166,31 @@ def run(
     wrap_prompt: Callable[[Any], Any] = lambda prompt: prompt,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Decodes `records` in batches into `output`, one JSON line per record in order; returns how many were resumed.
+    """Decodes `records` in batches into the file `output`; returns how many lines came from a broken run.
 
-    Lines go to `<output>.partial`, synced after every batch, and move to `output` in one rename once all are there: a
-    file under its final name is complete. A line depends on the settings and its index only (noise is keyed by the
-    index), so a resumed run writes the same file as an unbroken one.
+    The file has one JSON line per record, in order. Lines go to `<output>.partial`, which is synced after every batch,
+    and one rename gives the file its final name once all lines are there. A line depends only on the record, the
+    settings and the record's index, which keys the noise, so that a resumed run writes the same file as an unbroken
+    one.
 
     Args:
-        records: as `read_prompts` gives them, a line's own settings included.
-        settings: keyword arguments of `generate`. wrap_prompt: applied to each "prompt" (chat templates).
-        source: what else the lines depend on (plain data, e.g. the model's path); a run is resumed only with the same.
+        model: as for `generate`.
+        records: lines as `read_prompts` returns them, each with its own settings.
+        output: the file to write.
+        settings: keyword arguments of `generate`.
+        batch_size: how many records are decoded together.
+        source: what else the lines depend on, as plain data (the model's path, for example). A run is resumed only if
+            its settings and its source are those of the broken run.
+        restart: whether the lines of a broken run are thrown away.
+        overwrite: whether an existing output is replaced.
+        wrap_prompt: a function that is applied to every "prompt", as a chat template needs.
+        progress: a function that is called with the number of finished lines and the number of all lines.
     Raises:
-        JobError: the output exists, a partial file of other settings; or, once the output is complete, rows in it whose
-            logits were unusable (finish "error"). OSError: as the disk says.
+        JobError: the output exists, or the partial file is of other settings; or, once the output is complete, the
+            logits of some rows were unusable (finish "error").
+        OSError: the disk refuses.
     """
+    # 1. Check the job, and find where a broken run stopped.
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not overwrite:
         raise JobError(f"--output {output} exists; use --overwrite to replace it")
@@ -187,6 +203,8 @@ def run(
     if partial.exists() and not restart:
         done = _resume(partial, header)
     resumed = max(done, 0)
+
+    # 2. Decode batch after batch into the partial file. A batch holds prompts only or canvases only.
     with partial.open("wb" if done < 0 else "ab") as file:
 
         def write(lines: list[dict[str, Any]]) -> None:
@@ -204,18 +222,20 @@ def run(
             while stop < len(records) and stop < start + batch_size and kind in records[stop]:
                 stop += 1
             chunk = records[start:stop]
-            given = [wrap_prompt(r[kind]) if kind == "prompt" else r[kind] for r in chunk]
-            own = [name for name in LINE_SETTINGS if any(name in record for record in chunk)]
-            rows = {name: [_of_line(record, settings, name) for record in chunk] for name in own}
-            rows |= {"prompts": given} if kind == "prompt" else {"canvas": given, "max_new_tokens": None}
+            inputs = [wrap_prompt(record[kind]) if kind == "prompt" else record[kind] for record in chunk]
+            names = [name for name in LINE_SETTINGS if any(name in record for record in chunk)]
+            arguments = {name: [_of_line(record, settings, name) for record in chunk] for name in names}
+            arguments |= {"prompts": inputs} if kind == "prompt" else {"canvas": inputs, "max_new_tokens": None}
             try:
-                out = generate(model, **{**settings, **rows}, request_ids=range(start, stop))
+                result = generate(model, **{**settings, **arguments}, request_ids=range(start, stop))
             except DecodeError as error:
-                # The rows beside a failed one are good; its own line says finish "error", and the job ends with one.
-                out = error.output
-            write(list(result_lines(out, start, chunk)))
+                # The rows beside a failed row are good. A failed row's line says finish "error", and stage 4 raises.
+                result = error.output
+            write(list(result_lines(result, start, chunk)))
             start = stop
             progress(start, len(records))
+
+    # 3. Copy all lines but the header to a file that then gets the final name.
     finished = output.with_name(output.name + ".finished")
     failed: list[int] = []
     try:
@@ -233,6 +253,8 @@ def run(
         finished.unlink(missing_ok=True)
         raise
     partial.unlink()
+
+    # 4. Raise if a row failed.
     if failed:
         raise JobError(
             f"{output} is complete, but the model's logits must be finite with a token to draw, and were not in rows "

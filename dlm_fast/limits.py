@@ -1,4 +1,7 @@
-"""What a number may be: bounds that the decode's arithmetic can keep, and the errors that name them."""
+"""Bounds of the numbers that a user may give, and the errors that name them.
+
+Within these bounds the arithmetic of a decode stays inside int32 and fp32.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,32 @@ from typing import Any
 
 from dlm_kernels.checks.confidence import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-# More than any model has positions. A sum of a few such numbers and positions is far inside int32, and a schedule of so
-# many steps is 64 MiB of fp32 per row.
+# The largest whole number, which is more than any model has positions. A sum of a few such numbers and positions is far
+# inside int32, and a schedule of so many steps takes 64 MiB of fp32 per row.
 MAX_WHOLE = 2**24
-# Every draft is one more canvas of its row in each forward, and is of use only if all before it are accepted.
+# The largest number of drafts. Every draft is one more canvas in each forward, and a draft is of use only if all drafts
+# before it are accepted.
 MAX_DRAFTS = 64
-# Of what is added to a logit or multiplies one: far from the end of fp32.
+# The largest number that is added to a logit or multiplies one, far from the largest fp32 number.
 MAX_SHIFT = 1e6
 # The largest fp32 number.
 MAX_NUMBER = (2 - 2**-23) * 2.0**127
 
 
 def shown(value: Any) -> str:
-    """The value as an error shows it; Python refuses to write out the longest integers."""
+    """The value as an error shows it. Python refuses to write out the longest integers, so they are described."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length()} bits"
     return repr(value)
 
 
-def whole(owner: str, name: str, value: Any, least: int = 0, most: int = MAX_WHOLE, *, none: bool = False) -> None:
-    """Raises ValueError unless the value is a whole number in [least, most] (or None, if `none`)."""
+def whole(owner: str, name: str, value: Any, low: int = 0, high: int = MAX_WHOLE, *, none: bool = False) -> None:
+    """Raises ValueError unless the value is a whole number in [low, high] (or None, if `none`)."""
     if value is None and none:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        too_large = isinstance(value, int) and value > most
-        rule = f"<= {most}" if too_large else f">= {least}"
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        too_large = isinstance(value, int) and value > high
+        rule = f"<= {high}" if too_large else f">= {low}"
         raise ValueError(
             f"{owner}: {name} must be a whole number {rule}{' or None' if none else ''}, got {name}={shown(value)}"
         )
@@ -50,7 +54,7 @@ def number(
 
 
 def heat(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError unless the value is a temperature: 0, or one by which logits may be divided in fp32."""
+    """Raises ValueError unless the value is a temperature: 0, or a number by which fp32 logits may be divided."""
     number(owner, name, value, 0)
     if value and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
         raise ValueError(

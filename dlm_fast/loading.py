@@ -1,5 +1,8 @@
-"""Opening a checkpoint folder: safetensors only, native classes only, no remote code, nothing read outside the
-folder."""
+"""`load`: a checkpoint folder becomes a model.
+
+Only safetensors are opened and only transformers' own classes are built. No remote code runs, and nothing outside the
+folder is read.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from .models.native import MODEL_TYPES
 from .ops import Ops
 from .patching import attach
 
-# What safetensors calls the dtypes that weights may have.
+# The dtypes that weights may have, by their names in safetensors.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's config.json."""
+    """The values of the folder's config.json."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"load: {path} has no config.json")
     try:
@@ -38,7 +41,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json lists, which lie in the folder itself."""
+    """The folder's weight files: model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    A shard must lie in the folder itself.
+    """
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -64,14 +70,16 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def stored_dtypes(files: list[Path]) -> dict[str, str]:
-    """The dtype of every tensor of safetensors files, as their headers name it. Raises CheckpointError unless all files
-    are intact."""
+    """The dtype of every tensor in safetensors files, by the name in the file's header.
+
+    Raises CheckpointError unless all files are intact.
+    """
     dtypes: dict[str, str] = {}
     for file in files:
         try:
             if not file.is_file():
                 raise FileNotFoundError("no such file")
-            # Opening validates the header and that the file is exactly as long as the header says.
+            # Opening checks the header, and checks that the file is exactly as long as the header says.
             with safe_open(file, framework="pt") as weights:
                 found = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
         except (SafetensorError, OSError) as error:
@@ -86,7 +94,7 @@ def stored_dtypes(files: list[Path]) -> dict[str, str]:
 
 
 def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
-    """The one float dtype that weights are stored in. Raises CheckpointError where there are several or others."""
+    """The one float dtype in which weights are stored. Raises CheckpointError if there are several, or others."""
     example = float_kinds(path, dtypes)
     if len(example) > 1:
         got = ", ".join(f"{name} {kind}" for kind, name in sorted(example.items()))
@@ -97,22 +105,24 @@ def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
 
 
 def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
-    """The float dtypes that weights are stored in, each with the first tensor of it. Raises CheckpointError where there
-    are others."""
+    """The float dtypes in which weights are stored, each with the name of its first tensor.
+
+    Raises CheckpointError if a tensor is stored in another dtype.
+    """
     wrong = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
     if wrong:
         raise CheckpointError(
             f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong[:4])} "
             f"({len(wrong)} of {len(dtypes)}); quantised weights are not converted"
         )
-    # Old checkpoints store the rotary frequencies, which transformers computes: they are nobody's weights.
+    # Old checkpoints store the rotary frequencies, which are no weights: transformers computes them.
     return {
         kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")
     }
 
 
 def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """Every tensor of safetensors files."""
+    """Every tensor in safetensors files, by name."""
     tensors = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
@@ -121,7 +131,7 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The folder's tokenizer, or None where it ships none. No remote code."""
+    """The folder's tokenizer, or None where the folder has none. No remote code runs."""
     path = checkpoint_path(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
@@ -132,7 +142,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def merge_adapter(model: nn.Module, path: Path) -> nn.Module:
-    """The model with the LoRA adapter of a folder folded into its weights. Needs peft."""
+    """The model with a folder's LoRA adapter merged into the model's weights. The package peft is needed."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             rule = f"adapter must be a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
@@ -163,34 +173,36 @@ def load(
     rope_scale: float = 1.0,
     adapter: str | Path | bool | None = None,
 ) -> nn.Module:
-    """Opens a checkpoint folder as a native transformers model that decodes by diffusion.
+    """Opens a checkpoint folder as a transformers model that `generate` can decode.
 
-    The model also answers a plain `model(input_ids, attention_mask=...)`, with its family's own visibility
-    (bidirectional, with or without an isolated prompt, or block-causal), never causal. Its `PatchHandle`, with the
-    tokenizer, is `handle_of(model)`.
+    A plain forward of the model, `model(input_ids, attention_mask=...)`, sees as the model was trained to see
+    (everything, everything with an isolated prompt, or block-causally), and never causally. `handle_of(model)` is the
+    model's `PatchHandle`, which also holds the tokenizer.
 
     Args:
-        path: a folder (config.json, *.safetensors, tokenizer.json), or the name of an embedded model, e.g. "tiny-full"
-            (`EMBEDDED`).
-        diffusion: default: the `dlm` section of config.json. Its mask must be the tokenizer's, where that has one.
-        dtype: of the weights, a float of 16, 32 or 64 bits; default: as stored, whatever config.json says, and needed
-            where they are stored in several. device: default: "cuda" if there is one, else "cpu".
+        path: a folder with config.json, *.safetensors and tokenizer.json, or the name of an embedded model such as
+            "tiny-full" (`EMBEDDED`).
+        diffusion: how the model was trained to be decoded. Default: the `dlm` section of config.json. The mask id must
+            be the tokenizer's, where the tokenizer has a mask.
+        dtype: dtype of the weights, a float of 16, 32 or 64 bits. Default: as stored, whatever config.json says; if the
+            weights are stored in several dtypes, dtype must be given.
+        device: where the model goes. Default: "cuda" if there is a GPU, else "cpu".
         backend: "auto", "triton", "reference" or an `Ops`.
-        rope_scale: multiplies the base of the rotary positions, to decode contexts longer than the model was trained
-            on: for LLaDA 4 at 8k tokens, 14 at 16k, 31 at 24k, 55 at 32k (LongLLaDA, arXiv:2506.14429).
-            max_position_embeddings is raised with it.
-        adapter: a folder with a LoRA adapter, merged into the weights in float32 (peft does it). False: none. An
-            adapter beside the weights in `path` is never applied unasked: one of the two must be said.
+        rope_scale: factor of the base of the rotary positions, to decode longer contexts than the model was trained on.
+            For LLaDA the factor is 4 at 8k tokens, 14 at 16k, 31 at 24k and 55 at 32k (LongLLaDA, arXiv:2506.14429).
+            The factor also raises max_position_embeddings.
+        adapter: a folder with a LoRA adapter, which peft merges into the weights in float32; False or None = none. An
+            adapter that lies beside the weights in `path` is never applied unasked, so None is refused there.
     Raises:
-        ValueError: rope_scale below 1, ids outside the vocabulary, another mask than the tokenizer's. TypeError: dtype.
-        CheckpointError: no folder, no safetensors, pickle weights, a corrupted file, weights that are missing,
-        unexpected or no
-            floats, a config.json that describes no model, no diffusion configuration, an adapter that is not asked for
-            or does not fit.
-        NotImplementedError: an architecture without an adapter of ours, a quantised checkpoint; a GPU or a head size
-        that the
-            Triton kernels do not have, where they are the backend.
+        ValueError: rope_scale is below 1, an id is outside the vocabulary, or the mask is not the tokenizer's.
+        TypeError: dtype or adapter is of a wrong type.
+        CheckpointError: there is no such folder; there are no safetensors, or pickle weights only; a file is corrupted;
+            weights are missing, unexpected or no floats; config.json describes no model; there is no diffusion
+            configuration; an adapter was not asked for, or does not fit.
+        NotImplementedError: the architecture has no model adapter here, or the checkpoint is quantised; or the backend
+            is Triton, whose kernels do not have the GPU or the head size.
     """
+    # 1. Check the arguments, and what config.json says of the architecture.
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
         raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
     if dtype is not None and dtype not in FLOATS.values():
@@ -208,8 +220,7 @@ def load(
     if values.get("quantization_config") is not None:
         raise NotImplementedError(
             f"load: quantised checkpoints are not supported, got quantization_config={values['quantization_config']!r} "
-            f"in {path}; "
-            "supported are float weights without one"
+            f"in {path}; supported are float weights without one"
         )
     if adapter is None and (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -218,6 +229,8 @@ def load(
         )
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
+
+    # 2. Find the weights, and the dtype that they will have.
     files = weight_files(path)
     stored = stored_dtypes(files)
     if (path / "model.safetensors").is_file() and path / "model.safetensors" not in files:
@@ -226,6 +239,8 @@ def load(
             "the two"
         )
     dtype = dtype if dtype is not None and set(stored.values()) <= FLOATS.keys() else float_dtype(path, stored)
+
+    # 3. Read the configuration of the model and of its diffusion, and the tokenizer.
     family = MODEL_TYPES[config_type]
     try:
         config = family.config_class.from_pretrained(path, local_files_only=True)
@@ -250,18 +265,21 @@ def load(
             f"load: mask_token_id must be the tokenizer's, {mask_id} ({tokenizer.mask_token!r}), "
             f"got mask_token_id={diffusion.mask_token_id} of the diffusion configuration"
         )
+
+    # 4. Build the model from the weights, and refuse weights that do not fit.
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = read_weights(files)
     try:
-        # Given the tensors themselves, transformers looks for no file: no other index, no adapter, nothing on the Hub.
+        # Transformers gets the tensors themselves, and so looks for no file: no other index, no adapter and nothing on
+        # the Hub.
         model, report = family.from_pretrained(
             None,
             config=config,
             state_dict=weights,
             dtype=torch.promote_types(dtype, torch.float32) if adapter else dtype,
-            attn_implementation="sdpa",  # config.json may name a kernel of the Hub, to be downloaded and run
-            ignore_mismatched_sizes=True,  # reported below, by name, instead of in a table on stderr
+            attn_implementation="sdpa",  # config.json may name a kernel of the Hub, which would be downloaded and run
+            ignore_mismatched_sizes=True,  # an error below names them, in place of a table on stderr
             output_loading_info=True,
         )
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
@@ -274,9 +292,11 @@ def load(
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:
             raise CheckpointError(f"load: {path / 'generation_config.json'} cannot be read: {error}") from error
+
+    # 5. Merge the adapter, and patch the model.
     if adapter:
         model = merge_adapter(model, Path(adapter))
-        for parameter in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+        for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
     model = model.to(device).eval()
     handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.plain_mode)

@@ -1,7 +1,7 @@
-"""The device operations a decoder is made of, chosen once: a backend is a value (`REFERENCE`, `triton_ops()`), not a
-mode.
+"""The backends: the ops that a decoder is made of, once in plain torch and once in Triton.
 
-A backend that cannot run says so by raising; nothing falls back from one to the other.
+A backend is a value (`REFERENCE`, `triton_ops()`), and is chosen once per model. A backend that cannot run raises an
+error; nothing falls back from one backend to the other.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from dlm_kernels.tiles import HEAD_DIMS
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """One implementation of each op, with the same contract (see `dlm_kernels.reference`).
+    """One implementation of each op. `dlm_kernels.reference` specifies the ops.
 
     Attributes:
         name: "triton" or "reference".
-        block_attention, confidence, unmask: the ops of every decoder. draft_build, verify: those of drafts.
+        block_attention: stores the keys and values of a window, and attends.
+        confidence: says what every row of logits predicts, and how certainly.
+        unmask: writes tokens to the canvas, and advances the state of every row.
+        draft_build: makes the drafts of every row, for decoders with drafts.
+        verify: accepts the drafts that the decoder would have written, for decoders with drafts.
         reason: why this backend was chosen, for `explain` and `dlm-fast doctor`.
     """
 
@@ -43,7 +47,10 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 def triton_ops(reason: str = "asked for by name") -> Ops:
-    """Our Triton kernels. Raises ImportError where Triton is not installed (it has no wheels for this platform)."""
+    """The backend of our Triton kernels.
+
+    Raises ImportError where Triton is not installed; for some platforms Triton has no wheels.
+    """
     if importlib.util.find_spec("triton") is None:
         raise ImportError(
             "ops: backend 'triton' needs the package triton, which is not installed; use backend='reference'"
@@ -65,26 +72,26 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
 
 
 def check_head_dims(ops: Ops, head_dims: Collection[int]) -> None:
-    """Raises NotImplementedError if `ops` are the Triton kernels and have none for a head size of the model."""
+    """Raises NotImplementedError if the backend is Triton and has no kernel for a head size of the model."""
     for head_dim in head_dims:
         if ops.name == "triton" and head_dim not in HEAD_DIMS:
             raise NotImplementedError(
                 f"ops: there is no Triton attention kernel for head_dim={head_dim}, only for multiples of 16 up to "
-                "256, and 512; the "
-                "plain-torch reference takes any (backend='reference')"
+                "256, and 512; the plain-torch reference takes any (backend='reference')"
             )
 
 
 def choose(backend: str | Ops, device: torch.device | str) -> Ops:
-    """The ops for a model on `device`.
+    """The backend of a model on `device`. `explain` reports which backend was chosen and why.
 
     Args:
-        backend: "triton", "reference", an `Ops` of your own, or "auto": Triton on a CUDA device, the plain-torch
-            reference elsewhere (same tokens, slower). `explain` reports what was chosen and why.
+        backend: "triton", "reference", an `Ops` of your own, or "auto". With "auto" a model on a CUDA device gets
+            Triton, and any other model gets the plain-torch reference, which gives the same tokens more slowly.
+        device: the model's device.
     Raises:
-        ValueError: unknown backend. ImportError: Triton needed and not installed. NotImplementedError: Triton needed,
-        and a GPU
-            that has no kernels.
+        ValueError: the backend is unknown.
+        ImportError: the backend is Triton, and Triton is not installed.
+        NotImplementedError: the backend is Triton, which has no kernels for the GPU.
     """
     if isinstance(backend, Ops):
         return backend

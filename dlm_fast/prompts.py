@@ -1,4 +1,4 @@
-"""What a user hands to `generate` as prompts or as a canvas, as rows of token ids."""
+"""Rows of token ids, from what a user hands to `generate` as prompts or as a canvas."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a tokenizer returns beside the ids and their mask, and what says nothing about the ids.
+# What a tokenizer may return beside ids and attention mask, and what does not change the meaning of the ids.
 IGNORED_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length")
 NOUNS = {"prompts": "prompts", "canvas": "canvases"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Token ids of a prompt or canvas. text: it was a string or a chat."""
+    """One prompt or canvas.
+
+    Attributes:
+        ids: token ids.
+        text: whether the user gave a string or a chat, and not ids.
+    """
 
     ids: list[int]
     text: bool = False
 
 
 def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> list[Row]:
-    """The rows of `generate`'s argument `name` ("prompts" or "canvas"), as its docstring lists them.
+    """The rows of `generate`'s argument `name` ("prompts" or "canvas"), in every form that its docstring lists.
 
-    Raises ValueError or TypeError, each naming the argument and what it got.
+    Raises ValueError or TypeError, each naming the argument and what was got.
     """
+    # 1. A tokenizer's result, or an array of ids.
     if isinstance(given, Mapping):
         return _read_encoding(name, given, attention_mask, tokenizer)
     if _is_array(given):
@@ -38,6 +44,8 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
                 f"generate: {name} must be a list of {NOUNS[name]}, got one row of token ids; did you mean [{name}]?"
             )
         return _without_pads(name, rows, attention_mask, tokenizer)
+
+    # 2. A list of rows, and not one row or one chat.
     if isinstance(given, (str, bytes, bytearray)):
         raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(given).__name__}")
     if (
@@ -54,6 +62,8 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
         )
     if items and all(_is_message(item) for item in items):
         raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got one chat; did you mean [chat]?")
+
+    # 3. Each row of the list, less what the mask calls padding.
     rows = [_read_row(f"{name}[{b}]", item, tokenizer) for b, item in enumerate(items)]
     if attention_mask is None:
         return rows
@@ -61,10 +71,11 @@ def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> lis
         raise ValueError(f"generate: attention_mask must be given once, got one in {name} too")
     if any(row.text for row in rows):
         raise ValueError("generate: attention_mask must go with token ids, got one with text, which has no padding")
-    return [Row(ids) for ids in _live(name, [row.ids for row in rows], attention_mask)]
+    return [Row(ids) for ids in _unpadded(name, [row.ids for row in rows], attention_mask)]
 
 
 def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
+    """One row of a list; `where` names the row in errors, as "prompts[2]"."""
     if isinstance(item, str):
         if tokenizer is None:
             raise ValueError(
@@ -97,6 +108,7 @@ def _read_row(where: str, item: Any, tokenizer: Any) -> Row:
 
 
 def _encode_chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat, by the tokenizer's chat template."""
     for message in messages:
         if not _is_message(message):
             raise ValueError(
@@ -113,9 +125,10 @@ def _encode_chat(where: str, messages: list[Mapping[str, Any]], tokenizer: Any) 
 
 
 def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
+    """The ids that `encode` returns. Whatever the tokenizer raises becomes a ValueError that names the row."""
     try:
         ids = list(encode())
-    except Exception as error:  # a template is code of its own, and raises what it likes
+    except Exception as error:  # a template is code, and may raise anything
         raise ValueError(
             f"generate: {where} must be what the tokenizer can encode, got {type(error).__name__}: {error}"
         ) from error
@@ -127,7 +140,8 @@ def _encoded(where: str, encode: Callable[[], Any]) -> list[int]:
 
 
 def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, tokenizer: Any) -> list[Row]:
-    """The rows of what a tokenizer returned: its ids where its mask is 1."""
+    """The rows of a tokenizer's result: the ids where the attention mask is 1."""
+    # 1. Check the keys, and find the mask.
     if "input_ids" not in encoding:
         raise TypeError(
             f"generate: {name} must be a list or a tokenizer's result with input_ids, got a mapping with the keys "
@@ -142,66 +156,71 @@ def _read_encoding(name: str, encoding: Mapping[str, Any], attention_mask: Any, 
     if mask is not None and attention_mask is not None:
         raise ValueError(f"generate: attention_mask must be given once, got one in {name} too")
     mask = attention_mask if mask is None else mask
+
+    # 2. Read the ids, which are those of several rows or of one row.
     if _is_array(ids):
-        rows, one = _array_ids(f"{name}['input_ids']", ids, 1, 2), ids.ndim == 1
+        rows, is_one_row = _array_ids(f"{name}['input_ids']", ids, 1, 2), ids.ndim == 1
     elif isinstance(ids, (list, tuple)):
-        one = bool(ids) and all(map(_is_id, ids))
+        is_one_row = bool(ids) and all(map(_is_id, ids))
         if any(isinstance(row, str) for row in ids):
             raise TypeError(f"generate: {name}['input_ids'] must be token ids, got a str")
         rows = (
-            list(ids) if one else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
+            list(ids)
+            if is_one_row
+            else [_read_row(f"{name}['input_ids'][{b}]", row, None).ids for b, row in enumerate(ids)]
         )
     else:
         raise TypeError(f"generate: {name}['input_ids'] must be token ids, got {_got(ids)}")
-    if one:
+    if is_one_row:
         rows, mask = [[int(token) for token in rows]], None if mask is None else [_nested(mask)]
     return _without_pads(name, rows, mask, tokenizer)
 
 
 def _without_pads(name: str, rows: list[list[int]], attention_mask: Any, tokenizer: Any) -> list[Row]:
-    """Rows that stood in a rectangle, less what `attention_mask` calls padding; refused if they seem padded and there
-    is none."""
+    """Rows that stood in a rectangle, less what `attention_mask` calls padding.
+
+    Without a mask, a row that begins or ends with the tokenizer's pad id is refused, since the row may be padded.
+    """
     if attention_mask is not None:
-        return [Row(ids) for ids in _live(name, rows, attention_mask)]
+        return [Row(ids) for ids in _unpadded(name, rows, attention_mask)]
     pad = getattr(tokenizer, "pad_token_id", None)
     for b, ids in enumerate(rows):
         if ids and pad is not None and pad in (ids[0], ids[-1]):
             raise ValueError(
                 f"generate: {name}[{b}] must come with attention_mask=, got the tokenizer's pad id {pad} at an end of "
-                "it; "
-                "pass the tokenizer's whole result or its mask (all ones if these are no pads)"
+                "it; pass the tokenizer's whole result or its mask (all ones if these are no pads)"
             )
     return [Row(ids) for ids in rows]
 
 
-def _live(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[int]]:
-    """Per row the ids where the mask is 1: one unbroken stretch."""
+def _unpadded(name: str, rows: list[list[int]], attention_mask: Any) -> list[list[int]]:
+    """For each row the ids where the mask is 1, which must be one unbroken stretch."""
     mask = _nested(attention_mask)
     lengths = [len(ids) for ids in rows]
-    shaped = isinstance(mask, list) and all(isinstance(row, list) for row in mask)
-    if not shaped or [len(row) for row in mask] != lengths:
-        got = [len(row) for row in mask] if shaped else mask
+    is_nested = isinstance(mask, list) and all(isinstance(row, list) for row in mask)
+    if not is_nested or [len(row) for row in mask] != lengths:
+        got = [len(row) for row in mask] if is_nested else mask
         raise ValueError(
             f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {got!r}"
         )
-    kept = []
+    stretches = []
     for b, (ids, row) in enumerate(zip(rows, mask)):
         wrong = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
         if wrong:
             raise ValueError(f"generate: attention_mask must hold 0 and 1, got {wrong[0]!r} in row {b}")
-        live = [j for j, value in enumerate(row) if value]
-        start, end = (live[0], live[-1] + 1) if live else (0, 0)
-        if end - start != len(live):
+        ones = [j for j, value in enumerate(row) if value]
+        start, end = (ones[0], ones[-1] + 1) if ones else (0, 0)
+        if end - start != len(ones):
             raise ValueError(
                 "generate: attention_mask must be 1 from a row's first token to its last, got a 0 between them in row "
                 f"{b}"
             )
-        kept.append(ids[start:end])
-    return kept
+        stretches.append(ids[start:end])
+    return stretches
 
 
 def _is_array(value: Any) -> bool:
-    # Arrays of objects or strings are lists of rows.
+    # An array of objects or strings is read as a list of rows.
     return isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind not in "OUS"
 
 
@@ -214,7 +233,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
-    """A tensor or array of token ids as nested lists."""
+    """A tensor or array of token ids as nested lists; `dims` are the numbers of dimensions that are allowed."""
     dtype = array.dtype
     if isinstance(array, Tensor):
         whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
@@ -227,7 +246,7 @@ def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
 
 
 def _nested(mask: Any) -> Any:
-    """The mask as lists."""
+    """The mask as nested lists."""
     if isinstance(mask, (Tensor, np.ndarray)):
         return mask.tolist()
     if isinstance(mask, (list, tuple)):
@@ -236,8 +255,10 @@ def _nested(mask: Any) -> Any:
 
 
 def _keys(mapping: Mapping[Any, Any]) -> str:
+    """The keys of a mapping, for an error."""
     return ", ".join(map(str, mapping)) or "none"
 
 
 def _got(value: Any) -> str:
+    """A value as an error shows what was got: a number as it is, anything else by its type."""
     return repr(value) if value is None or isinstance(value, numbers.Number) else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Stop strings: where a text ends by them, and which ids spell what is left."""
+"""Stop strings: where they end a text, and which ids spell the text before a stop string."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# A character that is not spelled to its end, or bytes that are none.
+# What decoding shows for a character that is not spelled to its end, and for bytes that are no character.
 REPLACEMENT = "\ufffd"
-# What `clean_up_tokenization_spaces` joins is found at most so many characters before a text's end (" n't" without its
-# last).
+# How many characters at a text's end `clean_up_tokenization_spaces` may still change when the text goes on: those of
+# " n't" without the last one.
 CLEANED_TAIL = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
-    """What ends a response: the earliest of `strings` in its text, and the first of `ids`, special tokens, which no
-    text shows.
+    """What ends a response: the earliest of the stop strings in the response's text, or the first special token.
 
-    A text is `tokenizer.decode(ids, skip_special_tokens=True)`. Where two strings begin at one place, both cut there.
+    The text of some ids is `tokenizer.decode(ids, skip_special_tokens=True)`. If two stop strings begin at one place,
+    both cut the text there.
 
     Attributes:
-        tokenizer: decodes.
-        byte_ids: tokens of one byte ("<0xE2>"); a run of them is text, or not, as a whole. special_ids: what a text
-            leaves out, which does not end such a run.
+        strings: all stop strings.
+        ids: ids of the stop strings that are special tokens, which no text shows.
+        tokenizer: what decodes.
+        byte_ids: ids of the tokens that are one byte ("<0xE2>"). A run of byte tokens is decoded as a whole.
+        special_ids: ids of all special tokens, which a text leaves out and which do not end a run of byte tokens.
     """
 
     strings: tuple[str, ...]
@@ -34,49 +36,58 @@ class StopStrings:
     special_ids: frozenset[int]
 
     def decode(self, ids: list[int]) -> str:
+        """The text of `ids`."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def settled(self, ids: list[int]) -> str:
         """The part of the text of `ids` that no later token can change."""
-        end, run = len(ids), self.byte_ids | self.special_ids
-        while end and ids[end - 1] in run:
+        end, run_ids = len(ids), self.byte_ids | self.special_ids
+        while end and ids[end - 1] in run_ids:
             end -= 1
         text = self.decode(ids[:end]).rstrip(REPLACEMENT)
         cleaned = getattr(self.tokenizer, "clean_up_tokenization_spaces", False)
         return text[: max(0, len(text) - CLEANED_TAIL)] if cleaned else text
 
     def find(self, text: str) -> int | None:
-        """Where the earliest stop string of `text` begins; None without one."""
-        return min((at for at in map(text.find, self.strings) if at >= 0), default=None)
+        """Where the earliest stop string in `text` begins; None if there is none."""
+        return min((place for place in map(text.find, self.strings) if place >= 0), default=None)
 
     def decided(self, text: str) -> bool:
-        """Whether `text` has a stop string that stays the earliest whatever follows: none that begins before it is
-        still unfinished."""
-        at = self.find(text)
-        if at is None:
+        """Whether `text` has a stop string that stays the earliest one, whatever follows the text.
+
+        That is the case unless the end of the text is the beginning of another stop string that would begin earlier.
+        """
+        place = self.find(text)
+        if place is None:
             return False
-        tails = (text[start:] for start in range(max(0, len(text) - self.longest + 1), at))
+        tails = (text[start:] for start in range(max(0, len(text) - self.longest + 1), place))
         return not any(string.startswith(tail) for tail in tails for string in self.strings)
 
     @property
     def longest(self) -> int:
+        """Number of characters of the longest stop string."""
         return max(map(len, self.strings))
 
     def spelling(self, ids: list[int], text: str) -> int:
-        """How many of `ids` spell `text`, a beginning of theirs: the fewest whose text begins with it.
+        """How many of the first `ids` spell `text`, which is the beginning of the ids' text.
 
-        Their text equals `text` unless the last of them goes on past its end.
+        That is the smallest number of ids whose text begins with `text`. The ids' text is longer than `text` only if
+        their last id spells more than the end of `text`.
         """
 
         def holds(count: int) -> bool:
             return self.decode(ids[:count]).startswith(text)
 
-        # Within a run of byte tokens more ids may spell less.
-        run = self.byte_ids | self.special_ids
-        counts = [n for n in range(len(ids) + 1) if not (0 < n < len(ids) and ids[n - 1] in run and ids[n] in run)]
+        # 1. Find the number of ids by bisection. Inside a run of byte tokens more ids may spell less, so that no count
+        # may end inside a run.
+        run_ids = self.byte_ids | self.special_ids
+        counts = [
+            n for n in range(len(ids) + 1) if not (0 < n < len(ids) and ids[n - 1] in run_ids and ids[n] in run_ids)
+        ]
         found = bisect.bisect_left(counts, True, key=holds)
         before, count = counts[max(0, found - 1)], counts[found]
-        # A run is UTF-8, or else every byte of it is a replacement.
+        # 2. Find a smaller number if the text ends inside a run. Either the run is UTF-8, so that its bytes count, or
+        # every byte of the run is a replacement character.
         part = text[len(self.decode(ids[:before])) :]
         ends = [n + 1 for n in range(before, count) if ids[n] in self.byte_ids]
         for length in (len(part), len(part.encode())):
@@ -86,7 +97,8 @@ class StopStrings:
 
 
 def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopStrings | None:
-    """Checks `generate`'s stop_strings; None without any. Raises ValueError or TypeError."""
+    """The stop strings of a call of `generate`, checked; None without any. Raises ValueError or TypeError."""
+    # 1. Check the list.
     if isinstance(stop_strings, str):
         raise TypeError(f"generate: stop_strings must be a list of strings, got the string {stop_strings!r}")
     if isinstance(stop_strings, (bytes, bytearray, Mapping)) or not isinstance(stop_strings, Iterable):
@@ -99,6 +111,7 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
     if tokenizer is None:
         raise ValueError("generate: stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
 
+    # 2. Find the strings that are special tokens; beside other text a special token can never be found.
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {str(token): token_id for token_id, token in added.items() if getattr(token, "special", False)}
     special |= zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()))
@@ -121,7 +134,7 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
 
 
 def _byte_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens "<0x00>" to "<0xFF>" of a vocabulary that falls back to bytes."""
+    """Ids of the tokens "<0x00>" to "<0xFF>", in a vocabulary that spells unknown text by bytes."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     if not hasattr(tokenizer, "convert_tokens_to_ids"):
         return []

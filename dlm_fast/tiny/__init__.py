@@ -1,1 +1,1 @@
-"""The embedded models: their tasks, tokenizer, data and weights, and the demonstration that decodes with them."""
+"""The embedded models: their tasks, tokenizer, data and weights, and the demonstration that decodes with the models."""

@@ -16,17 +16,28 @@ TASK_NAMES = tuple(TASKS)
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sample: `prompt` ends with <sep>, `answer` with its only <eos>."""
+    """One sample as token ids.
 
-    task: int  # index into TASK_NAMES
+    Attributes:
+        task: index into TASK_NAMES.
+        prompt: ids of the prompt, which ends with <sep>.
+        answer: ids of the answer, which ends with its only <eos>.
+    """
+
+    task: int
     prompt: list[int]
     answer: list[int]
 
 
 class SampleStream:
-    """Fresh train-split samples, tasks drawn with the given weights, an `easy` share of them easy.
+    """An endless stream of samples from the training split.
 
-    `state()` and `load_state()` carry the stream over a restart: text, since checkpoints hold no pickles.
+    `state` and `load_state` carry the stream over a restart. The state is text, since checkpoints hold no pickles.
+
+    Args:
+        seed: random seed.
+        weights: shares of tasks, in place of the tasks' own shares.
+        easy: share of easy samples, in tasks that have easy samples.
     """
 
     def __init__(self, seed: int, weights: dict[str, float] | None = None, *, easy: float = 0.0):
@@ -49,7 +60,7 @@ class SampleStream:
         return generate_sample(task, self._rng, easy=self._rng.random() < self._easy)
 
     def next(self) -> Encoded:
-        """The next sample of the stream."""
+        """The next sample of the stream, as token ids."""
         sample = self.next_sample()
         prompt = self._encode(prompt_text(sample.prompt)).ids
         return Encoded(TASK_NAMES.index(sample.task), prompt, self._encode(answer_text(sample.answer)).ids)
@@ -67,12 +78,13 @@ class SampleStream:
         return json.dumps(self._rng.getstate())
 
     def load_state(self, text: str) -> None:
-        """Continues where the stream that gave `text` stood."""
+        """Continues where the stream stood that returned `text` as its state."""
         version, internal, gauss = json.loads(text)
         self._rng.setstate((version, tuple(internal), gauss))
 
 
 def _task_weight(text: str) -> tuple[str, float]:
+    """Task and weight of TASK=WEIGHT."""
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"must be TASK=WEIGHT, got {text!r}")
@@ -83,7 +95,7 @@ def _task_weight(text: str) -> tuple[str, float]:
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """The option --weight, a list of (task, weight)."""
+    """Adds the option --weight, whose value is a list of (task, weight)."""
     parser.add_argument(
         "--weight", dest="weights", type=_task_weight, action="append", default=[], metavar="TASK=WEIGHT",
         help="a task's share of samples, instead of its own; may be repeated",
@@ -91,7 +103,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m dlm_fast.training samples`."""
+    """Adds the options of `python -m dlm_fast.training samples`."""
     parser.add_argument("--out", type=Path, required=True, help="file to write: {task, prompt, answer} lines")
     parser.add_argument("--n", type=int, required=True, help="samples")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
@@ -113,5 +125,5 @@ def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: 
 
 
 def run(values: argparse.Namespace) -> None:
-    """`python -m dlm_fast.training samples`."""
+    """Runs `python -m dlm_fast.training samples`."""
     write_samples(values.out, values.n, seed=values.seed, easy=values.easy, weights=dict(values.weights))

@@ -1,4 +1,4 @@
-"""`dlm-fast demo`: the embedded models decode held-out prompts, first before your eyes, then counted."""
+"""`dlm-fast demo`: the embedded models decode held-out prompts, first before your eyes and then for a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ MAX_NEW_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row of the demo's table: a model, a preset, and what of the preset is changed."""
+    """One row of the demo's table.
+
+    Attributes:
+        model: name of an embedded model.
+        preset: name of a preset.
+        options: options of the preset that the run replaces.
+        note: what the decoder does, in a few words.
+    """
 
     model: str
     preset: str
@@ -47,52 +54,58 @@ RUNS = (
 
 
 def chat(prompt: str) -> list[dict[str, str]]:
-    """A one-turn chat, the form the embedded models were trained on."""
+    """A chat of one turn, the form that the embedded models were trained on."""
     return [{"role": "user", "content": prompt}]
 
 
 def samples(per_task: int, seed: int) -> list[Sample]:
-    """`per_task` held-out prompts of every task."""
+    """`per_task` held-out samples of every task; `seed` says which ones."""
     return [sample for task in TASKS for sample in held_out(task, per_task, seed)]
 
 
 def measure(model: nn.Module, run: Run, prompts: Sequence[Sample], batch_size: int) -> dict[str, Any]:
-    """Decodes `prompts` and averages: exact match, NFE, query tokens, TPF (tokens before EOS / NFE), tokens per
-    second."""
+    """Decodes the prompts of some samples, and averages what was decoded.
+
+    The averages are exact match, NFE, query tokens, TPF (tokens before the EOS / NFE) and tokens per second.
+    """
+    # 1. Decode. A batch costs what its longest row costs, so rows of similar length go together. The batches change no
+    # result.
     outputs: list[GenerateOutput] = []
-    # A batch costs what its longest row does: rows of like length go together, which changes no result.
     prompts = sorted(prompts, key=lambda sample: len(sample.answer))
     for start in range(0, len(prompts), batch_size):
         chats = [chat(sample.prompt) for sample in prompts[start : start + batch_size]]
         outputs.append(generate(model, chats, preset=run.preset, max_new_tokens=MAX_NEW_TOKENS, **run.options))
+
+    # 2. Average.
     texts = [text for out in outputs for text in out.text]
-    right = [TASKS[sample.task].check(sample.prompt, text) for sample, text in zip(prompts, texts)]
+    correct = [TASKS[sample.task].check(sample.prompt, text) for sample, text in zip(prompts, texts)]
     nfe = sum(sum(out.nfe) for out in outputs)
     tokens = sum(len(ids) for out in outputs for ids in out.sequences)
     seconds = sum(out.wall_time for out in outputs)
-    by_task = {task: [r for sample, r in zip(prompts, right) if sample.task == task] for task in TASKS}
+    by_task = {task: [c for sample, c in zip(prompts, correct) if sample.task == task] for task in TASKS}
     return {
         "model": run.model,
         "preset": run.preset,
         "options": run.options,
         "note": run.note,
-        "exact_match": sum(right) / len(right),
-        "exact_match_by_task": {task: sum(r) / len(r) for task, r in by_task.items() if r},
-        "nfe": nfe / len(right),
-        "query_tokens": sum(sum(out.query_tokens) for out in outputs) / len(right),
+        "exact_match": sum(correct) / len(correct),
+        "exact_match_by_task": {task: sum(c) / len(c) for task, c in by_task.items() if c},
+        "nfe": nfe / len(correct),
+        "query_tokens": sum(sum(out.query_tokens) for out in outputs) / len(correct),
         "tpf": tokens / nfe,
         "tokens_per_s": tokens / seconds,
-        "prompts": len(right),
+        "prompts": len(correct),
     }
 
 
 def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any], console: Console) -> bool:
-    """Decodes one prompt, live on a terminal, as plain lines elsewhere; returns whether the answer is right."""
+    """Decodes one prompt, live on a terminal and as plain lines elsewhere; returns whether the answer is correct."""
     handle = handle_of(model)
     tokenizer, diffusion = handle.tokenizer, handle.diffusion
     console.print(Text.assemble(("prompt  ", "bold"), sample.prompt))
 
     def render(state: RowState) -> Text:
+        """The answer so far, in which the tokens of the last step are bold and a mask is a dot."""
         row = state.tokens[0].tolist()
         steps = state.unmask_step[0].tolist()
         line = Text()
@@ -119,12 +132,10 @@ def show(model: nn.Module, sample: Sample, preset: str, options: dict[str, Any],
     else:
         out = generate(model, [chat(sample.prompt)], preset=preset, max_new_tokens=MAX_NEW_TOKENS, **options)
         console.print(Text.assemble(("answer  ", "bold"), out.text[0].strip()))
-    right = TASKS[sample.task].check(sample.prompt, out.text[0])
-    console.print(
-        f"        {'right' if right else 'wrong'}, {len(out.sequences[0])} tokens in {out.nfe[0]} forwards ({preset})",
-        style="dim",
-    )
-    return right
+    correct = TASKS[sample.task].check(sample.prompt, out.text[0])
+    verdict = "right" if correct else "wrong"
+    console.print(f"        {verdict}, {len(out.sequences[0])} tokens in {out.nfe[0]} forwards ({preset})", style="dim")
+    return correct
 
 
 def run(
@@ -136,22 +147,30 @@ def run(
     device: str | None = None,
     quiet: bool = False,
 ) -> dict:
-    """The whole demo. Returns {"decoders": [...]}, one entry per row of the table it prints.
+    """Runs the whole demo. Returns {"decoders": [...]}, with one entry per row of the table that is printed.
 
     Args:
-        per_task: held-out prompts of each task that every decoder is counted on. seed: which ones.
-        quiet: nothing but errors on stdout (for --json).
+        per_task: number of held-out prompts of each task, which every decoder decodes.
+        seed: which held-out prompts.
+        batch_size: number of prompts that are decoded together.
+        backend: as for `load`.
+        device: as for `load`.
+        quiet: whether nothing is printed (for --json).
     """
+    # 1. Open the models.
     stream = sys.stderr if quiet else sys.stdout
-    # Where there is no terminal there is no width to fit: plain lines are not broken.
+    # Without a terminal there is no width to fit, so that plain lines are not broken.
     console = Console(file=stream, highlight=False, quiet=quiet, width=None if stream.isatty() else 120)
     models = {name: load(name, backend=backend, device=device) for name in dict.fromkeys(r.model for r in RUNS)}
     handle = handle_of(models["tiny-full"])
     console.print(f"ops: {handle.ops.name} ({handle.ops.reason})\n")
+
+    # 2. Decode three prompts before the reader's eyes.
     for task in ("add", "word", "shuffle"):
         show(models["tiny-full"], held_out(task, 1, seed + 1)[0], "fast-dllm", {"block_length": 8}, console)
         console.print()
 
+    # 3. Measure every decoder on the same prompts.
     prompts = samples(per_task, seed)
     console.print(
         f"{len(prompts)} held-out prompts, {per_task} of each of {len(TASKS)} tasks, "
@@ -161,6 +180,8 @@ def run(
     for decoder in RUNS:
         with console.status(f"{decoder.model} {decoder.preset}: {decoder.note}"):
             rows.append(measure(models[decoder.model], decoder, prompts, batch_size))
+
+    # 4. Print the table.
     table = Table("model", "decoder", "", box=None, pad_edge=False)
     for heading in ("exact match", "NFE", "TPF", "tokens/s"):
         table.add_column(heading, justify="right")

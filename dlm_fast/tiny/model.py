@@ -1,4 +1,4 @@
-"""The tiny architecture, a plain transformers class with the decoder's facts in config.json."""
+"""The architecture of the embedded models: a class of transformers, and a config.json that says how to decode."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3Fo
 from .tokenizer import EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE, build_tokenizer
 
 MAX_POSITIONS = 512
-# The slower a pair of dimensions turns, the better it can compare words at any distance; with a base of 10,000 lookups
-# in a map were not learned in 900 steps that sufficed with this one.
+# The slower a pair of dimensions turns, the better the pair compares words at any distance. With a base of 10,000 the
+# model did not learn to look words up in a map within 900 steps, which were enough with this base.
 ROPE_THETA = 1e6
 
 _SHAPE = dict(
@@ -34,10 +34,10 @@ _SHAPE = dict(
 
 
 def build_model(*, seed: int, prompt_isolated: bool = False) -> PreTrainedModel:
-    """An untrained fp32 Qwen3 with two key/value heads, about 0.9 M parameters, whose positions all see one another; of
-    an isolated prompt, the prompt does not see the response.
+    """An untrained fp32 Qwen3 with two key/value heads and about 0.9 M parameters.
 
-    Which positions see which is decided by the 4-D mask given to forward, not by the class.
+    All positions see one another, but an isolated prompt does not see the response. In training the 4-D mask of a
+    forward decides who sees whom, and not the class.
     """
     dlm = dict(
         mask_token_id=MASK_ID,
@@ -53,7 +53,7 @@ def build_model(*, seed: int, prompt_isolated: bool = False) -> PreTrainedModel:
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config, generation config, tokenizer and fp32 safetensors, loadable by the Auto classes."""
+    """Writes config, generation config, tokenizer and fp32 safetensors, which the Auto classes can load."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.save_pretrained(folder)

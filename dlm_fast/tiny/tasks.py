@@ -1,6 +1,6 @@
 """Nine small synthetic tasks whose answers a program can check.
 
-Each prompt starts with its task's keyword, so the task can be read off the prompt:
+Each prompt starts with the keyword of its task:
 
     add      Add 398 and 904                -> 8+4+0=12; 9+0+1=10; 3+9+1=13 #### 1302
     word     Story Tom has 8 apples. ...    -> Tom starts with 8. Tom wins 5, so 8+5=13. ... #### 5
@@ -12,15 +12,13 @@ Each prompt starts with its task's keyword, so the task can be read off the prom
     reverse  Reverse oak plum mint          -> mint plum oak
     shuffle  Shuffle oak plum mint          -> any order of the same words
 
-kv asks for its keys in the map's order. The tasks differ in how far their tokens depend on one another,
-which is what parallel decoding has to respect: `reverse` has one answer known from the start, `add` and
-`word` are chains, and `shuffle` has many answers, so tokens picked independently of one another repeat words.
+The tasks differ in how far the tokens of an answer depend on one another, which parallel decoding has to respect. The
+answer to `reverse` is known from the start; `add` and `word` are chains; `shuffle` has many answers, so that tokens
+which are picked independently of one another repeat words. `kv` asks for its keys in the map's order.
 
-Prompts of sudoku are held out, not grids: there are only 288.
-
-A sample is held out when crc32 of its content is 0 modulo 50. The content leaves out what does not make a
-sample new (the order of a list to sort, the owner of the apples), so that no reordering of a held-out
-sample is ever trained on.
+A sample is held out if crc32 of its content is 0 modulo 50. The content leaves out what does not make a sample new (the
+order of a list to sort, the owner of the apples), so that no training sample is a reordered held-out sample. Of sudoku
+prompts are held out, and not grids, since there are only 288 grids.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ NAMES = ("Tom", "Ann", "Max", "Eva", "Sam", "Lia")
 OBJECTS = ("apples", "coins", "cards", "books", "pens", "shells")
 GAIN_VERBS = ("wins", "finds", "buys")
 LOSS_VERBS = ("loses", "gives", "sells")
-# Sixteen words to list and look up. A head of 32 dimensions has about 16 that rotary positions leave alone
-# over a prompt's length, so more words would have to share directions, and lookups are learned late as it is.
+# Sixteen words for lists and maps. In a head of 32 dimensions rotary positions leave about 16 dimensions alone over a
+# prompt's length, so more words would have to share directions, and looking words up is learned late as it is.
 LIST_WORDS = tuple("mint gray plum oak pink blue rose gold fern moss sand rain leaf lime navy teal".split())
-# In the vocabulary for prompts of one's own; no task draws them.
+# Words that no task draws, which are in the vocabulary for a user's own prompts.
 SPARE_WORDS = tuple("corn salt fish bird wolf bear frog lamp door ship bell drum kite star moon ring".split())
 KEYWORDS = ("Add", "Story", "Map", "Sort", "Calc", "Reverse", "Shuffle", "Run", "Sudoku")
 OTHER_WORDS = ("and", "Find", "has", "more", "How", "many", "now", "starts", "with", "so")
@@ -48,15 +46,21 @@ OTHER_WORDS = ("and", "Find", "has", "more", "How", "many", "now", "starts", "wi
 # Every word the tasks use; the tokenizer gives each a token of its own.
 WORDS = KEYWORDS + OTHER_WORDS + NAMES + OBJECTS + GAIN_VERBS + LOSS_VERBS + LIST_WORDS + SPARE_WORDS
 
-VARIABLES = "abcdjkmnptxyz"  # of trace; single characters
+VARIABLES = "abcdjkmnptxyz"  # names of variables in trace
 
 HELD_OUT_MODULUS = 50
-MAX_VALUE = 20  # of every operand and result in word, trace and calc: small enough to know by heart
+MAX_VALUE = 20  # largest operand and result in word, trace and calc, small enough to be known by heart
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with a right answer: for every task but shuffle, the only one."""
+    """One prompt with a correct answer.
+
+    Attributes:
+        task: name of the task.
+        prompt: the prompt.
+        answer: a correct answer, and the only one unless the task is shuffle.
+    """
 
     task: str
     prompt: str
@@ -67,10 +71,14 @@ class Sample:
 class Task:
     """A family of prompts.
 
-    `new_prompt(rng)` draws a prompt, `solve(prompt)` gives its answer, and `content(prompt)` the canonical
-    text that decides between train and held out. `weight` is the task's share of training samples.
-    `new_easy_prompt` draws a smaller prompt than any that is evaluated: looking a word up among many is
-    learned far sooner with some examples of few.
+    Attributes:
+        name: the task's name.
+        weight: the task's share of training samples.
+        new_prompt: draws a prompt from a generator.
+        solve: gives the answer to a prompt.
+        content: gives the canonical text of a prompt, which decides whether the sample is held out.
+        new_easy_prompt: draws a smaller prompt than those that are evaluated; None = the task has none. A model learns
+            to look a word up among many words far sooner if some examples have few words.
     """
 
     name: str
@@ -81,7 +89,7 @@ class Task:
     new_easy_prompt: Callable[[random.Random], str] | None = None
 
     def generate(self, rng: random.Random, *, easy: bool = False) -> Sample:
-        """A sample of either split; an easy one if asked for and the task has any."""
+        """A sample of either split; an easy one if `easy` is set and the task has easy prompts."""
         prompt = self._draw(rng, easy)
         return Sample(self.name, prompt, self.solve(prompt))
 
@@ -95,7 +103,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ShuffleTask(Task):
-    """The task whose right answers are many: any order of the prompt's words."""
+    """The task with many correct answers: every order of the prompt's words is one."""
 
     def generate(self, rng: random.Random, *, easy: bool = False) -> Sample:
         """A sample of either split, its answer drawn uniformly from all orders."""
@@ -115,7 +123,7 @@ def is_held_out(sample: Sample) -> bool:
 
 
 def generate_sample(task: str, rng: random.Random, split: str = "train", *, easy: bool = False) -> Sample:
-    """A random sample of `task` from `split`, "train" or "held_out"; `easy` as in Task."""
+    """A random sample of `task` from `split`, "train" or "held_out"; an easy one as in `Task.generate`."""
     if task not in TASKS:
         raise ValueError(f"tasks: task must be one of {', '.join(TASKS)}, got task={task!r}")
     if split not in ("train", "held_out"):
@@ -127,7 +135,7 @@ def generate_sample(task: str, rng: random.Random, split: str = "train", *, easy
 
 
 def held_out(task: str, n: int, seed: int = 0) -> list[Sample]:
-    """`n` held-out samples of `task`, no two with the same content; the same ones for the same seed."""
+    """`n` held-out samples of `task` with different contents; `seed` decides which ones."""
     if n < 0:
         raise ValueError(f"tasks: n must be at least 0, got n={n}")
     rng = random.Random(f"held out {task} {seed}")
@@ -137,7 +145,7 @@ def held_out(task: str, n: int, seed: int = 0) -> list[Sample]:
         sample = generate_sample(task, rng, "held_out")
         samples.setdefault(TASKS[task].content(sample.prompt), sample)
         attempts += 1
-        # add, word and calc have only some hundreds to thousands of held-out contents.
+        # The tasks add, word and calc have only some hundreds to thousands of held-out contents.
         if attempts > 100 * n + 1000:
             raise ValueError(f"tasks: n must not exceed the held-out contents of {task}, got n={n}")
     return list(samples.values())
@@ -191,7 +199,7 @@ def _word_prompt(rng: random.Random) -> str:
 
 
 def _word_steps(prompt: str) -> tuple[str, int, list[tuple[str, int]]]:
-    """Name, first amount, and the (verb, amount) of each step."""
+    """Name, first amount, and (verb, amount) of each step of a word prompt."""
     match = re.match(r"Story (\w+) has (\d+)", prompt)
     if match is None:
         raise ValueError(f"tasks: prompt must be a word prompt, got prompt={prompt!r}")
@@ -212,14 +220,16 @@ def _word_solve(prompt: str) -> str:
 
 
 def _word_content(prompt: str) -> str:
-    """The arithmetic alone: another name or verb does not make a new sample."""
+    """The arithmetic alone, since another name or verb does not make a new sample."""
     _, value, steps = _word_steps(prompt)
     return f"{value}" + "".join(f"{'+' if verb in GAIN_VERBS else '-'}{amount}" for verb, amount in steps)
 
 
 def _trace_prompt(rng: random.Random) -> str:
-    """Every assignment reads the variable before it: of prompts with one that read another, a trained model answered 0
-    of 24."""
+    """A prompt in which every assignment reads the variable of the assignment before.
+
+    A trained model answered none of 24 prompts in which an assignment read an earlier variable.
+    """
     count = rng.randint(3, 5)
     names = rng.sample(VARIABLES, count)
     values = [rng.randint(1, MAX_VALUE - 1)]
@@ -250,7 +260,7 @@ def _trace_solve(prompt: str) -> str:
 
 
 def _trace_content(prompt: str) -> str:
-    """The statements with their variables numbered: other names do not make a new sample."""
+    """The statements with numbered variables, since other names do not make a new sample."""
     number: dict[str, str] = {}
     return re.sub(r"[a-z]", lambda match: number.setdefault(match[0], f"v{len(number)}"), prompt.removeprefix("Run "))
 
@@ -267,9 +277,9 @@ def _kv_easy_prompt(rng: random.Random) -> str:
 
 def _kv_map(rng: random.Random, keys: list[str], queries: int) -> str:
     pairs = " ".join(f"{key}={rng.randint(10, 99)}" for key in keys)
-    # Asked for in the map's order. In any order, models this small learn which values are asked for, but not soon which
-    # of them belongs to which key: between steps 1,450 and 2,050 of a run like ours the share of right tokens stood
-    # still at 0.80.
+    # The prompt asks for keys in the map's order. With keys in any order, models this small soon learn which values are
+    # wanted, but learn late which value belongs to which key: from step 1,450 to step 2,050 of a run like ours, the
+    # share of correct tokens stayed at 0.80.
     asked = sorted(rng.sample(keys, queries), key=keys.index)
     return f"Map {pairs} Find {' '.join(asked)}"
 
@@ -316,7 +326,7 @@ def _sort_prompt(rng: random.Random) -> str:
 
 @functools.cache
 def _grids() -> tuple[str, ...]:
-    """All 288 solutions of the 4x4 sudoku, row by row."""
+    """The 288 solutions of the 4x4 sudoku, each row by row."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     found = []
     for grid in itertools.product(rows, repeat=4):
@@ -330,12 +340,12 @@ def _grids() -> tuple[str, ...]:
 
 @functools.cache
 def _grids_with(cell: int, digit: str) -> int:
-    """The grids that have `digit` in `cell`, a bit each."""
+    """The grids that have `digit` in `cell`, one bit per grid."""
     return sum(1 << number for number, grid in enumerate(_grids()) if grid[cell] == digit)
 
 
 def _sudoku_fits(cells: str) -> int:
-    """The grids that agree with `cells`, 16 digits or dots, a bit each."""
+    """The grids that agree with `cells`, which are 16 digits or dots; one bit per grid."""
     fits = (1 << len(_grids())) - 1
     for cell, digit in enumerate(cells):
         if digit != ".":
@@ -348,7 +358,7 @@ def _sudoku_rows(cells: str) -> str:
 
 
 def _sudoku_prompt(rng: random.Random) -> str:
-    """Five to nine cells are empty, and one grid alone fits."""
+    """A prompt with five to nine empty cells that exactly one grid fits."""
     while True:
         cells = list(rng.choice(_grids()))
         for cell in rng.sample(range(16), rng.randint(5, 9)):
@@ -362,8 +372,8 @@ def _sudoku_solve(prompt: str) -> str:
     return _sudoku_rows(_grids()[fits.bit_length() - 1])
 
 
-def _words_prompt(keyword: str, least: int, most: int) -> Callable[[random.Random], str]:
-    return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(least, most)))}"
+def _words_prompt(keyword: str, low: int, high: int) -> Callable[[random.Random], str]:
+    return lambda rng: f"{keyword} {' '.join(rng.sample(LIST_WORDS, rng.randint(low, high)))}"
 
 
 def _sorted_items(prompt: str) -> str:

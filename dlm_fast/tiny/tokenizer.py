@@ -1,4 +1,4 @@
-"""The tiny models' tokenizer: words of the tasks, single characters, and nothing to learn."""
+"""The tokenizer of the embedded models: the words of the tasks and single characters, so that nothing is learned."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ VOCAB_SIZE = 256
 SPECIAL_TOKENS = ("<mask>", "<eos>", "<pad>", "<sep>", "<unk>")
 MASK_ID, EOS_ID, PAD_ID, SEP_ID, UNK_ID = range(5)
 
-# One turn renders as the training prompt: a leading space, so that a word is the same token first in the
-# text as later, then <sep>.
+# One turn renders as a training prompt does: a space, the text, <sep>. By the leading space a word is the same token at
+# the start of the text as later.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ ' ' + message['content'] }}"
     "{{ '<eos>' if message['role'] == 'assistant' else '<sep>' }}{% endfor %}"
@@ -22,11 +22,11 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A 256-token word-and-character tokenizer whose decoding is the concatenation of its tokens.
+    """A tokenizer of 256 words and characters; the text of some tokens is the tokens' texts, one after the other.
 
-    Ids 0-4 are special; then 95 printable ASCII characters, newline, `####`, and each task word with and
-    without a leading space; the rest is filler that no text encodes to. Digits are single tokens. ASCII
-    text round-trips exactly; any other character becomes <unk>.
+    Ids 0 to 4 are special. Then come 95 printable ASCII characters, the newline, `####`, and each word of the tasks
+    with and without a leading space. The rest is filler, which no text is encoded to. Digits are single tokens. ASCII
+    text is decoded as it was encoded, and every other character becomes <unk>.
     """
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     words = [space + word for word in WORDS for space in ("", " ")]
@@ -36,7 +36,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         raise ValueError(f"tokenizer: the vocabulary must be {VOCAB_SIZE} distinct tokens, got {len(set(tokens))}")
 
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
-    # The words are listed because a general word pattern would send unknown words to <unk> whole.
+    # The pattern lists the words, because a general pattern of a word would turn a whole unknown word into <unk>.
     letters = string.ascii_letters
     pattern = f" ?(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?![{letters}])|####|[\\s\\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
@@ -56,10 +56,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompt_text(prompt: str) -> str:
-    """What the tokenizer is given for a prompt, the same text as the chat template's."""
+    """The text that is tokenised for a prompt, which is also what the chat template renders."""
     return f" {prompt}<sep>"
 
 
 def answer_text(answer: str) -> str:
-    """What the tokenizer is given for an answer."""
+    """The text that is tokenised for an answer."""
     return f" {answer}<eos>"

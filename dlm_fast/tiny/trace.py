@@ -1,4 +1,4 @@
-"""`dlm-fast demo --svg FILE`: one decode of an embedded model, drawn step by step as text that can be selected."""
+"""`dlm-fast demo --svg FILE`: a picture of one decode of an embedded model, drawn step by step as selectable text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .tasks import held_out
 
 MODEL, PRESET, TASK, SAMPLE = "tiny-block", "d2f", "trace", 2
 
-# Pixels: of a character, of a line, left of the text, right of the text, above the first step, below the last one.
+# Sizes in pixels: of a character, of a line, left of the text, right of the text, above the first step, below the last.
 CHARACTER, LINE, LEFT, RIGHT, ABOVE, BELOW = 8.4, 26, 80, 76, 74, 42
-# One colour a step, taken in turn: on light and on dark ground, and what is written on each.
+# Colours of the steps, taken in turn, on light ground and on dark ground.
 LIGHT = ("#1d5fa8", "#a83a12", "#2b7a3d", "#8e3a8c", "#7a5a00", "#0b6f80", "#b3261e", "#4c4fb5")
 DARK = ("#7cb7f5", "#f2a07b", "#86d29a", "#dba0da", "#e2c15c", "#6fd0e0", "#f5968f", "#aeb0f7")
 MASK, END = "·", "∎"
@@ -27,12 +27,16 @@ MASK, END = "·", "∎"
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """One answer, and the step that wrote each of its tokens.
+    """One answer, with the step that wrote each token.
 
     Attributes:
-        model, preset, prompt: what was decoded, and how.
-        tokens: the text of every token that was written, the end of the text as END. steps: the denoise step, from 0.
-        block_length: tokens of a block. nfe: forwards.
+        model: name of the embedded model.
+        preset: name of the preset.
+        prompt: the prompt.
+        tokens: text of every token that was written; an EOS is shown as END.
+        steps: the denoise step that wrote the token, from 0.
+        block_length: number of tokens in a block.
+        nfe: number of forwards.
     """
 
     model: str
@@ -45,12 +49,12 @@ class Trace:
 
     @property
     def length(self) -> int:
-        """Tokens before the end of the text."""
+        """Number of tokens before the end of the text."""
         return len(self.tokens) if END not in self.tokens else self.tokens.index(END)
 
 
 def record(model: nn.Module) -> Trace:
-    """Decodes one held-out prompt, always the same, and notes when each token was written."""
+    """Decodes one fixed held-out prompt, and records which step wrote each token."""
     prompt = held_out(TASK, SAMPLE + 1, seed=3)[SAMPLE].prompt
     out = generate(model, [chat(prompt)], preset=PRESET, max_new_tokens=MAX_NEW_TOKENS)
     handle = handle_of(model)
@@ -68,7 +72,11 @@ def record(model: nn.Module) -> Trace:
 
 
 def svg(trace: Trace) -> str:
-    """The trace as an SVG: one line a step, new tokens on their step's colour, older ones underlined in theirs."""
+    """The trace as an SVG with one line per step.
+
+    New tokens stand on the colour of their step; older tokens are underlined in the colour of their step.
+    """
+    # 1. Sizes: the column at which each token begins, and the picture.
     starts = [0]
     for token in trace.tokens:
         starts.append(starts[-1] + len(token))
@@ -78,16 +86,18 @@ def svg(trace: Trace) -> str:
     def x(column: float) -> str:
         return f"{LEFT + column * CHARACTER:.1f}"
 
-    said = f"{trace.length} tokens in {trace.nfe} forwards"
+    # 2. Frame, title and prompt.
+    summary = f"{trace.length} tokens in {trace.nfe} forwards"
     size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{trace.model}, preset {trace.preset}: {said}</title>",
+        f"<title>{trace.model}, preset {trace.preset}: {summary}</title>",
         f"<style>{_style(last + 1)}</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="8"/>',
         '<text class="dim" x="14" y="28">prompt</text>',
         f'<text class="old" x="{x(0)}" y="28" xml:space="preserve">{escape(trace.prompt)}</text>',
     ]
+    # 3. Edges of the blocks, then the steps, then the key.
     for first in range(0, len(trace.tokens), trace.block_length):
         left = x(starts[first])
         lines.append(f'<text class="small" x="{left}" y="56">block {first // trace.block_length + 1}</text>')
@@ -95,29 +105,30 @@ def svg(trace: Trace) -> str:
             lines.append(f'<line class="edge" x1="{left}" x2="{left}" y1="46" y2="{height - BELOW}"/>')
     for step in range(last + 1):
         lines += _line(trace, starts, step, x)
-    key = f"{said}   {MASK} a masked token   {END} the end   colour: the step that wrote a token"
+    key = f"{summary}   {MASK} a masked token   {END} the end   colour: the step that wrote a token"
     lines += [f'<text class="small" x="14" y="{height - 16}" xml:space="preserve">{escape(key)}</text>', "</svg>", ""]
     return "\n".join(lines)
 
 
 def _line(trace: Trace, starts: list[int], step: int, x: Any) -> list[str]:
-    """One step: grounds of its new tokens, underlines of the older ones, and the text."""
+    """The SVG of one step: the ground of new tokens, the underline of older tokens, and the text."""
     top = ABOVE + step * LINE
     base = top + 14
     marks, spans = [], []
     for first, after, when in _runs(trace.steps, step):
-        wide = f"{(starts[after] - starts[first]) * CHARACTER:.1f}"
+        run_width = f"{(starts[after] - starts[first]) * CHARACTER:.1f}"
         tokens = trace.tokens[first:after]
-        # Every run says where it begins and how wide it is: fonts differ.
-        span = f'x="{x(starts[first])}" textLength="{wide}"'
+        # Every run says where it begins and how wide it is, since fonts differ.
+        span = f'x="{x(starts[first])}" textLength="{run_width}"'
         if when > step:
             text = "".join(MASK.center(len(token)) for token in tokens)
             spans.append(f'<tspan class="dim" {span}>{text}</tspan>')
             continue
-        new = when == step
-        place = f'x="{x(starts[first])}" y="{top - 3 if new else base + 4}" width="{wide}" height="{23 if new else 2}"'
+        is_new = when == step
+        y, height = (top - 3, 23) if is_new else (base + 4, 2)
+        place = f'x="{x(starts[first])}" y="{y}" width="{run_width}" height="{height}"'
         marks.append(f'<rect class="s{when % len(LIGHT)}" {place}/>')
-        spans.append(f'<tspan class="{"new" if new else "old"}" {span}>{escape("".join(tokens))}</tspan>')
+        spans.append(f'<tspan class="{"new" if is_new else "old"}" {span}>{escape("".join(tokens))}</tspan>')
     count = trace.steps.count(step)
     return [
         *marks,
@@ -128,7 +139,10 @@ def _line(trace: Trace, starts: list[int], step: int, x: Any) -> list[str]:
 
 
 def _runs(steps: tuple[int, ...], step: int) -> list[tuple[int, int, int]]:
-    """(first, after, step) of neighbours that are drawn alike: written by one step, or not yet written."""
+    """(first token, token after the last, step) of neighbours that are drawn alike in the line of `step`.
+
+    Neighbours are drawn alike if one step wrote them, or if no step has written them yet.
+    """
     runs: list[tuple[int, int, int]] = []
     for index, when in enumerate(steps):
         when = min(when, step + 1)
@@ -140,7 +154,7 @@ def _runs(steps: tuple[int, ...], step: int) -> list[tuple[int, int, int]]:
 
 
 def _style(steps: int) -> str:
-    """Colours on light ground, and on dark ground for those who ask for it."""
+    """The style sheet: colours on light ground, and on dark ground for a reader whose system asks for that."""
 
     def ground(colours: tuple[str, ...], card: str, edge: str, old: str, dim: str, new: str) -> str:
         marks = "".join(f".s{i}{{fill:{colour}}}" for i, colour in enumerate(colours[:steps]))
@@ -155,7 +169,7 @@ def _style(steps: int) -> str:
 
 
 def write(path: Path, *, backend: str = "auto", device: str | None = None) -> Trace:
-    """Decodes, and writes the picture to `path`."""
+    """Decodes with the embedded model, and writes the picture to `path`."""
     trace = record(load(MODEL, backend=backend, device=device))
     path.write_text(svg(trace), encoding="utf-8")
     return trace

@@ -1,5 +1,4 @@
-"""Training: the tiny models inside the package, D2F's asymmetric distillation of any supported model, and learned
-policies.
+"""Training: pretraining of the embedded models, distillation of any supported model, and learned policies.
 
     python -m dlm_fast.training pretrain --out runs/full --threads 2
     python -m dlm_fast.training samples --out runs/samples.jsonl --n 150000
@@ -9,6 +8,6 @@ policies.
         --block-length 8
     python -m dlm_fast.training curves runs/full/log.jsonl --out curves.png
 
-Every run ends with safetensors; pretraining and distillation go on from their last checkpoint with --resume. From
-Python: `dlm_fast.training.distill.Distiller(DistillSettings(...)).run()`, and `dlm_fast.training.policy.train`.
+Every run writes safetensors at its end. With --resume, pretraining and distillation go on from their last checkpoint.
+In Python, call `dlm_fast.training.distill.Distiller(DistillSettings(...)).run()` and `dlm_fast.training.policy.train`.
 """

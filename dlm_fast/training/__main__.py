@@ -1,5 +1,7 @@
-"""The training package's command line: python -m dlm_fast.training
-{pretrain,samples,distill,trajectories,policy,curves} --help"""
+"""The command line of training.
+
+python -m dlm_fast.training {pretrain,samples,distill,trajectories,policy,curves} --help
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ COMMANDS = {
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help where it is a value and the help does not say it."""
+    """Adds the default to an option's help, if the default is a value that the help does not name."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         plain = action.default is None or isinstance(action.default, bool) or "default" in (action.help or "")
@@ -34,7 +36,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser() -> Parser:
-    """A subcommand for each module; its `add_arguments` and `run` do the rest."""
+    """A parser with one subcommand per module; the module's `add_arguments` adds the options of the subcommand."""
     parser = Parser(
         prog="python -m dlm_fast.training", description="Training of models and policies for parallel decoding."
     )

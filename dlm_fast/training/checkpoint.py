@@ -1,4 +1,4 @@
-"""Checkpoints that survive an interrupted save: one safetensors file, replaced whole or not at all."""
+"""Checkpoints that survive an interrupted save: one safetensors file, which is replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint that could not be written; the one before is still there, whole."""
+    """A checkpoint could not be written; the checkpoint before is still there as a whole."""
 
 
 def save(
@@ -24,11 +24,15 @@ def save(
     optimizers: Mapping[str, torch.optim.Optimizer],
     metadata: dict[str, str],
 ) -> None:
-    """Writes weights, optimizer state and text metadata to `path`.
+    """Writes weights, the state of optimizers, and text metadata to one file.
 
-    model: a module, or the named tensors of one (of a LoRA run, those that are trained).
-    Raises CheckpointWriteError when the disk refuses; `path` then still holds the checkpoint before, and nothing else
-    is left behind.
+    Args:
+        path: the file.
+        model: a module, or named tensors of a module (in a LoRA run, the trained tensors).
+        optimizers: the optimizers, by name.
+        metadata: text by name.
+    Raises:
+        CheckpointWriteError: the disk refuses. `path` still holds the checkpoint before, and no other file is left.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in state.items()}
@@ -53,9 +57,10 @@ def save(
 def load(
     path: Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], *, partial: bool = False
 ) -> dict[str, str]:
-    """Loads what `save` wrote into the model and optimizers, in place; returns the metadata.
+    """Loads what `save` wrote into the model and the optimizers, in place; returns the metadata.
 
-    partial: the file may hold some of the model's tensors only, those that are trained; it must hold no others.
+    With `partial` the file may hold only some of the model's tensors, namely the trained ones. The file must never hold
+    a tensor that the model does not have.
     """
     metadata, tensors = _read(path)
     result = model.load_state_dict(_below(tensors, "model."), strict=not partial)
@@ -74,19 +79,21 @@ def load(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text metadata alone, to be checked before anything is changed."""
+    """The text metadata alone, so that they can be checked before anything is changed."""
     with open(path, "rb") as handle:
         header_length = int.from_bytes(handle.read(8), "little")
         return json.loads(handle.read(header_length)).get("__metadata__", {})
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    # One read: safe_open opens the file again for its tensors, and a run that replaces the file in between
-    # would pair the old header with the new data.
+    """Metadata and tensors of a checkpoint."""
+    # The file is read once. safe_open would open the file again for the tensors, and if a run replaced the file in
+    # between, an old header would meet new data.
     content = path.read_bytes()
     header_length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + header_length]).get("__metadata__", {}), safetensors.torch.load(content)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

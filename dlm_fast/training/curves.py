@@ -1,6 +1,6 @@
-"""Loss and accuracy of training runs as a picture, from their logs.
+"""Loss and accuracy of training runs as a picture, from the logs of the runs.
 
-It is drawn by `python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png`.
+The picture is drawn by `python -m dlm_fast.training curves runs/full/log.jsonl runs/block/log.jsonl --out curves.png`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .networks import require
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl. Raises ValueError for one that is no log, naming file and line."""
+    """The records of a log.jsonl. Raises ValueError for a file that is no log, naming file and line."""
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -32,7 +32,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(step, accuracy) by name: a task's, or "all" where the log has one number."""
+    """The curves (step, accuracy) of a log, by the task's name, or by "all" where the log has one number."""
     by_name: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         accuracy = record.get("accuracy")
@@ -44,11 +44,12 @@ def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot(logs: Sequence[str | Path], out: str | Path) -> None:
-    """Writes one picture (its kind is `out`'s suffix): loss of every run on the left, accuracy on masked tokens on the
-    right.
+    """Writes one picture to `out`: losses on the left, accuracies on masked tokens on the right.
 
-    One run: every task's accuracy. Several: one curve a run, its accuracy over all tasks or their mean.
+    The suffix of `out` decides the kind of the picture. For one run the right part shows the accuracy of every task;
+    for several runs that part shows one curve per run, the accuracy over all tasks or else the mean over the tasks.
     """
+    # 1. Read the logs.
     if not logs:
         raise ValueError("curves: at least one log must be given")
     runs = {_name(path, logs): read_log(path) for path in logs}
@@ -56,6 +57,7 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # 2. Draw.
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     losses, accuracies = figure.subplots(1, 2)
@@ -67,6 +69,8 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
                 accuracies.plot(*zip(*points), label=task, linewidth=2.5 if task == "all" else 1.0)
         elif by_task:
             accuracies.plot(*zip(*(by_task.get("all") or _mean(by_task))), label=name)
+
+    # 3. Label, and write.
     losses.set(
         xlabel="step",
         ylabel="loss",
@@ -81,26 +85,27 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
 
 
 def _name(path: str | Path, logs: Sequence[str | Path]) -> str:
-    """A run's folder, or its whole path where two folders have one name."""
+    """The name of a run: its folder's name, or the log's whole path where two folders have one name."""
     names = [Path(other).resolve().parent.name for other in logs]
-    own = Path(path).resolve().parent.name
-    return own if names.count(own) == 1 else str(path)
+    name = Path(path).resolve().parent.name
+    return name if names.count(name) == 1 else str(path)
 
 
 def _mean(by_task: dict[str, list[tuple[int, float]]]) -> list[tuple[int, float]]:
-    at: dict[int, list[float]] = {}
+    """The mean of the tasks' curves, step by step."""
+    by_step: dict[int, list[float]] = {}
     for points in by_task.values():
         for step, value in points:
-            at.setdefault(step, []).append(value)
-    return [(step, sum(values) / len(values)) for step, values in sorted(at.items())]
+            by_step.setdefault(step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m dlm_fast.training curves`."""
+    """Adds the options of `python -m dlm_fast.training curves`."""
     parser.add_argument("logs", nargs="+", type=Path, help="log.jsonl of one or several runs")
     parser.add_argument("--out", type=Path, required=True, help="picture to write, e.g. curves.png or curves.svg")
 
 
 def run(values: argparse.Namespace) -> None:
-    """`python -m dlm_fast.training curves`."""
+    """Runs `python -m dlm_fast.training curves`."""
     plot(values.logs, values.out)

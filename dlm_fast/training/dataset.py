@@ -1,9 +1,12 @@
-"""Prompts and answers from JSON lines, tokenised as `generate` does, and the canvases that an optimizer step trains on.
+"""Prompts and answers from JSON lines, tokenised as by `generate`, and the canvases that an optimizer step trains on.
 
-{"prompt": "Add 2 and 3", "answer": "5"}                                      text: one user turn of the chat template
-{"prompt": [{"role": "user", "content": "..."}], "answer": "..."}             a chat
-{"prompt_ids": [5, 6, 7], "answer_ids": [8, 9, 1]}                            token ids
-optional: "task", a name under which accuracy is logged; "order", see `read_dataset`
+A line has one of three forms:
+
+    {"prompt": "Add 2 and 3", "answer": "5"}                                text, as one user turn of the chat template
+    {"prompt": [{"role": "user", "content": "..."}], "answer": "..."}       a chat
+    {"prompt_ids": [5, 6, 7], "answer_ids": [8, 9, 1]}                      token ids
+
+A line may also have "task", a name by which accuracy is logged, and "order" (see `read_dataset`).
 """
 
 from __future__ import annotations
@@ -23,16 +26,23 @@ from tqdm import tqdm
 from ..diffusion import DiffusionConfig
 
 KEYS = {"prompt", "answer", "prompt_ids", "answer_ids", "task", "order"}
-CHUNK = 1000  # lines that are tokenised in one call
+CHUNK = 1000  # number of lines that are tokenised in one call
 
 
 class DatasetError(ValueError):
-    """A data file that cannot be trained on; the message names file, line and rule."""
+    """A data file cannot be trained on; the message names file, line and rule."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids; `answer` ends with its only EOS. order: teacher's step of each answer position, or None."""
+    """One prompt and its answer as token ids.
+
+    Attributes:
+        prompt: ids of the prompt.
+        answer: ids of the answer, which ends with its only EOS.
+        task: index into `Dataset.tasks`; -1 = none.
+        order: the step at which a teacher wrote each answer position; None = not known.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -42,8 +52,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples in the file's order. tasks: names that Sample.task counts. digest: of the file's bytes. dropped: lines
-    left out."""
+    """What a data file holds.
+
+    Attributes:
+        samples: the samples, in the file's order.
+        tasks: names of the tasks.
+        digest: SHA-256 of the file's bytes.
+        dropped: number of lines that were left out.
+    """
 
     samples: list[Sample]
     tasks: tuple[str, ...]
@@ -53,13 +69,17 @@ class Dataset:
 
 @dataclass(frozen=True)
 class CanvasShape:
-    """How long the canvas of a sample is: its prompt and as many whole blocks as the answer needs, and perhaps more.
+    """How long the canvas of a sample is: the prompt, as many whole blocks as the answer needs, and perhaps more blocks.
+
+    Further blocks hold nothing but EOS. A decoder meets such blocks, since it opens blocks before it knows that the
+    answer has ended.
 
     Attributes:
-        block_length: tokens of a block. absolute: blocks are cut from position 0, not from the end of the prompt.
-        max_length: most positions of a canvas.
-        extra: probability of one more block of EOS, and of another after it, and so on: a decoder opens blocks before
-            it knows that the answer has ended. 1: every canvas is as long as max_length allows.
+        block_length: number of tokens in a block.
+        absolute: whether blocks are cut from position 0, instead of from the end of the prompt.
+        max_length: largest number of positions of a canvas.
+        extra: probability of one further block, of a second one after the first, and so on; 1 = every canvas is as long
+            as max_length allows.
     """
 
     block_length: int
@@ -68,17 +88,17 @@ class CanvasShape:
     extra: float
 
     def needed(self, prompt: int, answer: int) -> int:
-        """Positions of the shortest canvas for a prompt and an answer of these lengths."""
+        """Number of positions of the shortest canvas for a prompt and an answer of these lengths."""
         start = 0 if self.absolute else prompt
         return start + -(-(prompt + answer - start) // self.block_length) * self.block_length
 
     def lengths(self, shortest: Tensor, generator: torch.Generator) -> Tensor:
-        """Canvas lengths [N] drawn for samples whose shortest canvases are given, [N] int64."""
+        """Drawn lengths [N] of canvases whose shortest lengths are `shortest` [N] int64."""
         room = (self.max_length - shortest) // self.block_length
-        # The number of heads before the first tail.
+        # The number of further blocks is the number of heads before the first tail.
         heads = torch.rand(len(shortest), 64, generator=generator) < self.extra
-        extra = heads.cumprod(1).sum(1) if self.extra < 1 else room
-        return shortest + torch.minimum(extra, room) * self.block_length
+        further_blocks = heads.cumprod(1).sum(1) if self.extra < 1 else room
+        return shortest + torch.minimum(further_blocks, room) * self.block_length
 
 
 def _fail(path: Path, line: int, rule: str) -> None:
@@ -86,6 +106,8 @@ def _fail(path: Path, line: int, rule: str) -> None:
 
 
 def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
+    """The record of one line, with every key checked."""
+    # 1. An object with known keys, of one form.
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -103,6 +125,8 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
             _fail(path, number, f"has no {name!r}; it has {sorted(record)}")
         if not record[name] or (isinstance(record[name], str) and not record[name].strip()):
             _fail(path, number, f"{name} must not be empty, got {record[name]!r}")
+
+    # 2. Values of the right types.
     if not as_ids and not isinstance(record["answer"], str):
         _fail(path, number, f"answer must be text, got {type(record['answer']).__name__}")
     prompt = record.get("prompt")
@@ -121,14 +145,14 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
 
 
 def _render(path: Path, number: int, record: dict[str, Any], tokenizer: Any) -> tuple[str, str]:
-    """Prompt and answer as the text that is tokenised: what the chat template makes of them, where there is one."""
+    """Prompt and answer as the text that is tokenised, by the chat template where the tokenizer has one."""
     prompt, answer = record["prompt"], record["answer"]
     if getattr(tokenizer, "chat_template", None) is None:
         if not isinstance(prompt, str):
             _fail(path, number, "prompt is a chat, but the tokenizer has no chat template")
         return prompt, answer
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # As dlm_fast.generate renders a chat.
+    # `generate` renders a chat in the same way.
     opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     closed = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
     if not closed.startswith(opened):
@@ -142,11 +166,11 @@ def _render(path: Path, number: int, record: dict[str, Any], tokenizer: Any) -> 
 
 
 def _close(path: Path, number: int, answer: list[int], diffusion: DiffusionConfig, *, as_ids: bool) -> list[int]:
-    """The answer with exactly one EOS, at its end."""
+    """The answer with exactly one EOS, which is its last token."""
     eos = [i for i, token in enumerate(answer) if token in diffusion.eos_token_ids]
     if not eos:
         return [*answer, diffusion.eos_token_ids[0]]
-    # A template may go on after the EOS (a newline): a decoder has stopped there.
+    # A template may go on after the EOS, with a newline for example; a decoder has stopped at the EOS.
     if eos[0] == 0 or (as_ids and eos[0] != len(answer) - 1):
         _fail(
             path,
@@ -166,16 +190,23 @@ def read_dataset(
     too_long: str = "raise",
     needs_order: bool = False,
 ) -> Dataset:
-    """Reads and checks every line.
+    """Reads and checks every line of a data file.
 
     Args:
-        too_long: "raise": a sample whose canvas exceeds shape.max_length is an error. "drop": it is left out and
-            counted. Nothing is ever truncated.
-        needs_order: every line must have an "order": the step at which a teacher wrote each answer token, at least as
-            many numbers as the answer has tokens, its EOS included (dlm_fast.training.trajectories makes them).
+        path: the file.
+        tokenizer: the model's tokenizer; None = every line must hold token ids.
+        diffusion: the model's diffusion configuration.
+        shape: how long canvases are.
+        vocab_size: number of ids in the vocabulary.
+        too_long: what happens to a sample whose canvas exceeds shape.max_length: "raise" = an error, "drop" = the
+            sample is left out and counted. No sample is ever truncated.
+        needs_order: whether every line must have an "order", the step at which a teacher wrote each answer token, with
+            at least as many numbers as the answer has tokens, the EOS included. `dlm_fast.training.trajectories` makes
+            orders.
     Raises:
-        DatasetError: naming the file, the line (from 1) and the rule.
+        DatasetError: a line breaks a rule. The message names the file, the line (from 1) and the rule.
     """
+    # 1. Read the file.
     path = Path(path)
     if too_long not in ("raise", "drop"):
         raise ValueError(f"distill: too_long must be raise or drop, got too_long={too_long!r}")
@@ -186,6 +217,8 @@ def read_dataset(
         lines = content.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"dataset: {path} cannot be read: {error}") from error
+
+    # 2. Check every sample against the model and the shape of canvases.
     names: dict[str, int] = {}
     samples: list[Sample] = []
     dropped = 0
@@ -248,6 +281,7 @@ def _tokenised(
 
 
 def _needed(path: Path, number: int, tokenizer: Any) -> Any:
+    """The tokenizer, which a line of text needs."""
     if tokenizer is None:
         _fail(path, number, "text needs a tokenizer; the checkpoint has none, give prompt_ids and answer_ids")
     return tokenizer
@@ -258,10 +292,13 @@ class Canvases:
     """A batch of finished canvases, [prompt | answer | EOS ...], padded on the right.
 
     Attributes:
-        tokens: [B, L] int64; padding holds EOS. prompt, length: [B] int64 lengths of prompt and canvas.
-        first_eos: [B] int64, the position of the answer's EOS. task: [B] int64, -1 = none.
-        rank: [B, L] int64, the place of each answer position in the order a teacher wrote the answer, -1 elsewhere;
-            None if not asked for.
+        tokens: [B, L] int64 token ids; padding holds EOS.
+        prompt: [B] int64 length of the prompt.
+        length: [B] int64 length of the canvas.
+        first_eos: [B] int64 position of the answer's EOS.
+        task: [B] int64 index of the task, -1 = none.
+        rank: [B, L] int64 place of each answer position in the order in which a teacher wrote the answer, -1 elsewhere;
+            None where no order is wanted.
     """
 
     tokens: Tensor
@@ -278,10 +315,19 @@ class Canvases:
 class Steps:
     """The canvases of each optimizer step, in an order that (seed, epoch) decides.
 
-    A step is a random set of samples of about `tokens_per_step` positions, cut by length into `micro_batches` batches:
-    so padding is small, and which samples meet in a step is still chance alone. `position` is (epoch, step of the
-    epoch); set, it resumes. ranked: canvases have a `rank`, from the samples' orders; positions beyond an order follow
-    it from left to right.
+    A step is a random set of samples of about `tokens_per_step` positions. The set is cut by length into micro-batches,
+    so that padding is small while chance alone decides which samples meet in a step. The attribute `position` is
+    (epoch, step of the epoch); setting `position` resumes a run.
+
+    Args:
+        dataset: the samples.
+        shape: how long canvases are.
+        eos_id: id of the EOS that fills a canvas.
+        tokens_per_step: number of positions in a step.
+        micro_batches: number of batches that a step is cut into.
+        seed: random seed.
+        ranked: whether canvases have a `rank`, made of the samples' orders. Positions behind the end of an order follow
+            from left to right.
     """
 
     def __init__(
@@ -307,7 +353,7 @@ class Steps:
             )
 
     def _plan(self, epoch: int) -> None:
-        """Draws the epoch: sample numbers and canvas lengths, and where each step begins."""
+        """Draws an epoch: the order of the samples, the lengths of their canvases, and where each step begins."""
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - 1 - epoch)
         self._order = torch.randperm(len(self.dataset.samples), generator=generator)
         self._lengths = self.shape.lengths(self._shortest[self._order], generator)
@@ -319,7 +365,7 @@ class Steps:
                 filled = 0
             filled += length
         self._starts.append(len(self._order))
-        # What is left over at the end of an epoch would be a step of its own with much noisier gradients.
+        # The last samples of an epoch would be a small step with much noisier gradients, so they join the step before.
         if len(self._starts) > 2 and filled < self.tokens_per_step // 2:
             del self._starts[-2]
         self._epoch = epoch
@@ -335,6 +381,7 @@ class Steps:
         self._advance()
 
     def _advance(self) -> tuple[int, int]:
+        """First sample of the next step and first sample after the step; moves `position` on."""
         epoch, step = self.position
         if epoch != self._epoch:
             self._plan(epoch)
@@ -348,6 +395,7 @@ class Steps:
         return [part for n in range(self.micro_batches) if len(part := chosen[number == n])]
 
     def _canvases(self, chosen: Tensor) -> Canvases:
+        """The canvases of the samples at some places of the epoch's order."""
         samples = [self.dataset.samples[i] for i in self._order[chosen].tolist()]
         length = self._lengths[chosen]
         tokens = torch.full((len(samples), int(length.max())), self.eos_id)
