@@ -69,7 +69,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class CanvasShape:
-    """How long the canvas of a sample is: the prompt, as many whole blocks as the answer needs, and perhaps more blocks.
+    """How long a sample's canvas is: the prompt, as many whole blocks as the answer needs, and perhaps more blocks.
 
     Further blocks hold nothing but EOS. A decoder meets such blocks, since it opens blocks before it knows that the
     answer has ended.

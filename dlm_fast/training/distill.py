@@ -1,11 +1,10 @@
-"""Distillation of a diffusion model: D2F's block-causal student of a full-attention teacher, and two cousins (see
-forcing.py).
+"""Distillation of a diffusion model, by D2F's objective or one of two others (see forcing.py).
 
     python -m dlm_fast.training distill --model MODEL --data DATA.jsonl --out STUDENT --block-length 16
 
-Teacher and student read the same masked canvas; the teacher with its own visibility and no dropout, the student
-block-causally. With LoRA the teacher is the same network with the adapter off. The run can be stopped and resumed to
-the same weights, bit for bit.
+Teacher and student read the same masked canvas. The teacher sees as it was trained to see, without dropout; D2F's
+student sees block-causally. With LoRA the teacher is the student's network with the adapter off. A run can be stopped
+and resumed, and ends with the weights of an unbroken run, bit for bit.
 """
 
 from __future__ import annotations
@@ -44,19 +43,22 @@ from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimize
 from .runlog import RunLog
 from .visibility import attention_mask, block_labels
 
-KIND = "distillation"  # of a checkpoint, told from a pretraining's
+KIND = "distillation"  # what the metadata of a checkpoint say, unlike those of a pretraining
 
 __all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
 
 
 class Distiller:
-    """One run: `step()` trains once, `run()` to the end, `save()` checkpoints, `export()` writes the student.
+    """One run of a distillation.
 
-    accelerate does mixed precision and several processes (data parallel); a run of one process in fp32 does not use it,
-    so that its results do not depend on whether it is installed. peft makes the LoRA layers.
+    `step` makes one optimizer step, `run` trains to the end, `save` writes a checkpoint, and `export` writes the
+    student. The package peft makes the LoRA layers. The package accelerate does mixed precision and several processes
+    (data parallel); a run of one process in fp32 does not use accelerate, so that the result does not depend on whether
+    accelerate is installed.
     """
 
     def __init__(self, settings: DistillSettings) -> None:
+        # 1. The process, its device, and the checkpoint to resume.
         self.settings = settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -71,6 +73,7 @@ class Distiller:
         if not settings.resume and self.checkpoint_path.exists():
             raise FileExistsError(f"distill: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
 
+        # 2. Student and teacher.
         dtype = (
             torch.float32
             if settings.full_finetune
@@ -89,6 +92,7 @@ class Distiller:
                 f"distill: max_length must fit the model's {limit} positions, got max_length={settings.max_length}"
             )
 
+        # 3. Data: samples, the canvases of every step, and their masks.
         length, absolute = self.diffusion.block_length, self.diffusion.block_alignment == "abs"
         shape = CanvasShape(length, absolute, settings.max_length, settings.extra_blocks)
         ranked = settings.objective == "trajectory"
@@ -113,11 +117,14 @@ class Distiller:
             settings.filler_weight,
             first_block_length=settings.first_block_length,
         )
+
+        # 4. Counters, and digests of the files that the run reads: a teacher that was trained again is another teacher.
         self.step_number, self.seconds, self.tokens = 0, 0.0, 0
-        # What the files that a run reads hold: a teacher trained again under the same name is another one.
-        read = {"model": settings.model, "teacher": settings.teacher}
-        self.digests = {f"{name}_digest": weights_digest(path) for name, path in read.items() if path is not None}
+        models = {"model": settings.model, "teacher": settings.teacher}
+        self.digests = {f"{name}_digest": weights_digest(path) for name, path in models.items() if path is not None}
         self.digests["data_digest"] = self.dataset.digest
+
+        # 5. Optimizers, the log, and the state of the run that is resumed.
         self.optimizers = self._build_optimizers()
         self._student: nn.Module = self._rows
         if self._accelerator:
@@ -128,9 +135,10 @@ class Distiller:
         if settings.resume:
             self._load()
         elif self.rank == 0:
-            self.log.forget_after(0)  # of a run that broke off before its first checkpoint
+            self.log.forget_after(0)  # a run that broke off before its first checkpoint has left lines
 
     def _start_accelerator(self) -> Any:
+        """The accelerator of mixed precision and of several processes; None where neither is wanted."""
         settings = self.settings
         if settings.precision == "fp32" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return None
@@ -151,25 +159,30 @@ class Distiller:
     def _choose_device(self) -> torch.device:
         return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _student_diffusion(self, own: DiffusionConfig) -> DiffusionConfig:
+    def _student_diffusion(self, teacher: DiffusionConfig) -> DiffusionConfig:
+        """The student's diffusion configuration: the teacher's, with what settings and objective change."""
         settings = self.settings
-        visibility = settings.visibility or ("block" if settings.objective == "forcing" else own.visibility)
-        block_length = settings.block_length or own.block_length
+        visibility = settings.visibility or ("block" if settings.objective == "forcing" else teacher.visibility)
+        block_length = settings.block_length or teacher.block_length
         if block_length is None:
             raise ValueError(f"distill: block_length must be given, {settings.model} names none")
         changes: dict[str, Any] = {
             "visibility": visibility,
             "block_length": block_length,
             "block_alignment": settings.block_alignment
-            or ("rel" if settings.objective == "forcing" else own.block_alignment),
+            or ("rel" if settings.objective == "forcing" else teacher.block_alignment),
         }
         if visibility == "block":
             changes["prompt_isolated"] = False
-        return dataclasses.replace(own, **changes)
+        return dataclasses.replace(teacher, **changes)
 
     def _prepare_networks(self) -> None:
-        """Student, and the teacher: the adapter off, a frozen copy, another checkpoint, or none where targets are
-        hard."""
+        """Prepares student and teacher for training.
+
+        The teacher is another checkpoint, or a frozen copy of the student, or the student with its adapter off; with
+        hard targets there is no teacher.
+        """
+        # 1. The teacher, if it is a network of its own.
         settings = self.settings
         needs_teacher = settings.objective == "forcing" and not settings.hard_targets
         if settings.teacher is not None:
@@ -185,6 +198,8 @@ class Distiller:
         elif needs_teacher and settings.full_finetune:
             frozen, _, _ = open_model(settings.model, self.device, torch.float32, self.attention)
             self._teacher = RowLogits(frozen.requires_grad_(False).eval(), compiled=settings.compile)
+
+        # 2. The student, with LoRA layers unless all weights are trained.
         if not settings.full_finetune:
             peft = require("peft", "LoRA (anything but --full-finetune)")
             torch.manual_seed(settings.seed)
@@ -211,13 +226,15 @@ class Distiller:
         )
 
     def student_logits(self, batch: Masked) -> Tensor:
-        """[N, V] logits of the student for the masked tokens of a batch."""
+        """Logits [N, V] of the student for the masked tokens of a batch."""
         return self._logits(self._student, batch, self.diffusion)
 
     @torch.no_grad()
     def teacher_logits(self, batch: Masked) -> Tensor | None:
-        """[N, V] logits of the teacher, without dropout and with its own visibility; None if the objective has no
-        teacher."""
+        """Logits [N, V] of the teacher for the masked tokens of a batch; None if the objective has no teacher.
+
+        The teacher runs without dropout and with its own visibility.
+        """
         if not self._needs_teacher:
             return None
         if self._teacher is not None:
@@ -236,7 +253,7 @@ class Distiller:
             return network(batch.tokens, mask, batch.logits_index(diffusion.logits_row))
 
     def loss(self, batch: Masked, student: Tensor, teacher: Tensor | None) -> Tensor:
-        """The objective's loss of a masked batch."""
+        """The loss of a masked batch by the run's objective."""
         settings = self.settings
         if settings.objective == "forcing":
             return forcing_loss(
@@ -249,9 +266,11 @@ class Distiller:
         )  # fmt: skip
 
     def step(self) -> float:
-        """One optimizer step; returns its loss (of this process)."""
+        """Makes one optimizer step; returns the loss of this process."""
         settings = self.settings
-        # Masks and dropout are seeded by the step, so that resuming needs no generator state.
+
+        # 1. Masked batches of this process. The step number seeds masks and dropout, so that a resumed run needs no
+        # generator's state.
         seed = settings.seed * SEED_STRIDE + self.step_number * self.processes + self.rank
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.rank):
@@ -262,13 +281,17 @@ class Distiller:
         batches = [self.masking(part, generator, self.step_number / settings.steps) for part in canvases]
         batches = [batch for batch in batches if len(batch.row)] or batches[:1]
         weights = [batch.weight.sum().item() for batch in batches]
+
+        # 2. Learning rates of this step.
         scale = learning_rate_scale(
             self.step_number, steps=settings.steps, warmup=settings.warmup, decay=settings.decay
         )
         for name, peak in (("adamw", settings.lr), ("muon", settings.muon_lr)):
             for group in self.optimizers[name].param_groups if name in self.optimizers else ():
                 group["lr"] = peak * scale
-        # Another stream than the masks': the same draws would drop out what they mask.
+
+        # 3. Gradients, batch by batch. Dropout has another seed than the masks, since equal draws would drop the masked
+        # places.
         torch.manual_seed(-1 - seed)
         total = 0.0
         for number, (batch, weight) in enumerate(zip(batches, weights)):
@@ -279,6 +302,8 @@ class Distiller:
                 else contextlib.nullcontext()
             ):
                 total += self._backward(batch.to(self.device), weight / (sum(weights) or 1.0))
+
+        # 4. The optimizer step, with clipped gradients.
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self._accelerator:
             self._accelerator.clip_grad_norm_(parameters, settings.clip)
@@ -287,12 +312,15 @@ class Distiller:
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
+
+        # 5. Counters.
         self.tokens += self.processes * sum(int(part.length.sum()) for part in canvases)
         self.step_number += 1
         self.log.add_step(total)
         return total
 
     def _backward(self, batch: Masked, share: float) -> float:
+        """Adds the gradients of one micro-batch, whose loss counts as `share` of the step's; returns that loss."""
         teacher = self.teacher_logits(batch)
         student = self.student_logits(batch)
         loss = self.loss(batch, student, teacher) * share
@@ -304,8 +332,10 @@ class Distiller:
         return loss.item()
 
     def save(self) -> None:
-        """Writes the checkpoint: trained weights, optimizers, place in the data. Raises
-        checkpoint.CheckpointWriteError."""
+        """Writes the checkpoint: trained weights, optimizers, and the place in the data.
+
+        Raises checkpoint.CheckpointWriteError.
+        """
         if self.rank:
             return
         scaler = getattr(self._accelerator, "scaler", None)
@@ -320,11 +350,14 @@ class Distiller:
             "tokens": json.dumps(self.tokens),
             "scaler": json.dumps(scaler.state_dict() if scaler else None),
         }
-        # By parameter, not by state: tied weights are one parameter, and what is frozen is in the model's own folder.
+        # The parameters are saved, and not the module's state: tied weights are one parameter, and frozen weights lie in
+        # the folder of the model.
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         checkpoint.save(self.checkpoint_path, trained, self.optimizers, metadata)
 
     def _load(self) -> None:
+        """Continues from the checkpoint, whose settings, files and number of processes must be those of this run."""
+        # 1. Check the checkpoint.
         if not self.checkpoint_path.is_file():
             raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
         metadata = checkpoint.read_metadata(self.checkpoint_path)
@@ -333,18 +366,19 @@ class Distiller:
                 "distill: out must hold a checkpoint of a distillation to resume, got another one at "
                 f"{self.checkpoint_path}"
             )
-        theirs = (
+        saved = (
             json.loads(metadata["settings"])
             | json.loads(metadata["digests"])
             | {"processes": int(metadata["processes"])}
         )
-        ours = self.settings.fixed() | self.digests | {"processes": self.processes}
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name):
+        current = self.settings.fixed() | self.digests | {"processes": self.processes}
+        for name in sorted(saved.keys() | current.keys()):
+            if saved.get(name) != current.get(name):
                 what = name.replace("_digest", "'s content")
-                raise ValueError(
-                    f"distill: {what} must be the checkpoint's to resume, {theirs.get(name)!r}, got {ours.get(name)!r}"
-                )
+                got = f"{saved.get(name)!r}, got {current.get(name)!r}"
+                raise ValueError(f"distill: {what} must be the checkpoint's to resume, {got}")
+
+        # 2. Load the checkpoint.
         checkpoint.load(self.checkpoint_path, self.model, self.optimizers, partial=True)
         self.step_number = int(metadata["step"])
         self.steps.position = tuple(json.loads(metadata["position"]))
@@ -356,7 +390,7 @@ class Distiller:
             self.log.forget_after(self.step_number)
 
     def export(self) -> None:
-        """Writes the student as a checkpoint folder that `dlm_fast.load` opens, LoRA folded in."""
+        """Writes the student, with LoRA merged, as a checkpoint folder that `dlm_fast.load` opens."""
         if self.rank:
             return
         adapter = self.peft if self.settings.save_adapter else None
@@ -370,8 +404,11 @@ class Distiller:
         )
 
     def run(self) -> None:
-        """Trains to settings.steps or for settings.minutes, with checkpoints and a log; exports the student at the last
-        step."""
+        """Trains to settings.steps or for settings.minutes, and exports the student after the last step.
+
+        Meanwhile checkpoints and a log are written.
+        """
+        # 1. Train.
         settings = self.settings
         Path(settings.out).mkdir(parents=True, exist_ok=True)
         started = last_saved = time.monotonic()
@@ -393,13 +430,17 @@ class Distiller:
                     last_saved = now
                 if settings.minutes is not None and self._agree(now - started > 60 * settings.minutes):
                     break
+
+        # 2. Write the last checkpoint, and the student once it is trained.
         self.save()
         if self.step_number >= settings.steps:
             self.export()
 
     def _agree(self, stop: bool) -> bool:
-        """The first process's answer: clocks differ, and a process that went on alone would wait for the others for
-        ever."""
+        """Whether the first process stops, for all processes.
+
+        Clocks differ, and a process that went on alone would wait for the other processes for ever.
+        """
         if self.processes == 1:
             return stop
         from accelerate.utils import broadcast_object_list
@@ -408,5 +449,5 @@ class Distiller:
 
 
 def run(values: argparse.Namespace) -> None:
-    """`python -m dlm_fast.training distill`."""
+    """Runs `python -m dlm_fast.training distill`."""
     Distiller(settings_of(values)).run()

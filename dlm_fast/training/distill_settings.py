@@ -14,18 +14,72 @@ from .visibility import IMPLEMENTATIONS
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
-# What a resumed run may change: where it runs (which may change the rounding), how often it reports, when it stops.
+# The settings that a resumed run may change: where the run computes (which may change the rounding), how often the run
+# reports, and when the run stops.
 FREE = {"out", "data", "resume", "minutes", "checkpoint_minutes", "log_every", "threads", "device", "save_adapter"}
 
 
 @dataclass
 class DistillSettings:
-    """Settings of one distillation. LoRA, masking rates, loss and optimizer are by default those that D2F published for
-    LLaDA; precision, schedule, block length and extra blocks are ours.
+    """Settings of one distillation.
 
-    `minutes` stops a run early with a checkpoint and leaves the schedule alone. Compiled, mixed-precision and
-    multi-process runs round differently, so the same weights come out of the same settings, number of processes and
-    threads only.
+    The defaults of LoRA, masking rates, loss and optimizer are those that D2F published for LLaDA; the defaults of
+    precision, schedule, block length and extra blocks are ours. Compiled, mixed-precision and multi-process runs round
+    differently, so two runs end with equal weights only if their settings, processes and threads are equal.
+
+    Attributes:
+        model: checkpoint folder of the student, and of the teacher unless `teacher` is set.
+        data: JSON lines of prompts and answers (see dataset.py).
+        out: folder for checkpoint, log and student.
+        teacher: another checkpoint folder with the same vocabulary; None = the student's own weights before training.
+        objective: "forcing" (D2F), "certainty" (dParallel) or "trajectory" (d3LLM).
+        visibility: visibility of the student; None = "block" for forcing, and else the model's own.
+        block_length: number of tokens in a block; None = the model's own.
+        block_alignment: where blocks begin, "rel" or "abs"; None = "rel" for forcing, and else the model's own.
+        hard_targets: whether the answer's tokens are the targets, instead of the teacher's distribution.
+        temperature: temperature of teacher and student in the soft loss.
+        inverse_rate_weight: whether a token's loss is divided by the masking rate of its block.
+        filler_weight: weight of an EOS after the first one.
+        low: smallest masking rate of a block.
+        high: largest masking rate of a block.
+        settled: probability that the blocks before a random block are clean.
+        fresh: share of the settled canvases in which all blocks after the random block are wholly masked.
+        mask_rate: masking rate of objective "certainty".
+        entropy_weight: weight of the entropy in objectives "certainty" and "trajectory".
+        entropy_temperature: temperature of the entropy in objectives "certainty" and "trajectory".
+        first_block_length: block length at the start of objective "trajectory", from where it grows; None = no growth.
+        full_finetune: whether all weights are trained, in float32, instead of LoRA layers.
+        lora_rank: rank of the LoRA updates.
+        lora_alpha: LoRA updates are scaled by lora_alpha / lora_rank.
+        lora_dropout: dropout of the LoRA layers' input.
+        lora_targets: names of the layers that get LoRA.
+        optimizer: "adamw", or "muon" for the matrices between the layers and AdamW for the rest.
+        lr: peak rate of AdamW.
+        muon_lr: peak rate of Muon.
+        betas: the two betas of AdamW.
+        weight_decay: weight decay of both optimizers.
+        clip: norm to which gradients are clipped.
+        warmup: steps over which the rate rises.
+        decay: share of the steps, the last ones, over which the rate falls linearly to 0; 0 = the rate never falls.
+        steps: number of optimizer steps.
+        tokens_per_step: canvas positions of a step, in each process.
+        micro_batches: number of parts in which a step is computed.
+        max_length: largest number of positions of a canvas.
+        extra_blocks: probability of a further block of EOS after the answer (`CanvasShape.extra`).
+        too_long: what happens to a sample that exceeds max_length, "raise" or "drop".
+        seed: random seed of order, masks, LoRA and dropout.
+        precision: "fp32", or mixed precision with "bf16" or "fp16".
+        dtype: dtype of the frozen weights under LoRA, "stored" or the name of a dtype.
+        attention: "sdpa" or "flex_attention"; None = flex_attention on a GPU, and else sdpa.
+        gradient_checkpointing: whether the backward pass computes activations again.
+        compile: whether the model is compiled.
+        device: device of the run; None = a GPU if there is one.
+        threads: number of CPU threads; None = torch's own choice.
+        minutes: time after which the run stops with a checkpoint, without a change of the schedule; None = never.
+        checkpoint_minutes: time between checkpoints.
+        log_every: steps between lines of the log.
+        resume: whether the run continues from the checkpoint in `out`.
+        save_adapter: whether the LoRA adapter alone is written too.
     """
 
     model: str
@@ -132,14 +186,15 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and Path(value).resolve() == Path(self.out).resolve():
                 fail(f"out must be another folder than {name}, which the student would replace, got out={self.out}")
-        self.noise  # noqa: B018  checks itself
+        self.noise  # noqa: B018  a Noise checks its numbers when it is made
 
     @property
     def noise(self) -> Noise:
+        """How answers are masked."""
         return Noise(self.low, self.high, self.settled, self.fresh, self.mask_rate)
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues, as JSON knows it."""
+        """The settings that a resumed run must share with the run that it continues, as plain JSON values."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -204,7 +259,7 @@ TYPES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m dlm_fast.training distill`: one for each field of DistillSettings."""
+    """Adds the options of `python -m dlm_fast.training distill`, one for each field of DistillSettings."""
     for field in dataclasses.fields(DistillSettings):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         options: dict[str, Any] = {"dest": field.name, "help": HELP[field.name]}
@@ -221,6 +276,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(values: argparse.Namespace) -> DistillSettings:
-    """Settings from parsed arguments."""
-    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(DistillSettings)}
-    return DistillSettings(**given | {name: tuple(given[name]) for name in ("betas", "lora_targets")})
+    """The settings of parsed arguments."""
+    options = {field.name: getattr(values, field.name) for field in dataclasses.fields(DistillSettings)}
+    return DistillSettings(**options | {name: tuple(options[name]) for name in ("betas", "lora_targets")})

@@ -1,4 +1,4 @@
-"""A trained student as a checkpoint folder that `dlm_fast.load` opens."""
+"""Writes a trained student as a checkpoint folder that `dlm_fast.load` opens."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .checkpoint import CheckpointWriteError
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with its LoRA layers folded in, in float32 and then rounded to their dtype; the model is not
-    changed.
+    """The model's state with its LoRA layers merged; the model is not changed.
 
-    bf16 weights of 1e-2 plus an update of 1e-5 would round the update away if it were added in bf16.
+    Weights and updates are added in float32, and then rounded to the dtype of the weights. An addition in bf16 would
+    round away an update of 1e-5 to a weight of 1e-2.
     """
     state = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     layers = {
@@ -53,12 +53,21 @@ def write_student(
     dtype: torch.dtype,
     adapter: Any = None,
 ) -> None:
-    """Writes config with its `dlm` section, safetensors in `dtype`, tokenizer, and on request the adapter in
-    folder/adapter.
+    """Writes the student's config with its `dlm` section, its weights as safetensors, and its tokenizer.
 
-    model: a transformers model, with or without LoRA layers in it; unchanged. adapter: a PeftModel. Files are replaced
-    one by one once all are written and synced. Raises CheckpointWriteError when the disk refuses.
+    Files in the folder are replaced one by one, once all new files are written and synced.
+
+    Args:
+        model: a transformers model, with or without LoRA layers; the model is not changed.
+        folder: the folder.
+        diffusion: the student's diffusion configuration.
+        tokenizer: the tokenizer; None = none is written.
+        dtype: dtype of the written weights.
+        adapter: a PeftModel whose adapter is written to folder/adapter; None = no adapter is written.
+    Raises:
+        CheckpointWriteError: the disk refuses.
     """
+    # 1. The student, as a model without LoRA layers.
     config = copy.deepcopy(model.config)
     config.dlm = dataclasses.asdict(diffusion)
     with torch.device("meta"):
@@ -68,6 +77,8 @@ def write_student(
     )
     student.tie_weights()
     student.generation_config = model.generation_config
+
+    # 2. All files in a partial folder, then each one in its place.
     partial = folder / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -76,7 +87,7 @@ def write_student(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if adapter is not None:
-            # The vocabulary is the base model's; left to find that out, peft asks the Hub.
+            # Without this argument, peft asks the Hub whether the vocabulary is the base model's.
             adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
         for path in partial.rglob("*"):
             if path.is_file():

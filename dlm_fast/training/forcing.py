@@ -3,11 +3,13 @@
     forcing     Discrete diffusion forcing (D2F, arXiv:2508.09192): every block of the answer is masked at its own rate,
                 rates do not fall from block to block, and a block-causal student imitates a full-attention teacher on
                 the same canvas.
-    certainty   Certainty-forcing distillation (dParallel, arXiv:2509.26488): half of the answer masked, the other half
-                in a second copy; cross-entropy, and the entropy of the tokens that are right already.
-    trajectory  Pseudo-trajectory distillation (d3LLM): a block masked in the order in which a teacher filled it.
+    certainty   Certainty-forcing distillation (dParallel, arXiv:2509.26488): half of the answer is masked, and the
+                other half is masked in a second copy. The loss is the cross-entropy, and the entropy of the tokens that
+                are predicted correctly already.
+    trajectory  Pseudo-trajectory distillation (d3LLM): a block is masked in the order in which a teacher filled the
+                block.
 
-Everything random is drawn from the generator that is given, on the CPU.
+Every random number is drawn on the CPU, from the generator of the call.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ class Noise:
     """How answers are masked.
 
     Attributes:
-        low, high: bounds of a block's masking rate ("forcing"). The published recipe: 0.2, 0.7.
-        settled: probability that a canvas is one a decoder meets at the start of a block: the blocks before a random
-            one are clean.
-            0: never, as published.
-        fresh: of those, the share in which all blocks after that one are wholly masked, as a decoder appends them. 0:
-            none.
+        low: smallest masking rate of a block, for "forcing"; 0.2 as published.
+        high: largest masking rate of a block, for "forcing"; 0.7 as published.
+        settled: probability that the blocks before a random block are clean, as in the canvas that a decoder meets when
+            the decoder opens a block; 0 as published.
+        fresh: share of the settled canvases in which all blocks after the random block are wholly masked, as a decoder
+            appends blocks.
         rate: masking rate of "certainty".
     """
 
@@ -58,15 +60,16 @@ def block_rates(
 
         p_1 ~ U(low, high)        p_(j+1) = p_j + U(0, (high - p_1) / (M - 1))        M = num_blocks[b]
 
-    so rates never fall and stay within [low, high]; D2F. In a `settled` row the blocks before a random one have rate 0,
-    and if it is `fresh` too those after it have rate 1. That block is one of the first starts[b]; None: of all.
+    So the rates of a row never fall and stay within [low, high] (D2F). In a `settled` row the blocks before a random
+    block have rate 0; in a row that is also `fresh`, the blocks after that block have rate 1. The random block is one
+    of the first starts[b] blocks, or without `starts` any block.
     """
     B, most = len(num_blocks), int(num_blocks.max())
     draw = torch.rand(B, most, generator=generator, dtype=torch.float64)
     state = torch.rand(B, 3, generator=generator, dtype=torch.float64)
     first = noise.low + (noise.high - noise.low) * draw[:, :1]
     step = (noise.high - first) / (num_blocks[:, None] - 1).clamp(min=1)
-    # The bound is one of real numbers: a sum of rounded steps may pass it by a few ulp.
+    # The bound holds for real numbers. A sum of rounded steps may exceed the bound by a few ulp, hence the clamp.
     rates = torch.cat([first, first + (step * draw[:, 1:]).cumsum(1)], 1).clamp(max=noise.high)
     index = torch.arange(most)
     current = (state[:, :1] * (num_blocks if starts is None else starts)[:, None]).long()
@@ -77,30 +80,37 @@ def block_rates(
 
 
 def bernoulli(rates: Tensor, generator: torch.Generator) -> Tensor:
-    """A bool tensor, True with the probability at the same place of `rates`."""
+    """A bool tensor of the shape of `rates`, in which an entry is True with the probability that `rates` has there."""
     return torch.rand(rates.shape, generator=generator) < rates
 
 
 def predicting_row(position: Tensor, logits_row: str) -> Tensor:
-    """Which row of the logits predicts a position: its own ("self") or the one before ("previous"; position 0 has its
-    own)."""
+    """Which row of the logits predicts a position.
+
+    That is the position's own row ("self"), or the row before the position ("previous"); position 0 has its own row.
+    """
     return (position - 1).clamp(min=0) if logits_row == "previous" else position
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
-    """sum(values * weight) / sum(weight); 0 where no token counts, which teaches nothing."""
+    """sum(values * weight) / sum(weight); 0 if no token counts."""
     total = weight.sum()
     return (values * weight).sum() / torch.where(total > 0, total, 1.0)
 
 
 def token_loss(student: Tensor, targets: Tensor, teacher: Tensor | None, *, temperature: float = 1.0) -> Tensor:
-    """Cross-entropy of each token, [N] fp32: against the teacher's distribution, or against the target where there is
-    no teacher.
+    """[N] fp32: cross-entropy of each token with the teacher's distribution, or with the target if there is no teacher.
 
         soft    -sum_v softmax(teacher / T)_v log softmax(student / T)_v * T^2
         hard    -log softmax(student)_target
 
-    student, teacher: logits [N, V]. targets: [N]. T^2 keeps the size of the gradient (Hinton et al., arXiv:1503.02531).
+    The factor T^2 keeps the size of the gradient (Hinton et al., arXiv:1503.02531).
+
+    Args:
+        student: [N, V] logits.
+        targets: [N] correct tokens.
+        teacher: [N, V] logits; None = hard targets.
+        temperature: T.
     """
     if teacher is None:
         return F.cross_entropy(student.float(), targets, reduction="none")
@@ -123,13 +133,16 @@ def forcing_loss(
     inverse_rate_weight: bool = True,
     temperature: float = 1.0,
 ) -> Tensor:
-    """D2F's loss over the masked tokens: the weighted mean of their cross-entropy, each divided by the rate of its
-    block.
+    """D2F's loss: the weighted mean of the masked tokens' cross-entropies, each divided by the rate of its block.
 
     Args:
-        student, teacher: [N, V] logits of the rows that predict the N masked tokens; teacher None: hard targets.
-        targets: [N] true tokens. rate: [N] masking rate of each token's block. weight: [N].
-        inverse_rate_weight: False: no division, every masked token counts alike.
+        student: [N, V] logits of the rows that predict the N masked tokens.
+        teacher: [N, V] logits of these rows; None = hard targets.
+        targets: [N] correct tokens.
+        rate: [N] masking rate of each token's block.
+        weight: [N] weight of each token.
+        inverse_rate_weight: whether cross-entropies are divided by the rate.
+        temperature: temperature of teacher and student.
     """
     loss = token_loss(student, targets, teacher, temperature=temperature)
     return weighted_mean(loss / rate if inverse_rate_weight else loss, weight)
@@ -145,21 +158,26 @@ def certainty_loss(
     entropy_temperature: float,
     scale: float,
 ) -> Tensor:
-    """scale * sum over both complementary halves of (mean CE + entropy_weight * mean entropy of the right tokens).
+    """scale * sum over both halves of (mean cross-entropy + entropy_weight * mean entropy of the correct tokens).
 
-    A token is right if the student's top token is the target; the entropy is that of softmax(student /
-    entropy_temperature), nats.
+    The halves are the two complementary canvases. A token is correct if the student's most likely token is the target.
 
     Args:
-        student: [N, V] logits. targets: [N]. half: [N], 0 or 1, which of the two canvases masks the token. weight: [N].
-        scale: 1/2 in dParallel, 1/4 in d3LLM.
+        student: [N, V] logits.
+        targets: [N] correct tokens.
+        half: [N] which of the two canvases masks the token, 0 or 1.
+        weight: [N] weight of each token.
+        entropy_weight: weight of the entropy beside the cross-entropy.
+        entropy_temperature: the entropy is that of softmax(student / entropy_temperature), in nats.
+        scale: factor of the whole loss, 1/2 in dParallel and 1/4 in d3LLM.
     """
     cross_entropy = token_loss(student, targets, None)
-    right = student.detach().argmax(-1) == targets
+    is_correct = student.detach().argmax(-1) == targets
     log_p = torch.log_softmax(student.float() / entropy_temperature, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     total = cross_entropy.new_zeros(())
     for number in (0, 1):
-        here = weight * (half == number)
-        total = total + weighted_mean(cross_entropy, here) + entropy_weight * weighted_mean(entropy, here * right)
+        half_weight = weight * (half == number)
+        total = total + weighted_mean(cross_entropy, half_weight)
+        total = total + entropy_weight * weighted_mean(entropy, half_weight * is_correct)
     return scale * total

@@ -1,5 +1,4 @@
-"""Which tokens of a batch of canvases are masked, what each masked token is worth, and which row of the logits predicts
-it."""
+"""Masked batches: which tokens of a batch are masked, and the weight, target and logits row of each masked token."""
 
 from __future__ import annotations
 
@@ -17,14 +16,22 @@ from .visibility import block_labels
 
 @dataclass
 class Masked:
-    """A masked batch. B canvases of L positions, N masked tokens that count, in the order of `position`.
+    """A masked batch: B canvases of L positions, with N masked tokens that count.
+
+    The masked tokens are in the order of row and position.
 
     Attributes:
-        tokens: [B, L] int64 with the mask id. prompt, length: [B] int64.
-        row, position: [N] int64, canvas and place of each masked token.
-        targets: [N] int64. rate: [N] fp32, masking rate of its block. weight: [N] fp32. half: [N] int64, which of two
-            complementary canvases masks it. in_answer: [N] bool, up to and with the first EOS. task: [N] int64, -1 =
-            none.
+        tokens: [B, L] int64 token ids, some of which are the mask.
+        prompt: [B] int64 length of the prompt.
+        length: [B] int64 length of the canvas.
+        row: [N] int64 canvas of each masked token.
+        position: [N] int64 position of each masked token.
+        targets: [N] int64 correct token.
+        rate: [N] fp32 masking rate of the token's block.
+        weight: [N] fp32 weight of the token in the loss.
+        half: [N] int64 which of two complementary canvases masks the token, 0 or 1.
+        in_answer: [N] bool whether the token stands in the answer, the first EOS included.
+        task: [N] int64 index of the task, -1 = none.
     """
 
     tokens: Tensor
@@ -43,7 +50,7 @@ class Masked:
         return Masked(**{name: value.to(device) for name, value in vars(self).items()})
 
     def logits_index(self, logits_row: str) -> Tensor:
-        """[N] index, into B * L flattened rows, of the logits that predict each masked token."""
+        """[N] index, into the B * L rows of logits, of the row that predicts each masked token."""
         return self.row * self.tokens.shape[1] + predicting_row(self.position, logits_row)
 
 
@@ -52,13 +59,14 @@ class Masking:
     """How an objective masks canvases.
 
     Attributes:
-        objective: see dlm_fast.training.forcing. noise: its rates. diffusion: of the student; its blocks are those that
-            are masked.
-        filler_weight: weight of EOS after the first. 1: as published.
-        trajectory: (from, to) of t, the share of the block that is masked; it is drawn from U(from + (to - from) *
-            progress, to).
-        first_block_length: of "trajectory": block length at the start of training, from where it grows to the
-            student's. None: it is the student's throughout.
+        objective: one of `forcing.OBJECTIVES`.
+        noise: masking rates.
+        diffusion: the student's diffusion configuration, whose blocks are masked.
+        filler_weight: weight of an EOS after the first one; 1 as published.
+        trajectory: (low, high) of the share of a block that objective "trajectory" masks. The share is drawn from
+            U(low + (high - low) * progress, high).
+        first_block_length: block length at the start of objective "trajectory", from where the length grows to the
+            student's; None = the student's block length throughout.
     """
 
     objective: str
@@ -70,20 +78,25 @@ class Masking:
 
     def __call__(self, canvases: Canvases, generator: torch.Generator, progress: float = 0.0) -> Masked:
         """Masks a batch; `progress` is the share of the training that is done."""
+        # 1. The answer's positions and blocks.
         L = canvases.tokens.shape[1]
         place = torch.arange(L)
         answer = (place >= canvases.prompt[:, None]) & (place < canvases.length[:, None])
         block = self._answer_block(canvases, L, progress)
         last = block.gather(1, canvases.first_eos[:, None])[:, 0]
+
+        # 2. D2F: a rate for every block, and one canvas.
         if self.objective == "forcing":
             num_blocks = torch.where(answer, block, 0).amax(1) + 1
             rates = block_rates(num_blocks, self.noise, generator, starts=last + 1)
             rate = rates.gather(1, block.clamp(min=0, max=rates.shape[1] - 1)).where(answer, 0.0)
             return self._pick(canvases, bernoulli(rate, generator), rate, half=None)
+
+        # 3. The other objectives: candidates, those that the first half masks, and later masks that do not count.
         current = (torch.rand(len(block), 1, generator=generator) * (last + 1)[:, None]).long()
         if self.objective == "certainty":
-            # A row is either masked as a whole, or in one block as a decoder would meet it: masks after that block,
-            # which do not count.
+            # A row is masked as a whole, or in one block as a decoder would meet the block. In the second case all
+            # positions after the block are masks that do not count.
             by_block = torch.rand(len(block), 1, generator=generator) < self.noise.settled
             candidate = answer & (~by_block | (block == current))
             later = answer & by_block & (block > current)
@@ -94,9 +107,11 @@ class Masking:
             t = (low + (high - low) * progress) + (high - low) * (1 - progress) * torch.rand(
                 len(block), 1, generator=generator
             )
-            # Within the block, the teacher's first int((1 - t) * length) tokens are given.
+            # Within the block, the first int((1 - t) * length) tokens in the teacher's order are not masked.
             order = torch.where(candidate, canvases.rank, 2**40).argsort(1).argsort(1)
             chosen = order >= ((1 - t) * candidate.sum(1, keepdim=True)).long()
+
+        # 4. Two complementary canvases.
         halves = [candidate & chosen, candidate & ~chosen]
         twice = Canvases(
             **{
@@ -109,7 +124,7 @@ class Masking:
         return self._pick(twice, torch.cat(halves), rate, half=half, hidden=later.repeat(2, 1))
 
     def _answer_block(self, canvases: Canvases, L: int, progress: float) -> Tensor:
-        """[B, L] number of each answer position's block, from 0; below 0 in the prompt (and anything in padding)."""
+        """[B, L] the number of each answer position's block, from 0; below 0 in the prompt, and anything in padding."""
         length = self.diffusion.block_length
         if self.first_block_length is not None:
             length = round(self.first_block_length + (length - self.first_block_length) * progress)
@@ -120,6 +135,7 @@ class Masking:
     def _pick(
         self, canvases: Canvases, masked: Tensor, rate: Tensor, *, half: Tensor | None, hidden: Tensor | None = None
     ) -> Masked:
+        """The batch in which the positions `masked` count, and the positions `hidden` are masks that do not count."""
         row, position = masked.nonzero(as_tuple=True)
         in_answer = position <= canvases.first_eos[row]
         return Masked(

@@ -1,5 +1,4 @@
-"""Models as a distillation uses them: opened for training, compared by vocabulary, asked for the logits of chosen
-rows."""
+"""Models as a distillation uses them: opened for training, compared by vocabulary, run for chosen rows of logits."""
 
 from __future__ import annotations
 
@@ -17,12 +16,15 @@ from ..models import adapter_for
 
 
 class VocabularyError(ValueError):
-    """Teacher and student do not speak of the same tokens."""
+    """Teacher and student have different vocabularies."""
 
 
 class RowLogits(nn.Module):
-    """Logits of chosen rows only: a vocabulary of 126,464 times a canvas of 512 is a quarter of a gigabyte in
-    float32."""
+    """A model that computes the logits of chosen rows only.
+
+    The logits of all rows would be large: a vocabulary of 126,464 and a canvas of 512 make a quarter of a gigabyte in
+    float32.
+    """
 
     def __init__(self, model: nn.Module, *, compiled: bool) -> None:
         super().__init__()
@@ -30,7 +32,7 @@ class RowLogits(nn.Module):
         self._hidden = torch.compile(self._hidden_states, dynamic=True) if compiled else self._hidden_states
 
     def _hidden_states(self, tokens: Tensor, mask: Any) -> Tensor:
-        # transformers hands a 4-D mask through untouched; with none, it would mask causally.
+        # transformers hands a 4-D mask through untouched, and would mask causally without a mask.
         return (
             adapter_for(self.model)
             .base_model(self.model)(input_ids=tokens, attention_mask=mask, use_cache=False)
@@ -44,7 +46,7 @@ class RowLogits(nn.Module):
 
 
 def require(module: str, purpose: str) -> Any:
-    """An optional package, or an error that says how to get it."""
+    """An optional package. Raises ModuleNotFoundError, which says how to install the package."""
     try:
         return __import__(module)
     except ModuleNotFoundError as error:
@@ -58,8 +60,10 @@ def require(module: str, purpose: str) -> Any:
 def open_model(
     path: str, device: torch.device, dtype: torch.dtype | None, attention: str
 ) -> tuple[nn.Module, DiffusionConfig, Any]:
-    """An unpatched transformers model for training, its diffusion configuration and its tokenizer. Raises what `load`
-    raises."""
+    """An unpatched transformers model for training, its diffusion configuration, and its tokenizer.
+
+    Raises what `load` raises.
+    """
     model = load(path, device=device, dtype=dtype, backend="reference")
     handle = patching.handle_of(model)
     handle.unpatch()
@@ -68,14 +72,15 @@ def open_model(
 
 
 def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -> None:
-    """Raises VocabularyError unless both (model, diffusion, tokenizer) have the same number of ids, tokens and mask
-    id."""
+    """Raises VocabularyError unless student and teacher have the same number of ids, the same tokens and the same mask.
 
-    def fail(what: str, ours: Any, theirs: Any) -> None:
+    Student and teacher are given as (model, diffusion, tokenizer), and `names` are their names for the error.
+    """
+
+    def fail(what: str, of_student: Any, of_teacher: Any) -> None:
         raise VocabularyError(
             f"distill: teacher and student must have the same vocabulary; {what} of the teacher {names[1]} is "
-            f"{theirs}, "
-            f"of the student {names[0]} {ours}"
+            f"{of_teacher}, of the student {names[0]} {of_student}"
         )
 
     sizes = student[0].config.vocab_size, teacher[0].config.vocab_size
@@ -84,25 +89,25 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
     if student[1].mask_token_id != teacher[1].mask_token_id:
         fail("mask id", student[1].mask_token_id, teacher[1].mask_token_id)
     if student[2] is not None and teacher[2] is not None:
-        ours, theirs = student[2].get_vocab(), teacher[2].get_vocab()
-        different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        ids, other_ids = student[2].get_vocab(), teacher[2].get_vocab()
+        different = sorted(token for token in ids.keys() | other_ids.keys() if ids.get(token) != other_ids.get(token))
         if different:
             fail(
                 f"id of {different[0]!r} ({len(different)} tokens differ)",
-                ours.get(different[0]),
-                theirs.get(different[0]),
+                ids.get(different[0]),
+                other_ids.get(different[0]),
             )
 
 
 def stored_dtype(path: str) -> torch.dtype | None:
-    """The dtype that a checkpoint folder's weights are stored in; None if they are in several."""
+    """The dtype in which a checkpoint folder's weights are stored; None if the weights have several dtypes."""
     folder = checkpoint_path(path)
     kinds = list(float_kinds(folder, stored_dtypes(weight_files(folder))))
     return FLOATS[kinds[0]] if len(kinds) == 1 else None
 
 
 def weights_digest(path: str) -> str:
-    """SHA-256 over the names and contents of a checkpoint folder's safetensors files, as hexadecimal."""
+    """SHA-256 of the names and contents of a checkpoint folder's safetensors files, in hexadecimal."""
     digest = hashlib.sha256()
     for file in sorted(checkpoint_path(path).glob("*.safetensors")):
         digest.update(file.name.encode())
@@ -113,6 +118,6 @@ def weights_digest(path: str) -> str:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Recomputes every layer's activations in the backward pass (transformers renamed the method)."""
+    """Makes the backward pass compute every layer's activations again. transformers has renamed the method for this."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -1,8 +1,8 @@
-"""What the two models are asked to predict: canvases, masks, visibility and loss weights.
+"""The two objectives of pretraining: canvases, masks, visibility and weights of the loss.
 
-Both objectives are a weighted mean cross-entropy over masked response tokens, without LLaDA's 1/t: every
-masked token counts alike, so the loss is not the likelihood bound. <eos> after the first counts a tenth,
-for it is easy and there is a lot of it.
+The loss of both objectives is a weighted mean of the cross-entropy over masked response tokens. Every masked token
+counts alike, without LLaDA's factor 1/t, so the loss is not the bound of the likelihood. An <eos> after the first one
+counts a tenth, since such tokens are easy and many.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from torch import Tensor
 from ..tiny.data import Encoded, SampleStream
 from ..tiny.tokenizer import EOS_ID, MASK_ID, PAD_ID
 
-FILLER_WEIGHT = 0.1  # of <eos> after the first
-LATER_WEIGHT = 0.25  # of masked tokens after the block being denoised
-MIN_RATE = 0.02  # the least masking rate t
+FILLER_WEIGHT = 0.1  # weight of an <eos> after the first one
+LATER_WEIGHT = 0.25  # weight of masked tokens after the block that is denoised
+MIN_RATE = 0.02  # smallest masking rate t
 
 
 @dataclass
 class Batch:
-    """One training step's input.
+    """The input of one training step.
 
-    tokens, position_ids, targets: [B, L] int64. visible: [B or 1, 1, L, L] bool, True where the query row
-    may attend to the key column. weight: [B, L] fp32, 0 where there is no loss. task: [B, L] int64.
+    Attributes:
+        tokens: [B, L] int64 token ids, some of which are the mask.
+        position_ids: [B, L] int64 rotary position of each token.
+        targets: [B, L] int64 correct token.
+        visible: [B or 1, 1, L, L] bool, True where the query (dim 2) may attend to the key (dim 3).
+        weight: [B, L] fp32 weight of the token in the loss, 0 where the token has no loss.
+        task: [B, L] int64 index into TASK_NAMES.
     """
 
     tokens: Tensor
@@ -47,14 +52,15 @@ def _load(samples: list[dict]) -> list[Encoded]:
 
 
 class FullBatches:
-    """Canvases of one length a batch, the response filled up with <eos>, everything visible, but for an isolated
-    prompt, which sees itself alone.
+    """Batches of the full-attention objective, whose canvases are filled up with <eos> and have one length per batch.
 
-    A sample takes the shortest canvas that holds it with probability `tight`, else any that does: at
-    decode time the canvas is longer than the answer, so long tails of <eos> must be familiar.
-    Three masked states in four are those a block-by-block decoder meets: blocks before one clean, that one
-    masked at rate t, those after it all masked. The others mask the whole response at rate t (LLaDA,
-    arXiv:2502.09992).
+    All positions see one another, but an isolated prompt sees only itself. With probability `tight` a sample takes the
+    shortest canvas that holds the sample, and otherwise any canvas that does: a decoder's canvas is longer than the
+    answer, so the model must know long tails of <eos>.
+
+    Three quarters of the canvases are masked as a block-by-block decoder meets them: the blocks before one block are
+    clean, that block is masked at rate t, and the blocks after that block are all masked. The other canvases are masked
+    at rate t in the whole response (LLaDA, arXiv:2502.09992).
     """
 
     canvas_lengths = (48, 64, 80, 96, 128)
@@ -88,11 +94,11 @@ class FullBatches:
                 )
 
     def state(self) -> str:
-        """The samples waiting for a batch of their canvas length to fill, as JSON."""
+        """The samples that wait for a full batch of their canvas length, as JSON."""
         return json.dumps({length: _dump(samples) for length, samples in self._waiting.items()})
 
     def load_state(self, text: str) -> None:
-        """Continues where the object that gave `text` stood."""
+        """Continues where the object stood that returned `text` as its state."""
         self._waiting = {int(length): _load(samples) for length, samples in json.loads(text).items()}
 
 
@@ -105,7 +111,8 @@ def full_batch(
     semi_autoregressive: float,
     prompt_isolated: bool = False,
 ) -> Batch:
-    """Masks canvases [prompt | answer <eos> <eos> ...] of `canvas_length` tokens; see FullBatches."""
+    """A batch of canvases [prompt | answer <eos> <eos> ...] of `canvas_length` tokens, masked as `FullBatches` says."""
+    # 1. Canvases.
     rows = len(samples)
     targets = torch.full((rows, canvas_length), EOS_ID)
     for row, sample in enumerate(samples):
@@ -115,13 +122,13 @@ def full_batch(
     first_eos = prompt_length + torch.tensor([[len(sample.answer) - 1] for sample in samples])
     position = torch.arange(canvas_length)[None]
 
-    # Stratified, so that every batch covers the whole range of t.
+    # 2. Masks. The rates are stratified, so that every batch covers the whole range of t.
     rate = (torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)) / rows
     rate = (MIN_RATE + (1 - MIN_RATE) * rate)[:, None]
     chosen = torch.rand(rows, canvas_length, generator=generator) < rate
 
     block_length = torch.tensor(block_lengths)[torch.randint(len(block_lengths), (rows, 1), generator=generator)]
-    # Not past the block of the first <eos>: a decoder stops there.
+    # The block of the first <eos> is the last one, since a decoder stops there.
     num_blocks = (first_eos - prompt_length) // block_length + 1
     block = (torch.rand(rows, 1, generator=generator) * num_blocks).long()
     block_start = prompt_length + block * block_length
@@ -130,6 +137,7 @@ def full_batch(
     candidate = torch.where(by_block, position >= block_start, position >= prompt_length)
     is_masked = (candidate & chosen) | later
 
+    # 3. Weights and visibility.
     weight = is_masked.float()
     weight[later] = LATER_WEIGHT
     weight[position > first_eos] *= FILLER_WEIGHT
@@ -151,18 +159,17 @@ def full_batch(
 
 
 class BlockCausalBatches:
-    """Rows of fixed length, each packed with samples laid out as [prompt | clean blocks | noisy copies].
+    """Batches of the block-causal objective: rows of one length, packed with [prompt | clean blocks | noisy copies].
 
-    The response is cut into blocks counted from its own start. Every block of a noisy copy is masked at
-    its own rate and denoised given the prompt and the clean blocks before it, all blocks in one forward
-    (the two-copy layout of BD3-LMs, arXiv:2503.09573). Two noisy copies share one clean copy, which is
-    cheaper than two rows.
+    The response is cut into blocks from its own start. Every block of a noisy copy has its own masking rate, and sees
+    the prompt and the clean blocks before it, so that one forward denoises all blocks (the two-copy layout of BD3-LMs,
+    arXiv:2503.09573). Two noisy copies share one clean copy, which costs less than two rows.
     """
 
     row_length = 256
     block_lengths = (8, 16)
     noisy_copies = 2
-    all_masked = 0.2  # share of blocks that are wholly masked, the state each block starts from
+    all_masked = 0.2  # share of blocks that are wholly masked, as every block is at its start
 
     def __init__(self, stream: SampleStream, tokens_per_step: int):
         self._stream = stream
@@ -174,7 +181,7 @@ class BlockCausalBatches:
         rows: list[list[tuple[Encoded, int]]] = [[] for _ in range(self._rows)]
         free = [self.row_length] * self._rows
         pending, self._left_over = self._left_over, []
-        # The sample that fits nowhere opens the next batch: dropping it would make long samples rare.
+        # A sample that fits into no row opens the next batch. If such samples were dropped, long samples would be rare.
         while not self._left_over:
             if not pending:
                 pending.append((self._stream.next(), self._stream.choice(self.block_lengths)))
@@ -195,23 +202,23 @@ class BlockCausalBatches:
         return json.dumps([(dataclasses.asdict(sample), length) for sample, length in self._left_over])
 
     def load_state(self, text: str) -> None:
-        """Continues where the object that gave `text` stood."""
+        """Continues where the object stood that returned `text` as its state."""
         self._left_over = [(Encoded(**sample), length) for sample, length in json.loads(text)]
 
 
 def block_causal_length(sample: Encoded, block_length: int, noisy_copies: int) -> int:
-    """Positions one sample takes in a packed row."""
+    """Number of positions that one sample takes in a packed row."""
     response = -(-len(sample.answer) // block_length) * block_length
-    # No block comes after the last one, so nothing would read its clean copy.
+    # The last block has no clean copy, since no block comes after the last one to read the copy.
     return len(sample.prompt) + (response - block_length) + noisy_copies * response
 
 
 def block_causal_visible(segment: Tensor, copy: Tensor, block: Tensor) -> Tensor:
-    """Who sees whom in packed rows: [B, 1, L, L] bool from three [B, L] int64 labels.
+    """[B, 1, L, L] bool: who sees whom in packed rows, from three [B, L] int64 labels of every position.
 
-    `segment` numbers the samples of a row from 0, -1 being padding; `copy` is 0 for the prompt and the
-    clean response, then 1, 2, ... for the noisy ones; `block` is -1 for the prompt. With one block of
-    prompt p, one clean block c0 and noisy blocks n0 n1 (a digit a position, block_length 1):
+    `segment` numbers the samples of a row from 0, and is -1 in padding. `copy` is 0 in the prompt and in the clean
+    response, and 1, 2, ... in the noisy copies. `block` numbers the blocks of a response, and is -1 in the prompt. With
+    a prompt p, one clean block c0 and the noisy blocks n0 and n1, where block_length is 1:
 
         keys       p  c0 n0 n1
         query p    1  0  0  0
@@ -219,7 +226,7 @@ def block_causal_visible(segment: Tensor, copy: Tensor, block: Tensor) -> Tensor
         query n0   1  0  1  0
         query n1   1  1  0  1
 
-    Padding sees itself only, for a row of no keys at all would give NaN.
+    A position of padding sees itself, since a row without any key would give NaN.
     """
     query_copy, key_copy = copy[:, :, None], copy[:, None, :]
     query_block, key_block = block[:, :, None], block[:, None, :]
@@ -239,7 +246,8 @@ def block_causal_batch(
     noisy_copies: int,
     all_masked: float,
 ) -> Batch:
-    """Packs and masks rows of (sample, block_length); see BlockCausalBatches."""
+    """A batch of rows that are packed with (sample, block_length) and masked as `BlockCausalBatches` says."""
+    # 1. Pack the rows, with the labels of every position.
     shape = (len(rows), row_length)
     targets = torch.full(shape, PAD_ID)
     position_ids = torch.zeros(shape, dtype=torch.long)
@@ -258,7 +266,7 @@ def block_causal_batch(
             response_position = torch.arange(prompt_length, prompt_length + response_length)
             response_block = torch.arange(response_length) // block_length
             response_weight = torch.tensor([1.0] * len(sample.answer) + [FILLER_WEIGHT] * filler)
-            clean = response_length - block_length
+            clean_length = response_length - block_length
 
             end = start + block_causal_length(sample, block_length, noisy_copies)
             segment[row, start:end] = number
@@ -267,24 +275,24 @@ def block_causal_batch(
             position_ids[row, start : start + prompt_length] = torch.arange(prompt_length)
             block[row, start : start + prompt_length] = -1
             start += prompt_length
-            for index, length in enumerate([clean] + [response_length] * noisy_copies):
-                here = slice(start, start + length)
-                targets[row, here] = response[:length]
-                position_ids[row, here] = response_position[:length]
-                block[row, here] = response_block[:length]
-                copy[row, here] = index
+            for index, length in enumerate([clean_length] + [response_length] * noisy_copies):
+                span = slice(start, start + length)
+                targets[row, span] = response[:length]
+                position_ids[row, span] = response_position[:length]
+                block[row, span] = response_block[:length]
+                copy[row, span] = index
                 if index > 0:
-                    base_weight[row, here] = response_weight
+                    base_weight[row, span] = response_weight
                 start += length
 
-    # One rate per (row, segment, copy, block), looked up by each position's labels.
+    # 2. Masks: one rate per (row, segment, copy, block), which each position looks up by its labels.
     labels = (int(segment.max()) + 1, noisy_copies + 1, int(block.max()) + 1)
     rate_shape = (shape[0], *labels)
     rate = MIN_RATE + (1 - MIN_RATE) * torch.rand(rate_shape, generator=generator)
     rate[torch.rand(rate_shape, generator=generator) < all_masked] = 1.0
     row_index = torch.arange(shape[0])[:, None]
-    rate_here = rate[row_index, segment.clamp(min=0), copy, block.clamp(min=0)]
-    is_masked = (copy > 0) & (torch.rand(shape, generator=generator) < rate_here)
+    position_rate = rate[row_index, segment.clamp(min=0), copy, block.clamp(min=0)]
+    is_masked = (copy > 0) & (torch.rand(shape, generator=generator) < position_rate)
     return Batch(
         tokens=torch.where(is_masked, MASK_ID, targets),
         position_ids=position_ids,

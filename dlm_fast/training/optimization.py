@@ -10,12 +10,12 @@ from torch import nn
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOG_NAME = "log.jsonl"
-# Masks and dropout of a step are seeded by seed * SEED_STRIDE + step, so that resuming needs no generator's state.
+# seed * SEED_STRIDE + step seeds the masks and the dropout of a step, so that a resumed run needs no generator's state.
 SEED_STRIDE = 1_000_003
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """The share of the peak rate that step number `step` (from 0) trains with; decay 0: it never falls."""
+    """The share of the peak rate with which step number `step` (from 0) trains; with decay 0 the rate never falls."""
     falling = (steps - step) / (decay * steps) if decay else 1.0
     return min(1.0, (step + 1) / warmup, falling)
 
@@ -23,8 +23,10 @@ def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> 
 def build_optimizers(
     parameters: Iterable[nn.Parameter], layers: nn.Module, *, adamw: dict[str, Any], muon: dict[str, Any] | None
 ) -> dict[str, torch.optim.Optimizer]:
-    """Muon for those parameters that are matrices of the layers, AdamW for all others; without `muon`, AdamW for
-    all."""
+    """The optimizers of `parameters`, by name: Muon for the matrices in `layers`, and AdamW for all other parameters.
+
+    Without `muon`, which holds the arguments of Muon, AdamW gets all parameters.
+    """
     trained = list(parameters)
     in_layers = {id(p) for p in layers.parameters()} if muon is not None else set()
     hidden = [p for p in trained if p.ndim == 2 and id(p) in in_layers]

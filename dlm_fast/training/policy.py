@@ -1,12 +1,13 @@
-"""Trains the heads of `learn2pd` and `learned-commit` on a model's own full decodes, by supervision.
+"""Trains the heads of `learn2pd` and `learned-commit` by supervision, on full decodes of the model that they serve.
 
-The model decodes training prompts with one token per step; the target of a masked position at a step is whether its
-prediction already equals the token that this decode ends with (Learn2PD, arXiv:2509.25188; its optimizer: AdamW, 3e-3,
-binary cross entropy). The policy of arXiv:2512.09106 is trained by reinforcement there; here it has these same targets.
+In a full decode the model writes one token per step. The target of a masked position at a step is whether the model's
+prediction already equals the token with which the full decode ends. This is Learn2PD, arXiv:2509.25188, with its
+optimizer (AdamW at 3e-3, binary cross-entropy). The paper of `learned-commit`, arXiv:2512.09106, trains its head by
+reinforcement; here that head has the same targets.
 
-A head that writes several tokens a step visits states that one token per step never does. So there is a second round:
-the head decodes the same prompts, and its states up to the first token that differs from the full decode join the first
-ones (after DAgger, Ross et al. 2011).
+A head that writes several tokens per step visits states that a full decode never visits. Therefore a second round lets
+the head decode the prompts again. The states that the head visits before its first token that differs from the full
+decode join the states of the first round (after DAgger, Ross et al. 2011).
 
     python -m dlm_fast.training policy --kind filter --model tiny-full \\
         --out dlm_fast/tiny/checkpoints/heads/tiny-filter.safetensors
@@ -26,24 +27,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dlm_fast
-from dlm_fast.policies import Choice, Policy, View
-from dlm_fast.policies.heads import KINDS, Head, save_head
-from dlm_fast.policies.learned import block_time, of_block
-
+from ..generate import GenerateOutput, generate
+from ..loading import load
+from ..patching import handle_of
+from ..policies import Choice, Policy, View
+from ..policies.heads import KINDS, Head, save_head
+from ..policies.learned import block_time, of_block
 from ..tiny.tasks import TASKS, Sample, generate_sample
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
-# Among these the accept threshold is chosen (see `choose_threshold`).
+# The accept thresholds among which `choose_threshold` chooses.
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-EXPLORE = 0.5  # the head's threshold in the second round: it visits bolder states than those it will decode through
-BATCH = 32
-CHECK = 0.25  # share of the prompts that is kept from training and chooses the threshold
+EXPLORE = 0.5  # the head's threshold in the second round, so that it visits bolder states than in later decodes
+BATCH = 32  # prompts that are decoded together
+CHECK = 0.25  # share of the prompts that is kept from training, to choose the threshold and to measure the head
 
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Policy):
-    """Keeps, on the host, what every step saw of its blocks, and changes nothing."""
+    """Keeps on the host what every step saw of its blocks, and changes nothing.
+
+    Attributes:
+        seen: for every step, the tensors that `choose` names.
+    """
 
     seen: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)
 
@@ -63,9 +69,14 @@ class Recorder(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class States:
-    """What a head reads and what it should say: N steps of a row's block, each [N, block_length], time [N].
+    """What a head reads and what the head should say, for N steps of a row's block.
 
-    right: bool, the prediction is the final token. counts: bool, masked, and the final token is known.
+    Attributes:
+        confidence: [N, block_length] fp32 probability of each prediction, 0 where nothing is masked.
+        eligible: [N, block_length] bool, the position is masked.
+        time: [N] fp32 steps that the block has taken, over the block's length.
+        right: [N, block_length] bool, the prediction is the final token.
+        counts: [N, block_length] bool, the position is masked and its final token is known.
     """
 
     confidence: Tensor
@@ -78,6 +89,7 @@ class States:
         return len(self.time)
 
     def inputs(self, kind: str) -> tuple[Tensor, ...]:
+        """The arguments of a head of this kind."""
         return (self.confidence,) if kind == "filter" else (self.confidence, self.eligible, self.time)
 
     def __getitem__(self, index: Tensor) -> States:
@@ -85,29 +97,36 @@ class States:
 
 
 def joined(states: list[States]) -> States:
-    """All states, one list after the other."""
+    """All states as one."""
     return States(*(torch.cat([getattr(s, f.name) for s in states]) for f in dataclasses.fields(States)))
 
 
 def draw_prompts(tasks: list[str], count: int, seed: int) -> list[Sample]:
-    """`count` prompts of the training split, the tasks in turn."""
+    """`count` samples of the training split, drawn from the tasks in turn."""
     rng = random.Random(f"policy {seed}")
     return [generate_sample(tasks[i % len(tasks)], rng, "train") for i in range(count)]
 
 
 def batches(samples: list[Sample]) -> list[list[Sample]]:
-    """Answers of like length together: a batch costs what its longest row does."""
+    """The samples in batches of similar answer lengths, since a batch costs what its longest row costs."""
     samples = sorted(samples, key=lambda sample: (len(sample.answer), sample.prompt))
     return [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
 
 
-def decode(model: nn.Module, samples: list[Sample], **options: Any) -> dlm_fast.GenerateOutput:
-    return dlm_fast.generate(model, [[{"role": "user", "content": sample.prompt}] for sample in samples], **options)
+def decode(model: nn.Module, samples: list[Sample], **options: Any) -> GenerateOutput:
+    """Decodes the prompts of some samples, each as a chat of one turn."""
+    return generate(model, [[{"role": "user", "content": sample.prompt}] for sample in samples], **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """How a full decode of a prompt ended: its canvas, whether the answer is right, and the forwards it took."""
+    """How the full decode of a prompt ended.
+
+    Attributes:
+        canvas: the final canvas.
+        right: whether the answer is correct.
+        nfe: number of forwards.
+    """
 
     canvas: Tensor
     right: bool
@@ -123,16 +142,17 @@ def record(
     block_length: int,
     head: Head | None = None,
 ) -> States:
-    """The states of full decodes, one token per step; with a head, those that it visits while it agrees with the full
-    decodes.
+    """The states of decodes of some samples.
 
-    fulls: the full decodes by prompt: written without a head, read with one.
+    Without a head the decodes are full ones, and are written to `fulls` by their prompts. With a head the states are
+    those that the head visits while the canvas agrees with the full decode, which is read from `fulls`.
     """
-    mask_id = dlm_fast.handle_of(model).diffusion.mask_token_id
-    found = []
-    # After a written EOS the block is still filled, so that all of its targets are known.
+    mask_id = handle_of(model).diffusion.mask_token_id
+    states = []
+    # With this stop rule the block is filled after a written EOS too, so that all targets of the block are known.
     common = {"max_new_tokens": max_new_tokens, "block_length": block_length, "stop": "after_block"}
     for batch in batches(samples):
+        # 1. Decode.
         recorder = Recorder()
         if head is None:
             out = decode(model, batch, preset="llada", policy=recorder, **common)
@@ -142,22 +162,26 @@ def record(
             decode(
                 model, batch, preset=PRESETS[head.kind], head=head, accept_threshold=EXPLORE, policy=recorder, **common
             )
+
+        # 2. The final canvases, with masks behind their ends.
         canvases = [fulls[sample.prompt].canvas for sample in batch]
         final = torch.full((len(batch), max(map(len, canvases)) + block_length), mask_id)
         for row, canvas in zip(final, canvases):
             row[: len(canvas)] = canvas
+
+        # 3. The states of rows that agree with their final canvas and have a position that counts.
         for seen in recorder.seen:
-            held = F.pad(seen["tokens"], (0, block_length), value=mask_id)
-            agrees = ((held == final) | (held == mask_id) | (final == mask_id)).all(1) & seen["selects"]
+            tokens = F.pad(seen["tokens"], (0, block_length), value=mask_id)
+            agrees = ((tokens == final) | (tokens == mask_id) | (final == mask_id)).all(1) & seen["selects"]
             target = final.gather(1, seen["start"].long()[:, None] + torch.arange(block_length))
             counts = seen["eligible"] & (target != mask_id)
             step = States(seen["confidence"], seen["eligible"], seen["time"], seen["token"] == target, counts)
-            found.append(step[agrees & counts.any(1)])
-    return joined(found)
+            states.append(step[agrees & counts.any(1)])
+    return joined(states)
 
 
 def loss_of(head: Head, states: States, wrong_weight: float) -> Tensor:
-    """Mean binary cross entropy over masked positions; a prediction that is not final counts `wrong_weight` times."""
+    """Mean binary cross-entropy over the positions that count; a prediction that is not final counts `wrong_weight`."""
     loss = F.binary_cross_entropy_with_logits(
         head.logits(*states.inputs(head.kind)), states.right.float(), reduction="none"
     )
@@ -168,7 +192,7 @@ def loss_of(head: Head, states: States, wrong_weight: float) -> Tensor:
 def fit(
     head: Head, states: States, *, steps: int, batch: int, learning_rate: float, wrong_weight: float, seed: int
 ) -> list[float]:
-    """Trains the head in place with AdamW, its rate falling to 0 linearly; the loss of every step."""
+    """Trains the head in place with AdamW, whose rate falls linearly to 0; returns the loss of every step."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -186,19 +210,20 @@ def fit(
 
 
 def new_head(kind: str, block_length: int, width: int, trained_on: str, seed: int, step: int) -> Head:
-    """An untrained head, the same for the same seed."""
-    kept = torch.random.get_rng_state()
+    """An untrained head; `seed` decides its weights, and torch's generator stays as it was."""
+    rng_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     head = KINDS[kind](block_length, width, trained_on=trained_on, seed=seed, step=step)
-    torch.random.set_rng_state(kept)
+    torch.random.set_rng_state(rng_state)
     return head
 
 
 @torch.no_grad()
 def accuracy(head: Head, states: States, threshold: float) -> dict[str, float]:
-    """Precision and recall of "write it" on these states, the share of predictions that are final, and the loss.
+    """Precision and recall of the decision to write, on some states, with the loss of the head.
 
-    base_loss: of always saying that share.
+    "base_rate" is the share of predictions that are final, and "base_loss" is the loss of a head that always says this
+    share.
     """
     accepted = (head(*states.inputs(head.kind)) > threshold) & states.counts
     right = states.right & states.counts
@@ -214,18 +239,20 @@ def accuracy(head: Head, states: States, threshold: float) -> dict[str, float]:
 
 
 def quality(model: nn.Module, samples: list[Sample], *, preset: str, **options: Any) -> dict[str, float]:
-    """Exact match and forwards per answer of a decoder on prompts."""
-    right = nfe = 0
+    """Exact match and forwards per answer of a decoder, on some samples."""
+    correct = nfe = 0
     for batch in batches(samples):
         out = decode(model, batch, preset=preset, **options)
-        right += sum(TASKS[sample.task].check(sample.prompt, text) for sample, text in zip(batch, out.text))
+        correct += sum(TASKS[sample.task].check(sample.prompt, text) for sample, text in zip(batch, out.text))
         nfe += sum(out.nfe)
-    return {"exact_match": right / len(samples), "nfe": nfe / len(samples)}
+    return {"exact_match": correct / len(samples), "nfe": nfe / len(samples)}
 
 
 def choose_threshold(rows: dict[float, dict[str, float]]) -> float:
-    """The threshold with the fewest forwards among those at most a point of exact match below the best (ties: the
-    highest)."""
+    """The threshold with the fewest forwards whose exact match is at most one point below the best one.
+
+    Ties go to the highest threshold.
+    """
     best = max(row["exact_match"] for row in rows.values())
     good = [value for value, row in rows.items() if row["exact_match"] >= best - 0.01 - 1e-9]
     return min(good, key=lambda value: (rows[value]["nfe"], -value))
@@ -248,18 +275,27 @@ def train(
     wrong_weight: float = 1.0,
     seed: int = 0,
 ) -> tuple[Head, dict[str, Any]]:
-    """A trained head with its threshold, and what was measured: per round, on prompts that it did not train on.
+    """A trained head with its threshold, and a report of what was measured on prompts that are kept from training.
 
     Args:
-        model: from `dlm_fast.load`, of full visibility, with a tokenizer. kind: "filter" or "commit". trained_on: its
-            name.
-        tasks: to draw prompts from, default all. prompts: how many, a quarter of them kept from training.
-        rounds: 1: states of full decodes alone; 2: also those that the head visits. steps: of AdamW, each with `batch`
-            states.
-        wrong_weight: what writing a token that is not final costs more than not writing one that is.
+        model: a model from `dlm_fast.load`, of full visibility and with a tokenizer.
+        kind: kind of the head, "filter" or "commit".
+        trained_on: name of the model, for the head's file.
+        tasks: names of the tasks that prompts are drawn from; None = all tasks.
+        block_length: block length with which the head decodes.
+        max_new_tokens: response tokens of each prompt.
+        prompts: number of prompts, of which a quarter is kept from training.
+        width: size of the head's hidden layer.
+        rounds: number of rounds; 1 = states of full decodes alone, 2 = also the states that the head visits.
+        steps: optimizer steps of a round.
+        batch: states in an optimizer step.
+        learning_rate: rate of the first step.
+        wrong_weight: how many times more it costs to write a token that is not final than to leave out a final one.
+        seed: random seed of prompts, weights and batches.
     Raises:
-        ValueError: an argument out of range, by name.
+        ValueError: an argument is out of range. The message names the argument.
     """
+    # 1. Check the arguments.
     if kind not in KINDS:
         raise ValueError(f"training: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
     if prompts < 8:
@@ -275,10 +311,12 @@ def train(
             raise ValueError(f"training: {name} must be at least 1, got {name}={value}")
     if not wrong_weight > 0:
         raise ValueError(f"training: wrong_weight must be above 0, got wrong_weight={wrong_weight}")
+
+    # 2. Draw prompts, and keep some from training.
     samples = draw_prompts(list(TASKS) if tasks is None else tasks, prompts, seed)
-    kept = random.Random(f"policy check {seed}").sample(range(prompts), max(1, int(CHECK * prompts)))
-    held = [samples[i] for i in sorted(kept)]
-    trained = [samples[i] for i in range(prompts) if i not in set(kept)]
+    check_indices = random.Random(f"policy check {seed}").sample(range(prompts), max(1, int(CHECK * prompts)))
+    check_samples = [samples[i] for i in sorted(check_indices)]
+    training_samples = [samples[i] for i in range(prompts) if i not in set(check_indices)]
     common = {"max_new_tokens": max_new_tokens, "block_length": block_length}
     optimizer = {
         "steps": steps,
@@ -287,35 +325,40 @@ def train(
         "wrong_weight": wrong_weight,
         "seed": seed,
     }
+
+    # 3. Train a new head in every round, on the states of all rounds so far.
     fulls: dict[str, Full] = {}
     report: dict[str, Any] = {"kind": kind, "rounds": []}
     states: list[States] = []
-    check: list[States] = []
+    check_states: list[States] = []
     head: Head | None = None
     for _ in range(rounds):
-        states.append(record(model, trained, head=head, fulls=fulls, **common))
-        check.append(record(model, held, head=head, fulls=fulls, **common))
+        states.append(record(model, training_samples, head=head, fulls=fulls, **common))
+        check_states.append(record(model, check_samples, head=head, fulls=fulls, **common))
         head = new_head(kind, block_length, width, trained_on, seed, steps)
         losses = fit(head, joined(states), **optimizer)
         last = sum(losses[-20:]) / len(losses[-20:])
         report["rounds"].append({"states": len(states[-1]), "first_loss": losses[0], "last_loss": last})
+
+    # 4. Choose the threshold, and measure the head beside two other decoders.
     by_threshold = {
-        v: quality(model, held, preset=PRESETS[kind], head=head, accept_threshold=v, **common) for v in THRESHOLDS
+        v: quality(model, check_samples, preset=PRESETS[kind], head=head, accept_threshold=v, **common)
+        for v in THRESHOLDS
     }
     head.accept_threshold = choose_threshold(by_threshold)
     report |= {"threshold": head.accept_threshold, "by_threshold": by_threshold}
-    report["check"] = [accuracy(head, s, head.accept_threshold) for s in check]
-    kept_fulls = [fulls[sample.prompt] for sample in held]
+    report["check"] = [accuracy(head, s, head.accept_threshold) for s in check_states]
+    check_fulls = [fulls[sample.prompt] for sample in check_samples]
     report["one token per step"] = {
-        "exact_match": sum(full.right for full in kept_fulls) / len(held),
-        "nfe": sum(full.nfe for full in kept_fulls) / len(held),
-    }  # fmt: skip
-    report["fast-dllm 0.9"] = quality(model, held, preset="fast-dllm", **common)
+        "exact_match": sum(full.right for full in check_fulls) / len(check_samples),
+        "nfe": sum(full.nfe for full in check_fulls) / len(check_samples),
+    }
+    report["fast-dllm 0.9"] = quality(model, check_samples, preset="fast-dllm", **common)
     return head, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m dlm_fast.training policy`."""
+    """Adds the options of `python -m dlm_fast.training policy`."""
     parser.add_argument(
         "--kind", choices=sorted(KINDS), required=True, help="filter: of learn2pd; commit: of learned-commit"
     )
@@ -344,20 +387,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains a head, writes its file, and prints what was measured; the last line is JSON."""
+    """Runs `python -m dlm_fast.training policy`: trains a head, writes its file, and prints a report.
+
+    The last line is the report as JSON.
+    """
+    # 1. Train, and write the file.
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
-    model = dlm_fast.load(args.model)
+    model = load(args.model)
     names = ("tasks", "block_length", "max_new_tokens", "prompts", "width", "rounds", "steps", "batch", "learning_rate")
     options = {name: getattr(args, name) for name in (*names, "wrong_weight", "seed")}
     head, report = train(model, args.kind, trained_on=Path(args.model).name, **options)
     save_head(head, args.out)
+
+    # 2. Print the report.
     for number, row in enumerate(report["rounds"], 1):
         print(f"round {number}: {row['states']} states more, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}")
     for where, a in zip(("full decodes", *("its own path",) * args.rounds), report["check"]):
         print(
-            f"kept prompts, {where}: precision {a['precision']:.4f}, recall {a['recall']:.4f} (final "
-            f"{a['base_rate']:.3f}), "
+            f"kept prompts, {where}: precision {a['precision']:.4f}, recall {a['recall']:.4f} "
+            f"(final {a['base_rate']:.3f}), "
             f"loss {a['loss']:.4f} (of always saying that share {a['base_loss']:.4f})"
         )
     for value, row in report["by_threshold"].items():

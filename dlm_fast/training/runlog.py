@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line every few steps, means since the line before."""
+"""The log of a run: one JSON line every few steps, with the means since the line before."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from .masking import Masked
 
 
 class RunLog:
-    """Sums of a run between two lines. tasks: names that Masked.task counts; with none, accuracy is one number.
+    """The log of a distillation, with sums that collect what happens between two lines.
 
-    A line has step, seconds, tokens (canvas positions so far), loss, accuracy (share of masked answer tokens, up to and
-    with the first EOS, whose top token is right; "all" and by task) and, where there is a teacher, agreement (share of
-    masked tokens on which student and teacher have the same top token).
+    A line has these entries:
+
+        step       number of the step
+        seconds    duration of the run so far
+        tokens     canvas positions so far
+        loss       mean loss
+        accuracy   share of masked answer tokens, the first EOS included, whose most likely token is correct: one
+                   number, or "all" and one number per task
+        agreement  share of masked tokens on which student and teacher have one most likely token, if there is a teacher
+
+    Args:
+        path: the file.
+        tasks: names of the tasks, which `Masked.task` is an index into.
     """
 
     def __init__(self, path: Path, tasks: tuple[str, ...]) -> None:
@@ -26,31 +36,31 @@ class RunLog:
 
     def _reset(self) -> None:
         self._loss, self._steps, self._agreed, self._masked = 0.0, 0, 0.0, 0
-        # Row 0: masked answer tokens, row 1: those that are right. Column 0: all tasks, then one a task.
+        # Row 0 counts masked answer tokens, and row 1 counts correct ones. Column 0 is for all tasks, the others for one.
         self._right = torch.zeros(2, 1 + len(self.tasks))
 
     def add_step(self, loss: float) -> None:
-        """Counts an optimizer step."""
+        """Adds the loss of an optimizer step."""
         self._loss += loss
         self._steps += 1
 
     def add_tokens(self, batch: Masked, student: Tensor, teacher: Tensor | None) -> None:
-        """Counts a batch's masked tokens, from their logits [N, V]."""
+        """Counts a batch's masked tokens, from the logits [N, V] that predict them."""
         top = student.argmax(-1)
-        right = (top == batch.targets)[batch.in_answer].float().cpu()
+        is_correct = (top == batch.targets)[batch.in_answer].float().cpu()
         column = batch.task[batch.in_answer].cpu() + 1
-        self._right[:, 0] += torch.tensor([len(right), right.sum()])
-        named = (column > 0).float()  # a sample without a task counts in "all" alone
-        self._right[0].index_add_(0, column, named)
-        self._right[1].index_add_(0, column, right * named)
+        self._right[:, 0] += torch.tensor([len(is_correct), is_correct.sum()])
+        has_task = (column > 0).float()  # a sample without a task counts for all tasks only
+        self._right[0].index_add_(0, column, has_task)
+        self._right[1].index_add_(0, column, is_correct * has_task)
         if teacher is not None:
             self._agreed += (top == teacher.argmax(-1)).sum().item()
             self._masked += len(top)
 
     def write(self, *, step: int, seconds: float, tokens: int, to_disk: bool = True) -> dict[str, Any]:
         """Appends a line, starts new sums, and returns the line's record."""
-        count, right = self._right
-        accuracy = [round(value, 4) for value in (right / count.clamp(min=1)).tolist()]
+        count, correct = self._right
+        accuracy = [round(value, 4) for value in (correct / count.clamp(min=1)).tolist()]
         by_task = {"all": accuracy[0]} | {name: accuracy[i] for i, name in enumerate(self.tasks, 1) if count[i]}
         record: dict[str, Any] = {
             "step": step,
@@ -68,16 +78,16 @@ class RunLog:
         return record
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of later steps: a run that goes on from a checkpoint makes them again."""
+        """Drops the lines of later steps, since a run that goes on from a checkpoint writes these lines again."""
         forget_after(self.path, step)
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drops the lines of a log that are of later steps, and a last one that was cut off."""
+    """Drops a log's lines of steps later than `step`, and a last line that was cut off."""
     if not path.exists():
         return
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
-    del last  # what follows the last line's end: nothing, or a line that was never finished
+    *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
+    del unfinished  # what follows the end of the last line: nothing, or a line that was cut off
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
     partial.replace(path)

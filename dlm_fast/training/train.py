@@ -1,7 +1,8 @@
-"""Pretrains a tiny full-attention model on a CPU in about an hour: Muon and AdamW, constant rate then linear to zero.
+"""Pretrains a tiny full-attention model on a CPU, in about an hour.
 
-The block-causal objective gets several times as many predictions out of a forward, so it comes first; then the model is
-taught to see the whole canvas. Masks alone make the difference: the weights are one network's.
+The optimizers are Muon and AdamW, at a constant rate that then falls linearly to zero. The block-causal objective comes
+first, because a forward makes several times as many predictions with this objective; then the model learns to see the
+whole canvas. Both objectives train one network, and only the masks are different.
 """
 
 from __future__ import annotations
@@ -20,26 +21,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dlm_fast.training import checkpoint
-from dlm_fast.training.objectives import Batch, BlockCausalBatches, FullBatches
-from dlm_fast.training.optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
-from dlm_fast.training.runlog import forget_after
-
 from ..tiny.data import TASK_NAMES, SampleStream, add_weights
 from ..tiny.model import build_model, export
+from . import checkpoint
+from .objectives import Batch, BlockCausalBatches, FullBatches
+from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
+from .runlog import forget_after
 
+# The settings that a resumed run may change.
 FREE = {"out", "threads", "minutes", "checkpoint_minutes", "log_every", "resume"}
 
 
 @dataclass
 class Settings:
-    """Everything that decides the trained weights, and where they go.
+    """Everything that decides the trained weights, and where the weights go.
 
-    The learning rate is constant after `warmup` steps, then falls linearly to 0 over the last `decay` share of `steps`.
-    `minutes` stops a run early with a checkpoint and leaves the schedule alone. The first `block_causal` share of the
-    steps trains the block-causal objective, the others full attention, of which `prompt_isolated` hides the response
-    from the prompt. The bf16 and compiled variants round differently, so a run is reproducible only with the same
-    settings and thread count.
+    Runs in bf16 and compiled runs round differently, so two runs end with equal weights only if their settings and
+    their numbers of threads are equal.
+
+    Attributes:
+        out: folder for checkpoint, log and trained model.
+        prompt_isolated: whether the prompt does not see the response, in the full-attention objective.
+        steps: number of optimizer steps in the schedule.
+        block_causal: share of the steps, the first ones, that train the block-causal objective.
+        seed: random seed of weights, samples and masks.
+        tokens_per_step: positions in a batch.
+        muon_lr: peak rate of Muon, which trains the hidden matrices.
+        adam_lr: peak rate of AdamW, which trains everything else.
+        warmup: steps over which the rate rises.
+        decay: share of the steps, the last ones, over which the rate falls linearly to 0.
+        bf16: whether forwards run under bf16 autocast.
+        compile: whether the model is compiled.
+        threads: number of CPU threads.
+        minutes: time after which the run stops with a checkpoint, without a change of the schedule; None = never.
+        checkpoint_minutes: time between checkpoints.
+        log_every: steps between lines of the log.
+        resume: whether the run continues from the checkpoint in `out`.
+        easy: share of easy samples, in tasks that have easy samples.
+        weights: shares of tasks, in place of the tasks' own shares.
     """
 
     out: Path
@@ -76,26 +95,28 @@ class Settings:
             raise ValueError(f"training: block_causal must be in [0, 1], got block_causal={self.block_causal}")
 
     def fixed(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it continues; the rest is where it runs, how often it reports and
-        when it stops."""
+        """The settings that a resumed run must share with the run that it continues.
+
+        The other settings say where a run computes, how often the run reports, and when the run stops.
+        """
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE}
 
     @property
     def block_causal_steps(self) -> int:
-        """Steps of the block-causal objective, which come first."""
+        """Number of steps of the block-causal objective, which come first."""
         return round(self.block_causal * self.steps)
 
 
 def token_losses(model: nn.Module, batch: Batch, *, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted mean loss, and per token the cross-entropy (nats) and whether the top token is right.
+    """The weighted mean loss, the cross-entropy of each token in nats, and whether each most likely token is correct.
 
-    Both per-token results are [B, L] and detached.
+    The last two results are [B, L] and detached.
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
-            # transformers hands a 4-D mask to SDPA untouched; with none, it would mask causally.
+            # transformers hands a 4-D mask to SDPA untouched, and would mask causally without a mask.
             attention_mask=batch.visible,
             use_cache=False,
         ).logits
@@ -107,9 +128,10 @@ def token_losses(model: nn.Module, batch: Batch, *, bf16: bool) -> tuple[Tensor,
 
 
 class Trainer:
-    """One run: model, optimizers, data stream and log."""
+    """One run of a pretraining, with its model, optimizers, data stream and log."""
 
     def __init__(self, settings: Settings):
+        # 1. Model and optimizers.
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.step = 0
@@ -121,16 +143,22 @@ class Trainer:
             adamw={"lr": settings.adam_lr, "betas": (0.9, 0.98), "weight_decay": 0.0},
             muon={"lr": settings.muon_lr, "weight_decay": 0.05},
         )
+
+        # 2. Data.
         self.stream = SampleStream(settings.seed, settings.weights, easy=settings.easy)
         self.batches = {
             "block-causal": BlockCausalBatches(self.stream, settings.tokens_per_step),
             "full": FullBatches(self.stream, settings.tokens_per_step, prompt_isolated=settings.prompt_isolated),
         }
+
+        # 3. The checkpoint, which a resumed run needs and another run must not have.
         self.checkpoint_path = settings.out / CHECKPOINT_NAME
         if settings.resume:
             self._load()
         elif self.checkpoint_path.exists():
             raise FileExistsError(f"training: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
+
+        # 4. The loss, and its sums for the log.
         self._losses: Callable = token_losses
         if settings.compile:
             self._losses = torch.compile(token_losses, dynamic=False)
@@ -156,12 +184,13 @@ class Trainer:
                 "training: out must hold a checkpoint of a pretraining to resume, got another one at "
                 f"{self.checkpoint_path}"
             )
-        theirs = json.loads(metadata["settings"])
-        # A block-causal prompt is isolated anyway: a run forks into its two endings where that objective ends.
-        forks = int(metadata["step"]) <= self.settings.block_causal_steps
+        saved = json.loads(metadata["settings"])
+        # In the block-causal objective every prompt is isolated, so at the end of that objective a run may fork: one
+        # ending has an isolated prompt, and the other has not.
+        may_fork = int(metadata["step"]) <= self.settings.block_causal_steps
         for name, value in self.settings.fixed().items():
-            if theirs.get(name) != value and not (forks and name == "prompt_isolated"):
-                raise ValueError(f"training: {name} must be the checkpoint's, {theirs.get(name)}, got {name}={value}")
+            if saved.get(name) != value and not (may_fork and name == "prompt_isolated"):
+                raise ValueError(f"training: {name} must be the checkpoint's, {saved.get(name)}, got {name}={value}")
         checkpoint.load(self.checkpoint_path, self.model, self.optimizers)
         forget_after(self.settings.out / LOG_NAME, int(metadata["step"]))
         self.step = int(metadata["step"])
@@ -171,36 +200,45 @@ class Trainer:
             self.batches[name].load_state(state)
 
     def train_step(self) -> float:
-        """One optimizer step; returns its loss."""
+        """Makes one optimizer step; returns the loss of the step."""
         settings = self.settings
-        # Masks are seeded by the step, so that resuming needs no generator state.
+
+        # 1. The batch. The step number seeds the masks, so that a resumed run needs no generator's state.
         generator = torch.Generator().manual_seed(settings.seed * SEED_STRIDE + self.step)
         objective = "block-causal" if self.step < settings.block_causal_steps else "full"
         batch = self.batches[objective].next(generator)
+
+        # 2. Learning rates, gradients, and the optimizer step.
         scale = learning_rate_scale(self.step, steps=settings.steps, warmup=settings.warmup, decay=settings.decay)
         for name, peak in (("muon", settings.muon_lr), ("adamw", settings.adam_lr)):
             for group in self.optimizers[name].param_groups:
                 group["lr"] = peak * scale
-        loss, cross_entropy, is_right = self._losses(self.model, batch, bf16=settings.bf16)
+        loss, cross_entropy, is_correct = self._losses(self.model, batch, bf16=settings.bf16)
         loss.backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        self._count(batch, cross_entropy, is_right)
+
+        # 3. Counters.
+        self._count(batch, cross_entropy, is_correct)
         self.step += 1
         value = loss.item()
         self.loss_average = value if self.loss_average is None else 0.98 * self.loss_average + 0.02 * value
         return value
 
-    def _count(self, batch: Batch, cross_entropy: Tensor, is_right: Tensor) -> None:
-        # Tokens of full weight only: filler and hopelessly early tokens would hide the rest.
+    def _count(self, batch: Batch, cross_entropy: Tensor, is_correct: Tensor) -> None:
+        """Adds the tokens of full weight to the sums of the log.
+
+        The other tokens, which are filler or come far too early, would hide these tokens.
+        """
         counted = batch.weight == 1
         task = batch.task[counted]
-        for row, values in enumerate((torch.ones_like(cross_entropy), cross_entropy, is_right.float())):
+        for row, values in enumerate((torch.ones_like(cross_entropy), cross_entropy, is_correct.float())):
             self._task_sums[row].index_add_(0, task, values[counted])
 
     def _log(self, seconds: float) -> None:
-        count, cross_entropy, right = self._task_sums / self._task_sums[0].clamp(min=1)
+        """Appends a line to the log, and starts new sums."""
+        count, cross_entropy, correct = self._task_sums / self._task_sums[0].clamp(min=1)
         record = {
             "step": self.step,
             "seconds": round(seconds, 1),
@@ -208,14 +246,17 @@ class Trainer:
             "cross_entropy": {
                 name: round(cross_entropy[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]
             },
-            "accuracy": {name: round(right[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]},
+            "accuracy": {
+                name: round(correct[i].item(), 4) for i, name in enumerate(TASK_NAMES) if self._task_sums[0, i]
+            },
         }
         self._task_sums.zero_()
         with open(self.settings.out / LOG_NAME, "a") as log:
             log.write(json.dumps(record) + "\n")
 
     def run(self) -> None:
-        """Trains to `steps` or for `minutes`, checkpointing; exports the model when the steps are done."""
+        """Trains to `steps` or for `minutes` with checkpoints, and exports the model after the last step."""
+        # 1. Train.
         settings = self.settings
         settings.out.mkdir(parents=True, exist_ok=True)
         started = last_saved = time.monotonic()
@@ -232,13 +273,15 @@ class Trainer:
                     last_saved = now
                 if settings.minutes is not None and now - started > 60 * settings.minutes:
                     break
+
+        # 2. Write the last checkpoint, and the model once it is trained.
         self.save()
         if self.step >= settings.steps:
             export(self.model, settings.out)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m dlm_fast.training pretrain`."""
+    """Adds the options of `python -m dlm_fast.training pretrain`."""
     add, default = parser.add_argument, Settings
     add("--out", type=Path, required=True, help="folder for checkpoint, log and trained model")
     add("--prompt-isolated", action="store_true", help="the prompt does not see the response")
@@ -267,11 +310,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(values: argparse.Namespace) -> Settings:
-    """Settings from parsed arguments."""
-    given = {field.name: getattr(values, field.name) for field in dataclasses.fields(Settings)}
-    return Settings(**given | {"weights": dict(values.weights)})
+    """The settings of parsed arguments."""
+    options = {field.name: getattr(values, field.name) for field in dataclasses.fields(Settings)}
+    return Settings(**options | {"weights": dict(values.weights)})
 
 
 def run(values: argparse.Namespace) -> None:
-    """`python -m dlm_fast.training pretrain`."""
+    """Runs `python -m dlm_fast.training pretrain`."""
     Trainer(settings_of(values)).run()

@@ -1,7 +1,7 @@
-"""The order in which a teacher fills its answers, one token a step, added to a data file for the objective
-"trajectory".
+"""Adds to a data file the order in which a teacher fills its answers, for the objective "trajectory".
 
-Pseudo-trajectories (d3LLM): the masks of a training canvas follow that order, on the data's own answer.
+The teacher writes one token per step. In a pseudo-trajectory (d3LLM) the masks of a training canvas follow the
+teacher's order, while the answer is the data's.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from .dataset import CanvasShape, Dataset, read_dataset
 
 
 def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, batch_size: int) -> list[list[int]]:
-    """For each sample, the denoise step at which the teacher wrote each position of the whole blocks that hold the
-    answer.
+    """For each sample, the denoise step at which the teacher wrote each position.
 
-    The teacher (from `dlm_fast.load`) writes its own answer, one token a step, block by block; it does not stop at an
-    EOS, since the data's answer may be longer than its own.
+    The positions are those of the whole blocks that hold the sample's answer. The teacher, a model from
+    `dlm_fast.load`, writes an answer of its own block by block, one token per step. The teacher does not stop at an
+    EOS, since the sample's answer may be longer than the teacher's.
     """
-    one_a_step: dict[str, Any] = {"preset": "sdar", "steps_per_block": block_length}
+    # 1. A decoder of one token per step.
+    decoder: dict[str, Any] = {"preset": "sdar", "steps_per_block": block_length}
     if handle_of(model).diffusion.visibility == "full":
-        one_a_step |= {"preset": "llada", "block_length": block_length}
+        decoder |= {"preset": "llada", "block_length": block_length}
+
+    # 2. Decode in batches of similar lengths.
     orders: list[list[int]] = [[] for _ in dataset.samples]
     by_length = sorted(
         range(len(dataset.samples)), key=lambda i: len(dataset.samples[i].prompt) + len(dataset.samples[i].answer)
@@ -38,8 +41,10 @@ def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, bat
     for begin in tqdm(range(0, len(by_length), batch_size), desc="trajectories", mininterval=5):
         chosen = by_length[begin : begin + batch_size]
         samples = [dataset.samples[i] for i in chosen]
-        new = [block_length * math.ceil(len(sample.answer) / block_length) for sample in samples]
-        out = generate(model, [sample.prompt for sample in samples], max_new_tokens=new, eos_token_ids=[], **one_a_step)
+        max_new = [block_length * math.ceil(len(sample.answer) / block_length) for sample in samples]
+        out = generate(
+            model, [sample.prompt for sample in samples], max_new_tokens=max_new, eos_token_ids=[], **decoder
+        )
         for i, sample, steps in zip(chosen, samples, out.unmask_step):
             orders[i] = steps[len(sample.prompt) :].tolist()
     return orders
@@ -55,7 +60,7 @@ def write_orders(
     batch_size: int = 32,
     device: str | None = None,
 ) -> None:
-    """Copies the JSON lines of `data` to `out`, each with its "order". Raises DatasetError as `read_dataset` does."""
+    """Copies the JSON lines of `data` to `out`, each with an "order". Raises DatasetError as `read_dataset` does."""
     teacher = load(model, device=device)
     handle = handle_of(teacher)
     shape = CanvasShape(block_length, False, max_length, 0.0)
@@ -69,7 +74,7 @@ def write_orders(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m dlm_fast.training trajectories`."""
+    """Adds the options of `python -m dlm_fast.training trajectories`."""
     parser.add_argument("--model", required=True, help="checkpoint folder of the teacher")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines of prompt and answer")
     parser.add_argument("--out", type=Path, required=True, help="file to write: the same lines, each with its order")
@@ -80,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(values: argparse.Namespace) -> None:
-    """`python -m dlm_fast.training trajectories`."""
+    """Runs `python -m dlm_fast.training trajectories`."""
     write_orders(
         values.model, values.data, values.out, block_length=values.block_length, max_length=values.max_length,
         batch_size=values.batch_size, device=values.device,

@@ -1,8 +1,8 @@
-"""Who sees whom in training: the decoders' predicate on the decoders' block ids, as a dense mask and for FlexAttention.
+"""Who sees whom in training: the predicate and the block ids of the decoders, as a dense mask and for FlexAttention.
 
-One function, `sees`, is the predicate that `dlm_kernels.block_attention` applies inside its window (see
-`dlm_kernels.Window`, modes "full" and "block"); everything else here brings it into the form that an attention
-implementation of transformers takes.
+The function `sees` is the predicate that `dlm_kernels.block_attention` applies inside its window (see
+`dlm_kernels.Window`, modes "full" and "block"). The other functions bring this predicate into the form that an
+attention implementation of transformers takes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ IMPLEMENTATIONS = ("sdpa", "flex_attention")
 
 
 def sees(query_block: Tensor, key_block: Tensor, mode: str) -> Tensor:
-    """Whether a query sees a key, from their block ids (integers that broadcast; -1 = padding, which neither sees nor
-    is seen).
+    """Whether a query sees a key, from the block ids of both.
 
-    mode: "full": every position sees every position. "block": its own block and those before it. With a prompt of two
+    Block ids are integers that broadcast; -1 is padding, which neither sees nor is seen. In mode "full" every position
+    sees every position. In mode "block" a position sees its own block and all earlier blocks. With a prompt of two
     tokens and blocks of two:
 
         keys       0 0 1 1 2 2
@@ -30,30 +30,32 @@ def sees(query_block: Tensor, key_block: Tensor, mode: str) -> Tensor:
         query 1    1 1 1 1 0 0
         query 2    1 1 1 1 1 1
     """
-    live = (query_block >= 0) & (key_block >= 0)
+    are_real = (query_block >= 0) & (key_block >= 0)
     if mode == "full":
-        return live
+        return are_real
     if mode == "block":
-        return live & (key_block <= query_block)
+        return are_real & (key_block <= query_block)
     raise ValueError(f"training: visibility must be full or block, got {mode!r}")
 
 
 def block_labels(prompt_lengths: Tensor, lengths: Tensor, width: int, diffusion: DiffusionConfig) -> tuple[Tensor, str]:
-    """Block id of every position of a batch of canvases, [B, width] int32, and the mode of `sees` that goes with them.
+    """The block id of every position of a batch of canvases, [B, width] int32, and the mode of `sees` for these ids.
 
-    They are those a decoder of `diffusion` gives them. "rel": the prompt is block 0, the response is cut into blocks 1,
-    2, ... from its own start. "abs": blocks are cut from position 0 and number from 1, the prompt in them. A model that
-    sees all has no blocks, its positions are all 0; if its prompt is isolated the response is block 1. Positions from
-    `lengths` [B] on are padding, -1.
+    A decoder of `diffusion` gives the same ids. Positions from `lengths` [B] on are padding and have the id -1. The
+    other ids depend on the model:
+
+        "rel"            0 in the prompt; the response is cut from its own start into blocks 1, 2, ...
+        "abs"            prompt and response are cut from position 0 into blocks 1, 2, ...
+        full visibility  0 everywhere, since there are no blocks; with an isolated prompt, 1 in the response
     """
-    live = torch.arange(width, device=lengths.device) < lengths[:, None]
+    is_real = torch.arange(width, device=lengths.device) < lengths[:, None]
     window = plain_window(
         diffusion.plain_mode,
-        tuple(live.shape),
-        live.device,
+        tuple(is_real.shape),
+        is_real.device,
         diffusion=diffusion,
         input_ids=None,
-        attention_mask=live,
+        attention_mask=is_real,
         position_ids=None,
         prompt_lengths=None if diffusion.plain_mode == "full" else prompt_lengths,
     )
@@ -61,10 +63,9 @@ def block_labels(prompt_lengths: Tensor, lengths: Tensor, width: int, diffusion:
 
 
 def dense_mask(blocks: Tensor, mode: str) -> Tensor:
-    """The predicate as [B, 1, L, L] bool, True where the query (dim 2) may attend to the key (dim 3), from block ids
-    [B, L].
+    """[B, 1, L, L] bool: the predicate for block ids [B, L], True where the query (dim 2) may see the key (dim 3).
 
-    Padding sees itself, for a softmax over no keys would give NaN; nothing reads what it computes.
+    A position of padding sees itself, since a softmax over no keys would give NaN. Nothing reads the result there.
     """
     visible = sees(blocks[:, :, None], blocks[:, None, :], mode)
     padding = (blocks < 0)[:, :, None] & torch.eye(blocks.shape[1], dtype=torch.bool, device=blocks.device)
@@ -72,7 +73,7 @@ def dense_mask(blocks: Tensor, mode: str) -> Tensor:
 
 
 def mask_mod(blocks: Tensor, mode: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The predicate as FlexAttention asks for it: a function of (row, head, query, key) indices."""
+    """The predicate in the form that FlexAttention asks for, a function of the indices (row, head, query, key)."""
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return sees(blocks[row, query], blocks[row, key], mode)
@@ -81,11 +82,10 @@ def mask_mod(blocks: Tensor, mode: str) -> Callable[[Tensor, Tensor, Tensor, Ten
 
 
 def attention_mask(blocks: Tensor, mode: str, implementation: str):
-    """What a transformers model with this attention implementation takes as `attention_mask`, and hands through
-    untouched.
+    """The mask that a transformers model with this attention implementation takes as `attention_mask`.
 
     Returns:
-        "sdpa": the dense mask. "flex_attention": a BlockMask [B, 1, L, L]; there padding gets zeros.
+        For "sdpa" the dense mask; for "flex_attention" a BlockMask [B, 1, L, L], with which padding gets zeros.
     """
     if implementation == "sdpa":
         return dense_mask(blocks, mode)
