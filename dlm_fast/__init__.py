@@ -11,8 +11,8 @@ import importlib.util as _util
 import sys as _sys
 from pathlib import Path as _Path
 
-# In a checkout, the kernels that lie beside this package are the ones that belong to it: a bare checkout runs, and a
-# stale installed copy is never mixed with it. kernels/ itself must not become a package: see dlm_kernels/__init__.py.
+# A checkout uses the kernels that lie beside this package, so that a bare checkout runs, and no stale installed copy of
+# the kernels is used. The folder kernels/ must not become a package, for the reason in dlm_kernels/__init__.py.
 _sibling = _Path(__file__).resolve().parent.parent / "kernels" / "dlm_kernels" / "__init__.py"
 if "dlm_kernels" not in _sys.modules and _sibling.is_file():
     _spec = _util.spec_from_file_location("dlm_kernels", _sibling, submodule_search_locations=[str(_sibling.parent)])

@@ -44,7 +44,9 @@ class DecodeError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
-    """What was decoded and what it cost. Every list has one entry per prompt, in the order of the prompts.
+    """What a call of `generate` decoded, and what the decode cost.
+
+    Every list has one entry per prompt, in the order of the prompts.
 
     Attributes:
         sequences: generated token ids, 1-D int64, up to and without the first EOS, or the first special token that is a
@@ -127,8 +129,8 @@ def generate(
         preset: the decoder: a name of `dlm_fast.PRESETS`, or a `Preset`. Default: "llada" for a model of full
             visibility, "sdar" for a block-causal one.
         policy: what modifies the preset's rule: a function `(view, choice) -> choice`, which may also return the
-            positions to write or a score; or a `dlm_fast.policies.Policy`; or a list of functions and policies. They
-            act after the preset's own policies.
+            positions to write or a score; or a `dlm_fast.policies.Policy`; or a list of functions and policies. The
+            policies of the call act after the preset's own policies.
         max_new_tokens: number of masks behind a prompt, for all rows or one number per row. Default: 128. Refused
             beside `canvas`, which says itself where tokens are wanted.
         min_new_tokens: number of response tokens before which no EOS is drawn, for all rows or one number per row.

@@ -141,12 +141,12 @@ def _resume(partial: Path, header: dict[str, Any]) -> int:
         whole_lines.append(raw)
     if not whole_lines:
         return -1
-    found = json.loads(whole_lines[0])
-    if found != header:
-        differs = sorted(k for k in {**found, **header} if found.get(k) != header.get(k))
+    saved_header = json.loads(whole_lines[0])
+    if saved_header != header:
+        differences = sorted(k for k in {**saved_header, **header} if saved_header.get(k) != header.get(k))
         raise JobError(
-            f"{partial} is from a run with other {', '.join(differs)}; use the same settings, or --restart to discard "
-            "it"
+            f"{partial} is from a run with other {', '.join(differences)}; use the same settings, or --restart to "
+            "discard it"
         )
     with partial.open("r+b") as file:
         file.truncate(sum(map(len, whole_lines)))
@@ -199,20 +199,20 @@ def run(
     digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
     header = json.loads(json.dumps({"input": digest, "settings": settings, **(source or {})}))
     _check_draws(model, records, settings)
-    done = -1
+    finished_lines = -1
     if partial.exists() and not restart:
-        done = _resume(partial, header)
-    resumed = max(done, 0)
+        finished_lines = _resume(partial, header)
+    resumed = max(finished_lines, 0)
 
     # 2. Decode batch after batch into the partial file. A batch holds prompts only or canvases only.
-    with partial.open("wb" if done < 0 else "ab") as file:
+    with partial.open("wb" if finished_lines < 0 else "ab") as file:
 
         def write(lines: list[dict[str, Any]]) -> None:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
 
-        if done < 0:
+        if finished_lines < 0:
             write([header])
         progress(resumed, len(records))
         start = resumed

@@ -45,7 +45,7 @@ def weight_files(path: Path) -> list[Path]:
 
     A shard must lie in the folder itself.
     """
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    single_file, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -54,19 +54,19 @@ def weight_files(path: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"load: {index} is not a safetensors index: {error!r}") from error
         return [path / name for name in sorted(names)]
-    if single.is_file():
-        return [single]
-    found = ""
-    others = sorted(p.name for p in path.glob("*.safetensors"))
+    if single_file.is_file():
+        return [single_file]
+    hint = ""
+    other_files = sorted(p.name for p in path.glob("*.safetensors"))
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
-    if others:
-        found = (
-            f"; it has {', '.join(others)}, and weights are model.safetensors, or shards with a "
+    if other_files:
+        hint = (
+            f"; it has {', '.join(other_files)}, and weights are model.safetensors, or shards with a "
             "model.safetensors.index.json"
         )
     elif pickles:
-        found = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
-    raise CheckpointError(f"load: {path} has no *.safetensors weights{found}")
+        hint = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
+    raise CheckpointError(f"load: {path} has no *.safetensors weights{hint}")
 
 
 def stored_dtypes(files: list[Path]) -> dict[str, str]:
@@ -81,15 +81,15 @@ def stored_dtypes(files: list[Path]) -> dict[str, str]:
                 raise FileNotFoundError("no such file")
             # Opening checks the header, and checks that the file is exactly as long as the header says.
             with safe_open(file, framework="pt") as weights:
-                found = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+                file_dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
-        twice = sorted(found.keys() & dtypes.keys())
-        if twice:
+        duplicates = sorted(file_dtypes.keys() & dtypes.keys())
+        if duplicates:
             raise CheckpointError(
-                f"load: {file} holds tensors that another file of {file.parent} holds too: {twice[:8]}"
+                f"load: {file} holds tensors that another file of {file.parent} holds too: {duplicates[:8]}"
             )
-        dtypes |= found
+        dtypes |= file_dtypes
     return dtypes
 
 
@@ -109,11 +109,11 @@ def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
 
     Raises CheckpointError if a tensor is stored in another dtype.
     """
-    wrong = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
-    if wrong:
+    wrong_dtypes = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
+    if wrong_dtypes:
         raise CheckpointError(
-            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong[:4])} "
-            f"({len(wrong)} of {len(dtypes)}); quantised weights are not converted"
+            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong_dtypes[:4])} "
+            f"({len(wrong_dtypes)} of {len(dtypes)}); quantised weights are not converted"
         )
     # Old checkpoints store the rotary frequencies, which are no weights: transformers computes them.
     return {
@@ -279,7 +279,7 @@ def load(
             state_dict=weights,
             dtype=torch.promote_types(dtype, torch.float32) if adapter else dtype,
             attn_implementation="sdpa",  # config.json may name a kernel of the Hub, which would be downloaded and run
-            ignore_mismatched_sizes=True,  # an error below names them, in place of a table on stderr
+            ignore_mismatched_sizes=True,  # an error below names the tensors, in place of a table on stderr
             output_loading_info=True,
         )
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

@@ -29,33 +29,33 @@ class Row:
     text: bool = False
 
 
-def read_rows(name: str, given: Any, attention_mask: Any, tokenizer: Any) -> list[Row]:
+def read_rows(name: str, source: Any, attention_mask: Any, tokenizer: Any) -> list[Row]:
     """The rows of `generate`'s argument `name` ("prompts" or "canvas"), in every form that its docstring lists.
 
     Raises ValueError or TypeError, each naming the argument and what was got.
     """
     # 1. A tokenizer's result, or an array of ids.
-    if isinstance(given, Mapping):
-        return _read_encoding(name, given, attention_mask, tokenizer)
-    if _is_array(given):
-        rows = _array_ids(name, given, 1, 2)
-        if given.ndim == 1:
+    if isinstance(source, Mapping):
+        return _read_encoding(name, source, attention_mask, tokenizer)
+    if _is_array(source):
+        rows = _array_ids(name, source, 1, 2)
+        if source.ndim == 1:
             raise ValueError(
                 f"generate: {name} must be a list of {NOUNS[name]}, got one row of token ids; did you mean [{name}]?"
             )
         return _without_pads(name, rows, attention_mask, tokenizer)
 
     # 2. A list of rows, and not one row or one chat.
-    if isinstance(given, (str, bytes, bytearray)):
-        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(given).__name__}")
+    if isinstance(source, (str, bytes, bytearray)):
+        raise ValueError(f"generate: {name} must be a list of {NOUNS[name]}, got a single {type(source).__name__}")
     if (
-        not isinstance(given, Iterable)
-        or isinstance(given, (set, frozenset))
-        or isinstance(given, np.ndarray)
-        and not given.ndim
+        not isinstance(source, Iterable)
+        or isinstance(source, (set, frozenset))
+        or isinstance(source, np.ndarray)
+        and not source.ndim
     ):
-        raise TypeError(f"generate: {name} must be a list of {NOUNS[name]}, got {_got(given)}")
-    items = list(given)
+        raise TypeError(f"generate: {name} must be a list of {NOUNS[name]}, got {_got(source)}")
+    items = list(source)
     if items and all(_is_id(item) or _is_array(item) and item.ndim == 0 for item in items):
         raise ValueError(
             f"generate: {name} must be a list of {NOUNS[name]}, got one list of token ids; did you mean [{name}]?"
@@ -205,9 +205,9 @@ def _unpadded(name: str, rows: list[list[int]], attention_mask: Any) -> list[lis
         )
     stretches = []
     for b, (ids, row) in enumerate(zip(rows, mask)):
-        wrong = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
-        if wrong:
-            raise ValueError(f"generate: attention_mask must hold 0 and 1, got {wrong[0]!r} in row {b}")
+        wrong_values = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
+        if wrong_values:
+            raise ValueError(f"generate: attention_mask must hold 0 and 1, got {wrong_values[0]!r} in row {b}")
         ones = [j for j, value in enumerate(row) if value]
         start, end = (ones[0], ones[-1] + 1) if ones else (0, 0)
         if end - start != len(ones):
@@ -236,10 +236,10 @@ def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
     """A tensor or array of token ids as nested lists; `dims` are the numbers of dimensions that are allowed."""
     dtype = array.dtype
     if isinstance(array, Tensor):
-        whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+        is_whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     else:
-        whole = dtype.kind in "iu"
-    if array.ndim not in dims or not whole:
+        is_whole = dtype.kind in "iu"
+    if array.ndim not in dims or not is_whole:
         shape = " or ".join(f"{dim}-D" for dim in dims)
         raise TypeError(f"generate: {where} must be {shape} token ids, got shape {tuple(array.shape)}, {dtype}")
     return array.tolist()

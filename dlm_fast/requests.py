@@ -69,8 +69,8 @@ def _listed(name: str, what: str, value: Any) -> list:
 def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: bool = True) -> list:
     """One number per row, each at least `low`; with `scalar`, one number for all rows will do too."""
     what = "a whole number" if kind is int else "a number"
-    single = isinstance(value, numbers.Number) or isinstance(value, (Tensor, np.ndarray)) and not value.ndim
-    if single and scalar:
+    is_single = isinstance(value, numbers.Number) or isinstance(value, (Tensor, np.ndarray)) and not value.ndim
+    if is_single and scalar:
         values = [value] * B
     elif isinstance(value, (set, frozenset)):
         raise TypeError(f"generate: {name} must be in the order of the rows, got {name}={value!r}")
@@ -173,9 +173,9 @@ def read(
     for b, (ids, text) in enumerate((row.ids, row.text) for row in rows):
         if not ids:
             _fail(f"{name}[{b}] must have at least one token, got an empty one")
-        wrong = [i for i in ids if not 0 <= i < vocab_size]
-        if wrong:
-            _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {wrong[0]}")
+        wrong_ids = [i for i in ids if not 0 <= i < vocab_size]
+        if wrong_ids:
+            _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {wrong_ids[0]}")
         if canvas is None and mask_id in ids:
             _fail(f"prompts[{b}] must not contain the mask id {mask_id}; to fill masks inside a text use canvas=")
         if canvas is not None and text and mask_id not in ids:

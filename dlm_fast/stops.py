@@ -84,8 +84,8 @@ class StopStrings:
         counts = [
             n for n in range(len(ids) + 1) if not (0 < n < len(ids) and ids[n - 1] in run_ids and ids[n] in run_ids)
         ]
-        found = bisect.bisect_left(counts, True, key=holds)
-        before, count = counts[max(0, found - 1)], counts[found]
+        index = bisect.bisect_left(counts, True, key=holds)
+        before, count = counts[max(0, index - 1)], counts[index]
         # 2. Find a smaller number if the text ends inside a run. Either the run is UTF-8, so that its bytes count, or
         # every byte of the run is a replacement character.
         part = text[len(self.decode(ids[:before])) :]

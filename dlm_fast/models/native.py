@@ -115,9 +115,9 @@ def verify(model: nn.Module) -> None:
     for index, layer in enumerate(layers):
         module = layer.self_attn
         if type(module) is not expected or "forward" in module.__dict__:
-            found = type(module).__name__ + (" with a replaced forward" if "forward" in module.__dict__ else "")
+            replacement = type(module).__name__ + (" with a replaced forward" if "forward" in module.__dict__ else "")
             raise NotImplementedError(
-                f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {found}"
+                f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {replacement}"
             )
         if getattr(module, "sliding_window", None) is not None:
             raise NotImplementedError(
@@ -144,9 +144,10 @@ def altered(model: nn.Module, call: AttentionCall) -> str | None:
     if not missed:
         return None
     where = f"layers {missed[:8]} of {len(layers)}"
-    found = model.config._attn_implementation
-    if found != ATTENTION_NAME:
-        return f"{where}, its attention implementation is {found!r} (set_attn_implementation, or unpatched meanwhile)"
+    implementation = model.config._attn_implementation
+    if implementation != ATTENTION_NAME:
+        reason = "set_attn_implementation, or unpatched meanwhile"
+        return f"{where}, its attention implementation is {implementation!r} ({reason})"
     replaced = [index for index in missed if "forward" in layers[index].self_attn.__dict__]
     return f"{where}, the forward of layer {replaced[0]}'s self_attn was replaced" if replaced else where
 

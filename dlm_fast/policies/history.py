@@ -83,11 +83,13 @@ class ConsistentTrajectory(Policy):
         count = torch.where(last_step, masks_left, torch.minimum(share, masks_left))
 
         listed = view.memory["listed"] & (step > 0)[:, None]
-        best = view.best(count, choice.score)
+        best_lanes = view.best(count, choice.score)
         consistent = view.best(length, choice.score) & listed & (view.greedy == view.memory["predicted"])
-        ignores_list = (step < self.warmup + 1) | last_step | ~(best & listed).any(1) | (consistent.sum(1) < count)
+        ignores_list = (
+            (step < self.warmup + 1) | last_step | ~(best_lanes & listed).any(1) | (consistent.sum(1) < count)
+        )
         candidates = consistent if self.dynamic else view.best(count, choice.score, among=consistent)
-        chosen = torch.where(ignores_list[:, None], best, candidates)
+        chosen = torch.where(ignores_list[:, None], best_lanes, candidates)
 
         view.keep("listed", view.best(length, choice.score, among=view.eligible & ~chosen))
         view.keep("predicted", view.greedy)

@@ -36,8 +36,8 @@ class NearBest(Policy):
         number("policy NearBest", "slack", self.slack, 0)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        best = torch.where(view.eligible, choice.score, -torch.inf).amax(1)
-        return dataclasses.replace(choice, value=torch.minimum(choice.value, best - self.slack))
+        best_score = torch.where(view.eligible, choice.score, -torch.inf).amax(1)
+        return dataclasses.replace(choice, value=torch.minimum(choice.value, best_score - self.slack))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class AdaptiveThreshold(Policy):
         number("policy AdaptiveThreshold", "alpha", self.alpha, 0, 1)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        left = view.eligible.sum(1).float() / view.in_region.sum(1).clamp(min=1).float()
-        return dataclasses.replace(choice, value=choice.value * (1 - self.alpha * (1 - left)))
+        masked_share = view.eligible.sum(1).float() / view.in_region.sum(1).clamp(min=1).float()
+        return dataclasses.replace(choice, value=choice.value * (1 - self.alpha * (1 - masked_share)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ class LocalLeap(Policy):
     def choose(self, view: View, choice: Choice) -> Choice:
         anchors = (view.eligible & (choice.score >= choice.value[:, None])).float()
         reach = min(self.distance, anchors.shape[1])
-        near = F.max_pool1d(anchors[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
-        return dataclasses.replace(choice, value=torch.where(near, self.relaxed_threshold, choice.value[:, None]))
+        is_near = F.max_pool1d(anchors[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0] > 0
+        return dataclasses.replace(choice, value=torch.where(is_near, self.relaxed_threshold, choice.value[:, None]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,16 @@ class CertaintyPrior(Policy):
     def choose(self, view: View, choice: Choice) -> Choice:
         state, L = view.state, view.state.tokens.shape[1]
         decoded = state.tokens != view.setting.mask_id
-        last = decoded.gather(1, (state.canvas_len[:, None] - 1).clamp(min=0).long())
+        last_decoded = decoded.gather(1, (state.canvas_len[:, None] - 1).clamp(min=0).long())
         inside = torch.arange(L, device=decoded.device) < state.canvas_len[:, None]
-        decoded = torch.where(inside, decoded, last).double()
+        decoded = torch.where(inside, decoded, last_decoded).double()
         padded = torch.cat(
-            [torch.ones_like(decoded[:, :1]).expand(-1, self.reach), decoded, last.double().expand(-1, self.reach)], 1
+            [
+                torch.ones_like(decoded[:, :1]).expand(-1, self.reach),
+                decoded,
+                last_decoded.double().expand(-1, self.reach),
+            ],
+            1,
         )
         offset = torch.arange(-self.reach, self.reach + 1, device=decoded.device, dtype=torch.float64)
         weight = torch.exp(-(offset**2) / (2 * float(self.sigma) ** 2))

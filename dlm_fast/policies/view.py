@@ -1,4 +1,4 @@
-"""What a policy sees of a denoise step, and what it decides."""
+"""What a policy sees of a denoise step, and what the policy decides."""
 
 from __future__ import annotations
 

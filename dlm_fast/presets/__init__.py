@@ -55,9 +55,9 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
 
     # 3. Replace the options, and check that the decoder reads every one of them.
     chosen = preset.replace(**{**overrides, "policies": policies})
-    idle = unread(chosen, overrides, preset)
-    if idle:
-        raise ValueError(f"generate: {'; '.join(idle)}")
+    reasons = unread(chosen, overrides, preset)
+    if reasons:
+        raise ValueError(f"generate: {'; '.join(reasons)}")
     return chosen
 
 

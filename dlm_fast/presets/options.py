@@ -66,8 +66,8 @@ def _orders(p: Any) -> bool:
 
 def _falls_back(p: Any) -> bool:
     """Whether it may happen that no position passes the test, so that the order decides what a step writes."""
-    near = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
-    return not (near and p.rule == "threshold" and p.min_unmask == 1)
+    always_passes = any(type(policy) is NearBest and (policy.slack > 0 or p.inclusive) for policy in p.policies)
+    return not (always_passes and p.rule == "threshold" and p.min_unmask == 1)
 
 
 def _draws(p: Any) -> bool:
@@ -87,11 +87,11 @@ def _option_of_cache(name: str, *, drafts: bool = True) -> Reading:
 
     `drafts` says whether these caches read the option with drafts too.
     """
-    serving = f"cache={names(lambda cache: name in cache.reads)}"
+    cache_names = f"cache={names(lambda cache: name in cache.reads)}"
     if drafts:
-        return Reading(lambda p: name in p.operation.reads, serving, ("cache",))
+        return Reading(lambda p: name in p.operation.reads, cache_names, ("cache",))
     return Reading(
-        lambda p: name in p.operation.reads and p.drafts == 1, f"{serving} without drafts", ("cache", "drafts")
+        lambda p: name in p.operation.reads and p.drafts == 1, f"{cache_names} without drafts", ("cache", "drafts")
     )
 
 
@@ -152,7 +152,7 @@ STRUCTURE: dict[str, Reading] = {
         f"a static decoder of one token per step with cache {names(lambda cache: cache.frozen_around)}",
         ("rule", "steps_per_block", "cache"),
     ),
-    # Options of the draws. They count as read without a temperature too, since a temperature is no option of a preset.
+    # Options of the draws count as read without a temperature too, since the temperature is no option of a preset.
     "tempered": Reading(_draws, "decoders that may draw", ("drafts",)),
     "top_k_first": Reading(_draws, "decoders that may draw", ("drafts",)),
     "greedy_filters": Reading(
@@ -303,10 +303,10 @@ def unread(preset: Any, options: Iterable[str], base: Any) -> list[str]:
     numbers: dict[str, Reading] = {}
     for policy in preset.policies:
         part = part_of(policy)
-        idle = part.through and not part.through & rule_options
+        has_no_effect = part.through and not part.through & rule_options
         by_rule = Reading(lambda p: False, f"a decoder whose {' or '.join(sorted(part.through))} decides", ())
         for field in dataclasses.fields(policy):
-            numbers[field.name] = by_rule if idle else part.numbers.get(field.name, ALWAYS)
+            numbers[field.name] = by_rule if has_no_effect else part.numbers.get(field.name, ALWAYS)
 
     # 3. A sentence for every option that nothing reads.
     reasons = []

@@ -80,8 +80,8 @@ def svg(trace: Trace) -> str:
     starts = [0]
     for token in trace.tokens:
         starts.append(starts[-1] + len(token))
-    columns, last = starts[-1], max(trace.steps)
-    width, height = LEFT + columns * CHARACTER + RIGHT, ABOVE + (last + 1) * LINE + BELOW
+    columns, last_step = starts[-1], max(trace.steps)
+    width, height = LEFT + columns * CHARACTER + RIGHT, ABOVE + (last_step + 1) * LINE + BELOW
 
     def x(column: float) -> str:
         return f"{LEFT + column * CHARACTER:.1f}"
@@ -92,18 +92,18 @@ def svg(trace: Trace) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         f"<title>{trace.model}, preset {trace.preset}: {summary}</title>",
-        f"<style>{_style(last + 1)}</style>",
+        f"<style>{_style(last_step + 1)}</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{width - 1:.0f}" height="{height - 1}" rx="8"/>',
         '<text class="dim" x="14" y="28">prompt</text>',
         f'<text class="old" x="{x(0)}" y="28" xml:space="preserve">{escape(trace.prompt)}</text>',
     ]
     # 3. Edges of the blocks, then the steps, then the key.
-    for first in range(0, len(trace.tokens), trace.block_length):
-        left = x(starts[first])
-        lines.append(f'<text class="small" x="{left}" y="56">block {first // trace.block_length + 1}</text>')
-        if first:
+    for first_token in range(0, len(trace.tokens), trace.block_length):
+        left = x(starts[first_token])
+        lines.append(f'<text class="small" x="{left}" y="56">block {first_token // trace.block_length + 1}</text>')
+        if first_token:
             lines.append(f'<line class="edge" x1="{left}" x2="{left}" y1="46" y2="{height - BELOW}"/>')
-    for step in range(last + 1):
+    for step in range(last_step + 1):
         lines += _line(trace, starts, step, x)
     key = f"{summary}   {MASK} a masked token   {END} the end   colour: the step that wrote a token"
     lines += [f'<text class="small" x="14" y="{height - 16}" xml:space="preserve">{escape(key)}</text>', "</svg>", ""]
@@ -115,18 +115,18 @@ def _line(trace: Trace, starts: list[int], step: int, x: Any) -> list[str]:
     top = ABOVE + step * LINE
     base = top + 14
     marks, spans = [], []
-    for first, after, when in _runs(trace.steps, step):
-        run_width = f"{(starts[after] - starts[first]) * CHARACTER:.1f}"
-        tokens = trace.tokens[first:after]
+    for start, after, when in _runs(trace.steps, step):
+        run_width = f"{(starts[after] - starts[start]) * CHARACTER:.1f}"
+        tokens = trace.tokens[start:after]
         # Every run says where it begins and how wide it is, since fonts differ.
-        span = f'x="{x(starts[first])}" textLength="{run_width}"'
+        span = f'x="{x(starts[start])}" textLength="{run_width}"'
         if when > step:
             text = "".join(MASK.center(len(token)) for token in tokens)
             spans.append(f'<tspan class="dim" {span}>{text}</tspan>')
             continue
         is_new = when == step
         y, height = (top - 3, 23) if is_new else (base + 4, 2)
-        place = f'x="{x(starts[first])}" y="{y}" width="{run_width}" height="{height}"'
+        place = f'x="{x(starts[start])}" y="{y}" width="{run_width}" height="{height}"'
         marks.append(f'<rect class="s{when % len(LIGHT)}" {place}/>')
         spans.append(f'<tspan class="{"new" if is_new else "old"}" {span}>{escape("".join(tokens))}</tspan>')
     count = trace.steps.count(step)

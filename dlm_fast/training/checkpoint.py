@@ -48,8 +48,8 @@ def save(
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        kept = "the checkpoint before is intact" if path.exists() else "there is none before it"
-        raise CheckpointWriteError(f"checkpoint: {path} could not be written, {kept}: {error}") from error
+        remainder = "the checkpoint before is intact" if path.exists() else "there is none before it"
+        raise CheckpointWriteError(f"checkpoint: {path} could not be written, {remainder}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

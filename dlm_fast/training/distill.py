@@ -350,8 +350,8 @@ class Distiller:
             "tokens": json.dumps(self.tokens),
             "scaler": json.dumps(scaler.state_dict() if scaler else None),
         }
-        # The parameters are saved, and not the module's state: tied weights are one parameter, and frozen weights lie in
-        # the folder of the model.
+        # The parameters are saved instead of the module's state, since tied weights are one parameter and the folder of
+        # the model has the frozen weights.
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         checkpoint.save(self.checkpoint_path, trained, self.optimizers, metadata)
 

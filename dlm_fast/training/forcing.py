@@ -64,19 +64,19 @@ def block_rates(
     block have rate 0; in a row that is also `fresh`, the blocks after that block have rate 1. The random block is one
     of the first starts[b] blocks, or without `starts` any block.
     """
-    B, most = len(num_blocks), int(num_blocks.max())
-    draw = torch.rand(B, most, generator=generator, dtype=torch.float64)
-    state = torch.rand(B, 3, generator=generator, dtype=torch.float64)
-    first = noise.low + (noise.high - noise.low) * draw[:, :1]
-    step = (noise.high - first) / (num_blocks[:, None] - 1).clamp(min=1)
+    B, max_blocks = len(num_blocks), int(num_blocks.max())
+    draws = torch.rand(B, max_blocks, generator=generator, dtype=torch.float64)
+    row_draws = torch.rand(B, 3, generator=generator, dtype=torch.float64)
+    first_rate = noise.low + (noise.high - noise.low) * draws[:, :1]
+    step = (noise.high - first_rate) / (num_blocks[:, None] - 1).clamp(min=1)
     # The bound holds for real numbers. A sum of rounded steps may exceed the bound by a few ulp, hence the clamp.
-    rates = torch.cat([first, first + (step * draw[:, 1:]).cumsum(1)], 1).clamp(max=noise.high)
-    index = torch.arange(most)
-    current = (state[:, :1] * (num_blocks if starts is None else starts)[:, None]).long()
-    settled = state[:, 1:2] < noise.settled
-    fresh = settled & (state[:, 2:] < noise.fresh)
-    rates = torch.where(settled & (index < current), 0.0, rates)
-    return torch.where(fresh & (index > current), 1.0, rates).float()
+    rates = torch.cat([first_rate, first_rate + (step * draws[:, 1:]).cumsum(1)], 1).clamp(max=noise.high)
+    index = torch.arange(max_blocks)
+    current_block = (row_draws[:, :1] * (num_blocks if starts is None else starts)[:, None]).long()
+    is_settled = row_draws[:, 1:2] < noise.settled
+    is_fresh = is_settled & (row_draws[:, 2:] < noise.fresh)
+    rates = torch.where(is_settled & (index < current_block), 0.0, rates)
+    return torch.where(is_fresh & (index > current_block), 1.0, rates).float()
 
 
 def bernoulli(rates: Tensor, generator: torch.Generator) -> Tensor:

@@ -83,26 +83,26 @@ class Masking:
         place = torch.arange(L)
         answer = (place >= canvases.prompt[:, None]) & (place < canvases.length[:, None])
         block = self._answer_block(canvases, L, progress)
-        last = block.gather(1, canvases.first_eos[:, None])[:, 0]
+        last_block = block.gather(1, canvases.first_eos[:, None])[:, 0]
 
         # 2. D2F: a rate for every block, and one canvas.
         if self.objective == "forcing":
             num_blocks = torch.where(answer, block, 0).amax(1) + 1
-            rates = block_rates(num_blocks, self.noise, generator, starts=last + 1)
+            rates = block_rates(num_blocks, self.noise, generator, starts=last_block + 1)
             rate = rates.gather(1, block.clamp(min=0, max=rates.shape[1] - 1)).where(answer, 0.0)
             return self._pick(canvases, bernoulli(rate, generator), rate, half=None)
 
         # 3. The other objectives: candidates, those that the first half masks, and later masks that do not count.
-        current = (torch.rand(len(block), 1, generator=generator) * (last + 1)[:, None]).long()
+        current_block = (torch.rand(len(block), 1, generator=generator) * (last_block + 1)[:, None]).long()
         if self.objective == "certainty":
             # A row is masked as a whole, or in one block as a decoder would meet the block. In the second case all
             # positions after the block are masks that do not count.
             by_block = torch.rand(len(block), 1, generator=generator) < self.noise.settled
-            candidate = answer & (~by_block | (block == current))
-            later = answer & by_block & (block > current)
+            candidate = answer & (~by_block | (block == current_block))
+            later_masks = answer & by_block & (block > current_block)
             chosen = bernoulli(torch.full(candidate.shape, self.noise.rate), generator)
         else:
-            candidate, later = answer & (block == current), answer & (block > current)
+            candidate, later_masks = answer & (block == current_block), answer & (block > current_block)
             low, high = self.trajectory
             t = (low + (high - low) * progress) + (high - low) * (1 - progress) * torch.rand(
                 len(block), 1, generator=generator
@@ -113,15 +113,15 @@ class Masking:
 
         # 4. Two complementary canvases.
         halves = [candidate & chosen, candidate & ~chosen]
-        twice = Canvases(
+        both_canvases = Canvases(
             **{
                 name: None if value is None else value.repeat(2, *[1] * (value.dim() - 1))
                 for name, value in vars(canvases).items()
             }
         )
         half = torch.arange(2).repeat_interleave(len(block))
-        rate = torch.ones(twice.tokens.shape)
-        return self._pick(twice, torch.cat(halves), rate, half=half, hidden=later.repeat(2, 1))
+        rate = torch.ones(both_canvases.tokens.shape)
+        return self._pick(both_canvases, torch.cat(halves), rate, half=half, hidden=later_masks.repeat(2, 1))
 
     def _answer_block(self, canvases: Canvases, L: int, progress: float) -> Tensor:
         """[B, L] the number of each answer position's block, from 0; below 0 in the prompt, and anything in padding."""

@@ -90,12 +90,14 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
         fail("mask id", student[1].mask_token_id, teacher[1].mask_token_id)
     if student[2] is not None and teacher[2] is not None:
         ids, other_ids = student[2].get_vocab(), teacher[2].get_vocab()
-        different = sorted(token for token in ids.keys() | other_ids.keys() if ids.get(token) != other_ids.get(token))
-        if different:
+        different_tokens = sorted(
+            token for token in ids.keys() | other_ids.keys() if ids.get(token) != other_ids.get(token)
+        )
+        if different_tokens:
             fail(
-                f"id of {different[0]!r} ({len(different)} tokens differ)",
-                ids.get(different[0]),
-                other_ids.get(different[0]),
+                f"id of {different_tokens[0]!r} ({len(different_tokens)} tokens differ)",
+                ids.get(different_tokens[0]),
+                other_ids.get(different_tokens[0]),
             )
 
 

@@ -133,13 +133,13 @@ def full_batch(
     block = (torch.rand(rows, 1, generator=generator) * num_blocks).long()
     block_start = prompt_length + block * block_length
     by_block = torch.rand(rows, 1, generator=generator) < semi_autoregressive
-    later = by_block & (position >= block_start + block_length)
+    later_masks = by_block & (position >= block_start + block_length)
     candidate = torch.where(by_block, position >= block_start, position >= prompt_length)
-    is_masked = (candidate & chosen) | later
+    is_masked = (candidate & chosen) | later_masks
 
     # 3. Weights and visibility.
     weight = is_masked.float()
-    weight[later] = LATER_WEIGHT
+    weight[later_masks] = LATER_WEIGHT
     weight[position > first_eos] *= FILLER_WEIGHT
     task = torch.tensor([[sample.task] for sample in samples]).expand(rows, canvas_length)
     in_prompt = position < prompt_length
@@ -179,7 +179,7 @@ class BlockCausalBatches:
     def next(self, generator: torch.Generator) -> Batch:
         """The next batch; `generator` draws its masks."""
         rows: list[list[tuple[Encoded, int]]] = [[] for _ in range(self._rows)]
-        free = [self.row_length] * self._rows
+        free_positions = [self.row_length] * self._rows
         pending, self._left_over = self._left_over, []
         # A sample that fits into no row opens the next batch. If such samples were dropped, long samples would be rare.
         while not self._left_over:
@@ -187,12 +187,12 @@ class BlockCausalBatches:
                 pending.append((self._stream.next(), self._stream.choice(self.block_lengths)))
             sample, block_length = pending.pop()
             needed = block_causal_length(sample, block_length, self.noisy_copies)
-            row = next((row for row in range(self._rows) if free[row] >= needed), None)
+            row = next((row for row in range(self._rows) if free_positions[row] >= needed), None)
             if row is None:
                 self._left_over.append((sample, block_length))
             else:
                 rows[row].append((sample, block_length))
-                free[row] -= needed
+                free_positions[row] -= needed
         return block_causal_batch(
             rows, self.row_length, generator, noisy_copies=self.noisy_copies, all_masked=self.all_masked
         )

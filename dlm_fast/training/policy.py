@@ -253,9 +253,9 @@ def choose_threshold(rows: dict[float, dict[str, float]]) -> float:
 
     Ties go to the highest threshold.
     """
-    best = max(row["exact_match"] for row in rows.values())
-    good = [value for value, row in rows.items() if row["exact_match"] >= best - 0.01 - 1e-9]
-    return min(good, key=lambda value: (rows[value]["nfe"], -value))
+    best_match = max(row["exact_match"] for row in rows.values())
+    candidates = [value for value, row in rows.items() if row["exact_match"] >= best_match - 0.01 - 1e-9]
+    return min(candidates, key=lambda value: (rows[value]["nfe"], -value))
 
 
 def train(
@@ -337,8 +337,8 @@ def train(
         check_states.append(record(model, check_samples, head=head, fulls=fulls, **common))
         head = new_head(kind, block_length, width, trained_on, seed, steps)
         losses = fit(head, joined(states), **optimizer)
-        last = sum(losses[-20:]) / len(losses[-20:])
-        report["rounds"].append({"states": len(states[-1]), "first_loss": losses[0], "last_loss": last})
+        last_loss = sum(losses[-20:]) / len(losses[-20:])
+        report["rounds"].append({"states": len(states[-1]), "first_loss": losses[0], "last_loss": last_loss})
 
     # 4. Choose the threshold, and measure the head beside two other decoders.
     by_threshold = {

@@ -36,7 +36,8 @@ class RunLog:
 
     def _reset(self) -> None:
         self._loss, self._steps, self._agreed, self._masked = 0.0, 0, 0.0, 0
-        # Row 0 counts masked answer tokens, and row 1 counts correct ones. Column 0 is for all tasks, the others for one.
+        # Row 0 counts masked answer tokens, and row 1 counts the correct ones of these. Column 0 is for all tasks, and
+        # every other column is for one task.
         self._right = torch.zeros(2, 1 + len(self.tasks))
 
     def add_step(self, loss: float) -> None:
