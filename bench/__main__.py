@@ -122,9 +122,12 @@ def _gpu_check_options(check: argparse.ArgumentParser) -> None:
         help="of these, for compiling baselines; 0 = no compiled ones (default: 100)",
     )
     check.add_argument(
-        "--processes", type=int, default=None, metavar="N",
+        "--processes",
+        type=int,
+        default=None,
+        metavar="N",
         help=f"that run the checks side by side; 0 = this one alone (default: one a core, at most {MOST_PROCESSES})",
-    )  # fmt: skip
+    )
     check.add_argument(
         "--case-seconds",
         type=float,
@@ -431,9 +434,14 @@ def _quality(given: argparse.Namespace) -> int:
         raise UsageError("--per-task and --batch-size must be at least 1")
     try:
         document = quality.run(
-            given.out, per_task=given.per_task, seed=given.seed, batch_size=given.batch_size,
-            models=given.models or quality.MODELS, presets=given.presets, earlier=given.earlier,
-        )  # fmt: skip
+            given.out,
+            per_task=given.per_task,
+            seed=given.seed,
+            batch_size=given.batch_size,
+            models=given.models or quality.MODELS,
+            presets=given.presets,
+            earlier=given.earlier,
+        )
     except quality.QualityError as error:
         raise UsageError(str(error)) from None
     print(quality.table(document))

@@ -36,10 +36,15 @@ def table(document: dict[str, Any]) -> str:
             worst = min(row["exact_match_by_task"], key=row["exact_match_by_task"].get)
             lines.append(
                 cells(
-                    row["label"], exact(row), row["prompts"], f"{worst} {row['exact_match_by_task'][worst]:.0%}",
-                    f"{row['nfe']:.2f}", f"{row['query_tokens']:.0f}", row["exactness"].split(":")[0],
+                    row["label"],
+                    exact(row),
+                    row["prompts"],
+                    f"{worst} {row['exact_match_by_task'][worst]:.0%}",
+                    f"{row['nfe']:.2f}",
+                    f"{row['query_tokens']:.0f}",
+                    row["exactness"].split(":")[0],
                 )
-            )  # fmt: skip
+            )
         lines.append("")
     lines += ["Not run: " + "; ".join(f"{name} ({why})" for name, why in document["left_out"].items()) + ".", ""]
     return "\n".join(lines)

@@ -155,10 +155,16 @@ class Record:
     def document(self) -> dict[str, Any]:
         """The result as one JSON document, whether the run came to its end or not."""
         return report.document(
-            command=self.head["command"], machine=self.head["machine"], seed=self.head["seed"],
-            started=self.head["time"], seconds=self.seconds, ended=self.ended, ceilings=self.ceilings,
-            checks=self.of_ops(), timings=self.rows(),
-        )  # fmt: skip
+            command=self.head["command"],
+            machine=self.head["machine"],
+            seed=self.head["seed"],
+            started=self.head["time"],
+            seconds=self.seconds,
+            ended=self.ended,
+            ceilings=self.ceilings,
+            checks=self.of_ops(),
+            timings=self.rows(),
+        )
 
 
 def read(path: Path) -> Record:

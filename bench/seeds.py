@@ -55,16 +55,27 @@ def run_seed(seed: int, short: Short, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     weights = {task: 0.0 for task in data.TASK_NAMES if task not in short.tasks}
     teacher = Settings(
-        folder / "full", steps=short.steps, seed=seed, tokens_per_step=short.tokens_per_step, weights=weights,
-        threads=short.threads, compile=short.compile,
-    )  # fmt: skip
+        folder / "full",
+        steps=short.steps,
+        seed=seed,
+        tokens_per_step=short.tokens_per_step,
+        weights=weights,
+        threads=short.threads,
+        compile=short.compile,
+    )
     Trainer(teacher).run()
     samples = folder / "samples.jsonl"
     data.write_samples(samples, short.samples, seed=seed, weights=weights)
     student = DistillSettings(
-        str(teacher.out), samples, folder / "block", **recipe(), steps=short.distill_steps, seed=seed,
-        tokens_per_step=short.tokens_per_step, threads=short.threads,
-    )  # fmt: skip
+        str(teacher.out),
+        samples,
+        folder / "block",
+        **recipe(),
+        steps=short.distill_steps,
+        seed=seed,
+        tokens_per_step=short.tokens_per_step,
+        threads=short.threads,
+    )
     Distiller(student).run()
     prompts = {task: held_out(task, short.per_task, seed=0) for task in short.tasks}
     found: dict[str, Any] = {"seed": seed, "seconds": 0.0}

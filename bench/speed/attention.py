@@ -173,7 +173,7 @@ def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
     tile = attention_tile(capability, D=s.q.shape[3], G=s.q.shape[1] // s.k.shape[1], dtype=s.q.dtype)
     return attention._launch(
         s.q, s.k, s.v, s.keys, s.values, window, scale=scale, tile=dataclasses.replace(tile, MAX_SPLITS=1)
-    )  # fmt: skip
+    )
 
 
 def _prefill(bench: Bench, ops: Ops, model: Model, L: int, cost: floors.Cost) -> Work:

@@ -42,7 +42,7 @@ class Drafts(DraftSource):
         return (self.tried >= TRIES) & (RARELY * self.accepted < self.tried)
 
     def ready(self, state: RowState, kind: str) -> Tensor:
-        """[B] bool rows that have a source; the first step of a block has none, since its forward makes the first one."""
+        """[B] bool rows that have a source. The first step of a block has none: its forward is what makes the first."""
         return (state.block_step > 0) & (kind == "denoise")
 
     def tokens(self, ops: Ops, lanes: Lanes, ready: Tensor, D: int) -> Tensor:

@@ -97,9 +97,14 @@ def _task_weight(text: str) -> tuple[str, float]:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Adds the option --weight, whose value is a list of (task, weight)."""
     parser.add_argument(
-        "--weight", dest="weights", type=_task_weight, action="append", default=[], metavar="TASK=WEIGHT",
+        "--weight",
+        dest="weights",
+        type=_task_weight,
+        action="append",
+        default=[],
+        metavar="TASK=WEIGHT",
         help="a task's share of samples, instead of its own; may be repeated",
-    )  # fmt: skip
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

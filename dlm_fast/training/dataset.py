@@ -231,17 +231,20 @@ def read_dataset(
                 _fail(path, number, f"{name} must not contain the mask id {diffusion.mask_token_id}")
         if not shape.absolute and len(prompt) + shape.block_length > shape.max_length and too_long == "raise":
             _fail(
-                path, number,
+                path,
+                number,
                 f"block_length must fit between the prompt and max_length, got block_length={shape.block_length}, "
-                f"a prompt of {len(prompt)} tokens and max_length={shape.max_length}"
-            )  # fmt: skip
+                f"a prompt of {len(prompt)} tokens and max_length={shape.max_length}",
+            )
         needed = shape.needed(len(prompt), len(answer))
         if needed > shape.max_length:
             if too_long == "raise":
                 _fail(
-                    path, number, f"prompt and answer must fit max_length={shape.max_length} in whole blocks of "
-                    f"{shape.block_length}, got {len(prompt)} + {len(answer)} tokens, which take {needed}"
-                )  # fmt: skip
+                    path,
+                    number,
+                    f"prompt and answer must fit max_length={shape.max_length} in whole blocks of "
+                    f"{shape.block_length}, got {len(prompt)} + {len(answer)} tokens, which take {needed}",
+                )
             dropped += 1
             continue
         order = record.get("order")

@@ -107,9 +107,14 @@ class Distiller:
             needs_order=ranked,
         )
         self.steps = Steps(
-            self.dataset, shape, eos_id=self.diffusion.eos_token_ids[0], tokens_per_step=settings.tokens_per_step,
-            micro_batches=settings.micro_batches, seed=settings.seed, ranked=ranked,
-        )  # fmt: skip
+            self.dataset,
+            shape,
+            eos_id=self.diffusion.eos_token_ids[0],
+            tokens_per_step=settings.tokens_per_step,
+            micro_batches=settings.micro_batches,
+            seed=settings.seed,
+            ranked=ranked,
+        )
         self.masking = Masking(
             settings.objective,
             settings.noise,
@@ -204,9 +209,13 @@ class Distiller:
             peft = require("peft", "LoRA (anything but --full-finetune)")
             torch.manual_seed(settings.seed)
             lora = peft.LoraConfig(
-                r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-                target_modules=list(settings.lora_targets), bias="none", task_type="CAUSAL_LM",
-            )  # fmt: skip
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=settings.lora_dropout,
+                target_modules=list(settings.lora_targets),
+                bias="none",
+                task_type="CAUSAL_LM",
+            )
             self.peft = peft.get_peft_model(self.model, lora)
         if settings.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -257,13 +266,23 @@ class Distiller:
         settings = self.settings
         if settings.objective == "forcing":
             return forcing_loss(
-                student, teacher, batch.targets, batch.rate, batch.weight,
-                inverse_rate_weight=settings.inverse_rate_weight, temperature=settings.temperature,
-            )  # fmt: skip
+                student,
+                teacher,
+                batch.targets,
+                batch.rate,
+                batch.weight,
+                inverse_rate_weight=settings.inverse_rate_weight,
+                temperature=settings.temperature,
+            )
         return certainty_loss(
-            student, batch.targets, batch.half, batch.weight, entropy_weight=settings.entropy_weight,
-            entropy_temperature=settings.entropy_temperature, scale=0.5 if settings.objective == "certainty" else 0.25,
-        )  # fmt: skip
+            student,
+            batch.targets,
+            batch.half,
+            batch.weight,
+            entropy_weight=settings.entropy_weight,
+            entropy_temperature=settings.entropy_temperature,
+            scale=0.5 if settings.objective == "certainty" else 0.25,
+        )
 
     def step(self) -> float:
         """Makes one optimizer step; returns the loss of this process."""

@@ -140,11 +140,15 @@ class DistillSettings:
             raise ValueError(f"distill: {rule}")
 
         for name, allowed in (
-            ("objective", OBJECTIVES), ("visibility", ("full", "block", None)),
-            ("block_alignment", ("rel", "abs", None)), ("optimizer", OPTIMIZERS), ("precision", PRECISIONS),
-            ("dtype", DTYPES), ("attention", (*IMPLEMENTATIONS, None)),
+            ("objective", OBJECTIVES),
+            ("visibility", ("full", "block", None)),
+            ("block_alignment", ("rel", "abs", None)),
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+            ("dtype", DTYPES),
+            ("attention", (*IMPLEMENTATIONS, None)),
             ("too_long", ("raise", "drop")),
-        ):  # fmt: skip
+        ):
             if getattr(self, name) not in allowed:
                 fail(f"{name} must be one of {', '.join(a for a in allowed if a)}, got {name}={getattr(self, name)!r}")
         for name in ("steps", "warmup", "tokens_per_step", "micro_batches", "max_length", "log_every", "lora_rank"):

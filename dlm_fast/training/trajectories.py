@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(values: argparse.Namespace) -> None:
     """Runs `python -m dlm_fast.training trajectories`."""
     write_orders(
-        values.model, values.data, values.out, block_length=values.block_length, max_length=values.max_length,
-        batch_size=values.batch_size, device=values.device,
-    )  # fmt: skip
+        values.model,
+        values.data,
+        values.out,
+        block_length=values.block_length,
+        max_length=values.max_length,
+        batch_size=values.batch_size,
+        device=values.device,
+    )

@@ -9,8 +9,8 @@ is known:
 - Programs. Nothing orders two programs of one launch. An address that one stores, another may neither load nor store,
   were it the same value.
 - Barriers. Inside a program `tl.debug_barrier` orders all that precedes it before all that follows, and nothing else
-  does: reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and a tile
-  that lies in one warp needs none.
+  does: reductions, sorts, dots and changes of layout have barriers in most machine code, but no one promises them, and
+  a tile that lies in one warp needs none.
 - Threads. Each thread sees its own accesses in order.
   A scalar is loaded by every thread, and stored by one, always the same. Scalar stores are therefore in order, and with
   them the scalar loads of a line that ends in a scalar store, `tl.store(p, tl.load(p) + 1)`: what the other threads

@@ -1,4 +1,4 @@
-"""The configurations of `unmask` that must compile: rules, kinds of step and optional inputs, at the tiles they meet."""
+"""The configurations of `unmask` that must compile: rules, kinds of step, optional inputs, at the tiles they meet."""
 
 from __future__ import annotations
 
