@@ -10,7 +10,7 @@ class Model:
     """A published architecture, or one kind of its attention layers.
 
     Attributes:
-        family: what `check_decode.FAMILIES` builds the model of the denoise step from; None = a mixture of experts,
+        family: what `checks.decode.FAMILIES` builds the model of the denoise step from; None = a mixture of experts,
             which has no row of steps, and no `intermediate` here.
         visibility: what the model's decoder lets a position of a window see.
         prefill: the visibility of a window without a cache; "" = the same.

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from .diffusion import DiffusionConfig, check_vocabulary
 from .files import PICKLES, CheckpointError, checkpoint_path
-from .models.native import MODEL_TYPES
+from .models import MODEL_TYPES
 from .ops import Ops
 from .patching import attach
 

@@ -19,9 +19,11 @@ class Adapter(Protocol):
 
     Attributes:
         CLASSES: the model classes of the family, each with the class of its attention modules.
+        MODEL_TYPES: the classes by the `model_type` of their config.json, for `load`.
     """
 
     CLASSES: dict[type[nn.Module], type[nn.Module]]
+    MODEL_TYPES: dict[str, type[nn.Module]]
 
     def verify(self, model: nn.Module) -> None:
         """Raises NotImplementedError for a model that was altered in a way that our attention would ignore."""
@@ -49,6 +51,7 @@ class Adapter(Protocol):
 
 
 ADAPTERS: tuple[Adapter, ...] = (native,)
+MODEL_TYPES = {name: kind for adapter in ADAPTERS for name, kind in adapter.MODEL_TYPES.items()}
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -4,8 +4,8 @@ In eager mode a launcher runs as it stands, because going through the dispatcher
 does. Under `torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode` the same call becomes one opaque node
 with a fake implementation and a schema that says what the call mutates. Both ways run the same code.
 
-The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`) goes in field by
-field, and a result of optional tensors comes out as the list of the tensors that are there:
+The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`, `UnmaskInputs`,
+`DraftSource`) goes in field by field, and a result of optional tensors comes out as the list of the tensors that are there:
 
     block_attention(q, ..., window, *, scale)
     becomes  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor

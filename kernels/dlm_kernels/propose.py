@@ -1,6 +1,6 @@
 """Entries for the tile table, proposed by compiling candidates: what fits, without a GPU.
 
-    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache" --target 90 \\
+    python -m dlm_kernels.propose --kernel attention --config "bf16 D=128 G=4 full cache 128x64" --target 90 \\
         [--set BLOCK_M=64,128] [--jobs N]
 
 A candidate is a shipped configuration with other tile numbers, and its machine code decides. Nothing that spills or

@@ -82,9 +82,9 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
 
     Args:
         rows: [B] bool rows that change.
-        values: by the field's name, a tensor of its dtype and of a shape that broadcasts to its own, or a number.
+        values: by the field's name, a tensor of its dtype and of a shape that broadcasts to its own, or a whole number.
     Raises:
-        ValueError: a name that is no field. TypeError: a tensor of another dtype than the field's.
+        ValueError: a name is no field. TypeError: a tensor is of another dtype than its field, or a number is not whole.
     """
     for name, value in values.items():
         if name not in (field.name for field in dataclasses.fields(state)):
@@ -92,6 +92,8 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
         field = getattr(state, name)
         if isinstance(value, Tensor) and value.dtype != field.dtype:
             raise TypeError(f"amend: {name} must be {field.dtype}, got {value.dtype}")
+        if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"amend: {name} must be a tensor or a whole number, got {value!r}")
         field.copy_(torch.where(rows.view(-1, *[1] * (field.dim() - 1)), value, field))
 
 

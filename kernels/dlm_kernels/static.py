@@ -1,5 +1,4 @@
-"""The proof without a GPU: every shipped configuration, compiled to machine code for six targets, and what that code
-shows.
+"""The proof without a GPU: what the machine code of every shipped configuration shows, compiled for six targets.
 
     python -m dlm_kernels.static [--json] [--kernel NAME] [--target 90] [--jobs N]
 

@@ -159,6 +159,18 @@ class Writes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_amend_changes_the_rows_it_is_told_and_refuses_what_it_would_have_to_cast():
+    state = RowState.empty(3, 4, "cpu")
+    rows = torch.tensor([True, False, True])
+    amend(state, rows, phase=DONE, tokens=torch.tensor([[1], [2], [3]]))
+    assert state.phase.tolist() == [DONE, REFRESH, DONE] and state.tokens.tolist() == [[1] * 4, [0] * 4, [3] * 4]
+    for wrong in (2.7, True, torch.zeros(3), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"amend: step must be (a tensor or a whole number|torch.int32), got"):
+            amend(state, rows, step=wrong)
+    with pytest.raises(ValueError, match="amend: a value must be named by a field of RowState, got steps"):
+        amend(state, rows, steps=1)
+
+
 @pytest.mark.parametrize("preset", RUNNABLE)
 def test_a_state_is_written_by_unmask_and_by_amend(preset):
     """Whatever a decoder does to a row besides unmasking goes through one function."""
