@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState, Window
-from dlm_kernels.state import COMMIT, REFRESH
+from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from ..patching import PatchHandle
 from ..policies import Choice, Lanes, Sampling, Setting, View
 from .drafts import Drafts
-from .measure import History, Wanted, measure, stated_of, stats_of, wanted_of
+from .measure import History, Wanted, measure, rule_fields_of, stats_of, wanted_of
 from .plan import Bucket, Plan
-from .window import lanes_of, selects, sub_block, window_of
+from .window import lanes_of, phase_selects, sub_block, window_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def step_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -> 
     window = window_of(plan, state, sampling, bucket)
     takes_part = window.q_len > 0
     lanes = lanes_of(plan, state, bucket.lanes)
-    return Step(bucket, window, lanes, takes_part, takes_part & selects(plan, state, bucket.kind))
+    return Step(bucket, window, lanes, takes_part, takes_part & phase_selects(plan, state, bucket.kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +86,15 @@ class PredictingRow:
     def index(self, window: Window, position: Tensor) -> Tensor:
         """[B, N] int64: where the window computes a position, its width where it does not."""
         (B, W), L = window.q_pos.shape, self.canvas
-        lane = torch.arange(W, device=position.device).expand(B, W)
-        place = torch.where(self.live(window, lane), window.q_pos, L).long()
-        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, lane)
+        column = torch.arange(W, device=position.device).expand(B, W)
+        place = torch.where(self.live(window, column), window.q_pos, L).long()
+        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, column)
         index[:, L] = W
         return index.gather(1, torch.where((position >= 0) & (position < L), position, L).long())
 
-    def live(self, window: Window, lane: Tensor) -> Tensor:
+    def live(self, window: Window, column: Tensor) -> Tensor:
         """[B, W] bool rows of the window that may predict."""
-        return lane < window.q_len[:, None]
+        return column < window.q_len[:, None]
 
     def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
         """Called after a step, for what later steps need of its rows."""
@@ -132,8 +132,8 @@ class UnshadowedRow(PredictingRow):
 
     shadow_block: int
 
-    def live(self, window: Window, lane: Tensor) -> Tensor:
-        return super().live(window, lane) & (window.q_block < self.shadow_block)
+    def live(self, window: Window, column: Tensor) -> Tensor:
+        return super().live(window, column) & (window.q_block < self.shadow_block)
 
 
 def gathered(hidden: Tensor, index: Tensor) -> Tensor:
@@ -200,38 +200,50 @@ class Forward:
 
     def look(self, step: Step, result: Result) -> View:
         """The step as a policy sees it."""
-        needed = self.needed(step)
+        return self.viewed(step, result, self.needed(step), self.history)
 
-        def viewed(history: History | None, bias: tuple[Tensor, Tensor] | None) -> View:
-            preset, sampling, lanes = self.plan.preset, self.sampling, step.lanes
-            statistics = measure(
-                self.handle.ops,
-                preset,
-                self.wanted,
-                self.state,
-                sampling,
-                result.logits,
-                lanes,
-                needed,
-                history=history,
-                bias=bias,
-            )
-            return View(
-                setting=self.setting,
-                state=self.state,
-                lanes=lanes,
-                selects=step.selects,
-                logits=result.logits.unflatten(0, lanes.position.shape),
-                stated=stated_of(preset, self.wanted, self.state, sampling, lanes, statistics),
-                restate=lambda ids, values: viewed(None, (ids, values)),
-                **statistics,
-            )
-
-        return viewed(self.history, None)
+    def viewed(
+        self,
+        step: Step,
+        result: Result,
+        needed: Tensor,
+        history: History | None,
+        bias: tuple[Tensor, Tensor] | None = None,
+    ) -> View:
+        """The statistics of the lanes that are needed, after `bias` if there is one."""
+        preset, sampling, state = self.plan.preset, self.sampling, self.state
+        copies = step.bucket.drafts
+        statistics = measure(
+            self.handle.ops,
+            preset,
+            self.wanted,
+            state,
+            sampling,
+            result.logits,
+            step.lanes,
+            needed,
+            history=history,
+            bias=bias,
+            copies=copies,
+        )
+        return View(
+            setting=self.setting,
+            state=state,
+            lanes=step.lanes,
+            selects=step.selects,
+            logits=result.logits.unflatten(0, (-1, step.lanes.position.shape[1])),
+            rule_fields=rule_fields_of(preset, self.wanted, state, sampling, step.lanes, statistics),
+            restate=lambda ids, values: self.viewed(step, result, needed, None, (ids, values)),
+            **statistics,
+        )
 
     def choose(self, step: Step, result: Result, view: View) -> Choice:
         """What the preset's rule makes of the step, before its policies."""
         return rule_choice(self.plan, self.wanted, view)
+
+    def drafting(self) -> Tensor:
+        """[1] int32 rows whose next step has drafts to verify."""
+        return torch.zeros(1, dtype=torch.int32, device=self.state.phase.device)
 
     def after(self, step: Step, result: Result) -> None:
         """Called when the step has written, for what later steps need of this one."""
@@ -313,14 +325,14 @@ class Opening(Forward):
         banned = sampling.banned
         if sampling.no_eos_before is not None:
             position = window.q_pos.gather(1, last)[:, 0] + 1
-            early = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
-            banned = torch.cat([banned.expand(opens.shape[0], -1), early], -1)
+            banned_eos = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
+            banned = torch.cat([banned.expand(opens.shape[0], -1), banned_eos], -1)
         stats = stats_of(self.handle.ops, logits, rows=rows, outputs=(), banned=banned)
         inputs = {"first_token": stats.token, "first_token_confidence": stats.confidence}
         return dataclasses.replace(result, inputs=inputs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftedResult(Result):
     """What a forward of drafts gave.
 
@@ -329,8 +341,8 @@ class DraftedResult(Result):
         ready: [B] bool rows that had drafts to verify.
     """
 
-    tokens: Tensor | None = None
-    ready: Tensor | None = None
+    tokens: Tensor
+    ready: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,44 +368,30 @@ class Drafted(Forward):
         logits = self.head(torch.stack(rows, 1))
         return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
 
+    def drafting(self) -> Tensor:
+        return ((self.state.phase == DENOISE) & ~self.drafts.suspended()).sum().int().view(1)
+
     def _window(self, window: Window, count: int) -> Window:
         """The window of every draft: all read their row's cache, and leave storing to the first."""
+        if count == 1:
+            return window
         window = repeat_rows(window, lambda x: x.repeat_interleave(count, 0))
         first = torch.arange(window.q_pos.shape[0], device=window.q_pos.device) % count == 0
         return dataclasses.replace(window, kv_slot=torch.where(first[:, None], window.kv_slot, -1))
 
-    def look(self, step: Step, result: Result) -> View:
-        """The statistics of every draft, [B * drafts, W]."""
-        count, preset, state = step.bucket.drafts, self.plan.preset, self.state
+    def look(self, step: Step, result: DraftedResult) -> View:
+        """The statistics of every draft, [B * drafts, W]; an error of one draft is the lane's."""
         masked = result.tokens == self.plan.mask_id
-        needed = (super().needed(step)[:, None] & masked).flatten(0, 1)
-        statistics = measure(
-            self.handle.ops, preset, self.wanted, state, self.sampling, result.logits, step.lanes, needed, copies=count
-        )
-        lanes = dataclasses.replace(step.lanes, position=step.lanes.position.repeat_interleave(count, 0))
-        stated = stated_of(preset, self.wanted, state, self.sampling, lanes, statistics)
-        error = statistics["error"].view(-1, count, masked.shape[2]).amax(1)
-        return View(
-            setting=self.setting,
-            state=state,
-            lanes=step.lanes,
-            selects=step.selects,
-            logits=result.logits.unflatten(0, lanes.position.shape),
-            stated=stated,
-            restate=_no_restating,
-            **(statistics | {"error": error}),
-        )
+        needed = (self.needed(step)[:, None] & masked).flatten(0, 1)
+        view = self.viewed(step, result, needed, self.history)
+        return dataclasses.replace(view, error=view.error.view(masked.shape).amax(1))
 
-    def choose(self, step: Step, result: Result, view: View) -> Choice:
+    def choose(self, step: Step, result: DraftedResult, view: View) -> Choice:
         """Accepts the drafts that agree with what is predicted for them."""
-        by_draft = (x.view(result.tokens.shape) for x in (view.token, view.stated["score"], view.confidence))
+        by_draft = (x.view(result.tokens.shape) for x in (view.token, view.rule_fields["score"], view.confidence))
         return self.drafts.choose(
             self.handle.ops, step.lanes, result.ready, step.selects, result.tokens, *by_draft, self.plan.mask_id
         )
-
-
-def _no_restating(ids: Tensor, values: Tensor) -> View:
-    raise AssertionError("drafts go without policies")
 
 
 def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
@@ -414,7 +412,7 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, state, sampling = plan.preset, view.state, view.setting.sampling
     value, min_unmask = sampling.value, sampling.min_unmask
-    if plan.block_quota:
+    if plan.quota_of_block:
         min_unmask = view.quota()
     if sampling.transfer is not None:
         last = state.step >= sampling.steps - 1
@@ -432,7 +430,7 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
         start, end = sub_block(plan, state)
         allowed = (view.lanes.position >= start[:, None]) & (view.lanes.position < end[:, None])
     return Choice(
-        **view.stated,
+        **view.rule_fields,
         value=value,
         min_unmask=min_unmask,
         allowed=allowed,
@@ -455,8 +453,21 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
         history = History(logits, torch.zeros(B * plan.lanes, dtype=torch.float32, device=device))
     copies = 2 if preset.cfg_scale else 1
     cache = handle.adapter.new_cache(model, copies * B, plan.capacity) if plan.cache.stores else None
-    parts = (handle, plan, state, sampling, plan.setting(sampling), cache, row, wanted, history)
+    parts = {
+        "handle": handle,
+        "plan": plan,
+        "state": state,
+        "sampling": sampling,
+        "setting": plan.setting(sampling),
+        "cache": cache,
+        "row": row,
+        "wanted": wanted,
+        "history": history,
+    }
     if preset.drafts > 1:
-        return Drafted(*parts, Drafts.empty(state, plan.lanes))
-    kind = Guided if preset.cfg_scale else Shadowed if preset.shadow else Opening if preset.first_token else Forward
-    return kind(*parts)
+        return Drafted(**parts, drafts=Drafts.empty(state, plan.lanes))
+    if preset.cfg_scale:
+        return Guided(**parts)
+    if preset.shadow:
+        return Shadowed(**parts)
+    return Opening(**parts) if preset.first_token else Forward(**parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ def measure(
     return {name: None if values is None else values.view(-1, W) for name, values in statistics.items()}
 
 
-def stated_of(
+def rule_fields_of(
     preset: Preset,
     wanted: Wanted,
     state: RowState,
@@ -185,7 +186,11 @@ def stated_of(
             return -statistics["entropy"]
         if name == "random":
             return uniform(lanes, state, sampling)
-        return -lanes.position.float() if name == "position" else statistics[name]
+        if name == "position":
+            # With drafts, there are statistics for each copy of a row.
+            copies = statistics["token"].shape[0] // max(1, lanes.position.shape[0])
+            return -lanes.position.float().repeat_interleave(copies, 0)
+        return statistics[name]
 
     score = numbers(preset.score)
     rank = None if preset.rank is None else numbers(preset.rank)
@@ -225,7 +230,7 @@ def _narrowed(
     bias: tuple[Tensor, Tensor] | None,
     banned: Tensor,
     needed: Tensor,
-    by_lane: Any,
+    by_lane: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Logits that top_k and top_p have narrowed, and what is left of the bias: of the rows that are narrowed none,
     since it changes what the filters keep and so is added before."""

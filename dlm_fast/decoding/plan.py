@@ -23,7 +23,8 @@ class Bucket(NamedTuple):
     """The shape of a step: what a step is compiled or captured for.
 
     Attributes:
-        kind: "refresh" computes the canvas (a prefill, a block's first step, a refresh), "denoise" a window of it.
+        kind: "refresh" computes all that the cache needs (a prefill, a block's first step, a refresh), "denoise" what
+            its extent is.
         width: positions that are computed, padding included.
         lanes: positions that are looked at.
         drafts: canvases per row.
@@ -62,7 +63,7 @@ class Plan:
         varies: whether the widths of denoise steps differ from step to step.
         opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute
             the row that predicts it.
-        block_quota: whether a step writes a share of the block's full length at least.
+        quota_of_block: whether a step writes a share of the block's full length at least.
         unmask_rule: the static part of the `unmask` op.
         exact_rule: the same where a policy said itself which positions pass.
         prefill_rule: the same for refresh steps that write no token; None where they write.
@@ -86,7 +87,7 @@ class Plan:
     scattered: bool
     varies: bool
     opens_at_row_before: bool
-    block_quota: bool
+    quota_of_block: bool
     unmask_rule: UnmaskRule
     exact_rule: UnmaskRule
     prefill_rule: UnmaskRule | None
@@ -99,14 +100,14 @@ class Plan:
     def setting(self, sampling: Sampling) -> Setting:
         """What its policies may read of it."""
         return Setting(
-            preset=self.preset.name,
+            preset_name=self.preset.name,
             block_length=self.block_length,
             lanes=self.lanes,
             whole_row=self.whole_row,
             first=self.first,
             mask_id=self.mask_id,
             cached=self.cache.stores,
-            block_quota=self.preset.quota_of == "block",
+            spreads_block=self.preset.quota_of == "block",
             sampling=sampling,
         )
 
@@ -177,12 +178,12 @@ def open_rows(
         block_causal=diffusion.visibility == "block",
         shadow=preset.shadow,
         shadow_block=1 + int(diffusion.prompt_isolated),
-        scattered=cache.scattered or preset.keep_last or preset.scatter_suffix,
-        varies=preset.pipeline or cache.scattered,
+        scattered=cache.reused is not None or preset.keep_last or preset.scatter_suffix,
+        varies=preset.pipeline or cache.reused is not None,
         opens_at_row_before=previous and cache.opens_at_row_before and preset.drafts == 1,
-        block_quota=preset.quota and preset.quota_of == "block",
+        quota_of_block=preset.quota and preset.quota_of == "block",
         unmask_rule=preset.unmask_rule(),
         exact_rule=preset.unmask_rule(exact=True),
-        prefill_rule=None if cache.refresh is None or cache.refresh.selects else preset.prefill_rule(),
+        prefill_rule=preset.prefill_rule() if cache.prefills else None,
     )
     return plan, state

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from dlm_kernels import RowState
 from dlm_kernels.rules import Kind
-from dlm_kernels.state import DENOISE
 
-from .forward import Drafted
 from .plan import Bucket
 from .step import Decode, denoise_step
 from .window import counts_of
@@ -38,10 +36,7 @@ class Progress:
         """[5] int32 on the device: `counts_of`, and rows that go on drafting."""
         decode = self.decode
         counts = counts_of(decode.plan, decode.state, decode.sampling)
-        drafting = torch.zeros_like(counts[:1])
-        if isinstance(decode.forward, Drafted):
-            drafting = ((decode.state.phase == DENOISE) & ~decode.forward.drafts.suspended()).sum().int().view(1)
-        return torch.cat([counts, drafting])
+        return torch.cat([counts, decode.forward.drafting()])
 
     def _read(self, counts: Tensor) -> None:
         self.to_refresh, self.to_denoise, self.width, self.lanes, self.drafting = counts.tolist()
@@ -81,8 +76,8 @@ class Progress:
             if plan.preset.pipeline:
                 grain, margin = plan.block_length, plan.block_length * self.steps_behind
 
-            def up(need: int, most: int) -> int:
-                return max(1, min(-(-(need + margin) // grain) * grain, most))
+            def up(need: int, maximum: int) -> int:
+                return max(1, min(-(-(need + margin) // grain) * grain, maximum))
 
             width = up(self.width, plan.denoise_width) if kind == "denoise" else None
             lanes = up(self.lanes, plan.lanes) if plan.preset.pipeline else None

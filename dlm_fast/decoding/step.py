@@ -24,29 +24,32 @@ class Decode:
     """Everything that a step reads and writes; its buffers live as long as the decode.
 
     Attributes:
-        plan: what is the same for every step.
-        state: where every row stands.
-        sampling: how the rows draw.
-        forward: the model, its cache, and what the decoder adds to a forward.
+        forward: the plan, the rows' state, the model with its cache, and what the decoder adds to a forward.
         memory: the buffers of every policy.
         constants: the fields of `UnmaskInputs` that are the same for every step.
     """
 
-    plan: Plan
-    state: RowState
-    sampling: Sampling
     forward: Forward
     memory: tuple[Memory, ...]
     constants: dict[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        return self.forward.plan
+
+    @property
+    def state(self) -> RowState:
+        return self.forward.state
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.forward.sampling
 
 
 def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
     """Allocates what a decode keeps between steps."""
     forward = forward_of(handle, plan, state, sampling)
     return Decode(
-        plan=plan,
-        state=state,
-        sampling=sampling,
         forward=forward,
         memory=tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies),
         constants={
@@ -85,6 +88,7 @@ def prefill(decode: Decode, step: Step) -> None:
     """A step that fills the cache and writes no token."""
     result = decode.forward.prefill(step)
     write(decode, step, result, nothing_chosen(step), decode.plan.prefill_rule)
+    request_refresh(decode.plan, decode.state, step.takes_part, None)
     decode.forward.after(step, result)
 
 
@@ -134,11 +138,7 @@ def request_refresh(plan: Plan, state: RowState, took_part: Tensor, wanted: Tens
         # The step after the warm-up is of everything too: it is the one whose keys are kept.
         requests.append(state.step <= preset.warmup_steps)
     if preset.refresh_interval is not None:
-        # d3LLM counts a row's forwards from 1, the others a block's from 0.
-        counter = state.step + 1 if plan.cache.interval_of == "row" else state.block_step
-        requests.append(counter % preset.refresh_interval == 0)
-        if plan.cache.refreshes_twice:
-            requests.append(state.block_step == 1)
+        requests.append(plan.cache.refreshed(state, preset.refresh_interval))
     for rows in requests:
         amend(state, took_part & rows & (state.phase == DENOISE), phase=REFRESH)
 

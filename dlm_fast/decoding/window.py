@@ -15,7 +15,7 @@ from dlm_kernels.rules import Kind
 from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 
 from ..policies import Lanes, Sampling
-from ..presets.caches import Extent, Place
+from ..presets.caches import Canvas, Extent, Place
 from .plan import Bucket, Plan
 
 
@@ -31,14 +31,14 @@ def lanes_of(plan: Plan, state: RowState, count: int) -> Lanes:
     return Lanes(position, tokens, masked, in_region, in_region & masked, in_region & (unmask_step >= 0))
 
 
-def takes_part(state: RowState, kind: Kind) -> Tensor:
+def phase_fits(state: RowState, kind: Kind) -> Tensor:
     """[B] bool rows whose phase a step of `kind` serves."""
     if kind == "refresh":
         return state.phase == REFRESH
     return (state.phase == DENOISE) | (state.phase == COMMIT)
 
 
-def selects(plan: Plan, state: RowState, kind: Kind) -> Tensor:
+def phase_selects(plan: Plan, state: RowState, kind: Kind) -> Tensor:
     """[B] bool rows for which a step of `kind` chooses tokens; those that it only prefills or commits are left out."""
     if kind == "refresh":
         return (state.phase == REFRESH) & (plan.prefill_rule is None)
@@ -50,25 +50,25 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
     # 1. Which positions: a range, or those that are flagged, in order.
     L, device = state.tokens.shape[1], state.tokens.device
     extent = extent_of(plan, state, bucket.kind)
-    lane = torch.arange(bucket.width, dtype=torch.int32, device=device)
+    index = torch.arange(bucket.width, dtype=torch.int32, device=device)
     kept = None
     if plan.scattered:
         flags = flagged(plan, state, sampling, bucket.kind, extent)
         order = (~flags).to(torch.int8).sort(dim=1, stable=True).indices.int()
         q_len = flags.sum(1, dtype=torch.int32)
         q_pos = torch.nn.functional.pad(order, (0, max(0, bucket.width - L)))[:, : bucket.width]
-        if plan.cache.scattered and bucket.kind == "denoise":
+        if plan.cache.reused is not None and bucket.kind == "denoise":
             kept = (~flags).contiguous()
     else:
         q_len = extent.stop - extent.begin
-        q_pos = extent.begin[:, None] + lane
+        q_pos = extent.begin[:, None] + index
     is_shadow = None
     if plan.shadow and bucket.kind == "denoise":
         # Behind the canvas, the block's positions once more.
-        is_shadow = lane >= q_len[:, None]
-        q_pos = torch.where(is_shadow, state.block_start[:, None] + lane - q_len[:, None], q_pos)
+        is_shadow = index >= q_len[:, None]
+        q_pos = torch.where(is_shadow, state.block_start[:, None] + index - q_len[:, None], q_pos)
         q_len = q_len + state.block_end - state.block_start
-    served = takes_part(state, bucket.kind)
+    served = phase_fits(state, bucket.kind)
     q_len = torch.where(served & (q_len <= bucket.width), q_len, 0)
     # Dead positions of the bucket still index embeddings and RoPE, and so stay inside the canvas.
     q_pos = q_pos.clamp(0, max(L - 1, 0))
@@ -80,14 +80,14 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
 
     # 3. Where their keys go, and which cached keys they see.
     rows = torch.arange(state.tokens.shape[0], dtype=torch.int32, device=device)
-    hidden = torch.zeros_like(rows)[:, None].expand(-1, 2) if extent.hidden is None else extent.hidden
+    replaced = torch.zeros_like(rows)[:, None].expand(-1, 2) if extent.replaced is None else extent.replaced
     return Window(
         q_pos=q_pos.contiguous(),
         q_block=q_block.int().contiguous(),
         q_len=q_len.int(),
-        kv_slot=torch.where(stored(plan, state, bucket.kind, q_pos, lane < q_len[:, None]), q_pos, -1).int(),
+        kv_slot=torch.where(stored(plan, state, bucket.kind, q_pos, index < q_len[:, None]), q_pos, -1).int(),
         kv_len=torch.where(served, extent.cached, 0).int(),
-        replaced=hidden.int().contiguous(),
+        replaced=replaced.int().contiguous(),
         cache_row=rows,
         mode=mode,
         kept=kept,
@@ -135,11 +135,9 @@ def stored(plan: Plan, state: RowState, kind: Kind, q_pos: Tensor, live: Tensor)
     """[B, W] bool: the window positions whose keys are stored."""
     if not plan.cache.stores:
         return torch.zeros_like(live)
-    if plan.cache.commit_selects and kind == "denoise":
-        # Only the block that this step commits is read again before it is recomputed.
-        committed = (state.phase == COMMIT)[:, None] & (q_pos < (state.block_start + plan.block_length)[:, None])
-        return live & committed
-    return live
+    if plan.cache.stored is None or kind == "refresh":
+        return live
+    return live & plan.cache.stored(canvas_of(plan, state), q_pos)
 
 
 def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent: Extent) -> Tensor:
@@ -148,16 +146,8 @@ def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent:
     preset = plan.preset
     position = torch.arange(L, dtype=torch.int32, device=state.tokens.device)
     in_canvas = (position >= extent.begin[:, None]) & (position < state.canvas_len[:, None])
-    if plan.cache.scattered:
-        if kind == "refresh":
-            return in_canvas
-        # Decoded two steps ago: computed once more after it was written, then reused.
-        decoded = (state.tokens != plan.mask_id) & (state.unmask_step <= (state.step - 2)[:, None])
-        if plan.previous:
-            # Such a row predicts the next position too: it is done when both are, the canvas's last one alone.
-            after = torch.nn.functional.pad(decoded, (0, 1), value=True)[:, 1:]
-            decoded = decoded & (after | (position == state.canvas_len[:, None] - 1))
-        return in_canvas & ~decoded
+    if plan.cache.reused is not None:
+        return in_canvas if kind == "refresh" else in_canvas & ~plan.cache.reused(canvas_of(plan, state))
     flags = (position < extent.stop[:, None]) & in_canvas
     if kind == "refresh" and preset.horizon is not None:
         flags = in_canvas & (position < (state.block_end + preset.horizon)[:, None])
@@ -171,6 +161,11 @@ def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent:
     if preset.keep_last:
         flags = flags | (position == state.canvas_len[:, None] - 1)
     return flags
+
+
+def canvas_of(plan: Plan, state: RowState) -> Canvas:
+    """What every row holds, as the functions of a cache need it."""
+    return Canvas(state, plan.mask_id, plan.previous, plan.block_length)
 
 
 def block_of(plan: Plan, position: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class InsertDelete(Policy):
     def memory(self, setting: Setting, state: RowState) -> Memory:
         if self.delete_id is None or self.split_id is None:
             raise ValueError(
-                "generate: preset llada2.2 needs delete_id= and split_id=, the ids of the model's two commands"
+                f"generate: preset {setting.preset_name} needs delete_id= and split_id=, the ids of the model's two "
+                "commands"
             )
         return {"rows": {}, "saved": {}}
 

@@ -46,7 +46,7 @@ class _Learned(Policy):
         the policy reads, `called` and `signature` describe the head in errors, and `published` is the threshold of a
         function.
         """
-        name, head = f"preset {setting.preset}", self.head
+        name, head = f"preset {setting.preset_name}", self.head
         if head is None:
             raise ValueError(
                 f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}"

@@ -63,23 +63,23 @@ class Setting:
     """The facts of a decode that a policy may read; they are the same in all steps of the decode.
 
     Attributes:
-        preset: the decoder's name, for error messages.
+        preset_name: the decoder's name, for error messages.
         block_length: number of positions in a block.
         lanes: number of positions that a step looks at; the largest number where steps differ.
         whole_row: whether the lanes are the positions from `first` to the row's end, instead of those of the block.
         first: [B] int32 position at which a row's first block begins.
         mask_id: id of the mask.
         cached: whether a step may leave positions before the block uncomputed, since their keys are cached.
-        block_quota: whether a fixed schedule spreads the block's full length over the steps, instead of its masks.
+        spreads_block: whether a fixed schedule spreads the block's full length over the steps, instead of its masks.
         sampling: how the batch draws.
     """
 
-    preset: str
+    preset_name: str
     block_length: int
     lanes: int
     whole_row: bool
     first: Tensor
     mask_id: int
     cached: bool
-    block_quota: bool
+    spreads_block: bool
     sampling: Sampling

@@ -64,7 +64,7 @@ class View:
         kl: fp32 divergence in nats from the distribution of the row's previous step; None unless some policy lists
             "kl".
         error: int32, not 0 where the statistics are unusable.
-        stated: what the preset's rule predicts, tests and orders by, as fields of a `Choice`.
+        rule_fields: what the preset's rule predicts, tests and orders by, as fields of a `Choice`.
         restate: a function that computes the statistics again with a sparse bias on the logits,
             (ids [B, W, K] int64, bias [B, W, K] fp32) -> View.
         memory: the policy's own buffers (`Policy.memory`), which are kept between steps.
@@ -86,7 +86,7 @@ class View:
     entropy: Tensor | None
     kl: Tensor | None
     error: Tensor
-    stated: dict[str, Tensor | None]
+    rule_fields: dict[str, Tensor | None]
     restate: Callable[[Tensor, Tensor], View]
     memory: Memory = dataclasses.field(default_factory=dict)
     back: Tensor | None = None
@@ -116,6 +116,11 @@ class View:
         return self.lanes.written
 
     @property
+    def sampling(self) -> Sampling:
+        """How the batch draws."""
+        return self.setting.sampling
+
+    @property
     def block_step(self) -> Tensor:
         return self.state.block_step
 
@@ -137,7 +142,7 @@ class View:
         If fewer positions are masked, the schedule writes all of them.
         """
         sampling = self.setting.sampling
-        spread = sampling.block_length if self.setting.block_quota else self.state.block_masks
+        spread = sampling.block_length if self.setting.spreads_block else self.state.block_masks
         return quota(spread, self.state.block_step, sampling.steps)
 
     def keep(self, name: str, value: Tensor) -> Tensor:
@@ -156,7 +161,7 @@ class View:
 
     def restated(self, choice: Choice, ids: Tensor, bias: Tensor) -> Choice:
         """`choice`, as the statistics of the biased logits (`restate`) predict, test and order."""
-        return dataclasses.replace(choice, **self.restate(ids, bias).stated)
+        return dataclasses.replace(choice, **self.restate(ids, bias).rule_fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlm_kernels import RowState
 from dlm_kernels.rules import CacheOp
+from dlm_kernels.state import COMMIT
 
 
 class Sizes(NamedTuple):
@@ -72,13 +74,13 @@ class Extent(NamedTuple):
         begin: first position that is computed.
         stop: position behind the last one that is computed.
         cached: cached slots that are visible.
-        hidden: [B, 2] range of cached slots that the window replaces; None = none.
+        replaced: [B, 2] range of cached slots that the window replaces; None = none.
     """
 
     begin: Tensor
     stop: Tensor
     cached: Tensor
-    hidden: Tensor | None = None
+    replaced: Tensor | None = None
 
 
 def _uncached(at: Place) -> Extent:
@@ -88,6 +90,7 @@ def _uncached(at: Place) -> Extent:
 
 
 def _seen(at: Place) -> Tensor:
+    """[B] the position behind the last one that a denoise step sees, by the horizon."""
     return at.length if at.horizon is None else torch.minimum(at.end + at.horizon, at.length)
 
 
@@ -97,7 +100,7 @@ def _from_block(at: Place) -> Extent:
 
 
 def _from_row_before(at: Place) -> Extent:
-    """The same from the row on that predicts the block's first position."""
+    """The block and all behind it, from the row on that predicts the block's first position."""
     begin = torch.maximum(at.start - at.before, at.floor)
     return Extent(begin, at.length, begin)
 
@@ -120,8 +123,59 @@ def _block(at: Place) -> Extent:
         return Extent(at.start, at.end, at.start)
     sub_start, sub_end, alone = at.sub_block
     begin, stop = torch.where(alone, sub_start, at.start), torch.where(alone, sub_end, at.end)
-    hidden = torch.where(alone[:, None], torch.stack([begin, stop], -1), 0)
-    return Extent(begin, stop, torch.where(alone, at.end, at.start), hidden)
+    replaced = torch.where(alone[:, None], torch.stack([begin, stop], -1), 0)
+    return Extent(begin, stop, torch.where(alone, at.end, at.start), replaced)
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """What every row holds, as a cache that reuses or stores positions one by one needs it.
+
+    Attributes:
+        state: where every row stands.
+        mask_id: id of the mask.
+        previous: whether a position is predicted by the row before it.
+        block_length: positions of a block.
+    """
+
+    state: RowState
+    mask_id: int
+    previous: bool
+    block_length: int
+
+
+def _decoded_before(at: Canvas) -> Tensor:
+    """[B, L] bool: positions that were decoded two steps ago or earlier: each is computed once more after it was
+    written, and then reused."""
+    state = at.state
+    decoded = (state.tokens != at.mask_id) & (state.unmask_step <= (state.step - 2)[:, None])
+    if not at.previous:
+        return decoded
+    # Such a row predicts the next position too: it is done when both are, the canvas's last one alone.
+    position = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=decoded.device)
+    behind = torch.nn.functional.pad(decoded, (0, 1), value=True)[:, 1:]
+    return decoded & (behind | (position == state.canvas_len[:, None] - 1))
+
+
+def _first_block_of_commits(at: Canvas, position: Tensor) -> Tensor:
+    """[B, W] bool: positions [B, W] of the block that a row appends in this step. Only these are read again before they
+    are recomputed."""
+    state = at.state
+    return (state.phase == COMMIT)[:, None] & (position < (state.block_start + at.block_length)[:, None])
+
+
+def _every_block_step(state: RowState, interval: int) -> Tensor:
+    return state.block_step % interval == 0
+
+
+def _every_row_step(state: RowState, interval: int) -> Tensor:
+    """d3LLM counts a row's forwards, from 1."""
+    return (state.step + 1) % interval == 0
+
+
+def _every_block_step_and_second(state: RowState, interval: int) -> Tensor:
+    """dKV-Cache computes a block's second step of everything too."""
+    return _every_block_step(state, interval) | (state.block_step == 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +185,12 @@ class Refresh:
     Attributes:
         stop: the position behind the last one that they compute, [B].
         width: the most positions that they compute.
-        selects: whether they write tokens too; a step that does not is a prefill.
         opens: which rows begin with one: "all", or "prompt", those with positions before their first block.
         repeats: whether a row comes back to them, so that a second one may be asked for before the first has been seen.
     """
 
     stop: Callable[[Place], Tensor]
     width: Callable[[Sizes], int]
-    selects: bool = True
     opens: str = "all"
     repeats: bool = True
 
@@ -157,13 +209,11 @@ class CacheOperation:
         visibility: the model visibility that it serves; None = both.
         schedules: the schedules that it serves.
         reads: options of a preset that this cache reads and not every other one does.
-        commits: whether finished blocks are appended by a step of their own (COMMIT).
-        commit_selects: whether such a step writes tokens too; it then stores only the keys of the block that it
-            appends.
         grows_stale: whether kept keys grow old, so that `warmup_steps`, `refresh_interval` and policies refresh them.
-        interval_of: what `refresh_interval` counts: denoise steps of the "block", or of the "row" from 1 on.
-        refreshes_twice: whether `refresh_interval` asks for a refresh after a block's first step besides.
-        scattered: whether the positions of a window are no range; those that are left out are reused as they are.
+        refreshed: [B] bool rows that `refresh_interval` sends to a refresh.
+        reused: [B, L] bool positions that a denoise step leaves out and whose keys it reuses; None = its window is the
+            whole extent.
+        stored: [B, W] bool positions [B, W] of a denoise step whose keys are stored; None = those of all.
         computes_masks: whether a step computes every mask of the row, and not only the block's.
         opens_at_row_before: whether only a block's first step computes the row that predicts its first position.
         frozen_around: whether the keys around the block are the same for all steps in it, so that drafts share them.
@@ -178,15 +228,28 @@ class CacheOperation:
     visibility: str | None = None
     schedules: tuple[str, ...] = ("block",)
     reads: tuple[str, ...] = ()
-    commits: bool = False
-    commit_selects: bool = False
     grows_stale: bool = False
-    interval_of: str = "block"
-    refreshes_twice: bool = False
-    scattered: bool = False
+    refreshed: Callable[[RowState, int], Tensor] = _every_block_step
+    reused: Callable[[Canvas], Tensor] | None = None
+    stored: Callable[[Canvas, Tensor], Tensor] | None = None
     computes_masks: bool = False
     opens_at_row_before: bool = False
     frozen_around: bool = False
+
+    @property
+    def prefills(self) -> bool:
+        """Whether its refresh steps only fill the cache, and write no token (see `reference.unmask`)."""
+        return self.after_block == "commit"
+
+    @property
+    def commits(self) -> bool:
+        """Whether finished blocks are appended by a step of their own (COMMIT)."""
+        return self.after_block in ("commit", "delayed")
+
+    @property
+    def commit_selects(self) -> bool:
+        """Whether such a step writes tokens too."""
+        return self.after_block == "delayed"
 
     @property
     def keys_are_final(self) -> bool:
@@ -221,13 +284,13 @@ CACHES: dict[str, CacheOperation] = {
     "scattered": CacheOperation(
         "the keys of positions that were decoded two steps ago or earlier (dKV-Cache)",
         "refresh", _scattered, lambda sizes: sizes.canvas, _WHOLE_CANVAS, visibility="full", grows_stale=True,
-        refreshes_twice=True, scattered=True,
+        refreshed=_every_block_step_and_second, reused=_decoded_before,
     ),
     "commit": CacheOperation(
         "the keys of finished blocks, each appended by a forward of its own; exact for block-causal models",
         "commit", _block, lambda sizes: sizes.block,
-        Refresh(lambda at: at.start, lambda sizes: sizes.prompt, selects=False, opens="prompt", repeats=False),
-        visibility="block", reads=("causal_commit", "first_token", "sub_block_cache"), commits=True, frozen_around=True,
+        Refresh(lambda at: at.start, lambda sizes: sizes.prompt, opens="prompt", repeats=False),
+        visibility="block", reads=("causal_commit", "first_token", "sub_block_cache"), frozen_around=True,
     ),
     "fused": CacheOperation(
         "the keys of finished blocks, each appended by the next denoise forward (D2F)",
@@ -237,7 +300,7 @@ CACHES: dict[str, CacheOperation] = {
     "delayed": CacheOperation(
         "the keys of blocks that several forwards have found finished, appended one by one (d3LLM)",
         "delayed", _from_block, lambda sizes: sizes.rest, _WHOLE_CANVAS, visibility="full", schedules=("pipeline",),
-        reads=("commit_delay",), commits=True, commit_selects=True, grows_stale=True, interval_of="row",
+        reads=("commit_delay",), grows_stale=True, refreshed=_every_row_step, stored=_first_block_of_commits,
     ),
 }  # fmt: skip
 

@@ -75,8 +75,8 @@ class Preset:
         scatter_suffix: whether positions of the horizon are dropped at random, the farther the likelier (DPad).
         vicinity: positions on either side of the block that a denoise step recomputes with it.
         warmup_steps: a row's first forwards whose keys nobody reads; the one after them is of everything too (dInfer).
-        refresh_interval: every n-th step of a block is a forward of everything, counted from its first; None = only
-            that.
+        refresh_interval: every n-th step (`CacheOperation.refreshed`) sends a row to a refresh; None = no step does,
+            besides those that the cache itself asks for.
         commit_delay: forwards that must have found a block finished before it is appended to the cache (d3LLM).
         append_threshold: filled share of the last block at which a pipeline appends the next one.
         activate_threshold: filled share of the block before at which a block must write a token every step.
@@ -333,18 +333,20 @@ def _check_caches(p: Preset, fail: Any) -> None:
     cache = p.operation
     if cache.visibility == "block" and p.visibility != "block":
         fail(f"cache={p.cache!r} needs a block-causal model (visibility 'block'), got visibility={p.visibility!r}")
+    if cache.visibility == "full" and p.visibility != "full":
+        exact = names(lambda other: other.stores and other.visibility != "full" and other.schedules == cache.schedules)
+        fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache={exact}")
     only_pipelines = cache.schedules == ("pipeline",)
     if (only_pipelines and not p.pipeline) or (p.pipeline and "pipeline" not in cache.schedules):
         pipelines = names(lambda other: "pipeline" in other.schedules)
         fail(f"schedule='pipeline' goes with cache {pipelines}, got schedule={p.schedule!r}, cache={p.cache!r}")
-    if cache.visibility == "full" and p.visibility != "full":
-        exact = names(lambda other: other.stores and other.visibility != "full" and other.schedules == cache.schedules)
-        fail(f"cache={p.cache!r} approximates full visibility; a block-causal model has an exact one, cache={exact}")
     if p.schedule not in cache.schedules:
-        fail(f"schedule={p.schedule!r} has one block and nothing to keep, got cache={p.cache!r}")
-    if (p.first_token or p.causal_commit) and not {"first_token", "causal_commit"} <= set(cache.reads):
-        serving = names(lambda other: "causal_commit" in other.reads)
-        fail(f"first_token and causal_commit are parts of cache={serving}, got cache={p.cache!r}")
+        serving = names(lambda other: p.schedule in other.schedules)
+        fail(f"schedule={p.schedule!r} goes with cache {serving}, got cache={p.cache!r}")
+    for option in ("first_token", "causal_commit"):
+        if getattr(p, option) and option not in cache.reads:
+            serving = names(lambda other, option=option: option in other.reads)
+            fail(f"{option} is a part of cache={serving}, got cache={p.cache!r}")
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
             f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "
@@ -407,7 +409,7 @@ def _check_policies(p: Preset, fail: Any) -> None:
         fail("two policies that take tokens back would undo each other")
     if p.pipeline and p.policies:
         fail("a pipeline's region moves under the memory of a policy; policies go with schedule 'block' or 'canvas'")
-    if revising and p.operation.scattered:
+    if revising and p.operation.reused is not None:
         fail(f"a token taken back would leave its reused keys behind (cache={p.cache!r})")
     if revising and p.stop == "closed":
         fail("stop='closed' may end a row before a token that would still be taken back; use 'after_block'")

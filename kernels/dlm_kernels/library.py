@@ -5,7 +5,8 @@ does. Under `torch.compile(fullgraph=True)`, `torch.export` and `FakeTensorMode`
 with a fake implementation and a schema that says what the call mutates. Both ways run the same code.
 
 The schema is read off the launcher's signature. A dataclass (`Window`, `RowState`, `UnmaskRule`, `UnmaskInputs`,
-`DraftSource`) goes in field by field, and a result of optional tensors comes out as the list of the tensors that are there:
+`DraftSource`) goes in field by field, and a result of optional tensors comes out as the list of the tensors that are
+there:
 
     block_attention(q, ..., window, *, scale)
     becomes  block_attention(Tensor q, ..., Tensor window_q_pos, ..., float scale) -> Tensor

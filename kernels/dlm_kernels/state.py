@@ -84,7 +84,8 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
         rows: [B] bool rows that change.
         values: by the field's name, a tensor of its dtype and of a shape that broadcasts to its own, or a whole number.
     Raises:
-        ValueError: a name is no field. TypeError: a tensor is of another dtype than its field, or a number is not whole.
+        ValueError: a name is no field. TypeError: a tensor is of another dtype than its field, or a number is not
+        whole.
     """
     for name, value in values.items():
         if name not in (field.name for field in dataclasses.fields(state)):

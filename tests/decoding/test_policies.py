@@ -144,7 +144,7 @@ NONSENSE = [
     ("d2f", {"stop": "all_stop"}, "which a pipeline does not wait for"),
     ("llada", {"stop": "fill"}, "stop='fill' is a pipeline's"),
     ("llada", {"rule": "schedule"}, "a schedule over the whole canvas"),
-    ("dream", {"cache": "prefix"}, "has one block and nothing to keep"),
+    ("dream", {"cache": "prefix"}, "schedule='canvas' goes with cache 'none', got cache='prefix'"),
     ("sdar", {"cfg_scale": 1.0}, "whose keys a block-causal cache does not hold"),
     ("sdar", {"cache": "prefix"}, "a block-causal model has an exact one"),
     ("rcr", {"stop": "closed"}, "before a token that would still be taken back"),

@@ -317,9 +317,17 @@ def test_no_preset_is_named_outside_the_table():
         assert not strings & set(PRESETS), path.name
 
 
-@pytest.mark.parametrize("rule", ["quota", "threshold"])
-def test_a_cache_is_added_by_one_row_of_the_table(rule, monkeypatch):
-    """The cache of this test keeps keys and never reads them, so its tokens are those of a decoder without a cache."""
+def same_decodes(found: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput) -> None:
+    for name in ("canvas", "unmask_step"):
+        assert [x.tolist() for x in getattr(found, name)] == [x.tolist() for x in getattr(expected, name)], name
+    assert (found.nfe, found.query_tokens) == (expected.nfe, expected.query_tokens)
+
+
+RULES = ({"rule": "quota"}, {"rule": "threshold", "threshold": 0.05})
+
+
+def test_a_cache_is_added_by_one_row_of_the_table(monkeypatch):
+    """This one keeps keys and never reads them: its tokens are those of a decoder without a cache."""
 
     def everything(at: caches.Place) -> caches.Extent:
         zero = torch.zeros_like(at.start)
@@ -331,14 +339,29 @@ def test_a_cache_is_added_by_one_row_of_the_table(rule, monkeypatch):
     )
     monkeypatch.setitem(caches.CACHES, "unread", row)
     model, prompts = toy(eos=()), random_prompts([3, 6, 1])
-    settings = {"rule": rule, "max_new_tokens": [9, 5, 13], "block_length": 4, "stop": "never"}
-    found = dlm_fast.generate(model, prompts, preset="llada", cache="unread", refresh_interval=2, **settings)
-    expected = dlm_fast.generate(model, prompts, preset="llada", cache="none", **settings)
-    for name in ("canvas", "unmask_step"):
-        assert [x.tolist() for x in getattr(found, name)] == [x.tolist() for x in getattr(expected, name)], name
-    assert (found.nfe, found.query_tokens) == (expected.nfe, expected.query_tokens)
+    settings = {"preset": "llada", "max_new_tokens": [9, 5, 13], "block_length": 4, "stop": "never"}
+    expected = [dlm_fast.generate(model, prompts, cache="none", **settings, **rule) for rule in RULES]
+    assert expected[0].nfe != expected[1].nfe
+    for rule, output in zip(RULES, expected):
+        same_decodes(dlm_fast.generate(model, prompts, cache="unread", refresh_interval=2, **settings, **rule), output)
     with pytest.raises(ValueError, match="drafts share the keys outside their block"):
-        dlm_fast.generate(model, prompts, preset="llada", cache="unread", drafts=2)
+        dlm_fast.generate(model, prompts, cache="unread", drafts=2, **settings)
+
+
+@pytest.mark.parametrize(
+    "preset, visibility", [("fast-dllm-dual", "full"), ("dkv-cache", "full"), ("llada2", "block"), ("d2f", "block")]
+)
+def test_nothing_asks_for_a_cache_by_its_name(preset, visibility, monkeypatch):
+    """A copy of a row under another name, which is refused and decoded as the row is."""
+    chosen = PRESETS[preset]
+    monkeypatch.setitem(caches.CACHES, "another", caches.CACHES[chosen.cache])
+    renamed = dataclasses.replace(chosen, cache="another")
+    model, prompts = toy(visibility, eos=()), random_prompts([3, 6, 1])
+    settings = options_of(preset) | {"max_new_tokens": [9, 5, 13]}
+    same_decodes(
+        dlm_fast.generate(model, prompts, preset=renamed, **settings),
+        dlm_fast.generate(model, prompts, preset=preset, **settings),
+    )
 
 
 def test_every_preset_says_where_it_is_from_and_what_it_equals():

@@ -6,6 +6,8 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 # The floors from low to high; each entry is a file or a package of dlm_fast, by its first name.
 FLOORS = (
@@ -63,15 +65,45 @@ def test_no_two_files_import_each_other() -> None:
     TopologicalSorter({name: imports(name, path, known) for name, path in known.items()}).prepare()
 
 
+def asks_by_name(source: str) -> list[int]:
+    """Lines that compare a cache or a rule with strings, look it up in a table, or match it."""
+
+    def is_choice(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr in ("cache", "rule")
+
+    def holds_a_string(node: ast.AST) -> bool:
+        return any(isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) for leaf in ast.walk(node))
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asks = any(map(is_choice, sides)) and any(
+                holds_a_string(side) or isinstance(side, ast.Name) for side in sides
+            )
+        elif isinstance(node, ast.Subscript):
+            asks = is_choice(node.slice)
+        elif isinstance(node, ast.Call):
+            asks = isinstance(node.func, ast.Attribute) and node.func.attr == "get" and any(map(is_choice, node.args))
+        else:
+            asks = isinstance(node, ast.Match) and is_choice(node.subject)
+        if asks:
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "preset.cache == 'dual'", "'dual' == preset.cache", "preset.cache in ('dual', 'prefix')", "p.rule != 'quota'",
+        "p.cache in CACHED", "{'dual': 1}[p.cache]", "{'dual': 1}.get(p.cache, 0)",
+        "match p.rule:\n    case 'quota':\n        pass",
+    ],
+)  # fmt: skip
+def test_every_way_to_ask_for_a_choice_by_its_name_is_seen(source) -> None:
+    assert asks_by_name(source)
+
+
 def test_whatever_asks_for_a_cache_or_a_rule_by_name_is_a_preset() -> None:
-    compared = []
-    for path in (ROOT / "dlm_fast").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute | ast.Name):
-                name = node.left.attr if isinstance(node.left, ast.Attribute) else node.left.id
-                strings = [
-                    leaf for operand in node.comparators for leaf in ast.walk(operand) if isinstance(leaf, ast.Constant)
-                ]
-                if name in ("cache", "rule") and any(isinstance(leaf.value, str) for leaf in strings):
-                    compared.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert not [place for place in compared if not place.startswith("dlm_fast/presets/")]
+    files = [path for path in (ROOT / "dlm_fast").rglob("*.py") if path.parent.name != "presets"]
+    assert not [f"{path.relative_to(ROOT)}:{line}" for path in files for line in asks_by_name(path.read_text())]
