@@ -21,14 +21,15 @@ DTYPES = (
 )
 
 
+@pytest.mark.parametrize("shift, beside_row", [(0, 5), (2, 5), (2, -1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_write_between_rows_is_seen_whatever_is_written(dtype: torch.dtype) -> None:
+def test_a_write_between_rows_is_seen_whatever_is_written(dtype: torch.dtype, shift: int, beside_row: int) -> None:
     for value in (0.0, math.nan) if dtype.is_floating_point else (0, 1):
         memory = GuardedMemory()
-        rows = memory.spread(torch.ones(2, 3, 5).to(dtype))
+        rows = memory.spread(torch.ones(2, 3, 5).to(dtype), shift=shift)
         assert rows.stride() == (7 * 9, 9, 1) and (rows.float() == 1).all()
         memory.check()
-        beside = rows.as_strided((1,), (1,), rows.storage_offset() + 5)
+        beside = rows.as_strided((1,), (1,), rows.storage_offset() + beside_row)
         if math.isnan(value):
             beside.view(torch.uint8).fill_(0xFF)  # a NaN, but not the one that lies there
         else:

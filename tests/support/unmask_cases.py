@@ -18,6 +18,7 @@ from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
 from dlm_kernels.checks.unmask import LANES, OPTIONAL, ROWS, wanted_inputs
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
+from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
 from dlm_kernels.tiles import UnmaskTile
 
 MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
@@ -318,66 +319,21 @@ def random_row(
 # Kernel against reference.
 
 
-def guarded(case: Case) -> tuple[Case, list[tuple[str, Tensor, Tensor]]]:
-    """The case with every tensor inside a larger buffer (so rows are strided), and each buffer with a mask of its guard
-    zone."""
-    buffers = []
-
-    def embed(name: str, x: Tensor) -> Tensor:
-        guard = True if x.dtype == torch.bool else -777.0 if x.is_floating_point() else -77
-        buffer = torch.full([n + 4 for n in x.shape], guard, dtype=x.dtype, device=x.device)
-        zone = torch.ones_like(buffer, dtype=torch.bool)
-        inner = tuple(slice(2, 2 + n) for n in x.shape)
-        buffer[inner], zone[inner] = x, False
-        buffers.append((name, buffer, zone))
-        return buffer[inner]
-
-    return case.map(embed), buffers
-
-
-class poisoned_outputs:
-    """While active, what `torch.empty` gives holds garbage between guard zones; `check` raises if a guard was
-    written."""
-
-    def __enter__(self) -> poisoned_outputs:
-        self.buffers: list[tuple[Tensor, int]] = []
-        self.patch = mock.patch.object(torch, "empty", self._empty)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.patch.stop()
-
-    def _empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = math.prod(shape)
-        buffer = torch.full((count + 64,), True if dtype == torch.bool else -0x5A5A5A5B, dtype=dtype, device=device)
-        self.buffers.append((buffer, count))
-        return buffer[32 : 32 + count].view(shape)
-
-    def check(self) -> None:
-        for buffer, count in self.buffers:
-            assert (torch.cat([buffer[:32], buffer[32 + count :]]) == buffer[0]).all(), (
-                "memory next to an output was written"
-            )
-
-
 def assert_kernel_equals_reference(case: Case, note: object, tile: UnmaskTile | None = None) -> None:
-    """The kernel gets memory of its own, with strided rows, and writes nothing else. tile: in place of the table's."""
+    """The kernel gets guarded memory, with strided rows that begin nowhere in particular, and writes nothing else.
+    tile: in place of the table's."""
     module = importlib.import_module("dlm_kernels.unmask.launch")
     expected = case.copy(case.state.tokens.device).run()
-    ours, buffers = guarded(case)
+    memory = GuardedMemory()
+    ours = case.map(lambda _, tensor: memory.spread(tensor, shift=2))
     inputs = {name: x.clone() for name, x in ours.args.items() if isinstance(x, Tensor)}
-    with (
-        mock.patch.object(module, "unmask_tile", (lambda W: tile) if tile else module.unmask_tile),
-        poisoned_outputs() as memory,
-    ):
+    choose = mock.patch.object(module, "unmask_tile", (lambda W: tile) if tile else module.unmask_tile)
+    with choose, poisoned(memory):
         result = ours.run(module.unmask)
     memory.check()
     assert_same(result, expected, f"{note} {case.rule} {case.args['kind']} {tile}")
-    for name, buffer, zone in buffers:
-        assert (buffer[zone] == buffer[0].flatten()[0]).all(), f"{name} was written outside its rows"
     for name, before in inputs.items():
-        assert torch.equal(before.nan_to_num(), ours.args[name].nan_to_num()), f"the input {name} was written"
+        same_bits(f"{note}: the input {name}", ours.args[name], before)
 
 
 # A search of the canvas in tiles of so many positions, when the tile is a toy.

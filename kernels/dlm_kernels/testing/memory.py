@@ -23,11 +23,12 @@ class GuardedMemory:
         self.gaps: list[tuple[Tensor, Tensor]] = []
 
     def empty(
-        self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device, shift: int = 0
     ) -> Tensor:
-        """A poisoned tensor of that shape and stride, aligned as the allocator aligns."""
+        """A poisoned tensor of that shape and stride, which begins `shift` elements behind an address that is aligned
+        as the allocator aligns."""
         itemsize = torch.empty((), dtype=dtype).element_size()
-        elements = 1 + sum((n - 1) * s for n, s in zip(shape, stride))
+        elements = shift + 1 + sum((n - 1) * s for n, s in zip(shape, stride))
         nbytes = elements * itemsize
         buffer = torch.full(
             (GUARD_BYTES + -(-nbytes // 256) * 256 + GUARD_BYTES,), GUARD, dtype=torch.uint8, device=device
@@ -35,10 +36,10 @@ class GuardedMemory:
         payload = buffer[GUARD_BYTES : GUARD_BYTES + nbytes].view(dtype)
         payload.fill_(_poison(dtype))
         self.buffers.append((buffer, nbytes))
-        result = payload.as_strided(shape, stride)
+        result = payload[shift:].as_strided(shape, stride)
         if elements > result.numel():
             gap = torch.ones(elements, dtype=torch.bool, device=device)
-            gap.as_strided(shape, stride).fill_(False)
+            gap[shift:].as_strided(shape, stride).fill_(False)
             self.gaps.append((payload, gap))
         return result
 
@@ -48,16 +49,16 @@ class GuardedMemory:
             return tensor.clone()
         return self.empty(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device).copy_(tensor)
 
-    def spread(self, tensor: Tensor, gap: int = 4) -> Tensor:
+    def spread(self, tensor: Tensor, gap: int = 4, shift: int = 0) -> Tensor:
         """The tensor's values in guarded memory: behind each row of its last dimension lie `gap` elements that belong
-        to nobody, and behind each group of rows `gap` such rows."""
+        to nobody, behind each group of rows `gap` such rows, and before the first row `shift` elements."""
         if tensor.numel() == 0:
             return tensor.clone()
         strides = [1]
         for extent in reversed(tensor.shape[1:]):
             strides.append(strides[-1] * (extent + gap))
         stride = tuple(reversed(strides))[-tensor.dim() :]
-        return self.empty(tuple(tensor.shape), stride, tensor.dtype, tensor.device).copy_(tensor)
+        return self.empty(tuple(tensor.shape), stride, tensor.dtype, tensor.device, shift).copy_(tensor)
 
     def check(self) -> None:
         """Raises Failure if anything was written beside a tensor or between its rows."""
