@@ -18,15 +18,14 @@ from torch import Tensor
 
 from dlm_fast import Ops
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
-from dlm_kernels.checks.unmask import wanted_inputs
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
+from dlm_kernels.testing.unmask_calls import MASK, random_call
 
 from .run import Case, Sizes, generator
 
-MASK, STOP_IDS = 3, (1, 2)
 # Lanes and rows of calls that are read from memory. The interpreter is too slow for so many lanes; its tests have their
 # own.
 MEMORY_WIDTHS, MEMORY_CANVASES = (1025, 4097, 8192), 16
@@ -130,151 +129,8 @@ def case(ops: Ops, device: torch.device, sizes: Sizes, seed: int, W: int, rule: 
     return name, partial(equals_reference, ops, device, seed, name, sizes.canvases, W, rule, kind)
 
 
-def random_call(random: torch.Generator, B: int, W: int, rule: UnmaskRule) -> tuple[RowState, dict]:
-    """A batch on the CPU, and the fields of `UnmaskInputs`: rows in every phase, blocks of every length up to W, ties,
-    and garbage in every lane that is not needed."""
-    L = 3 * W + 5
-
-    def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape or (B,), generator=random, dtype=torch.int32)
-
-    def chance(share: float, *shape: int) -> Tensor:
-        return torch.rand(shape or (B,), generator=random) < share
-
-    def drawn(share: float) -> bool:
-        return bool(chance(share, 1))
-
-    block_length = integers(0, W + 1) if not rule.pipeline else integers(1, max(2, W // 2))
-    start = (torch.rand(B, generator=random) * 2 * W).int()
-    # A pipeline's region holds whole blocks, unless the canvas ends in the last.
-    length = integers(1, W + 1) if not rule.pipeline else (W // block_length).clamp(max=integers(1, 6)) * block_length
-    end = torch.minimum(start + length, torch.tensor(L, dtype=torch.int32))
-    canvas_len = torch.minimum(
-        end + integers(0, W + 6) * (not rule.pipeline or drawn(0.8)), torch.tensor(L, dtype=torch.int32)
-    )
-    tokens = torch.randint(0, 9, (B, L), generator=random)
-    share = torch.tensor([0.0, 0.05, 0.5, 1.0])[integers(0, 4).long()]
-    tokens = torch.where(torch.rand(B, L, generator=random) < share[:, None], MASK, tokens)
-    position = torch.arange(L)
-    in_block = (position >= start[:, None]) & (position < end[:, None])
-    written = in_block & (tokens != MASK) & chance(0.5, B, L)
-    state = RowState(
-        tokens=tokens,
-        unmask_step=torch.where(written, integers(0, 5, B, L), -1).int(),
-        unmask_confidence=torch.where(written, torch.rand(B, L, generator=random), 0.0),
-        canvas_len=canvas_len,
-        block_start=start,
-        block_end=end,
-        block_masks=integers(0, W + 1),
-        block_step=integers(0, W),
-        step=integers(0, 6 if rule.cache == "delayed" else 100),
-        phase=integers(0, 4),
-        nfe=integers(0, 100),
-        query_tokens=integers(0, 10000),
-        error=torch.zeros(B, dtype=torch.int32),
-    )
-    # Lanes may begin before the block, where they see the end of the block before; the region must still fit.
-    lane_start = start
-    if not rule.pipeline and drawn(0.5):
-        lane_start = start - torch.minimum(torch.minimum(integers(0, W), (W - (end - start)).clamp(min=0)), start)
-    lane = lane_start[:, None] + torch.arange(W)
-    held_token, held_step = (field.gather(1, lane.clamp(max=L - 1).long()) for field in (tokens, state.unmask_step))
-    in_lane_block = (lane >= start[:, None]) & (lane < end[:, None])
-    allowed = chance(0.8, B, W) if drawn(0.3) else None
-    exits = chance(0.3) if not rule.pipeline and drawn(0.8 if rule.renoise else 0.3) else None
-    needed = in_lane_block & (held_token == MASK)
-    if allowed is not None:
-        needed = needed & allowed
-    if rule.renoise:
-        needed = in_lane_block
-    if rule.edit or rule.remask != "none":
-        needed = needed | (in_lane_block & (held_step >= 0))
-    if exits is not None:
-        needed = needed | ((lane < canvas_len[:, None]) & (held_token == MASK))
-
-    def scores() -> Tensor:
-        """A coarse grid makes ties; NaN counts as -inf."""
-        score = torch.where(
-            chance(0.5)[:, None],
-            torch.randint(0, 12, (B, W), generator=random) / 12,
-            torch.rand(B, W, generator=random),
-        )
-        score[chance(0.02, B, W)] = math.nan
-        score[chance(0.02, B, W)] = -math.inf
-        return score
-
-    def predictions() -> Tensor:
-        pred = torch.randint(4, 100, (B, W), generator=random)
-        return torch.where(chance(0.1, B, W), STOP_IDS[0], pred)
-
-    entropy = torch.rand(B, W, generator=random) * torch.tensor([0.01, 1.0, 9.0])[integers(0, 3, B, 1).long()]
-    entropy[chance(0.01, B, W)] = math.nan
-    lanes = {
-        "pred": (predictions(), 2**40),
-        "score": (scores(), math.nan),
-        "confidence": (torch.rand(B, W, generator=random), math.nan),
-        "rank": (scores(), math.inf),
-        "entropy": (entropy, math.nan),
-        "stat_error": (chance(0.1 / W, B, W).int(), 7),
-        "refill": (predictions(), 2**40),
-        "remask_score": (scores(), -math.inf),
-    }
-    for values, garbage in lanes.values():
-        values[~needed] = garbage
-    value = torch.tensor([0.1, 0.5, 0.9, 7 / 12])[integers(0, 4).long()]
-    if rule.passes == "threshold" and drawn(0.3):
-        value = torch.tensor([0.1, 0.5, 0.9, 7 / 12])[integers(0, 4, B, W).long()]
-    optional = {
-        "rank": lanes["rank"][0] if drawn(0.5) else None,
-        "entropy": lanes["entropy"][0] if rule.passes == "entropy" else None,
-        "allowed": allowed,
-        "lane_start": None if lane_start is start else lane_start,
-        "fallback": integers(0, 5) if drawn(0.3) else None,
-        "max_unmask": integers(0, 5) if drawn(0.3) else None,
-        "exits": exits,
-        "max_steps": integers(50, 200) if drawn(0.3) else None,
-    }
-    ruled = {
-        "run_value": torch.rand(B, generator=random),
-        "edit_value": torch.rand(B, generator=random),
-        "refill": lanes["refill"][0],
-        "remask_score": lanes["remask_score"][0],
-        "remask_count": integers(0, W + 1),
-        "remask_value": torch.rand(B, generator=random),
-        "append_masks": integers(0, W + 1),
-        "activate_masks": integers(0, W + 1),
-        "delay": integers(0, 5),
-        "first_token": torch.randint(0, 3, (B,), generator=random),
-        "first_token_confidence": torch.rand(B, generator=random),
-    }
-    call = {
-        "query_len": integers(0, 4) * 8,
-        "pred": lanes["pred"][0],
-        "score": lanes["score"][0],
-        "confidence": lanes["confidence"][0],
-        "value": value * (W if rule.passes == "entropy" else 1),
-        "min_unmask": integers(0, 4),
-        "steps": integers(0, W + 2),
-        "block_length": block_length,
-        "mask_id": MASK,
-        "stop_ids": torch.tensor(STOP_IDS),
-        "stat_error": lanes["stat_error"][0],
-    }
-    wanted = wanted_inputs(rule)
-    return state, call | optional | {name: values for name, values in ruled.items() if wanted[name]}
-
-
 def moved(call: dict, device: torch.device) -> dict:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
-
-
-def guarded_state(state: RowState, memory: GuardedMemory, device: torch.device) -> RowState:
-    """The state on `device` between guard zones. Between the rows of 2-D fields lie 5 elements of no row."""
-    fields = {}
-    for name, field in vars(state).items():
-        stride = (field.shape[1] + 5, 1) if field.dim() == 2 else (1,)
-        fields[name] = memory.empty(tuple(field.shape), stride, field.dtype, device).copy_(field)
-    return RowState(**fields)
 
 
 def compare_states(ours: RowState, expected: RowState, note: str = "") -> None:
@@ -285,9 +141,10 @@ def compare_states(ours: RowState, expected: RowState, note: str = "") -> None:
 def equals_reference(
     ops: Ops, device: torch.device, seed: int, name: str, B: int, W: int, rule: UnmaskRule, kind: str
 ) -> None:
-    state, call = random_call(generator(seed, name), B, W, rule)
+    state, call = random_call(generator(seed, name), rule, kind, B=B, L=3 * W + 5, W=W)
     memory = GuardedMemory()
-    ours, ours_call = guarded_state(state, memory, device), moved(call, device)
+    ours = RowState(**{field: memory.spread(x.to(device), gap=5) for field, x in vars(state).items()})
+    ours_call = moved(call, device)
     with poisoned(memory):
         changed = ops.unmask(ours, rule, UnmaskInputs(**ours_call), kind=kind)
     memory.check()
@@ -304,7 +161,7 @@ def rows_are_independent(
 ) -> None:
     """Every row, bit for bit: alone with as few lanes as its block has, and in the batch."""
     B, W = min(8, sizes.canvases), sizes.widths[0]
-    state, call = random_call(generator(seed, name), B, W, rule)
+    state, call = random_call(generator(seed, name), rule, kind, B=B, L=3 * W + 5, W=W)
     state, call = RowState(**moved(vars(state), device)), moved(call, device)
     together = state.clone()
     changed = ops.unmask(together, rule, UnmaskInputs(**call), kind=kind)

@@ -21,11 +21,12 @@ from unmask_cases import (
 )
 
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
-from dlm_kernels.checks.unmask import LANES, ROWS
+from dlm_kernels.checks.unmask import LANES, OPTIONAL, ROWS
 from dlm_kernels.checks.written import check_written
 from dlm_kernels.reference.select import quota, select
 from dlm_kernels.rules import CACHE_OPS, PASSES, REMASKS, SCOPES, STOPS
 from dlm_kernels.state import COMMIT, DENOISE, DONE, ERROR_LOGITS, REFRESH
+from dlm_kernels.testing.unmask_calls import GARBAGE_TOKEN
 from dlm_kernels.unmask import unmask
 from dlm_kernels.unmask.launch import BLOCK_L
 
@@ -311,6 +312,63 @@ def test_reference_equals_the_per_row_transcription_on_random_cases():
     assert {*PASSES, *SCOPES, *REMASKS, *CACHE_OPS, *STOPS, *options} <= seen
 
 
+def hard_canvases(case: Case) -> dict[str, object]:
+    """What could mislead the op in a call's canvases and regions, by name, and whether this call has that."""
+    state, args = case.state, case.args
+    regions = [state.tokens[b, state.block_start[b] : state.block_end[b]] == MASK for b in range(len(state.phase))]
+    lane_start = state.block_start if args["lane_start"] is None else args["lane_start"]
+    position = torch.arange(state.tokens.shape[1])
+    behind = position >= state.block_end[:, None]
+    masked, written = state.tokens == MASK, state.unmask_step >= 0
+    is_stop = torch.isin(state.tokens, args["stop_ids"])
+    return {
+        "a region full of masks": any(region.all() for region in regions),
+        "a region without masks": any(not region.any() for region in regions),
+        "a region with some": any(region.any() and not region.all() for region in regions),
+        "masks before the region": (masked & (position < state.block_start[:, None])).any(),
+        "masks behind the canvas": (masked & (position >= state.canvas_len[:, None])).any(),
+        "an infilled canvas": (masked & behind).any() and (~masked & behind).any(),
+        "a written stop token": (is_stop & written).any(),
+        "a given stop token": (is_stop & ~written).any(),
+        "no stop token": len(args["stop_ids"]) == 0,
+        "lanes before the region": (lane_start < state.block_start).any(),
+        "lanes before the canvas": (lane_start < 0).any(),
+        "a region that does not fit": (lane_start > state.block_start).any(),
+    } | {f"phase {phase}": (state.phase == phase).any() for phase in range(REFRESH, DONE + 1)}
+
+
+def hard_inputs(case: Case) -> dict[str, object]:
+    """The same for what a call is told."""
+    args, W = case.args, case.args["score"].shape[1]
+    found = {
+        "a row that sits out": (args["query_len"] == 0).any(),
+        "a block length of 0": (args["block_length"] == 0).any(),
+        "minus zero": ((args["score"] == 0) & args["score"].signbit()).any(),
+        "garbage": (args["pred"] == GARBAGE_TOKEN).any(),
+        "a broken statistic": args["stat_error"] is not None and (args["stat_error"] == 1).any(),
+        "a threshold for every lane": args["value"].dim() == 2,
+    }
+    for name in OPTIONAL:
+        found |= {f"{name} given": args[name] is not None, f"{name} left out": args[name] is None}
+    for name in ("value", "run_value", "edit_value", "remask_value", "score", "entropy"):
+        values = torch.zeros(1) if args[name] is None else args[name]
+        found |= {f"{name} NaN": values.isnan().any()}
+        found |= {f"{name} {x}": (values == x).any() for x in (math.inf, -math.inf)}
+    for name in ("fallback", "max_unmask", "remask_count"):
+        values = [] if args[name] is None else args[name].tolist()
+        found |= {f"{name} {n}": number in values for n, number in (("-1", -1), ("0", 0), ("W", W))}
+    return found
+
+
+def test_random_calls_draw_every_hard_input():
+    drawn_names: set[str] = set()
+    for seed in range(1200):
+        case = random_case(seed)
+        found = hard_canvases(case) | hard_inputs(case)
+        drawn_names |= {name for name, is_found in found.items() if is_found}
+    assert not {*found} - drawn_names, f"never drawn: {sorted({*found} - drawn_names)}"
+
+
 @pytest.mark.campaign
 def test_campaign_reference_equals_the_transcription_and_the_kernel_equals_the_reference(device):
     for seed in range(10_000, 14_000):
@@ -393,8 +451,9 @@ def test_reference_reads_nothing_on_the_host():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for seed in range(40):
+        case = random_case(seed)
         with FakeTensorMode() as fake:
-            random_case(seed).map(lambda _, x, fake=fake: fake.from_tensor(x)).run()
+            case.map(lambda _, x, fake=fake: fake.from_tensor(x)).run()
 
 
 def test_an_empty_batch_does_nothing():

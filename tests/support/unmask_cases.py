@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import random
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from unmask_oracle import fp32, unmask_row
+from unmask_oracle import unmask_row
 
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, reference
-from dlm_kernels.checks.unmask import LANES, OPTIONAL, ROWS, wanted_inputs
+from dlm_kernels.checks.unmask import LANES, ROWS
 from dlm_kernels.rules import CACHE_OPS, PASSES, STOPS
-from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
+from dlm_kernels.state import REFRESH
 from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
+from dlm_kernels.testing.unmask_calls import MASK, random_call
 from dlm_kernels.tiles import UnmaskTile
 
-MASK, STOP, GIVEN, WRITTEN = 7, 5, 1, 2
+STOP, GIVEN, WRITTEN = 5, 1, 2
 STATE_FIELDS = tuple(field.name for field in dataclasses.fields(RowState))
 DTYPES = LANES | ROWS
 
@@ -157,8 +157,7 @@ def random_case(
     lanes: int | None = None,
     canvas: int = 256,
 ) -> Case:
-    """One call with random rows: ties, NaN and infinite scores and thresholds, infilled canvases, full blocks, errors,
-    rows that sit out.
+    """One random call, whose rule and sizes are the seed's if they are not given.
 
     lanes: of the call. long: more lanes than one tile has, or more canvas than one tile (of `canvas` positions) of a
     search has.
@@ -168,152 +167,8 @@ def random_case(
     W = lanes or (rng.choice((31, 33, 63, 65, 70)) if long else rng.choice((1, 2, 3, 5, 8, 12)))
     L = rng.choice((2 * W + 3, canvas + W + 1, 2 * canvas + 2 * W)) if long else rng.randint(W, 4 * W + 6)
     kind = "refresh" if rule.cache != "none" and rng.random() < 0.3 else "denoise"
-    fitting = {
-        "refresh": [REFRESH],
-        "denoise": [DENOISE, DENOISE, DENOISE] + [COMMIT] * (rule.cache in ("commit", "delayed")),
-    }[kind]
-    stops = rng.sample(range(MASK), rng.choice((0, 1, 1, 3)))
-    chances = dict(
-        rank=0.5,
-        stat_error=0.7,
-        allowed=0.25,
-        lane_start=0.4 * (not rule.pipeline),
-        fallback=0.25,
-        max_unmask=0.25,
-        exits=(0.8 if rule.renoise else 0.25) * (not rule.pipeline),
-        max_steps=0.25,
-    )
-    present = {name for name, chance in chances.items() if rng.random() < chance}
-    present |= {"entropy"} if rule.passes == "entropy" else set()
-    present |= {name for name, wanted in wanted_inputs(rule).items() if wanted}
-    per_lane = rule.passes == "threshold" and rng.random() < 0.25
-    rows = [
-        random_row(
-            rng, L, W, stops, rng.choice(fitting) if rng.random() < 0.9 else rng.randint(REFRESH, DONE), rule, present
-        )
-        for _ in range(B)
-    ]
-
-    def gather(name: str, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([row[name] for row in rows], dtype=dtype)
-
-    fields = RowState.empty(1, 1, "cpu")
-    state = RowState(**{name: gather(name, getattr(fields, name).dtype) for name in STATE_FIELDS})
-    args: dict[str, Any] = {}
-    for name in (*LANES, *ROWS):
-        if name in present or name not in OPTIONAL:
-            args[name] = gather("values" if name == "value" and per_lane else name, DTYPES[name])
-    return Case(state, rule, dict(kind=kind, mask_id=MASK, stop_ids=torch.tensor(stops, dtype=torch.int64), **args))
-
-
-def random_region(rng: random.Random, canvas_len: int, W: int, rule: UnmaskRule) -> tuple[int, int, int]:
-    """Begin and end of a region that fits W lanes, and the length of blocks."""
-    if not rule.pipeline:
-        start = rng.choice((0, rng.randint(0, max(0, canvas_len - W)), rng.randrange(canvas_len)))
-        return start, min(canvas_len, start + rng.choice((W, rng.randint(1, W)))), rng.randint(1, W)
-    length = rng.choice((1, 2, 3, 4, W, rng.randint(1, W)))
-    start = rng.choice((0, rng.randrange(canvas_len)))
-    return start, min(canvas_len, start + length * rng.randint(1, max(1, W // length))), length
-
-
-def random_row(
-    rng: random.Random, L: int, W: int, stops: list[int], phase: int, rule: UnmaskRule, present: set[str]
-) -> dict[str, Any]:
-    canvas_len = rng.choice((L, rng.randint(1, L)))
-    start, end, length = random_region(rng, canvas_len, W, rule)
-    step = rng.randrange(3, 9)
-    after = rng.choice((1.0, 1.0, 0.5) if rule.pipeline else (0.0, 0.0, 2 / L, 0.3, 1.0))
-    chances = [rng.choice((0.0, 0.2, 0.7, 1.0)) for _ in range(W)]  # the chance of a mask in each block
-    tokens, unmask_step = [], []
-    for p in range(L):
-        masked = rng.random() < (chances[(p - start) // length] if start <= p < end else after if p >= end else 0.0)
-        written = not masked and rng.random() < (0.5 if p < end else 0.05)
-        tokens.append(MASK if masked else rng.choice(stops) if stops and rng.random() < 0.1 else rng.randrange(MASK))
-        unmask_step.append(rng.randrange(step) if written else -1)
-    lane_start = start - rng.randint(0, max(0, W - (end - start))) if "lane_start" in present else start
-    coarse, broken = rng.random() < 0.6, rng.random() < 0.08
-    hostile = (math.nan, math.inf, -math.inf) if rng.random() < 0.15 else ()
-    allowed = [rng.random() < 0.8 for _ in range(W)]
-
-    def is_needed(p: int, lane: int) -> bool:
-        """Is anything but garbage allowed in the lane?"""
-        masked, inside = p < canvas_len and tokens[p] == MASK, start <= p < end
-        if inside and (rule.renoise or (masked and (allowed[lane] or "allowed" not in present))):
-            return True
-        if inside and unmask_step[p] >= 0 and (rule.edit or rule.remask != "none"):
-            return True
-        return masked and "exits" in present
-
-    needed = [is_needed(lane_start + j, j) for j in range(W)]
-    masks = tokens[start:end].count(MASK)
-
-    def number() -> float:
-        return (
-            rng.choice((0.0, -0.0, 0.25, 0.5, 0.9, 1.0, math.inf, -math.inf, math.nan))
-            if coarse
-            else fp32(rng.random())
-        )
-
-    def token() -> int:
-        return rng.choice(stops) if stops and rng.random() < 0.15 else rng.randrange(MASK)
-
-    def lanes(draw, poison) -> list:
-        """Lanes that are not needed may hold anything."""
-        return [draw() if ok else poison for ok in needed]
-
-    def threshold() -> float:
-        return fp32(rng.choice((0.0, 0.25, 0.5, 0.9, 1.0, 2.0, 4.0, -0.5, *hostile)))
-
-    def entropy() -> float:
-        return rng.choice((0.0, 0.125, 0.25, 0.5, -1e-9, math.inf, math.nan)) if coarse else fp32(0.3 * rng.random())
-
-    counts = (-1, 0, 0, 1, 1, 2, 3, W)
-    state = dict(
-        tokens=tokens,
-        unmask_step=unmask_step,
-        unmask_confidence=[0.5 if s >= 0 else 0.0 for s in unmask_step],
-        canvas_len=canvas_len,
-        block_start=start,
-        block_end=end,
-        block_masks=masks + rng.choice((0, 0, rng.randint(0, end - start - masks))),
-        block_step=rng.randrange(5),
-        step=step,
-        phase=phase,
-        nfe=rng.randrange(9),
-        query_tokens=rng.randrange(99),
-        error=0,
-    )
-    return state | dict(
-        query_len=0 if rng.random() < 0.12 else rng.randint(1, W),
-        value=threshold(),
-        values=lanes(threshold, math.nan),
-        min_unmask=rng.choice((0, 1, 1, 1, 2, W, W + 5)),
-        steps=rng.choice((0, 1, 2, 3, W, 2 * W + 1)),
-        block_length=length if rule.pipeline or rng.random() < 0.9 else 0,
-        pred=lanes(token, 10**15),
-        score=lanes(number, math.inf),
-        rank=lanes(number, math.inf),
-        confidence=lanes(lambda: fp32(rng.random()), math.nan),
-        entropy=lanes(entropy, math.nan),
-        stat_error=lanes(lambda: int(broken and rng.random() < 0.5), 1),
-        allowed=allowed,
-        refill=lanes(token, 10**15),
-        remask_score=lanes(number, -math.inf),
-        lane_start=lane_start,
-        fallback=rng.choice(counts),
-        max_unmask=rng.choice((*counts, 2, 3)),
-        run_value=threshold(),
-        edit_value=threshold(),
-        remask_count=rng.choice(counts),
-        remask_value=threshold(),
-        exits=rng.random() < 0.3,
-        max_steps=rng.choice((step, step + 1, 99, 99)),
-        append_masks=rng.randint(0, length),
-        activate_masks=rng.randint(0, length),
-        delay=rng.randrange(7),
-        first_token=token(),
-        first_token_confidence=fp32(rng.random()),
-    )
+    state, inputs = random_call(torch.Generator().manual_seed(seed), rule, kind, B=B, L=L, W=W)
+    return Case(state, rule, dict(kind=kind) | inputs)
 
 
 # Kernel against reference.
