@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -22,6 +21,7 @@ from dlm_kernels.reference import DraftSource
 from dlm_kernels.rules import PASSES
 from dlm_kernels.state import ROW_FIELDS
 from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
+from dlm_kernels.testing.drafts_calls import random_drafts
 from dlm_kernels.testing.unmask_calls import MASK, random_call
 
 from .run import Case, Sizes, generator
@@ -186,35 +186,17 @@ def rows_are_independent(
 
 def drafts_equal_reference(ops: Ops, device: torch.device, seed: int, name: str, B: int, D: int, W: int) -> None:
     """Drafts of rows that agree with them for a while: both ops, on memory between guard zones."""
-    random = generator(seed, name)
-
-    def chance(share: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=random) < share
-
-    eligible = chance(0.5, B, W)
-    tokens = torch.where(eligible, MASK, torch.randint(4, 9, (B, W), generator=random))
-    source = DraftSource(
-        token=torch.randint(4, 9, (B, W), generator=random),
-        score=torch.randint(0, W, (B, W), generator=random) / W,
-        confidence=torch.rand(B, W, generator=random),
-        tried=torch.zeros(B, dtype=torch.int32),
-        accepted=torch.zeros(B, dtype=torch.int32),
-    )
-    flags = {"ready": chance(0.9, B), "drafting": chance(0.9, B), "selects": chance(0.9, B)}
-    by_draft = {
-        "token": torch.where(chance(0.1, B, D, W), 9, source.token[:, None]),
-        "score": torch.where(chance(0.02, B, D, W), math.nan, source.score[:, None]),
-        "confidence": torch.rand(B, D, W, generator=random),
-    }
+    source, call = random_drafts(generator(seed, name), B=B, D=D, W=W)
+    tokens, eligible, ready = call.pop("tokens"), call["eligible"], call["ready"]
     memory = GuardedMemory()
     ours = DraftSource(**{key: memory.copy(x.to(device)) for key, x in vars(source).items()})
-    on_device = {key: x.to(device) for key, x in {"eligible": eligible, **flags, **by_draft}.items()}
+    on_device = moved(call, device)
     with poisoned(memory):
         held = ops.draft_build(ours, tokens.to(device), on_device["eligible"], on_device["ready"], D=D)
         written = ops.verify(ours, held, **on_device, mask_id=MASK)
     memory.check()
-    same_bits("held", held, reference.draft_build(source, tokens, eligible, flags["ready"], D=D))
-    expected = reference.verify(source, held.cpu(), **by_draft, eligible=eligible, **flags, mask_id=MASK)
+    same_bits("held", held, reference.draft_build(source, tokens, eligible, ready, D=D))
+    expected = reference.verify(source, held.cpu(), **call, mask_id=MASK)
     for key, value in expected._asdict().items():
         same_bits(key, getattr(written, key), value)
     for key, value in vars(source).items():

@@ -16,8 +16,9 @@ from dlm_kernels import reference
 from dlm_kernels.drafts import launch as drafts
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.testing import GuardedMemory, poisoned, same_bits
+from dlm_kernels.testing.drafts_calls import random_drafts
+from dlm_kernels.testing.unmask_calls import MASK
 
-MASK = 7
 FIELDS = tuple(field.name for field in dataclasses.fields(DraftSource))
 LANES = ("held", "token", "score", "confidence")
 
@@ -108,49 +109,13 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
 
 
 def random_case(seed: int, B: int = 2, W: int | None = None, D: int | None = None) -> Case:
-    """Drafts that the forward often agrees with, ties, NaN and infinities, rows without a source, lanes that nobody
-    reads poisoned."""
+    """Random drafts, as many and as long as the seed says if that is not given."""
     rng = random.Random(seed)
     W = rng.choice((1, 2, 3, 5, 8, 15, 16, 17, 31, 33)) if W is None else W
     D = rng.choice((1, 2, 2, 3, 3, 5)) if D is None else D
-    rows: list[dict[str, Any]] = []
-    for _ in range(B):
-        coarse, share = rng.random() < 0.6, rng.choice((0.0, 0.3, 0.7, 1.0, 1.0))
-
-        def number() -> float:
-            return rng.choice((0.0, -0.0, 0.25, 0.5, math.inf, -math.inf, math.nan)) if coarse else rng.random()
-
-        def lanes(draw, poison) -> list:
-            return [draw() if ok else poison for ok in eligible]
-
-        eligible = [rng.random() < share for _ in range(W)]
-        tokens = [MASK if ok else rng.randrange(MASK + 1) for ok in eligible]
-        row = {
-            "tokens": tokens, "eligible": eligible, "ready": rng.random() < 0.8, "drafting": rng.random() < 0.8,
-            "selects": rng.random() < 0.8, "source.token": lanes(lambda: rng.randrange(MASK), 10**15),
-            "source.score": lanes(number, math.inf), "source.confidence": [rng.random() for _ in range(W)],
-            "source.tried": rng.randrange(9), "source.accepted": rng.randrange(9),
-        }  # fmt: skip
-        row["held"] = build_row(row, D)
-        order = best_first([j for j, ok in enumerate(eligible) if ok], row["source.score"])
-        agreeing, everywhere = rng.choice((0, D, D, rng.randint(0, D))), rng.random()
-        for name, draw in (("token", lambda: rng.randrange(MASK)), ("score", number), ("confidence", rng.random)):
-            row[name] = [lanes(draw, 10**15 if name == "token" else math.inf) for _ in range(D)]
-        for k in range(D):
-            for j in order[k + 1 : k + 2] if k < agreeing else order if everywhere < 0.05 else ():
-                row["token"][k][j] = row["source.token"][j]
-                row["score"][k][j] = 2.0 if j == order[min(k + 1, len(order) - 1)] else 1.0
-        rows.append(row)
-
-    def gather(name: str) -> Tensor:
-        kind = dict.fromkeys(("token", "tokens", "held"), torch.int64) | dict.fromkeys(
-            ("score", "confidence"), torch.float32
-        )
-        dtype = kind.get(name.split(".")[-1], torch.int32 if name.startswith("source.") else torch.bool)
-        return torch.tensor([row[name] for row in rows], dtype=dtype)
-
-    source = DraftSource(**{name: gather(f"source.{name}") for name in FIELDS})
-    return Case(source, **{f.name: gather(f.name) for f in dataclasses.fields(Case)[1:]})
+    source, call = random_drafts(torch.Generator().manual_seed(seed), B=B, D=D, W=W)
+    held = reference.draft_build(source, call["tokens"], call["eligible"], call["ready"], D=D)
+    return Case(source, held=held, **call)
 
 
 # Comparisons.
@@ -171,7 +136,7 @@ def check_kernels(case: Case, tile: tuple[int, int] | None = None) -> None:
     expected = case.copy()
     built, verified = expected.build(), expected.verify()
     memory = GuardedMemory()
-    ours = case.map(lambda _, tensor: memory.spread(tensor))
+    ours = case.map(lambda _, tensor: memory.spread(tensor, shift=2))
     inputs = ours.copy()
     choose = mock.patch.object(drafts, "drafts_tile", (lambda W: tile) if tile else drafts.drafts_tile)
     with choose, poisoned(memory):

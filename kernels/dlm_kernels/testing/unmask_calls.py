@@ -6,7 +6,6 @@ The tests of the op (tests/support/unmask_cases.py) and the check on a GPU (benc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..checks.unmask import wanted_inputs
 from ..rules import Kind, UnmaskRule
 from ..state import COMMIT, DENOISE, DONE, REFRESH, RowState
+from .random_rows import RandomRows
 
 MASK = 7
 # What a canvas holds and what is predicted: few tokens, so that predictions repeat what is written, on both sides of
@@ -136,43 +136,13 @@ def random_call(
     return state, {name: None if given.get(name) is False else tensor for name, tensor in inputs.items()}
 
 
-class _Draws:
-    """Random tensors of B rows, all from one generator."""
+class _Draws(RandomRows):
+    """Random tensors, and tokens of which some are the call's stop tokens."""
 
     def __init__(self, generator: torch.Generator, B: int) -> None:
-        self.generator, self.B = generator, B
+        super().__init__(generator, B)
         count = (0, 1, 1, 2, 3)[int(self.integers(0, 5, 1))]
         self.stop_ids = torch.tensor(TOKENS)[torch.randperm(len(TOKENS), generator=generator)[:count]]
-
-    def uniform(self, *shape: int) -> Tensor:
-        """In [0, 1); [B] without a shape."""
-        return torch.rand(shape or (self.B,), generator=self.generator)
-
-    def integers(self, low: int | Tensor, high: int | Tensor, *shape: int) -> Tensor:
-        """int32, low <= x < high; [B] without a shape. The bounds may differ from row to row."""
-        part = torch.rand(shape or (self.B,), generator=self.generator, dtype=torch.float64)
-        return (low + ((high - low) * part).floor()).int()
-
-    def chance(self, share: float, *shape: int) -> Tensor:
-        """bool; [B] without a shape."""
-        return self.uniform(*shape) < share
-
-    def chance_of(self, shares: Tensor) -> Tensor:
-        """bool, True with the probability that each element says."""
-        return self.uniform(*shares.shape) < shares
-
-    def drawn(self, share: float) -> bool:
-        return bool(self.chance(share, 1))
-
-    def pick(self, choices: Sequence[float], *shape: int) -> Tensor:
-        """One of the choices for each element; [B] without a shape."""
-        index = torch.randint(len(choices), shape or (self.B,), generator=self.generator)
-        return torch.tensor(choices)[index]
-
-    def one_of(self, *options: Tensor) -> Tensor:
-        """Every row from one of the tensors."""
-        index = torch.randint(len(options), (self.B,), generator=self.generator)
-        return torch.stack(options)[index, torch.arange(self.B)]
 
     def tokens(self, stop_share: Tensor, *shape: int) -> Tensor:
         """int64, none the mask. `stop_share`: [B], how many of a row's are stop tokens."""
