@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import FIELDS, PRESETS, Preset, describe
+from .caches import CACHES
+from .preset import QUOTAS, RULES, SCHEDULES, SCORES, STOPS
 
 INTRODUCTION = """\
 # Decoders
 
 This page is generated from the table of presets by `dlm-fast presets --markdown > docs/decoders.md`; a test compares
-the two. The table itself is [`dlm_fast/presets/table.py`](../dlm_fast/presets/table.py), the meaning of every option is
-in the docstring of `Preset` in [`dlm_fast/presets/preset.py`](../dlm_fast/presets/preset.py), and the words are
-explained in [words.md](words.md).
+the two. The table itself is [`dlm_fast/presets/table.py`](../dlm_fast/presets/table.py), what each option is stands
+in the docstring of `Preset` in [`dlm_fast/presets/preset.py`](../dlm_fast/presets/preset.py), what their names mean is
+below, and the words are explained in [words.md](words.md).
 
 A decoder is a row of a table: what is visible, how blocks are scheduled, what is cached, which masked positions a step
 writes, and what modifies that. One loop runs every row, in batches of unequal rows, each decision per row and on the
@@ -37,6 +39,21 @@ row.
 _COLUMNS = ("schedule", "cache", "rule", "policies")
 
 
+MEANINGS = {
+    "schedule": SCHEDULES,
+    "cache: what is kept between forwards": {name: cache.keeps for name, cache in CACHES.items()},
+    "rule: which masked positions a step writes": RULES,
+    "score and rank": SCORES,
+    "quota_of: what a quota spreads over its steps": QUOTAS,
+    "stop: when a row ends": STOPS,
+}
+
+
+def _meanings(title: str, meanings: dict[str, str]) -> list[str]:
+    """The names of an option as a list."""
+    return [f"**{title}**\n", *(f"- `{name}`: {meaning}" for name, meaning in meanings.items()), ""]
+
+
 def markdown() -> str:
     """The page: one line a preset, then what its tokens equal, then the settings in which it differs."""
     presets = tuple(PRESETS.values())
@@ -55,7 +72,9 @@ def markdown() -> str:
         *decoders,
         "\n## What the tokens of a decoder equal\n",
         *tokens,
-        "\n## Settings that differ from the defaults\n",
+        "\n## What the names mean\n",
+        *(line for title, meanings in MEANINGS.items() for line in _meanings(title, meanings)),
+        "## Settings that differ from the defaults\n",
         f"The defaults: {_listed((name, value) for name, value in _defaults().items() if name not in _COLUMNS)}.",
         "The numbers of a policy stand behind its name.\n",
         *settings,
