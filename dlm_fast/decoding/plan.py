@@ -120,6 +120,7 @@ def open_rows(
     Rows without a mask are done before they start. Blocks begin at the first mask ("rel") or at multiples of the block
     length ("abs"); then the positions before the first mask in its block are fixed tokens of that block.
     """
+    # 1. The canvases, and where every row's first mask is.
     mask_id, cache, previous = diffusion.mask_token_id, preset.operation, diffusion.logits_row == "previous"
     B, L = len(canvases), max((len(canvas) for canvas in canvases), default=0)
     state = RowState.empty(B, L, "cpu")
@@ -134,6 +135,7 @@ def open_rows(
     if preset.single_block:
         block_length = max(1, longest)
 
+    # 2. Every row's first block, and the step that it begins with.
     absolute = diffusion.visibility == "block" and diffusion.block_alignment == "abs"
     for b, canvas in enumerate(canvases):
         start = first_mask[b] // block_length * block_length if absolute else first_mask[b]
@@ -147,6 +149,7 @@ def open_rows(
         else:
             state.phase[b] = REFRESH
 
+    # 3. The widths of both kinds of step.
     starts = state.block_start.tolist()
     block = min(block_length, max(1, L))
     sizes = Sizes(

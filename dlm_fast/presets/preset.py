@@ -421,37 +421,30 @@ def _check_policies(p: Preset, fail: Any) -> None:
     if p.shadow and (p.operation.stores or p.visibility != "full" or p.horizon is not None):
         fail("shadow rows go with cache='none' and full visibility")
     if p.drafts > 1:
-        if revising:
-            fail("drafts assume that masks only shrink, which a policy that takes tokens back breaks")
-        if "exit" in families:
-            fail("drafts are lossless and an early exit is not")
-        if (
-            p.rule != "quota"
-            or p.steps_per_block is not None
-            or p.policies
-            or p.order_temperature
-            or p.score == "random"
-        ):
-            fail(
-                "drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, "
-                "no random order"
-            )
-        if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
-            fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")
-        if (
-            not p.operation.frozen_around
-            or p.vicinity
-            or p.first_token
-            or p.sub_block_length is not None
-            or p.cfg_scale
-        ):
-            fail(
-                f"drafts share the keys outside their block: cache {names(lambda cache: cache.frozen_around)}, without "
-                "vicinity, first_token, sub-blocks and cfg_scale"
-            )
-        if p.refresh_interval or p.warmup_steps:
-            fail("drafts go without refresh_interval and warmup_steps")
+        _check_drafts(p, fail)
     if p.cfg_scale and (p.pipeline or p.shadow):
         fail("cfg_scale goes without a pipeline and without shadow rows")
     if p.cfg_scale and p.visibility != "full":
         fail("cfg_scale compares with a copy without the prompt, whose keys a block-causal cache does not hold")
+
+
+def _check_drafts(p: Preset, fail: Any) -> None:
+    revises = p.families & {"revise", "edit"}
+    if revises:
+        fail("drafts assume that masks only shrink, which a policy that takes tokens back breaks")
+    if "exit" in p.families:
+        fail("drafts are lossless and an early exit is not")
+    if p.rule != "quota" or p.steps_per_block is not None or p.policies or p.order_temperature or p.score == "random":
+        fail(
+            "drafts verify a static decoder of one token per step: rule='quota', steps_per_block=None, no policy, "
+            "no random order"
+        )
+    if p.rank is not None or p.suppress_eos or p.run_threshold is not None:
+        fail("drafts verify the order of the score: no rank, suppress_eos or run_threshold")
+    if not p.operation.frozen_around or p.vicinity or p.first_token or p.sub_block_length is not None or p.cfg_scale:
+        fail(
+            f"drafts share the keys outside their block: cache {names(lambda cache: cache.frozen_around)}, without "
+            "vicinity, first_token, sub-blocks and cfg_scale"
+        )
+    if p.refresh_interval or p.warmup_steps:
+        fail("drafts go without refresh_interval and warmup_steps")

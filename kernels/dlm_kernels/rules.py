@@ -167,7 +167,7 @@ class UnmaskInputs:
         remask_score: [B, W] fp32: the order in which positions are masked again, for rule.remask.
         remask_count: [B] int32: positions to mask again, for rule.remask "lowest" and "wino".
         remask_value: [B] fp32: the limit of remask_score, for rule.remask "wino".
-        exits: [B] bool: rows that write every mask now (early commit), not for pipelines; None = no row does.
+        exits: [B] bool: rows that write every mask now (early exit), not for pipelines; None = no row does.
         max_steps: [B] int32: denoise steps that the row may take; None = no limit.
         append_masks: [B] int32, for pipelines: a block is appended once the last one holds at most so many masks.
         activate_masks: [B] int32, for pipelines: a block is fully activated once the block before holds at most so many

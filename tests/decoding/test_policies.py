@@ -59,7 +59,7 @@ def test_a_policy_may_keep_memory_between_steps():
     class EveryOther(policies.Policy):
         """Writes in odd steps of the row only."""
 
-        def memory(self, plan, state):
+        def memory(self, setting, state):
             return {"calls": torch.zeros(state.tokens.shape[0], dtype=torch.int32)}
 
         def choose(self, view, choice):
