@@ -1,5 +1,5 @@
-"""One denoise step, which is what is captured, profiled and tested: its shapes are fixed, the host reads nothing, and all
-that it changes is in `Decode`."""
+"""One denoise step, which is what is captured, profiled and tested: its shapes are fixed, the host reads nothing, and
+all that it changes is in `Decode`."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The default suite runs the first 200 decodes of the 2,000 of the campaign:
 
-    python -m pytest -m campaign tests/decoding/test_decode_campaign.py --campaign-summary
-    bench/results/decode_campaign.json
+    python -m pytest -m campaign tests/decoding/test_decode_campaign.py \\
+        --campaign-summary bench/results/decode_campaign.json
 
 Two computations in fp32 may part where a decision is nearer than their rounding. A row that differs is exempt if
 float64 finds another decision within the bounds of tests/support/decode_cases.py at the first step at which the two

@@ -5,8 +5,8 @@ Both sides compute in float64 with logits rounded to fp32, so tokens, steps, for
 equal, and the recorded confidences within 1e-6; no near-tie is excused. The default suite runs the first tenth of the
 campaign:
 
-    python -m pytest -m campaign tests/decoding/test_transcriptions.py --campaign-summary
-    bench/results/transcriptions.json
+    python -m pytest -m campaign tests/decoding/test_transcriptions.py \\
+        --campaign-summary bench/results/transcriptions.json
 """
 
 from __future__ import annotations
