@@ -3,7 +3,6 @@ rows, or on how many there are?"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +13,7 @@ from dlm_fast import Ops
 from dlm_kernels import reference
 from dlm_kernels.checks.confidence import OUTPUTS
 from dlm_kernels.testing import Failure, GuardedMemory, clear_draws, no_worse_than_torch, poisoned, same_bits
+from dlm_kernels.testing.confidence_calls import HOSTILE, Options, random_call
 
 from .run import Case, Sizes, Skip, generator
 
@@ -31,7 +31,7 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
             name = f"{kind} V={V} everything"
             yield name, partial(equals_reference, ops, device, seed, name, sizes.rows, V, dtype, OUTPUTS, plain=False)
         name = f"{kind} row alone = row in the batch"
-        yield name, partial(rows_are_independent, ops, device, seed, name, max(4, sizes.rows // 4), sizes.vocab, dtype)
+        yield name, partial(rows_are_independent, ops, device, seed, name, max(4, sizes.rows // 2), sizes.vocab, dtype)
         if device.type == "cuda":
             name = f"{kind} few rows, split = many rows, not split"
             yield name, partial(forms_are_equal, ops, device, seed, name, sizes.rows, sizes.vocab, dtype)
@@ -39,65 +39,28 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         yield "offsets beyond 2^31 elements", partial(far_rows, ops, device, seed)
 
 
-def random_call(
-    generator: torch.Generator, R: int, V: int, dtype: torch.dtype, outputs: tuple[str, ...], plain: bool
+def call_of(
+    random: torch.Generator,
+    R: int,
+    V: int,
+    dtype: torch.dtype,
+    outputs: tuple[str, ...] = OUTPUTS,
+    *,
+    plain: bool = False,
+    aligned: bool = True,
+    device: torch.device,
 ) -> dict:
-    """Arguments of one call on the CPU: ragged row list, ties, banned winners, and rows that must end in an error.
+    """A ragged call whose rows are hostile in every way where there are enough rows; a quarter of the rows is ordinary.
 
     plain: what a decoder passes (one banned id, no temperature, no cap); else every optional argument.
+    aligned: the rows of logits are 16-byte aligned, as a model's head makes them.
     """
-    scale = torch.tensor([0.5, 3.0, 12.0])[torch.randint(3, (R, 1), generator=generator)]
-    logits = (torch.randn(R, V, generator=generator) * scale).to(dtype)
-    best = logits.argmax(1)
-    if R >= 8:
-        logits[0] = (torch.randn(V, generator=generator) * 2).round().to(dtype)  # many ties
-        logits[1] = -math.inf
-        logits[2, V // 2] = math.nan
-        logits[3, V - 1] = math.inf
-        logits[4, torch.arange(V) != V - 1] = -math.inf  # one candidate, the last id
-        logits[5] = 0.0
-        logits[6, : V // 2] = torch.finfo(dtype).min if dtype != torch.float16 else -math.inf
-    rows = torch.randperm(R, generator=generator).to(torch.int32)
-    rows = torch.cat([rows, torch.tensor([-1, int(rows[0]), R, -7], dtype=torch.int32)])
-    N = len(rows)
-    call = {"logits": logits, "rows": rows, "outputs": outputs}
-    needed = rows.clamp(0, R - 1).long()
-    if plain:
-        call["banned"] = torch.tensor([int(best[R // 2])])
-    else:
-        # The winner, an id out of the vocabulary, nothing, and some other id, row by row.
-        banned = torch.stack(
-            [best[needed], torch.full((N,), V), torch.full((N,), -1), torch.randint(V, (N,), generator=generator)], 1
-        )
-        banned[::3] = -1
-        call["banned"] = banned
-        call["temperature"] = torch.rand(N, generator=generator) + 0.3
-        call["temperature"][-5] = 0.0  # not a temperature: an error of that row
-        call["soft_cap"] = 30.0
-        # Up and down, some other ids, an id out of the vocabulary, nothing.
-        call["bias_ids"] = torch.cat([torch.randint(V, (N, 3), generator=generator), banned[:, :3]], 1)
-        call["bias"] = torch.randn(N, 6, generator=generator) * 8
-    if "sampled" in outputs:
-        call["sample_temperature"] = torch.rand(N, generator=generator) + 0.2
-        call["sample_temperature"][::4] = 0.0
-        call["seed"] = torch.randint(-(2**62), 2**62, (1,), generator=generator)
-        call["noise"] = torch.randint(-(2**31), 2**31 - 1, (N, 3), generator=generator).to(torch.int32)
-    if "query" in outputs:
-        call["query"] = torch.randint(V, (N,), generator=generator)
-        call["query"][-6] = V
-    if "kl" in outputs:
-        previous = (logits.float() + torch.randn(R, V, generator=generator) * scale / 4).to(dtype)
-        call["previous"], call["previous_logsumexp"] = previous, previous.float().logsumexp(1)
-    return call
-
-
-def on_device(call: dict, device: torch.device, padding: int) -> dict:
-    """The call's tensors on `device`; between the rows of logits lie `padding` NaN, which nobody may read."""
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
-    R, V = call["logits"].shape
-    buffer = torch.full((R, V + padding), math.nan, dtype=call["logits"].dtype, device=device)
-    buffer[:, :V] = moved["logits"]
-    return moved | {"logits": buffer[:, :V]}
+    options = Options(entries=R + 4, bans=1, shared_bans=True)
+    if not plain:
+        options = Options(entries=R + 4, bans=4, biases=6, temperature=True, soft_cap=True, errors=True)
+    padding = -V % 16 + 16 if aligned else 3
+    hostile = min(len(HOSTILE), R * 3 // 4)
+    return random_call(random, R, V, dtype, outputs, options, hostile=hostile, padding=padding, device=device)
 
 
 def equals_reference(
@@ -112,9 +75,8 @@ def equals_reference(
     plain: bool = True,
 ) -> None:
     random = generator(seed, name)
-    # Rows 16-byte aligned, as a model's head makes them, or not at all.
     aligned = bool(torch.randint(2, (1,), generator=random)) or plain
-    call = on_device(random_call(random, R, V, dtype, outputs, plain), device, -V % 16 + 16 if aligned else 3)
+    call = call_of(random, R, V, dtype, outputs, plain=plain, aligned=aligned, device=device)
     before = call["logits"].clone()
     memory = GuardedMemory()
     with poisoned(memory):
@@ -170,7 +132,7 @@ def rows_are_independent(
 ) -> None:
     """Every row, bit for bit: alone, in the batch, and in the batch turned round."""
     random = generator(seed, name)
-    call = on_device(random_call(random, R, V, dtype, OUTPUTS, plain=False), device, -V % 16 + 16)
+    call = call_of(random, R, V, dtype, device=device)
     N = len(call["rows"])
     together = ops.confidence(**call)
 
@@ -198,7 +160,7 @@ def rows_are_independent(
 def forms_are_equal(ops: Ops, device: torch.device, seed: int, name: str, R: int, V: int, dtype: torch.dtype) -> None:
     """The same rows, so few that each is split, and again and again until there are enough to give each one program."""
     random = generator(seed, name)
-    call = on_device(random_call(random, R, V, dtype, OUTPUTS, plain=False), device, -V % 16 + 16)
+    call = call_of(random, R, V, dtype, device=device)
     few = ops.confidence(**call)
     copies = 2 * torch.cuda.get_device_properties(device).multi_processor_count // len(call["rows"]) + 1
     per_output = ("rows", "banned", "temperature", "sample_temperature", "noise", "query", "bias_ids", "bias")

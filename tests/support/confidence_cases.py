@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import random
 from collections.abc import Iterator
 
@@ -14,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from dlm_kernels import reference
-from dlm_kernels.checks.confidence import OUTPUTS
+from dlm_kernels.checks.confidence import MAX_BANNED, MAX_BIAS, OUTPUTS
 from dlm_kernels.confidence import launch as kernel
 from dlm_kernels.reference.confidence import Confidence
 from dlm_kernels.testing import GuardedMemory, clear_draws, no_worse_than_torch, poisoned
+from dlm_kernels.testing.confidence_calls import Options, random_call
 from dlm_kernels.tiles import ConfidenceTile
 
 INTEGERS = ("token", "second_token", "error")
@@ -203,82 +203,39 @@ def everything(N: int, V: int, device: torch.device, greedy_every: int = 4) -> d
     return {"outputs": WITHOUT_KL, **{name: value.to(device) for name, value in arguments.items()}}
 
 
-def random_options(rng: random.Random, R: int, V: int, most_rows: int, known: tuple[str, ...]) -> dict[str, object]:
-    """Every option, each with some chance."""
-    N = R
-    arguments: dict[str, object] = {}
-    if rng.random() < 0.5:
-        N = rng.randint(1, most_rows)
-        arguments["rows"] = torch.tensor(
-            [rng.choice([-1, R, *range(R), *range(R)]) for _ in range(N)], dtype=torch.int32
-        )
-    outputs = tuple(name for name in known if rng.random() < 0.6)
-    arguments |= {name: value for name, value in everything(N, V, torch.device("cpu")).items() if name != "outputs"}
-    if "sampled" not in outputs:
-        for name in ("sample_temperature", "seed", "noise"):
-            del arguments[name]
-    if "query" not in outputs:
-        del arguments["query"]
-    if rng.random() < 0.5:
-        del arguments["temperature"]
-    if rng.random() < 0.7:
-        K = rng.choice([1, 2, 5, 32 if V > 1000 else 8])  # the interpreter pays per id
-        arguments["banned"] = torch.randint(-1, V, (K,) if rng.random() < 0.5 else (N, K))
-    if rng.random() < 0.3:
-        arguments["soft_cap"] = rng.choice([1.5, 30.0])
-    return {"outputs": outputs, **arguments}
-
-
-def to_device(arguments: dict[str, object], device: torch.device | str) -> dict[str, object]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
 def random_case(
     seed: int,
     device: torch.device | str = "cpu",
     vocabularies: tuple[int, ...] = (1, 2, 3, 31, 97, 255, 256, 257, 1023, 1025),
     most_rows: int = 6,
 ) -> tuple[Tensor, dict[str, object]]:
-    """Logits and arguments of one random call of `confidence`: every option, hostile values."""
+    """Logits and arguments of one random call of `confidence`: every option with some chance, hostile values."""
     rng = random.Random(seed)
-    torch.manual_seed(seed)
     V = rng.choice(vocabularies)
     R = rng.randint(1, max(1, most_rows - 1))
-    dtype = rng.choice([torch.float16, torch.bfloat16, torch.float32])
-    logits = torch.randn(R, V + rng.choice([0, 3])) * rng.choice([0.0, 0.5, 4.0])
-    if rng.random() < 0.5:  # ties
-        logits = logits.round()
-    for _ in range(rng.randint(0, 3)):
-        value = rng.choice([-math.inf, -math.inf, -60000.0, math.inf, math.nan])
-        start = rng.randrange(V)
-        logits[rng.randrange(R), start : start + rng.choice([1, 1, V])] = value
-    if rng.random() < 0.2:  # whole parts of -inf before the first logit
-        logits[rng.randrange(R), : V - 1 - rng.randrange(min(V, 3))] = -math.inf
-    logits = logits.to(dtype)[:, :V]
-    arguments = random_options(rng, R, V, most_rows, OUTPUTS)
-    N = len(arguments["rows"]) if "rows" in arguments else R
-    if rng.random() < 0.3:  # of each row some of its best
-        best = torch.nan_to_num(logits.float(), 0, 0, 0).topk(min(V, 4), dim=1).indices
-        own = arguments["rows"].clamp(0, R - 1).long() if "rows" in arguments else torch.arange(R)
-        arguments["banned"] = best[own].contiguous()
-    if rng.random() < 0.4:
-        K = rng.choice([1, 3, 64 if V > 1000 else 5])
-        arguments["bias_ids"] = torch.randint(-1, V + 1, (N, K))
-        arguments["bias"] = torch.randn(N, K) * 8
-    if "kl" in arguments["outputs"]:
-        previous = torch.randn(R, V) * 2 if rng.random() < 0.5 else logits.float() + 0.1 * torch.randn(R, V)
-        arguments["previous"] = previous.to(dtype)
-        arguments["previous_logsumexp"] = previous.to(dtype).float().logsumexp(1)
-    if rng.random() < 0.2:
-        not_finite(arguments, rng)
-    return logits.to(device), to_device(arguments, device)
-
-
-def not_finite(arguments: dict[str, object], rng: random.Random) -> None:
-    """A NaN or an infinity in one number of each floating-point argument, by chance."""
-    for value in arguments.values():
-        if isinstance(value, Tensor) and value.is_floating_point() and rng.random() < 0.5:
-            value.view(-1)[rng.randrange(value.numel())] = rng.choice([math.nan, math.inf, -math.inf])
+    # The interpreter pays per id.
+    most_bans, most_biases = (MAX_BANNED, MAX_BIAS) if V > 1000 else (8, 5)
+    options = Options(
+        entries=rng.choice([None, rng.randint(1, most_rows)]),
+        bans=rng.choice([1, 2, 5, most_bans]) if rng.random() < 0.8 else 0,
+        shared_bans=rng.random() < 0.3,
+        biases=rng.choice([1, 3, most_biases]) if rng.random() < 0.4 else 0,
+        temperature=rng.random() < 0.5,
+        soft_cap=rng.random() < 0.3,
+        errors=rng.random() < 0.2,
+    )
+    call = random_call(
+        torch.Generator().manual_seed(seed),
+        R,
+        V,
+        rng.choice([torch.float16, torch.bfloat16, torch.float32]),
+        tuple(name for name in OUTPUTS if rng.random() < 0.6),
+        options,
+        hostile=rng.randint(0, 3),
+        padding=rng.choice([0, 3]),
+        device=device,
+    )
+    return call.pop("logits"), call
 
 
 def run_case(seed: int, device: torch.device) -> dict[str, object]:
