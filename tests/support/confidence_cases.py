@@ -158,6 +158,7 @@ def assert_equals_reference(ours: Confidence, logits: Tensor, **arguments: objec
         values = getattr(ours, name)
         if values is not None:
             assert values.dtype == torch.float32
+            assert not values.isnan().any() and not getattr(exact, name).isnan().any(), name
             keep = settled if name == "sampled_confidence" else slice(None)
             # Log-probabilities are subtracted, and those of a flat row are as large as its logsumexp.
             terms = scale + (
