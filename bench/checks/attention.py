@@ -15,6 +15,7 @@ from torch import Tensor
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
 from dlm_kernels.testing import Failure, GuardedMemory, no_worse_than_torch, poisoned, same_bits
+from dlm_kernels.testing.attention_calls import FP8, AttentionCall, paged, random_call
 from dlm_kernels.window import MODES
 
 from .run import Case, Sizes, Skip, generator
@@ -22,7 +23,7 @@ from .run import Case, Sizes, Skip, generator
 SPLIT = 512  # prefixes are drawn around multiples of this: where a kernel is likely to cut
 # A window for the prefill form is so many times as wide as the others: at 70, in every group more than 512 query rows.
 LONG = 9
-FP8 = torch.float8_e4m3fn
+PAGE_SIZES = (16, 64, 256)
 CACHES = ("none", "contiguous", "pages", "fp8", "fp8 pages")
 
 
@@ -132,131 +133,67 @@ class Call:
         return op(self.q, self.k, self.v, self.k_cache, self.v_cache, self.window, scale=self.scale, **options)
 
 
-def random_call(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch.device) -> Call:
-    """Five rows: a long prefix; a row that sits out; one query and no prefix; dead positions and an overlay; a hidden
-    cache.
+def call_of(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch.device) -> Call:
+    return on_device(random_call_of(random, sizes, kind), kind.dtype, device)
 
-    q, k and v are the transposed views that transformers hands over. With "long", the first row's window is long, the
-    others' are not.
+
+def random_call_of(random: torch.Generator, sizes: Sizes, kind: Kind) -> AttentionCall:
+    """Five rows: a long prefix; a row that sits out; one query and no prefix; an overlay; a hidden cache.
+
+    With "long", the first row's window is long, the others' are not.
     """
-    B, H_kv, G, D, short = 5, 2, kind.G, kind.D, sizes.width
-    W = LONG * short if "long" in kind.features else short
-    S_max = sizes.prefix + W + 3
 
     def integer(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=random))
 
-    near_split = min(sizes.prefix, SPLIT * integer(1, max(1, sizes.prefix // SPLIT)) + integer(-1, 1))
-    q_len = [W, 0, 1, integer(2, short), integer(2, short - 1)]
-    kv_len = [sizes.prefix, integer(0, sizes.prefix), 0, integer(short, sizes.prefix), near_split]
-    overlay = integer(0, kv_len[3] - q_len[3])
-    replaced = [(0, 0), (0, 0), (0, 0), (overlay, overlay + q_len[3]), (0, kv_len[4])]
-    lane = torch.arange(W)
-    q_pos = torch.stack([integer(0, 50) + lane for _ in range(B)])
-    q_block = q_pos // integer(1, short)
-    q_block[4] = q_block[4][torch.randperm(W, generator=random)]  # blocks in any order
-    if kind.mode == "shadow":  # the second half of a window is a copy of the first, in blocks of its own
-        for b, n in enumerate(q_len):
-            half = n // 2
-            q_pos[b, half : 2 * half] = q_pos[b, :half].clone()
-            q_block[b, half : 2 * half] = q_block[b, :half] + int(q_block[b].max()) + 1
-    q_block[3, torch.rand(W, generator=random) < 0.3] = -1
-    q_block[3, 0] = 2
-    slot = torch.stack([n + lane for n in kv_len])
-    slot[3], slot[4] = overlay + lane, lane
-    slot[2] = -1
-    slot[0, torch.rand(W, generator=random) < 0.2] = -1
-    slot = torch.where(slot < S_max, slot, -1)
-    # The overlay's slots end with it; the last row's may lie inside its hidden cache only.
-    slot[3] = torch.where(lane < q_len[3], slot[3], -1)
-    slot[4] = torch.where(slot[4] < kv_len[4], slot[4], -1)
-    cache_row = torch.randperm(B + 2, generator=random)[:B]
-    kept = torch.rand(B, S_max, generator=random) < 0.8
-    kept[0, : sizes.prefix // 2] = False
-    sliding_window = sizes.prefix // 3 if "sliding" in kind.features else None
-    if kind.cache == "none":
-        # Documented as ignored: none of this may be looked at.
-        slot, kv_len, replaced, cache_row = slot + 10**6, [10**6] * B, [(5, 9)] * B, cache_row + 10**6
-
-    def int32(values) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int32).contiguous().to(device)
-
-    some = {"kept": kept.to(device)} if "kept" in kind.features else {}
-    window = Window(
-        int32(q_pos),
-        int32(q_block),
-        int32(q_len),
-        int32(slot),
-        int32(kv_len),
-        int32(replaced),
-        int32(cache_row),
-        kind.mode,
-        **some,
+    prefix, short = sizes.prefix, sizes.width
+    W = LONG * short if "long" in kind.features else short
+    near_split = min(prefix, SPLIT * integer(1, max(1, prefix // SPLIT)) + integer(-1, 1))
+    q_lens = [W, 0, 1, integer(2, short), integer(2, short - 1)]
+    kv_lens = [prefix, integer(0, prefix), 0, integer(short, prefix), near_split]
+    overlay = integer(0, kv_lens[3] - q_lens[3])
+    return random_call(
+        integer(0, 2**62),
+        B=5,
+        W=W,
+        H_kv=2,
+        G=kind.G,
+        D=kind.D,
+        mode=kind.mode,
+        cache=kind.cache != "none",
+        split=min(SPLIT, prefix // 3),
+        capacity=prefix + W + 3,
+        kept="kept" in kind.features,
+        sliding=prefix // 3 if "sliding" in kind.features else False,
+        fp8=kind.cache.startswith("fp8"),
+        page_size=PAGE_SIZES[integer(0, 2)] if "pages" in kind.cache else None,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        replaced=[(0, 0), None, None, (overlay, overlay + q_lens[3]), (0, kv_lens[4])],
+        scale=kind.D**-0.5,
+        telling=True,
     )
-    live = (lane < torch.tensor(q_len)[:, None]) & (q_block >= 0)
-
-    def projection(heads: int) -> Tensor:
-        values = torch.randn(B, W, heads, D, generator=random)
-        values[~live] = math.nan
-        return values.to(device, kind.dtype).transpose(1, 2)
-
-    is_fp8 = kind.cache.startswith("fp8")
-    scales: list[Tensor | None] = [None, None]
-    if is_fp8:  # the small one saturates, the large one reaches the subnormal numbers
-        scales = [torch.tensor([0.003, 0.3])[torch.randperm(H_kv, generator=random)].to(device) for _ in range(2)]
-
-    def buffer(scale: Tensor | None) -> Tensor:
-        values = torch.full((B + 2, H_kv, S_max, D), math.nan)
-        for b in range(B):
-            hidden = torch.ones(S_max, dtype=torch.bool)
-            hidden[max(0, kv_len[b] - sliding_window + 1) if sliding_window else 0 : kv_len[b]] = False
-            hidden[replaced[b][0] : replaced[b][1]] = True
-            if "kept" in kind.features:
-                hidden |= ~kept[b]
-            values[cache_row[b]] = torch.randn(H_kv, S_max, D, generator=random)
-            values[cache_row[b]][:, hidden] = math.nan
-        if scale is None:
-            return values.to(device, kind.dtype)
-        return (values / scale.cpu()[:, None, None]).clamp(-448, 448).to(FP8).to(device)
-
-    q, k, v = projection(H_kv * G), projection(H_kv), projection(H_kv)
-    caches = (None, None) if kind.cache == "none" else (buffer(scales[0]), buffer(scales[1]))
-    call = Call(q, k, v, *caches, window, D**-0.5, *scales, sliding_window)
-    return paged(call, random) if "pages" in kind.cache else call
 
 
-def paged(call: Call, random: torch.Generator) -> Call:
-    """The same slots in pages at random places; the pool's last page is nobody's and holds NaN."""
-    R, H_kv, S_max, D = call.k_cache.shape
-    page_size = (16, 64, 256)[int(torch.randint(3, (1,), generator=random))]
-    P = -(-S_max // page_size)
-    order = torch.randperm(R * P, generator=random)
-    table = order.view(R, P).to(torch.int32).to(call.q.device)
-
-    def pool(cache: Tensor) -> Tensor:
-        slots = torch.full((R, H_kv, P * page_size, D), math.nan, device=cache.device)
-        slots[:, :, :S_max] = cache.float()
-        pages = torch.full((R * P + 1, H_kv, page_size, D), math.nan, device=cache.device)
-        pages[order.to(cache.device)] = slots.unflatten(2, (P, page_size)).transpose(1, 2).flatten(0, 1)
-        return pages.to(cache.dtype)
-
-    kept = call.window.kept
-    if kept is not None:
-        kept = torch.nn.functional.pad(kept, (0, P * page_size - S_max), value=True)
-    window = dataclasses.replace(call.window, page_table=table, kept=kept)
-    return dataclasses.replace(call, k_cache=pool(call.k_cache), v_cache=pool(call.v_cache), window=window)
+def on_device(call: AttentionCall, dtype: torch.dtype, device: torch.device) -> Call:
+    """The call with its caches alone: what guards them here is memory of its own."""
+    moved = call.to(dtype, device)
+    caches = (None if cache is None else cache.contiguous() for cache in moved.caches)
+    inputs = moved.q, moved.k, moved.v
+    return Call(*inputs, *caches, moved.window, moved.scale, moved.k_scale, moved.v_scale, moved.sliding_window)
 
 
 def equals_reference(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
-    check_call(ops, random_call(generator(seed, name), sizes, kind, device))
+    check_call(ops, call_of(generator(seed, name), sizes, kind, device))
 
 
 def not_finite_is_carried(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
     """In three rows something live is not finite, and all queries of the row see it ("full")."""
-    call = random_call(generator(seed, name), sizes, kind, device)
-    call.q[0, 0, 0], call.q[0, 1, 1, 3] = math.nan, math.inf
-    call.k[2, 0, 0, 1] = math.inf
-    call.v[3, 1, 0, 2] = math.nan
+    call = call_of(generator(seed, name), sizes, kind, device)
+    live = [row.nonzero()[:, 0].tolist() for row in live_positions(call.window)]
+    call.q[0, 0, live[0][0]], call.q[0, 1, live[0][-1], 3] = math.nan, math.inf
+    call.k[2, 0, live[2][0], 1] = math.inf
+    call.v[3, 1, live[3][0], 2] = math.nan
     check_call(ops, call)
 
 
@@ -280,15 +217,20 @@ def compare(out: Tensor, ours: Call, low: Call, exact: Call) -> None:
         if getattr(ours, cache) is not None:
             same_bits(cache, getattr(ours, cache), getattr(low, cache))
     no_worse_than_torch("out", out, low_out, exact_out)
-    live = (torch.arange(out.shape[2], device=out.device) < ours.window.q_len[:, None]) & (ours.window.q_block >= 0)
-    dead = out.transpose(1, 2)[~live]
+    dead = out.transpose(1, 2)[~live_positions(ours.window)]
     if dead.count_nonzero():
         raise Failure("out: a dead position must be zero")
 
 
+def live_positions(window: Window) -> Tensor:
+    """[B, W] bool."""
+    lane = torch.arange(window.q_block.shape[1], device=window.q_block.device)
+    return (lane < window.q_len[:, None]) & (window.q_block >= 0)
+
+
 def rows_are_independent(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
     """Every row, bit for bit: alone, in a bucket and a cache that are just large enough, and in the batch."""
-    call = random_call(generator(seed, name), sizes, kind, device)
+    call = call_of(generator(seed, name), sizes, kind, device)
     before = call.to()
     together = call.run(ops.block_attention)
     for b in range(call.q.shape[0]):
@@ -308,7 +250,10 @@ def rows_are_independent(ops: Ops, device: torch.device, sizes: Sizes, seed: int
         inputs = {n: getattr(call, n)[b : b + 1, :, :W] for n in ("q", "k", "v")}
         alone = dataclasses.replace(before, **inputs, **caches, window=dataclasses.replace(call.window, **fields))
         same_bits(f"out of row {b} alone", alone.run(ops.block_attention), together[b : b + 1, :, :W])
-        mine = call.window.page_table[row].long() if paged_row else slice(row, row + 1)
+        mine: Tensor | slice = slice(row, row + 1)
+        if paged_row:
+            mine = call.window.page_table[row].long()
+            mine = mine[(mine >= 0) & (mine < call.k_cache.shape[0])]
         for c, cache in caches.items():
             alone_bytes, batch_bytes = _bytes(cache), _bytes(getattr(call, c))[mine]
             alone_bytes = alone_bytes[mine] if paged_row else alone_bytes
@@ -318,13 +263,20 @@ def rows_are_independent(ops: Ops, device: torch.device, sizes: Sizes, seed: int
 def pages_are_a_cache(ops: Ops, device: torch.device, sizes: Sizes, seed: int, name: str, kind: Kind) -> None:
     """The same slots in pages give the same bits as in a contiguous cache."""
     random = generator(seed, name)
-    contiguous = random_call(random, sizes, kind, device)
-    pages = paged(contiguous, random)
+    drawn = random_call_of(random, sizes, kind)
+    page_size = PAGE_SIZES[int(torch.randint(3, (1,), generator=random))]
+    contiguous, pages = (on_device(call, kind.dtype, device) for call in (drawn, paged(drawn, page_size)))
     same_bits("out of pages", pages.run(ops.block_attention), contiguous.run(ops.block_attention))
     for c in ("k_cache", "v_cache"):
         cache = getattr(contiguous, c)
-        found = _bytes(getattr(pages, c))[pages.window.page_table.long()].transpose(1, 2).flatten(2, 3)
-        same_bits(c, found[:, :, : cache.shape[2]], _bytes(cache))
+        pool, table = getattr(pages, c), pages.window.page_table.long()
+        # What nobody needs has no page, and holds NaN in the contiguous cache.
+        found = _bytes(pool)[table.clamp(0, len(pool) - 1)].transpose(1, 2).flatten(2, 3)[:, :, : cache.shape[2]]
+        has_page = ((table >= 0) & (table < len(pool))).repeat_interleave(page_size, 1)[:, : cache.shape[2]]
+        has_page = has_page[:, None, :, None]
+        same_bits(c, torch.where(has_page, found, 0), torch.where(has_page, _bytes(cache), 0))
+        if not (cache.float().isnan() | has_page).all():
+            raise Failure(f"{c}: a slot without a page was written")
 
 
 def _bytes(cache: Tensor) -> Tensor:

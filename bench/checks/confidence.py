@@ -55,7 +55,7 @@ def call_of(
     plain: what a decoder passes (one banned id, no temperature, no cap); else every optional argument.
     aligned: the rows of logits are 16-byte aligned, as a model's head makes them.
     """
-    options = Options(entries=R + 4, bans=1, shared_bans=True)
+    options = Options(entries=R + 4, bans=1, shared_bans=True, errors=True)
     if not plain:
         options = Options(entries=R + 4, bans=4, biases=6, temperature=True, soft_cap=True, errors=True)
     padding = -V % 16 + 16 if aligned else 3

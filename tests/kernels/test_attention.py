@@ -26,15 +26,15 @@ from attention_cases import (
     assert_same_bits,
     check_against_the_loop,
     not_finite,
-    paged,
     random_case,
 )
-from attention_oracle import by_the_loop, stored_by_the_loop
+from attention_oracle import by_the_loop, cached_slots, fields, live_positions, place, stored_by_the_loop
 
 from dlm_kernels import Window
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
 from dlm_kernels.testing import no_worse_than_torch
+from dlm_kernels.testing.attention_calls import paged
 from dlm_kernels.tiles import ATTENTION_TILES
 
 # What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2
@@ -156,6 +156,21 @@ def test_reference_is_a_softmax_over_the_visible_keys(mode: str, features: tuple
         torch.testing.assert_close(run.reference(), by_the_loop(case), rtol=1e-12, atol=1e-13)
         for mine, expected in zip(run.buffers, stored_by_the_loop(case) if run.buffers else (), strict=True):
             assert_same_bits(mine, expected)
+
+
+def test_random_calls_hold_numbers_where_the_loop_reads_and_nan_elsewhere() -> None:
+    for seed in range(40):
+        rng = random.Random(seed)
+        features = {name: rng.random() < 0.4 for name in ("kept", "sliding", "fp8", "shared")}
+        case = random_case(seed, mode=rng.choice(MODES), cache=True, page_size=rng.choice((None, 16)), **features)
+        w, hidden = fields(case), torch.ones(case.k_buffer.shape[::2][:2], dtype=torch.bool)
+        for b, row in enumerate(w["cache_row"]):
+            assert case.live[b].nonzero()[:, 0].tolist() == live_positions(w, b)
+            for slot in cached_slots(case, w, b):
+                first, third = place(w, row, slot, case.caches[0].shape[2])
+                hidden[first, GUARD + third] = False
+        for buffer in case.buffers:
+            assert torch.equal(buffer.isnan(), hidden[:, None, :, None].expand_as(buffer))
 
 
 # Every grouping and padded head dim, window widths off by one from the tile, every feature, with and without a cache.

@@ -13,10 +13,11 @@ from torch import Tensor
 pytest.importorskip(
     "triton", reason="without Triton, there is no attention kernel whose rows could depend on one another"
 )
-from attention_cases import GUARD, Case, assert_same_bits, cached_slots, fields, live_positions, paged, random_case
+from attention_cases import GUARD, Case, assert_same_bits, cached_slots, fields, live_positions, random_case
 
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
+from dlm_kernels.testing.attention_calls import paged
 
 # One call for every feature, rows off by one from the tiles, three rows of different lengths.
 FEATURES = {

@@ -36,7 +36,7 @@ class Options:
         bans: ids that are banned, 0 = none. shared_bans: the same ids for every output.
         biases: ids that get a bias, 0 = none.
         temperature, soft_cap: whether they are passed.
-        errors: one output's temperature and another's query are errors, and by chance one number of every other
+        errors: temperatures and queries of some outputs are errors, and by chance one number of every other
             floating-point argument is not finite.
     """
 
@@ -64,8 +64,8 @@ def random_call(
     """The arguments of one call by name.
 
     Args:
-        hostile: rows of logits that are made hostile, each in another way of `HOSTILE` as long as there are ways; at
-            most R.
+        hostile: rows of logits that are made hostile, each in another way of `HOSTILE` as long as there are ways; never
+            the last of several rows, which is what an op that clamps the row list would read.
         padding: NaN between the rows of logits, which nobody may read.
     """
     rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
@@ -77,7 +77,9 @@ def random_call(
     logits = torch.where(tied, logits.round(), logits).to(dtype)
     clean = logits.argmax(1)
     ways = rng.sample(HOSTILE, len(HOSTILE))
-    for place, r in enumerate(rng.sample(range(R), min(hostile, R))):
+    others = range(max(1, R - 1))
+    changed = rng.sample(others, min(hostile, len(others)))
+    for place, r in enumerate(changed):
         _make_hostile(logits[r], ways[place % len(ways)], rng)
     call: dict[str, Any] = {"logits": logits, "outputs": outputs}
 
@@ -131,7 +133,7 @@ def random_call(
         call["previous"] = (start + change * torch.randn(R, V, generator=generator)).to(dtype)
         call["previous_logsumexp"] = call["previous"].float().logsumexp(1)
     if options.errors:
-        _add_errors(call, row, R, V, rng)
+        _add_errors(call, [n for n, r in enumerate(row) if 0 <= r < R and r not in changed] or [0], rng)
 
     # 5. On the device, the rows of logits apart.
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in call.items()}
@@ -173,14 +175,16 @@ def _make_hostile(logits: Tensor, way: str, rng: random.Random) -> None:
         raise ValueError(f"way must be one of {HOSTILE}, got {way!r}")
 
 
-def _add_errors(call: dict[str, Any], row: list[int], R: int, V: int, rng: random.Random) -> None:
+def _add_errors(call: dict[str, Any], ordinary: list[int], rng: random.Random) -> None:
+    """Errors of outputs that would have none: those of `ordinary`."""
     not_finite = (math.nan, math.inf, -math.inf)
-    present = [n for n, r in enumerate(row) if 0 <= r < R] or [0]
-    cold, unknown = rng.sample(present, 2) if len(present) > 1 else present * 2
+    cold, not_a_number, unknown, none = rng.sample((ordinary * 4)[: max(4, len(ordinary))], 4)
     if "temperature" in call:
-        call["temperature"][cold] = rng.choice((0.0, *not_finite))
+        call["temperature"][not_a_number] = rng.choice(not_finite)
+        call["temperature"][cold] = 0.0
     if "query" in call:
-        call["query"][unknown] = rng.choice((-1, V))
+        call["query"][none] = -1
+        call["query"][unknown] = call["logits"].shape[1]
     for name in ("bias", "sample_temperature", "previous", "previous_logsumexp"):
         if name in call and rng.random() < 0.5:
             values = call[name].view(-1)
