@@ -15,7 +15,7 @@ from torch import Tensor
 from dlm_fast import Ops
 from dlm_kernels import Window, reference
 from dlm_kernels.testing import Failure, GuardedMemory, no_worse_than_torch, poisoned, same_bits
-from dlm_kernels.testing.attention_calls import FP8, AttentionCall, paged, random_call
+from dlm_kernels.testing.attention_calls import FP8, RandomAttentionCall, paged, random_call
 from dlm_kernels.window import MODES
 
 from .run import Case, Sizes, Skip, generator
@@ -137,7 +137,7 @@ def call_of(random: torch.Generator, sizes: Sizes, kind: Kind, device: torch.dev
     return on_device(random_call_of(random, sizes, kind), kind.dtype, device)
 
 
-def random_call_of(random: torch.Generator, sizes: Sizes, kind: Kind) -> AttentionCall:
+def random_call_of(random: torch.Generator, sizes: Sizes, kind: Kind) -> RandomAttentionCall:
     """Five rows: a long prefix; a row that sits out; one query and no prefix; an overlay; a hidden cache.
 
     With "long", the first row's window is long, the others' are not.
@@ -175,7 +175,7 @@ def random_call_of(random: torch.Generator, sizes: Sizes, kind: Kind) -> Attenti
     )
 
 
-def on_device(call: AttentionCall, dtype: torch.dtype, device: torch.device) -> Call:
+def on_device(call: RandomAttentionCall, dtype: torch.dtype, device: torch.device) -> Call:
     """The call with its caches alone: what guards them here is memory of its own."""
     moved = call.to(dtype, device)
     caches = (None if cache is None else cache.contiguous() for cache in moved.caches)

@@ -23,7 +23,7 @@ from torch import Tensor
 from dlm_kernels import reference
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned, same_bits
-from dlm_kernels.testing.attention_calls import GUARD, AttentionCall, random_call
+from dlm_kernels.testing.attention_calls import GUARD, RandomAttentionCall, random_call
 
 # Boundaries at toy size: key tiles of 16, splits of two tiles and at most two of them, then longer ones; three tiles of
 # queries at most.
@@ -39,7 +39,7 @@ TOYS = (
 )
 
 
-class Case(AttentionCall):
+class Case(RandomAttentionCall):
     """A call that the reference and the kernel can be given."""
 
     @property

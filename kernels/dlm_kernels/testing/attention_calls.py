@@ -17,11 +17,11 @@ GUARD = 8
 FP8 = torch.float8_e4m3fn
 # Added to window fields that nobody may look at.
 IGNORED = 10**6
-C = TypeVar("C", bound="AttentionCall")
+C = TypeVar("C", bound="RandomAttentionCall")
 
 
 @dataclasses.dataclass
-class AttentionCall:
+class RandomAttentionCall:
     """Arguments of one call. The caches are views of buffers whose margins (along the slots) nobody may touch.
 
     With a page table, a buffer is [num_pages, H_kv, GUARD + page_size + GUARD, D], else [R, H_kv, GUARD + capacity +
@@ -104,7 +104,7 @@ def random_call(
     replaced: Sequence[tuple[int, int] | None] | None = None,
     scale: float | None = None,
     telling: bool = False,
-) -> AttentionCall:
+) -> RandomAttentionCall:
     """A ragged batch in float64 (values exact in float16) where everything that must not be read is NaN or infinite.
 
     Args:
@@ -175,7 +175,7 @@ def random_call(
     if cache:
         buffers = [torch.full((R, H_kv, capacity + 2 * GUARD, D), math.nan, dtype=torch.float64) for _ in range(2)]
     scale = rng.choice((D**-0.5, 0.3)) if scale is None else scale
-    call = AttentionCall(q, k, v, *buffers, window, scale, *scales, sliding_window)
+    call = RandomAttentionCall(q, k, v, *buffers, window, scale, *scales, sliding_window)
 
     # 3. What a slot may hold: a key if some row sees it; else NaN, and then one window position may be stored there,
     # dead ones included. A store must be hidden from its readers by kv_len, replaced or kept: what only slides out of
