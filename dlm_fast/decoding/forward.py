@@ -86,15 +86,15 @@ class PredictingRow:
     def index(self, window: Window, position: Tensor) -> Tensor:
         """[B, N] int64: where the window computes a position, its width where it does not."""
         (B, W), L = window.q_pos.shape, self.canvas
-        column = torch.arange(W, device=position.device).expand(B, W)
-        place = torch.where(self.live(window, column), window.q_pos, L).long()
-        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, column)
+        offset = torch.arange(W, device=position.device).expand(B, W)
+        place = torch.where(self.live(window, offset), window.q_pos, L).long()
+        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, offset)
         index[:, L] = W
         return index.gather(1, torch.where((position >= 0) & (position < L), position, L).long())
 
-    def live(self, window: Window, column: Tensor) -> Tensor:
+    def live(self, window: Window, offset: Tensor) -> Tensor:
         """[B, W] bool rows of the window that may predict."""
-        return column < window.q_len[:, None]
+        return offset < window.q_len[:, None]
 
     def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
         """Called after a step, for what later steps need of its rows."""
@@ -111,6 +111,7 @@ class RowBefore(PredictingRow):
     last_hidden: Tensor
 
     def of(self, window: Window, hidden: Tensor, position: Tensor) -> Tensor:
+        """Hidden states [B, N, d] of the rows before `position` [B, N]."""
         # What the window does not hold is the position before the region.
         hidden = torch.cat([hidden, self.last_hidden[:, None]], 1)
         return gathered(hidden, self.index(window, torch.where(position > 0, position - 1, position)))
@@ -132,8 +133,8 @@ class UnshadowedRow(PredictingRow):
 
     shadow_block: int
 
-    def live(self, window: Window, column: Tensor) -> Tensor:
-        return super().live(window, column) & (window.q_block < self.shadow_block)
+    def live(self, window: Window, offset: Tensor) -> Tensor:
+        return super().live(window, offset) & (window.q_block < self.shadow_block)
 
 
 def gathered(hidden: Tensor, index: Tensor) -> Tensor:
@@ -148,7 +149,9 @@ class Forward:
 
     Attributes:
         handle: the patched model.
-        plan, state, sampling: of the decode.
+        plan: what is the same for every step of the decode.
+        state: where every row stands.
+        sampling: how the rows draw.
         setting: what its policies may read.
         cache: key/value buffers; None where nothing is kept.
         row: which row predicts a position.
