@@ -18,7 +18,7 @@ from dlm_kernels import Window
 
 from .diffusion import DiffusionConfig, check_vocabulary
 from .models import Adapter, adapter_for
-from .models.attention import ATTENTION_NAME, AttentionCall
+from .models.native import ATTENTION_NAME, AttentionCall
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"

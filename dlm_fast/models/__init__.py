@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import native
-from .attention import AttentionCall
 from .cache import KVCache
+from .native import AttentionCall
 
 
 class Adapter(Protocol):

@@ -1,23 +1,106 @@
 """Llama, Qwen2 and Qwen3 as transformers ships them, driven through transformers' attention interface.
 
 No forward is rewritten. The base model is called with one extra keyword, `dlm_call`, which transformers hands through
-to the attention function (attention.py).
+to the attention function. There our op stores the window's keys and values and attends, in one call.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .attention import ATTENTION_NAME, AttentionCall
+from dlm_kernels import Window
+
+from ..ops import Ops
 from .cache import KVCache
 
 CLASSES = {LlamaForCausalLM: LlamaAttention, Qwen2ForCausalLM: Qwen2Attention, Qwen3ForCausalLM: Qwen3Attention}
 MODEL_TYPES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+# The name under which transformers finds it (`config._attn_implementation`).
+ATTENTION_NAME = "dlm_fast"
+
+
+@dataclasses.dataclass
+class AttentionCall:
+    """What one forward tells every attention layer.
+
+    Attributes:
+        window: which positions the forward computes, and what they see.
+        cache: the key/value buffers; None = keys and values live for this forward only.
+        ops: the backend.
+        plain: whether the forward is a plain one (`model(input_ids)`), and not a decoder's.
+        served: numbers of the layers that attended through the call, in order. The list is Python's own and adds no op
+            to a compiled graph.
+    """
+
+    window: Window
+    cache: KVCache | None
+    ops: Ops
+    plain: bool = False
+    served: list[int] = dataclasses.field(default_factory=list)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    dlm_call: AttentionCall | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls.
+
+    query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H, D].
+    """
+    # 1. Refuse what the op cannot do.
+    if dlm_call is None:
+        raise RuntimeError(
+            "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
+        )
+    for name, argument in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
+        if argument is not None:
+            raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
+    if dropout:
+        raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
+    if query.requires_grad and torch.is_grad_enabled() and dlm_call.ops.name == "triton":
+        raise NotImplementedError(
+            "dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'"
+        )
+    if key.shape[2] != query.shape[2]:
+        raise NotImplementedError(
+            f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in "
+            "past_key_values"
+        )
+
+    # 2. Attend, with the cache of this layer.
+    layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
+    caches = (None, None) if layer is None else (layer.keys, layer.values)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Under autocast RoPE leaves queries and keys in float32, and values come in the dtype of autocast. Torch's own
+        # attention casts all three to the dtype of autocast, and so does this function.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
+    else:
+        out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
+    dlm_call.served.append(module.layer_idx)
+    return out.transpose(1, 2), None
+
+
+# No mask function is registered by this name, so transformers builds no [L, L] mask at all.
+AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 def verify(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 
 import dlm_fast
 from dlm_fast import models
-from dlm_fast.models.attention import ATTENTION_NAME
+from dlm_fast.models.native import ATTENTION_NAME
 from dlm_fast.patching import attach
 from dlm_fast.training.networks import checkpoint_activations
 from dlm_kernels.testing import no_worse_than_torch
