@@ -18,38 +18,11 @@ from dlm_kernels import RowState, Window
 from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from ..patching import PatchHandle
-from ..policies import Choice, Lanes, Sampling, Setting, View
+from ..policies import Choice, Sampling, Setting, View
 from .drafts import Drafts
-from .measure import History, Wanted, measure, rule_fields_of, stats_of, wanted_of
-from .plan import Bucket, Plan
-from .window import lanes_of, phase_selects, sub_block, window_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """What one step computes and looks at.
-
-    Attributes:
-        bucket: its shape.
-        window: what the forward computes.
-        lanes: what is looked at.
-        takes_part: [B] bool rows of the window.
-        selects: [B] bool rows of the window for which tokens are chosen.
-    """
-
-    bucket: Bucket
-    window: Window
-    lanes: Lanes
-    takes_part: Tensor
-    selects: Tensor
-
-
-def step_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -> Step:
-    """The step of a bucket from where every row stands."""
-    window = window_of(plan, state, sampling, bucket)
-    takes_part = window.q_len > 0
-    lanes = lanes_of(plan, state, bucket.lanes)
-    return Step(bucket, window, lanes, takes_part, takes_part & phase_selects(plan, state, bucket.kind))
+from .measure import History, Wanted, measure, stats_of, wanted_of
+from .plan import Plan
+from .window import Step, sub_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +189,7 @@ class Forward:
         """The statistics of the lanes that are needed, after `bias` if there is one."""
         preset, sampling, state = self.plan.preset, self.sampling, self.state
         copies = step.bucket.drafts
-        statistics = measure(
+        statistics, rule_fields = measure(
             self.handle.ops,
             preset,
             self.wanted,
@@ -235,7 +208,7 @@ class Forward:
             lanes=step.lanes,
             selects=step.selects,
             logits=result.logits.unflatten(0, (-1, step.lanes.position.shape[1])),
-            rule_fields=rule_fields_of(preset, self.wanted, state, sampling, step.lanes, statistics),
+            rule_fields=rule_fields,
             restate=lambda ids, values: self.viewed(step, result, needed, None, (ids, values)),
             **statistics,
         )

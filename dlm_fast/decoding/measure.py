@@ -100,8 +100,8 @@ def measure(
     history: History | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
     copies: int = 1,
-) -> dict[str, Tensor | None]:
-    """The statistics of a `View`, each [B, W] (or [B * copies, W]).
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """The statistics of a `View`, each [B, W] (or [B * copies, W]), and what the preset's rule makes of them.
 
     Args:
         logits: [B * copies * W, V] of the lanes.
@@ -167,7 +167,8 @@ def measure(
         "kl": model_stats.kl if history is not None else None,
         "error": stats.error,
     }
-    return {name: None if values is None else values.view(-1, W) for name, values in statistics.items()}
+    statistics = {name: None if values is None else values.view(-1, W) for name, values in statistics.items()}
+    return statistics, rule_fields_of(preset, wanted, state, sampling, lanes, statistics)
 
 
 def rule_fields_of(

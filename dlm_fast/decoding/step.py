@@ -15,8 +15,9 @@ from dlm_kernels.state import DENOISE, REFRESH, amend
 from ..patching import PatchHandle
 from ..policies import Choice, Sampling, View
 from ..policies.view import Memory
-from .forward import Forward, Result, Step, forward_of, step_of
+from .forward import Forward, Result, forward_of
 from .plan import Bucket, Plan
+from .window import Step, step_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@ the device; the host reads nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -17,6 +18,33 @@ from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
 from ..policies import Lanes, Sampling
 from ..presets.caches import Canvas, Extent, Place
 from .plan import Bucket, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What one step computes and looks at.
+
+    Attributes:
+        bucket: its shape.
+        window: what the forward computes.
+        lanes: what is looked at.
+        takes_part: [B] bool rows of the window.
+        selects: [B] bool rows of the window for which tokens are chosen.
+    """
+
+    bucket: Bucket
+    window: Window
+    lanes: Lanes
+    takes_part: Tensor
+    selects: Tensor
+
+
+def step_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -> Step:
+    """The step of a bucket from where every row stands."""
+    window = window_of(plan, state, sampling, bucket)
+    takes_part = window.q_len > 0
+    lanes = lanes_of(plan, state, bucket.lanes)
+    return Step(bucket, window, lanes, takes_part, takes_part & phase_selects(plan, state, bucket.kind))
 
 
 def lanes_of(plan: Plan, state: RowState, count: int) -> Lanes:
