@@ -160,8 +160,8 @@ def random_call(
     window = Window(mode=mode, kv_slot=torch.full((B, W), -1, dtype=torch.int32), **tensors)
 
     # 2. q, k, v as Hugging Face hands them over: transposed views of [B, W, H, D].
-    # In one of three calls the softmax has few large weights: in all of its heads, so that many results say how far torch
-    # is off.
+    # In one of three calls the softmax has few large weights, in all heads, so that many results say how far torch is
+    # off.
     q = (normal(B, W, H_kv * G, D) * rng.choice((1, 1, 8))).transpose(1, 2)
     k, v = (normal(B, W, H_kv, D).transpose(1, 2) for _ in range(2))
     scales: list[Tensor | None] = [None, None]
