@@ -23,7 +23,7 @@ from torch import Tensor
 from dlm_kernels import reference
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned, same_bits
-from dlm_kernels.testing.attention_calls import GUARD, RandomAttentionCall, random_call
+from dlm_kernels.testing.attention_calls import GUARD, RandomAttentionCall, random_call, score_floor
 
 # Boundaries at toy size: key tiles of 16, splits of two tiles and at most two of them, then longer ones; three tiles of
 # queries at most.
@@ -152,6 +152,7 @@ def check_against_the_loop(
         out,
         low_out,
         exact,
+        floor=score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale),
         half_steps=False,
         may_be_nan=may_be_nan(case, keys=False),
         means_of=case.v,

@@ -207,6 +207,21 @@ def random_call(
     return call if page_size is None else paged(call, page_size, rng)
 
 
+def score_floor(q: Tensor, k: Tensor, k_cache: Tensor | None, k_scale: Tensor | None, scale: float) -> float:
+    """How far a result may be off that torch hits by chance: 1e-6, or what rounding the largest scores in fp32 costs.
+
+    A weight is the exponential of a score, and a score of size s is rounded by up to 2^-24 s. No score is larger than the
+    scale times the largest norms of a query and of a key.
+    """
+
+    def norm(rows: Tensor) -> float:
+        lengths = rows.double().nan_to_num(0, 0, 0).norm(dim=-1)
+        return lengths.max().item() if lengths.numel() else 0.0
+
+    cached = 0.0 if k_cache is None else norm(k_cache) * (1.0 if k_scale is None else k_scale.abs().max().item())
+    return max(1e-6, 2**-24 * scale * norm(q) * max(norm(k), cached))
+
+
 def random_replaced(rng: random.Random, W: int, kv_len: int, capacity: int, split: int) -> tuple[int, int]:
     chance = rng.random()
     if chance < 0.4 and kv_len > 0:
