@@ -210,8 +210,8 @@ def random_call(
 def score_floor(q: Tensor, k: Tensor, k_cache: Tensor | None, k_scale: Tensor | None, scale: float) -> float:
     """How far a result may be off that torch hits by chance: 1e-6, or what rounding the largest scores in fp32 costs.
 
-    A weight is the exponential of a score, and a score of size s is rounded by up to 2^-24 s. No score is larger than the
-    scale times the largest norms of a query and of a key.
+    A weight is the exponential of a score, and a score of size s is rounded by up to 2^-24 s. No score is larger than
+    the scale times the largest norms of a query and of a key.
     """
 
     def norm(rows: Tensor) -> float:
