@@ -139,7 +139,12 @@ def not_finite(case: Case, rng: random.Random) -> Case:
 
 
 def check_against_the_loop(
-    case: Case, dtype: torch.dtype, device: torch.device, tile: kernel.AttentionTile = TOY, **private
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile: kernel.AttentionTile = TOY,
+    floor: float = 1e-6,
+    **private,
 ) -> None:
     """The kernel's output within the error bound, zero where dead, and its stores exact (fp8: the reference's
     bytes)."""
@@ -152,7 +157,7 @@ def check_against_the_loop(
         out,
         low_out,
         exact,
-        floor=score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale),
+        floor=floor,
         half_steps=False,
         may_be_nan=may_be_nan(case, keys=False),
         means_of=case.v,
@@ -208,7 +213,9 @@ def run_case(seed: int, device: torch.device) -> dict[str, Any]:
     )
     dtype = rng.choice((torch.float32, torch.float32, torch.float16))
     finite = rng.random() < 0.75
-    check_against_the_loop(case if finite else not_finite(case, rng), dtype, device, tile, prefill=prefill)
+    # Of thousands of calls some have few rows and scores of 50, whose rounding torch hits by chance.
+    floor = score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale)
+    check_against_the_loop(case if finite else not_finite(case, rng), dtype, device, tile, floor=floor, prefill=prefill)
     stored = "no cache" if case.k_buffer is None else "fp8 cache" if features["fp8"] else "cache"
     words = [mode, stored, *(["paged"] if features["page_size"] else []), *([] if finite else ["not finite"])]
     return {"kind": ", ".join(words), "boundary": has_boundary(case, tile)}
