@@ -1,25 +1,211 @@
-"""Checkpoints as files: where the embedded checkpoints lie, and which files are never opened."""
+"""Checkpoints as files: where they lie, which files are opened, and what their headers say.
+
+Only safetensors, JSON, chat templates and tokenizer files are ever read or fetched, and never code.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
 EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What is fetched of a repository of the Hub: weights and their index, configurations, chat templates, tokenizers.
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class CheckpointError(ValueError):
     """A folder or file cannot be opened as a checkpoint; the message names the file and the rule."""
 
 
-def checkpoint_path(name_or_path: str | Path) -> Path:
-    """The folder of an embedded model (`EMBEDDED`), or of a checkpoint on disk."""
+def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, argument: str = "path") -> Path:
+    """The folder of an embedded model (`EMBEDDED`), of a checkpoint on disk, or of a repository of the Hub.
+
+    A repository is taken from the local cache as it lies there; only what the cache does not have is fetched.
+
+    Args:
+        name_or_path: an embedded model's name, a folder, or an id such as "GSAI-ML/LLaDA-8B-Instruct".
+        revision: branch, tag or commit of the repository; None = main. A folder has none.
+        argument: name of the argument, for errors.
+    Raises:
+        CheckpointError: there is neither such a folder nor such a repository, or it has no safetensors.
+    """
     path = Path(name_or_path)
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)
-    if not path.is_dir():
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"load: revision is for repositories of the Hub, got {revision!r} with {str(path)!r}")
+        return path
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) and not path.exists():
+        return _snapshot(name_or_path, revision, argument)
+    raise CheckpointError(
+        f"load: {argument} must be a checkpoint folder, an id of the Hub (owner/name) or one of "
+        f"{', '.join(EMBEDDED)}, got {str(name_or_path)!r}"
+    )
+
+
+def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
+    """The folder of a repository's snapshot in the local cache, fetched where the cache does not have it whole."""
+    import huggingface_hub
+
+    wanted = {"repo_id": repository, "revision": revision, "allow_patterns": list(FETCHED)}
+    named = repository if revision is None else f"{repository} at revision {revision}"
+    try:
+        path = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+        if _whole(path):
+            return path
+    except Exception:  # it is not in the cache, so that the Hub is asked
+        path = None
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+        if not any(name.endswith(".safetensors") for name in names):
+            pickles = [name for name in names if Path(name).suffix in PICKLES]
+            hint = f"; it has {', '.join(pickles[:4])}, and pickle checkpoints are never opened" if pickles else ""
+            raise CheckpointError(f"load: {named} has no *.safetensors weights{hint}")
+        return Path(huggingface_hub.snapshot_download(**wanted))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        cached = "is not in the local cache" if path is None else "is not whole in the local cache"
         raise CheckpointError(
-            f"load: path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got {str(name_or_path)!r}"
+            f"load: {argument}={named!r} {cached}, and the Hub cannot be asked for it: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def _whole(path: Path) -> bool:
+    """Whether a snapshot has its configuration and all of its weights."""
+    if (path / ADAPTER_CONFIG).is_file() and (path / ADAPTER_WEIGHTS).is_file():
+        return True
+    try:
+        return (path / "config.json").is_file() and all(file.is_file() for file in weight_files(path))
+    except CheckpointError:
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values of a JSON file that holds an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"load: {path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"load: {path} must hold a JSON object, got a {type(values).__name__}")
+    return values
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The values of the folder's config.json."""
+    if not (path / "config.json").is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"load: {path} is an adapter of {base!r} and no model; open the model with it, "
+                f"load({base or 'MODEL'!r}, adapter={str(path)!r})"
+            )
+        raise CheckpointError(f"load: {path} has no config.json")
+    return read_json(path / "config.json")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The folder's weight files: model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    A shard must lie in the folder itself.
+    """
+    single_file, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("weight_map must name files of this folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"load: {index} is not a safetensors index: {error!r}") from error
+        return [path / name for name in sorted(names)]
+    if single_file.is_file():
+        return [single_file]
+    hint = ""
+    other_files = sorted(p.name for p in path.glob("*.safetensors"))
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+    if other_files:
+        hint = (
+            f"; it has {', '.join(other_files)}, and weights are model.safetensors, or shards with a "
+            "model.safetensors.index.json"
         )
-    return path
+    elif pickles:
+        hint = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
+    raise CheckpointError(f"load: {path} has no *.safetensors weights{hint}")
+
+
+def check_one_set(path: Path) -> None:
+    """Raises CheckpointError for a folder with model.safetensors beside shards that its index lists."""
+    if (path / "model.safetensors").is_file() and path / "model.safetensors" not in weight_files(path):
+        raise CheckpointError(
+            f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of "
+            "the two"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, as the file's header describes it.
+
+    Attributes:
+        file: the file.
+        dtype: name of the dtype in the header.
+        shape: the shape.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """The tensors of safetensors files, by name, from the headers alone.
+
+    Raises CheckpointError unless all files are intact and no two of them hold the same tensor.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        try:
+            if not file.is_file():
+                raise FileNotFoundError("no such file")
+            # Opening checks the header, and checks that the file is exactly as long as the header says.
+            with safe_open(file, framework="pt") as weights:
+                slices = {name: weights.get_slice(name) for name in weights.keys()}
+                found = {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
+        duplicates = sorted(found.keys() & tensors.keys())
+        if duplicates:
+            raise CheckpointError(
+                f"load: {file} holds tensors that another file of {file.parent} holds too: {duplicates[:8]}"
+            )
+        tensors |= found
+    return tensors
+
+
+def stored_dtypes(files: list[Path]) -> dict[str, str]:
+    """The dtype of every tensor in safetensors files, by the name in the file's header (see `stored_tensors`)."""
+    return {name: stored.dtype for name, stored in stored_tensors(files).items()}
+
+
+def name_of(path: str | Path) -> str:
+    """The name of a checkpoint: the last part of its path or id."""
+    return Path(str(path).rstrip("/")).name
+
+
+def generation_values(path: Path) -> Mapping[str, Any]:
+    """The values of the folder's generation_config.json; empty where it has none."""
+    file = path / "generation_config.json"
+    return read_json(file) if file.is_file() else {}

@@ -89,9 +89,9 @@ def generate(
     policy: Any = None,
     max_new_tokens: int | Sequence[int] | None = None,
     min_new_tokens: int | Sequence[int] = 0,
-    temperature: float | Sequence[float] = 0.0,
+    temperature: float | Sequence[float] | None = None,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float | None = None,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
@@ -126,21 +126,24 @@ def generate(
         attention_mask: [B, L] of 0 and 1, beside token ids; 0 marks padding, which may stand at either end of a row.
             Without an attention_mask, a 2-D tensor whose row begins or ends with the tokenizer's pad id is refused,
             and lists of ids are taken as they are.
-        preset: the decoder: a name of `dlm_fast.PRESETS`, or a `Preset`. Default: "llada" for a model of full
-            visibility, "sdar" for a block-causal one.
+        preset: the decoder: a name of `dlm_fast.PRESETS`, or a `Preset`. Default: the published decoder of the
+            model's family with its settings (`explain(model)` shows it); of a model that names none, "llada" with full
+            visibility and "sdar" with block-causal one.
         policy: what modifies the preset's rule: a function `(view, choice) -> choice`, which may also return the
             positions to write or a score; or a `dlm_fast.policies.Policy`; or a list of functions and policies. The
             policies of the call act after the preset's own policies.
         max_new_tokens: number of masks behind a prompt, for all rows or one number per row. Default: 128. Refused
             beside `canvas`, which says itself where tokens are wanted.
         min_new_tokens: number of response tokens before which no EOS is drawn, for all rows or one number per row.
-        temperature: temperature of the draws, for all rows or one number per row; 0 = greedy. The reported confidence
+        temperature: temperature of the draws, for all rows or one number per row; 0 = greedy. Default: that of the
+            family's published decoder where no preset is named, else 0. The reported confidence
             is the drawn token's probability without the temperature (LLaDA, arXiv:2502.09992), unless the preset is
             `tempered`.
         top_k: draw among the k most likely tokens only; 0 = off. The filters `top_k` and `top_p` run in plain torch,
             which sorts the vocabulary. A row of temperature 0 draws nothing, so that the filters change nothing in that
             row unless the preset has `greedy_filters`.
-        top_p: draw among the most likely tokens whose probabilities sum to p only; 1.0 = off.
+        top_p: draw among the most likely tokens whose probabilities sum to p only; 1.0 = off. Default: that of the
+            family's published decoder where no preset is named, else 1.0.
         seed: random seed. A draw is a function of seed, request id, position and step alone.
         request_ids: for each row the number that keys the row's noise. Default: 0, 1, 2, ...
         stop_strings: strings that end a text: the text ends where the earliest of them begins. A stop string that is a
@@ -177,6 +180,11 @@ def generate(
     check_mode(model)
 
     # 2. Resolve the decoder, and check that it fits the model.
+    decoder = handle.settings.decoder if handle.settings is not None and preset is None else None
+    if decoder is not None:
+        preset, options = decoder.preset, {**decoder.options, **options}
+    temperature = (0.0 if decoder is None else decoder.temperature) if temperature is None else temperature
+    top_p = (1.0 if decoder is None else decoder.top_p) if top_p is None else top_p
     chosen = resolve(preset, handle.diffusion.visibility, options, policy)
     requests.check_support(chosen, handle.diffusion)
 

@@ -1,99 +1,68 @@
-"""`load`: a checkpoint folder becomes a model.
+"""`load`: a checkpoint becomes a model.
 
-Only safetensors are opened and only transformers' own classes are built. No remote code runs, and nothing outside the
-folder is read.
+Only safetensors are opened and only transformers' own classes are built: what a checkpoint is called and how its
+tensors are named is a row of `models.families`. No remote code runs.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import importlib.util
+import re
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from .adapters import adapt, adapter_files
 from .diffusion import DiffusionConfig, check_vocabulary
-from .files import PICKLES, CheckpointError, checkpoint_path
-from .models import MODEL_TYPES
-from .ops import Ops
+from .files import (
+    ADAPTER_CONFIG,
+    CheckpointError,
+    Stored,
+    check_one_set,
+    checkpoint_path,
+    generation_values,
+    name_of,
+    read_config,
+    stored_tensors,
+    weight_files,
+)
+from .models.families import Family, family_of
+from .models.settings import FIELDS, Places, Settings, settle
+from .models.tensors import Account, account_for, empty_model, slices
+from .ops import Ops, check_head_dims, choose
 from .patching import attach
 
 # The dtypes that weights may have, by their names in safetensors.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Lists of modules that a quantisation leaves as they are.
+_SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "modules_to_not_quantize")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The values of the folder's config.json."""
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"load: {path} has no config.json")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"load: {path / 'config.json'} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"load: {path / 'config.json'} must hold a JSON object, got a {type(config).__name__}")
-    return config
+def float_kinds(path: Any, dtypes: Mapping[str, str]) -> dict[str, str]:
+    """The float dtypes in which weights are stored, each with the name of its first tensor.
 
-
-def weight_files(path: Path) -> list[Path]:
-    """The folder's weight files: model.safetensors, or the shards that model.safetensors.index.json lists.
-
-    A shard must lie in the folder itself.
+    Raises CheckpointError if a tensor is stored in another dtype.
     """
-    single_file, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError("weight_map must name files of this folder")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"load: {index} is not a safetensors index: {error!r}") from error
-        return [path / name for name in sorted(names)]
-    if single_file.is_file():
-        return [single_file]
-    hint = ""
-    other_files = sorted(p.name for p in path.glob("*.safetensors"))
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
-    if other_files:
-        hint = (
-            f"; it has {', '.join(other_files)}, and weights are model.safetensors, or shards with a "
-            "model.safetensors.index.json"
+    wrong_dtypes = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
+    if wrong_dtypes:
+        raise CheckpointError(
+            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong_dtypes[:4])} "
+            f"({len(wrong_dtypes)} of {len(dtypes)}); a quantised checkpoint needs a quantization_config"
         )
-    elif pickles:
-        hint = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
-    raise CheckpointError(f"load: {path} has no *.safetensors weights{hint}")
+    # Old checkpoints store the rotary frequencies, which are no weights: transformers computes them.
+    return {
+        kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")
+    }
 
 
-def stored_dtypes(files: list[Path]) -> dict[str, str]:
-    """The dtype of every tensor in safetensors files, by the name in the file's header.
-
-    Raises CheckpointError unless all files are intact.
-    """
-    dtypes: dict[str, str] = {}
-    for file in files:
-        try:
-            if not file.is_file():
-                raise FileNotFoundError("no such file")
-            # Opening checks the header, and checks that the file is exactly as long as the header says.
-            with safe_open(file, framework="pt") as weights:
-                file_dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
-        duplicates = sorted(file_dtypes.keys() & dtypes.keys())
-        if duplicates:
-            raise CheckpointError(
-                f"load: {file} holds tensors that another file of {file.parent} holds too: {duplicates[:8]}"
-            )
-        dtypes |= file_dtypes
-    return dtypes
-
-
-def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
+def float_dtype(path: Any, dtypes: Mapping[str, str]) -> torch.dtype:
     """The one float dtype in which weights are stored. Raises CheckpointError if there are several, or others."""
     example = float_kinds(path, dtypes)
     if len(example) > 1:
@@ -104,105 +73,208 @@ def float_dtype(path: Path, dtypes: Mapping[str, str]) -> torch.dtype:
     return FLOATS[next(iter(example), "F32")]
 
 
-def float_kinds(path: Path, dtypes: Mapping[str, str]) -> dict[str, str]:
-    """The float dtypes in which weights are stored, each with the name of its first tensor.
+def load_tokenizer(path: str | Path, family: Family | None = None) -> Any:
+    """The folder's tokenizer, or None where the folder has none. No remote code runs.
 
-    Raises CheckpointError if a tensor is stored in another dtype.
+    `family` knows the class of transformers that opens the files where they name a class of remote code.
     """
-    wrong_dtypes = [f"{name} {kind}" for name, kind in sorted(dtypes.items()) if kind not in FLOATS]
-    if wrong_dtypes:
-        raise CheckpointError(
-            f"load: the weights of {path} must be stored as {', '.join(FLOATS)}, got {', '.join(wrong_dtypes[:4])} "
-            f"({len(wrong_dtypes)} of {len(dtypes)}); quantised weights are not converted"
-        )
-    # Old checkpoints store the rotary frequencies, which are no weights: transformers computes them.
-    return {
-        kind: name for name, kind in sorted(dtypes.items(), reverse=True) if not name.endswith("rotary_emb.inv_freq")
-    }
-
-
-def read_weights(files: list[Path]) -> dict[str, Tensor]:
-    """Every tensor in safetensors files, by name."""
-    tensors = {}
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            tensors |= {name: weights.get_tensor(name) for name in weights.keys()}
-    return tensors
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The folder's tokenizer, or None where the folder has none. No remote code runs."""
     path = checkpoint_path(path)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
+    kind = AutoTokenizer if family is None or family.tokenizer is None else family.tokenizer
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        return kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"load: the tokenizer of {path} cannot be read: {error}") from error
 
 
-def merge_adapter(model: nn.Module, path: Path) -> nn.Module:
-    """The model with a folder's LoRA adapter merged into the model's weights. The package peft is needed."""
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (path / name).is_file():
-            rule = f"adapter must be a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
-            raise CheckpointError(f"load: {rule}, got {str(path)!r} without {name}")
-    stored = stored_dtypes([path / ADAPTER_WEIGHTS])
-    float_dtype(path, stored)
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("load: an adapter needs peft: pip install 'dlm-fast[train]'", name="peft") from error
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, path, torch_device="cpu")
-        expected = set(peft.get_peft_model_state_dict(adapted))
-        if expected != stored.keys():
-            raise ValueError(f"tensors missing or unknown: {sorted(expected ^ stored.keys())[:4]}")
-        return adapted.merge_and_unload(safe_merge=True)
-    except Exception as error:
-        raise CheckpointError(f"load: the adapter of {path} cannot be merged: {error}") from error
+def _name_mask(tokenizer: Any, mask_id: int) -> None:
+    """Makes the mask of a model the mask token of its tokenizer, where the tokenizer names none."""
+    if tokenizer is not None and tokenizer.mask_token_id is None and mask_id < len(tokenizer):
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as its files describe it, before a weight is read.
+
+    Attributes:
+        path: the folder.
+        name: name of the checkpoint.
+        family: its family.
+        config: the native configuration.
+        values: the values of config.json.
+        settings: how it is decoded.
+        tokenizer: the tokenizer; None = it has none.
+        stored: the tensors of its files.
+    """
+
+    path: Path
+    name: str
+    family: Family
+    config: Any
+    values: Mapping[str, Any]
+    settings: Settings
+    tokenizer: Any
+    stored: Mapping[str, Stored]
+
+    @property
+    def quantised(self) -> bool:
+        return self.values.get("quantization_config") is not None
+
+    def account(self) -> Account:
+        """Where each of its tensors goes in the native model."""
+        try:
+            model = empty_model(self.family.native, self.config)
+        except Exception as error:
+            kind = self.config.model_type
+            raise CheckpointError(f"load: {self.path / 'config.json'} describes no {kind} model: {error!r}") from error
+        return account_for(self.family, self.config, model, self.stored)
+
+
+def open_checkpoint(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    diffusion: DiffusionConfig | Mapping[str, Any] | None = None,
+    rope_scale: float = 1.0,
+    hints: str = "",
+) -> Checkpoint:
+    """Reads what the files of a checkpoint say, without its weights; the arguments are those of `load`.
+
+    hints: the name of an adapter that will be merged, which may say how the model is decoded.
+    """
+    given = _given(diffusion)
+    path = checkpoint_path(path_or_id, revision)
+    name = name_of(path_or_id)
+    values = read_config(path)
+    family = family_of(values, told=bool(given))
+    stored = stored_tensors(weight_files(path))
+    check_one_set(path)
+    config = family.config(values)
+    _stretch(config, rope_scale)
+    tokenizer = load_tokenizer(path, family)
+    places = Places(name, config.vocab_size, values, generation_values(path), tokenizer, given, hints)
+    settings = settle(family, places)
+    if isinstance(diffusion, DiffusionConfig):
+        settings = dataclasses.replace(settings, diffusion=diffusion)
+    check_vocabulary(settings.diffusion, config.vocab_size)
+    _name_mask(tokenizer, settings.diffusion.mask_token_id)
+    config.dlm = settings.section()
+    section = values.get("quantization_config")
+    if section is not None:
+        config.quantization_config = _native_modules(section, family, config, stored)
+    return Checkpoint(path, name, family, config, values, settings, tokenizer, stored)
+
+
+def _given(diffusion: Any) -> dict[str, Any]:
+    """The fields of the argument `diffusion` that the call gives."""
+    if diffusion is None:
+        return {}
+    if isinstance(diffusion, DiffusionConfig):
+        return dataclasses.asdict(diffusion)
+    if not isinstance(diffusion, Mapping):
+        raise TypeError(
+            f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion={diffusion!r}"
+        )
+    unknown = sorted(set(diffusion) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"load: diffusion must hold fields of DiffusionConfig ({', '.join(FIELDS)}), got {unknown}")
+    return dict(diffusion)
+
+
+def _stretch(config: Any, scale: float) -> None:
+    """Multiplies the rotary base and the room of a configuration."""
+    if scale == 1:
+        return
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(
+            f"load: rope_scale goes with rotary positions of rope_type 'default', got rope_scale={scale} with "
+            f"rope_type={kind!r} in config.json, which stretches them already"
+        )
+    config.rope_parameters["rope_theta"] *= scale
+    config.max_position_embeddings = int(config.max_position_embeddings * scale)
+
+
+def _native_modules(section: Any, family: Family, config: Any, stored: Mapping[str, Stored]) -> Any:
+    """A quantization_config whose lists of modules have the native names."""
+    if not isinstance(section, Mapping):
+        raise CheckpointError(
+            f"load: quantization_config must be an object in config.json, got quantization_config={section!r}"
+        )
+    modules = {name.rpartition(".")[0]: name for name in stored}
+    mapped = dict(section)
+    for key in _SKIPPED:
+        if not isinstance(section.get(key), list):
+            continue
+        found: list[str] = []
+        for entry in section[key]:
+            regex = entry.removeprefix("re:") if entry.startswith("re:") else rf"(^|\.){re.escape(entry)}(\.|$)"
+            named = [name for module, name in modules.items() if re.search(regex, module)]
+            native = [part.rpartition(".")[0] for name in named for part, _, _ in family.parts(name, config)]
+            found += native or [entry]
+        mapped[key] = list(dict.fromkeys(found))
+    return mapped
 
 
 def load(
-    path: str | Path,
+    path_or_id: str | Path,
     *,
-    diffusion: DiffusionConfig | None = None,
+    revision: str | None = None,
+    diffusion: DiffusionConfig | Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
     backend: str | Ops = "auto",
     rope_scale: float = 1.0,
     adapter: str | Path | bool | None = None,
+    merge_adapter: bool = True,
 ) -> nn.Module:
-    """Opens a checkpoint folder as a transformers model that `generate` can decode.
+    """Opens a checkpoint as a transformers model that `generate` can decode.
+
+    Every public family of `docs/models.md` opens by its name alone. The model is one of transformers' own classes;
+    no code of the checkpoint runs. Its weights are read one by one, straight to their device.
 
     A plain forward of the model, `model(input_ids, attention_mask=...)`, sees as the model was trained to see
     (everything, everything with an isolated prompt, or block-causally), and never causally. `handle_of(model)` is the
-    model's `PatchHandle`, which also holds the tokenizer.
+    model's `PatchHandle`, which also holds the tokenizer, and `explain(model)` says where every setting comes from.
 
     Args:
-        path: a folder with config.json, *.safetensors and tokenizer.json, or the name of an embedded model such as
-            "tiny-full" (`EMBEDDED`).
-        diffusion: how the model was trained to be decoded. Default: the `dlm` section of config.json. The mask id must
-            be the tokenizer's, where the tokenizer has a mask.
+        path_or_id: a folder with config.json, *.safetensors and tokenizer files; or an id of the Hub, such as
+            "GSAI-ML/LLaDA-8B-Instruct", taken from the local cache as it lies there, and fetched if it does not lie
+            there; or the name of an embedded model such as "tiny-full" (`EMBEDDED`).
+        revision: branch, tag or commit of a repository of the Hub.
+        diffusion: how the model was trained to be decoded: a `DiffusionConfig`, or some of its fields as a mapping.
+            What is not given comes from the section `dlm` of config.json, the fields of config.json,
+            generation_config.json, the tokenizer, and the family's constants, in this order. The mask id must be the
+            tokenizer's, where the tokenizer has a mask.
         dtype: dtype of the weights, a float of 16, 32 or 64 bits. Default: as stored, whatever config.json says; if the
             weights are stored in several dtypes, dtype must be given.
         device: where the model goes. Default: "cuda" if there is a GPU, else "cpu".
+        device_map: which modules go to which device, as in transformers, instead of `device`; needs accelerate.
+        quantization_config: a quantisation of transformers that is applied while the weights are read.
         backend: "auto", "triton", "reference" or an `Ops`.
         rope_scale: factor of the base of the rotary positions, to decode longer contexts than the model was trained on.
             For LLaDA the factor is 4 at 8k tokens, 14 at 16k, 31 at 24k and 55 at 32k (LongLLaDA, arXiv:2506.14429).
-            The factor also raises max_position_embeddings.
-        adapter: a folder with a LoRA adapter, which peft merges into the weights in float32; False or None = none. An
-            adapter that lies beside the weights in `path` is never applied unasked, so None is refused there.
+            The factor also raises max_position_embeddings. Refused where config.json stretches the positions already.
+        adapter: a folder or an id of the Hub with a LoRA adapter, whose tensors may have the published names of the
+            family; False or None = none. An adapter that lies beside the weights in `path_or_id` is never applied
+            unasked, so None is refused there.
+        merge_adapter: whether the adapter is merged into the weights, in float32, or kept as layers beside them, as a
+            quantised model needs.
     Raises:
-        ValueError: rope_scale is below 1, an id is outside the vocabulary, or the mask is not the tokenizer's.
-        TypeError: dtype or adapter is of a wrong type.
-        CheckpointError: there is no such folder; there are no safetensors, or pickle weights only; a file is corrupted;
-            weights are missing, unexpected or no floats; config.json describes no model; there is no diffusion
-            configuration; an adapter was not asked for, or does not fit.
-        NotImplementedError: the architecture has no model adapter here, or the checkpoint is quantised; or the backend
-            is Triton, whose kernels do not have the GPU or the head size.
+        ValueError: rope_scale is below 1 or would compound; an id is outside the vocabulary, or the mask is not the
+            tokenizer's; two arguments contradict each other.
+        TypeError: dtype, diffusion or adapter is of a wrong type.
+        CheckpointError: there is no such folder or repository; there are no safetensors, or pickle weights only; a file
+            is corrupted; tensors are missing, unexpected or of a wrong shape; config.json describes no model; nothing
+            says which id the mask is, or how the model sees; an adapter was not asked for, or does not fit.
+        NotImplementedError: the family is unknown, or a field of config.json asks for what the native class does not
+            have; or the backend is Triton, whose kernels do not have the GPU or the head size.
     """
-    # 1. Check the arguments, and what config.json says of the architecture.
+    # 1. Check the arguments.
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
         raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
     if dtype is not None and dtype not in FLOATS.values():
@@ -210,95 +282,142 @@ def load(
             f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got "
             f"dtype={dtype!r}"
         )
-    path = checkpoint_path(path)
-    values = read_config(path)
-    config_type = values.get("model_type")
-    if not isinstance(config_type, str) or config_type not in MODEL_TYPES:
-        raise NotImplementedError(
-            f"load: unsupported model_type {config_type!r} in {path}; supported are {', '.join(MODEL_TYPES)}"
-        )
-    if values.get("quantization_config") is not None:
-        raise NotImplementedError(
-            f"load: quantised checkpoints are not supported, got quantization_config={values['quantization_config']!r} "
-            f"in {path}; supported are float weights without one"
-        )
-    if adapter is None and (path / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"load: {path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
-            f"say adapter={str(path)!r} to merge it, or adapter=False to open the weights alone"
-        )
+    if device is not None and device_map is not None:
+        raise ValueError(f"load: give device or device_map, got device={device!r} and device_map={device_map!r}")
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
 
-    # 2. Find the weights, and the dtype that they will have.
-    files = weight_files(path)
-    stored = stored_dtypes(files)
-    if (path / "model.safetensors").is_file() and path / "model.safetensors" not in files:
+    # 2. Read what the files say, and find a place for every tensor.
+    hints = name_of(adapter) if adapter else ""
+    found = open_checkpoint(path_or_id, revision=revision, diffusion=diffusion, rope_scale=rope_scale, hints=hints)
+    if adapter is None and (found.path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"load: {path} has both model.safetensors and a model.safetensors.index.json of other files; keep one of "
-            "the two"
+            f"load: {found.path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
+            f"say adapter={str(path_or_id)!r} to merge it, or adapter=False to open the weights alone"
         )
-    dtype = dtype if dtype is not None and set(stored.values()) <= FLOATS.keys() else float_dtype(path, stored)
-
-    # 3. Read the configuration of the model and of its diffusion, and the tokenizer.
-    family = MODEL_TYPES[config_type]
-    try:
-        config = family.config_class.from_pretrained(path, local_files_only=True)
-        if rope_scale != 1:
-            config.rope_parameters["rope_theta"] *= rope_scale
-            config.max_position_embeddings = int(config.max_position_embeddings * rope_scale)
-    except Exception as error:
-        raise CheckpointError(f"load: {path / 'config.json'} describes no {config_type} model: {error!r}") from error
-    if diffusion is None:
-        section = getattr(config, "dlm", None)
-        if section is None:
-            raise CheckpointError(
-                f"load: {path / 'config.json'} has no 'dlm' section (mask_token_id, eos_token_ids, visibility, ...); "
-                "pass diffusion=DiffusionConfig(...)"
-            )
-        diffusion = DiffusionConfig.from_dict(section)
-    check_vocabulary(diffusion, config.vocab_size)
-    tokenizer = load_tokenizer(path)
-    mask_id = getattr(tokenizer, "mask_token_id", None)
-    if mask_id is not None and mask_id != diffusion.mask_token_id:
+    lora = adapter_files(adapter, found.family, found.config, found.stored) if adapter else None
+    quantised = found.quantised or quantization_config is not None
+    if lora is not None and merge_adapter and quantised:
         raise ValueError(
-            f"load: mask_token_id must be the tokenizer's, {mask_id} ({tokenizer.mask_token!r}), "
-            f"got mask_token_id={diffusion.mask_token_id} of the diffusion configuration"
+            "load: an adapter cannot be merged into quantised weights; say merge_adapter=False, got merge_adapter=True"
         )
-
-    # 4. Build the model from the weights, and refuse weights that do not fit.
-    if device is None:
+    account = found.account()
+    if not found.quantised:  # what a quantisation stores is known to transformers alone
+        account.check(found.path)
+    dtype = _dtype(found, account, dtype)
+    if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = read_weights(files)
+    ops = choose(
+        backend, torch.device("cuda" if device_map is not None and torch.cuda.is_available() else device or "cpu")
+    )
+    check_head_dims(ops, {_head_dim(found.config)})
+
+    # 3. Build the model from the weights.
+    if found.family.unproven:
+        warnings.warn(f"load: family {found.family.name} is unproven: {found.family.unproven}", stacklevel=2)
+    work = torch.promote_types(dtype, torch.float32) if lora is not None and merge_adapter else dtype
+    model = _build(found, account, work, device, device_map, quantization_config)
+
+    # 4. Add the adapter, and patch the model.
+    if lora is not None:
+        model = adapt(model, lora, merge=merge_adapter)
+        if merge_adapter:
+            for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies too
+                parameter.data = parameter.data.to(dtype)
+    if device is not None and not quantised:
+        model = model.to(device)
+    handle = attach(
+        model.eval(),
+        backend=backend,
+        diffusion=found.settings.diffusion,
+        plain_mode=found.settings.diffusion.plain_mode,
+    )
+    handle.tokenizer = found.tokenizer
+    handle.family = found.family.name
+    handle.settings = found.settings
+    return model
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _dtype(found: Checkpoint, account: Account, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the weights: as asked, or as stored. Tensors that keep their own dtype in the model do not count."""
+    if found.quantised:
+        floats = Counter(FLOATS[stored.dtype] for stored in found.stored.values() if stored.dtype in FLOATS)
+        return dtype or (floats.most_common(1)[0][0] if floats else torch.bfloat16)
+    parts = account.parts.items()
+    dtypes = {part.name: part.stored.dtype for name, part in parts if name not in account.buffers}
+    if dtype is not None:
+        float_kinds(found.path, dtypes)
+        return dtype
+    return float_dtype(found.path, dtypes)
+
+
+def _build(
+    found: Checkpoint,
+    account: Account,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    device_map: Any,
+    quantization_config: Any,
+) -> nn.Module:
+    """The native model with its weights."""
+    arguments: dict[str, Any] = {"device_map": device_map}
+    if device_map is None and torch.device(device).type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+        # Without accelerate, the weights are read to the CPU and moved when all of them are there.
+        arguments["device_map"] = {"": torch.device(device)}
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    parts = account.parts
+    if found.quantised:
+        # What a quantisation adds beside a weight (scales, states) has the weight's place.
+        parts = _with_quantised(found, account)
+    config = found.config
     try:
         # Transformers gets the tensors themselves, and so looks for no file: no other index, no adapter and nothing on
-        # the Hub.
-        model, report = family.from_pretrained(
+        # the Hub. It reads each as it comes to it.
+        model, report = found.family.native.from_pretrained(
             None,
             config=config,
-            state_dict=weights,
-            dtype=torch.promote_types(dtype, torch.float32) if adapter else dtype,
+            state_dict=slices(parts),
+            dtype=dtype,
             attn_implementation="sdpa",  # config.json may name a kernel of the Hub, which would be downloaded and run
             ignore_mismatched_sizes=True,  # an error below names the tensors, in place of a table on stderr
             output_loading_info=True,
+            **arguments,
         )
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"load: {path / 'config.json'} describes no {config_type} model: {error!r}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        section = f" (quantization_config={found.values['quantization_config']!r})" if found.quantised else ""
+        raise CheckpointError(
+            f"load: {found.path / 'config.json'} describes no {config.model_type} model{section}: {error!r}"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
-            raise CheckpointError(f"load: {path} has {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:8]}")
-    if (path / "generation_config.json").is_file():
+            raise CheckpointError(
+                f"load: {found.path} has {kind.replace('_', ' ')}: {sorted(map(str, report[kind]))[:8]}"
+            )
+    if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
+        raise ValueError(f"load: device_map must keep every module on a device, got 'disk' in {model.hf_device_map}")
+    if (found.path / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+            model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
         except Exception as error:
-            raise CheckpointError(f"load: {path / 'generation_config.json'} cannot be read: {error}") from error
-
-    # 5. Merge the adapter, and patch the model.
-    if adapter:
-        model = merge_adapter(model, Path(adapter))
-        for parameter in model.parameters():  # model.to(dtype) would round the rotary frequencies too
-            parameter.data = parameter.data.to(dtype)
-    model = model.to(device).eval()
-    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.plain_mode)
-    handle.tokenizer = tokenizer
+            raise CheckpointError(f"load: {found.path / 'generation_config.json'} cannot be read: {error}") from error
+    model.generation_config.eos_token_id = list(found.settings.diffusion.eos_token_ids) or None
+    model.generation_config.pad_token_id = found.settings.pad_token_id
     return model
+
+
+def _with_quantised(found: Checkpoint, account: Account) -> dict[str, Any]:
+    """The parts of a quantised checkpoint: those of the native model, and all others under their mapped names."""
+    from .models.tensors import Part
+
+    parts = dict(account.parts)
+    placed = {part.name for part in parts.values()}
+    for name, stored in found.stored.items():
+        if name not in placed:
+            for native, start, stop in found.family.parts(name, found.config):
+                parts[native] = Part(name, stored, start, stop)
+    return parts

@@ -19,6 +19,7 @@ from dlm_kernels import Window
 from .diffusion import DiffusionConfig, check_vocabulary
 from .models import Adapter, adapter_for
 from .models.native import ATTENTION_NAME, AttentionCall
+from .models.settings import Settings, section_settings
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
@@ -36,6 +37,8 @@ class PatchHandle:
         ops: the backend in use.
         diffusion: the model's diffusion configuration; None = none, so that only plain forwards run.
         tokenizer: the tokenizer that `load` found; None after `patch`.
+        family: name of the checkpoint's family; None where nobody knows.
+        settings: how the checkpoint is decoded, and where that is said; None after a `patch` with `diffusion`.
         plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
         attention_calls: number of attention calls through our op since the model was patched, one per layer and
             forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
@@ -50,6 +53,8 @@ class PatchHandle:
         self.ops = ops
         self.diffusion = diffusion
         self.tokenizer: Any = None
+        self.family: str | None = None
+        self.settings: Settings | None = None
         self.plain_mode = plain_mode
         self.attention_calls = 0
         self._old_config: Any = None
@@ -307,10 +312,14 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
         RuntimeError: the model is patched already.
         ValueError: the vocabulary does not hold an id of the diffusion configuration.
     """
+    settings = None
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
-        diffusion = DiffusionConfig.from_dict(model.config.dlm)
+        settings = section_settings(model.config.dlm)
+        diffusion = settings.diffusion
     causal = getattr(getattr(model, "config", None), "is_causal", True)
-    return attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
+    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
+    handle.settings = settings
+    return handle
 
 
 def handle_of(model: nn.Module) -> PatchHandle:
@@ -332,8 +341,9 @@ def handle_of(model: nn.Module) -> PatchHandle:
 
 
 def explain(model: nn.Module) -> dict[str, Any]:
-    """Which ops a patched model runs, on which device and why, as plain data."""
+    """Which ops a patched model runs, on which device and why, and where its settings come from, as plain data."""
     handle = handle_of(model)
+    settings = handle.settings
     device = next(model.parameters()).device
     return {
         "model": type(model).__name__,
@@ -345,4 +355,6 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
         "prompt_isolated": handle.diffusion.prompt_isolated if handle.diffusion else None,
         "attention_calls": handle.attention_calls,
+        "family": handle.family,
+        "settings": {} if settings is None else settings.as_dict(),
     }

@@ -1,4 +1,5 @@
-"""Model adapters: how each Hugging Face family runs a window of tokens against our cache, one file a family."""
+"""Models: the table of published families, which of transformers' classes each is, and how such a class runs a window
+of tokens against our cache."""
 
 from __future__ import annotations
 
@@ -13,17 +14,16 @@ from .native import AttentionCall
 
 
 class Adapter(Protocol):
-    """What a family's file gives: plain functions, each of a model of one of the family's classes.
+    """What a file of classes gives: plain functions, each of a model of one of these classes.
 
-    To add a family, write a file with these functions and list the file in `ADAPTERS`.
+    A published family needs no such file, but a row of `families.FAMILIES`. For a class of transformers that `native`
+    does not serve, write a file with these functions and list the file in `ADAPTERS`.
 
     Attributes:
-        CLASSES: the model classes of the family, each with the class of its attention modules.
-        MODEL_TYPES: the classes by the `model_type` of their config.json, for `load`.
+        CLASSES: the model classes, each with the class of its attention modules.
     """
 
     CLASSES: dict[type[nn.Module], type[nn.Module]]
-    MODEL_TYPES: dict[str, type[nn.Module]]
 
     def verify(self, model: nn.Module) -> None:
         """Raises NotImplementedError for a model that was altered in a way that our attention would ignore."""
@@ -38,7 +38,7 @@ class Adapter(Protocol):
         """The dtype of hidden states, keys and values."""
 
     def new_cache(self, model: nn.Module, rows: int, capacity: int) -> KVCache:
-        """Key/value buffers for every layer, in the dtype that the model computes in and on its device."""
+        """Key/value buffers for every layer, in the dtype that the model computes in and on the layer's device."""
 
     def window_hidden(self, model: nn.Module, input_ids: Tensor, call: AttentionCall) -> Tensor:
         """Last hidden states [B, W, d] of a window of tokens [B, W] against the cache; the head is not applied."""
@@ -51,7 +51,6 @@ class Adapter(Protocol):
 
 
 ADAPTERS: tuple[Adapter, ...] = (native,)
-MODEL_TYPES = {name: kind for adapter in ADAPTERS for name, kind in adapter.MODEL_TYPES.items()}
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -51,30 +53,28 @@ class KVCache(Cache):
     this in the `Window` of each forward.
 
     Args:
-        num_layers: layers of the model.
         num_kv_heads: key/value heads of a layer.
         head_dim: size of a head.
         rows: rows of the batch.
         capacity: slots per row; 0 = the cache stores nothing, for decoders that recompute the whole canvas.
         dtype: dtype of the buffers.
-        device: device of the buffers.
+        devices: device of the buffers of every layer.
     """
 
     def __init__(
         self,
         *,
-        num_layers: int,
         num_kv_heads: int,
         head_dim: int,
         rows: int,
         capacity: int,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: Sequence[torch.device],
     ) -> None:
         self.capacity = capacity
         shape = (rows, num_kv_heads, capacity, head_dim)
 
-        def buffer() -> Tensor | None:
+        def buffer(device: torch.device) -> Tensor | None:
             return torch.zeros(shape, dtype=dtype, device=device) if capacity else None
 
-        super().__init__(layers=[KVLayer(buffer(), buffer()) for _ in range(num_layers)])
+        super().__init__(layers=[KVLayer(buffer(device), buffer(device)) for device in devices])

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 as transformers ships them, driven through transformers' attention interface.
+"""Decoder models as transformers ships them, driven through transformers' attention interface.
 
 No forward is rewritten. The base model is called with one extra keyword, `dlm_call`, which transformers hands through
 to the attention function. There our op stores the window's keys and values and attends, in one call.
@@ -10,18 +10,35 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    Glm4MoeForCausalLM,
+    LlamaForCausalLM,
+    Ministral3ForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.ministral3.modeling_ministral3 import Ministral3Attention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from dlm_kernels import Window
 
 from ..ops import Ops
 from .cache import KVCache
 
-CLASSES = {LlamaForCausalLM: LlamaAttention, Qwen2ForCausalLM: Qwen2Attention, Qwen3ForCausalLM: Qwen3Attention}
-MODEL_TYPES = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+CLASSES = {
+    LlamaForCausalLM: LlamaAttention,
+    Qwen2ForCausalLM: Qwen2Attention,
+    Qwen3ForCausalLM: Qwen3Attention,
+    Qwen3MoeForCausalLM: Qwen3MoeAttention,
+    Glm4MoeForCausalLM: Glm4MoeAttention,
+    Ministral3ForCausalLM: Ministral3Attention,
+}
 # The name under which transformers finds it (`config._attn_implementation`).
 ATTENTION_NAME = "dlm_fast"
 
@@ -37,6 +54,7 @@ class AttentionCall:
         plain: whether the forward is a plain one (`model(input_ids)`), and not a decoder's.
         served: numbers of the layers that attended through the call, in order. The list is Python's own and adds no op
             to a compiled graph.
+        copies: copies of the window on the devices of layers that are elsewhere.
     """
 
     window: Window
@@ -44,6 +62,16 @@ class AttentionCall:
     ops: Ops
     plain: bool = False
     served: list[int] = dataclasses.field(default_factory=list)
+    copies: dict[torch.device, Window] = dataclasses.field(default_factory=dict)
+
+    def window_on(self, device: torch.device) -> Window:
+        """The window on the device of a layer."""
+        if self.window.q_pos.device == device:
+            return self.window
+        if device not in self.copies:
+            tensors = {name: tensor.to(device) for name, tensor in self.window.tensors().items()}
+            self.copies[device] = dataclasses.replace(self.window, **tensors)
+        return self.copies[device]
 
 
 def attention(
@@ -86,15 +114,15 @@ def attention(
     # 2. Attend, with the cache of this layer.
     layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
     caches = (None, None) if layer is None else (layer.keys, layer.values)
-    device = query.device.type
+    device, window = query.device.type, dlm_call.window_on(query.device)
     if torch.is_autocast_enabled(device):
         # Under autocast RoPE leaves queries and keys in float32, and values come in the dtype of autocast. Torch's own
         # attention casts all three to the dtype of autocast, and so does this function.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         with torch.autocast(device, enabled=False):
-            out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
+            out = dlm_call.ops.block_attention(query, key, value, *caches, window, scale=scaling)
     else:
-        out = dlm_call.ops.block_attention(query, key, value, *caches, dlm_call.window, scale=scaling)
+        out = dlm_call.ops.block_attention(query, key, value, *caches, window, scale=scaling)
     dlm_call.served.append(module.layer_idx)
     return out.transpose(1, 2), None
 
@@ -115,15 +143,27 @@ def verify(model: nn.Module) -> None:
         )
     for index, layer in enumerate(layers):
         module = layer.self_attn
-        if type(module) is not expected or "forward" in module.__dict__:
-            replacement = type(module).__name__ + (" with a replaced forward" if "forward" in module.__dict__ else "")
+        if type(module) is not expected or _is_replaced(module):
+            replacement = type(module).__name__ + (" with a replaced forward" if _is_replaced(module) else "")
             raise NotImplementedError(
                 f"dlm_fast: layer {index} must have an unmodified {expected.__name__}, got {replacement}"
             )
-        if getattr(module, "sliding_window", None) is not None:
+        # Ministral3 reads the window from its configuration, the other classes keep it in the layer.
+        owner = module.config if expected is Ministral3Attention else module
+        if getattr(owner, "sliding_window", None) is not None:
             raise NotImplementedError(
-                f"dlm_fast: layer {index} has sliding_window={module.sliding_window}; only full attention is supported"
+                f"dlm_fast: layer {index} has sliding_window={owner.sliding_window}; only full attention is supported"
             )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the forward of a module is not its class's. A hook of accelerate keeps the forward that it wraps, and
+    only moves what goes in and comes out."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and "_hf_hook" in module.__dict__:
+        forward = module.__dict__.get("_old_forward")
+        return getattr(forward, "__func__", None) is not type(module).forward
+    return forward is not None
 
 
 def head_dims(model: nn.Module) -> set[int]:
@@ -149,7 +189,7 @@ def altered(model: nn.Module, call: AttentionCall) -> str | None:
     if implementation != ATTENTION_NAME:
         reason = "set_attn_implementation, or unpatched meanwhile"
         return f"{where}, its attention implementation is {implementation!r} ({reason})"
-    replaced = [index for index in missed if "forward" in layers[index].self_attn.__dict__]
+    replaced = [index for index in missed if _is_replaced(layers[index].self_attn)]
     return f"{where}, the forward of layer {replaced[0]}'s self_attn was replaced" if replaced else where
 
 
@@ -164,16 +204,15 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
-    """Key/value buffers for every layer, in the dtype that the model computes in and on its device."""
-    layer = model.model.layers[0]
+    """Key/value buffers for every layer, in the dtype that the model computes in and on the layer's device."""
+    layers = model.model.layers
     return KVCache(
-        num_layers=len(model.model.layers),
         num_kv_heads=model.config.num_key_value_heads,
-        head_dim=layer.self_attn.head_dim,
+        head_dim=layers[0].self_attn.head_dim,
         rows=rows,
         capacity=capacity,
         dtype=compute_dtype(model),
-        device=layer.input_layernorm.weight.device,
+        devices=[layer.input_layernorm.weight.device for layer in layers],
     )
 
 
@@ -187,9 +226,9 @@ def window_hidden(model: nn.Module, input_ids: Tensor, call: AttentionCall) -> T
         return_dict=True,  # config.json may ask for tuples
         dlm_call=call,
     )
-    return out.last_hidden_state
+    return out.last_hidden_state.to(input_ids.device)  # the last layer may be on another device
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits [N, V] of the rows [N, d] that a decoder needs."""
-    return model.lm_head(hidden)
+    return model.lm_head(hidden).to(hidden.device)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import patching
 from ..diffusion import DiffusionConfig
-from ..files import checkpoint_path
-from ..loading import FLOATS, float_kinds, load, stored_dtypes, weight_files
+from ..files import checkpoint_path, stored_dtypes, weight_files
+from ..loading import FLOATS, float_kinds, load
 from ..models import adapter_for
 
 

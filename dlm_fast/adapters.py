@@ -1,0 +1,164 @@
+"""LoRA adapters: their tensors get the native names, every one of them is accounted for, and they are merged or kept.
+
+peft applies an adapter whose names do not fit as nothing, and says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointError, checkpoint_path, read_json, stored_tensors
+from .models.families import Family
+
+_PREFIX = "base_model.model."
+# Fields of adapter_config.json whose keys are names of modules.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+class Lora(NamedTuple):
+    """An adapter with native names.
+
+    Attributes:
+        path: the folder it was read from.
+        config: the values of adapter_config.json.
+        tensors: the tensors, by the names that peft gives them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def adapter_files(adapter: str | Path, family: Family, config: Any, base: Iterable[str]) -> Lora:
+    """Reads an adapter, whose tensors have the published names of the family or the native ones.
+
+    Args:
+        adapter: its folder, or its id on the Hub.
+        family: the family of the model that it is for.
+        config: the native configuration of this model.
+        base: names of the tensors that are stored of this model.
+    Raises:
+        CheckpointError: a file is missing or corrupted, two tensors go to one place, or a module that
+            adapter_config.json names has no tensors.
+    """
+    path = Path(adapter)
+    if not path.is_dir():
+        try:
+            path = checkpoint_path(adapter, argument="adapter")
+        except CheckpointError as error:
+            if "/" not in str(adapter) or path.is_absolute():
+                raise _not_there(adapter, ADAPTER_CONFIG) from error
+            raise
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise _not_there(adapter, name)
+    stored = stored_tensors([path / ADAPTER_WEIGHTS])
+    floats = ("F64", "F32", "F16", "BF16")
+    wrong = [f"{name} {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in floats]
+    if wrong:
+        raise CheckpointError(
+            f"load: the adapter of {path} must be stored as {', '.join(floats)}, got {', '.join(wrong[:4])}"
+        )
+    values, tensors, targets = read_json(path / ADAPTER_CONFIG), {}, set()
+    with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in file.keys():
+            for native, tensor in _native(name, file.get_tensor(name), family, config):
+                if native in tensors:
+                    raise CheckpointError(f"load: two tensors of the adapter of {path} are {native}, the second {name}")
+                tensors[native] = tensor
+                module = native.removeprefix(_PREFIX).partition(".lora_")
+                if module[1]:
+                    targets.add(module[0])
+    missing = sorted(_expected(values, targets, family, config, base) - tensors.keys())
+    if missing:
+        raise CheckpointError(f"load: the adapter of {path} has tensors missing or unknown: {missing[:4]}")
+    values = {**values, "target_modules": sorted(targets), "inference_mode": True}
+    for key in _PATTERNS:
+        if isinstance(values.get(key), dict):
+            values[key] = {_module(family, config, name): number for name, number in values[key].items()}
+    if isinstance(values.get("modules_to_save"), list):
+        values["modules_to_save"] = [_module(family, config, name) for name in values["modules_to_save"]]
+    return Lora(path, values, tensors)
+
+
+def _expected(
+    values: Mapping[str, Any], targets: set[str], family: Family, config: Any, base: Iterable[str]
+) -> set[str]:
+    """The names of the tensors that an adapter must have: both factors of every module that it has a tensor of, and of
+    every module that its `target_modules` names by the published name or the native one."""
+    named = values.get("target_modules")
+    modules = set(targets)
+    if isinstance(named, list) and not values.get("layers_to_transform") and not values.get("exclude_modules"):
+        for name in base:
+            native = [part for part, _, _ in family.parts(name, config)]
+            published, *others = (other.rpartition(".")[0] for other in (name, *native))
+            if any(_is_named(module, named) for module in (published, *others)):
+                modules |= set(others)
+    return {f"{_PREFIX}{module}.lora_{factor}.weight" for module in modules for factor in "AB"}
+
+
+def _is_named(module: str, names: list[str]) -> bool:
+    """Whether a module is one of `names`, or one of them is the end of its name, as peft has it."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _not_there(adapter: str | Path, name: str) -> CheckpointError:
+    rule = f"adapter must be a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+    return CheckpointError(f"load: {rule}, got {str(adapter)!r} without {name}")
+
+
+def _native(name: str, tensor: Tensor, family: Family, config: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of an adapter that one stored tensor is: of a fused projection, one for each part."""
+    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    parts = family.parts(name.removeprefix(prefix), config)
+    if len(parts) == 1:
+        return [(prefix + parts[0][0], tensor)]
+    # B has a row for every output of the projection; A is the same for all of them.
+    cut = ".lora_B." in name
+    return [(prefix + part, (tensor[start:stop] if cut else tensor).clone()) for part, start, stop in parts]
+
+
+def _module(family: Family, config: Any, name: str) -> str:
+    """The native name of a module, or of the end of a module's name."""
+    return family.parts(f".{name}.", config)[0][0].strip(".")
+
+
+def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
+    """The model with an adapter: merged into its weights, or as layers beside them. The package peft is needed."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("load: an adapter needs peft: pip install 'dlm-fast[train]'", name="peft") from error
+    modules = {name for name, _ in model.named_modules()}
+    strange = sorted(set(lora.config["target_modules"]) - modules)
+    if strange:
+        base = lora.config.get("base_model_name_or_path")
+        raise CheckpointError(
+            f"load: the adapter of {lora.path} (of base model {base!r}) has tensors missing or unknown: "
+            f"{[name for name in sorted(lora.tensors) if name.removeprefix(_PREFIX).startswith(strange[0])][:4]}"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(lora.config))
+            save_file({name: tensor.contiguous() for name, tensor in lora.tensors.items()},
+                      Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # fmt: skip
+            device = str(next(model.parameters()).device)
+            adapted = peft.PeftModel.from_pretrained(model, folder, torch_device=device)
+        expected = set(peft.get_peft_model_state_dict(adapted))
+        if expected != lora.tensors.keys():
+            raise ValueError(f"tensors missing or unknown: {sorted(expected ^ lora.tensors.keys())[:4]}")
+        if merge:
+            return adapted.merge_and_unload(safe_merge=True)
+        for parameter in adapted.parameters():
+            parameter.requires_grad_(False)
+        return adapted.get_base_model()
+    except Exception as error:
+        raise CheckpointError(f"load: the adapter of {lora.path} cannot be merged: {error}") from error

@@ -1,0 +1,232 @@
+"""From a published config.json to the values of a native configuration of transformers.
+
+A builder takes what the native class can express, and refuses by name what the class cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..files import CheckpointError
+
+# Fields that every configuration of transformers has, of which these are the model's own.
+_OWN = (
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+)
+# What a config.json says of attention windows; `by_name` refuses those that are in use.
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+# What a config.json says about the file, the library or a run, and not about the model.
+_NO_MODEL = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "dlm",
+        "dtype",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "quantization_config",
+        "return_dict",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+class Fields:
+    """The values of a config.json while a builder reads them; null counts as absent.
+
+    Attributes:
+        family: name of the family, for errors.
+        native: the native class.
+        values: the values of config.json.
+        read: names that were read.
+    """
+
+    def __init__(self, family: str, native: type, values: Mapping[str, Any]) -> None:
+        self.family = family
+        self.native = native
+        self.values = values
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, `default` where it is absent or null."""
+        self.read.add(name)
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """The value of a field. Raises CheckpointError where it is absent or null."""
+        value = self.get(name)
+        if value is None:
+            raise CheckpointError(f"load: config.json of a {self.family} model must have the field {name}")
+        return value
+
+    def refuse(self, name: str, *allowed: Any, why: str = "") -> None:
+        """Raises NotImplementedError unless a field is absent, null or one of `allowed`."""
+        value = self.get(name)
+        if value is not None and not any(value == other and type(value) is type(other) for other in allowed):
+            rule = f"{name} must be {' or '.join(map(repr, allowed))}" if allowed else f"{name} must be absent"
+            reason = why or f"which {self.native.__name__} of transformers cannot express"
+            raise NotImplementedError(f"load: {rule}, got {name}={value!r} in config.json of {self.family}, {reason}")
+
+    def unread(self) -> list[str]:
+        """The fields about the model that nothing read, in the file's order."""
+        return [name for name in self.values if name not in self.read and name not in _NO_MODEL]
+
+
+def by_name(fields: Fields) -> dict[str, Any]:
+    """The fields that the native configuration has too, under their own names; attention windows must be off."""
+    kind = fields.native.config_class
+    default = kind()
+    own = set(default.to_dict()) - set(PretrainedConfig().to_dict())
+    own |= {*_OWN, *default.attribute_map, *default.attribute_map.values()}
+    fields.refuse("use_sliding_window", False)
+    if "use_sliding_window" not in own:
+        # Where the class has no switch, a window would be in use.
+        fields.refuse("sliding_window")
+    layers = fields.get("layer_types", ())
+    if any(kind != "full_attention" for kind in layers):
+        fields.refuse("layer_types", ["full_attention"] * len(layers))
+    fields.read |= {*_WINDOWS}
+    values = {
+        name: value for name, value in fields.values.items() if name in own and name not in (*_WINDOWS, "head_dim")
+    }
+    if fields.get("head_dim") is not None:
+        values["head_dim"] = fields.get("head_dim")  # read by every class, though not a field of every configuration
+    fields.read |= set(values)
+    return values
+
+
+def rotary(fields: Fields, theta: float) -> dict[str, Any]:
+    """The rotary fields; transformers' configurations read the pair rope_theta and rope_scaling too."""
+    values = {"rope_theta": float(fields.get("rope_theta", theta))}
+    if fields.get("rope_scaling") is not None:
+        values["rope_scaling"] = fields.get("rope_scaling")
+    return values
+
+
+def llama_of_llada(fields: Fields) -> dict[str, Any]:
+    """LLaDA in the layout of OLMo: `d_model`, `n_heads`, `mlp_hidden_size`."""
+    fields.refuse("block_type", "llama")
+    fields.refuse("block_group_size", 1)
+    fields.refuse("layer_norm_type", "rms")
+    fields.refuse("activation_type", "silu")
+    fields.refuse("rope", True)
+    for name in ("alibi", "attention_layer_norm", "input_emb_norm", "scale_logits", "include_bias", "clip_qkv"):
+        fields.refuse(name, False)
+    fields.refuse("bias_for_layer_norm", False)
+    width, heads = fields.need("d_model"), fields.need("n_heads")
+    # `multi_query_attention` counts only where the number of key/value heads is not given.
+    single = fields.get("multi_query_attention", False)
+    return {
+        "hidden_size": width,
+        "intermediate_size": fields.get("mlp_hidden_size") or int(fields.need("mlp_ratio") * width),
+        "vocab_size": fields.get("embedding_size") or fields.need("vocab_size"),
+        "num_hidden_layers": fields.need("n_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("n_kv_heads") or (1 if single else heads),
+        "max_position_embeddings": fields.need("max_sequence_length"),
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "attention_bias": fields.get("include_qkv_bias", False),
+        "tie_word_embeddings": fields.get("weight_tying", False),
+        **rotary(fields, 10_000.0),
+        **_ids(fields),
+    }
+
+
+def qwen3_moe_of_llada(fields: Fields) -> dict[str, Any]:
+    """LLaDA-MoE. Its code ignores `norm_topk_prob`, and normalises queries and keys head by head."""
+    fields.refuse("qk_layernorm", True)
+    fields.refuse("partial_rotary_factor", 1, 1.0)
+    fields.refuse("shared_expert_intermediate_size", 0)
+    fields.refuse("moe_router_enable_expert_bias", False)
+    fields.refuse("moe_router_score_function", "softmax")
+    fields.refuse("routed_scaling_factor", 1, 1.0)
+    fields.refuse("moe_router_enable_shared_expert", False)
+    fields.refuse("clip_qkv")
+    fields.refuse("use_sliding_window", False)
+    fields.read |= {*_WINDOWS, "norm_topk_prob"}
+    layers = fields.need("num_hidden_layers")
+    sparse = fields.get("moe_layer_freq", [1] * layers)
+    return {
+        **{name: fields.need(name) for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_experts")},
+        "num_hidden_layers": layers,
+        "num_key_value_heads": fields.get("num_key_value_heads", fields.need("num_attention_heads")),
+        "head_dim": fields.get("head_dim") or fields.need("hidden_size") // fields.need("num_attention_heads"),
+        "intermediate_size": fields.get("dense_intermediate_size") or fields.need("intermediate_size"),
+        "moe_intermediate_size": fields.need("expert_intermediate_size"),
+        "num_experts_per_tok": fields.need("num_experts_per_tok"),
+        "mlp_only_layers": [index for index, frequency in enumerate(sparse) if not frequency],
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "hidden_act": fields.get("hidden_act", "silu"),
+        "max_position_embeddings": fields.need("max_position_embeddings"),
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
+        "attention_bias": fields.get("attention_bias", False),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+        **rotary(fields, 10_000.0),
+        **_ids(fields),
+    }
+
+
+def glm4_moe_of_llada2(fields: Fields) -> dict[str, Any]:
+    """LLaDA2: a sigmoid router over groups of experts, a shared expert, rotation of half a head."""
+    fields.refuse("score_function", "sigmoid")
+    fields.refuse("norm_head", False)
+    fields.refuse("use_bias", False)
+    fields.refuse("use_qk_norm", True)
+    fields.refuse("norm_topk_prob", True)
+    fields.refuse("use_sliding_window", False)
+    if fields.need("num_experts_per_tok") == 1:
+        why = "whose code then leaves the weight of an expert as it is, which Glm4MoeForCausalLM does not"
+        fields.refuse("num_experts_per_tok", why=why)
+    # `sliding_window` stands in the published files, and no code reads it.
+    fields.read |= {*_WINDOWS}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {
+        **{name: fields.need(name) for name in (*names, "moe_intermediate_size", "max_position_embeddings")},
+        "num_key_value_heads": fields.get("num_key_value_heads", fields.need("num_attention_heads")),
+        "head_dim": fields.get("head_dim") or fields.need("hidden_size") // fields.need("num_attention_heads"),
+        "n_routed_experts": fields.need("num_experts"),
+        "n_shared_experts": fields.get("num_shared_experts", 1),
+        "num_experts_per_tok": fields.need("num_experts_per_tok"),
+        "n_group": fields.get("n_group", 1),
+        "topk_group": fields.get("topk_group", 1),
+        "first_k_dense_replace": fields.get("first_k_dense_replace", 0),
+        "routed_scaling_factor": fields.get("routed_scaling_factor", 1.0),
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "hidden_act": fields.get("hidden_act", "silu"),
+        "attention_bias": fields.get("use_qkv_bias", False),
+        "rms_norm_eps": fields.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+        "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
+        **rotary(fields, 10_000.0),
+        **_ids(fields),
+    }
+
+
+def llama_of_pangu(fields: Fields) -> dict[str, Any]:
+    """PanguEmbedded: Llama whose `bias` is that of all projections of attention."""
+    return {**by_name(fields), "attention_bias": fields.get("bias", False)}
+
+
+def _ids(fields: Fields) -> dict[str, Any]:
+    """The special ids."""
+    return {name: fields.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
