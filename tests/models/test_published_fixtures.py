@@ -1,0 +1,279 @@
+"""The written checkpoints and the forwards that judge a loader, checked against transformers' classes by hand.
+
+Nothing of the project is used: keys are renamed by the few lines below, and the classes are asked in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import family_oracles
+import published
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = sorted(published.FAMILIES)
+IDS = [5, 40, 99, 7, 108, 108, 23, 61, 108, 2, 77, 108, 108, 90, 14, 108, 33, 108, 8, 104, 55, 108, 12, 3]
+EVERY_OTHER = list(range(0, 120, 2))
+
+
+def write(family: str, folder: Path, **changes) -> published.Published:
+    return published.write(family, folder / family, **changes)
+
+
+class Double(TorchFunctionMode):
+    """Computes in float64 what a module asks for in float32: norms, rotary tables, routers."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float:
+            func = Tensor.double
+
+        def widened(value):
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def double() -> Iterator[None]:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double(), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def native(checkpoint: published.Published):
+    """The class of transformers that the family's model is, with the checkpoint's tensors."""
+    name, config, rename = NATIVES[checkpoint.family](checkpoint.config)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in checkpoint.tensors.items():
+        tensors.update(rename(key, tensor.double()))
+    config = getattr(transformers, name + "Config")(**config, attn_implementation="sdpa")
+    with double():
+        model = getattr(transformers, name + "ForCausalLM")(config).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    missing, unexpected = model.load_state_dict(_stacked(tensors), strict=False)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert set(missing) == tied and not unexpected, (missing, unexpected)
+    return model
+
+
+def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts as transformers holds them: gates above ups, all experts of a layer in one tensor."""
+    found: dict[str, Tensor] = {}
+    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts\.)(\d+)\.(\w+)_proj\.weight", key)
+        if match is None:
+            found[key] = tensor
+        else:
+            experts.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+    for prefix, parts in experts.items():
+        numbers = range(1 + max(number for number, _ in parts))
+        pairs = [torch.cat([parts[i, "gate"], parts[i, "up"]]) for i in numbers]
+        found[prefix + "gate_up_proj"] = torch.stack(pairs)
+        found[prefix + "down_proj"] = torch.stack([parts[i, "down"] for i in numbers])
+    return found
+
+
+def renaming(*rules: tuple[str, str]) -> Callable[[str, Tensor], dict[str, Tensor]]:
+    def rename(key: str, tensor: Tensor) -> dict[str, Tensor]:
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        return {key: tensor}
+
+    return rename
+
+
+def shared_fields(config: dict, *further: str) -> dict:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", *further)
+    found = {name: config[name] for name in names if name in config}
+    if "rope_parameters" not in found:
+        found["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    return found
+
+
+def llada(config: dict):
+    fields = {
+        "vocab_size": config["embedding_size"],
+        "hidden_size": config["d_model"],
+        "intermediate_size": config["mlp_hidden_size"],
+        "num_hidden_layers": config["n_layers"],
+        "num_attention_heads": config["n_heads"],
+        "num_key_value_heads": config["n_kv_heads"],
+        "rms_norm_eps": config["rms_norm_eps"],
+        "tie_word_embeddings": config["weight_tying"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
+    }
+    rename = renaming(
+        (r"^model\.transformer\.wte", "model.embed_tokens"),
+        (r"^model\.transformer\.ln_f", "model.norm"),
+        (r"^model\.transformer\.ff_out", "lm_head"),
+        (r"^model\.transformer\.blocks", "model.layers"),
+        (r"\.attn_norm\.", ".input_layernorm."),
+        (r"\.ff_norm\.", ".post_attention_layernorm."),
+        (r"\.([qkv]_proj)\.", r".self_attn.\1."),
+        (r"\.attn_out\.", ".self_attn.o_proj."),
+        (r"\.ff_proj\.", ".mlp.gate_proj."),
+        (r"\.up_proj\.", ".mlp.up_proj."),
+        (r"\.ff_out\.", ".mlp.down_proj."),
+    )
+    return "Llama", fields, rename
+
+
+def llada2(config: dict):
+    fields = shared_fields(
+        config,
+        *("head_dim", "moe_intermediate_size", "num_experts_per_tok", "routed_scaling_factor", "n_group", "topk_group"),
+        *("first_k_dense_replace", "norm_topk_prob", "use_qk_norm"),
+    )
+    fields |= {"n_routed_experts": config["num_experts"], "n_shared_experts": config["num_shared_experts"]}
+    fields["rope_parameters"]["partial_rotary_factor"] = config["partial_rotary_factor"]
+    names = renaming(
+        (r"\.word_embeddings\.", ".embed_tokens."),
+        (r"\.attention\.dense\.", ".self_attn.o_proj."),
+        (r"\.attention\.query_layernorm\.", ".self_attn.q_norm."),
+        (r"\.attention\.key_layernorm\.", ".self_attn.k_norm."),
+        (r"\.expert_bias$", ".e_score_correction_bias"),
+    )
+
+    def rename(key: str, tensor: Tensor) -> dict[str, Tensor]:
+        if not key.endswith("attention.query_key_value.weight"):
+            return names(key, tensor)
+        widths = [config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads")]
+        prefix = key.removesuffix("attention.query_key_value.weight") + "self_attn."
+        parts = tensor.split([*widths, widths[1]])
+        return {f"{prefix}{part}_proj.weight": value for part, value in zip("qkv", parts)}
+
+    return "Glm4Moe", fields, rename
+
+
+NATIVES = {
+    "llada": llada,
+    "llada2": llada2,
+    "dream": lambda config: ("Qwen2", shared_fields(config), renaming()),
+    "sdar": lambda config: ("Qwen3", shared_fields(config, "head_dim"), renaming()),
+}
+
+
+def native_logits(model, ids: list[int], block: Tensor | None) -> Tensor:
+    seen = torch.ones(len(ids), len(ids), dtype=torch.bool)
+    if block is not None:
+        seen = block[None, :] <= block[:, None]
+    with double():
+        return model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False).logits[0]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_two_shards_with_a_consistent_index(family: str, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    folder = checkpoint.folder
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values())) and len(files) == 2
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as shard:
+            names = list(shard.keys())
+            assert all(index["weight_map"][name] == file for name in names)
+            stored.update({name: shard.get_tensor(name) for name in names})
+    assert stored.keys() == index["weight_map"].keys() == checkpoint.tensors.keys()
+    assert all(torch.equal(stored[name], checkpoint.tensors[name]) for name in stored)
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in stored.values())
+    assert json.loads((folder / "config.json").read_text()) == checkpoint.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_tensors_are_equal_and_none_is_constant(family: str, tmp_path: Path) -> None:
+    tensors = list(write(family, tmp_path).tensors.values())
+    assert all(tensor.std() > 0 for tensor in tensors)
+    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[i + 1 :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_beside_the_weights_refuses_to_be_imported(family: str, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    for path in checkpoint.folder.glob("*.py"):
+        with pytest.raises(RuntimeError, match="must not be imported"):
+            runpy.run_path(str(path))
+    named = published._modules(checkpoint.config)
+    assert all((checkpoint.folder / f"{module}.py").is_file() for module in named)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_oracle_is_the_native_class(family: str, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    model = native(checkpoint)
+    for block in (None, torch.arange(len(IDS)) // 5):
+        wanted = family_oracles.logits(checkpoint, IDS, block)
+        found = native_logits(model, IDS, block)
+        assert found.dtype == wanted.dtype == torch.float64
+        assert relative(found, wanted) < 1e-10
+        margins = [choice.margin.min() for choice in family_oracles.routes(checkpoint, IDS, block).values()]
+        assert all(margin > 1e-6 for margin in margins)
+        assert 2 < wanted.std() < 5
+        causal = native_logits(model, IDS, torch.arange(len(IDS)))
+        assert relative(causal, wanted) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_counts(family: str, tmp_path: Path) -> None:
+    """A tensor that a loader fills with those of the next tensor of its shape, or leaves out, changes the logits."""
+    checkpoint = write(family, tmp_path)
+    wanted = family_oracles.logits(checkpoint, EVERY_OTHER)
+    names = list(checkpoint.tensors)
+    for i, name in enumerate(names):
+        tensor = checkpoint.tensors[name]
+        alike = [other for other in names[i + 1 :] if checkpoint.tensors[other].shape == tensor.shape]
+        changed = {name: checkpoint.tensors[alike[0]], alike[0]: tensor} if alike else {name: torch.zeros_like(tensor)}
+        other = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **changed})
+        assert relative(family_oracles.logits(other, EVERY_OTHER), wanted) > 1e-3, (name, alike[:1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_knows_the_ids_of_the_configuration(family: str, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    row = published.FAMILIES[family]
+    described = json.loads((checkpoint.folder / "tokenizer_config.json").read_text())
+    if row.tokenizer.files == "json":
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(checkpoint.folder)
+    else:
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(checkpoint.folder)
+    assert (checkpoint.folder / "tokenizer.json").is_file() == (row.tokenizer.files != "bpe")
+    assert {text: tokenizer.convert_tokens_to_ids(text) for text in row.tokenizer.special} == row.tokenizer.special
+    assert tokenizer("a" + row.mask + "the end\n")["input_ids"].count(checkpoint.mask_id) == 1
+    text = "On the shore, 12 (twelve) herons stand.\nThen none."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert max(tokenizer.get_vocab().values()) < min(shape[0] for name, shape in _embeddings(checkpoint))
+    assert checkpoint.config.get("mask_token_id", checkpoint.mask_id) == checkpoint.mask_id
+    assert described["eos_token"] in row.eos
+    if row.tokenizer.template is not None:
+        turns = [{"role": "user", "content": "Hello"}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        end = checkpoint.turn_end_id
+        assert (end in ids) if end is not None else True
+        assert "Hello" in tokenizer.decode(ids)
+
+
+def _embeddings(checkpoint: published.Published) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in checkpoint.tensors.items() if re.search("embed|wte", name)]

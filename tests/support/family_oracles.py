@@ -1,0 +1,309 @@
+"""Forward passes of the published architectures in float64, from the published tensors under their published names.
+
+Written from the architectures' descriptions: pre-norm decoders with RMSNorm, rotary positions, grouped-query attention
+and SwiGLU, dense or with experts. No module of transformers or of the project is called. Who sees whom is a row of
+numbers, one for each position: a position sees another one if the number of the other is not larger.
+
+    block = None                     every position sees every position
+    block = [0, 0, 0, 1, 1, 2]       two blocks of three and two positions, and a third: block-causal
+    block = [0, 1, 2, 3, 4, 5]       causal
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from published import Published
+from torch import Tensor
+
+# The published names, by what the tensors do. `layer` goes before the names of a block.
+NATIVE = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "layer": "model.layers.{}.",
+    "attention norm": "input_layernorm",
+    "mlp norm": "post_attention_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q norm": "self_attn.q_norm",
+    "k norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+LLADA = {
+    "embedding": "model.transformer.wte",
+    "norm": "model.transformer.ln_f",
+    "head": "model.transformer.ff_out",
+    "layer": "model.transformer.blocks.{}.",
+    "attention norm": "attn_norm",
+    "mlp norm": "ff_norm",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "o": "attn_out",
+    "gate": "ff_proj",
+    "up": "up_proj",
+    "down": "ff_out",
+}
+LLADA2 = {
+    **NATIVE,
+    "embedding": "model.word_embeddings",
+    "qkv": "attention.query_key_value",
+    "o": "attention.dense",
+    "q norm": "attention.query_layernorm",
+    "k norm": "attention.key_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What distinguishes one decoder from another.
+
+    Attributes:
+        names: published names by what the tensors do.
+        frequencies: rotary frequencies [rotated / 2]; a head's first `rotated` numbers turn, as (first half, second
+            half) pairs.
+        rotary_scale: a factor of the rotation's cosines and sines (yarn).
+        query_scale: position -> a factor of the rotated query (Ministral 3).
+        router: scores and choice of the experts; None = no layer has experts.
+        dense: the layers without experts, where there is a router.
+    """
+
+    names: dict[str, str]
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    frequencies: Tensor
+    rotary_scale: float = 1.0
+    query_scale: Callable[[Tensor], Tensor] = torch.ones_like
+    router: Callable[[Tensor, Tensor | None], Choice] | None = None
+    dense: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The experts of one layer.
+
+    Attributes:
+        experts: ids [L, k], the best first.
+        weights: factor of each chosen expert's output [L, k].
+        margin: what would have to change in a score for another choice [L]: the distance between the last that was
+            chosen and the first that was not, of experts and of groups of experts.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    margin: Tensor
+
+
+def logits(published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None = None) -> Tensor:
+    """Logits [L, V] in float64, each row that of its own position."""
+    return _forward(published, input_ids, block)[0]
+
+
+def routes(published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None = None) -> dict[int, Choice]:
+    """The experts of every layer that has some."""
+    return _forward(published, input_ids, block)[1]
+
+
+def blocks(published: Published, length: int, start: int) -> Tensor | None:
+    """Who sees whom in a sequence of `length` whose prompt ends at `start`, by the family's facts.
+
+    With a causal prefix `start` is where the block in work begins: the prompt and the committed blocks before it are
+    seen causally.
+    """
+    positions = torch.arange(length)
+    if published.visibility == "full":
+        return None
+    size = published.block_length
+    if published.alignment == "abs":
+        return positions // size
+    later = start + (positions - start) // size
+    return torch.where(positions < start, positions if published.causal_prefix else start - 1, later)
+
+
+def _forward(
+    published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None
+) -> tuple[Tensor, dict[int, Choice]]:
+    form = _architecture(published)
+    names = form.names
+    weights = {name: tensor.double() for name, tensor in published.tensors.items()}
+    ids = torch.as_tensor(input_ids)
+    seen = torch.ones(len(ids), len(ids), dtype=torch.bool)
+    if block is not None:
+        seen = torch.as_tensor(block)[None, :] <= torch.as_tensor(block)[:, None]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ weights[name + ".weight"].T
+        return y + weights[name + ".bias"] if name + ".bias" in weights else y
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + form.eps).sqrt() * weights[name + ".weight"]
+
+    def swiglu(x: Tensor, gate: str, up: str, down: str) -> Tensor:
+        opened = linear(x, gate)
+        return linear(opened * torch.sigmoid(opened) * linear(x, up), down)
+
+    def expert(x: Tensor, prefix: str) -> Tensor:
+        return swiglu(x, prefix + "gate_proj", prefix + "up_proj", prefix + "down_proj")
+
+    x = weights[names["embedding"] + ".weight"][ids]
+    choices: dict[int, Choice] = {}
+    for layer in range(form.layers):
+        prefix = names["layer"].format(layer)
+        y = normed(x, prefix + names["attention norm"])
+        if "qkv" in names:
+            widths = [form.heads * form.head_dim, form.kv_heads * form.head_dim, form.kv_heads * form.head_dim]
+            q, k, v = linear(y, prefix + names["qkv"]).split(widths, -1)
+        else:
+            q, k, v = (linear(y, prefix + names[part]) for part in "qkv")
+        q, k, v = (part.unflatten(-1, (-1, form.head_dim)) for part in (q, k, v))
+        if prefix + names.get("q norm", "") + ".weight" in weights:
+            q, k = normed(q, prefix + names["q norm"]), normed(k, prefix + names["k norm"])
+        attended = _attend(form, _rotated(form, q, query=True), _rotated(form, k), v, seen)
+        x = x + linear(attended, prefix + names["o"])
+
+        y = normed(x, prefix + names["mlp norm"])
+        if form.router is None or layer in form.dense:
+            x = x + swiglu(y, *(prefix + names[part] for part in ("gate", "up", "down")))
+            continue
+        choice = form.router(linear(y, prefix + "mlp.gate"), weights.get(prefix + "mlp.gate.expert_bias"))
+        choices[layer] = choice
+        mixed = torch.zeros_like(y)
+        for position, (experts, factors) in enumerate(zip(choice.experts.tolist(), choice.weights)):
+            for number, factor in zip(experts, factors):
+                mixed[position] += factor * expert(y[position], f"{prefix}mlp.experts.{number}.")
+        if prefix + "mlp.shared_experts.gate_proj.weight" in weights:
+            mixed += expert(y, prefix + "mlp.shared_experts.")
+        x = x + mixed
+    x = normed(x, names["norm"])
+    head = names["head"] if names["head"] + ".weight" in weights else names["embedding"]
+    return linear(x, head), choices
+
+
+def _rotated(form: Architecture, x: Tensor, query: bool = False) -> Tensor:
+    """[L, heads, D] with the first part of every head turned by its position's angles."""
+    positions = torch.arange(x.shape[0], dtype=torch.float64)
+    angles = (positions[:, None] * form.frequencies)[:, None, :]
+    cos, sin = angles.cos() * form.rotary_scale, angles.sin() * form.rotary_scale
+    half = form.frequencies.numel()
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+    return turned * form.query_scale(positions)[:, None, None] if query else turned
+
+
+def _attend(form: Architecture, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D)) v over what is seen, every group of query heads with one key head: [L, heads * D]."""
+    out = []
+    for head in range(form.heads):
+        shared = head * form.kv_heads // form.heads
+        scores = q[:, head] @ k[:, shared].T / math.sqrt(form.head_dim)
+        out.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v[:, shared])
+    return torch.cat(out, -1)
+
+
+def _softmax_router(k: int, normalized: bool) -> Callable[[Tensor, Tensor | None], Choice]:
+    """The probabilities of the k most probable experts, divided by their sum where `normalized` (Qwen3-MoE)."""
+
+    def route(scores: Tensor, bias: Tensor | None) -> Choice:
+        probabilities = scores.softmax(-1)
+        ranked, order = probabilities.sort(-1, descending=True)
+        chosen = ranked[:, :k]
+        factors = chosen / chosen.sum(-1, keepdim=True) if normalized else chosen
+        return Choice(order[:, :k], factors, ranked[:, k - 1] - ranked[:, k])
+
+    return route
+
+
+def _sigmoid_router(k: int, groups: int, kept: int, scale: float) -> Callable[[Tensor, Tensor | None], Choice]:
+    """LLaDA2's router. The bias counts in the choice and not in the weights.
+
+    Groups are ranked by the sum of their two best experts; the k best experts of the `kept` best groups are chosen, and
+    their sigmoids, divided by their sum and scaled, weigh them.
+    """
+
+    def route(scores: Tensor, bias: Tensor | None) -> Choice:
+        sigmoids = scores.sigmoid()
+        ranks = sigmoids + bias
+        by_group = ranks.unflatten(-1, (groups, -1))
+        totals = by_group.sort(-1, descending=True).values[..., :2].sum(-1)
+        ranked, order = totals.sort(-1, descending=True)
+        margin = ranked[:, kept - 1] - ranked[:, kept] if kept < groups else torch.full_like(ranked[:, 0], math.inf)
+        open_groups = torch.zeros_like(totals, dtype=torch.bool).scatter(1, order[:, :kept], True)
+        ranks = by_group.masked_fill(~open_groups[..., None], -math.inf).flatten(1)
+        ranked, order = ranks.sort(-1, descending=True)
+        factors = sigmoids.gather(1, order[:, :k])
+        factors = scale * factors / (factors.sum(-1, keepdim=True) + 1e-20)
+        return Choice(order[:, :k], factors, torch.minimum(margin, ranked[:, k - 1] - ranked[:, k]))
+
+    return route
+
+
+def _frequencies(width: int, theta: float) -> Tensor:
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+def _llada(config: dict[str, Any]) -> Architecture:
+    head_dim = config["d_model"] // config["n_heads"]
+    return Architecture(
+        names=LLADA,
+        layers=config["n_layers"],
+        heads=config["n_heads"],
+        kv_heads=config["n_kv_heads"] or config["n_heads"],
+        head_dim=head_dim,
+        eps=config["rms_norm_eps"],
+        frequencies=_frequencies(head_dim, config["rope_theta"]),
+    )
+
+
+def _native(config: dict[str, Any], **changes: Any) -> Architecture:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = {
+        "names": NATIVE,
+        "layers": config["num_hidden_layers"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"],
+        "head_dim": head_dim,
+        "eps": config["rms_norm_eps"],
+    }
+    if "frequencies" not in changes:
+        values["frequencies"] = _frequencies(head_dim, config["rope_theta"])
+    return Architecture(**{**values, **changes})
+
+
+def _llada2(config: dict[str, Any]) -> Architecture:
+    width = int(config["head_dim"] * config["partial_rotary_factor"])
+    return _native(
+        config,
+        names=LLADA2,
+        frequencies=_frequencies(width, config["rope_theta"]),
+        router=_sigmoid_router(
+            config["num_experts_per_tok"],
+            config["n_group"],
+            config["topk_group"],
+            config["routed_scaling_factor"],
+        ),
+        dense=frozenset(range(config["first_k_dense_replace"])),
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
+    "llada": _llada,
+    "llada2": _llada2,
+    "dream": _native,
+    "sdar": _native,
+}
+
+
+def _architecture(published: Published) -> Architecture:
+    return ARCHITECTURES[published.family](published.config)
