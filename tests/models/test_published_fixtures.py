@@ -164,11 +164,43 @@ def llada2(config: dict):
     return "Glm4Moe", fields, rename
 
 
+def llada_moe(config: dict):
+    fields = shared_fields(config, "num_experts", "num_experts_per_tok")
+    dense = [layer for layer, sparse in enumerate(config["moe_layer_freq"]) if not sparse]
+    fields |= {
+        "intermediate_size": config["dense_intermediate_size"],
+        "moe_intermediate_size": config["expert_intermediate_size"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "norm_topk_prob": False,
+        "mlp_only_layers": dense,
+    }
+    return "Qwen3Moe", fields, renaming()
+
+
+def plain(name: str, *further: str, rules: tuple[tuple[str, str], ...] = ()):
+    return lambda config: (name, shared_fields(config, *further), renaming(*rules))
+
+
+MOE_FIELDS = ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+ENCODER = ((r"^encoder\.", "model."), (r"^diffusion_head\.", "lm_head."))
+LANGUAGE_MODEL = ((r"^language_model\.model\.", "model."), (r"^language_model\.lm_head\.", "lm_head."))
 NATIVES = {
     "llada": llada,
     "llada2": llada2,
-    "dream": lambda config: ("Qwen2", shared_fields(config), renaming()),
-    "sdar": lambda config: ("Qwen3", shared_fields(config, "head_dim"), renaming()),
+    "llada-moe": llada_moe,
+    "llada-llama": plain("Llama"),
+    "dream": plain("Qwen2"),
+    "sdar": plain("Qwen3", "head_dim"),
+    "sdar-moe": plain("Qwen3Moe", *MOE_FIELDS),
+    "fast-dllm-v2": plain("Qwen2"),
+    "nemotron": plain("Ministral3", "head_dim", "rope_parameters", rules=ENCODER),
+    "nemotron-language-model": plain("Ministral3", "head_dim", "rope_parameters", rules=LANGUAGE_MODEL),
+    "efficient-dlm": plain("Qwen3", "head_dim", rules=ENCODER),
+    "stable-diffcoder": plain("Llama"),
+    "a2d-qwen3": plain("Qwen3", "head_dim"),
+    "a2d-qwen2": plain("Qwen2"),
+    "a2d-llama": plain("Llama"),
+    "rnd1": plain("Qwen3Moe", *MOE_FIELDS),
 }
 
 

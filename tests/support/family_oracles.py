@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,12 @@ LLADA2 = {
     "q norm": "attention.query_layernorm",
     "k norm": "attention.key_layernorm",
 }
+
+
+def _placed(root: str, head: str) -> dict[str, str]:
+    """Native names of the blocks under another root."""
+    places = {"embedding": f"{root}.embed_tokens", "norm": f"{root}.norm", "layer": root + ".layers.{}."}
+    return {**NATIVE, **places, "head": head}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,11 +304,62 @@ def _llada2(config: dict[str, Any]) -> Architecture:
     )
 
 
+def _qwen_moe(config: dict[str, Any]) -> Architecture:
+    """Qwen3-MoE: the weights are divided by their sum where the configuration says so."""
+    router = _softmax_router(config["num_experts_per_tok"], config["norm_topk_prob"])
+    return _native(config, router=router, dense=frozenset(config["mlp_only_layers"]))
+
+
+def _llada_moe(config: dict[str, Any]) -> Architecture:
+    """The weights are never divided by their sum, whatever the configuration says."""
+    dense = (layer for layer, sparse in enumerate(config["moe_layer_freq"]) if not sparse)
+    return _native(config, router=_softmax_router(config["num_experts_per_tok"], False), dense=frozenset(dense))
+
+
+def _nemotron(config: dict[str, Any], names: dict[str, str]) -> Architecture:
+    """Ministral 3: yarn, and queries that grow with the logarithm of the position.
+
+    yarn: a frequency that turns more than beta_fast times within the original length stays; one that turns less than
+    beta_slow times is divided by the factor; between the two, by index, a straight line leads from one to the other.
+    """
+    rope, width = config["rope_parameters"], config["head_dim"]
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+
+    def index(turns: float) -> float:
+        """Index, in numbers of a head, of the frequency that makes so many turns within the original length."""
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+
+    low = max(math.floor(index(rope["beta_fast"])), 0)
+    high = min(math.ceil(index(rope["beta_slow"])), width - 1)
+    ramp = ((torch.arange(width // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    frequencies = _frequencies(width, rope["rope_theta"])
+    growth = [0.1 * rope[name] * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim")]
+    return _native(
+        config,
+        names=names,
+        frequencies=frequencies * (1 - ramp) + frequencies / factor * ramp,
+        rotary_scale=growth[0] / growth[1],
+        query_scale=lambda positions: 1 + rope["llama_4_scaling_beta"] * (1 + (positions / original).floor()).log(),
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], Architecture]] = {
     "llada": _llada,
     "llada2": _llada2,
+    "llada-moe": _llada_moe,
+    "llada-llama": _native,
     "dream": _native,
     "sdar": _native,
+    "sdar-moe": _qwen_moe,
+    "fast-dllm-v2": _native,
+    "nemotron": partial(_nemotron, names=_placed("encoder", "diffusion_head")),
+    "nemotron-language-model": partial(_nemotron, names=_placed("language_model.model", "language_model.lm_head")),
+    "efficient-dlm": partial(_native, names=_placed("encoder", "diffusion_head")),
+    "stable-diffcoder": _native,
+    "a2d-qwen3": _native,
+    "a2d-qwen2": _native,
+    "a2d-llama": _native,
+    "rnd1": _qwen_moe,
 }
 
 

@@ -63,6 +63,16 @@ class Family:
     adapter_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+NEMOTRON: dict[str, Any] = {
+    "config": configs.nemotron,
+    "tokenizer": tokenizers.NEMOTRON,
+    "mask": "<SPECIAL_100>",
+    "eos": ("<|im_end|>",),
+    "visibility": "block",
+    "block_length": 32,
+    "causal_prefix": True,
+}
+
 FAMILIES = {
     "llada": Family(
         config=configs.llada,
@@ -105,6 +115,98 @@ FAMILIES = {
         visibility="block",
         block_length=4,
         alignment="abs",
+    ),
+    "sdar-moe": Family(
+        config=configs.sdar_moe,
+        layout=partial(layouts.native, qk_norm=True, experts="moe_intermediate_size"),
+        tokenizer=tokenizers.SDAR,
+        mask="<|MASK|>",
+        eos=("<|im_end|>", "<|endoftext|>"),
+        generation=configs.sdar_generation,
+        visibility="block",
+        block_length=4,
+        alignment="abs",
+    ),
+    "llada-moe": Family(
+        config=configs.llada_moe,
+        layout=partial(layouts.native, qk_norm=True, experts="expert_intermediate_size"),
+        tokenizer=tokenizers.LLADA2,
+        mask="<|mask|>",
+        eos=("<|endoftext|>",),
+        turn_end="<|role_end|>",
+    ),
+    "llada-llama": Family(
+        config=configs.llada_llama,
+        layout=layouts.native,
+        tokenizer=tokenizers.LLADA,
+        mask="<|mdm_mask|>",
+        eos=("<|endoftext|>",),
+        turn_end="<|eot_id|>",
+    ),
+    "fast-dllm-v2": Family(
+        config=configs.fast_dllm,
+        layout=partial(layouts.native, qkv_bias=True),
+        tokenizer=tokenizers.FAST_DLLM,
+        mask="|<MASK>|",
+        eos=("<|im_end|>",),
+        visibility="block",
+        block_length=32,
+        alignment="abs",
+        logits_row="previous",
+    ),
+    "nemotron": Family(layout=partial(layouts.native, root="encoder", head="diffusion_head"), **NEMOTRON),
+    # Assumed: the configuration, where a public one describes a vision tower too.
+    "nemotron-language-model": Family(
+        layout=partial(layouts.native, root="language_model.model", head="language_model.lm_head"), **NEMOTRON
+    ),
+    # Assumed: the name of the head.
+    "efficient-dlm": Family(
+        config=configs.efficient_dlm,
+        layout=partial(layouts.native, root="encoder", head="diffusion_head", qk_norm=True),
+        tokenizer=tokenizers.EFFICIENT_DLM,
+        mask="<|fim_pad|>",
+        eos=("<|endoftext|>",),
+        turn_end="<|im_end|>",
+        visibility="block",
+        block_length=32,
+    ),
+    "stable-diffcoder": Family(
+        config=configs.stable_diffcoder,
+        layout=layouts.native,
+        tokenizer=tokenizers.STABLE_DIFFCODER,
+        mask="<[MASK_TOKEN]>",
+        eos=("<[end▁of▁sentence]>",),
+        visibility="block",
+        block_length=4,
+        alignment="abs",
+    ),
+    "a2d-qwen3": Family(
+        config=configs.a2d_qwen3,
+        layout=partial(layouts.native, qk_norm=True),
+        tokenizer=tokenizers.A2D,
+        mask="<|mask|>",
+        eos=("<|im_end|>",),
+    ),
+    "a2d-qwen2": Family(
+        config=configs.a2d_qwen2,
+        layout=partial(layouts.native, qkv_bias=True),
+        tokenizer=tokenizers.A2D,
+        mask="<|mask|>",
+        eos=("<|im_end|>",),
+    ),
+    "a2d-llama": Family(
+        config=configs.a2d_llama,
+        layout=layouts.native,
+        tokenizer=tokenizers.A2D_LLAMA,
+        mask="<|mask|>",
+        eos=("<|eot_id|>",),
+    ),
+    "rnd1": Family(
+        config=configs.rnd1,
+        layout=partial(layouts.native, qk_norm=True, experts="moe_intermediate_size"),
+        tokenizer=tokenizers.RND1,
+        mask="<|mask|>",
+        eos=("<|im_end|>",),
     ),
 }
 

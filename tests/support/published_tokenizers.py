@@ -197,3 +197,74 @@ SDAR = Tokenizer(
         mask_token="<|MASK|>",
     ),
 )
+
+# The mask token is an added token and no setting names it. Assumed: that both sorts of files are published.
+FAST_DLLM = Tokenizer(files="both", **_qwen("|<MASK>|"))
+
+# Assumed: the texts besides "<SPECIAL_100>", "<s>" and "</s>", and the template.
+NEMOTRON = Tokenizer(
+    special={
+        **numbered(0, "<unk>", "<s>", "</s>"),
+        **numbered(10, "<|im_start|>", "<|im_end|>"),
+        "<SPECIAL_100>": 100,
+    },
+    settings={
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "<|im_end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+    },
+    template=CHATML,
+)
+
+# The mask is a token of Qwen3 that nothing names as the mask. Assumed: which files are published.
+EFFICIENT_DLM = Tokenizer(
+    files="both",
+    **_qwen("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", eos_token="<|endoftext|>"),
+)
+
+# Assumed: ids 3 and 4, the template, and that no setting names the mask token.
+STABLE_DIFFCODER = Tokenizer(
+    special=numbered(
+        0,
+        *("<[begin▁of▁sentence]>", "<[PAD▁TOKEN]>", "<[end▁of▁sentence]>", "<[UNK▁TOKEN]>", "<[SEP▁TOKEN]>"),
+        "<[MASK_TOKEN]>",
+    ),
+    settings={
+        "bos_token": "<[begin▁of▁sentence]>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<[end▁of▁sentence]>",
+        "model_max_length": 1000000000000000019884624838656,
+        "pad_token": "<[PAD▁TOKEN]>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    },
+    template="{% for message in messages %}{{ bos_token + message['role'] + '\\n' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}",
+)
+
+A2D = Tokenizer(files="both", **_qwen("<|mask|>", mask_token="<|mask|>"))
+
+# Assumed: the texts of Llama 3.
+A2D_LLAMA = Tokenizer(
+    special=numbered(
+        104,
+        *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|mask|>",
+    ),
+    settings={
+        "bos_token": "<|begin_of_text|>",
+        "clean_up_tokenization_spaces": True,
+        "eos_token": "<|eot_id|>",
+        "mask_token": "<|mask|>",
+        "model_max_length": 131072,
+        "pad_token": "<|eot_id|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    },
+    template=HEADERS,
+)
+
+# Assumed: the text of the mask token, and which files are published.
+RND1 = Tokenizer(files="both", **_qwen("<|mask|>"))
