@@ -113,10 +113,11 @@ def llada(config: dict):
     fields = {
         "vocab_size": config["embedding_size"],
         "hidden_size": config["d_model"],
-        "intermediate_size": config["mlp_hidden_size"],
+        "intermediate_size": config["mlp_hidden_size"] or config["mlp_ratio"] * config["d_model"],
         "num_hidden_layers": config["n_layers"],
         "num_attention_heads": config["n_heads"],
-        "num_key_value_heads": config["n_kv_heads"],
+        "num_key_value_heads": config["n_kv_heads"] or 1,
+        "attention_bias": config["include_qkv_bias"],
         "rms_norm_eps": config["rms_norm_eps"],
         "tie_word_embeddings": config["weight_tying"],
         "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
@@ -181,7 +182,14 @@ def plain(name: str, *further: str, rules: tuple[tuple[str, str], ...] = ()):
     return lambda config: (name, shared_fields(config, *further), renaming(*rules))
 
 
-MOE_FIELDS = ("head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+MOE_FIELDS = (
+    "head_dim",
+    "mlp_only_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+)
 ENCODER = ((r"^encoder\.", "model."), (r"^diffusion_head\.", "lm_head."))
 LANGUAGE_MODEL = ((r"^language_model\.model\.", "model."), (r"^language_model\.lm_head\.", "lm_head."))
 NATIVES = {
@@ -268,6 +276,31 @@ def test_the_oracle_is_the_native_class(family: str, tmp_path: Path) -> None:
         assert relative(causal, wanted) > 0.1
 
 
+VARIANTS = {
+    "llada with fewer key heads": ("llada", {"n_kv_heads": 2}),
+    "llada with one key head": ("llada", {"n_kv_heads": None, "multi_query_attention": True}),
+    "llada with a tied head": ("llada", {"weight_tying": True}),
+    "llada by the ratio of the widths": ("llada", {"mlp_hidden_size": None}),
+    "llada-moe with a dense layer": ("llada-moe", {"moe_layer_freq": [0, 1]}),
+    "llada-moe whose file says normalized": ("llada-moe", {"norm_topk_prob": True}),
+    "llada2 without groups": ("llada2", {"n_group": 1, "topk_group": 1}),
+    "llada2 with two dense layers": ("llada2", {"first_k_dense_replace": 2}),
+    "llada2 with two shared experts": ("llada2", {"num_shared_experts": 2}),
+    "sdar-moe without normalized weights": ("sdar-moe", {"norm_topk_prob": False}),
+    "sdar-moe with a dense layer": ("sdar-moe", {"mlp_only_layers": [1]}),
+    "sdar with a tied head": ("sdar", {"tie_word_embeddings": True}),
+    "fast-dllm-v2 7B": ("fast-dllm-v2", {"tie_word_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_the_oracle_is_the_native_class(variant: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[variant]
+    checkpoint = write(family, tmp_path, **changes)
+    found = native_logits(native(checkpoint), IDS, torch.arange(len(IDS)) // 5)
+    assert relative(found, family_oracles.logits(checkpoint, IDS, torch.arange(len(IDS)) // 5)) < 1e-10
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_counts(family: str, tmp_path: Path) -> None:
     """A tensor that a loader fills with those of the next tensor of its shape, or leaves out, changes the logits."""
@@ -309,3 +342,67 @@ def test_the_tokenizer_knows_the_ids_of_the_configuration(family: str, tmp_path:
 
 def _embeddings(checkpoint: published.Published) -> list[tuple[str, torch.Size]]:
     return [(name, tensor.shape) for name, tensor in checkpoint.tensors.items() if re.search("embed|wte", name)]
+
+
+def test_a_field_can_be_left_out_and_shards_and_dtype_chosen(tmp_path: Path) -> None:
+    checkpoint = write("sdar", tmp_path, mask_token_id=published.ABSENT, dtype=torch.bfloat16, shards=1)
+    assert "mask_token_id" not in checkpoint.config and checkpoint.config["torch_dtype"] == "bfloat16"
+    assert not (checkpoint.folder / "model.safetensors.index.json").exists()
+    with safe_open(checkpoint.folder / "model.safetensors", "pt") as file:
+        for name, tensor in checkpoint.tensors.items():
+            stored = file.get_tensor(name)
+            assert stored.dtype == torch.bfloat16 and torch.equal(stored.float(), tensor)
+
+
+def test_one_seed_writes_one_checkpoint(tmp_path: Path) -> None:
+    first, again = write("dream", tmp_path / "a", seed=3), write("dream", tmp_path / "b", seed=3)
+    other = write("dream", tmp_path / "c", seed=4)
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
+    assert not any(torch.equal(first.tensors[name], other.tensors[name]) for name in first.tensors)
+
+
+@pytest.mark.parametrize(
+    "family, start, wanted",
+    [
+        ("llada", 5, None),
+        ("sdar", 5, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]),
+        ("efficient-dlm", 5, [4, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6]),
+        ("nemotron", 5, [0, 1, 2, 3, 4, 5, 5, 5, 5, 6, 6, 6]),
+    ],
+)
+def test_who_sees_whom(family: str, start: int, wanted: list[int] | None, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    if checkpoint.block_length is not None:
+        checkpoint = dataclasses.replace(checkpoint, block_length=4)
+    found = family_oracles.blocks(checkpoint, 12, start)
+    assert (found if found is None else found.tolist()) == wanted
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "llada2", "nemotron"])
+def test_an_adapter_has_published_names_and_changes_what_it_names(family: str, tmp_path: Path) -> None:
+    checkpoint = write(family, tmp_path)
+    adapter = published.write_adapter(checkpoint, tmp_path / "adapter", seed=1)
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    assert config == adapter.config and set(config["target_modules"]) == set(published.FAMILIES[family].adapter_targets)
+    with safe_open(adapter.folder / "adapter_model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    touched = set()
+    for name, tensor in stored.items():
+        assert tensor.abs().min() > 0
+        module = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)[1]
+        touched.add(module + ".weight")
+    changed = {
+        name for name, tensor in checkpoint.tensors.items() if not torch.equal(tensor, adapter.merged.tensors[name])
+    }
+    assert changed == touched and len(stored) == 2 * len(changed)
+    wanted = family_oracles.logits(checkpoint, IDS)
+    assert relative(family_oracles.logits(adapter.merged, IDS), wanted) > 0.05
+
+
+def test_a_merged_adapter_is_that_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    checkpoint = write("dream", tmp_path)
+    adapter = published.write_adapter(checkpoint, tmp_path / "adapter")
+    model = native(checkpoint)
+    found = native_logits(peft.PeftModel.from_pretrained(model, adapter.folder).merge_and_unload(), IDS, None)
+    assert relative(found, family_oracles.logits(adapter.merged, IDS)) < 1e-6

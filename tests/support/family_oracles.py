@@ -266,7 +266,7 @@ def _llada(config: dict[str, Any]) -> Architecture:
         names=LLADA,
         layers=config["n_layers"],
         heads=config["n_heads"],
-        kv_heads=config["n_kv_heads"] or config["n_heads"],
+        kv_heads=config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else config["n_heads"]),
         head_dim=head_dim,
         eps=config["rms_norm_eps"],
         frequencies=_frequencies(head_dim, config["rope_theta"]),

@@ -16,9 +16,10 @@ Tensors = Iterator[tuple[str, tuple[int, ...], str]]
 def llada(config: Config) -> Tensors:
     """LLaDA's own names. `ff_proj` is the gate, `up_proj` the other factor, `ff_out` the projection back."""
     hidden, heads = config["d_model"], config["n_heads"]
-    kv_width = hidden // heads * (config["n_kv_heads"] or heads)
-    inner = config["mlp_hidden_size"] or config["mlp_ratio"] * hidden
-    vocabulary = config["embedding_size"] or config["vocab_size"]
+    kv_heads = config.get("n_kv_heads") or (1 if config.get("multi_query_attention") else heads)
+    kv_width = hidden // heads * kv_heads
+    inner = config.get("mlp_hidden_size") or config["mlp_ratio"] * hidden
+    vocabulary = config.get("embedding_size") or config["vocab_size"]
     root = "model.transformer."
     yield root + "wte.weight", (vocabulary, hidden), "embedding"
     for layer in range(config["n_layers"]):
@@ -27,14 +28,14 @@ def llada(config: Config) -> Tensors:
         yield block + "ff_norm.weight", (hidden,), "norm"
         for name, width in (("q_proj", hidden), ("k_proj", kv_width), ("v_proj", kv_width)):
             yield f"{block}{name}.weight", (width, hidden), "linear"
-            if config["include_qkv_bias"]:
+            if config.get("include_qkv_bias"):
                 yield f"{block}{name}.bias", (width,), "bias"
         yield block + "attn_out.weight", (hidden, hidden), "linear"
         yield block + "ff_proj.weight", (inner, hidden), "linear"
         yield block + "up_proj.weight", (inner, hidden), "linear"
         yield block + "ff_out.weight", (hidden, inner), "linear"
     yield root + "ln_f.weight", (hidden,), "norm"
-    if not config["weight_tying"]:
+    if not config.get("weight_tying"):
         yield root + "ff_out.weight", (vocabulary, hidden), "head"
 
 
@@ -61,7 +62,7 @@ def llada2(config: Config) -> Tensors:
         shared = config["moe_intermediate_size"] * config["num_shared_experts"]
         yield from _mlp(block + "mlp.shared_experts.", hidden, shared)
     yield "model.norm.weight", (hidden,), "norm"
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings"):
         yield "lm_head.weight", (config["vocab_size"], hidden), "head"
 
 
@@ -105,7 +106,7 @@ def native(
         for expert in range(config["num_experts"]):
             yield from _mlp(f"{block}mlp.experts.{expert}.", hidden, config[experts])
     yield root + ".norm.weight", (hidden,), "norm"
-    if not config["tie_word_embeddings"]:
+    if not config.get("tie_word_embeddings"):
         yield head + ".weight", (config["vocab_size"], hidden), "head"
 
 
