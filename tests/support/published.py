@@ -20,6 +20,7 @@ from typing import Any
 
 import published_configs as configs
 import published_layouts as layouts
+import published_llada as llada
 import published_tokenizers as tokenizers
 import torch
 from safetensors.torch import save_file
@@ -75,7 +76,7 @@ NEMOTRON: dict[str, Any] = {
 
 FAMILIES = {
     "llada": Family(
-        config=configs.llada,
+        config=llada.llada,
         layout=layouts.llada,
         tokenizer=tokenizers.LLADA,
         mask="<|mdm_mask|>",
@@ -84,7 +85,7 @@ FAMILIES = {
         adapter_targets=("q_proj", "k_proj", "v_proj", "attn_out"),
     ),
     "llada2": Family(
-        config=configs.llada2,
+        config=llada.llada2,
         layout=layouts.llada2,
         tokenizer=tokenizers.LLADA2,
         mask="<|mask|>",
@@ -128,7 +129,7 @@ FAMILIES = {
         alignment="abs",
     ),
     "llada-moe": Family(
-        config=configs.llada_moe,
+        config=llada.llada_moe,
         layout=partial(layouts.native, qk_norm=True, experts="expert_intermediate_size"),
         tokenizer=tokenizers.LLADA2,
         mask="<|mask|>",
@@ -136,7 +137,7 @@ FAMILIES = {
         turn_end="<|role_end|>",
     ),
     "llada-llama": Family(
-        config=configs.llada_llama,
+        config=llada.llada_llama,
         layout=layouts.native,
         tokenizer=tokenizers.LLADA,
         mask="<|mdm_mask|>",

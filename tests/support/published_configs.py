@@ -13,7 +13,6 @@ import published_tokenizers as tokenizers
 
 VOCABULARY = 128
 
-
 # What Qwen3-MoE, SDAR-MoE and RND1 add to a dense configuration.
 MOE = {
     "decoder_sparse_step": 1,
@@ -27,114 +26,11 @@ MOE = {
 }
 
 
-def _auto_map(module: str, config: str, model: str, base: str | None = None) -> dict[str, str]:
+def auto_map(module: str, config: str, model: str, base: str | None = None) -> dict[str, str]:
     found = {"AutoConfig": f"configuration_{module}.{config}"}
     if base is not None:
         found["AutoModel"] = f"modeling_{module}.{base}"
     return {**found, "AutoModelForCausalLM": f"modeling_{module}.{model}"}
-
-
-def llada() -> dict[str, Any]:
-    ids = tokenizers.LLADA.special
-    return {
-        "activation_type": "silu",
-        "alibi": False,
-        "alibi_bias_max": 8.0,
-        "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "attention_layer_norm_with_affine": True,
-        "auto_map": _auto_map("llada", "LLaDAConfig", "LLaDAModelLM", "LLaDAModelLM"),
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": 32,
-        "embedding_dropout": 0.0,
-        "embedding_size": VOCABULARY,
-        "eos_token_id": ids["<|endoftext|>"],
-        "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_cutoff_factor": None,
-        "init_device": "meta",
-        "init_fn": "mitchell",
-        "init_std": 0.02,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "mask_token_id": ids["<|mdm_mask|>"],
-        "max_sequence_length": 4096,
-        "mlp_hidden_size": 48,
-        "mlp_ratio": 4,
-        "model_type": "llada",
-        "multi_query_attention": None,
-        "n_heads": 4,
-        "n_kv_heads": 4,
-        "n_layers": 2,
-        "pad_token_id": ids["<|endoftext|>"],
-        "precision": "amp_bf16",
-        "residual_dropout": 0.0,
-        "rms_norm_eps": 1e-05,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": 500000.0,
-        "scale_logits": False,
-        "transformers_version": "4.46.3",
-        "use_cache": False,
-        "vocab_size": VOCABULARY - 4,  # both are 126464 in public; a reader that mixes them up is found here
-        "weight_tying": False,
-    }
-
-
-def llada2() -> dict[str, Any]:
-    return {
-        "architectures": ["LLaDA2MoeModelLM"],
-        "attention_dropout": 0.0,
-        "auto_map": _auto_map("llada2_moe", "LLaDA2MoeConfig", "LLaDA2MoeModelLM", "LLaDA2MoeModel"),
-        "dtype": "bfloat16",
-        "embedding_dropout": 0.0,
-        "first_k_dense_replace": 1,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "initializer_range": 0.02,
-        "intermediate_size": 48,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "model_type": "llada2_moe",
-        "moe_intermediate_size": 24,
-        "moe_router_enable_expert_bias": True,
-        "n_group": 4,
-        "norm_head": False,
-        "norm_topk_prob": True,
-        "num_attention_heads": 4,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "num_shared_experts": 1,
-        "output_dropout": 0.0,
-        "output_router_logits": False,
-        "pad_token_id": tokenizers.LLADA2.special["<|endoftext|>"],
-        "partial_rotary_factor": 0.5,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 600000,
-        "rotary_dim": 8,
-        "routed_scaling_factor": 2.5,
-        "router_dtype": "fp32",
-        "score_function": "sigmoid",
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "topk_group": 2,
-        "transformers_version": "4.57.1",
-        "use_bias": False,
-        "use_cache": True,
-        "use_qk_norm": True,
-        "use_qkv_bias": False,
-        "use_sliding_window": False,
-        "vocab_size": VOCABULARY,
-    }
 
 
 def _qwen(**changes: Any) -> dict[str, Any]:
@@ -168,6 +64,7 @@ def _qwen(**changes: Any) -> dict[str, Any]:
 
 
 def dream() -> dict[str, Any]:
+    """Assumed: that the other fields are Qwen2's."""
     ids = tokenizers.DREAM.special
     return _qwen(
         architectures=["DreamModel"],
@@ -206,11 +103,14 @@ def dream_generation() -> dict[str, Any]:
 
 
 def sdar() -> dict[str, Any]:
-    """The configuration of the 8B; that of the 4B has neither mask_token_id nor block_size."""
+    """The configuration of the 8B; that of the 4B has neither mask_token_id nor block_size.
+
+    Assumed: that `fuse_cross_entropy` stands in the file, and that the other fields are Qwen3's.
+    """
     return _qwen(
         architectures=["SDARForCausalLM"],
         attention_bias=False,
-        auto_map=_auto_map("sdar", "SDARConfig", "SDARForCausalLM", "SDARModel"),
+        auto_map=auto_map("sdar", "SDARConfig", "SDARForCausalLM", "SDARModel"),
         block_size=4,
         fuse_cross_entropy=True,
         head_dim=16,  # not hidden_size / num_attention_heads, as in the 4B
@@ -223,6 +123,7 @@ def sdar() -> dict[str, Any]:
 
 
 def sdar_generation() -> dict[str, Any]:
+    """Assumed: the settings of the sampling."""
     ids = tokenizers.SDAR.special
     return {
         "bos_token_id": ids["<|endoftext|>"],
@@ -242,90 +143,13 @@ def sdar_moe() -> dict[str, Any]:
         **sdar(),
         **MOE,
         "architectures": ["SDARMoeForCausalLM"],
-        "auto_map": _auto_map("sdar_moe", "SDARMoeConfig", "SDARMoeForCausalLM", "SDARMoeModel"),
+        "auto_map": auto_map("sdar_moe", "SDARMoeConfig", "SDARMoeForCausalLM", "SDARMoeModel"),
         "model_type": "sdar_moe",
     }
 
 
-def llada_moe() -> dict[str, Any]:
-    """The model type is LLaDA's, the fields are not. Assumed: that no mask id is given."""
-    end = tokenizers.LLADA2.special["<|endoftext|>"]
-    return {
-        "architectures": ["LLaDAMoEModelLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "auto_map": _auto_map("lladamoe", "LLaDAConfig", "LLaDAMoEModelLM", "LLaDAMoEModelLM"),
-        "clip_qkv": None,
-        "dense_intermediate_size": 48,
-        "eos_token_id": end,
-        "expert_intermediate_size": 24,
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "initializer_range": 0.02,
-        "max_position_embeddings": 4096,
-        "model_type": "llada",
-        "moe_layer_freq": [1, 1],
-        "moe_router_enable_expert_bias": False,
-        "moe_router_score_function": "softmax",
-        "norm_topk_prob": None,
-        "num_attention_heads": 4,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 4,
-        "output_router_logits": False,
-        "pad_token_id": end,
-        "partial_rotary_factor": 1,
-        "qk_layernorm": True,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 50000,
-        "routed_scaling_factor": 1,
-        "router_aux_loss_coef": 0.01,
-        "router_num_group": None,
-        "router_topk_group": None,
-        "shared_expert_intermediate_size": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.53.2",
-        "use_cache": False,
-        "vocab_size": VOCABULARY,
-    }
-
-
-def llada_llama() -> dict[str, Any]:
-    """LLaDA's model type and classes with Llama's fields; no mask id."""
-    ids = tokenizers.LLADA.special
-    return {
-        "architectures": ["LLaDAModelLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "auto_map": _auto_map("llada", "LLaDAConfig", "LLaDAModelLM", "LLaDAModelLM"),
-        "bos_token_id": ids["<|startoftext|>"],
-        "eos_token_id": ids["<|endoftext|>"],
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "initializer_range": 0.02,
-        "intermediate_size": 48,
-        "max_position_embeddings": 16384,
-        "model_type": "llada",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 4,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.39.1",
-        "use_cache": False,
-        "vocab_size": VOCABULARY,
-    }
-
-
 def fast_dllm() -> dict[str, Any]:
-    """The mask id is a constant of the code; EOS and padding are the end of a turn."""
+    """The mask id is a constant of the code; EOS and padding are the end of a turn. Read off a converter's output."""
     ids = tokenizers.FAST_DLLM.special
     return _qwen(
         architectures=["Fast_dLLM_QwenForCausalLM"],
@@ -415,7 +239,10 @@ def efficient_dlm() -> dict[str, Any]:
 
 
 def stable_diffcoder() -> dict[str, Any]:
-    """The model type is Llama's, and there is no AutoConfig. The mask id is a constant of the code."""
+    """The model type is Llama's, and there is no AutoConfig. The mask id is a constant of the code.
+
+    Assumed: head_dim and pretraining_tp.
+    """
     return {
         "architectures": ["StableDiffcoderForCausalLM"],
         "attention_bias": False,
@@ -448,7 +275,10 @@ def stable_diffcoder() -> dict[str, Any]:
 
 
 def _a2d(base: str, **changes: Any) -> dict[str, Any]:
-    """A causal model's configuration with other classes; neither a mask id nor a block size."""
+    """A causal model's configuration with other classes; neither a mask id nor a block size.
+
+    Assumed: the names of the modules.
+    """
     name = f"A2D{base.capitalize()}"
     classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForMaskedLM": "LMHeadModel"}
     values = {
@@ -496,6 +326,9 @@ def a2d_llama() -> dict[str, Any]:
 
 
 def rnd1() -> dict[str, Any]:
+    """The fields and the values that are not sizes are those of the public configuration class, false where others have
+    null. Assumed: that the file has them all.
+    """
     ids = tokenizers.RND1.special
     return _qwen(
         **MOE,
