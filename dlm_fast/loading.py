@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .adapters import adapt, adapter_files
 from .diffusion import DiffusionConfig, check_vocabulary
@@ -153,6 +154,9 @@ def open_checkpoint(
     check_one_set(path)
     config = family.config(values)
     _stretch(config, rope_scale)
+    section = values.get("quantization_config")
+    if section is not None:
+        config.quantization_config = _native_modules(section, family, config, stored)
     tokenizer = load_tokenizer(path, family)
     places = Places(name, config.vocab_size, values, generation_values(path), tokenizer, given, hints)
     settings = settle(family, places)
@@ -161,9 +165,6 @@ def open_checkpoint(
     check_vocabulary(settings.diffusion, config.vocab_size)
     _name_mask(tokenizer, settings.diffusion.mask_token_id)
     config.dlm = settings.section()
-    section = values.get("quantization_config")
-    if section is not None:
-        config.quantization_config = _native_modules(section, family, config, stored)
     return Checkpoint(path, name, family, config, values, settings, tokenizer, stored)
 
 
@@ -198,10 +199,21 @@ def _stretch(config: Any, scale: float) -> None:
 
 
 def _native_modules(section: Any, family: Family, config: Any, stored: Mapping[str, Stored]) -> Any:
-    """A quantization_config whose lists of modules have the native names."""
-    if not isinstance(section, Mapping):
+    """A quantization_config whose lists of modules have the native names.
+
+    Raises CheckpointError for a method that transformers does not know, which it would pass over, and where no tensor
+    is quantised.
+    """
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(
-            f"load: quantization_config must be an object in config.json, got quantization_config={section!r}"
+            f"load: quantization_config must name a quant_method of transformers, got quantization_config={section!r} "
+            "in config.json"
+        )
+    if all(tensor.dtype in FLOATS for tensor in stored.values()):
+        raise CheckpointError(
+            f"load: quantization_config={section!r} in config.json says that the weights are quantised, and no tensor "
+            f"is: all are stored as {', '.join(sorted({tensor.dtype for tensor in stored.values()}))}"
         )
     modules = {name.rpartition(".")[0]: name for name in stored}
     mapped = dict(section)

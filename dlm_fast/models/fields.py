@@ -108,7 +108,7 @@ def by_name(fields: Fields) -> dict[str, Any]:
         name: value for name, value in fields.values.items() if name in own and name not in (*_WINDOWS, "head_dim")
     }
     if fields.get("head_dim") is not None:
-        values["head_dim"] = fields.get("head_dim")  # read by every class, though not a field of every configuration
+        values["head_dim"] = fields.get("head_dim")  # every class reads it, though not every configuration has it
     fields.read |= set(values)
     return values
 

@@ -109,12 +109,15 @@ def test_a_folder_without_a_tokenizer_decodes_ids(tmp_path):
 
 def test_a_path_that_is_no_folder_is_named(tmp_path):
     with pytest.raises(
-        CheckpointError, match=rf"path must be a checkpoint folder or one of {', '.join(EMBEDDED)}, got 'no/such'"
+        CheckpointError,
+        match=rf"path must be a checkpoint folder, an id of the Hub .owner/name. or one of {', '.join(EMBEDDED)}, got",
     ):
-        load("no/such")
+        load("no-such")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="path must be a checkpoint folder"):
         load(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="revision is for repositories of the Hub, got 'main' with"):
+        load(tmp_path, revision="main")
     assert checkpoint_path(tmp_path) == tmp_path
 
 
@@ -197,8 +200,12 @@ def test_weights_that_do_not_fit_the_config_are_named_not_drawn_at_random(folder
 def test_an_unsupported_architecture_is_named(folder):
     edit(folder, lambda config: config.update(model_type="gpt2"))
     with pytest.raises(
-        NotImplementedError, match=r"unsupported model_type 'gpt2' in .*toy; supported are llama, qwen2, qwen3"
+        NotImplementedError,
+        match="unsupported model_type 'gpt2' with architectures LlamaForCausalLM; supported are LLaDA, .*Dream, SDAR",
     ):
+        load(folder)
+    edit(folder, lambda config: config.update(model_type="llada2"))
+    with pytest.raises(NotImplementedError, match="unsupported model_type 'llada2' .*nearest .* LLaDA2 .'llada2_moe'"):
         load(folder)
 
 
@@ -321,13 +328,18 @@ def test_weights_that_are_no_floats_are_named_not_cast(folder, dtype, asked):
         load(folder, dtype=asked)
 
 
-@pytest.mark.parametrize("section", [{"quant_method": "fp8"}, {"quant_method": "bogus"}, {}, "int8"])
-def test_a_quantised_checkpoint_is_refused_by_name(folder, section):
+@pytest.mark.parametrize("section", [{"quant_method": "bogus"}, {}, "int8"])
+def test_a_quantisation_that_nobody_knows_is_named(folder, section):
     edit(folder, lambda config: config.update(quantization_config=section))
     with pytest.raises(
-        NotImplementedError,
-        match="quantised checkpoints are not supported, got quantization_config=.*; supported are float weights",
+        CheckpointError, match="quantization_config must name a quant_method of transformers, got quantization_config="
     ):
+        load(folder)
+
+
+def test_a_quantisation_of_nothing_is_named(folder):
+    edit(folder, lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(CheckpointError, match="says that the weights are quantised, and no tensor is: all .* as F32"):
         load(folder)
 
 
@@ -515,7 +527,9 @@ def test_ids_that_are_not_the_models_or_the_tokenizers_are_refused(folder, value
 def test_a_tokenizer_without_a_mask_of_its_own_takes_the_configurations(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "mask_token": None}))
-    assert dlm_fast.handle_of(load(folder)).tokenizer.mask_token_id is None
+    assert load_tokenizer(folder).mask_token_id is None
+    tokenizer = dlm_fast.handle_of(load(folder)).tokenizer
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("[MASK]", MASK)
 
 
 def test_a_bad_dlm_section_names_the_rule(folder):
