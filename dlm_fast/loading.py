@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from .adapters import adapt, adapter_files
@@ -34,7 +34,7 @@ from .files import (
     stored_tensors,
     weight_files,
 )
-from .models.families import Family, family_of
+from .models.families import NATIVE, Family, family_of
 from .models.settings import FIELDS, Places, Settings, settle
 from .models.tensors import Account, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
@@ -82,9 +82,12 @@ def load_tokenizer(path: str | Path, family: Family | None = None) -> Any:
     path = checkpoint_path(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
-    kind = AutoTokenizer if family is None or family.tokenizer is None else family.tokenizer
+    # An empty configuration keeps transformers from reading config.json, whose model_type it may not know.
+    kind, arguments = AutoTokenizer, {"config": PretrainedConfig()}
+    if family is not None and family.tokenizer is not None:
+        kind, arguments = family.tokenizer, {}
     try:
-        return kind.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        return kind.from_pretrained(path, trust_remote_code=False, local_files_only=True, **arguments)
     except Exception as error:
         raise CheckpointError(f"load: the tokenizer of {path} cannot be read: {error}") from error
 
@@ -108,6 +111,7 @@ class Checkpoint:
         settings: how it is decoded.
         tokenizer: the tokenizer; None = it has none.
         stored: the tensors of its files.
+        unread: fields of config.json that nothing reads.
     """
 
     path: Path
@@ -118,6 +122,7 @@ class Checkpoint:
     settings: Settings
     tokenizer: Any
     stored: Mapping[str, Stored]
+    unread: list[str]
 
     @property
     def quantised(self) -> bool:
@@ -152,7 +157,7 @@ def open_checkpoint(
     family = family_of(values, told=bool(given))
     stored = stored_tensors(weight_files(path))
     check_one_set(path)
-    config = family.config(values)
+    config, unread = family.read(values)
     _stretch(config, rope_scale)
     section = values.get("quantization_config")
     if section is not None:
@@ -165,7 +170,7 @@ def open_checkpoint(
     check_vocabulary(settings.diffusion, config.vocab_size)
     _name_mask(tokenizer, settings.diffusion.mask_token_id)
     config.dlm = settings.section()
-    return Checkpoint(path, name, family, config, values, settings, tokenizer, stored)
+    return Checkpoint(path, name, family, config, values, settings, tokenizer, stored, unread)
 
 
 def _given(diffusion: Any) -> dict[str, Any]:
@@ -412,7 +417,8 @@ def _build(
             )
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         raise ValueError(f"load: device_map must keep every module on a device, got 'disk' in {model.hf_device_map}")
-    if (found.path / "generation_config.json").is_file():
+    if found.family in NATIVE and (found.path / "generation_config.json").is_file():
+        # The published ones hold settings of a decoder that transformers does not have.
         try:
             model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
         except Exception as error:

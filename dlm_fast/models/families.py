@@ -26,6 +26,7 @@ from transformers import (
 
 from ..files import CheckpointError
 from .fields import Fields, by_name, glm4_moe_of_llada2, llama_of_llada, llama_of_pangu, qwen3_moe_of_llada
+from .settings import FIELDS as FACTS
 from .settings import Decoder
 
 # Rows of a stored tensor that become a tensor of the native class: its name and how many rows of it, from the native
@@ -87,8 +88,8 @@ class Family:
         """Whether the values of a config.json are of the family."""
         return values.get("model_type") in self.model_types and self.where(values)
 
-    def config(self, values: Mapping[str, Any]) -> Any:
-        """The native configuration of a config.json.
+    def read(self, values: Mapping[str, Any]) -> tuple[Any, list[str]]:
+        """The native configuration of a config.json, and the fields about the model that nothing read.
 
         Raises NotImplementedError for a field that the native class cannot express, and CheckpointError for fields that
         describe no model.
@@ -96,11 +97,13 @@ class Family:
         fields = Fields(self.name, self.native, values)
         arguments = self.build(fields)
         try:
-            return self.native.config_class(**arguments)
+            config = self.native.config_class(**arguments)
         except Exception as error:
             raise CheckpointError(
                 f"load: config.json describes no {self.native.config_class.model_type} model: {error!r}"
             ) from error
+        facts = {*FACTS, *(name for names in self.fields.values() for name in names)}
+        return config, [name for name in fields.unread() if name not in facts]
 
     def renamed(self, name: str) -> str:
         """The native name of a stored tensor, or of a module of it."""

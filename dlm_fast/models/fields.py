@@ -18,9 +18,6 @@ _OWN = (
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
     "partial_rotary_factor",
 )
 # What a config.json says of attention windows; `by_name` refuses those that are in use.
@@ -109,16 +106,21 @@ def by_name(fields: Fields) -> dict[str, Any]:
     }
     if fields.get("head_dim") is not None:
         values["head_dim"] = fields.get("head_dim")  # every class reads it, though not every configuration has it
+    if {"rope_parameters", "rope_theta", "rope_scaling"} & {name for name, value in fields.values.items() if value}:
+        values |= rotary(fields, fields.native.config_class.default_theta)
     fields.read |= set(values)
     return values
 
 
-def rotary(fields: Fields, theta: float) -> dict[str, Any]:
-    """The rotary fields; transformers' configurations read the pair rope_theta and rope_scaling too."""
-    values = {"rope_theta": float(fields.get("rope_theta", theta))}
-    if fields.get("rope_scaling") is not None:
-        values["rope_scaling"] = fields.get("rope_scaling")
-    return values
+def rotary(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
+    """The rotary fields in transformers' one object, from it or from the older rope_theta and rope_scaling."""
+    if fields.get("rope_parameters") is not None:
+        return {"rope_parameters": fields.get("rope_parameters")}
+    parameters = {"rope_type": "default", "rope_theta": fields.get("rope_theta", theta)}
+    scaling = dict(fields.get("rope_scaling") or {})
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+    return {"rope_parameters": {**parameters, **scaling}}
 
 
 def llama_of_llada(fields: Fields) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def llama_of_llada(fields: Fields) -> dict[str, Any]:
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
         "attention_bias": fields.get("include_qkv_bias", False),
         "tie_word_embeddings": fields.get("weight_tying", False),
-        **rotary(fields, 10_000.0),
+        **rotary(fields),
         **_ids(fields),
     }
 
@@ -180,7 +182,7 @@ def qwen3_moe_of_llada(fields: Fields) -> dict[str, Any]:
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
         "attention_bias": fields.get("attention_bias", False),
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-        **rotary(fields, 10_000.0),
+        **rotary(fields),
         **_ids(fields),
     }
 
@@ -216,8 +218,10 @@ def glm4_moe_of_llada2(fields: Fields) -> dict[str, Any]:
         "attention_bias": fields.get("use_qkv_bias", False),
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-        "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
-        **rotary(fields, 10_000.0),
+        "rope_parameters": {
+            **rotary(fields)["rope_parameters"],
+            "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
+        },
         **_ids(fields),
     }
 
