@@ -147,12 +147,14 @@ def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
         )
     try:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(lora.config))
+            # peft would look for the base model, on the Hub too, and the model is here.
+            config = {**lora.config, "base_model_name_or_path": None}
+            (Path(folder) / ADAPTER_CONFIG).write_text(json.dumps(config))
             save_file({name: tensor.contiguous() for name, tensor in lora.tensors.items()},
                       Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})  # fmt: skip
             device = str(next(model.parameters()).device)
             adapted = peft.PeftModel.from_pretrained(model, folder, torch_device=device)
-        expected = set(peft.get_peft_model_state_dict(adapted))
+        expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if expected != lora.tensors.keys():
             raise ValueError(f"tensors missing or unknown: {sorted(expected ^ lora.tensors.keys())[:4]}")
         if merge:
