@@ -32,10 +32,15 @@ class DiffusionConfig:
         logits_row: whose logits predict a position: "self" = its own; "previous" = those of the position before it, in
             models that were made from autoregressive ones (Dream, Fast-dLLM v2). Position 0 is predicted by its own.
         prompt_isolated: whether the prompt sees itself only, while the response sees everything; for visibility "full".
+        causal_prefix: whether the prompt and finished blocks see causally, so that the block in work alone sees itself
+            and everything before it; for visibility "block" (Nemotron-Labs-Diffusion, NBDiff).
 
     An isolated prompt is everything before the first mask. In a canvas to fill in, everything from the first mask on is
     response, also the given tokens there. A decoder with a cache computes an isolated prompt once per row, and the keys
     of the prompt are exact for good; docs/exactness.md says which decoders are exact by this.
+
+    Behind a causal prefix the row of the last finished position predicts the position after it, whatever `logits_row`
+    says of the block in work.
     """
 
     mask_token_id: int
@@ -45,6 +50,7 @@ class DiffusionConfig:
     block_alignment: str = "rel"
     logits_row: str = "self"
     prompt_isolated: bool = False
+    causal_prefix: bool = False
 
     def __post_init__(self) -> None:
         def fail(rule: str) -> None:
@@ -68,17 +74,25 @@ class DiffusionConfig:
         whole("DiffusionConfig", "block_length", self.block_length, 1, none=True)
         if self.visibility == "block" and self.block_length is None:
             fail("visibility 'block' needs a block_length, got block_length=None")
-        if not isinstance(self.prompt_isolated, bool):
-            fail(f"prompt_isolated must be true or false, got prompt_isolated={self.prompt_isolated!r}")
+        for name in ("prompt_isolated", "causal_prefix"):
+            if not isinstance(getattr(self, name), bool):
+                fail(f"{name} must be true or false, got {name}={getattr(self, name)!r}")
         if self.prompt_isolated and self.visibility != "full":
             fail(f"prompt_isolated goes with visibility 'full', got visibility={self.visibility!r}")
         if self.prompt_isolated and self.block_alignment != "rel":
             fail(f"prompt_isolated goes with block_alignment 'rel', got block_alignment={self.block_alignment!r}")
+        if self.causal_prefix and self.visibility != "block":
+            fail(f"causal_prefix goes with visibility 'block', got visibility={self.visibility!r}")
 
     @property
     def plain_mode(self) -> str:
         """How a plain forward (`model(input_ids)`) sees: "full", "block" or "isolated"."""
         return "isolated" if self.prompt_isolated else self.visibility
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether the row of the last finished position predicts the position after it."""
+        return self.logits_row == "previous" or self.causal_prefix
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:

@@ -55,7 +55,8 @@ class GenerateOutput:
         text: `tokenizer.decode(ids, skip_special_tokens=True)` of the row, cut where the first stop string begins; None
             without a tokenizer. The text is shorter than that of `sequences` only where one id spells both the end of
             the text and the beginning of the stop string, since no smaller number of ids spells the text then.
-        canvas: the whole canvas as the loop left it, the given tokens included, 1-D int64.
+        canvas: the whole canvas as the loop left it, the given tokens included, 1-D int64: the prompt and
+            max_new_tokens positions, or those of its whole blocks where the preset drops a last block that is cut.
         finish: why the row ended: "eos", "stop" (a stop string), "length", or "error" (see `DecodeError`).
         nfe: number of forwards that the row took part in; prefills, refreshes and commits count.
         query_tokens: number of positions that were computed in those forwards.
@@ -122,7 +123,7 @@ def generate(
             attention_mask is 1; or a 2-D tensor or array [B, L] of ids.
         canvas: rows to fill in, instead of prompts and in the same forms. A row holds the mask wherever a token is
             wanted. The response begins at the row's first mask, so `text` and `sequences` also hold the given tokens
-            that come after the first mask.
+            that come after the first mask. A canvas ends where it ends: no preset fills its last block up or drops it.
         attention_mask: [B, L] of 0 and 1, beside token ids; 0 marks padding, which may stand at either end of a row.
             Without an attention_mask, a 2-D tensor whose row begins or ends with the tokenizer's pad id is refused,
             and lists of ids are taken as they are.
@@ -133,7 +134,8 @@ def generate(
             positions to write or a score; or a `dlm_fast.policies.Policy`; or a list of functions and policies. The
             policies of the call act after the preset's own policies.
         max_new_tokens: number of masks behind a prompt, for all rows or one number per row. Default: 128. Refused
-            beside `canvas`, which says itself where tokens are wanted.
+            beside `canvas`, which says itself where tokens are wanted. Where the number does not fill its last block,
+            the preset's option `last_block` says whether a whole block is decoded and then cut.
         min_new_tokens: number of response tokens before which no EOS is drawn, for all rows or one number per row.
         temperature: temperature of the draws, for all rows or one number per row; 0 = greedy. Default: that of the
             family's published decoder where no preset is named, else 0. The reported confidence
@@ -153,7 +155,8 @@ def generate(
         banned_token_ids: ids that are never drawn. The mask id is always banned.
         eos_token_ids: ids that end a text. Default: those of the model's diffusion configuration.
         tokenizer: what encodes prompts and decodes responses. Default: the tokenizer that `load` found.
-        on_step: a function that is called with the state after every step, and that may read tensors on the host.
+        on_step: a function that is called with the state after every step, and that may read tensors on the host. The
+            state's canvases hold whole last blocks where the preset decodes whole ones.
         **options: options of the preset that the call replaces, such as block_length, cache, rule or threshold;
             `preset.options()` lists them. An unknown option raises, and so does one that the decoder would not read,
             such as a threshold where the rule is a quota.
@@ -210,11 +213,18 @@ def generate(
         eos_token_ids=eos_token_ids,
     )
     check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
+    if canvas is None:
+        batch = requests.with_last_blocks(batch, chosen, handle.diffusion, model.config.max_position_embeddings)
+    elif "last_block" in options:
+        raise ValueError(
+            f"generate: last_block goes with prompts; a canvas ends where it ends, got "
+            f"last_block={options['last_block']!r}"
+        )
 
     # 4. Open the rows and run steps until no row needs one. A batch of no rows has nothing to run.
     device = next(model.parameters()).device
     started = time.perf_counter()
-    plan, state = open_rows(batch.canvases, chosen, handle.diffusion, device)
+    plan, state = open_rows(batch.opened, chosen, handle.diffusion, device)
     if batch.canvases:
         decode = open_decode(handle, plan, state, sampling_of(batch, plan, device))
         run_steps(decode, _after_step(batch, plan, on_step))
@@ -265,7 +275,7 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
 
     # 1. First positions of an EOS, and the number of steps that fill a block.
     no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
-    spans = [len(canvas) - start for canvas, start in zip(batch.canvases, plan.first.tolist())]
+    spans = [len(canvas) - start for canvas, start in zip(batch.opened, plan.first.tolist())]
     # Where a row is one block, the longest row of the batch must not decide the schedule of a shorter one.
     one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
     steps = [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]

@@ -209,7 +209,8 @@ def plain_window(
     """The window of a forward over whole sequences [B, L] without a cache.
 
     Padding may stand anywhere in a row. Blocks count over the real tokens of a row: from the first one ("abs"), or from
-    the end of the prompt ("rel").
+    the end of the prompt ("rel"). A model with a causal prefix sees causally up to the block that holds the row's first
+    mask, and in blocks from there on.
 
     Args:
         mode: how the forward sees: "full", "block", "causal", or "isolated" (the prompt sees itself, and everything
@@ -266,6 +267,13 @@ def plain_window(
             L if mode == "isolated" else diffusion.block_length
         )  # with an isolated prompt the response is one block
         block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
+        if diffusion.causal_prefix:
+            if input_ids is None:
+                raise ValueError("forward: a model with a causal prefix needs input_ids, in which its first mask stands")
+            is_open = is_real & (input_ids == diffusion.mask_token_id)
+            first_open = torch.where(is_open, block, L + 1).amin(-1, keepdim=True)
+            # Blocks of one position see causally; the ids of those from the first mask on are larger.
+            block = torch.where(block < first_open, place, L + block)
     return Window(
         q_pos=index.contiguous(),
         q_block=torch.where(is_real, block, -1).int(),

@@ -27,7 +27,8 @@ class Requests:
     """A checked batch; every list has one entry per row.
 
     Attributes:
-        canvases: token ids with masks, 1-D int64 on the CPU.
+        canvases: token ids with masks, 1-D int64 on the CPU: what was asked for.
+        opened: the canvases as the loop decodes them, which differ where a last block is filled up to a whole one.
         prompt_lengths: position at which the row's response begins.
         min_new_tokens: response tokens before which no EOS is drawn.
         temperature: temperature of the draws, 0 = greedy.
@@ -41,6 +42,7 @@ class Requests:
     """
 
     canvases: list[Tensor]
+    opened: list[Tensor]
     prompt_lengths: list[int]
     min_new_tokens: list[int]
     temperature: list[float]
@@ -101,16 +103,26 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
 
 
 def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
-    """Raises ValueError where the preset needs other rows of logits than the model has."""
-    if preset.first_token and diffusion.logits_row != "previous":
+    """Raises ValueError where the preset needs other rows of logits, or other keys, than the model has."""
+    if preset.first_token and not diffusion.predicts_next:
         _fail(
-            f"preset {preset.name} writes the token after the last row, which needs logits_row 'previous', got "
-            f"{diffusion.logits_row!r}"
+            f"preset {preset.name} writes the token after the last finished row (first_token), which needs logits_row "
+            f"'previous' or causal_prefix=True, got {diffusion.logits_row!r} and causal_prefix=False"
         )
     if preset.shadow and diffusion.logits_row != "self":
         _fail(
             f"preset {preset.name} hides a position from its own row, which needs logits_row 'self', got "
             f"{diffusion.logits_row!r}"
+        )
+    if preset.pipeline and diffusion.causal_prefix:
+        _fail(
+            f"preset {preset.name} decodes several blocks at once, of which a model with causal_prefix=True opens only "
+            f"one to itself; use a decoder of one block at a time, got schedule={preset.schedule!r}"
+        )
+    if preset.operation.stores and "edit" in preset.families and diffusion.causal_prefix:
+        _fail(
+            f"preset {preset.name} keeps the keys of the last forward of a block, and those of a model with "
+            f"causal_prefix=True come of a causal one; use cache='none', got cache={preset.cache!r}"
         )
 
 
@@ -208,6 +220,7 @@ def read(
         _fail(f"top_p must be a number in (0, 1] (1 = off), got top_p={top_p!r}")
     return Requests(
         canvases=canvases,
+        opened=canvases,
         prompt_lengths=prompt_lengths,
         min_new_tokens=min_new,
         temperature=temperatures,
@@ -219,6 +232,37 @@ def read(
         banned_token_ids=banned,
         eos_token_ids=eos,
     )
+
+
+def with_last_blocks(batch: Requests, preset: Preset, diffusion: DiffusionConfig, max_positions: int) -> Requests:
+    """The batch of prompts as the preset decodes it, by its option `last_block`.
+
+    "whole" fills `opened` up with masks to whole blocks. "drop" shortens `canvases` too, since nobody writes the rest.
+    Raises ValueError if a row would be too long, or would have nothing to decode.
+    """
+    length = preset.block_length or diffusion.block_length
+    if preset.last_block == "crop" or preset.single_block or length is None:
+        return batch
+    absolute = diffusion.visibility == "block" and diffusion.block_alignment == "abs"
+    canvases, opened = [], []
+    for b, (canvas, prompt) in enumerate(zip(batch.canvases, batch.prompt_lengths)):
+        start = 0 if absolute else prompt
+        cut = (len(canvas) - start) % length  # positions of a last block that is cut
+        end = len(canvas) - cut + (length if cut and preset.last_block == "whole" else 0)
+        if end > max_positions:
+            _fail(
+                f"prompts[{b}] with its last whole block must fit the model's {max_positions} positions, got {end}; "
+                "last_block='crop' ends the last block at max_new_tokens"
+            )
+        if end <= prompt:
+            _fail(
+                f"max_new_tokens must reach the end of a block with last_block='drop', got {len(canvas) - prompt} in "
+                f"row {b}, whose first block of {length} ends {start + length - prompt} positions behind the prompt"
+            )
+        whole = torch.full((max(end - len(canvas), 0),), diffusion.mask_token_id, dtype=torch.int64)
+        canvases.append(canvas[:end])
+        opened.append(torch.cat([canvas, whole])[:end])
+    return dataclasses.replace(batch, canvases=canvases, opened=opened)
 
 
 def _ids(name: str, values: Sequence[int], vocab_size: int) -> tuple[int, ...]:

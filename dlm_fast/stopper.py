@@ -28,7 +28,7 @@ class Stopper:
         stops: the stop strings.
         tail_length: how many tokens before the new ones a step decodes.
         searched: [B] position up to which each row's text was final and was searched.
-        length: [B] length of each canvas.
+        length: [B] length of each canvas that was asked for; what a last block holds behind it is no text.
     """
 
     def __init__(self, batch: Requests, mask_id: int, takes_back: bool) -> None:
@@ -45,7 +45,7 @@ class Stopper:
         tokens, steps, phase = state.tokens.cpu(), state.unmask_step.cpu(), state.phase.cpu()
         final = self.length
         if self.takes_back:
-            final = torch.where(phase == COMMIT, state.block_end.cpu(), state.block_start.cpu()).long()
+            final = torch.where(phase == COMMIT, state.block_end.cpu(), state.block_start.cpu()).minimum(final)
         position = torch.arange(tokens.shape[1])
         is_open = (tokens == self.mask_id) & (position >= self.searched[:, None])
         final = torch.where(is_open, position, final[:, None]).amin(1).minimum(final)

@@ -123,6 +123,7 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
 
     batch = Requests(
         canvases=[canvas] * B,
+        opened=[canvas] * B,
         prompt_lengths=[prefix] * B,
         min_new_tokens=[0] * B,
         temperature=[0.0] * B,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_kernels import RowState, Window
+from dlm_kernels import RowState, UnmaskRule, Window
+from dlm_kernels.reference.select import select
 from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from ..patching import PatchHandle
@@ -23,6 +24,9 @@ from .drafts import Drafts
 from .measure import History, Wanted, measure, stats_of, wanted_of
 from .plan import Plan
 from .window import Step, sub_block
+
+
+FACTOR = UnmaskRule("factor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +149,7 @@ class Forward:
     def run(self, step: Step) -> Result:
         """The forward of a step that chooses tokens."""
         hidden = self.hidden(step.window, self.state.tokens)
-        return Result(hidden, self.logits(step, hidden), step.window.q_len)
+        return Result(hidden, self.predicting(self.logits(step, hidden)), step.window.q_len)
 
     def prefill(self, step: Step) -> Result:
         """The forward of a step that only fills the cache."""
@@ -166,6 +170,10 @@ class Forward:
     def head(self, rows: Tensor) -> Tensor:
         """Logits of hidden states [..., d], one row each."""
         return self.handle.adapter.head(self.handle.model, rows.flatten(0, -2))
+
+    def predicting(self, logits: Tensor) -> Tensor:
+        """The logits by which the decoder predicts: without the EOS ids where the preset excludes them."""
+        return logits.index_fill(-1, self.sampling.eos, -torch.inf) if self.plan.preset.exclude_eos else logits
 
     def needed(self, step: Step) -> Tensor:
         """[B, W] bool: the lanes whose statistics anybody reads."""
@@ -235,7 +243,7 @@ class Guided(Forward):
         conditional, unconditional = (self.logits(step, hidden) for hidden in pairs.chunk(2))
         scale = self.plan.preset.cfg_scale + 1
         logits = unconditional + scale * (conditional - unconditional)
-        return Result(pairs.chunk(2)[0], logits, 2 * step.window.q_len)
+        return Result(pairs.chunk(2)[0], self.predicting(logits), 2 * step.window.q_len)
 
     def prefill(self, step: Step) -> Result:
         pairs = self.hidden(*self._pairs(step.window))
@@ -271,7 +279,7 @@ class Shadowed(Forward):
         state, lanes = self.state, step.lanes
         behind = step.window.q_len - (state.block_end - state.block_start)
         index = behind[:, None] + torch.arange(lanes.position.shape[1], device=hidden.device)
-        logits = self.head(gathered(hidden, index))
+        logits = self.predicting(self.head(gathered(hidden, index)))
         written = (lanes.written & self.needed(step)).flatten()
         rows = torch.where(written, torch.arange(written.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
         query = torch.where(written, lanes.tokens.flatten(), 0)
@@ -295,7 +303,7 @@ class Opening(Forward):
         """The result with the most likely token behind the window's last position, per row."""
         window, state, sampling = step.window, self.state, self.sampling
         last = (window.q_len - 1).clamp(min=0).long()[:, None]
-        logits = self.head(gathered(result.hidden, last))
+        logits = self.predicting(self.head(gathered(result.hidden, last)))
         opens = step.takes_part & ((state.phase == REFRESH) | (state.phase == COMMIT))
         rows = torch.where(opens, torch.arange(opens.shape[0], dtype=torch.int32, device=logits.device), -1).int()
         banned = sampling.banned
@@ -341,7 +349,7 @@ class Drafted(Forward):
         by_draft = hidden.view(-1, count, *hidden.shape[1:])
         rows = [self.row.of(step.window, draft, position) for draft in by_draft.unbind(1)]
         query_len = step.window.q_len * verified.int()
-        logits = self.head(torch.stack(rows, 1))
+        logits = self.predicting(self.head(torch.stack(rows, 1)))
         return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
 
     def drafting(self) -> Tensor:
@@ -388,7 +396,7 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
     """What the preset's rule makes of a step, before its policies."""
     preset, state, sampling = plan.preset, view.state, view.setting.sampling
     value, min_unmask = sampling.value, sampling.min_unmask
-    if plan.quota_of_block:
+    if plan.quota_of_view:
         min_unmask = view.quota()
     if sampling.transfer is not None:
         last = state.step >= sampling.steps - 1
@@ -411,6 +419,21 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
         min_unmask=min_unmask,
         allowed=allowed,
         run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
+    )
+
+
+def with_last_rank(view: View, choice: Choice) -> Choice:
+    """The choice of rule "factor" as Fast-dLLM's code has it: if the last position alone fails, it is written too.
+
+    That code never tests the best position, so that the last of two is always written.
+    """
+    eligible = view.lanes.eligible if choice.allowed is None else view.lanes.eligible & choice.allowed
+    count, one = eligible.sum(1, dtype=torch.int32), torch.ones_like(choice.min_unmask)
+    passing = select(FACTOR, eligible, choice.score, choice.value, one, choice.rank).sum(1)
+    lacks_one = passing == count - 1
+    fallback = None if choice.fallback is None else torch.where(lacks_one, count, choice.fallback)
+    return dataclasses.replace(
+        choice, min_unmask=torch.where(lacks_one, count, choice.min_unmask), fallback=fallback
     )
 
 

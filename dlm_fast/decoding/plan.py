@@ -63,7 +63,8 @@ class Plan:
         varies: whether the widths of denoise steps differ from step to step.
         opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute
             the row that predicts it.
-        quota_of_block: whether a step writes a share of the block's full length at least.
+        quota_of_view: whether the smallest number of positions that a step writes is `View.quota`, of a schedule that
+            the op does not compute.
         unmask_rule: the static part of the `unmask` op.
         exact_rule: the same where a policy said itself which positions pass.
         prefill_rule: the same for refresh steps that write no token; None where they write.
@@ -87,7 +88,7 @@ class Plan:
     scattered: bool
     varies: bool
     opens_at_row_before: bool
-    quota_of_block: bool
+    quota_of_view: bool
     unmask_rule: UnmaskRule
     exact_rule: UnmaskRule
     prefill_rule: UnmaskRule | None
@@ -108,6 +109,7 @@ class Plan:
             mask_id=self.mask_id,
             cached=self.cache.stores,
             spreads_block=self.preset.quota_of == "block",
+            spreads_evenly=self.preset.remainder == "even",
             sampling=sampling,
         )
 
@@ -184,7 +186,7 @@ def open_rows(
         scattered=cache.reused is not None or preset.keep_last or preset.scatter_suffix,
         varies=preset.pipeline or cache.reused is not None,
         opens_at_row_before=previous and cache.opens_at_row_before and preset.drafts == 1,
-        quota_of_block=preset.quota and preset.quota_of == "block",
+        quota_of_view=preset.quota and not preset.quota_in_op,
         unmask_rule=preset.unmask_rule(),
         exact_rule=preset.unmask_rule(exact=True),
         prefill_rule=preset.prefill_rule() if cache.prefills else None,

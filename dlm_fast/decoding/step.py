@@ -15,7 +15,7 @@ from dlm_kernels.state import DENOISE, REFRESH, amend
 from ..patching import PatchHandle
 from ..policies import Choice, Sampling, View
 from ..policies.view import Memory
-from .forward import Forward, Result, forward_of
+from .forward import Forward, Result, forward_of, with_last_rank
 from .plan import Bucket, Plan
 from .window import Step, step_of
 
@@ -98,6 +98,9 @@ def choose(decode: Decode, step: Step, result: Result, view: View) -> Choice:
     choice = decode.forward.choose(step, result, view)
     for policy, memory in zip(decode.plan.preset.policies, decode.memory):
         choice = policy.choose(dataclasses.replace(view, memory=memory), choice)
+    preset = decode.plan.preset
+    if preset.rule == "factor" and preset.published_factor and not choice.exact:
+        choice = with_last_rank(view, choice)
     if decode.plan.opens_at_row_before and step.bucket.kind == "refresh":
         choice = only_first_mask(view, choice)
     return choice

@@ -147,12 +147,13 @@ def extent_of(plan: Plan, state: RowState, kind: Kind) -> Extent:
 
 def visibility(plan: Plan, state: RowState, kind: Kind, q_pos: Tensor) -> tuple[Tensor, str]:
     """The diffusion block of every window position [B, W], and the mode of the window."""
+    if plan.block_causal and plan.diffusion.causal_prefix:
+        # Blocks of one position see causally; a denoise step opens the block in work to itself.
+        start = state.block_start[:, None]
+        in_work = (state.phase == DENOISE)[:, None] & (kind == "denoise") & (q_pos >= start)
+        return torch.where(in_work, start, q_pos), "block"
     if plan.block_causal:
-        block = block_of(plan, q_pos)
-        if plan.preset.causal_commit:
-            # Blocks of one position: causal.
-            block = torch.where((state.phase == DENOISE)[:, None] & (kind == "denoise"), block, q_pos)
-        return block, "block"
+        return block_of(plan, q_pos), "block"
     if plan.diffusion.prompt_isolated and (kind == "refresh" or not plan.cache.stores):
         # Denoise steps over a cache compute positions of the response only, which see everything.
         return (q_pos >= plan.first[:, None]).to(torch.int32), "block"

@@ -71,6 +71,7 @@ class Setting:
         mask_id: id of the mask.
         cached: whether a step may leave positions before the block uncomputed, since their keys are cached.
         spreads_block: whether a fixed schedule spreads the block's full length over the steps, instead of its masks.
+        spreads_evenly: whether the schedule's remainder is spread over all steps, instead of the first ones.
         sampling: how the batch draws.
     """
 
@@ -82,4 +83,5 @@ class Setting:
     mask_id: int
     cached: bool
     spreads_block: bool
+    spreads_evenly: bool
     sampling: Sampling

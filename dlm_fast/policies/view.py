@@ -137,13 +137,18 @@ class View:
         return (self.token[:, :, None] == self.setting.sampling.eos).any(2)
 
     def quota(self) -> Tensor:
-        """[B] int32: how many positions the fixed schedule (`steps_per_block`, `quota_of`) writes in this step.
+        """[B] int32: how many positions the fixed schedule writes in this step, at least one.
 
-        If fewer positions are masked, the schedule writes all of them.
+        The schedule is that of the options `steps_per_block`, `quota_of` and `remainder`. If fewer positions are
+        masked, the schedule writes all of them.
         """
         sampling = self.setting.sampling
         spread = sampling.block_length if self.setting.spreads_block else self.state.block_masks
-        return quota(spread, self.state.block_step, sampling.steps)
+        if not self.setting.spreads_evenly:
+            return quota(spread, self.state.block_step, sampling.steps)
+        steps_left = (sampling.steps - self.state.block_step).clamp(min=1).long()
+        share = spread * steps_left // sampling.steps - spread * (steps_left - 1) // sampling.steps
+        return share.clamp(min=1).to(torch.int32)
 
     def keep(self, name: str, value: Tensor) -> Tensor:
         """Writes `value` [B, ...] into a buffer of `memory` for the rows of this step, and returns the buffer."""

@@ -12,6 +12,23 @@ from .table import PRESETS
 
 __all__ = ["FIELDS", "PRESETS", "Preset", "describe", "resolve"]
 
+# What the published loops call an option, and what it is here, for the error about an unknown option.
+OTHER_NAMES = {
+    "alg": "the preset with its options rule and score",
+    "alg_temp": "order_temperature",
+    "block_size": "block_length",
+    "causal_commit": "causal_prefix of the model's DiffusionConfig",
+    "causal_context": "causal_prefix of the model's DiffusionConfig",
+    "confidence_eos_eot_inf": "suppress_eos",
+    "denoising_steps": "steps_per_block",
+    "gen_length": "max_new_tokens",
+    "logits_eos_inf": "exclude_eos",
+    "remasking": "score",
+    "seeded": "first_token",
+    "small_block_size": "sub_block_length",
+    "steps": "steps_per_block, the number of blocks times as small",
+}
+
 
 def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, Any], policy: Any = None) -> Preset:
     """The decoder that a call asks for: a preset with some of its options replaced.
@@ -40,8 +57,9 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     known = {*FIELDS, *(field.name for each in policies for field in dataclasses.fields(each))}
     unknown = sorted(set(overrides) - known)
     if unknown:
+        here = "".join(f"; {name} is here {OTHER_NAMES[name]}" for name in unknown if name in OTHER_NAMES)
         raise ValueError(
-            f"generate: unknown options {', '.join(unknown)}; options of preset {preset.name} are "
+            f"generate: unknown options {', '.join(unknown)}{here}; options of preset {preset.name} are "
             f"{', '.join(preset.options())}"
         )
     if not preset.supported:

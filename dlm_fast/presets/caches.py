@@ -290,7 +290,7 @@ CACHES: dict[str, CacheOperation] = {
         "the keys of finished blocks, each appended by a forward of its own; exact for block-causal models",
         "commit", _block, lambda sizes: sizes.block,
         Refresh(lambda at: at.start, lambda sizes: sizes.prompt, opens="prompt", repeats=False),
-        visibility="block", reads=("causal_commit", "first_token", "sub_block_cache"), frozen_around=True,
+        visibility="block", reads=("first_token", "sub_block_cache"), frozen_around=True,
     ),
     "fused": CacheOperation(
         "the keys of finished blocks, each appended by the next denoise forward (D2F)",

@@ -105,12 +105,12 @@ STRUCTURE: dict[str, Reading] = {
     "stop": ALWAYS,
     "policies": ALWAYS,
     "block_length": Reading(lambda p: p.schedule != "canvas", "schedule 'block' and 'pipeline'", ("schedule",)),
+    "last_block": Reading(lambda p: p.schedule != "canvas", "schedule 'block' and 'pipeline'", ("schedule",)),
     "sub_block_length": Reading(
         lambda p: not p.pipeline and p.drafts == 1,
         "decoders of one block at a time, without drafts",
         ("schedule", "drafts"),
     ),
-    "causal_commit": _option_of_cache("causal_commit"),
     "first_token": _option_of_cache("first_token", drafts=False),
     "sub_block_cache": Reading(
         lambda p: "sub_block_cache" in p.operation.reads and p.sub_block_length is not None,
@@ -152,6 +152,7 @@ STRUCTURE: dict[str, Reading] = {
         f"a static decoder of one token per step with cache {names(lambda cache: cache.frozen_around)}",
         ("rule", "steps_per_block", "cache"),
     ),
+    "exclude_eos": ALWAYS,
     # Options of the draws count as read without a temperature too, since the temperature is no option of a preset.
     "tempered": Reading(_draws, "decoders that may draw", ("drafts",)),
     "top_k_first": Reading(_draws, "decoders that may draw", ("drafts",)),
@@ -165,6 +166,7 @@ RULE: dict[str, Reading] = {
     "threshold": Reading(lambda p: p.rule == "threshold", "rule='threshold'", ("rule",)),
     "inclusive": Reading(lambda p: p.rule in ("threshold", "entropy"), "rule 'threshold' or 'entropy'", ("rule",)),
     "factor": Reading(lambda p: p.rule == "factor", "rule='factor'", ("rule",)),
+    "published_factor": Reading(lambda p: p.rule == "factor", "rule='factor'", ("rule",)),
     "entropy_bound": Reading(lambda p: p.rule in ("entropy", "renoise"), "rule 'entropy' or 'renoise'", ("rule",)),
     "run_threshold": Reading(
         lambda p: not p.pipeline and p.drafts == 1 and p.rule != "bernoulli" and p.score != "position",
@@ -181,7 +183,9 @@ RULE: dict[str, Reading] = {
         _ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")
     ),
     "suppress_eos": Reading(
-        lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")
+        lambda p: _orders(p) and p.drafts == 1 and not p.exclude_eos,
+        "a rule with an order, without drafts and exclude_eos",
+        ("rule", "drafts", "exclude_eos"),
     ),
     "min_unmask": Reading(
         lambda p: p.rule in ("threshold", "factor", "entropy") and not (p.pipeline and p.scope != "first"),
@@ -194,6 +198,11 @@ RULE: dict[str, Reading] = {
         ("rule", "min_unmask", "drafts"),
     ),
     "quota_of": Reading(
+        lambda p: p.quota and p.steps_per_block is not None and p.drafts == 1,
+        "rule 'quota', or min_unmask=None, with steps_per_block and without drafts",
+        ("rule", "min_unmask", "steps_per_block"),
+    ),
+    "remainder": Reading(
         lambda p: p.quota and p.steps_per_block is not None and p.drafts == 1,
         "rule 'quota', or min_unmask=None, with steps_per_block and without drafts",
         ("rule", "min_unmask", "steps_per_block"),
@@ -230,7 +239,8 @@ class Part:
 
 _ALL, _VALUE = frozenset(RULE), frozenset({"threshold", "factor", "entropy_bound"})
 _SCHEDULE = frozenset({"steps_per_block"})
-_QUOTA = _SCHEDULE | {"quota_of"}  # the options that `View.quota` reads
+_SHARES = frozenset({"quota_of", "remainder"})
+_QUOTA = _SCHEDULE | _SHARES  # the options that `View.quota` reads
 _BY_SCORE = frozenset({"score", "suppress_eos"})
 _WEIGHTED = Reading(
     lambda p: _tests(p) or (p.rank is None and not p.order_temperature),
@@ -297,7 +307,7 @@ def unread(preset: Any, options: Iterable[str], base: Any) -> list[str]:
         replaced |= {name: type(policy).__name__ for name in part.replaces & rule_options}
         rule_options = (rule_options - part.replaces) | reads
     if preset.steps_per_block is None:
-        rule_options.discard("quota_of")  # one token per step is one, whatever the quota is spread over
+        rule_options -= _SHARES  # one token per step is one, whatever the quota is spread over
 
     # 2. The numbers of the policies.
     numbers: dict[str, Reading] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import FIELDS, PRESETS, Preset, describe
 from .caches import CACHES
-from .preset import QUOTAS, RULES, SCHEDULES, SCORES, STOPS
+from .preset import LAST_BLOCKS, QUOTAS, REMAINDERS, RULES, SCHEDULES, SCORES, STOPS
 
 INTRODUCTION = """\
 # Decoders
@@ -41,10 +41,12 @@ _COLUMNS = ("schedule", "cache", "rule", "policies")
 
 MEANINGS = {
     "schedule": SCHEDULES,
+    "last_block: what becomes of a last block that max_new_tokens cuts": LAST_BLOCKS,
     "cache: what is kept between forwards": {name: cache.keeps for name, cache in CACHES.items()},
     "rule: which masked positions a step writes": RULES,
     "score and rank": SCORES,
     "quota_of: what a quota spreads over its steps": QUOTAS,
+    "remainder: which steps of a quota take one more": REMAINDERS,
     "stop: when a row ends": STOPS,
 }
 

@@ -29,6 +29,12 @@ RULES = {
     "bernoulli": "each position with that share as its probability (Dream)",
     "renoise": "there are no masks: positions within the entropy budget get tokens, all others new random ones",
 }
+LAST_BLOCKS = {
+    "crop": "the canvas ends at `max_new_tokens`, so that its last block may be shorter than the others (LLaDA, "
+    "Stable-DiffCoder)",
+    "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards (SDAR, LLaDA2)",
+    "drop": "the canvas ends with the last whole block, so that fewer than `max_new_tokens` may be decoded (D2F's loop)",
+}
 SCORES = {
     "confidence": "probability of the token that is predicted or drawn",
     "margin": "top-1 minus top-2 probability",
@@ -39,6 +45,11 @@ SCORES = {
 QUOTAS = {
     "masks": "the masks that the block holds when it is opened (LLaDA's num_transfer_tokens)",
     "block": "the block's full length, also where it begins with the end of the prompt (SDAR, LLaDA2)",
+}
+REMAINDERS = {
+    "first": "the first steps write one more (LLaDA)",
+    "even": "evenly: after step i of S, floor(m (S - i) / S) of the m positions are left, and a step writes one at least "
+    "(RND1)",
 }
 STOPS = {
     "never": "a row ends with its canvas",
@@ -66,8 +77,9 @@ class Preset:
 
         schedule: how many blocks are decoded at once (`SCHEDULES`).
         block_length: positions denoised together; None = the model's own, or the whole generation where it has none.
+        last_block: what becomes of a last block that `max_new_tokens` cuts (`LAST_BLOCKS`); a canvas that is given is
+            neither filled up nor cut.
         sub_block_length: only the leftmost sub-block with masks is written (Fast-dLLM v2); None = no sub-blocks.
-        causal_commit: whether prefill and commit forwards are causal (NBDiff).
         first_token: whether prefill and commit forwards predict the token behind them, which opens the next block.
         sub_block_cache: whether later steps of a sub-block recompute nothing else, on the block's older keys.
         horizon: positions behind the block that a denoise step sees; None = all.
@@ -88,23 +100,29 @@ class Preset:
         inclusive: whether a score equal to the threshold passes; of "entropy", whether a sum equal to the budget does
             not.
         factor: of rule "factor".
+        published_factor: whether rule "factor" accepts the last position, if that one alone fails, as Fast-dLLM's code
+            does; so two positions are always written together.
         entropy_bound: of rules "entropy" and "renoise", in nats.
         run_threshold: the best position of a run of adjacent masks is written above this score besides; None = it is
             not.
         min_unmask: positions that a step writes at least; None = the quota.
         steps_per_block: steps over which a quota is spread; None = one token per step.
-        quota_of: what is spread, the first steps taking one more where it does not divide (`QUOTAS`).
+        quota_of: what is spread (`QUOTAS`).
+        remainder: which steps take one more where it does not divide (`REMAINDERS`).
         schedule_eps: the time at which rules "schedule" and "bernoulli" end.
         strict_reference: whether rule "schedule" may write nothing in a step, as published.
         scope: where a pipeline forces tokens: in "each" active block or in the "first" with masks; None = "each".
         tempered: whether statistics are those of the tempered, filtered distribution (Dream, SDAR), not of the model's.
         top_k_first: whether top_k filters before top_p.
         greedy_filters: whether the filters hold at temperature 0: same token, higher confidence (Dream, D2F, RCR).
-        suppress_eos: whether a predicted EOS is ranked last.
+        suppress_eos: whether a predicted EOS is ranked last and passes no test (LLaDA's confidence_eos_eot_inf).
+        exclude_eos: whether the EOS ids leave the softmax: they are never predicted, and the probabilities of the other
+            tokens add up to 1 (LLaDA's logits_eos_inf).
         cfg_scale: scale of the guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.
-        stop: when a row ends (`STOPS`); its text ends at the first EOS under each, and what differs is the cost.
+        stop: when a row ends (`STOPS`); its text ends at the first EOS under each. What differs is the cost and, of
+            "fill" over full visibility, the tokens before that EOS.
     """
 
     name: str
@@ -116,8 +134,8 @@ class Preset:
     needs: str = ""
     schedule: str = "block"
     block_length: int | None = None
+    last_block: str = "crop"
     sub_block_length: int | None = None
-    causal_commit: bool = False
     first_token: bool = False
     sub_block_cache: bool = False
     horizon: int | None = None
@@ -135,11 +153,13 @@ class Preset:
     threshold: float = 0.9
     inclusive: bool = False
     factor: float = 1.0
+    published_factor: bool = False
     entropy_bound: float = 0.1
     run_threshold: float | None = None
     min_unmask: int | None = 1
     steps_per_block: int | None = None
     quota_of: str = "masks"
+    remainder: str = "first"
     schedule_eps: float = 1e-3
     strict_reference: bool = False
     scope: Scope | None = None
@@ -147,6 +167,7 @@ class Preset:
     top_k_first: bool = False
     greedy_filters: bool = False
     suppress_eos: bool = False
+    exclude_eos: bool = False
     cfg_scale: float = 0.0
     policies: tuple[Policy, ...] = ()
     drafts: int = 1
@@ -173,6 +194,11 @@ class Preset:
     def quota(self) -> bool:
         """Whether a fixed schedule says how many positions a step writes."""
         return self.rule == "quota" or (self.rule in ("threshold", "factor", "entropy") and self.min_unmask is None)
+
+    @property
+    def quota_in_op(self) -> bool:
+        """Whether that schedule is the one that the `unmask` op computes itself: LLaDA's, of the block's masks."""
+        return self.quota and self.quota_of == "masks" and self.remainder == "first"
 
     @property
     def by_share(self) -> bool:
@@ -210,7 +236,7 @@ class Preset:
         return UnmaskRule(
             passes="threshold" if exact else passes.get(self.rule, self.rule),
             inclusive=self.inclusive and not exact and self.rule in ("threshold", "entropy"),
-            quota=self.quota and self.quota_of == "masks" and not exact,
+            quota=self.quota_in_op and not exact,
             pipeline=self.pipeline,
             scope=(self.scope or "each") if self.pipeline else "row",
             runs=self.run_threshold is not None and not exact,
@@ -292,7 +318,8 @@ def check(preset: Preset) -> None:
         "score": SCORES,
         "stop": STOPS,
     }
-    known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS}
+    known |= {"rank": (None, *SCORES), "scope": (None, "each", "first"), "quota_of": QUOTAS, "remainder": REMAINDERS}
+    known |= {"last_block": LAST_BLOCKS}
     for name, values in known.items():
         if getattr(p, name) not in list(values):
             fail(f"{name} must be one of {', '.join(map(str, values))}, got {name}={shown(getattr(p, name))}")
@@ -343,10 +370,8 @@ def _check_caches(p: Preset, fail: Any) -> None:
     if p.schedule not in cache.schedules:
         serving = names(lambda other: p.schedule in other.schedules)
         fail(f"schedule={p.schedule!r} goes with cache {serving}, got cache={p.cache!r}")
-    for option in ("first_token", "causal_commit"):
-        if getattr(p, option) and option not in cache.reads:
-            serving = names(lambda other, option=option: option in other.reads)
-            fail(f"{option} is a part of cache={serving}, got cache={p.cache!r}")
+    if p.first_token and "first_token" not in cache.reads:
+        fail(f"first_token is a part of cache={names(lambda other: 'first_token' in other.reads)}, got cache={p.cache!r}")
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
             f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "
@@ -379,6 +404,8 @@ def _check_rules(p: Preset, fail: Any) -> None:
         fail("rule='bernoulli' has no order, got an order_temperature")
     if p.rule == "bernoulli" and p.run_threshold is not None:
         fail(f"rule='bernoulli' tests no score, got run_threshold={p.run_threshold!r}")
+    if p.published_factor and p.min_unmask is None:
+        fail("published_factor goes without a quota, got min_unmask=None")
     if p.stop in ("appends", "fill") and not p.pipeline:
         fail(f"stop={p.stop!r} is a pipeline's, got schedule={p.schedule!r}")
     if p.stop == "all_stop" and p.pipeline:

@@ -47,10 +47,13 @@ _EXACT = "exact: same tokens as recomputing everything"
 _PREFIX = "approximate: keys before the block are as old as the block"
 _DUAL = "approximate: keys before and after the block are as old as the block"
 
-# Options that several rows share.
+# Options that several rows share. A published loop that decodes whole last blocks, or refuses a length that leaves a
+# remainder, has "whole" where blocks see nothing behind them: the tokens of the blocks before are the same. Over full
+# visibility every token sees the masks behind it, so that no more of them are added than were asked for ("crop").
 _FULL: dict[str, Any] = {"visibility": "full", "cache": "none", "exactness": _UNCACHED}
 _BLOCK: dict[str, Any] = {"visibility": "block", "cache": "commit", "exactness": _EXACT}
 _THRESHOLD: dict[str, Any] = {"rule": "threshold", "inclusive": True, "block_length": 32}
+_WHOLE: dict[str, Any] = {**_BLOCK, "last_block": "whole"}
 _DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True, "quota_of": "block"}
 
 _ROWS = (
@@ -73,7 +76,7 @@ _ROWS = (
     Preset(
         "fast-dllm-v2",
         _FAST_V2,
-        **_BLOCK,
+        **_WHOLE,
         rule="threshold",
         first_token=True,
         sub_block_length=8,
@@ -85,32 +88,35 @@ _ROWS = (
         _EXACT,
         "block",
         "fused",
+        # The published loop decodes `max_new_tokens // block_length` blocks and leaves the rest out, which is
+        # last_block="drop"; here the rest follows, and the tokens before it are the same.
         schedule="pipeline",
+        last_block="whole",
         rule="threshold",
         append_threshold=0.1,
         activate_threshold=0.95,
         greedy_filters=True,
         needs="a block-causal model; weights trained by diffusion forcing gain most",
     ),
-    Preset("sdar", f"{_SDAR}; static", **_BLOCK, **_DRAWN, rule="quota"),
-    Preset("sdar-dynamic", f"{_SDAR}; dynamic", **_BLOCK, **_DRAWN, rule="threshold", threshold=0.85, min_unmask=None),
-    Preset("sdar-sequential", f"{_SDAR}; sequential", **_BLOCK, **_DRAWN, rule="quota", score="position"),
+    Preset("sdar", f"{_SDAR}; static", **_WHOLE, **_DRAWN, rule="quota"),
+    Preset("sdar-dynamic", f"{_SDAR}; dynamic", **_WHOLE, **_DRAWN, rule="threshold", threshold=0.85, min_unmask=None),
+    Preset("sdar-sequential", f"{_SDAR}; sequential", **_WHOLE, **_DRAWN, rule="quota", score="position"),
     Preset(
         "sdar-entropy",
         f"{_SDAR}; entropy bounded",
-        **_BLOCK,
+        **_WHOLE,
         **_DRAWN,
         rule="entropy",
         inclusive=True,
         entropy_bound=0.35,
         score="neg_entropy",
     ),
-    Preset("trado", f"{_TRACE}; TraDo", **_BLOCK, **_DRAWN, rule="threshold", threshold=0.9, min_unmask=None),
-    Preset("llada2", _LLADA2, **_BLOCK, rule="threshold", threshold=0.95, quota_of="block"),
+    Preset("trado", f"{_TRACE}; TraDo", **_WHOLE, **_DRAWN, rule="threshold", threshold=0.9, min_unmask=None),
+    Preset("llada2", _LLADA2, **_WHOLE, rule="threshold", threshold=0.95, quota_of="block"),
     Preset(
         "llada2-quota",
         f"{_LLADA2}; its Hugging Face loop",
-        **_BLOCK,
+        **_WHOLE,
         rule="threshold",
         threshold=0.95,
         min_unmask=None,
@@ -119,7 +125,7 @@ _ROWS = (
     Preset(
         "llada2.1",
         "Bie et al. 2026 (LLaDA2.1), arXiv:2602.08676; joint threshold as served by SGLang",
-        **_BLOCK,
+        **_WHOLE,
         rule="threshold",
         threshold=0.5,
         policies=(JointThreshold(),),
@@ -129,7 +135,7 @@ _ROWS = (
     Preset(
         "llada2.2",
         "LLaDA2.2 technical report, joint threshold with insert and delete: SGLang pull request 31773",
-        **_BLOCK,
+        **_WHOLE,
         rule="threshold",
         threshold=0.5,
         policies=(InsertDelete(),),
@@ -139,14 +145,44 @@ _ROWS = (
     Preset(
         "nbdiff",
         "Tian et al. 2025 (NBDiff), arXiv:2512.06776",
-        **_BLOCK,
+        **_WHOLE,
         rule="threshold",
         first_token=True,
-        causal_commit=True,
-        needs="a causal prefix and logits_row 'previous'",
+        needs="a causal prefix (causal_prefix) and logits_row 'previous'",
     ),
     Preset(
-        "efficient-dlm", "Fu et al. 2025 (Efficient-DLM), arXiv:2512.14067", **_BLOCK, rule="threshold", inclusive=True
+        "efficient-dlm", "Fu et al. 2025 (Efficient-DLM), arXiv:2512.14067", **_WHOLE, rule="threshold", inclusive=True
+    ),
+    Preset(
+        "nemotron",
+        "NVIDIA 2026 (Nemotron-Labs-Diffusion), technical report; its block diffusion",
+        **_WHOLE,
+        rule="threshold",
+        inclusive=True,
+        first_token=True,
+        needs="a causal prefix (causal_prefix)",
+    ),
+    Preset(
+        "stable-diffcoder",
+        "Fan et al. 2026 (Stable-DiffCoder)",
+        **_BLOCK,
+        rule="threshold",
+        threshold=0.95,
+        inclusive=True,
+    ),
+    Preset("bd3lm", "Arriola et al. 2025 (BD3-LM), arXiv:2503.09573; the sampler of dLLM (A2D)", **_BLOCK, rule="quota"),
+    Preset(
+        "rnd1",
+        "Chandrasegaran et al. 2025 (RND1), Radical Numerics report",
+        **_FULL,
+        schedule="canvas",
+        rule="quota",
+        score="neg_entropy",
+        steps_per_block=256,
+        remainder="even",
+        tempered=True,
+        top_k_first=True,
+        greedy_filters=True,
     ),
     Preset("dinfer", _DINFER, _DUAL, "full", "dual", **_THRESHOLD, policies=(NearBest(),)),
     Preset("dinfer-hierarchy", _DINFER, _DUAL, "full", "dual", rule="threshold", block_length=32, run_threshold=0.4),
@@ -213,6 +249,7 @@ _ROWS = (
         "full",
         "fused",
         schedule="pipeline",
+        last_block="whole",
         rule="threshold",
         block_length=64,
         stop="after_block",
@@ -399,6 +436,7 @@ _ROWS = (
         "exact: same tokens as one token per step",
         "block",
         "commit",
+        last_block="whole",
         rule="quota",
         drafts=8,
     ),

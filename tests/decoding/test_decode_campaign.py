@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from decode_cases import LOGIT_BOUND, SCORE_BOUND, Case, first_difference, near_tie, random_case
-from helpers import bolder, options_of, random_prompts, row_of, toy
+from helpers import bolder, facts_of, options_of, random_prompts, toy
 
 import dlm_fast
 from dlm_fast.presets import PRESETS, resolve
@@ -107,7 +107,7 @@ def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
     outputs = []
     for backend in ("triton", "reference"):
         model = toy(
-            PRESETS[preset].visibility, block_length=2, layers=1, logits_row=row_of(preset), backend=backend
+            PRESETS[preset].visibility, block_length=2, layers=1, **facts_of(preset), backend=backend
         ).to(device)
         outputs.append(
             dlm_fast.generate(model, random_prompts([2, 3]), preset=preset, max_new_tokens=[5, 2], **options)
@@ -120,7 +120,7 @@ def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
 
 @pytest.mark.parametrize("preset", RUNNABLE)
 def test_an_empty_batch_launches_nothing(preset, device):
-    model = toy(PRESETS[preset].visibility, logits_row=row_of(preset), backend="triton").to(device)
+    model = toy(PRESETS[preset].visibility, **facts_of(preset), backend="triton").to(device)
     assert dlm_fast.generate(model, [], preset=preset).sequences == []
 
 

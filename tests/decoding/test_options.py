@@ -74,6 +74,8 @@ VALUES: dict[str, tuple] = {
     "min_unmask": (None, 1, 2, 3),
     "steps_per_block": (1, 2, 9),
     "quota_of": ("masks", "block"),
+    "remainder": ("first", "even"),
+    "last_block": ("crop", "whole"),
     "schedule_eps": (0.01, 0.7),
     "cfg_scale": (0.0, 1.5),
     "policies": ((), (policies.Function(leftmost),)),
@@ -143,7 +145,7 @@ def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str,
     numbers = preset.options()
     if option == "strict_reference" and preset.rule == "schedule":
         eager["steps_per_block"] = 20
-    if option == "quota_of" and preset.drafts == 1:
+    if option in ("quota_of", "remainder") and preset.drafts == 1:
         eager["steps_per_block"] = shy["steps_per_block"] = needed["steps_per_block"] = 3
     if option == "rate":
         eager["curve"] = shy["curve"] = "exponential"

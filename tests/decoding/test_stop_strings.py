@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import EOS, MASK, options_of, random_prompts, row_of, toy, toy_tokenizer
+from helpers import EOS, MASK, facts_of, options_of, random_prompts, toy, toy_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +123,7 @@ def request(ids: list[int], stops, eos: tuple[int, ...], mask: int) -> Requests:
     """One row: a prompt of two tokens and as many masks as there are ids."""
     canvas = torch.tensor([5, 6] + [mask] * len(ids))
     return Requests(
-        canvases=[canvas], prompt_lengths=[2], min_new_tokens=[0], request_ids=[0],
+        canvases=[canvas], opened=[canvas], prompt_lengths=[2], min_new_tokens=[0], request_ids=[0],
         temperature=[0.0], top_k=0, top_p=1.0, seed=0,
         stop_strings=stops, banned_token_ids=(), eos_token_ids=eos,
     )  # fmt: skip
@@ -234,7 +234,7 @@ DECODERS += [
     "preset, options", DECODERS, ids=[" ".join([name, *map(str, more.values())])[:40] for name, more in DECODERS]
 )
 def test_every_decoder_gives_the_uninterrupted_text_cut_at_the_stop_string(preset, options):
-    model, tok = toy(PRESETS[preset].visibility, logits_row=row_of(preset)), toy_tokenizer()
+    model, tok = toy(PRESETS[preset].visibility, **facts_of(preset)), toy_tokenizer()
     settings = {"preset": preset, "max_new_tokens": 16, "tokenizer": tok, **options_of(preset), **options}
     prompts, early = random_prompts([3, 5, 4]), 0
     whole = dlm_fast.generate(model, prompts, **settings)

@@ -137,7 +137,10 @@ PAIRS = [
     ("dparallel", "threshold", -2.5, -0.5),
     ("dllm-rl", "horizon", 1, 128),
     ("fast-dllm-v2", "sub_block_length", 1, 8),
-    ("efficient-dlm", "causal_commit", False, True),
+    ("sdar", "last_block", "whole", "crop"),
+    ("d2f", "last_block", "whole", "crop"),
+    ("fast-dllm-factor", "published_factor", False, True),
+    ("llada", "exclude_eos", False, True),
     ("d2f", "append_threshold", 0.0, 1.0),
     ("d3llm", "refresh_interval", 1, None),
 ]
@@ -148,12 +151,31 @@ def test_the_comparison_notices_another_option(name, option, ours, theirs):
     there(name)
     for seed in range(20):
         case = random_case(name, seed)
+        if option == "last_block" and case.canvas is not None or "suppress_eos" in case.options:
+            continue
+        if option == "published_factor" and (case.options.get("rule", "factor"), case.options.get("min_unmask", 1)) != (
+            "factor",
+            1,
+        ):
+            continue
         here, elsewhere = (
             dataclasses.replace(case, options={**case.options, option: value}) for value in (ours, theirs)
         )
         if differences(case, 0, here.generate([0]), 0, elsewhere.answer(0)):
             return
     raise AssertionError(f"{name} with {option}={ours} equals {option}={theirs} in 20 cases")
+
+
+def test_the_comparison_notices_a_prefix_that_is_not_causal():
+    for seed in range(20):
+        case = random_case("efficient-dlm", seed)
+        here, elsewhere = (
+            dataclasses.replace(case, diffusion=dataclasses.replace(case.diffusion, causal_prefix=value))
+            for value in (False, True)
+        )
+        if differences(case, 0, here.generate([0]), 0, elsewhere.answer(0)):
+            return
+    raise AssertionError("a causal prefix changes nothing in 20 cases")
 
 
 def test_filters_quotas_and_budgets_by_hand():

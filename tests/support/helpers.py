@@ -76,6 +76,7 @@ def toy(
     backend: str = "reference",
     eos: tuple[int, ...] = (EOS,),
     prompt_isolated: bool = False,
+    causal_prefix: bool = False,
     **kwargs,
 ) -> nn.Module:
     """A random model as `dlm_fast.load` would leave it."""
@@ -88,6 +89,7 @@ def toy(
         block_alignment=block_alignment,
         logits_row=logits_row,
         prompt_isolated=prompt_isolated,
+        causal_prefix=causal_prefix,
     )
     attach(model, backend=backend, diffusion=diffusion, plain_mode=diffusion.plain_mode)
     return model
@@ -117,9 +119,18 @@ def bolder(preset: str, threshold: float = 0.3, neg_entropy: float = -2.0) -> di
     return {"threshold": neg_entropy if chosen.score == "neg_entropy" else threshold}
 
 
+CAUSAL_PREFIX = ("nbdiff", "nemotron")  # presets of models that see causally before the block in work
+
+
 def row_of(preset: str) -> str:
     """The logits_row of a model that the preset fits."""
-    return "previous" if dlm_fast.PRESETS[preset].first_token else "self"
+    chosen = dlm_fast.PRESETS[preset]
+    return "previous" if chosen.first_token and chosen.name != "nemotron" else "self"
+
+
+def facts_of(preset: str) -> dict:
+    """What a DiffusionConfig says of a model that the preset fits, besides its visibility."""
+    return {"logits_row": row_of(preset), "causal_prefix": preset in CAUSAL_PREFIX}
 
 
 # Presets that a toy can run, and the one that works on the host by design: it moves tokens between positions.
@@ -129,7 +140,7 @@ HOST_SIDE = ("llada2.2",)
 
 def model_for(preset: str, **kwargs) -> nn.Module:
     """A toy that the preset fits."""
-    return toy(dlm_fast.PRESETS[preset].visibility, logits_row=row_of(preset), **kwargs)
+    return toy(dlm_fast.PRESETS[preset].visibility, **facts_of(preset), **kwargs)
 
 
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import EOS, MASK, VOCAB, random_prompts, row_of
+from helpers import EOS, MASK, VOCAB, facts_of, random_prompts
 
 import dlm_fast
 from dlm_fast.decoding.plan import open_rows
@@ -19,7 +19,7 @@ def opened(chosen: Preset, temperature: float = 0.0):
         eos_token_ids=(EOS,),
         visibility=chosen.visibility,
         block_length=4,
-        logits_row=row_of(chosen.name),
+        **facts_of(chosen.name),
     )
     batch = read(
         diffusion, vocab_size=VOCAB, max_positions=256, tokenizer=None,
@@ -27,5 +27,5 @@ def opened(chosen: Preset, temperature: float = 0.0):
         temperature=temperature, top_k=0, top_p=1.0, seed=0,
         stop_strings=(), banned_token_ids=(5,), eos_token_ids=None,
     )  # fmt: skip
-    plan, state = open_rows(batch.canvases, chosen, diffusion, torch.device("cpu"))
+    plan, state = open_rows(batch.opened, chosen, diffusion, torch.device("cpu"))
     return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))

@@ -21,7 +21,7 @@ from decode_cases import ModelSpec, build, random_model
 from helpers import EOS, MASK, VOCAB
 from torch import Tensor, nn
 from transcriptions import blockwise, editing, pipeline, sub_blocks
-from transcriptions.common import Model, Row, Settings, fp32
+from transcriptions.common import Model, Row, Settings, fp32, last_block_end
 
 import dlm_fast
 from dlm_fast.patching import attach
@@ -98,6 +98,8 @@ class Decoder:
         rows: the row maps to try, one drawn per case. sampled: whether temperatures above 0 are drawn.
         infilling: whether canvases with given tokens anywhere are drawn. lengths: of blocks. new: least and most new
             tokens.
+        last_block: what becomes of a last block that is cut, where the case does not say. causal_prefix: whether the
+            models see causally before the block in work, one drawn per case.
         stops: stop rules to try. block_length: the preset's own; None = the model or the canvas decides.
         preset: the preset's name where it is not the registered one.
     """
@@ -111,6 +113,8 @@ class Decoder:
     infilling: bool = True
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 8)
     new: tuple[int, int] = (1, 12)
+    last_block: str = "crop"
+    causal_prefix: tuple[bool, ...] = (False,)
     stops: tuple[str, ...] = ("never", "after_block", "closed", "all_stop")
     block_length: int | None = 32
     preset: str | None = None
@@ -147,8 +151,26 @@ class Case:
     def preset(self) -> str:
         return self.decoder.preset or self.name
 
-    def canvas_of(self, b: int) -> list[int]:
-        return self.canvas[b] if self.canvas is not None else self.prompts[b] + [MASK] * self.max_new_tokens[b]
+    def canvas_of(self, b: int) -> tuple[list[int], int]:
+        """The canvas that row b is decoded on, and how much of it is the result."""
+        if self.canvas is not None:
+            return self.canvas[b], len(self.canvas[b])
+        prompt, new = self.prompts[b], self.max_new_tokens[b]
+        last_block = self.options.get("last_block", self.decoder.last_block)
+        length = self.block_length
+        end = last_block_end(len(prompt), new, length or 1, self.alignment, last_block if length else "crop")
+        return prompt + [MASK] * (end - len(prompt)), min(end, len(prompt) + new)
+
+    @property
+    def block_length(self) -> int | None:
+        """Positions of a block; None = the generation is one block."""
+        if self.decoder.visibility == "block":
+            return self.options.get("block_length", self.diffusion.block_length)
+        return self.options.get("block_length", self.decoder.block_length)
+
+    @property
+    def alignment(self) -> str:
+        return self.diffusion.block_alignment if self.decoder.visibility == "block" else "rel"
 
     def generate(
         self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference"
@@ -182,7 +204,8 @@ class Case:
     def answer(self, b: int) -> Row:
         """What the specification says about row b."""
         options = {**self.decoder.defaults, **self.options}
-        canvas = self.canvas_of(b)
+        canvas, length = self.canvas_of(b)
+        options.pop("last_block", None)
         first = canvas.index(MASK) if MASK in canvas else len(canvas)
 
         @functools.cache
@@ -210,6 +233,7 @@ class Case:
             top_p=self.top_p,
             top_k_first=options.pop("top_k_first", False),
             greedy_filters=options.pop("greedy_filters", False),
+            exclude_eos=options.pop("exclude_eos", False),
         )
         network = exact_model(self.model)[1]
         model = Model(
@@ -222,7 +246,18 @@ class Case:
             # Transcriptions compute an isolated prompt whenever they recompute the canvas; with a cache, once is
             # enough.
             row.query_tokens -= sum(model.prompt_computed[1:])
+        row.cut(length)
         return row
+
+
+def last_block_of(rng: random.Random, case: Case) -> Options:
+    """Another end of the last block than the decoder's own, now and then; "drop" where every row has a whole block."""
+    if case.canvas is not None or case.block_length is None or case.name in ONE_BLOCK or rng.random() < 0.7:
+        return {}
+    ends = ("crop", "whole", "drop")
+    chosen = dataclasses.replace(case, options={**case.options, "last_block": rng.choice(ends)})
+    has_blocks = all(len(chosen.canvas_of(b)[0]) > len(prompt) for b, prompt in enumerate(case.prompts))
+    return {"last_block": chosen.options["last_block"]} if has_blocks else {}
 
 
 def some(rng: random.Random, chance: float, name: str, values: tuple) -> Options:
@@ -284,6 +319,20 @@ SCORE = (0.25, "score", ("confidence", "margin"))
 TEMPERED = (0.1, "tempered", (True, False)), (0.1, "top_k_first", (True, False)), (0.1, "greedy_filters", (True, False))
 
 
+def without_eos(rng: random.Random) -> Options:
+    """The common rules, now and then with one of LLaDA's two EOS options."""
+    options = common_rule("quota")(rng)
+    return options | some(rng, 0.45, rng.choice(("suppress_eos", "exclude_eos")), (True, True, False))
+
+
+def factor_rule(rng: random.Random) -> Options:
+    """The common rules; where it is Fast-dLLM's factor rule, now and then as published."""
+    options = common_rule("factor")(rng)
+    if options.get("rule", "factor") == "factor" and options.get("min_unmask", 1) is not None:
+        options |= some(rng, 0.5, "published_factor", (True, False))
+    return options
+
+
 def uncached(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
     return blockwise.decode_uncached(model, canvas, settings, **o)
 
@@ -291,6 +340,11 @@ def uncached(model: Model, canvas: list[int], settings: Settings, o: Options, di
 def dream(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
     o = {name: value for name, value in o.items() if name != "block_length"}
     return blockwise.decode_dream(model, canvas, settings, **o)
+
+
+def rnd1(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
+    o = {name: value for name, value in o.items() if name != "block_length"}
+    return blockwise.decode_rnd1(model, canvas, settings, **o)
 
 
 def refreshed(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
@@ -331,11 +385,13 @@ def d2f(model: Model, canvas: list[int], settings: Settings, o: Options, diffusi
 
 
 def block_causal(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
-    return blockwise.decode_block_causal(model, canvas, settings, **blocks(diffusion), **cached(o))
+    facts = blocks(diffusion) | {"causal_prefix": diffusion.causal_prefix}
+    return blockwise.decode_block_causal(model, canvas, settings, **facts, **cached(o))
 
 
 def with_first_tokens(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
-    return sub_blocks.decode_seeded(model, canvas, settings, **blocks(diffusion), **o)
+    facts = blocks(diffusion) | {"causal_prefix": diffusion.causal_prefix}
+    return sub_blocks.decode_seeded(model, canvas, settings, **facts, **o)
 
 
 def joint(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
@@ -357,8 +413,12 @@ def insert_delete(model: Model, canvas: list[int], settings: Settings, o: Option
     return editing.decode_insert_delete(model, canvas, settings, **blocks(diffusion), **o)
 
 
+ONE_BLOCK = ("dream", "dream-origin", "rnd1")
 FAST = {"rule": "threshold", "threshold": 0.9, "inclusive": True}
 SDAR = {"tempered": True, "top_k_first": True}
+# Block-causal decoders whose loops decode whole last blocks, on models that may see causally before the block in work.
+WHOLE: Any = {"last_block": "whole"}
+PREFIXES: Any = {"causal_prefix": (False, False, True)}
 NO_CACHE = (0.15, "cache", ("none",))
 HIGH = (0.85, "threshold", (0.2, 0.3, 0.5, 0.8, 1.0))
 APPEND = (0.8, "append_threshold", (0.0, 0.1, 0.3, 0.5, 1.0))
@@ -367,12 +427,12 @@ REGISTRY: dict[str, Decoder] = {
     "llada": Decoder(
         "full",
         {"rule": "quota"},
-        plus(common_rule("quota"), (0.25, "cfg_scale", (0.5, 1.5)), (0.25, "suppress_eos", (True, False)), *TEMPERED),
+        plus(without_eos, (0.25, "cfg_scale", (0.5, 1.5)), *TEMPERED),
         uncached,
         block_length=None,
     ),
     "fast-dllm": Decoder("full", FAST, plus(common_rule("threshold"), *TEMPERED), uncached),
-    "fast-dllm-factor": Decoder("full", {"rule": "factor", "factor": 1.0}, common_rule("factor"), uncached),
+    "fast-dllm-factor": Decoder("full", {"rule": "factor", "factor": 1.0}, factor_rule, uncached),
     "fast-dllm-prefix": Decoder("full", {**FAST, "cache": "prefix"}, common_rule("threshold"), refreshed),
     "fast-dllm-dual": Decoder("full", {**FAST, "cache": "dual"}, common_rule("threshold"), refreshed),
     "dparallel": Decoder(
@@ -400,6 +460,14 @@ REGISTRY: dict[str, Decoder] = {
         {"tempered": True, "greedy_filters": True, "bernoulli": True},
         only((0.7, "steps_per_block", (1, 2, 3, 5, 9)), (0.3, "schedule_eps", (1e-2, 0.3, 0.6))),
         dream,
+        rows=("self", "previous"),
+        block_length=None,
+    ),
+    "rnd1": Decoder(
+        "full",
+        {"tempered": True, "top_k_first": True, "greedy_filters": True},
+        only((0.8, "steps_per_block", (1, 2, 3, 5, 9, 30)), (0.3, "score", ("confidence", "margin", "neg_entropy"))),
+        rnd1,
         rows=("self", "previous"),
         block_length=None,
     ),
@@ -466,6 +534,7 @@ REGISTRY: dict[str, Decoder] = {
         lengths=SHORT,
         new=(3, 16),
         block_length=64,
+        **WHOLE,
     ),
     "d2f": Decoder(
         "block",
@@ -483,6 +552,7 @@ REGISTRY: dict[str, Decoder] = {
         stops=PIPELINE_STOPS,
         lengths=SHORT,
         new=(3, 16),
+        **WHOLE,
     ),
     "fast-dllm-v2": Decoder(
         "block",
@@ -498,54 +568,99 @@ REGISTRY: dict[str, Decoder] = {
         rows=("previous",),
         lengths=(1, 2, 4, 5, 8, 8),
         new=(1, 18),
+        **WHOLE,
+        **PREFIXES,
     ),
     "nbdiff": Decoder(
         "block",
-        {"threshold": 0.9, "causal_commit": True},
+        {"threshold": 0.9},
         only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2))),
         with_first_tokens,
         rows=("previous",),
+        causal_prefix=(True,),
+        **WHOLE,
+    ),
+    "nemotron": Decoder(
+        "block",
+        {"threshold": 0.9, "inclusive": True},
+        only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2)), (0.2, "sub_block_length", (1, 2, 3))),
+        with_first_tokens,
+        rows=("self", "self", "previous"),
+        causal_prefix=(True,),
+        **WHOLE,
     ),
     "efficient-dlm": Decoder(
         "block",
         {"rule": "threshold", "threshold": 0.9, "inclusive": True},
-        only(THRESHOLD, SCORE, (0.5, "causal_commit", (True, False))),
+        only(THRESHOLD, SCORE, (0.3, "cache", ("none",))),
         block_causal,
         rows=("self", "previous"),
+        causal_prefix=(False, True),
+        **WHOLE,
     ),
-    "sdar": Decoder("block", {"rule": "quota", **SDAR}, plus(common_rule("quota"), NO_CACHE, *TEMPERED), block_causal),
+    "stable-diffcoder": Decoder(
+        "block",
+        {"rule": "threshold", "threshold": 0.95, "inclusive": True},
+        only(THRESHOLD, SCORE, NO_CACHE),
+        block_causal,
+    ),
+    "bd3lm": Decoder(
+        "block",
+        {"rule": "quota", "quota_of": "masks"},
+        only((0.8, "steps_per_block", (None, 1, 2, 3, 7)), SCORE, NO_CACHE),
+        block_causal,
+    ),
+    "sdar": Decoder(
+        "block",
+        {"rule": "quota", **SDAR},
+        plus(common_rule("quota"), NO_CACHE, (0.2, "exclude_eos", (True,)), *TEMPERED),
+        block_causal,
+        **WHOLE,
+        **PREFIXES,
+    ),
     "sdar-dynamic": Decoder(
         "block",
         {"rule": "threshold", "threshold": 0.85, "min_unmask": None, **SDAR},
         plus(common_rule("threshold"), NO_CACHE),
         block_causal,
+        **WHOLE,
+        **PREFIXES,
     ),
     "trado": Decoder(
         "block",
         {"rule": "threshold", "threshold": 0.9, "min_unmask": None, **SDAR},
         plus(common_rule("threshold"), NO_CACHE),
         block_causal,
+        **WHOLE,
     ),
     "sdar-sequential": Decoder(
         "block",
         {"rule": "quota", "score": "position", **SDAR},
         only((0.8, "steps_per_block", (None, 1, 2, 3)), NO_CACHE),
         block_causal,
+        **WHOLE,
     ),
     "sdar-entropy": Decoder(
         "block",
         {"rule": "entropy", "entropy_bound": 0.35, "inclusive": True, "score": "neg_entropy", **SDAR},
         only((0.8, "entropy_bound", (0.3, 1.5, 4.0)), (0.2, "min_unmask", (1, 2)), NO_CACHE),
         block_causal,
+        **WHOLE,
     ),
     "llada2": Decoder(
-        "block", {"rule": "threshold", "threshold": 0.95}, plus(common_rule("threshold"), NO_CACHE), block_causal
+        "block",
+        {"rule": "threshold", "threshold": 0.95},
+        plus(common_rule("threshold"), NO_CACHE),
+        block_causal,
+        **WHOLE,
+        **PREFIXES,
     ),
     "llada2-quota": Decoder(
         "block",
         {"rule": "threshold", "threshold": 0.95, "min_unmask": None},
         plus(common_rule("threshold"), NO_CACHE),
         block_causal,
+        **WHOLE,
     ),
     "llada2.1": Decoder(
         "block",
@@ -558,6 +673,7 @@ REGISTRY: dict[str, Decoder] = {
         ),
         joint,
         stops=("never", "after_block"),
+        **WHOLE,
     ),
     "llada2.2": Decoder(
         "block",
@@ -573,6 +689,7 @@ REGISTRY: dict[str, Decoder] = {
         sampled=False,
         infilling=False,
         stops=("never", "after_block"),
+        **WHOLE,
     ),
 }
 
@@ -593,7 +710,7 @@ def random_case(name: str, seed: int) -> Case:
         logits_row=rng.choice(decoder.rows),
     )
     options = decoder.draw(rng)
-    if decoder.visibility == "full" and name not in ("dream", "dream-origin") and rng.random() < 0.85:
+    if decoder.visibility == "full" and name not in ONE_BLOCK and rng.random() < 0.85:
         options["block_length"] = block_length
     if rng.random() < 0.4 and len(decoder.stops) > 1:
         options["stop"] = rng.choice(decoder.stops)
@@ -614,7 +731,7 @@ def random_case(name: str, seed: int) -> Case:
     spec = random_model(rng, small=True)
     sampled = decoder.sampled and rng.random() < 0.35
     filters = sampled or (decoder.sampled and rng.random() < 0.2)
-    return Case(
+    case = Case(
         name=name,
         seed=seed,
         model=spec if rng.random() < 0.85 else dataclasses.replace(spec, sharpness=10.0),  # probabilities of 1.0
@@ -631,6 +748,12 @@ def random_case(name: str, seed: int) -> Case:
         request_ids=rng.sample(range(1000), B),
         banned=tuple(rng.sample(range(VOCAB), rng.choice((0, 0, 5)))),
     )
+    causal_prefix = rng.choice(decoder.causal_prefix)
+    return dataclasses.replace(
+        case,
+        diffusion=dataclasses.replace(diffusion, causal_prefix=causal_prefix),
+        options=case.options | last_block_of(rng, case),
+    )
 
 
 def features(case: Case, b: int, row: Row) -> list[str]:
@@ -641,6 +764,8 @@ def features(case: Case, b: int, row: Row) -> list[str]:
         f"stop {case.options.get('stop', 'default')}": True,
         f"aligned {case.diffusion.block_alignment}": case.diffusion.visibility == "block",
         "previous rows": case.diffusion.logits_row == "previous",
+        "causal prefix": case.diffusion.causal_prefix,
+        "last block cut": case.canvas is None and len(case.canvas_of(b)[0]) != case.canvas_of(b)[1],
         "exact ties of tokens": case.model.twist == "twins",
         "exact ties of positions": case.model.twist == "flat",
         "infilling": case.canvas is not None,

@@ -74,7 +74,11 @@ def drafted(model: Model, canvas: list[int], settings: Settings, o: Options, dif
 
 
 def drafted_blocks(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
-    blocks = {"block_length": diffusion.block_length, "alignment": diffusion.block_alignment}
+    blocks = {
+        "block_length": diffusion.block_length,
+        "alignment": diffusion.block_alignment,
+        "causal_prefix": diffusion.causal_prefix,
+    }
     row = speculation.decode_freedave_block(model, canvas, settings, **blocks, **o)
     return lossless(
         row,
@@ -243,6 +247,13 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "freedave": Decoder("full", {}, only((0.7, "drafts", (2, 3, 6, 8))), drafted, rows=("self",), sampled=False),
     "freedave-block": Decoder(
-        "block", {"drafts": 8}, only((0.7, "drafts", (2, 3, 6, 8))), drafted_blocks, rows=("self",), sampled=False
+        "block",
+        {"drafts": 8},
+        only((0.7, "drafts", (2, 3, 6, 8))),
+        drafted_blocks,
+        rows=("self",),
+        sampled=False,
+        last_block="whole",
+        causal_prefix=(False, False, True),
     ),
 }

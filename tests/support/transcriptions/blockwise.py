@@ -130,6 +130,29 @@ def decode_dream(
     return row
 
 
+def decode_rnd1(
+    model: Model, canvas: Sequence[int], settings: Settings, *, steps_per_block: int = 256, score: str = "neg_entropy"
+) -> Row:
+    """RND1: the whole canvas is one block, and iteration i of N leaves the floor(m i / N) least certain of its m masks,
+    i = N - 1, ..., 0. An iteration that would write nothing repeats the forward before it, and is left out here.
+    """
+    row, L, N = Row(canvas, settings), len(canvas), steps_per_block
+    opened = len(row.masked(0, L))
+    for i in range(N - 1, -1, -1):
+        masks, left = row.masked(0, L), opened * i // N
+        if len(masks) <= left:
+            continue
+        logits_of = model.predictor(model.look(row.tokens, range(L)))
+        row.pay(L)
+        certain_first = order([row.stats(p, logits_of(p)) for p in masks], lambda s: row.score(score, s))
+        for s in certain_first[: len(masks) - left]:
+            row.write(s)
+        row.step += 1
+        if row.closed(0, L):
+            return row
+    return row
+
+
 def perturbed(row: Row, s: Stats, score: float, order_temperature: float) -> float:
     """A score / a + Gumbel noise, in fp32; a = 0: the score."""
     if not order_temperature:
@@ -351,18 +374,20 @@ def decode_block_causal(
     block_length: int,
     alignment: str,
     cached: bool = True,
-    causal_commit: bool = False,
+    causal_prefix: bool = False,
+    quota_of: str = "block",
     steps_per_block: int | None = None,
     rule: str,
     **options: Any,
 ) -> Row:
-    """SDAR, TraDo, LLaDA2, Efficient-DLM: a block sees itself and what precedes it, everything recomputed at every
+    """SDAR, TraDo, LLaDA2, Efficient-DLM, Stable-DiffCoder, BD3-LM: a block sees itself and what precedes it, everything recomputed at every
     step.
 
     What precedes the block was committed by forwards of their own, in which positions saw their block and all earlier
-    ones, or, with `causal_commit`, only earlier positions. `cached` counts those: one of everything before the first
+    ones, or, with `causal_prefix`, only earlier positions. `cached` counts those: one of everything before the first
     block, one per later block but the last; else every step counts as a forward of [0, block end).
-    A quota is that of a block of the full length, whatever of it is given, and never more than the masks that are left.
+    A quota is that of a block of the full length, whatever of it is given (quota_of "masks", BD3-LM: of its masks), and
+    never more than the masks that are left.
     """
     row, L = Row(canvas, settings), len(canvas)
     if not row.masked(0, L):
@@ -374,14 +399,14 @@ def decode_block_causal(
         end = min(start + block_length, L)
 
         def sees(q: int, k: int, start: int = start) -> bool:
-            return k <= q if causal_commit and q < start else block(k) <= block(q)
+            return k <= q if causal_prefix and q < start else block(k) <= block(q)
 
         choose = make_rule(row, rule, steps=steps_per_block or block_length, **options)
-        i = 0
+        spread, i = block_length if quota_of == "block" else len(row.masked(start, end)), 0
         while row.masked(start, end):
             logits_of = model.predictor(model.look(row.tokens, range(end), sees=sees))
             row.pay(end - start if cached else end)
-            step(row, choose, [row.stats(p, logits_of(p)) for p in row.masked(start, end)], block_length, i)
+            step(row, choose, [row.stats(p, logits_of(p)) for p in row.masked(start, end)], spread, i)
             i += 1
             if row.closed(start, end):
                 return row

@@ -125,6 +125,7 @@ class Settings:
         leave out has
             probability 0. The likeliest id that may be written always stays.
         greedy_filters: the filters hold at temperature 0 too; else nothing is filtered there.
+        exclude_eos: the stop ids leave every softmax (LLaDA's logits_eos_inf).
         tempered: the statistics are those of l / T, else of l, of the ids that the filters leave.
     """
 
@@ -140,6 +141,7 @@ class Settings:
     top_p: float = 1.0
     top_k_first: bool = False
     greedy_filters: bool = False
+    exclude_eos: bool = False
 
 
 @dataclasses.dataclass
@@ -210,6 +212,11 @@ class Row:
         self.confidence = [0.0] * len(self.tokens)
         self.nfe = self.query_tokens = self.step = 0
 
+    def cut(self, length: int) -> None:
+        """Leaves out what lies behind the first `length` positions."""
+        for field in (self.tokens, self.given, self.unmask_step, self.confidence):
+            del field[length:]
+
     def masked(self, start: int, end: int) -> list[int]:
         return [p for p in range(start, end) if self.tokens[p] == self.settings.mask_id]
 
@@ -228,6 +235,8 @@ class Row:
         bias: [V], added to the logits; the filters look at them without it.
         """
         s = self.settings
+        if s.exclude_eos:
+            logits = logits.index_fill(0, torch.tensor(s.stop_ids, dtype=torch.int64), -math.inf)
         forbidden = {s.mask_id, *s.banned(position)}
         allowed = [i for i in range(len(logits)) if i not in forbidden]
 
@@ -321,6 +330,17 @@ def quota(masks: int, steps: int, i: int) -> int:
     return max(1, masks // steps + (1 if i < masks % steps else 0))
 
 
+def last_block_end(prompt: int, new: int, block_length: int, alignment: str, last_block: str) -> int:
+    """Where the canvas of a prompt ends: "crop" behind the new tokens (Stable-DiffCoder), "whole" with the block that
+    they begin (SDAR's and LLaDA2's ceil((prompt + new) / block_length) blocks; Nemotron's from the prompt on), "drop"
+    with the last block that they fill (D2F's new // block_length)."""
+    start = 0 if alignment == "abs" else prompt
+    blocks = {"whole": math.ceil, "drop": math.floor}
+    if last_block == "crop":
+        return prompt + new
+    return start + blocks[last_block]((prompt + new - start) / block_length) * block_length
+
+
 # (statistics of the eligible positions, what a quota is of (the masks when the block was opened; SDAR, LLaDA2: its
 # length), denoise steps already taken in it) -> those to write
 Rule = Callable[[list[Stats], int, int], list[Stats]]
@@ -335,6 +355,7 @@ def make_rule(
     threshold: float = 0.9,
     inclusive: bool = False,
     factor: float = 1.0,
+    published_factor: bool = False,
     entropy_bound: float = 0.1,
     min_unmask: int | None = 1,
     steps: int = 1,
@@ -343,7 +364,8 @@ def make_rule(
 
     min_unmask: None = the quota over `steps` steps.
     quota: the step's share, best first. threshold: score > threshold (`inclusive`: >=).
-    factor (Fast-dLLM): by rank r, while score >= 1 - factor / (r + 1).
+    factor (Fast-dLLM): by rank r, while score >= 1 - factor / (r + 1). published_factor: as its code says that, which
+    does not test the best one and takes the last one too if that is where it stops.
     entropy: by rank, while the entropies so far stay below the bound (`inclusive`), or within it but for the largest
     (EB-Sampler).
     """
@@ -362,6 +384,10 @@ def make_rule(
         if rule == "threshold":
             tau = fp32(threshold)
             return select(ordered, lambda s: value(s) >= tau if inclusive else value(s) > tau, minimum)
+        if rule == "factor" and published_factor:
+            bounds = [-1.0] + [fp32(1 - fp32(factor) / (r + 1)) for r in range(2, len(ordered) + 1)]
+            stops_at = next((r for r, s in enumerate(ordered) if value(s) < bounds[r]), len(ordered))
+            return ordered[: max(len(ordered) if stops_at == len(ordered) - 1 else stops_at, minimum)]
         if rule == "factor":
             return leading(ordered, lambda r, s: value(s) >= fp32(1 - fp32(factor) / (r + 1)), minimum)
         budget, costs = units(entropy_bound), [units(s.entropy) for s in ordered]

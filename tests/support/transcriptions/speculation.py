@@ -41,19 +41,26 @@ def decode_freedave_block(
     *,
     block_length: int,
     alignment: str = "abs",
+    causal_prefix: bool = False,
     drafts: int = 4,
 ) -> Row:
-    """E1 over block-causal visibility: what precedes a block is computed once, by a prefill and commits, and is
-    exact."""
+    """E1 over block-causal visibility: what precedes a block is computed once, by a prefill and commits, and is exact.
+
+    causal_prefix: in a prefill and in a commit, positions see only those before them.
+    """
     row, L, cache, drafting = Row(canvas, settings), len(canvas), Cache(), Drafting(drafts)
     if not row.masked(0, L):
         return row
     first = row.masked(0, L)[0]
     start = first // block_length * block_length if alignment == "abs" else first
     number = [p // block_length if alignment == "abs" else max(-1, (p - start) // block_length) for p in range(L)]
+
+    def sees(q: int, k: int) -> bool:
+        return k <= q if causal_prefix else number[k] <= number[q]
+
     if start:
         row.pay(start)
-        model.look(row.tokens, range(start), cache=cache, sees=lambda q, k: number[k] <= number[q], store=True)
+        model.look(row.tokens, range(start), cache=cache, sees=sees, store=True)
     for index, begin in enumerate(range(start, L, block_length)):
         block = Block(index, begin, min(begin + block_length, L), 0)
         inside = range(block.start, block.end)
@@ -72,7 +79,7 @@ def decode_freedave_block(
         if not row.masked(block.end, L):
             return row
         row.pay(len(inside))
-        model.look(row.tokens, inside, cache=cache, cached=range(block.start), store=True)
+        model.look(row.tokens, inside, cache=cache, cached=range(block.start), sees=sees, store=True)
     return row
 
 

@@ -1,7 +1,7 @@
-"""Decoders made from an autoregressive model: a position is predicted by the row before it, and a commit predicts the
-next block's first token.
+"""Decoders made from an autoregressive model: a commit predicts the next block's first token.
 
-Sources: Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776.
+Sources: Wu et al. (Fast-dLLM v2) arXiv:2509.26328; Tian et al. (NBDiff) arXiv:2512.06776; Nemotron-Labs-Diffusion
+(NVIDIA 2026).
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ def decode_seeded(
     *,
     block_length: int,
     alignment: str,
-    causal_commit: bool = False,
+    causal_prefix: bool = False,
     sub_block_length: int | None = None,
     sub_block_cache: bool = False,
     steps_per_block: int | None = None,
     rule: str = "threshold",
     **options: object,
 ) -> Row:
-    """Fast-dLLM v2 (sub-blocks) and NBDiff (causal commits).
+    """Fast-dLLM v2 (sub-blocks), NBDiff and Nemotron (causal prompt and commits).
 
+    Fast-dLLM v2 and NBDiff predict a position by the row before it, Nemotron by its own.
     A prefill or commit's last row says greedily what the next block begins with. Only masks of the leftmost sub-block
     that has any are eligible. Without a sub-block cache the decoder is exact, and everything is recomputed here.
 
@@ -48,7 +49,7 @@ def decode_seeded(
         end = min(start + block_length, L)
 
         def sees(q: int, k: int, start: int = start) -> bool:
-            return k <= q if causal_commit and q < start else block(k) <= block(q)
+            return k <= q if causal_prefix and q < start else block(k) <= block(q)
 
         if start and row.masked(start, start + 1):
             write_first_token(row, start, model.look(row.tokens, range(start), sees=sees)[start - 1])
