@@ -351,7 +351,7 @@ FAMILIES: tuple[Family, ...] = (
                 (r"(?i)bd3lm", {"visibility": "block", "block_alignment": "abs", "block_length": 32}),
                 (r"(?i)mdlm", {"visibility": "full"}),
             ),
-            decoders=((r"(?i)bd3lm", Decoder("sdar")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
+            decoders=((r"(?i)bd3lm", Decoder("bd3lm")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
             proof=_PUBLISHED,
         )
         for kind, native, checkpoints in (
@@ -367,7 +367,7 @@ FAMILIES: tuple[Family, ...] = (
         Qwen3MoeForCausalLM,
         by_name,
         facts=_FULL,
-        decoder=Decoder("llada"),
+        decoder=Decoder("rnd1"),
         proof=_PUBLISHED,
     ),
     Family(

@@ -7,7 +7,6 @@ are written from the architectures' descriptions (tests/support/family_oracles.p
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -32,6 +31,7 @@ MOE = ("llada2", "llada-moe", "sdar-moe", "rnd1")
 # What only the name of a checkpoint tells.
 NAMED = {"a2d-qwen3": "Qwen3-mdlm", "a2d-qwen2": "Qwen2-mdlm", "a2d-llama": "Llama-mdlm"}
 IDS = [5, 40, 99, 7, 108, 108, 23, 61, 108, 2, 77, 108, 108, 90, 14, 108, 33, 108, 8, 104, 55, 108, 12, 3]
+GIVEN = [40, 99, 7, 23]  # a prompt without any family's mask
 PROMPT = 6  # real tokens before the first block, where blocks begin behind the prompt
 
 
@@ -50,18 +50,24 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
-def plain(model, ids=IDS) -> Tensor:
+def sequence(model) -> list[int]:
+    """Some ids whose first mask is behind the prompt, where a causal prefix ends."""
+    return [*IDS[:PROMPT], dlm_fast.handle_of(model).diffusion.mask_token_id, *IDS[PROMPT + 1 :]]
+
+
+def plain(model) -> Tensor:
     """The logits [L, V] of a plain forward."""
-    lengths = {}
+    lengths, ids = {}, sequence(model)
     if dlm_fast.handle_of(model).plain_mode == "block":
         lengths = {"prompt_lengths": torch.tensor([PROMPT])}
     with torch.no_grad():
         return model(torch.tensor([ids]), **lengths).logits[0]
 
 
-def cached(model, block: Tensor, ids=IDS) -> Tensor:
+def cached(model, block: Tensor) -> Tensor:
     """The logits [L, V] of one forward a block, over the keys of all blocks before it."""
-    handle, L, rows = dlm_fast.handle_of(model), len(ids), []
+    handle, ids, rows = dlm_fast.handle_of(model), sequence(model), []
+    L = len(ids)
     cache = handle.adapter.new_cache(model, 1, L)
     starts = [0, *(block.diff().nonzero().flatten() + 1).tolist(), L]
     for start, end in zip(starts, starts[1:]):
@@ -93,20 +99,21 @@ def checkpoint(request, tmp_path):
 def test_the_logits_are_those_of_an_independent_forward(checkpoint):
     model = load(checkpoint.folder)
     block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-    expected = family_oracles.logits(checkpoint, IDS, block)
+    expected = family_oracles.logits(checkpoint, sequence(model), block)
     assert relative(plain(model), expected) < 1e-5
     # The same check fails for the model as transformers would run it, which is causal.
+    ids = sequence(model)
     dlm_fast.handle_of(model).unpatch()
     with torch.no_grad():
-        assert relative(model(torch.tensor([IDS])).logits[0], expected) > 0.1
+        assert relative(model(torch.tensor([ids])).logits[0], expected) > 0.1
 
 
 @pytest.mark.parametrize("family", [name for name in NAMES if published.FAMILIES[name].visibility == "block"])
 def test_the_logits_over_a_cache_are_those_of_an_independent_forward(tmp_path, family):
     checkpoint = write(family, tmp_path)
     block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-    expected = family_oracles.logits(checkpoint, IDS, block)
-    assert relative(cached(load(checkpoint.folder), block), expected) < 1e-5
+    model = load(checkpoint.folder)
+    assert relative(cached(model, block), family_oracles.logits(checkpoint, sequence(model), block)) < 1e-5
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -124,8 +131,8 @@ def test_the_experts_are_those_of_an_independent_forward(tmp_path, family):
         if gate is not None:
             gate.register_forward_hook(keep(index))
     block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-    assert relative(plain(model), family_oracles.logits(checkpoint, IDS, block)) < 1e-6
-    routes = family_oracles.routes(checkpoint, IDS, block)
+    assert relative(plain(model), family_oracles.logits(checkpoint, sequence(model), block)) < 1e-6
+    routes = family_oracles.routes(checkpoint, sequence(model), block)
     assert chosen.keys() == routes.keys() and chosen
     for layer, choice in routes.items():
         clear = choice.margin > 1e-5
@@ -141,13 +148,14 @@ def test_bfloat16_is_as_near_to_float64_as_transformers_own_attention(tmp_path, 
     model = load(checkpoint.folder)
     assert model.dtype == torch.bfloat16
     block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-    expected = family_oracles.logits(checkpoint, IDS, block)
+    expected = family_oracles.logits(checkpoint, sequence(model), block)
     ours = relative(plain(model), expected)
+    ids = sequence(model)
     dlm_fast.handle_of(model).unpatch()
     seen = torch.zeros(len(IDS)) if block is None else block
     mask = (seen[None, :] <= seen[:, None])[None, None]
     with torch.no_grad():
-        theirs = relative(model(torch.tensor([IDS]), attention_mask=mask).logits[0], expected)
+        theirs = relative(model(torch.tensor([ids]), attention_mask=mask).logits[0], expected)
     assert 0 < ours <= 2 * theirs < 0.5
 
 
@@ -174,9 +182,9 @@ def test_every_setting_is_found_and_says_where(checkpoint):
 def test_a_model_decodes_by_its_familys_published_decoder(checkpoint):
     model = load(checkpoint.folder)
     decoder = dlm_fast.handle_of(model).settings.decoder
-    out = dlm_fast.generate(model, [IDS[: PROMPT - 2]], max_new_tokens=8)
+    out = dlm_fast.generate(model, [GIVEN], max_new_tokens=8)
     named = dlm_fast.generate(
-        model, [IDS[:PROMPT - 2]], max_new_tokens=8, preset=decoder.preset, temperature=decoder.temperature,
+        model, [GIVEN], max_new_tokens=8, preset=decoder.preset, temperature=decoder.temperature,
         top_p=decoder.top_p, **decoder.options,
     )  # fmt: skip
     assert out.preset.name == decoder.preset
@@ -294,11 +302,11 @@ def test_an_adapter_of_published_names_is_the_merged_model(tmp_path, family, mer
     adapter = published.write_adapter(checkpoint, tmp_path / "adapter")
     model = load(checkpoint.folder, adapter=adapter.folder, merge_adapter=merge)
     block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-    expected = family_oracles.logits(adapter.merged, IDS, block)
+    expected = family_oracles.logits(adapter.merged, sequence(model), block)
     assert relative(plain(model), expected) < 1e-5
     assert relative(plain(load(checkpoint.folder)), expected) > 0.05
     assert any("lora" in name for name, _ in model.named_parameters()) != merge
-    dlm_fast.generate(model, [IDS[:4]], max_new_tokens=4)
+    dlm_fast.generate(model, [GIVEN], max_new_tokens=4)
 
 
 def test_a_renamed_or_missing_tensor_of_an_adapter_is_named(tmp_path):
@@ -543,7 +551,7 @@ def test_hooks_of_accelerate_are_no_replaced_forwards(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     checkpoint = write("sdar", tmp_path)
     model = load(checkpoint.folder)
-    expected = dlm_fast.generate(model, [IDS[:6]], max_new_tokens=8).canvas[0]
+    expected = dlm_fast.generate(model, [GIVEN], max_new_tokens=8).canvas[0]
     handle = dlm_fast.handle_of(model)
     handle.unpatch()
     for module in [model, *model.modules()]:
@@ -552,7 +560,7 @@ def test_hooks_of_accelerate_are_no_replaced_forwards(tmp_path):
     for layer in model.model.layers:
         accelerate.hooks.add_hook_to_module(layer.self_attn, accelerate.hooks.AlignDevicesHook("cpu"))
     with dlm_fast.patch(model, diffusion=handle.diffusion, backend="reference"):
-        found = dlm_fast.generate(model, [IDS[:6]], max_new_tokens=8, preset="sdar-dynamic").canvas[0]
+        found = dlm_fast.generate(model, [GIVEN], max_new_tokens=8, preset="sdar-dynamic").canvas[0]
     assert torch.equal(found, expected)
     model.model.layers[0].self_attn._old_forward = lambda *args, **kwargs: None
     with pytest.raises(NotImplementedError, match="with a replaced forward"):
@@ -595,6 +603,6 @@ def test_a_change_of_a_field_changes_the_model(tmp_path):
     ):
         checkpoint = published.write(family, tmp_path / f"{family}-{len(str(changes))}", **changes)
         block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)
-        expected = family_oracles.logits(checkpoint, IDS, block)
-        assert relative(plain(load(checkpoint.folder)), expected) < 1e-5, (family, changes)
-    assert dataclasses.is_dataclass(checkpoint)
+        model = load(checkpoint.folder)
+        expected = family_oracles.logits(checkpoint, sequence(model), block)
+        assert relative(plain(model), expected) < 1e-5, (family, changes)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from oracles import KeysValues
 from published import Published
 from torch import Tensor
 
@@ -115,12 +116,12 @@ class Choice:
 
 def logits(published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None = None) -> Tensor:
     """Logits [L, V] in float64, each row that of its own position."""
-    return _forward(published, input_ids, block)[0]
+    return Network(published).sequence(input_ids, block)[0]
 
 
 def routes(published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None = None) -> dict[int, Choice]:
     """The experts of every layer that has some."""
-    return _forward(published, input_ids, block)[1]
+    return Network(published).sequence(input_ids, block)[2]
 
 
 def blocks(published: Published, length: int, start: int) -> Tensor | None:
@@ -139,68 +140,99 @@ def blocks(published: Published, length: int, start: int) -> Tensor | None:
     return torch.where(positions < start, positions if published.causal_prefix else start - 1, later)
 
 
-def _forward(
-    published: Published, input_ids: Sequence[int] | Tensor, block: Tensor | None
-) -> tuple[Tensor, dict[int, Choice]]:
-    form = _architecture(published)
-    names = form.names
-    weights = {name: tensor.double() for name, tensor in published.tensors.items()}
-    ids = torch.as_tensor(input_ids)
-    seen = torch.ones(len(ids), len(ids), dtype=torch.bool)
-    if block is not None:
-        seen = torch.as_tensor(block)[None, :] <= torch.as_tensor(block)[:, None]
+class Network:
+    """The forward of a checkpoint, given by who sees whom, as the transcriptions of decoders want it
+    (oracles.Network)."""
 
-    def linear(x: Tensor, name: str) -> Tensor:
-        y = x @ weights[name + ".weight"].T
-        return y + weights[name + ".bias"] if name + ".bias" in weights else y
+    def __init__(self, published: Published) -> None:
+        self.form = _architecture(published)
+        self.weights = {name: tensor.double() for name, tensor in published.tensors.items()}
 
-    def normed(x: Tensor, name: str) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + form.eps).sqrt() * weights[name + ".weight"]
+    def forward(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        visible: Tensor,
+        stale: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """Logits [T, V] of T tokens, and their keys and values [H_kv, T, D] of every layer; visible [T, S + T]: whether
+        a token sees each of the S stale positions and then each of the T tokens."""
+        return self._run(torch.as_tensor(tokens), torch.as_tensor(positions), visible, stale)[:2]
 
-    def swiglu(x: Tensor, gate: str, up: str, down: str) -> Tensor:
-        opened = linear(x, gate)
-        return linear(opened * torch.sigmoid(opened) * linear(x, up), down)
+    def sequence(
+        self, input_ids: Sequence[int] | Tensor, block: Tensor | None
+    ) -> tuple[Tensor, KeysValues, dict[int, Choice]]:
+        """Logits, keys and values, and experts of a whole sequence; position q sees k iff block[k] <= block[q]."""
+        ids = torch.as_tensor(input_ids)
+        visible = torch.ones(len(ids), len(ids), dtype=torch.bool)
+        if block is not None:
+            visible = torch.as_tensor(block)[None, :] <= torch.as_tensor(block)[:, None]
+        return self._run(ids, torch.arange(len(ids)), visible, None)
 
-    def expert(x: Tensor, prefix: str) -> Tensor:
-        return swiglu(x, prefix + "gate_proj", prefix + "up_proj", prefix + "down_proj")
+    def _run(
+        self, ids: Tensor, positions: Tensor, visible: Tensor, stale: KeysValues | None
+    ) -> tuple[Tensor, KeysValues, dict[int, Choice]]:
+        form, names, weights = self.form, self.form.names, self.weights
+        x = weights[names["embedding"] + ".weight"][ids]
+        stored: KeysValues = []
+        choices: dict[int, Choice] = {}
+        for layer in range(form.layers):
+            prefix = names["layer"].format(layer)
+            y = self._normed(x, prefix + names["attention norm"])
+            if "qkv" in names:
+                widths = [form.heads * form.head_dim, form.kv_heads * form.head_dim, form.kv_heads * form.head_dim]
+                q, k, v = self._linear(y, prefix + names["qkv"]).split(widths, -1)
+            else:
+                q, k, v = (self._linear(y, prefix + names[part]) for part in "qkv")
+            q, k, v = (part.unflatten(-1, (-1, form.head_dim)) for part in (q, k, v))
+            if prefix + names.get("q norm", "") + ".weight" in weights:
+                q, k = self._normed(q, prefix + names["q norm"]), self._normed(k, prefix + names["k norm"])
+            q, k = _rotated(form, q, positions, query=True), _rotated(form, k, positions)
+            stored.append((k.transpose(0, 1), v.transpose(0, 1)))
+            if stale is not None:
+                k = torch.cat([stale[layer][0].transpose(0, 1), k])
+                v = torch.cat([stale[layer][1].transpose(0, 1), v])
+            x = x + self._linear(_attend(form, q, k, v, visible), prefix + names["o"])
 
-    x = weights[names["embedding"] + ".weight"][ids]
-    choices: dict[int, Choice] = {}
-    for layer in range(form.layers):
-        prefix = names["layer"].format(layer)
-        y = normed(x, prefix + names["attention norm"])
-        if "qkv" in names:
-            widths = [form.heads * form.head_dim, form.kv_heads * form.head_dim, form.kv_heads * form.head_dim]
-            q, k, v = linear(y, prefix + names["qkv"]).split(widths, -1)
-        else:
-            q, k, v = (linear(y, prefix + names[part]) for part in "qkv")
-        q, k, v = (part.unflatten(-1, (-1, form.head_dim)) for part in (q, k, v))
-        if prefix + names.get("q norm", "") + ".weight" in weights:
-            q, k = normed(q, prefix + names["q norm"]), normed(k, prefix + names["k norm"])
-        attended = _attend(form, _rotated(form, q, query=True), _rotated(form, k), v, seen)
-        x = x + linear(attended, prefix + names["o"])
+            y = self._normed(x, prefix + names["mlp norm"])
+            if form.router is None or layer in form.dense:
+                x = x + self._swiglu(y, *(prefix + names[part] for part in ("gate", "up", "down")))
+                continue
+            bias = weights.get(prefix + "mlp.gate.expert_bias")
+            choices[layer] = form.router(self._linear(y, prefix + "mlp.gate"), bias)
+            x = x + self._mixed(y, choices[layer], prefix)
+        x = self._normed(x, names["norm"])
+        head = names["head"] if names["head"] + ".weight" in weights else names["embedding"]
+        return self._linear(x, head), stored, choices
 
-        y = normed(x, prefix + names["mlp norm"])
-        if form.router is None or layer in form.dense:
-            x = x + swiglu(y, *(prefix + names[part] for part in ("gate", "up", "down")))
-            continue
-        choice = form.router(linear(y, prefix + "mlp.gate"), weights.get(prefix + "mlp.gate.expert_bias"))
-        choices[layer] = choice
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        y = x @ self.weights[name + ".weight"].T
+        return y + self.weights[name + ".bias"] if name + ".bias" in self.weights else y
+
+    def _normed(self, x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + self.form.eps).sqrt() * self.weights[name + ".weight"]
+
+    def _swiglu(self, x: Tensor, gate: str, up: str, down: str) -> Tensor:
+        opened = self._linear(x, gate)
+        return self._linear(opened * torch.sigmoid(opened) * self._linear(x, up), down)
+
+    def _expert(self, x: Tensor, prefix: str) -> Tensor:
+        return self._swiglu(x, prefix + "gate_proj", prefix + "up_proj", prefix + "down_proj")
+
+    def _mixed(self, y: Tensor, choice: Choice, prefix: str) -> Tensor:
+        """The chosen experts' outputs, weighted, and the shared expert's where there is one."""
         mixed = torch.zeros_like(y)
         for position, (experts, factors) in enumerate(zip(choice.experts.tolist(), choice.weights)):
             for number, factor in zip(experts, factors):
-                mixed[position] += factor * expert(y[position], f"{prefix}mlp.experts.{number}.")
-        if prefix + "mlp.shared_experts.gate_proj.weight" in weights:
-            mixed += expert(y, prefix + "mlp.shared_experts.")
-        x = x + mixed
-    x = normed(x, names["norm"])
-    head = names["head"] if names["head"] + ".weight" in weights else names["embedding"]
-    return linear(x, head), choices
+                mixed[position] += factor * self._expert(y[position], f"{prefix}mlp.experts.{number}.")
+        if prefix + "mlp.shared_experts.gate_proj.weight" in self.weights:
+            mixed += self._expert(y, prefix + "mlp.shared_experts.")
+        return mixed
 
 
-def _rotated(form: Architecture, x: Tensor, query: bool = False) -> Tensor:
+def _rotated(form: Architecture, x: Tensor, positions: Tensor, query: bool = False) -> Tensor:
     """[L, heads, D] with the first part of every head turned by its position's angles."""
-    positions = torch.arange(x.shape[0], dtype=torch.float64)
+    positions = positions.double()
     angles = (positions[:, None] * form.frequencies)[:, None, :]
     cos, sin = angles.cos() * form.rotary_scale, angles.sin() * form.rotary_scale
     half = form.frequencies.numel()
