@@ -36,7 +36,7 @@ setup(
     install_requires=[
         "torch>=2.11,<2.16",
         'triton>=3.6,<3.10; platform_system == "Linux"',
-        "transformers>=5.17,<5.24",
+        "transformers>=5.17",
         "numpy",
         "safetensors",
         "tokenizers",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from .adapters import adapt, adapter_files
 from .diffusion import DiffusionConfig, check_vocabulary
@@ -210,7 +210,7 @@ def _native_modules(section: Any, family: Family, config: Any, stored: Mapping[s
     is quantised.
     """
     method = section.get("quant_method") if isinstance(section, Mapping) else None
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if not isinstance(method, str) or not AutoHfQuantizer.supports_quant_method(dict(section)):
         raise CheckpointError(
             f"load: quantization_config must name a quant_method of transformers, got quantization_config={section!r} "
             "in config.json"

@@ -269,7 +269,9 @@ def plain_window(
         block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
         if diffusion.causal_prefix:
             if input_ids is None:
-                raise ValueError("forward: a model with a causal prefix needs input_ids, in which its first mask stands")
+                raise ValueError(
+                    "forward: a model with a causal prefix needs input_ids, in which its first mask stands"
+                )
             is_open = is_real & (input_ids == diffusion.mask_token_id)
             first_open = torch.where(is_open, block, L + 1).amin(-1, keepdim=True)
             # Blocks of one position see causally; the ids of those from the first mask on are larger.
@@ -291,6 +293,7 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
     adapter = adapter_for(model)
     if _ATTRIBUTE in model.__dict__:
         raise RuntimeError("patch: this model is already patched; unpatch it first")
+    adapter.probe(type(model))
     adapter.verify(model)
     if diffusion is not None:
         check_vocabulary(diffusion, model.config.vocab_size)

@@ -432,9 +432,7 @@ def with_last_rank(view: View, choice: Choice) -> Choice:
     passing = select(FACTOR, eligible, choice.score, choice.value, one, choice.rank).sum(1)
     lacks_one = passing == count - 1
     fallback = None if choice.fallback is None else torch.where(lacks_one, count, choice.fallback)
-    return dataclasses.replace(
-        choice, min_unmask=torch.where(lacks_one, count, choice.min_unmask), fallback=fallback
-    )
+    return dataclasses.replace(choice, min_unmask=torch.where(lacks_one, count, choice.min_unmask), fallback=fallback)
 
 
 def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Forward:

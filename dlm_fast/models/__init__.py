@@ -25,6 +25,9 @@ class Adapter(Protocol):
 
     CLASSES: dict[type[nn.Module], type[nn.Module]]
 
+    def probe(self, kind: type[nn.Module]) -> None:
+        """Raises NotImplementedError where the installed transformers cannot be driven for a class."""
+
     def verify(self, model: nn.Module) -> None:
         """Raises NotImplementedError for a model that was altered in a way that our attention would ignore."""
 

@@ -7,8 +7,10 @@ to the attention function. There our op stores the window's keys and values and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -28,7 +30,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from dlm_kernels import Window
 
-from ..ops import Ops
+from ..ops import Ops, choose
 from .cache import KVCache
 
 CLASSES = {
@@ -129,6 +131,65 @@ def attention(
 
 # No mask function is registered by this name, so transformers builds no [L, L] mask at all.
 AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+# A model of two layers, in the fields of every class; experts where the class has some.
+_TINY = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2**18,  # no less than what the rotary positions of Ministral3 are stretched to
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@functools.cache
+def probe(kind: type[nn.Module]) -> None:
+    """Runs a tiny random model of a class through our attention, once per process.
+
+    Raises NotImplementedError where the installed transformers does not hand every layer to our attention, or where the
+    layers then do not compute what its own attention makes of them. No version is refused by its number.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        try:
+            model = kind(kind.config_class(**_TINY)).float().eval()
+            ids = torch.arange(6)[None]
+            expected = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            position = ids.int()
+            window = Window(
+                q_pos=position,
+                q_block=position,
+                q_len=torch.tensor([6], dtype=torch.int32),
+                kv_slot=torch.full_like(position, -1),
+                kv_len=torch.zeros(1, dtype=torch.int32),
+                replaced=torch.zeros(1, 2, dtype=torch.int32),
+                cache_row=torch.zeros(1, dtype=torch.int32),
+                mode="block",
+            )
+            call = AttentionCall(window, None, choose("reference", torch.device("cpu")))
+            model.config._attn_implementation = ATTENTION_NAME
+            found = window_hidden(model, ids, call)
+            reason = None
+            if call.served != [0, 1]:
+                reason = f"layers {call.served} of [0, 1] attended through our function"
+            elif not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
+                reason = f"its hidden states differ by {(found - expected).abs().max():.2g}"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        raise NotImplementedError(
+            f"dlm_fast: {kind.__name__} of transformers {transformers.__version__} cannot be driven: {reason}"
+        )
 
 
 def verify(model: nn.Module) -> None:

@@ -371,7 +371,9 @@ def _check_caches(p: Preset, fail: Any) -> None:
         serving = names(lambda other: p.schedule in other.schedules)
         fail(f"schedule={p.schedule!r} goes with cache {serving}, got cache={p.cache!r}")
     if p.first_token and "first_token" not in cache.reads:
-        fail(f"first_token is a part of cache={names(lambda other: 'first_token' in other.reads)}, got cache={p.cache!r}")
+        fail(
+            f"first_token is a part of cache={names(lambda other: 'first_token' in other.reads)}, got cache={p.cache!r}"
+        )
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
             f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "

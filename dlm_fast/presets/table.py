@@ -170,7 +170,9 @@ _ROWS = (
         threshold=0.95,
         inclusive=True,
     ),
-    Preset("bd3lm", "Arriola et al. 2025 (BD3-LM), arXiv:2503.09573; the sampler of dLLM (A2D)", **_BLOCK, rule="quota"),
+    Preset(
+        "bd3lm", "Arriola et al. 2025 (BD3-LM), arXiv:2503.09573; the sampler of dLLM (A2D)", **_BLOCK, rule="quota"
+    ),
     Preset(
         "rnd1",
         "Chandrasegaran et al. 2025 (RND1), Radical Numerics report",

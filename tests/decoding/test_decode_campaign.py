@@ -106,9 +106,9 @@ def test_every_preset_decodes_by_triton_as_by_the_reference(preset, device):
     options |= {"max_post_edits": 1} if preset == "llada2.1" else {"drafts": 2} if PRESETS[preset].drafts > 1 else {}
     outputs = []
     for backend in ("triton", "reference"):
-        model = toy(
-            PRESETS[preset].visibility, block_length=2, layers=1, **facts_of(preset), backend=backend
-        ).to(device)
+        model = toy(PRESETS[preset].visibility, block_length=2, layers=1, **facts_of(preset), backend=backend).to(
+            device
+        )
         outputs.append(
             dlm_fast.generate(model, random_prompts([2, 3]), preset=preset, max_new_tokens=[5, 2], **options)
         )

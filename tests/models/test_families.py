@@ -7,6 +7,7 @@ are written from the architectures' descriptions (tests/support/family_oracles.p
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -294,7 +295,10 @@ def test_a_saved_model_opens_again_here_and_in_transformers(checkpoint, tmp_path
 
 # Adapters
 
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="an adapter is merged by peft")
 
+
+@needs_peft
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("family", ["llada", "dream", "llada2", "sdar"])
 def test_an_adapter_of_published_names_is_the_merged_model(tmp_path, family, merge):
@@ -329,6 +333,7 @@ def test_a_renamed_or_missing_tensor_of_an_adapter_is_named(tmp_path):
         load(checkpoint.folder, adapter=folder)
 
 
+@needs_peft
 def test_an_adapter_for_another_base_is_named(tmp_path):
     other, checkpoint = write("dream", tmp_path), write("llada", tmp_path)
     folder = published.write_adapter(other, tmp_path / "adapter").folder
@@ -336,6 +341,7 @@ def test_an_adapter_for_another_base_is_named(tmp_path):
         load(checkpoint.folder, adapter=folder)
 
 
+@needs_peft
 def test_a_d2f_adapter_makes_its_model_block_causal(tmp_path):
     checkpoint = write("llada", tmp_path)
     adapter = published.write_adapter(checkpoint, tmp_path / "D2F_LLaDA_Instruct_8B_Lora")
@@ -541,6 +547,57 @@ def test_only_weights_configurations_and_tokenizers_are_fetched(tmp_path, monkey
         CheckpointError, match="has no .* weights; it has pytorch_model.bin, and pickle .* never opened"
     ):
         load("GSAI-ML/LLaDA-8B-Instruct", revision="v2")
+
+
+# Quantised weights
+
+
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_weights_are_quantised_while_they_are_read(tmp_path, family):
+    """The cache takes the dtype of the keys, not of the weights."""
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    checkpoint = write(family, tmp_path, dtype=torch.bfloat16)
+    plain_model = load(checkpoint.folder)
+    asked = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = load(checkpoint.folder, quantization_config=asked)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert type(weight) is not torch.nn.Parameter and "int8" in repr(type(weight)).lower() + repr(weight).lower()
+    assert relative(plain(model), plain(plain_model).double()) < 0.1
+    assert checkpoint.mask_id not in dlm_fast.generate(model, [GIVEN], max_new_tokens=8).canvas[0]
+    adapter = published.write_adapter(checkpoint, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="cannot be merged into quantised weights; say merge_adapter=False"):
+        load(checkpoint.folder, quantization_config=asked, adapter=adapter.folder)
+
+
+def test_a_quantised_folder_of_published_names_opens_again(tmp_path):
+    """bitsandbytes in 8 bits: scales beside the weights, and a list of modules that stay, all by published names."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    checkpoint = write("llada", tmp_path, dtype=torch.bfloat16)
+    model = load(checkpoint.folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    assert model.model.layers[0].self_attn.k_proj.weight.dtype == torch.int8
+    model.save_pretrained(tmp_path / "saved")
+    native = load_file(tmp_path / "saved" / "model.safetensors")
+    family = next(row for row in FAMILIES if row.name == "LLaDA")
+    names = {family.renamed(name): name for name in checkpoint.tensors}
+    tensors = {}
+    for name, tensor in native.items():
+        module, _, kind = name.rpartition(".")
+        tensors[names[f"{module}.weight"].removesuffix("weight") + kind] = tensor
+    for path in checkpoint.folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, checkpoint.folder / "model.safetensors", metadata={"format": "pt"})
+    section = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    section["llm_int8_skip_modules"] = ["model.transformer.ff_out"]
+    edit(checkpoint.folder / "config.json", quantization_config=section)
+    again = load(checkpoint.folder)
+    assert again.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
+    assert torch.equal(plain(again), plain(model))
+    assert torch.equal(plain(load(tmp_path / "saved")), plain(model))
+    assert checkpoint.mask_id not in dlm_fast.generate(again, [GIVEN], max_new_tokens=8).canvas[0]
 
 
 # Devices

@@ -319,7 +319,34 @@ def test_a_patched_model_may_share_the_process_with_a_loaded_one():
 def test_a_family_has_every_part_of_an_adapter(adapter):
     """The protocol is what the loop and the patch ask of a family: its functions, with these parameters."""
     parts = {name: part for name, part in vars(models.Adapter).items() if inspect.isfunction(part) and name[0] != "_"}
-    assert len(parts) == 8 and adapter.CLASSES
+    assert len(parts) == 9 and adapter.CLASSES
     for name, part in parts.items():
         expected = list(inspect.signature(part).parameters)[1:]  # a module's function has no self
         assert list(inspect.signature(getattr(adapter, name)).parameters) == expected, name
+
+
+@pytest.mark.parametrize("kind", models.native.CLASSES, ids=lambda kind: kind.__name__)
+def test_a_transformers_that_cannot_be_driven_is_refused_by_a_probe(kind, monkeypatch):
+    """What the classes of transformers must do is tried on a tiny model; no version is refused by its number."""
+    probe = models.native.probe.__wrapped__
+    state = torch.random.get_rng_state()
+    probe(kind)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    layer = models.native.CLASSES[kind]
+    forward = layer.forward
+
+    def forgets_keywords(self, *args, dlm_call=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", forgets_keywords)
+    with pytest.raises(
+        NotImplementedError, match=rf"{kind.__name__} of transformers .* cannot be driven: RuntimeError"
+    ):
+        probe(kind)
+
+    def turns_queries(self, hidden_states, *args, **kwargs):
+        return forward(self, hidden_states * (1 + (kwargs.get("dlm_call") is not None)), *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", turns_queries)
+    with pytest.raises(NotImplementedError, match="cannot be driven: its hidden states differ by"):
+        probe(kind)
