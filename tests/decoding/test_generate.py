@@ -342,11 +342,12 @@ def test_forwards_are_counted_by_hand_for_every_cache():
     committed = dlm_fast.generate(block, prompt, preset="sdar", **settings)
     assert committed.nfe == [1 + 2 + 1 + 2] and committed.query_tokens == [6 + 2 * 4 + 4 + 2 * 4]
     # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12,
-    # 14). A step takes half a block of 4.
-    absolute = dlm_fast.generate(
-        toy("block", eos=(), block_length=4, block_alignment="abs"), prompt, preset="sdar", **settings
-    )
-    assert absolute.nfe == [1 + 1 + 1 + 2 + 1 + 1] and absolute.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2]
+    # 16), of which two positions are cut. A step takes half a block of 4.
+    model = toy("block", eos=(), block_length=4, block_alignment="abs")
+    absolute = dlm_fast.generate(model, prompt, preset="sdar", **settings)
+    assert absolute.nfe == [1 + 1 + 1 + 2 + 1 + 2] and absolute.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2 * 4]
+    cropped = dlm_fast.generate(model, prompt, preset="sdar", last_block="crop", **settings)
+    assert cropped.nfe == [1 + 1 + 1 + 2 + 1 + 1] and cropped.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2]
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)

@@ -68,7 +68,11 @@ def trace(name: str, options: dict, alignment: str = "rel") -> list[list[Snapsho
         pytest.skip(f"preset {name} does not exist yet; its bound would be checked here")
     preset = PRESETS[name]
     absolute = preset.visibility == "block" and alignment == "abs"
-    rows = [[Snapshot(n, -1, 0, 0, p // BLOCK * BLOCK if absolute else p)] for n, p in zip(NEW, PROMPTS)]
+    starts = [p // BLOCK * BLOCK if absolute else p for p in PROMPTS]
+    ends = [p + n for p, n in zip(PROMPTS, NEW)]
+    if preset.last_block == "whole":
+        ends = [start + -(-(end - start) // BLOCK) * BLOCK for start, end in zip(starts, ends)]
+    rows = [[Snapshot(end - p, -1, 0, 0, start)] for p, start, end in zip(PROMPTS, starts, ends)]
 
     def record(state) -> None:
         position = torch.arange(state.tokens.shape[1])
