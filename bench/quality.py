@@ -40,6 +40,7 @@ BLOCK_LENGTH = 8  # of models of full visibility, which were trained with any le
 LEFT_OUT = {
     "fast-dllm-v2": "needs a model whose rows predict the next position",
     "nbdiff": "needs a model whose rows predict the next position",
+    "nemotron": "needs a model with a causal prefix",
     "llada2.2": "needs a model with commands to insert and delete",
     "diffusion-gemma": "needs a uniform-noise model",
 }
@@ -76,10 +77,10 @@ ONLY = {
 # Fractions of the prompts, so that all of it takes about half an hour of one core: a tenth for decoders of one forward
 # per position of the canvas, a fifth for those of one per token or nearly so; half for variations that no comparison of
 # the report is about.
-CANVAS = ("dream", "dream-origin")
+CANVAS = ("dream", "dream-origin", "rnd1")
 SLOW = (
     "llada", "klass", "ccd", "ccd-ds", "rcr", "saber", "wino", "certainty-prior", "dkv-cache", "entropy-cache",
-    "freedave", "freedave-block", "sdar-sequential", "llada2.1",
+    "freedave", "freedave-block", "sdar-sequential", "llada2.1", "bd3lm", "stable-diffcoder",
 )  # fmt: skip
 VARIATIONS = (
     "fast-dllm-factor", "dinfer", "dinfer-hierarchy", "dinfer-credit", "dinfer-vicinity", "dparallel", "dllm-rl",

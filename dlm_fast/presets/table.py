@@ -58,6 +58,8 @@ _DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True, "quota_of": "bl
 
 _ROWS = (
     Preset("llada", _LLADA, **_FULL, rule="quota"),
+    # Temperature .2 and top_p .95 of Dream's README are arguments of the call. The published schedule may write nothing
+    # in a step and two tokens in the last one, which is strict_reference=True; here every step writes.
     Preset(
         "dream",
         _DREAM,
@@ -82,6 +84,8 @@ _ROWS = (
         sub_block_length=8,
         needs="a model whose rows predict the next position (logits_row 'previous')",
     ),
+    # The thresholds are those of the evaluation scripts for Dream. They differ by task: HumanEval .9 / .95 / .95 (append,
+    # activate, write), LLaDA .7, .9 or .1 to append.
     Preset(
         "d2f",
         _D2F,
@@ -99,6 +103,7 @@ _ROWS = (
         needs="a block-causal model; weights trained by diffusion forcing gain most",
     ),
     Preset("sdar", f"{_SDAR}; static", **_WHOLE, **_DRAWN, rule="quota"),
+    # .85 is the script's threshold; the README's engine takes .9, which is the preset "trado".
     Preset("sdar-dynamic", f"{_SDAR}; dynamic", **_WHOLE, **_DRAWN, rule="threshold", threshold=0.85, min_unmask=None),
     Preset("sdar-sequential", f"{_SDAR}; sequential", **_WHOLE, **_DRAWN, rule="quota", score="position"),
     Preset(
@@ -122,6 +127,7 @@ _ROWS = (
         min_unmask=None,
         quota_of="block",
     ),
+    # SGLang's numbers; the Hugging Face loop has threshold .7, edit_threshold .5 and max_post_edits 16.
     Preset(
         "llada2.1",
         "Bie et al. 2026 (LLaDA2.1), arXiv:2602.08676; joint threshold as served by SGLang",
@@ -187,8 +193,10 @@ _ROWS = (
         greedy_filters=True,
     ),
     Preset("dinfer", _DINFER, _DUAL, "full", "dual", **_THRESHOLD, policies=(NearBest(),)),
+    # .4 is the default of the class; the evaluation scripts pass .3.
     Preset("dinfer-hierarchy", _DINFER, _DUAL, "full", "dual", rule="threshold", block_length=32, run_threshold=0.4),
     Preset("dinfer-credit", f"{_DINFER}; {_CREDIT}", _DUAL, "full", "dual", **_THRESHOLD, policies=(Credit(),)),
+    # For LLaDA-MoE the README has threshold .8.
     Preset(
         "dinfer-vicinity",
         _DINFER,
@@ -200,6 +208,9 @@ _ROWS = (
         vicinity=16,
         warmup_steps=4,
     ),
+    # The numbers are those for LLaDA (MBPP: -.4). For Dream, the published loop compares strictly, with a threshold of
+    # -.4 to -.45, and min_unmask is 0. Where max_new_tokens cuts the last block, the published loop never writes that
+    # block and runs into its cap of forwards; here the block is written, and the tokens before it are the same.
     Preset(
         "d3llm",
         "Qian et al. 2026 (d3LLM), arXiv:2601.07568",
@@ -220,6 +231,7 @@ _ROWS = (
         stop="fill",
         needs="distilled weights for its speed",
     ),
+    # For LLaDA; for Dream the published loop compares strictly (inclusive=False).
     Preset(
         "dparallel",
         "Chen et al. 2025 (dParallel), arXiv:2509.26488",
@@ -269,13 +281,14 @@ _ROWS = (
         horizon=128,
     ),
     Preset("eb-sampler", _EB, **_FULL, rule="entropy", score="neg_entropy", block_length=32),
+    # The thresholds are those of GSM8K; they differ by task and model (.6 to .9, kl_threshold .005 to .015).
     Preset(
         "klass",
         "Kim et al. 2025 (KLASS), arXiv:2511.05664",
         **_FULL,
         rule="threshold",
         threshold=0.6,
-        block_length=32,
+        block_length=64,
         policies=(KLStability(),),
     ),
     Preset(
@@ -284,7 +297,6 @@ _ROWS = (
         **_FULL,
         rule="quota",
         score="neg_entropy",
-        block_length=32,
         policies=(ConsistentTrajectory(),),
     ),
     Preset(
@@ -293,7 +305,6 @@ _ROWS = (
         **_FULL,
         rule="quota",
         score="neg_entropy",
-        block_length=32,
         policies=(ConsistentTrajectory(dynamic=True),),
     ),
     Preset(
@@ -306,6 +317,7 @@ _ROWS = (
         block_length=32,
         policies=(Prophet(),),
     ),
+    # The paper's decoder for LLaDA. The repository runs Dream's sampler over the whole canvas, by entropy.
     Preset(
         "sched",
         "Mohamed et al. 2025 (SchED), arXiv:2512.02892",
@@ -314,12 +326,12 @@ _ROWS = (
         block_length=32,
         policies=(Sched(),),
     ),
+    # The evaluation fills one block of 512 in 128 steps (steps_per_block=128), with top_p .95 at temperature 0 too.
     Preset(
         "rcr",
         "He et al. 2025 (MDPO), arXiv:2508.13148",
         **_FULL,
         rule="quota",
-        block_length=32,
         policies=(RunningConfidence(),),
         greedy_filters=True,
         stop="after_block",
@@ -330,7 +342,6 @@ _ROWS = (
         **_FULL,
         rule="threshold",
         min_unmask=2,
-        block_length=32,
         policies=(Backtrack(),),
         stop="after_block",
     ),
@@ -409,7 +420,7 @@ _ROWS = (
         "full",
         "scattered",
         rule="quota",
-        block_length=32,
+        block_length=64,
         refresh_interval=8,
     ),
     Preset(
@@ -422,6 +433,7 @@ _ROWS = (
         block_length=32,
         policies=(EntropyRefresh(),),
     ),
+    # Four drafts for LLaDA; for Dream the authors take eight.
     Preset(
         "freedave",
         _FREEDAVE,

@@ -36,12 +36,13 @@ def sharp_policy(confidence: torch.Tensor, eligible: torch.Tensor, time: torch.T
 
 def transcribed(decode: Callable[..., Row], **fixed: Any) -> Transcription:
     """A transcription that takes the options by name. What the preset calls `steps_per_block` the transcription calls
-    `steps`, and None is one token per step."""
+    `steps`, and None is one token per step; a `block_length` of None is all from the first mask on."""
 
     def transcribe(model: Model, canvas: list[int], settings: Settings, o: Options, diffusion: Any) -> Row:
         o = dict(o)
         if "steps_per_block" in o:
-            o["steps"] = o.pop("steps_per_block") or o["block_length"]
+            masks = [p for p, token in enumerate(canvas) if token == settings.mask_id]
+            o["steps"] = o.pop("steps_per_block") or o["block_length"] or len(canvas) - min(masks, default=0)
         return decode(model, canvas, settings, **o, **fixed)
 
     return transcribe
@@ -136,15 +137,21 @@ REGISTRY: dict[str, Decoder] = {
             CACHE,
         ),
         transcribed(policies_select.decode_klass),
+        block_length=64,
     ),
     "ccd": Decoder(
-        "full", QUOTA, only((0.6, "steps_per_block", (1, 3, 6, 8, 9)), CACHE), transcribed(policies_select.decode_ccd)
+        "full",
+        QUOTA,
+        only((0.6, "steps_per_block", (1, 3, 6, 8, 9)), CACHE),
+        transcribed(policies_select.decode_ccd),
+        block_length=None,
     ),
     "ccd-ds": Decoder(
         "full",
         QUOTA,
         only((0.6, "steps_per_block", (1, 3, 6, 8, 9)), CACHE),
         transcribed(policies_select.decode_ccd, dynamic=True),
+        block_length=None,
     ),
     "local-leap": Decoder(
         "full",
@@ -205,10 +212,16 @@ REGISTRY: dict[str, Decoder] = {
         {**QUOTA, **REVISED, "greedy_filters": True},
         only(STEPS, (0.3, "score", ("confidence", "margin", "neg_entropy"))),
         transcribed(policies_revise.decode_rcr),
+        block_length=None,
         **REVISING,
     ),
     "saber": Decoder(
-        "full", REVISED, only((0.5, "min_unmask", (1, 2, 3, 4))), transcribed(policies_revise.decode_saber), **REVISING
+        "full",
+        REVISED,
+        only((0.5, "min_unmask", (1, 2, 3, 4))),
+        transcribed(policies_revise.decode_saber),
+        block_length=None,
+        **REVISING,
     ),
     "wino": Decoder(
         "full",
@@ -237,7 +250,11 @@ REGISTRY: dict[str, Decoder] = {
         "full", {}, only(THRESHOLD, (0.2, "inclusive", (True, False))), transcribed(policies_cache.decode_freecache)
     ),
     "dkv-cache": Decoder(
-        "full", QUOTA, only(STEPS, (0.7, "refresh_interval", (2, 3, 4))), transcribed(policies_cache.decode_dkv_cache)
+        "full",
+        QUOTA,
+        only(STEPS, (0.7, "refresh_interval", (2, 3, 4))),
+        transcribed(policies_cache.decode_dkv_cache),
+        block_length=64,
     ),
     "entropy-cache": Decoder(
         "full",
