@@ -21,7 +21,7 @@ from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 from ..patching import PatchHandle
 from ..policies import Choice, Sampling, Setting, View
 from .drafts import Drafts
-from .measure import History, Wanted, measure, stats_of, wanted_of
+from .measure import History, Wanted, filtered, measure, stats_of, wanted_of
 from .plan import Plan
 from .window import Step, sub_block
 
@@ -300,20 +300,43 @@ class Opening(Forward):
         return self._with_first_token(step, super().prefill(step))
 
     def _with_first_token(self, step: Step, result: Result) -> Result:
-        """The result with the most likely token behind the window's last position, per row."""
+        """The result with the token behind the window's last position, per row: the most likely one, or a draw."""
         window, state, sampling = step.window, self.state, self.sampling
         last = (window.q_len - 1).clamp(min=0).long()[:, None]
         logits = self.predicting(self.head(gathered(result.hidden, last)))
         opens = step.takes_part & ((state.phase == REFRESH) | (state.phase == COMMIT))
         rows = torch.where(opens, torch.arange(opens.shape[0], dtype=torch.int32, device=logits.device), -1).int()
-        banned = sampling.banned
+        banned, position = sampling.banned, window.q_pos.gather(1, last)[:, 0] + 1
         if sampling.no_eos_before is not None:
-            position = window.q_pos.gather(1, last)[:, 0] + 1
             banned_eos = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
             banned = torch.cat([banned.expand(opens.shape[0], -1), banned_eos], -1)
-        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=(), banned=banned)
-        inputs = {"first_token": stats.token, "first_token_confidence": stats.confidence}
-        return dataclasses.replace(result, inputs=inputs)
+        token, confidence = self._first_tokens(logits, rows, opens, banned, position)
+        return dataclasses.replace(result, inputs={"first_token": token, "first_token_confidence": confidence})
+
+    def _first_tokens(
+        self, logits: Tensor, rows: Tensor, opens: Tensor, banned: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens [B] that logits [B, V] give the positions [B], and their probabilities."""
+        preset, sampling, ops = self.plan.preset, self.sampling, self.handle.ops
+        if not preset.draws_first_token:
+            stats = stats_of(ops, logits, rows=rows, outputs=(), banned=banned)
+            return stats.token, stats.confidence
+        temperature = sampling.temperature
+        if self.wanted.filters:
+            narrowed = temperature >= 0 if preset.greedy_filters else temperature > 0
+            logits = filtered(logits, preset, sampling, temperature, banned, opens, narrowed)
+        if not self.wanted.draws:
+            stats = stats_of(ops, logits, rows=rows, outputs=(), banned=banned)
+            return stats.token, stats.confidence
+        arguments: dict[str, Any] = {
+            "sample_temperature": temperature,
+            "seed": sampling.seed,
+            "noise": torch.stack([sampling.request, position, self.state.step], -1),
+        }
+        if self.wanted.tempered:
+            arguments["temperature"] = torch.where(temperature > 0, temperature, 1.0)
+        stats = stats_of(ops, logits, rows=rows, outputs=("sampled",), banned=banned, **arguments)
+        return stats.sampled_token, stats.sampled_confidence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,7 @@ STRUCTURE: dict[str, Reading] = {
         ("schedule", "drafts"),
     ),
     "first_token": _option_of_cache("first_token", drafts=False),
+    "draws_first_token": Reading(lambda p: p.first_token, "first_token", ("first_token",)),
     "sub_block_cache": Reading(
         lambda p: "sub_block_cache" in p.operation.reads and p.sub_block_length is not None,
         f"cache={names(lambda cache: 'sub_block_cache' in cache.reads)} with a sub_block_length",

@@ -81,6 +81,8 @@ class Preset:
             neither filled up nor cut.
         sub_block_length: only the leftmost sub-block with masks is written (Fast-dLLM v2); None = no sub-blocks.
         first_token: whether prefill and commit forwards predict the token behind them, which opens the next block.
+        draws_first_token: whether that token is drawn like any other (Nemotron), and not the likeliest one whatever the
+            temperature (Fast-dLLM v2).
         sub_block_cache: whether later steps of a sub-block recompute nothing else, on the block's older keys.
         horizon: positions behind the block that a denoise step sees; None = all.
         keep_last: whether it sees the canvas's last position besides.
@@ -137,6 +139,7 @@ class Preset:
     last_block: str = "crop"
     sub_block_length: int | None = None
     first_token: bool = False
+    draws_first_token: bool = False
     sub_block_cache: bool = False
     horizon: int | None = None
     keep_last: bool = False

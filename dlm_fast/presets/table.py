@@ -166,6 +166,7 @@ _ROWS = (
         rule="threshold",
         inclusive=True,
         first_token=True,
+        draws_first_token=True,
         needs="a causal prefix (causal_prefix)",
     ),
     Preset(

@@ -582,8 +582,16 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "nemotron": Decoder(
         "block",
-        {"threshold": 0.9, "inclusive": True},
-        only(THRESHOLD, SCORE, (0.2, "min_unmask", (1, 2)), (0.2, "sub_block_length", (1, 2, 3))),
+        {"threshold": 0.9, "inclusive": True, "draws_first_token": True},
+        only(
+            THRESHOLD,
+            SCORE,
+            (0.2, "min_unmask", (1, 2)),
+            (0.2, "sub_block_length", (1, 2, 3)),
+            (0.2, "draws_first_token", (True, False)),
+            (0.2, "exclude_eos", (True,)),
+            (0.1, "tempered", (True,)),
+        ),
         with_first_tokens,
         rows=("self", "self", "previous"),
         causal_prefix=(True,),

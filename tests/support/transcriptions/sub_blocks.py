@@ -23,6 +23,7 @@ def decode_seeded(
     block_length: int,
     alignment: str,
     causal_prefix: bool = False,
+    draws_first_token: bool = False,
     sub_block_length: int | None = None,
     sub_block_cache: bool = False,
     steps_per_block: int | None = None,
@@ -32,7 +33,7 @@ def decode_seeded(
     """Fast-dLLM v2 (sub-blocks), NBDiff and Nemotron (causal prompt and commits).
 
     Fast-dLLM v2 and NBDiff predict a position by the row before it, Nemotron by its own.
-    A prefill or commit's last row says greedily what the next block begins with. Only masks of the leftmost sub-block
+    A prefill or commit's last row says what the next block begins with: greedily, or by a draw (Nemotron). Only masks of the leftmost sub-block
     that has any are eligible. Without a sub-block cache the decoder is exact, and everything is recomputed here.
 
     sub_block_cache: while the leftmost sub-block with masks begins with a token, and the block was computed once, only
@@ -52,7 +53,8 @@ def decode_seeded(
             return k <= q if causal_prefix and q < start else block(k) <= block(q)
 
         if start and row.masked(start, start + 1):
-            write_first_token(row, start, model.look(row.tokens, range(start), sees=sees)[start - 1])
+            logits = model.look(row.tokens, range(start), sees=sees)[start - 1]
+            write_first_token(row, start, logits, drawn=draws_first_token)
             if row.closed(start, end):
                 return row
         choose = make_rule(row, rule, steps=steps_per_block or block_length, **options)
@@ -78,9 +80,11 @@ def decode_seeded(
         start = end
 
 
-def write_first_token(row: Row, position: int, logits: Tensor) -> None:
-    """Writes the likeliest token of a block's first position, whatever the temperature and the filters. This is no
-    denoise step."""
-    drawn, row.settings = row.settings, dataclasses.replace(row.settings, temperature=0.0, top_k=0, top_p=1.0)
+def write_first_token(row: Row, position: int, logits: Tensor, *, drawn: bool) -> None:
+    """Writes a block's first position: by a draw, or the likeliest token whatever the temperature and the filters. This
+    is no denoise step."""
+    settings = row.settings
+    if not drawn:
+        row.settings = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0)
     row.write(row.stats(position, logits))
-    row.settings = drawn
+    row.settings = settings
