@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointError, checkpoint_path, read_json, stored_tensors
-from .models.families import Family
+from .models.family import Family
 
 _PREFIX = "base_model.model."
 # Fields of adapter_config.json whose keys are names of modules.

@@ -34,8 +34,9 @@ from .files import (
     stored_tensors,
     weight_files,
 )
-from .models.families import NATIVE, Family, family_of
-from .models.settings import FIELDS, Places, Settings, settle
+from .models.families import NATIVE, family_of
+from .models.family import FACTS, Family
+from .models.settings import Places, Settings, settle
 from .models.tensors import Account, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
 from .patching import attach
@@ -183,9 +184,9 @@ def _given(diffusion: Any) -> dict[str, Any]:
         raise TypeError(
             f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion={diffusion!r}"
         )
-    unknown = sorted(set(diffusion) - set(FIELDS))
+    unknown = sorted(set(diffusion) - set(FACTS))
     if unknown:
-        raise ValueError(f"load: diffusion must hold fields of DiffusionConfig ({', '.join(FIELDS)}), got {unknown}")
+        raise ValueError(f"load: diffusion must hold fields of DiffusionConfig ({', '.join(FACTS)}), got {unknown}")
     return dict(diffusion)
 
 

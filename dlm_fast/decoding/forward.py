@@ -25,7 +25,6 @@ from .measure import History, Wanted, filtered, measure, stats_of, wanted_of
 from .plan import Plan
 from .window import Step, sub_block
 
-
 FACTOR = UnmaskRule("factor")
 
 

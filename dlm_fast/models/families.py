@@ -7,13 +7,11 @@ A published model is one of transformers' own classes under other names, so that
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from transformers import (
     Glm4MoeForCausalLM,
     LlamaForCausalLM,
@@ -25,108 +23,8 @@ from transformers import (
 )
 
 from ..files import CheckpointError
-from .fields import Fields, by_name, glm4_moe_of_llada2, llama_of_llada, llama_of_pangu, qwen3_moe_of_llada
-from .settings import FIELDS as FACTS
-from .settings import Decoder
-
-# Rows of a stored tensor that become a tensor of the native class: its name and how many rows of it, from the native
-# configuration.
-Cut = Callable[[Any], Iterable[tuple[str, int]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One family of checkpoints.
-
-    Attributes:
-        name: as published; `load` and `explain` show it.
-        checkpoints: public checkpoints of the family.
-        model_types: the `model_type` of its config.json, one of these.
-        native: the class of transformers that computes the same.
-        build: the native configuration's values, from the fields of config.json. It refuses by name what the class
-            cannot express.
-        keys: pairs of a pattern and its replacement, applied one after another to every tensor's name.
-        fused: stored tensors that are several of the native class's, by a pattern of the name after `keys`.
-        where: what must hold besides, of the values of config.json, where one model_type names several architectures.
-        told_by: `where` in words.
-        facts: fields of `DiffusionConfig` that are the same for all of its checkpoints.
-        fields: fields of config.json that hold a fact, where their names are not those of `DiffusionConfig`.
-        mask_token: text of the mask in the family's tokenizers, where no file says which token the mask is.
-        eos_tokens: texts of the tokens that end a response, where no file says so.
-        named: facts that only the name of a checkpoint tells: pairs of a pattern and facts, of which the first that
-            matches counts. A fact that also stands in `config.json` is read there.
-        fallback: facts that hold where neither a file nor the name says otherwise; `explain` says so.
-        decoder: the published decoder and its settings.
-        decoders: decoders of checkpoints that only the name tells: pairs of a pattern and a decoder.
-        tokenizer: the class that opens the tokenizer files, where they name a class of remote code.
-        proof: what shows that the row is right.
-        unproven: what is not known for certain; `load` warns of it. "" = nothing.
-    """
-
-    name: str
-    checkpoints: str
-    model_types: tuple[str, ...]
-    native: type[nn.Module]
-    build: Callable[[Fields], dict[str, Any]]
-    keys: tuple[tuple[str, str], ...] = ()
-    fused: Mapping[str, Cut] = dataclasses.field(default_factory=dict)
-    where: Callable[[Mapping[str, Any]], bool] = lambda values: True
-    told_by: str = ""
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    mask_token: str | None = None
-    eos_tokens: tuple[str, ...] = ()
-    named: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    fallback: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    decoder: Decoder | None = None
-    decoders: tuple[tuple[str, Decoder], ...] = ()
-    tokenizer: type | None = None
-    proof: str = ""
-    unproven: str = ""
-
-    def matches(self, values: Mapping[str, Any]) -> bool:
-        """Whether the values of a config.json are of the family."""
-        return values.get("model_type") in self.model_types and self.where(values)
-
-    def read(self, values: Mapping[str, Any]) -> tuple[Any, list[str]]:
-        """The native configuration of a config.json, and the fields about the model that nothing read.
-
-        Raises NotImplementedError for a field that the native class cannot express, and CheckpointError for fields that
-        describe no model.
-        """
-        fields = Fields(self.name, self.native, values)
-        arguments = self.build(fields)
-        try:
-            config = self.native.config_class(**arguments)
-        except Exception as error:
-            raise CheckpointError(
-                f"load: config.json describes no {self.native.config_class.model_type} model: {error!r}"
-            ) from error
-        facts = {*FACTS, *(name for names in self.fields.values() for name in names)}
-        return config, [name for name in fields.unread() if name not in facts]
-
-    def renamed(self, name: str) -> str:
-        """The native name of a stored tensor, or of a module of it."""
-        for pattern, replacement in self.keys:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def parts(self, name: str, config: Any) -> list[tuple[str, int | None, int | None]]:
-        """The native tensors that a stored tensor holds: name, first row and the row behind the last (None = all)."""
-        name = self.renamed(name)
-        for pattern, cut in self.fused.items():
-            match = re.search(pattern, name)
-            if match:
-                parts, start = [], 0
-                for part, rows in cut(config):
-                    parts.append((name[: match.start()] + part + name[match.end() :], start, start + rows))
-                    start += rows
-                return parts
-        return [(name, None, None)]
-
-    def decoder_of(self, checkpoint: str) -> Decoder | None:
-        """The published decoder of a checkpoint of this name."""
-        return next((decoder for pattern, decoder in self.decoders if re.search(pattern, checkpoint)), self.decoder)
+from .family import Decoder, Family
+from .fields import by_name, glm4_moe_of_llada2, llama_of_llada, llama_of_pangu, qwen3_moe_of_llada
 
 
 def _says(values: Mapping[str, Any], pattern: str) -> bool:
@@ -290,7 +188,6 @@ FAMILIES: tuple[Family, ...] = (
         mask_token="|<MASK>|",
         fallback={"block_length": 32},
         decoder=Decoder("fast-dllm-v2"),
-        tokenizer=Qwen2Tokenizer,
         proof=_TOKENS,
     ),
     Family(
@@ -353,6 +250,7 @@ FAMILIES: tuple[Family, ...] = (
             ),
             decoders=((r"(?i)bd3lm", Decoder("bd3lm")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
             proof=_PUBLISHED,
+            unproven="that the blocks of bd3lm checkpoints have 32 positions was assumed",
         )
         for kind, native, checkpoints in (
             ("Qwen3", Qwen3ForCausalLM, "Qwen3-0.6B-diffusion-mdlm, -bd3lm"),

@@ -9,36 +9,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..diffusion import DiffusionConfig
 from ..files import CheckpointError
-
-if TYPE_CHECKING:
-    from .families import Family
-
-FIELDS = tuple(field.name for field in dataclasses.fields(DiffusionConfig))
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A published decoder with its settings: what `generate` uses where the call names no preset.
-
-    Attributes:
-        preset: name of a preset.
-        options: options of the preset that the publication sets.
-        temperature: temperature of the draws, 0 = greedy.
-        top_p: mass of the most likely tokens that are drawn from, 1 = all.
-    """
-
-    preset: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The decoder as plain data, as the section `dlm` of a config.json holds it."""
-        return {**dataclasses.asdict(self), "options": dict(self.options)}
+from .family import FACTS, Decoder, Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +59,9 @@ def read_section(section: Any) -> tuple[dict[str, Any], Decoder | None]:
         raise ValueError(f"DiffusionConfig: the section must be an object of names and values, got {section!r}")
     values = dict(section)
     decoder = values.pop("decoder", None)
-    unknown = sorted(set(values) - set(FIELDS))
+    unknown = sorted(set(values) - set(FACTS))
     if unknown:
-        raise ValueError(f"DiffusionConfig: unknown keys {unknown}; known are {sorted([*FIELDS, 'decoder'])}")
+        raise ValueError(f"DiffusionConfig: unknown keys {unknown}; known are {sorted([*FACTS, 'decoder'])}")
     if decoder is None:
         return values, None
     known = [field.name for field in dataclasses.fields(Decoder)]
@@ -142,7 +117,7 @@ class _Search:
     def facts(self) -> None:
         """What was given, what the section says, and what the family says of all its checkpoints."""
         family, places = self.family, self.places
-        for name in FIELDS:
+        for name in FACTS:
             self.take(name, places.given.get(name), "argument diffusion")
         for pattern, facts, decoder in ADAPTERS:
             if self.places.adapter and re.search(pattern, self.places.adapter):
@@ -150,7 +125,7 @@ class _Search:
                 self.sources["decoder"] = f"the name of the adapter {self.places.adapter!r}"
                 for name, value in facts.items():
                     self.take(name, value, f"the name of the adapter {self.places.adapter!r}")
-        for name in FIELDS:
+        for name in FACTS:
             self.take(name, self.section.get(name), "config.json, section dlm")
         for name, fields in family.fields.items():
             for field in fields:
@@ -256,7 +231,7 @@ def settle(family: Family, places: Places) -> Settings:
     search.mask()
     search.ends()
     search.missing()
-    diffusion = DiffusionConfig(**{name: search.found[name] for name in FIELDS if name in search.found})
+    diffusion = DiffusionConfig(**{name: search.found[name] for name in FACTS if name in search.found})
     pad = search.pad()
     decoder, source = search.decoder, "config.json, section dlm"
     if decoder is None:

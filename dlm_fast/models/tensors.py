@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..files import CheckpointError, Stored
-from .families import Family
+from .family import Family
 
 # transformers stacks experts: gates and ups of all in one tensor [experts, 2 * intermediate, hidden], downs in another.
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")

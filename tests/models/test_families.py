@@ -65,6 +65,21 @@ def plain(model) -> Tensor:
         return model(torch.tensor([ids]), **lengths).logits[0]
 
 
+def whole(block: Tensor, start: int = 0) -> Window:
+    """The window of all positions from `start` on, each in its block, over the keys before it."""
+    position = torch.arange(start, start + len(block), dtype=torch.int32)[None]
+    return Window(
+        q_pos=position,
+        q_block=block[None].int().contiguous(),
+        q_len=torch.tensor([len(block)], dtype=torch.int32),
+        kv_slot=position,
+        kv_len=torch.tensor([start], dtype=torch.int32),
+        replaced=torch.zeros(1, 2, dtype=torch.int32),
+        cache_row=torch.zeros(1, dtype=torch.int32),
+        mode="block",
+    )
+
+
 def cached(model, block: Tensor) -> Tensor:
     """The logits [L, V] of one forward a block, over the keys of all blocks before it."""
     handle, ids, rows = dlm_fast.handle_of(model), sequence(model), []
@@ -72,19 +87,8 @@ def cached(model, block: Tensor) -> Tensor:
     cache = handle.adapter.new_cache(model, 1, L)
     starts = [0, *(block.diff().nonzero().flatten() + 1).tolist(), L]
     for start, end in zip(starts, starts[1:]):
-        position = torch.arange(start, end, dtype=torch.int32)[None]
-        window = Window(
-            q_pos=position,
-            q_block=block[None, start:end].int().contiguous(),
-            q_len=torch.tensor([end - start], dtype=torch.int32),
-            kv_slot=position,
-            kv_len=torch.tensor([start], dtype=torch.int32),
-            replaced=torch.zeros(1, 2, dtype=torch.int32),
-            cache_row=torch.zeros(1, dtype=torch.int32),
-            mode="block",
-        )
         with torch.no_grad():
-            hidden = handle.window_hidden(torch.tensor([ids[start:end]]), window, cache)
+            hidden = handle.window_hidden(torch.tensor([ids[start:end]]), whole(block[start:end], start), cache)
             rows.append(handle.adapter.head(model, hidden[0]))
     return torch.cat(rows)
 
@@ -175,6 +179,11 @@ def test_every_setting_is_found_and_says_where(checkpoint):
     assert diffusion.causal_prefix == checkpoint.causal_prefix
     assert handle.tokenizer.mask_token_id == checkpoint.mask_id
     assert handle.tokenizer.decode([checkpoint.mask_id]) == published.FAMILIES[checkpoint.family].mask
+    template = handle.tokenizer.chat_template
+    assert checkpoint.turn_end_id is None or template is not None
+    if template is not None:  # of tokenizer_config.json, or of chat_template.jinja beside it
+        chat = [{"role": "user", "content": "a"}]
+        assert len(dlm_fast.generate(model, [chat], max_new_tokens=2).text) == 1
     assert facts["family"] == handle.family and facts["settings"]["mask_token_id"]["value"] == checkpoint.mask_id
     assert all(setting["source"] for setting in facts["settings"].values())
     assert {"mask_token_id", "eos_token_ids", "visibility", "block_length", "decoder"} <= facts["settings"].keys()
@@ -622,6 +631,19 @@ def test_hooks_of_accelerate_are_no_replaced_forwards(tmp_path):
     model.model.layers[0].self_attn._old_forward = lambda *args, **kwargs: None
     with pytest.raises(NotImplementedError, match="with a replaced forward"):
         dlm_fast.patch(model, diffusion=handle.diffusion, backend="reference")
+
+
+def test_the_cache_of_a_layer_is_where_the_layer_is(tmp_path):
+    model = load(write("sdar", tmp_path).folder)
+    handle = dlm_fast.handle_of(model)
+    model.model.layers[1].to("meta")
+    cache = handle.adapter.new_cache(model, 2, 16)
+    assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "meta"] + ["cpu"] * (len(cache.layers) - 2)
+    window = whole(torch.zeros(4, dtype=torch.int32))
+    call = dlm_fast.models.native.AttentionCall(window, cache, handle.ops)
+    meta = torch.device("meta")
+    assert call.window_on(torch.device("cpu")) is window and call.window_on(meta) is call.window_on(meta)
+    assert {tensor.device for tensor in call.window_on(meta).tensors().values()} == {meta}
 
 
 def test_a_device_map_and_a_device_contradict_each_other(tmp_path):
