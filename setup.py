@@ -38,6 +38,8 @@ setup(
         'triton>=3.6,<3.10; platform_system == "Linux"',
         "transformers>=5.17",
         "numpy",
+        "accelerate",  # weights go to their device as they are read
+        "huggingface-hub",
         "safetensors",
         "tokenizers",
         "jinja2",  # chat templates
@@ -45,8 +47,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "accelerate", "peft"],
-        "train": ["accelerate", "peft", "matplotlib"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "peft"],
+        "train": ["peft", "matplotlib"],
         "bench": ["matplotlib", "pytest-benchmark"],
         "lint": ["ruff"],
     },

@@ -76,7 +76,7 @@ def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
     except CheckpointError:
         raise
     except Exception as error:
-        cached = "is not in the local cache" if path is None else "is not whole in the local cache"
+        cached = "is no folder and not in the local cache" if path is None else "is not whole in the local cache"
         raise CheckpointError(
             f"load: {argument}={named!r} {cached}, and the Hub cannot be asked for it: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"

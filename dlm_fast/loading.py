@@ -323,12 +323,10 @@ def load(
     if not found.quantised:  # what a quantisation stores is known to transformers alone
         account.check(found.path)
     dtype = _dtype(found, account, dtype)
-    if device is None and device_map is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    ops = choose(
-        backend, torch.device("cuda" if device_map is not None and torch.cuda.is_available() else device or "cpu")
-    )
-    check_head_dims(ops, {_head_dim(found.config)})
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    check_head_dims(choose(backend, torch.device(device or default)), {_head_dim(found.config)})
+    if device_map is None:
+        device = device or default
 
     # 3. Build the model from the weights.
     if found.family.unproven:

@@ -86,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         facts=_FULL,
         mask_token="<|mdm_mask|>",
         decoder=Decoder("llada", {"block_length": 32}),
+        decoders=((r"(?i)d3llm", Decoder("d3llm")), (r"(?i)dparallel", Decoder("dparallel"))),
         proof=_TOKENS,
     ),
     Family(
@@ -145,6 +146,10 @@ FAMILIES: tuple[Family, ...] = (
         facts={**_FULL, "logits_row": "previous"},
         mask_token="<|mask|>",
         decoder=Decoder("dream", temperature=0.2, top_p=0.95),
+        decoders=(
+            (r"(?i)d3llm", Decoder("d3llm", {"threshold": -0.45, "inclusive": False})),
+            (r"(?i)dparallel", Decoder("dparallel", {"inclusive": False})),
+        ),
         tokenizer=Qwen2Tokenizer,
         proof=_TOKENS,
     ),

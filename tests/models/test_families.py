@@ -275,10 +275,33 @@ def test_what_only_a_name_tells_is_asked_for_where_the_name_is_silent(tmp_path):
     assert (diffusion.visibility, diffusion.block_length, diffusion.mask_token_id) == ("block", 8, checkpoint.mask_id)
 
 
-def test_a_checkpoint_of_which_only_the_name_tells_the_decoder(tmp_path):
-    for name, preset in (("LLaDA2.0-mini", "llada2"), ("LLaDA2.1-mini", "llada2.1"), ("LLaDA2.2-flash", "llada2.2")):
-        model = load(published.write("llada2", tmp_path / name).folder)
-        assert dlm_fast.handle_of(model).settings.decoder.preset == preset
+NAMED_DECODERS = {
+    "LLaDA2.0-mini": ("llada2", "llada2"),
+    "LLaDA2.1-mini": ("llada2", "llada2.1"),
+    "TraDo-4B-Instruct": ("sdar", "trado"),
+    "d3LLM_LLaDA": ("llada", "d3llm"),
+    "dParallel-LLaDA-instruct": ("llada", "dparallel"),
+    "d3LLM_Dream_Coder": ("dream", "d3llm"),
+    "dParallel_Dream_7B_Instruct": ("dream", "dparallel"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_DECODERS)
+def test_a_checkpoint_of_which_only_the_name_tells_the_decoder(tmp_path, name):
+    family, preset = NAMED_DECODERS[name]
+    model = load(published.write(family, tmp_path / name).folder)
+    assert dlm_fast.handle_of(model).settings.decoder.preset == preset
+    out = dlm_fast.generate(model, [GIVEN], max_new_tokens=8)
+    assert out.preset.name == preset and len(out.sequences[0]) <= 8
+
+
+def test_llada2_2_decodes_with_the_ids_that_its_code_names(tmp_path):
+    model = load(published.write("llada2", tmp_path / "LLaDA2.2-flash").folder)
+    assert dlm_fast.handle_of(model).settings.decoder.preset == "llada2.2"
+    with pytest.raises(ValueError, match="delete_id must be below the model.s vocab_size=128, got delete_id=156930"):
+        dlm_fast.generate(model, [GIVEN], max_new_tokens=8)
+    out = dlm_fast.generate(model, [GIVEN], max_new_tokens=8, delete_id=60, split_id=61)
+    assert out.preset.name == "llada2.2"
 
 
 # Copies
@@ -510,14 +533,14 @@ def test_a_cached_repository_opens_offline_by_its_id(tmp_path, hub):
     assert dlm_fast.handle_of(model).diffusion.block_length == 8  # by the name of the repository, not of the snapshot
     assert torch.equal(load("JetLM/SDAR-4B-Chat-b8", revision="0" * 40).lm_head.weight, model.lm_head.weight)
     with pytest.raises(
-        CheckpointError, match="at revision other' is not in the local cache, and the Hub cannot be asked"
+        CheckpointError, match="at revision other' is no folder and not in the local cache, and the Hub cannot be asked"
     ):
         load("JetLM/SDAR-4B-Chat-b8", revision="other")
 
 
 def test_an_id_that_is_not_cached_is_named_while_offline(tmp_path, hub):
     with pytest.raises(
-        CheckpointError, match="path='GSAI-ML/LLaDA-8B-Instruct' is not in the local cache, and the Hub"
+        CheckpointError, match="path='GSAI-ML/LLaDA-8B-Instruct' is no folder and not in the local cache, and the Hub"
     ):
         load("GSAI-ML/LLaDA-8B-Instruct")
     checkpoint = write("llada", tmp_path)
@@ -526,7 +549,7 @@ def test_an_id_that_is_not_cached_is_named_while_offline(tmp_path, hub):
     with pytest.raises(CheckpointError, match="path='GSAI-ML/LLaDA-8B-Base' is not whole in the local cache"):
         load("GSAI-ML/LLaDA-8B-Base")
     adapter = "SJTU/D2F_LLaDA"
-    with pytest.raises(CheckpointError, match="adapter='SJTU/D2F_LLaDA' is not in the local cache"):
+    with pytest.raises(CheckpointError, match="adapter='SJTU/D2F_LLaDA' is no folder and not in the local cache"):
         load(checkpoint.folder, adapter=adapter)
 
 
