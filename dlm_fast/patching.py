@@ -269,9 +269,7 @@ def plain_window(
         block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
         if diffusion.causal_prefix:
             if input_ids is None:
-                raise ValueError(
-                    "forward: a model with a causal prefix needs input_ids, in which its first mask stands"
-                )
+                raise ValueError("forward: a model with a causal prefix needs input_ids, which hold its first mask")
             is_open = is_real & (input_ids == diffusion.mask_token_id)
             first_open = torch.where(is_open, block, L + 1).amin(-1, keepdim=True)
             # Blocks of one position see causally; the ids of those from the first mask on are larger.

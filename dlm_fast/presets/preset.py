@@ -33,7 +33,8 @@ LAST_BLOCKS = {
     "crop": "the canvas ends at `max_new_tokens`, so that its last block may be shorter than the others (LLaDA, "
     "Stable-DiffCoder)",
     "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards (SDAR, LLaDA2)",
-    "drop": "the canvas ends with the last whole block, so that fewer than `max_new_tokens` may be decoded (D2F's loop)",
+    "drop": "the canvas ends with its last whole block, so that fewer than `max_new_tokens` may be decoded (D2F as "
+    "published)",
 }
 SCORES = {
     "confidence": "probability of the token that is predicted or drawn",
@@ -48,8 +49,8 @@ QUOTAS = {
 }
 REMAINDERS = {
     "first": "the first steps write one more (LLaDA)",
-    "even": "evenly: after step i of S, floor(m (S - i) / S) of the m positions are left, and a step writes one at least "
-    "(RND1)",
+    "even": "evenly: after step i of S, floor(m (S - i) / S) of the m positions are left, and a step writes one at "
+    "least (RND1)",
 }
 STOPS = {
     "never": "a row ends with its canvas",
@@ -374,9 +375,8 @@ def _check_caches(p: Preset, fail: Any) -> None:
         serving = names(lambda other: p.schedule in other.schedules)
         fail(f"schedule={p.schedule!r} goes with cache {serving}, got cache={p.cache!r}")
     if p.first_token and "first_token" not in cache.reads:
-        fail(
-            f"first_token is a part of cache={names(lambda other: 'first_token' in other.reads)}, got cache={p.cache!r}"
-        )
+        serving = names(lambda other: "first_token" in other.reads)
+        fail(f"first_token is a part of cache={serving}, got cache={p.cache!r}")
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
             f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "

@@ -84,8 +84,8 @@ _ROWS = (
         sub_block_length=8,
         needs="a model whose rows predict the next position (logits_row 'previous')",
     ),
-    # The thresholds are those of the evaluation scripts for Dream. They differ by task: HumanEval .9 / .95 / .95 (append,
-    # activate, write), LLaDA .7, .9 or .1 to append.
+    # The thresholds are those of the evaluation scripts for Dream. They differ by task: HumanEval has .9 / .95 / .95
+    # (append, activate, write), LLaDA .7, .9 or .1 to append.
     Preset(
         "d2f",
         _D2F,
@@ -178,7 +178,10 @@ _ROWS = (
         inclusive=True,
     ),
     Preset(
-        "bd3lm", "Arriola et al. 2025 (BD3-LM), arXiv:2503.09573; the sampler of dLLM (A2D)", **_BLOCK, rule="quota"
+        "bd3lm",
+        "Arriola et al. 2025 (BD3-LM), arXiv:2503.09573; the sampler of dLLM, for its A2D models",
+        **_BLOCK,
+        rule="quota",
     ),
     Preset(
         "rnd1",

@@ -68,9 +68,7 @@ def test_a_plain_forward_counts_blocks_from_the_prompt_that_it_is_told():
     model = toy("block", block_length=LENGTH, causal_prefix=True)
     out = logits(model, torch.tensor([tokens]), prompt_lengths=torch.tensor([3]))[0]
     torch.testing.assert_close(out, own_forward(tokens, visible_to(tokens, "rel", 3)), rtol=1e-4, atol=1e-4)
-    with pytest.raises(
-        ValueError, match="a model with a causal prefix needs input_ids, in which its first mask stands"
-    ):
+    with pytest.raises(ValueError, match="a model with a causal prefix needs input_ids, which hold its first mask"):
         model(inputs_embeds=torch.zeros(1, 4, model.config.hidden_size), prompt_lengths=torch.tensor([2]))
 
 

@@ -439,7 +439,9 @@ def test_filters_change_nothing_at_temperature_0_and_cost_nothing(name, monkeypa
 
 @pytest.mark.parametrize("name", [name for name in DECODERS if PRESETS[name].greedy_filters])
 def test_presets_whose_published_loop_filters_greedy_rows_say_so(name):
-    assert {"dream", "dream-origin", "d2f", "rcr", "rnd1"} == {n for n, preset in PRESETS.items() if preset.greedy_filters}
+    assert {"dream", "dream-origin", "d2f", "rcr", "rnd1"} == {
+        n for n, preset in PRESETS.items() if preset.greedy_filters
+    }
     model, settings = toy(PRESETS[name].visibility), {"preset": name, "max_new_tokens": NEW, **options_of(name)}
     plain, filtered, told = (
         [row.tolist() for row in dlm_fast.generate(model, random_prompts(PROMPTS), **settings, **filters).confidence]

@@ -276,8 +276,8 @@ def random_case(seed: int, *, preset: str | None = None, rows: int | None = None
             p + [rng.choice((MASK, MASK, MASK, rng.choice(plain), EOS)) for _ in range(n)] for p, n in zip(prompts, new)
         ]
     elif visibility == "block":
-        # A near-tie is judged by replaying all that was decoded, so no output may be cut here; whole last blocks are what
-        # the transcriptions are for.
+        # A near-tie is judged by replaying all that was decoded, so no output may be cut here; whole last blocks are
+        # what the transcriptions are for.
         options["last_block"] = "crop"
     sampled = rng.random() < 0.35
     return Case(

@@ -380,8 +380,8 @@ def decode_block_causal(
     rule: str,
     **options: Any,
 ) -> Row:
-    """SDAR, TraDo, LLaDA2, Efficient-DLM, Stable-DiffCoder, BD3-LM: a block sees itself and what precedes it, everything recomputed at every
-    step.
+    """SDAR, TraDo, LLaDA2, Efficient-DLM, Stable-DiffCoder, BD3-LM: a block sees itself and what precedes it,
+    everything recomputed at every step.
 
     What precedes the block was committed by forwards of their own, in which positions saw their block and all earlier
     ones, or, with `causal_prefix`, only earlier positions. `cached` counts those: one of everything before the first

@@ -33,8 +33,9 @@ def decode_seeded(
     """Fast-dLLM v2 (sub-blocks), NBDiff and Nemotron (causal prompt and commits).
 
     Fast-dLLM v2 and NBDiff predict a position by the row before it, Nemotron by its own.
-    A prefill or commit's last row says what the next block begins with: greedily, or by a draw (Nemotron). Only masks of the leftmost sub-block
-    that has any are eligible. Without a sub-block cache the decoder is exact, and everything is recomputed here.
+    A prefill or commit's last row says what the next block begins with: greedily, or by a draw (Nemotron). Only masks
+    of the leftmost sub-block that has any are eligible. Without a sub-block cache the decoder is exact, and everything
+    is recomputed here.
 
     sub_block_cache: while the leftmost sub-block with masks begins with a token, and the block was computed once, only
     the sub-block is computed, against the block's last keys; its own new ones replace them.
