@@ -98,8 +98,7 @@ def choose(decode: Decode, step: Step, result: Result, view: View) -> Choice:
     choice = decode.forward.choose(step, result, view)
     for policy, memory in zip(decode.plan.preset.policies, decode.memory):
         choice = policy.choose(dataclasses.replace(view, memory=memory), choice)
-    preset = decode.plan.preset
-    if preset.rule == "factor" and preset.published_factor and not choice.exact:
+    if decode.plan.preset.takes_last_rank and not choice.exact:
         choice = with_last_rank(view, choice)
     if decode.plan.opens_at_row_before and step.bucket.kind == "refresh":
         choice = only_first_mask(view, choice)

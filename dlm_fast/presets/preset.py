@@ -220,6 +220,11 @@ class Preset:
         return self.rule == "entropy"
 
     @property
+    def takes_last_rank(self) -> bool:
+        """Whether the last position is written though it fails, if it alone does (Fast-dLLM's code)."""
+        return self.rule == "factor" and self.published_factor
+
+    @property
     def shadow(self) -> bool:
         """Whether a copy of the block, its shadow, verifies it (WINO)."""
         return any(policy.remask == "wino" for policy in self.policies)
