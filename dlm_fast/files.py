@@ -18,8 +18,9 @@ CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
 EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What is fetched of a repository of the Hub: weights and their index, configurations, chat templates, tokenizers.
-FETCHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
+# What is fetched of a repository of the Hub besides its weights: configurations, chat templates, tokenizers. Folders in
+# it are not.
+FETCHED = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -58,10 +59,13 @@ def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
     """The folder of a repository's snapshot in the local cache, fetched where the cache does not have it whole."""
     import huggingface_hub
 
-    wanted = {"repo_id": repository, "revision": revision, "allow_patterns": list(FETCHED)}
+    def fetch(*names: str, **options: bool) -> Path:
+        wanted = {"allow_patterns": [*FETCHED, *names], "ignore_patterns": ["*/*"], **options}
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, **wanted))
+
     named = repository if revision is None else f"{repository} at revision {revision}"
     try:
-        path = Path(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+        path = fetch(local_files_only=True)
         if _whole(path):
             return path
     except Exception:  # it is not in the cache, so that the Hub is asked
@@ -72,7 +76,10 @@ def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
             pickles = [name for name in names if Path(name).suffix in PICKLES]
             hint = f"; it has {', '.join(pickles[:4])}, and pickle checkpoints are never opened" if pickles else ""
             raise CheckpointError(f"load: {named} has no *.safetensors weights{hint}")
-        return Path(huggingface_hub.snapshot_download(**wanted))
+        folder = fetch()
+        if (folder / "model.safetensors.index.json").is_file():
+            return fetch(*(file.name for file in weight_files(folder)))
+        return fetch("model.safetensors", ADAPTER_WEIGHTS)
     except CheckpointError:
         raise
     except Exception as error:

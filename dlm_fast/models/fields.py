@@ -130,9 +130,12 @@ def llama_of_llada(fields: Fields) -> dict[str, Any]:
     fields.refuse("layer_norm_type", "rms")
     fields.refuse("activation_type", "silu")
     fields.refuse("rope", True)
-    for name in ("alibi", "attention_layer_norm", "input_emb_norm", "scale_logits", "include_bias", "clip_qkv"):
+    off = ("alibi", "attention_layer_norm", "input_emb_norm", "scale_logits", "include_bias", "bias_for_layer_norm")
+    for name in off:
         fields.refuse(name, False)
-    fields.refuse("bias_for_layer_norm", False)
+    # Llama has a bias in all four projections of attention or in none.
+    fields.refuse("include_qkv_bias", False)
+    fields.refuse("clip_qkv")
     width, heads = fields.need("d_model"), fields.need("n_heads")
     # `multi_query_attention` counts only where the number of key/value heads is not given.
     single = fields.get("multi_query_attention", False)
@@ -145,7 +148,6 @@ def llama_of_llada(fields: Fields) -> dict[str, Any]:
         "num_key_value_heads": fields.get("n_kv_heads") or (1 if single else heads),
         "max_position_embeddings": fields.need("max_sequence_length"),
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-5),
-        "attention_bias": fields.get("include_qkv_bias", False),
         "tie_word_embeddings": fields.get("weight_tying", False),
         **rotary(fields),
         **_ids(fields),

@@ -462,6 +462,7 @@ def test_a_folder_of_pickles_is_named(tmp_path):
         ("llada", "alibi", True),
         ("llada", "layer_norm_type", "default"),
         ("llada", "include_bias", True),
+        ("llada", "include_qkv_bias", True),
         ("llada", "rope", False),
         ("llada-moe", "qk_layernorm", False),
         ("llada-moe", "partial_rotary_factor", 0.5),
@@ -556,29 +557,31 @@ def test_an_id_that_is_not_cached_is_named_while_offline(tmp_path, hub):
 def test_only_weights_configurations_and_tokenizers_are_fetched(tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
     checkpoint = write("llada", tmp_path)
+    there = [path.name for path in checkpoint.folder.iterdir()]
+    names = [*there, "modeling.py", "weights.bin", "consolidated.safetensors", "onnx/model.json"]
+    fetched = set()
 
-    def snapshot(repo_id, *, revision, allow_patterns, local_files_only=False):
+    def snapshot(repo_id, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
+        assert (repo_id, revision) == ("GSAI-ML/LLaDA-8B-Instruct", "v1")
         if local_files_only:
             raise FileNotFoundError
-        asked.append((repo_id, revision, allow_patterns))
+        allowed = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        fetched.update(allowed)
         return str(checkpoint.folder)
 
-    names = [path.name for path in checkpoint.folder.iterdir()]
+    from huggingface_hub.utils import filter_repo_objects
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, revision=None: names)
     load("GSAI-ML/LLaDA-8B-Instruct", revision="v1")
-    ((repository, revision, patterns),) = asked
-    assert (repository, revision) == ("GSAI-ML/LLaDA-8B-Instruct", "v1")
-    kept = [name for name in [*names, "modeling.py", "weights.bin"] if any(Path(name).match(p) for p in patterns)]
-    assert any(name.endswith(".py") for name in names)
-    assert sorted(kept) == sorted(name for name in names if not name.endswith(".py"))
+    assert any(name.endswith(".py") for name in there) and any(name.endswith(".safetensors") for name in there)
+    assert sorted(fetched) == sorted(name for name in there if not name.endswith(".py"))
     names[:] = ["config.json", "pytorch_model.bin"]
     with pytest.raises(
         CheckpointError, match="has no .* weights; it has pytorch_model.bin, and pickle .* never opened"
     ):
-        load("GSAI-ML/LLaDA-8B-Instruct", revision="v2")
+        load("GSAI-ML/LLaDA-8B-Instruct", revision="v1")
 
 
 # Quantised weights
