@@ -23,6 +23,7 @@ from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
 from .files import CheckpointError  # noqa: E402
 from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
+from .inspection import inspect_checkpoint  # noqa: E402
 from .loading import load  # noqa: E402
 from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "explain",
     "generate",
     "handle_of",
+    "inspect_checkpoint",
     "load",
     "load_head",
     "patch",

@@ -5,6 +5,7 @@ peft applies an adapter whose names do not fit as nothing, and says nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CheckpointError, checkpoint_path, read_json, stored_tensors
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CheckpointError,
+    Stored,
+    checkpoint_path,
+    read_json,
+    stored_tensors,
+)
 from .models.family import Family
 
 _PREFIX = "base_model.model."
@@ -49,17 +58,7 @@ def adapter_files(adapter: str | Path, family: Family, config: Any, base: Iterab
         CheckpointError: a file is missing or corrupted, two tensors go to one place, or a module that
             adapter_config.json names has no tensors.
     """
-    path = Path(adapter)
-    if not path.is_dir():
-        try:
-            path = checkpoint_path(adapter, argument="adapter")
-        except CheckpointError as error:
-            if "/" not in str(adapter) or path.is_absolute():
-                raise _not_there(adapter, ADAPTER_CONFIG) from error
-            raise
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (path / name).is_file():
-            raise _not_there(adapter, name)
+    path = adapter_folder(adapter)
     stored = stored_tensors([path / ADAPTER_WEIGHTS])
     floats = ("F64", "F32", "F16", "BF16")
     wrong = [f"{name} {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in floats]
@@ -87,6 +86,90 @@ def adapter_files(adapter: str | Path, family: Family, config: Any, base: Iterab
     if isinstance(values.get("modules_to_save"), list):
         values["modules_to_save"] = [_module(family, config, name) for name in values["modules_to_save"]]
     return Lora(path, values, tensors)
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter, which has its configuration and its weights."""
+    path = Path(adapter)
+    if not path.is_dir():
+        try:
+            path = checkpoint_path(adapter, argument="adapter")
+        except CheckpointError as error:
+            if "/" not in str(adapter) or path.is_absolute():
+                raise _not_there(adapter, ADAPTER_CONFIG) from error
+            raise
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (path / name).is_file():
+            raise _not_there(adapter, name)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterAccount:
+    """Every tensor of an adapter and its place in the native model, by the headers alone.
+
+    Attributes:
+        path: the folder it was read from.
+        config: the values of adapter_config.json.
+        stored: the tensors of its file.
+        missing: native names of tensors that the adapter must have and has not.
+        unexpected: stored tensors for which the model has no module.
+        misshaped: stored tensors that do not fit their module, each with both shapes.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    stored: Mapping[str, Stored]
+    missing: list[str]
+    unexpected: list[str]
+    misshaped: list[str]
+
+
+def account_for_adapter(
+    adapter: str | Path, family: Family, config: Any, model: nn.Module, base: Iterable[str]
+) -> AdapterAccount:
+    """Where every tensor of an adapter goes; the arguments are those of `adapter_files`.
+
+    model: the native model, which may be without storage.
+    """
+    path = adapter_folder(adapter)
+    values, stored = read_json(path / ADAPTER_CONFIG), stored_tensors([path / ADAPTER_WEIGHTS])
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    targets: set[str] = set()
+    found: set[str] = set()
+    unexpected, misshaped = [], []
+    for name, tensor in sorted(stored.items()):
+        parts = family.parts(name.removeprefix(_PREFIX), config)
+        strange = [part for part, _, _ in parts if _weight(part) not in shapes]
+        if strange:
+            unexpected.append(f"{name} in {tensor.file.name}")
+            continue
+        found |= {_PREFIX + part for part, _, _ in parts}
+        targets |= {part.partition(".lora_")[0] for part, _, _ in parts if ".lora_" in part}
+        expected = _shape(parts, shapes)
+        if len(expected) != len(tensor.shape) or any(
+            size not in (None, got) for size, got in zip(expected, tensor.shape)
+        ):
+            wanted = ", ".join("rank" if size is None else str(size) for size in expected)
+            misshaped.append(f"{name} in {tensor.file.name} of shape {list(tensor.shape)}, expected [{wanted}]")
+    missing = sorted(_expected(values, targets, family, config, base) - found)
+    return AdapterAccount(path, values, stored, missing, unexpected, misshaped)
+
+
+def _weight(part: str) -> str:
+    """The native weight that a tensor of an adapter is for, by the tensor's native name."""
+    module, factor, _ = part.partition(".lora_")
+    return f"{module}.weight" if factor else part
+
+
+def _shape(parts: list[tuple[str, int | None, int | None]], shapes: Mapping[str, tuple[int, ...]]) -> list[int | None]:
+    """The shape of a stored tensor of an adapter that is these native parts; None stands for the adapter's rank."""
+    part, rows = parts[-1][0], sum(shapes[_weight(part)][0] for part, _, _ in parts)
+    if ".lora_A." in part:
+        return [None, shapes[_weight(part)][1]]
+    if ".lora_B." in part:
+        return [rows, None]
+    return [rows] if ".lora_" in part else list(shapes[part])
 
 
 def _expected(

@@ -1,4 +1,4 @@
-"""The command `dlm-fast` with its subcommands demo, generate, doctor, presets and compile-report."""
+"""The command `dlm-fast` with its subcommands demo, generate, inspect, doctor, presets and compile-report."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+# The flags that say how a model sees, which are fields of its `DiffusionConfig`.
+DIFFUSION_FLAGS = ("mask_token_id", "visibility", "block_alignment", "logits_row")
 # Flags of other decoders' commands, with the flags that mean the same here.
 FOREIGN_FLAGS = {
     "--steps": "--steps-per-block = steps / blocks",
@@ -78,6 +80,44 @@ class Parser(argparse.ArgumentParser):
         return " or ".join(longer or difflib.get_close_matches(name, known, 1))
 
 
+MODEL_HELP = "a folder, an id of the Hub such as GSAI-ML/LLaDA-8B-Instruct, or an embedded model such as tiny-full"
+BLOCK_LENGTH_HELP = "positions of a block, with --visibility block"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _opening_flags() -> Parser:
+    """The flags of the commands that open a checkpoint."""
+    flags = Parser(add_help=False)
+    group = flags.add_argument_group("the checkpoint")
+    group.add_argument("--revision", default=None, help="branch, tag or commit of a repository of the Hub")
+    group.add_argument(
+        "--adapter", default=None, help="a LoRA adapter to merge; none: without the one beside the weights"
+    )
+    group.add_argument("--dtype", default=None, help=f"{', '.join(DTYPES)} (default: as stored)")
+    group.add_argument("--mask-token-id", type=int, default=argparse.SUPPRESS, help="where no file says the mask's id")
+    group.add_argument("--visibility", default=argparse.SUPPRESS, help="full, or block with --block-length")
+    group.add_argument("--block-alignment", default=argparse.SUPPRESS, help="rel (behind the prompt) or abs")
+    group.add_argument("--logits-row", default=argparse.SUPPRESS, help="self or previous")
+    return flags
+
+
+def _opening(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load` that say what is opened and how the model sees, without the device."""
+    import torch
+
+    if args.dtype is not None and args.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {args.dtype!r}")
+    diffusion = {name: getattr(args, name) for name in DIFFUSION_FLAGS if hasattr(args, name)}
+    if diffusion.get("visibility") == "block" and hasattr(args, "block_length"):
+        diffusion["block_length"] = args.block_length  # a block-causal model must have one
+    return {
+        "revision": args.revision,
+        "diffusion": diffusion or None,
+        "dtype": None if args.dtype is None else getattr(torch, args.dtype),
+        "adapter": False if args.adapter == "none" else args.adapter,
+    }
+
+
 def _parser() -> Parser:
     # 1. What the subcommands share.
     parser = Parser(prog="dlm-fast", description="Fast, exact decoding of diffusion language models.")
@@ -88,6 +128,7 @@ def _parser() -> Parser:
     where = Parser(add_help=False)
     where.add_argument("--backend", default="auto", help="auto, triton or reference (default: auto)")
     where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    opened = _opening_flags()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     # 2. demo
@@ -101,11 +142,10 @@ def _parser() -> Parser:
     )
 
     # 3. generate
-    gen = commands.add_parser("generate", parents=[common, where], help="decode prompts with a checkpoint")
-    gen.add_argument(
-        "--model", required=True, help="checkpoint folder, or the name of an embedded model, e.g. tiny-full"
-    )
-    source = gen.add_mutually_exclusive_group(required=True)
+    gen = commands.add_parser("generate", parents=[common, where, opened], help="decode prompts with a checkpoint")
+    gen.add_argument("--model", required=True, help=MODEL_HELP)
+    prompts = gen.add_argument_group("prompts and results")
+    source = prompts.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated")
     source.add_argument(
         "--input",
@@ -113,32 +153,36 @@ def _parser() -> Parser:
         help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result '
         'repeats, and "max_new_tokens", "min_new_tokens" and "temperature" of the line',
     )
-    gen.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
-    gen.add_argument("--restart", action="store_true", help="discard what a broken run left instead of resuming it")
-    gen.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    gen.add_argument("--raw", action="store_true", help="give text prompts as they are, not through the chat template")
-    gen.add_argument("--preset", default=None, help="see `dlm-fast presets`")
-    gen.add_argument("--max-new-tokens", type=int, default=128)
-    gen.add_argument("--min-new-tokens", type=int, default=0)
-    gen.add_argument("--temperature", type=float, default=0.0)
-    gen.add_argument("--seed", type=int, default=0)
-    gen.add_argument("--stop-string", action="append", default=[], help="may be repeated")
-    gen.add_argument("--batch-size", type=int, default=16)
-    gen.add_argument(
-        "--adapter", default=None, help="folder of a LoRA adapter to merge; none: without the one beside the weights"
+    prompts.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
+    prompts.add_argument("--restart", action="store_true", help="discard what a broken run left, and do not resume it")
+    prompts.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    prompts.add_argument("--raw", action="store_true", help="give text prompts as they are, without the chat template")
+    prompts.add_argument("--batch-size", type=int, default=16, help="prompts decoded together (default: 16)")
+
+    decoding = gen.add_argument_group("decoding")
+    decoding.add_argument(
+        "--preset",
+        default=None,
+        help="a decoder of `dlm-fast presets` (default: the published one of the model's family, with its settings)",
     )
-    gen.add_argument("--dtype", default=None, help="bfloat16, float16 or float32 (default: as stored)")
-    for name, kind in OPTION_TYPES.items():
-        gen.add_argument(
-            "--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}"
-        )
-    gen.add_argument(
+    decoding.add_argument("--max-new-tokens", type=int, default=128, help="tokens behind a prompt (default: 128)")
+    decoding.add_argument("--min-new-tokens", type=int, default=0, help="tokens before which no text ends (default: 0)")
+    published = "(default: the family's published one where no --preset is given, else {})"
+    decoding.add_argument(
+        "--temperature", type=float, default=None, help=f"of the draws; 0 = greedy {published.format(0)}"
+    )
+    decoding.add_argument(
         "--top-k", type=int, default=0, help="draw among the k most likely tokens; 0 = all; not at temperature 0"
     )
-    gen.add_argument(
-        "--top-p", type=float, default=1.0, help="draw among the likeliest of this mass; 1 = all; not at temperature 0"
+    decoding.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        help=f"draw among the likeliest of this mass; 1 = all; not at temperature 0 {published.format(1)}",
     )
-    gen.add_argument(
+    decoding.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    decoding.add_argument("--stop-string", action="append", default=[], help="ends a text; may be repeated")
+    decoding.add_argument(
         "--set",
         type=_setting,
         action="append",
@@ -146,12 +190,33 @@ def _parser() -> Parser:
         metavar="NAME=VALUE",
         help="any option of the preset or its policies; may be repeated",
     )
-    gen.add_argument(
+    for name, kind in OPTION_TYPES.items():
+        decoding.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=f"replaces the preset's {name}"
+        )
+    decoding.add_argument(
         "--inclusive", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="score >= threshold"
     )
 
-    # 4. doctor, presets and compile-report
-    commands.add_parser("doctor", parents=[common, where], help="versions, GPU, which op runs where and why")
+    # 4. inspect
+    see = commands.add_parser(
+        "inspect",
+        parents=[common, opened],
+        help="what a checkpoint is, before it is loaded; --families: what opens",
+        description="What load would open and generate would use. No weights are read, and none are fetched. "
+        "The exit status is 1 where load or generate would refuse.",
+    )
+    see.add_argument("--block-length", type=int, default=argparse.SUPPRESS, help=BLOCK_LENGTH_HELP)
+    see.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    see.add_argument("--families", action="store_true", help="the support table instead of a model")
+    see.add_argument("--markdown", action="store_true", help="the table as docs/models.md, which is made by this")
+
+    # 5. doctor, presets and compile-report
+    doctor = commands.add_parser(
+        "doctor", parents=[common, where, opened], help="versions, GPU, which op runs where and why"
+    )
+    doctor.add_argument("--block-length", type=int, default=argparse.SUPPRESS, help=BLOCK_LENGTH_HELP)
+    doctor.add_argument("--model", default=None, help=f"load this one too: {MODEL_HELP}")
     table = commands.add_parser("presets", parents=[common], help="the table of decoders")
     table.add_argument("--markdown", action="store_true", help="as docs/decoders.md, which is made by this")
     report = commands.add_parser(
@@ -188,8 +253,6 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     """Decodes prompts with a checkpoint; returns the report of --json."""
-    import torch
-
     from . import jobs
     from .loading import load
     from .patching import handle_of
@@ -198,9 +261,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     # 1. Read the arguments.
     if args.input is not None and args.output is None:
         raise ValueError("--input needs --output")
-    dtypes = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if args.dtype not in dtypes:
-        raise ValueError(f"--dtype must be bfloat16, float16 or float32, got {args.dtype!r}")
+    opening = _opening(args)
     settings = {
         "preset": args.preset,
         "max_new_tokens": args.max_new_tokens,
@@ -216,8 +277,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input, settings)
 
     # 2. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
-    adapter = False if args.adapter == "none" else args.adapter
-    model = load(args.model, dtype=dtypes[args.dtype], backend=args.backend, device=args.device, adapter=adapter)
+    model = load(args.model, backend=args.backend, device=args.device, **opening)
     tokenizer = handle_of(model).tokenizer
     chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
 
@@ -240,6 +300,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    source = {"adapter": args.adapter, "revision": args.revision, "diffusion": opening["diffusion"]}
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("decoding", total=len(records))
         resumed = jobs.run(
@@ -252,7 +313,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
                 "model": args.model,
                 "dtype": args.dtype,
                 "raw": args.raw,
-                **({"adapter": args.adapter} if args.adapter else {}),
+                **{name: value for name, value in source.items() if value},
             },
             restart=args.restart,
             overwrite=args.overwrite,
@@ -262,6 +323,30 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(f"{len(records)} results in {args.output}" + (f" ({resumed} from the broken run)" if resumed else ""))
     return {"output": str(args.output), "records": len(records), "resumed": resumed}
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints what a checkpoint is, or the support table; returns the report of --json."""
+    from . import support
+    from .inspection import inspect_checkpoint, lines
+
+    # 1. The support table.
+    if args.families == (args.model is not None):
+        raise ValueError("give a model, or --families for the support table")
+    if args.markdown and not args.families:
+        raise ValueError("--markdown goes with --families")
+    if args.families:
+        if args.markdown and not args.json:
+            print(support.markdown(), end="")
+        elif not args.json:
+            print("\n".join(support.lines()))
+        return support.support()
+
+    # 2. One checkpoint.
+    report = inspect_checkpoint(args.model, **_opening(args))
+    if not args.json:
+        print("\n".join(lines(report)))
+    return report
 
 
 def _doctor(args: argparse.Namespace) -> dict[str, Any]:
@@ -301,6 +386,16 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
             report["embedded"][name] = explain(load(name, backend=args.backend, device=args.device))
         except NotImplementedError as error:  # the GPU has no kernels, which is what the report must say
             report["embedded"][name] = {"refused": str(error)}
+    report["model"] = None
+    if args.model is not None:
+        opening = _opening(args)
+        try:
+            report["model"] = explain(load(args.model, backend=args.backend, device=args.device, **opening))
+        except Exception as error:  # whatever keeps the model from opening is what the report must say
+            if args.debug:
+                raise
+            report["model"] = {"refused": str(error)}
+            report["refused"] = [str(error)]
 
     # 2. Print the facts.
     if not args.json:
@@ -313,13 +408,16 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
             if gpu
             else "GPU: none that torch can use"
         )
-        for name, facts in report["embedded"].items():
+        examined = {**report["embedded"], **({} if args.model is None else {args.model: report["model"]})}
+        for name, facts in examined.items():
             if "refused" in facts:
                 print(f"{name}: {facts['refused']}")
                 continue
             print(f"{name}: {facts['model']} on {facts['device']}, visibility {facts['visibility']}")
             for op, where in facts["ops"].items():
                 print(f"  {op:16}{where}  ({facts['reason']})")
+            for setting, row in facts["settings"].items() if name == args.model else ():
+                print(f"  {setting:16}{row['value']}  ({row['source']})")
     return report
 
 
@@ -364,6 +462,7 @@ def _compile_report(args: argparse.Namespace) -> dict[str, Any]:
 COMMANDS = {
     "demo": _demo,
     "generate": _generate,
+    "inspect": _inspect,
     "doctor": _doctor,
     "presets": _presets,
     "compile-report": _compile_report,
@@ -390,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.json:
         print(json.dumps(report))
-    return 1 if report.get("violations") else 0
+    return 1 if report.get("violations") or report.get("refused") else 0
 
 
 if __name__ == "__main__":

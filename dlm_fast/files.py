@@ -5,10 +5,13 @@ Only safetensors, JSON, chat templates and tokenizer files are ever read or fetc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,37 +60,95 @@ def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, ar
 
 def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
     """The folder of a repository's snapshot in the local cache, fetched where the cache does not have it whole."""
+    path = _cached(repository, revision)
+    if path is not None and _whole(path):
+        return path
+    with _asking_the_hub(repository, revision, argument, path):
+        folder = _fetch(repository, revision)
+        if (folder / "model.safetensors.index.json").is_file():
+            return _fetch(repository, revision, *(file.name for file in weight_files(folder)))
+        return _fetch(repository, revision, "model.safetensors", ADAPTER_WEIGHTS)
+
+
+def _fetch(repository: str, revision: str | None, *names: str, **options: bool) -> Path:
+    """Fetches what stands beside the weights of a repository, and the files `names`; the folder of the snapshot."""
     import huggingface_hub
 
-    def fetch(*names: str, **options: bool) -> Path:
-        wanted = {"allow_patterns": [*FETCHED, *names], "ignore_patterns": ["*/*"], **options}
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, **wanted))
+    wanted = {"allow_patterns": [*FETCHED, *names], "ignore_patterns": ["*/*"], **options}
+    return Path(huggingface_hub.snapshot_download(repository, revision=revision, **wanted))
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The folder of a repository's snapshot in the local cache, whole or not; None where there is none."""
+    try:
+        return _fetch(repository, revision, local_files_only=True)
+    except Exception:  # it is not in the cache, so that the Hub is asked
+        return None
+
+
+@contextlib.contextmanager
+def _asking_the_hub(repository: str, revision: str | None, argument: str, cached: Path | None) -> Iterator[None]:
+    """Checks that a repository has weights to fetch, and gives an error of the Hub the name of the repository."""
+    import huggingface_hub
 
     named = repository if revision is None else f"{repository} at revision {revision}"
-    try:
-        path = fetch(local_files_only=True)
-        if _whole(path):
-            return path
-    except Exception:  # it is not in the cache, so that the Hub is asked
-        path = None
     try:
         names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
         if not any(name.endswith(".safetensors") for name in names):
             pickles = [name for name in names if Path(name).suffix in PICKLES]
             hint = f"; it has {', '.join(pickles[:4])}, and pickle checkpoints are never opened" if pickles else ""
             raise CheckpointError(f"load: {named} has no *.safetensors weights{hint}")
-        folder = fetch()
-        if (folder / "model.safetensors.index.json").is_file():
-            return fetch(*(file.name for file in weight_files(folder)))
-        return fetch("model.safetensors", ADAPTER_WEIGHTS)
+        yield
     except CheckpointError:
         raise
     except Exception as error:
-        cached = "is no folder and not in the local cache" if path is None else "is not whole in the local cache"
+        state = "is no folder and not in the local cache" if cached is None else "is not whole in the local cache"
         raise CheckpointError(
-            f"load: {argument}={named!r} {cached}, and the Hub cannot be asked for it: {type(error).__name__}: "
+            f"load: {argument}={named!r} {state}, and the Hub cannot be asked for it: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"
         ) from error
+
+
+@contextlib.contextmanager
+def described(name_or_path: str | Path, revision: str | None = None) -> Iterator[Path]:
+    """The folder of a checkpoint for those who read no weights: nothing but headers is fetched of a repository's
+    weights. The arguments are those of `checkpoint_path`.
+
+    What the cache does not hold whole stands in a temporary folder of the repository's name, in which a file of weights
+    is its header, and behind the header a hole of the size of the weights.
+    """
+    repository = str(name_or_path)
+    of_the_hub = isinstance(name_or_path, str) and _HUB_ID.fullmatch(repository) is not None
+    if not of_the_hub or Path(repository).exists():
+        yield checkpoint_path(name_or_path, revision)
+        return
+    path = _cached(repository, revision)
+    if path is not None and _whole(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name_of(repository)
+        with _asking_the_hub(repository, revision, "path", path):
+            _fetch_headers(repository, revision, folder)
+        yield folder
+
+
+def _fetch_headers(repository: str, revision: str | None, folder: Path) -> None:
+    """Writes a repository's files into a folder, those of its weights as headers over holes."""
+    import huggingface_hub
+
+    shutil.copytree(_fetch(repository, revision), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = huggingface_hub.HfApi().get_safetensors_metadata(repository, revision=revision)
+    for name, header in found.files_metadata.items():
+        tensors = {
+            tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for tensor, info in header.tensors.items()
+        }
+        text = json.dumps(tensors).encode()
+        with (folder / Path(name).name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            size = max((info["data_offsets"][1] for info in tensors.values()), default=0)
+            file.truncate(8 + len(text) + size)
 
 
 def _whole(path: Path) -> bool:

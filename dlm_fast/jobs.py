@@ -93,6 +93,20 @@ def _of_line(record: dict[str, Any], settings: Mapping[str, Any], name: str) -> 
     return record.get(name, LINE_SETTINGS[name] if value is None else value)
 
 
+def settled(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job with those that it leaves to the model, as `generate` would find them.
+
+    Where no preset is named, that is the published decoder of the model's family with its settings.
+    """
+    known = handle_of(model).settings
+    decoder = known.decoder if known is not None and settings.get("preset") is None else None
+    found = dict(settings) if decoder is None else {**decoder.options, **settings, "preset": decoder.preset}
+    for name, default in (("temperature", 0.0), ("top_p", 1.0)):
+        if found.get(name) is None:
+            found[name] = default if decoder is None else getattr(decoder, name)
+    return found
+
+
 def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Raises JobError for the first line whose temperature the decoder refuses."""
     options = {name: value for name, value in settings.items() if name not in ARGUMENTS}
@@ -104,7 +118,7 @@ def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict
                 preset,
                 [_of_line(record, settings, "temperature")],
                 settings.get("top_k", 0),
-                settings.get("top_p", 1.0),
+                settings["top_p"],
             )
         except ValueError as error:
             raise JobError(f"the line of index {index}: {error}") from error
@@ -177,7 +191,8 @@ def run(
         model: as for `generate`.
         records: lines as `read_prompts` returns them, each with its own settings.
         output: the file to write.
-        settings: keyword arguments of `generate`.
+        settings: keyword arguments of `generate`. What they leave to the model is settled first, so that the header
+            of the partial file holds what the run was decoded with.
         batch_size: how many records are decoded together.
         source: what else the lines depend on, as plain data (the model's path, for example). A run is resumed only if
             its settings and its source are those of the broken run.
@@ -196,6 +211,7 @@ def run(
         raise JobError(f"--output {output} exists; use --overwrite to replace it")
     if batch_size < 1:
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
+    settings = settled(model, settings)
     digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
     header = json.loads(json.dumps({"input": digest, "settings": settings, **(source or {})}))
     _check_draws(model, records, settings)

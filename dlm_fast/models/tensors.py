@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ def account_for(family: Family, config: Any, model: nn.Module, stored: Mapping[s
     shapes, optional = expected_tensors(model)
     stacked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if _STACK.match(name)}
     parts: dict[str, Part] = {}
+    wrong: set[str] = set()
     unexpected, misshaped = [], []
     for name in sorted(stored):
         if name.endswith(_FREQUENCIES):
@@ -139,18 +140,19 @@ def account_for(family: Family, config: Any, model: nn.Module, stored: Mapping[s
                 unexpected.append(str(part))
             elif part.shape != expected or (start is not None and stop > part.stored.shape[0]):
                 misshaped.append(f"{part} of shape {list(part.shape)}, expected {list(expected)}")
+                wrong.add(native)
             else:
                 parts[native] = part
         rows = family.parts(name, config)[-1][2]
         if rows is not None and stored[name].shape and stored[name].shape[0] != rows:
             misshaped.append(f"{name} in {stored[name].file.name} of {stored[name].shape[0]} rows, expected {rows}")
-    named = {*parts, *(_expert_names(shapes, parts))}
-    missing = sorted(set(shapes) - named - optional) if not misshaped else []
+    named = {*parts, *wrong, *_expert_names(shapes, {*parts, *wrong})}
+    missing = sorted(set(shapes) - named - optional)
     buffers = frozenset(name for name, _ in model.named_buffers())
     return Account(parts, missing, unexpected, misshaped, buffers)
 
 
-def _expert_names(shapes: Mapping[str, Any], parts: Mapping[str, Part]) -> set[str]:
+def _expert_names(shapes: Mapping[str, Any], parts: Iterable[str]) -> set[str]:
     """The names of single experts whose stack is stored as a whole."""
     found: set[str] = set()
     for name in parts:

@@ -92,7 +92,8 @@ def test_an_adapter_beside_the_weights_needs_a_word(tmp_path, capsys):
         (["--backend", "cuda"], "backend must be one of auto, triton, reference or an Ops, got backend='cuda'"),
         (
             ["--model", "nowhere"],
-            f"path must be a checkpoint folder or one of {', '.join(files.EMBEDDED)}, got 'nowhere'",
+            f"path must be a checkpoint folder, an id of the Hub (owner/name) or one of {', '.join(files.EMBEDDED)}, "
+            "got 'nowhere'",
         ),
     ],
 )

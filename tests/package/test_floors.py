@@ -17,7 +17,7 @@ FLOORS = (
     ("presets",),
     ("decoding",),
     ("prompts", "stops", "stopper", "requests", "adapters", "loading", "generate"),
-    ("tiny", "jobs", "cli", "training", "__main__", "__init__"),
+    ("tiny", "jobs", "inspection", "support", "cli", "training", "__main__", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
