@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published
 import pytest
 from commands import error_of, run
 from helpers import save_toy_checkpoint
@@ -40,6 +41,89 @@ def test_prompts_on_the_command_line_are_answered_on_stdout(checkpoint, capsys):
     assert status == 0 and report["preset"] == "llada" and [r["index"] for r in report["results"]] == [0, 1]
     status, out, _ = run(argv, capsys)
     assert status == 0 and out == "".join(r["text"] + "\n" for r in report["results"])
+
+
+def test_a_published_model_is_decoded_by_its_familys_decoder_and_settings(tmp_path, capsys):
+    published.write("dream", tmp_path)
+    argv = [
+        "generate",
+        "--model",
+        str(tmp_path),
+        "--prompt",
+        "ab",
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    model = dlm_fast.load(tmp_path, device="cpu")
+    chat = [[{"role": "user", "content": "ab"}]]
+    settings = {"temperature": 0.2, "top_p": 0.95}
+    for flags, arguments in (
+        ([], {"preset": "dream", **settings}),
+        (["--temperature", "0"], {"preset": "dream", **settings, "temperature": 0}),
+        (["--top-p", "1"], {"preset": "dream", **settings, "top_p": 1.0}),
+        (["--preset", "dream"], {"preset": "dream"}),
+        (["--preset", "llada"], {"preset": "llada"}),
+    ):
+        report = json.loads(run([*argv, *flags], capsys)[1])
+        expected = dlm_fast.generate(model, chat, max_new_tokens=6, **arguments)
+        assert (report["preset"], report["results"][0]["ids"]) == (arguments["preset"], expected.sequences[0].tolist())
+
+
+def test_flags_say_how_a_model_sees_where_no_file_does(tmp_path, capsys):
+    save_toy_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    mask = config.pop("dlm")["mask_token_id"]
+    path.write_text(json.dumps(config))
+    argv = ["generate", "--model", str(tmp_path), "--prompt", "abc", "--max-new-tokens", "5", "--device", "cpu"]
+    assert "config.json has no 'dlm' section" in error_of(argv, capsys)
+    diffusion = {"mask_token_id": mask, "visibility": "block", "block_length": 2, "block_alignment": "abs"}
+    flags = ["--mask-token-id", str(mask), "--visibility", "block", "--block-length", "2", "--block-alignment", "abs"]
+    for row in ("self", "previous"):
+        model = dlm_fast.load(tmp_path, device="cpu", diffusion={**diffusion, "logits_row": row})
+        expected = dlm_fast.generate(model, [[{"role": "user", "content": "abc"}]], max_new_tokens=5)
+        report = json.loads(run([*argv, *flags, "--logits-row", row, "--json"], capsys)[1])
+        assert (report["preset"], report["results"][0]["ids"]) == ("sdar", expected.sequences[0].tolist())
+    assert "visibility must be one of full, block, got visibility='sideways'" in error_of(
+        [*argv, *flags[:2], "--visibility", "sideways"], capsys
+    )
+
+
+def test_a_repository_of_the_hub_is_opened_by_its_id_and_revision(tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+
+    save_toy_checkpoint(tmp_path)
+    asked = []
+
+    def snapshot(repo_id, *, revision=None, allow_patterns=None, local_files_only=False):
+        asked.append((repo_id, revision, local_files_only))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    argv = ["--prompt", "abc", "--max-new-tokens", "5", "--device", "cpu"]
+    status, _, _ = run(["generate", "--model", "somebody/model", "--revision", "v1", *argv], capsys)
+    assert status == 0 and asked == [("somebody/model", "v1", True)]
+    assert "revision is for repositories of the Hub, got 'v1'" in error_of(
+        ["generate", "--model", str(tmp_path), "--revision", "v1", *argv], capsys
+    )
+
+
+def test_the_doctor_examines_a_checkpoint_too(checkpoint, tmp_path, capsys):
+    argv = ["doctor", "--device", "cpu", "--model"]
+    status, out, _ = run([*argv, str(checkpoint), "--json"], capsys)
+    report = json.loads(out)
+    assert status == 0 and report["model"] == dlm_fast.explain(dlm_fast.load(checkpoint, device="cpu"))
+    assert list(report["embedded"]) == list(files.EMBEDDED)
+    status, out, _ = run([*argv, str(checkpoint)], capsys)
+    assert status == 0 and f"{checkpoint}: LlamaForCausalLM on cpu, visibility full" in out
+    assert "(config.json, section dlm)" in out
+    # What keeps a checkpoint from opening is what the doctor says.
+    status, out, error = run([*argv, str(tmp_path)], capsys)
+    assert status == 1 and f"{tmp_path}: load: {tmp_path} has no config.json" in out and error == ""
+    assert json.loads(run([*argv, str(tmp_path), "--json"], capsys)[1])["model"]["refused"].endswith("no config.json")
 
 
 def test_a_text_prompt_goes_through_the_chat_template_unless_raw(checkpoint, capsys):

@@ -7,12 +7,13 @@ import json
 import os
 from pathlib import Path
 
+import published
 import pytest
 from commands import error_of, run
 from helpers import MASK, Synced, save_toy_checkpoint
 
 import dlm_fast
-from dlm_fast import jobs
+from dlm_fast import cli, jobs
 
 
 class Interrupted(Exception):
@@ -351,3 +352,45 @@ def test_a_line_ends_where_a_line_of_json_does(command, prompts, tmp_path, capsy
     lines = (tmp_path / "out.jsonl").read_bytes().decode().split("\n")[:-1]
     assert [json.loads(line).get("meta") for line in lines] == [meta, None]
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_line_without_a_temperature_has_that_of_the_published_decoder(tmp_path, capsys, monkeypatch):
+    checkpoint = published.write("dream", tmp_path / "dream")
+    records = [{"prompt": [6, 40]}, {"prompt": [7, 41], "temperature": 0.0}, {"prompt": [8, 42], "temperature": 1.5}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    output = tmp_path / "out.jsonl"
+    argv = ["generate", "--model", str(checkpoint.folder), "--input", str(tmp_path / "in.jsonl"), "--output"]
+    argv += [str(output), "--max-new-tokens", "8", "--device", "cpu"]
+    break_after(monkeypatch, 0, Interrupted())
+    with pytest.raises(Interrupted):
+        cli.main([*argv, "--debug"])
+    monkeypatch.undo()
+    # The header says what is decoded with, also what nobody asked for.
+    header = json.loads(output.with_name("out.jsonl.partial").read_text().splitlines()[0])["settings"]
+    assert (header["preset"], header["temperature"], header["top_p"]) == ("dream", 0.2, 0.95)
+    assert run(argv, capsys)[0] == 0
+    model = dlm_fast.load(checkpoint.folder, device="cpu")
+    prompts = [record["prompt"] for record in records]
+    expected = dlm_fast.generate(model, prompts, max_new_tokens=8, temperature=[0.2, 0.0, 1.5])
+    found = [json.loads(line)["ids"] for line in output.read_text().splitlines()]
+    assert found == [ids.tolist() for ids in expected.sequences] and found != []
+    # Another temperature is another job.
+    break_after(monkeypatch, 0, Interrupted())
+    with pytest.raises(Interrupted):
+        cli.main([*argv, "--overwrite", "--debug"])
+    monkeypatch.undo()
+    message = error_of([*argv, "--overwrite", "--temperature", "0.3"], capsys)
+    assert "is from a run with other settings" in message
+
+
+def test_a_line_that_the_published_decoder_cannot_draw_is_refused_at_the_start(tmp_path, capsys):
+    save_toy_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["dlm"]["decoder"] = {"preset": "freedave", "options": {}, "temperature": 0.0, "top_p": 1.0}
+    path.write_text(json.dumps(config))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "abc", "temperature": 1.0}\n')
+    argv = ["generate", "--model", str(tmp_path), "--input", str(tmp_path / "in.jsonl"), "--device", "cpu", "--output"]
+    message = error_of([*argv, str(tmp_path / "out.jsonl")], capsys)
+    assert "the line of index 1: generate: drafts are lossless for greedy decoding only" in message
+    assert not list(tmp_path.glob("out*"))
