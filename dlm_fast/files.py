@@ -138,17 +138,20 @@ def _fetch_headers(repository: str, revision: str | None, folder: Path) -> None:
     import huggingface_hub
 
     shutil.copytree(_fetch(repository, revision), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    found = huggingface_hub.HfApi().get_safetensors_metadata(repository, revision=revision)
-    for name, header in found.files_metadata.items():
+    if not (folder / "config.json").is_file():
+        return  # an adapter, or no model at all, as who reads the folder says
+    index = folder / "model.safetensors.index.json"
+    for file in weight_files(folder) if index.is_file() else [folder / "model.safetensors"]:
+        header = huggingface_hub.HfApi().parse_safetensors_file_metadata(repository, file.name, revision=revision)
         tensors = {
             tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for tensor, info in header.tensors.items()
         }
         text = json.dumps(tensors).encode()
-        with (folder / Path(name).name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+        with file.open("wb") as written:
+            written.write(len(text).to_bytes(8, "little") + text)
             size = max((info["data_offsets"][1] for info in tensors.values()), default=0)
-            file.truncate(8 + len(text) + size)
+            written.truncate(8 + len(text) + size)
 
 
 def _whole(path: Path) -> bool:

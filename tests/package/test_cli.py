@@ -98,7 +98,7 @@ def test_a_repository_of_the_hub_is_opened_by_its_id_and_revision(tmp_path, caps
     save_toy_checkpoint(tmp_path)
     asked = []
 
-    def snapshot(repo_id, *, revision=None, allow_patterns=None, local_files_only=False):
+    def snapshot(repo_id, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
         asked.append((repo_id, revision, local_files_only))
         return str(tmp_path)
 

@@ -144,33 +144,25 @@ def test_a_repository_that_is_not_cached_is_described_by_its_headers(tmp_path, m
 
     checkpoint, fetched = write("sdar", tmp_path, block_size=None), []
 
-    def snapshot(repo_id, *, revision=None, allow_patterns, local_files_only=False):
+    def snapshot(repo_id, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
         if local_files_only:
             raise FileNotFoundError
         fetched.extend(allow_patterns)
-        folder = tmp_path / "snapshot"
         ignored = shutil.ignore_patterns("*.safetensors", "*.py")
-        shutil.copytree(checkpoint.folder, folder, ignore=ignored, dirs_exist_ok=True)
-        return str(folder)
+        return str(shutil.copytree(checkpoint.folder, tmp_path / "snapshot", ignore=ignored, dirs_exist_ok=True))
 
-    def metadata(self, repo_id, *, revision=None):
-        found = {}
-        for file in checkpoint.folder.glob("*.safetensors"):
-            size = int.from_bytes(file.read_bytes()[:8], "little")
-            header = json.loads(file.read_bytes()[8 : 8 + size])
-            header.pop("__metadata__")
-            rows = {name: types.SimpleNamespace(**row) for name, row in header.items()}
-            found[file.name] = types.SimpleNamespace(tensors=rows)
-        return types.SimpleNamespace(files_metadata=found)
+    def header(self, repo_id, filename, *, revision):
+        data = (checkpoint.folder / filename).read_bytes()
+        found = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        rows = {name: types.SimpleNamespace(**row) for name, row in found.items() if name != "__metadata__"}
+        return types.SimpleNamespace(tensors=rows)
 
+    names = [path.name for path in checkpoint.folder.iterdir()]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    api = huggingface_hub.HfApi
-    monkeypatch.setattr(
-        api, "list_repo_files", lambda self, repo_id, revision=None: [p.name for p in checkpoint.folder.iterdir()]
-    )
-    monkeypatch.setattr(api, "get_safetensors_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo_id, revision=None: names)
+    monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", header)
     report = inspect_checkpoint("JetLM/SDAR-4B-Chat-b8", revision="v1")
-    assert fetched and not [pattern for pattern in fetched if "safetensors" in pattern and "index" not in pattern]
+    assert fetched and not [pattern for pattern in fetched if Path("model-00001-of-00002.safetensors").match(pattern)]
     assert report["checkpoint"] == "JetLM/SDAR-4B-Chat-b8 at revision v1"
     # The name of the repository is that of the checkpoint, wherever its files stand.
     assert report["settings"]["block_length"] == {"value": 8, "source": "the name 'SDAR-4B-Chat-b8'"}
@@ -178,12 +170,17 @@ def test_a_repository_that_is_not_cached_is_described_by_its_headers(tmp_path, m
     for name in ("family", "model", "tensors", "unread"):
         assert report[name] == local[name]
     assert report["memory"]["weights"] == local["memory"]["weights"]
-    # Nothing of it is left where a file is broken on its way.
-    monkeypatch.setattr(api, "get_safetensors_metadata", lambda self, repo_id, revision=None: 1 / 0)
-    message = (
-        "path='JetLM/SDAR-4B-Chat' is no folder and not in the local cache, and the Hub cannot be asked"
+    # A repository of an adapter is told as `load` tells a folder of one.
+    (checkpoint.folder / "config.json").unlink()
+    (tmp_path / "snapshot" / "config.json").unlink()
+    published.write_adapter(checkpoint, checkpoint.folder)
+    assert "is an adapter of" in error_of(["inspect", "JetLM/SDAR-D2F"], capsys)
+    (checkpoint.folder / "config.json").write_text("{}")
+    # What breaks on its way is one line.
+    monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", lambda *args, **kwargs: 1 / 0)
+    assert "path='JetLM/SDAR-4B-Chat' is no folder and not in the local cache, and the Hub cannot be asked" in error_of(
+        ["inspect", "JetLM/SDAR-4B-Chat"], capsys
     )
-    assert message in error_of(["inspect", "JetLM/SDAR-4B-Chat"], capsys)
 
 
 # What is wrong is counted and named
