@@ -255,7 +255,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
             with safe_open(file, framework="pt") as weights:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}
                 found = {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # a RuntimeError where memory cannot map the file
             raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
         duplicates = sorted(found.keys() & tensors.keys())
         if duplicates:

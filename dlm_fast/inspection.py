@@ -289,7 +289,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     family, model, decoder, memory = (report[name] for name in ("family", "model", "decoder", "memory"))
     yield report["checkpoint"]
     yield from _row("family", f"{family['name']} ({family['told_by']})")
-    yield from _row("proved", family["proof"] or "nothing")
+    yield from _row("proved", f"{family['proof']}; with tiny random checkpoints" if family["proof"] else "nothing")
     if family["unproven"]:
         yield from _row("unproven", family["unproven"])
     experts = f", {model['experts_per_token']} of {model['experts']} experts a token" if model["experts"] else ""
@@ -312,6 +312,11 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"preset {decoder['preset']}{options}, temperature {decoder['temperature']:g}, top_p {decoder['top_p']:g} "
         f"({decoder['source']})",
     )
+    if decoder["cache"] is not None:
+        yield from _row(
+            "",
+            f"schedule {decoder['schedule']}, rule {decoder['rule']}, cache {decoder['cache']}; {decoder['exactness']}",
+        )
     yield from _row("tensors", _tensor_text(report))
     for kind in KINDS:
         for name in report["tensors"][kind]["names"]:
