@@ -110,27 +110,26 @@ def _asking_the_hub(repository: str, revision: str | None, argument: str, cached
 
 
 @contextlib.contextmanager
-def described(name_or_path: str | Path, revision: str | None = None) -> Iterator[Path]:
-    """The folder of a checkpoint for those who read no weights: nothing but headers is fetched of a repository's
-    weights. The arguments are those of `checkpoint_path`.
+def described(name_or_path: str | Path, revision: str | None = None) -> Iterator[tuple[str | Path, str | None]]:
+    """What to open, and at which revision, for those who read no weights: nothing but headers is fetched of a
+    repository's weights. The arguments are those of `checkpoint_path`.
 
     What the cache does not hold whole stands in a temporary folder of the repository's name, in which a file of weights
     is its header, and behind the header a hole of the size of the weights.
     """
-    repository = str(name_or_path)
-    of_the_hub = isinstance(name_or_path, str) and _HUB_ID.fullmatch(repository) is not None
-    if not of_the_hub or Path(repository).exists():
-        yield checkpoint_path(name_or_path, revision)
+    of_the_hub = isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) is not None
+    if not of_the_hub or Path(name_or_path).exists():
+        yield name_or_path, revision
         return
-    path = _cached(repository, revision)
+    path = _cached(name_or_path, revision)
     if path is not None and _whole(path):
-        yield path
+        yield name_or_path, revision
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / name_of(repository)
-        with _asking_the_hub(repository, revision, "path", path):
-            _fetch_headers(repository, revision, folder)
-        yield folder
+        folder = Path(temporary) / name_of(name_or_path)
+        with _asking_the_hub(name_or_path, revision, "path", path):
+            _fetch_headers(name_or_path, revision, folder)
+        yield folder, None
 
 
 def _fetch_headers(repository: str, revision: str | None, folder: Path) -> None:

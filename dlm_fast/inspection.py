@@ -62,8 +62,8 @@ def inspect_checkpoint(
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"inspect: adapter must be a folder, False or None, got adapter={adapter!r}")
     hints = name_of(adapter) if adapter else ""
-    with described(path_or_id, revision) as folder:
-        found = open_checkpoint(folder, diffusion=diffusion, hints=hints)
+    with described(path_or_id, revision) as (source, at):
+        found = open_checkpoint(source, revision=at, diffusion=diffusion, hints=hints)
         account, model = found.account(), empty_model(found.family.native, found.config)
         tensors = _tensors(found, account)
         added = None if not adapter else _adapter(adapter, found, model)

@@ -183,6 +183,24 @@ def test_a_repository_that_is_not_cached_is_described_by_its_headers(tmp_path, m
     )
 
 
+def test_a_repository_that_is_cached_is_told_by_its_name_and_not_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    checkpoint = write("sdar", tmp_path, block_size=None)
+
+    def snapshot(repo_id, *, revision, allow_patterns, ignore_patterns, local_files_only=False):
+        assert local_files_only
+        return str(checkpoint.folder)  # which has not the repository's name, like every snapshot in the cache
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    report = inspect_checkpoint("JetLM/SDAR-4B-Chat-b16", revision="v1")
+    assert report["settings"]["block_length"] == {"value": 16, "source": "the name 'SDAR-4B-Chat-b16'"}
+    with pytest.raises(CheckpointError, match="revision is for repositories of the Hub"):
+        inspect_checkpoint(checkpoint.folder, revision="v1")
+    with pytest.raises(CheckpointError, match="path must be a checkpoint folder, an id of the Hub"):
+        inspect_checkpoint(tmp_path / "nowhere")
+
+
 # What is wrong is counted and named
 
 
