@@ -109,6 +109,26 @@ class DiffusionConfig:
         return cls(**{name: values[name] for name in known if name in values})
 
 
+def given_fields(diffusion: Any) -> dict[str, Any]:
+    """The fields of `DiffusionConfig` that an argument `diffusion` gives: a configuration, some fields, or nothing.
+
+    Raises TypeError for another type, and ValueError for a field that the class does not have.
+    """
+    if diffusion is None:
+        return {}
+    if isinstance(diffusion, DiffusionConfig):
+        return dataclasses.asdict(diffusion)
+    if not isinstance(diffusion, Mapping):
+        raise TypeError(
+            f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion={diffusion!r}"
+        )
+    known = [field.name for field in dataclasses.fields(DiffusionConfig)]
+    unknown = sorted(set(diffusion) - set(known))
+    if unknown:
+        raise ValueError(f"load: diffusion must hold fields of DiffusionConfig ({', '.join(known)}), got {unknown}")
+    return dict(diffusion)
+
+
 def check_vocabulary(diffusion: DiffusionConfig, vocab_size: int) -> None:
     """Raises ValueError unless a vocabulary of `vocab_size` ids holds the mask and every EOS.
 

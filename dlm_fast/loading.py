@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .adapters import adapt, adapter_files
-from .diffusion import DiffusionConfig, check_vocabulary
+from .diffusion import DiffusionConfig, check_vocabulary, given_fields
 from .files import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -35,7 +35,7 @@ from .files import (
     weight_files,
 )
 from .models.families import NATIVE, family_of
-from .models.family import FACTS, Family
+from .models.family import Family
 from .models.settings import Places, Settings, settle
 from .models.tensors import Account, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
@@ -151,7 +151,7 @@ def open_checkpoint(
 
     hints: the name of an adapter that will be merged, which may say how the model is decoded.
     """
-    given = _given(diffusion)
+    given = given_fields(diffusion)
     path = checkpoint_path(path_or_id, revision)
     name = name_of(path_or_id)
     values = read_config(path)
@@ -172,22 +172,6 @@ def open_checkpoint(
     _name_mask(tokenizer, settings.diffusion.mask_token_id)
     config.dlm = settings.section()
     return Checkpoint(path, name, family, config, values, settings, tokenizer, stored, unread)
-
-
-def _given(diffusion: Any) -> dict[str, Any]:
-    """The fields of the argument `diffusion` that the call gives."""
-    if diffusion is None:
-        return {}
-    if isinstance(diffusion, DiffusionConfig):
-        return dataclasses.asdict(diffusion)
-    if not isinstance(diffusion, Mapping):
-        raise TypeError(
-            f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion={diffusion!r}"
-        )
-    unknown = sorted(set(diffusion) - set(FACTS))
-    if unknown:
-        raise ValueError(f"load: diffusion must hold fields of DiffusionConfig ({', '.join(FACTS)}), got {unknown}")
-    return dict(diffusion)
 
 
 def _stretch(config: Any, scale: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,37 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.name} in {self.stored.file.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The weight of a single expert in a native stack.
+
+    Attributes:
+        name: name of the weight where experts are stored one by one.
+        expert: number of the expert.
+        start, stop: the weight's rows in the expert's part of the stack.
+    """
+
+    name: str
+    expert: int
+    start: int
+    stop: int
+
+
+def pieces_of_stack(name: str, shape: tuple[int, ...]) -> list[Piece]:
+    """The weights of single experts that a native tensor stacks; none where the tensor is no stack."""
+    stack = _STACK.match(name)
+    if stack is None:
+        return []
+    experts, kind = stack.groups()
+    names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    rows = shape[1] // len(names)
+    return [
+        Piece(f"{experts}.{expert}.{part}.weight", expert, index * rows, (index + 1) * rows)
+        for expert in range(shape[0])
+        for index, part in enumerate(names)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +129,10 @@ def expected_tensors(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], set[
     out because they are tied to others. Experts are stored one by one, as everybody publishes them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
-        stack = _STACK.match(name)
-        if stack is None:
+        pieces = pieces_of_stack(name, tuple(tensor.shape))
+        shapes |= {piece.name: (piece.stop - piece.start, tensor.shape[-1]) for piece in pieces}
+        if not pieces:
             shapes[name] = tuple(tensor.shape)
-            continue
-        experts, kind = stack.groups()
-        count, rows, columns = tensor.shape
-        names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-        for expert in range(count):
-            for part in names:
-                shapes[f"{experts}.{expert}.{part}.weight"] = (rows // len(names), columns)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return shapes, set(tied)
 
@@ -146,23 +171,11 @@ def account_for(family: Family, config: Any, model: nn.Module, stored: Mapping[s
         rows = family.parts(name, config)[-1][2]
         if rows is not None and stored[name].shape and stored[name].shape[0] != rows:
             misshaped.append(f"{name} in {stored[name].file.name} of {stored[name].shape[0]} rows, expected {rows}")
-    named = {*parts, *wrong, *_expert_names(shapes, {*parts, *wrong})}
-    missing = sorted(set(shapes) - named - optional)
+    placed = {*parts, *wrong}
+    placed |= {piece.name for name in placed & stacked.keys() for piece in pieces_of_stack(name, stacked[name])}
+    missing = sorted(set(shapes) - placed - optional)
     buffers = frozenset(name for name, _ in model.named_buffers())
     return Account(parts, missing, unexpected, misshaped, buffers)
-
-
-def _expert_names(shapes: Mapping[str, Any], parts: Iterable[str]) -> set[str]:
-    """The names of single experts whose stack is stored as a whole."""
-    found: set[str] = set()
-    for name in parts:
-        stack = _STACK.match(name)
-        if stack is not None:
-            experts, kind = stack.groups()
-            projections = "gate_proj|up_proj" if kind == "gate_up_proj" else "down_proj"
-            pattern = re.compile(rf"{re.escape(experts)}\.\d+\.({projections})\.weight$")
-            found |= {other for other in shapes if pattern.match(other)}
-    return found
 
 
 class Slice:
