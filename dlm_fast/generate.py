@@ -154,7 +154,8 @@ def generate(
             a cut certain. Stop strings cost a host read per step.
         banned_token_ids: ids that are never drawn. The mask id is always banned.
         eos_token_ids: ids that end a text. Default: those of the model's diffusion configuration.
-        tokenizer: what encodes prompts and decodes responses. Default: the tokenizer that `load` found.
+        tokenizer: what encodes prompts and decodes responses. Default: the tokenizer that `load` found or that `patch`
+            was given.
         on_step: a function that is called with the state after every step, and that may read tensors on the host. The
             state's canvases hold whole last blocks where the preset decodes whole ones.
         **options: options of the preset that the call replaces, such as block_length, cache, rule or threshold;
@@ -168,7 +169,8 @@ def generate(
         TypeError: an argument is of a wrong type, with the same kind of message.
         NotImplementedError: the preset needs a model family that is not here yet.
         DecodeError: the model's logits hold NaN, or a policy makes no progress. The error holds what was decoded.
-        RuntimeError: the patch is not in place any more, so that a layer did not attend through our op.
+        RuntimeError: the patch is not in place any more, so that a layer did not attend through our op; or a parameter
+            of a model with a native twin was replaced.
     """
     # 1. Check what does not depend on the model, and that the model is ready to decode.
     if preset is not None and not isinstance(preset, (str, Preset)):
@@ -181,6 +183,7 @@ def generate(
             "generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load"
         )
     check_mode(model)
+    model = handle.checked_model()
 
     # 2. Resolve the decoder, and check that it fits the model.
     decoder = handle.settings.decoder if handle.settings is not None and preset is None else None

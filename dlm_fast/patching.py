@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import importlib
 import threading
+import warnings
+import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -17,12 +20,15 @@ from torch import Tensor, nn
 from dlm_kernels import Window
 
 from .diffusion import DiffusionConfig, check_vocabulary
-from .models import Adapter, adapter_for
+from .models import ADAPTERS, Adapter, adapter_for, twin
+from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
 from .models.settings import Settings, section_settings
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
+# The handles of models that are decoded through a native twin. Nothing is written into such a model, not even a handle.
+_HANDLES_OF_OWNERS: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
 
 
 class PatchHandle:
@@ -32,13 +38,16 @@ class PatchHandle:
     pickle of the model is patched too, and has a handle of its own (`handle_of`).
 
     Attributes:
-        model: the patched instance.
+        model: the patched instance. For a model that was loaded with remote code it is the model's native twin, until
+            the patch is taken back.
         adapter: the adapter of the model's family.
         ops: the backend in use.
         diffusion: the model's diffusion configuration; None = none, so that only plain forwards run.
-        tokenizer: the tokenizer that `load` found; None after `patch`.
+        tokenizer: the tokenizer that `load` found or `patch` was given; None = there is none.
         family: name of the checkpoint's family; None where nobody knows.
-        settings: how the checkpoint is decoded, and where that is said; None after a `patch` with `diffusion`.
+        settings: how the checkpoint is decoded, and where that is said; None after a `patch` of a native model with
+            `diffusion`.
+        link: what connects the native twin with the model that it decodes; None = the model is patched itself.
         plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
         attention_calls: number of attention calls through our op since the model was patched, one per layer and
             forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
@@ -55,6 +64,7 @@ class PatchHandle:
         self.tokenizer: Any = None
         self.family: str | None = None
         self.settings: Settings | None = None
+        self.link: twin.Link | None = None
         self.plain_mode = plain_mode
         self.attention_calls = 0
         self._old_config: Any = None
@@ -64,18 +74,30 @@ class PatchHandle:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes along: the adapter by its name, and no count of forwards."""
-        initial = {"adapter": self.adapter.__name__, "attention_calls": 0, "_running": 0, "_lock": None}
+        """What a copy or a pickle takes along: the adapter by its name, and no count of forwards. A copy of a twin has
+        parameters of its own, and so no link."""
+        initial = {"adapter": self.adapter.__name__, "attention_calls": 0, "_running": 0, "_lock": None, "link": None}
         return {**self.__dict__, **initial}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, adapter=importlib.import_module(state["adapter"]), _lock=threading.Lock())
+
+    def checked_model(self) -> nn.Module:
+        """The model that decodes, before a decode.
+
+        Raises RuntimeError where a twin would not compute what the model that it decodes now computes.
+        """
+        if self.link is not None:
+            self.link.check(self.model)
+        return self.model
 
     def window_hidden(self, input_ids: Tensor, window: Window, cache: Any) -> Tensor:
         """Last hidden states [B, W, d] of a window of tokens [B, W].
 
         Raises RuntimeError where the patch is not in place any more.
         """
+        if type(self.model) not in self.adapter.CLASSES:
+            raise RuntimeError(f"dlm_fast: this {type(self.model).__name__} was unpatched, which freed its native twin")
         call = AttentionCall(window, cache, self.ops)
         hidden = self.adapter.window_hidden(self.model, input_ids, call)
         self._finish(call)
@@ -135,6 +157,11 @@ class PatchHandle:
             for hook in self._hooks[: len(self._hooks) - len(remaining)]:
                 hook.remove()
             self._hooks = remaining
+        if self.link is not None:
+            owner, self.link = self.link.owner(), None
+            if owner is not None:
+                _HANDLES_OF_OWNERS.pop(owner, None)
+                self.model = owner  # the handle keeps no twin alive
 
     def _begin_plain(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives a plain forward (`model(input_ids, attention_mask=...)`) the window of the model's visibility."""
@@ -302,25 +329,48 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
     return handle
 
 
-def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend: str | Ops = "auto") -> PatchHandle:
-    """Runs the model's attention through our op, so that `generate` can decode the model. Returns the patch's handle.
+def patch(
+    model: nn.Module,
+    *,
+    diffusion: DiffusionConfig | Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    backend: str | Ops = "auto",
+) -> PatchHandle:
+    """Makes a model ready for `generate`. Returns the patch's handle.
 
-    A plain forward of the patched model keeps the visibility that the class has in transformers (causal), and its
-    logits equal those of the original model within rounding, under autocast too. Only this instance changes; other
-    models stay as they are, even models that share its config. A forward in which a layer did not attend through our op
-    raises RuntimeError. To compile the model, patch it first.
+    A native model runs its attention through our op. A plain forward of the patched model keeps the visibility that the
+    class has in transformers (causal), and its logits equal those of the original model within rounding, under autocast
+    too. Only this instance changes; other models stay as they are, even models that share its config. A forward in
+    which a layer did not attend through our op raises RuntimeError. To compile the model, patch it first.
+
+    A model of a published family that was loaded with remote code is not touched at all. `generate(model)` decodes it
+    through a native twin (`handle.model`) that shares its parameters: the twin sees updates in place, and costs memory
+    for stacks of experts only, which a warning states before they are made. A parameter that was replaced since the
+    patch, or an expert that was changed, is an error of the next decode. A change through `.data` is not counted, so
+    after such a change of an expert patch the model again. The model's own forward stays its own.
 
     Args:
-        model: a LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM with full attention in every layer.
+        model: a model of a class that `load` builds, with full attention in every layer; or a model of a published
+            family (docs/models.md) as its remote code builds it, on one device and not quantised.
         diffusion: how the model was trained to be decoded. Default: the `dlm` section of the model's config, if the
-            config has one.
+            config has one; for a published family what its configuration, generation config, tokenizer and row in the
+            table of families say, as in `load`, which also takes some fields as a mapping.
+        tokenizer: the model's tokenizer, for prompts that are texts; for a published family also a place where
+            settings are looked for.
         backend: "auto", "triton", "reference" or an `Ops`.
     Raises:
-        NotImplementedError: the model is of another class, or has a modified attention module or a sliding window; or
-            the backend is Triton, whose kernels do not have the GPU or the head size.
+        NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
+            sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
         RuntimeError: the model is patched already.
-        ValueError: the vocabulary does not hold an id of the diffusion configuration.
+        TypeError: `diffusion` is of a wrong type.
+        ValueError: the vocabulary does not hold an id of the diffusion configuration; or nothing says which id the mask
+            is, or how the model sees; or the model's tensors are not those of its family.
     """
+    if not any(type(model) in adapter.CLASSES for adapter in ADAPTERS):
+        values = twin.values_of(model)
+        family = twin.family_for(model, values)
+        if family is not None:
+            return _patch_owner(model, family, values, diffusion, tokenizer, backend)
     settings = None
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         settings = section_settings(model.config.dlm)
@@ -328,6 +378,32 @@ def patch(model: nn.Module, *, diffusion: DiffusionConfig | None = None, backend
     causal = getattr(getattr(model, "config", None), "is_causal", True)
     handle = attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
     handle.settings = settings
+    handle.tokenizer = tokenizer
+    return handle
+
+
+def _patch_owner(
+    model: nn.Module,
+    family: Family,
+    values: Mapping[str, Any],
+    diffusion: DiffusionConfig | Mapping[str, Any] | None,
+    tokenizer: Any,
+    backend: str | Ops,
+) -> PatchHandle:
+    """Patches the native twin of a model of a published family."""
+    if model in _HANDLES_OF_OWNERS:
+        raise RuntimeError("patch: this model is already patched; unpatch it first")
+    with twin.errors_of_patch():
+        config, _ = family.read(values)
+        settings = twin.settings_of(model, family, values, config, tokenizer, diffusion)
+        check_vocabulary(settings.diffusion, config.vocab_size)
+        config.dlm = settings.section()  # for `save_pretrained` of the twin
+        built, link = twin.build(model, family, config)
+    if family.unproven:
+        warnings.warn(f"patch: family {family.name} is unproven: {family.unproven}", stacklevel=3)
+    handle = attach(built, backend=backend, diffusion=settings.diffusion, plain_mode=settings.diffusion.plain_mode)
+    handle.tokenizer, handle.family, handle.settings, handle.link = tokenizer, family.name, settings, link
+    _HANDLES_OF_OWNERS[model] = handle
     return handle
 
 
@@ -340,7 +416,7 @@ def handle_of(model: nn.Module) -> PatchHandle:
         raise TypeError(
             f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"
         )
-    handle = model.__dict__.get(_ATTRIBUTE)
+    handle = model.__dict__.get(_ATTRIBUTE) or _HANDLES_OF_OWNERS.get(model)
     if handle is None:
         advice = "use dlm_fast.load(path) or dlm_fast.patch(model)"
         if hasattr(model, "_orig_mod"):
@@ -366,4 +442,5 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "attention_calls": handle.attention_calls,
         "family": handle.family,
         "settings": {} if settings is None else settings.as_dict(),
+        "twin": None if handle.link is None else handle.link.as_dict(handle.model),
     }
