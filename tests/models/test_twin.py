@@ -474,6 +474,23 @@ def test_uninitialised_rotary_frequencies_of_the_owner_are_named_and_the_twin_is
     assert relative(says(owner, ids)[0], expected) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar", "llada2"])
+def test_a_model_that_from_pretrained_opened_is_decoded_as_its_files_say(tmp_path, family):
+    """Transformers 5 leaves the frequencies uninitialised, so that the memory may hold anything, or by chance them."""
+    checkpoint = write(family, tmp_path)
+    owner, ids = remote_models.from_pretrained(checkpoint), ids_of(checkpoint)
+    block = family_oracles.blocks(checkpoint, len(ids), PROMPT)
+    expected = family_oracles.logits(checkpoint, ids, block)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handle = dlm_fast.patch(owner, tokenizer=tokenizer_of(checkpoint), backend="reference")
+    assert relative(plain(handle, ids), expected) < 1e-5
+    with torch.no_grad():
+        is_right = relative(owner(torch.tensor([ids]), block).logits[0], expected) < 1e-5
+    assert is_right != any("does not hold the rotary frequencies" in str(warning.message) for warning in caught)
+    dlm_fast.generate(owner, PROMPTS[:1], max_new_tokens=4)
+
+
 def test_rotary_frequencies_that_a_cast_rounded_are_not_called_uninitialised(tmp_path):
     owner = remote_models.opened(write("dream", tmp_path)).to(torch.bfloat16)
     assert owner.model.rotary_emb.inv_freq.dtype == torch.bfloat16

@@ -19,7 +19,7 @@ import family_oracles
 import torch
 from published import Published
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 # What remote code passes on to the configuration of transformers; it sets all other fields itself.
 PASSED_ON = ("architectures", "auto_map", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
@@ -53,31 +53,32 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", frequencies.float(), persistent=False)
 
 
-class RemoteModel(nn.Module):
-    """A model of remote code, and no class of transformers.
+class RemoteModel(PreTrainedModel):
+    """A model of remote code.
 
     Attributes:
         config: its configuration.
         checkpoint: the checkpoint that it was read from, without the tensors.
     """
 
-    def __init__(self, checkpoint: Published) -> None:
-        super().__init__()
-        values = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
-        self.config = config_class(checkpoint.config["model_type"])(**values)
-        self.config._name_or_path = str(checkpoint.folder)
+    def __init__(self, config: PretrainedConfig, checkpoint: Published) -> None:
+        super().__init__(config)
         self.checkpoint = dataclasses.replace(checkpoint, tensors={})
         for name, tensor in checkpoint.tensors.items():
             path, _, leaf = name.rpartition(".")
-            module = self._grown(path)
+            empty = torch.empty(tensor.shape)
             if name.endswith("expert_bias"):
-                module.register_buffer(leaf, tensor.clone())
+                self._grown(path).register_buffer(leaf, empty)
             else:
-                module.register_parameter(leaf, nn.Parameter(tensor.clone()))
+                self._grown(path).register_parameter(leaf, nn.Parameter(empty))
         form = family_oracles.ARCHITECTURES[checkpoint.family](checkpoint.config)
         if checkpoint.family != "llada":  # LLaDA's code computes its angles as it goes
             root = self._grown(form.names["norm"].rpartition(".")[0])
             root.rotary_emb = Rotary(form.frequencies)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing is drawn: every weight comes from the checkpoint."""
 
     def _grown(self, path: str) -> nn.Module:
         """The module at a dotted path, which grows where there is none."""
@@ -104,11 +105,26 @@ def named_class(name: str, base: type, **attributes: Any) -> type:
     return globals()[name]
 
 
+def class_and_config(checkpoint: Published) -> tuple[type[RemoteModel], PretrainedConfig]:
+    """The model's class, of the published name, and its configuration."""
+    kind = config_class(checkpoint.config["model_type"])
+    config = kind(**{name: value for name, value in checkpoint.config.items() if name != "model_type"})
+    return named_class(checkpoint.config["architectures"][0], RemoteModel, config_class=kind), config
+
+
 def opened(checkpoint: Published) -> RemoteModel:
-    """The model of a checkpoint, in eval mode, as an object of a class with the published name."""
-    model = named_class(checkpoint.config["architectures"][0], RemoteModel)(checkpoint).eval()
+    """The model of a checkpoint, in eval mode, as the code builds it where no file lacks anything."""
+    kind, config = class_and_config(checkpoint)
+    config.name_or_path = str(checkpoint.folder)
+    model = kind(config, checkpoint).eval()
+    model.load_state_dict(checkpoint.tensors)
     if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig(
-            **json.loads((checkpoint.folder / "generation_config.json").read_text())
-        )
+        values = json.loads((checkpoint.folder / "generation_config.json").read_text())
+        model.generation_config = GenerationConfig(**values)
     return model
+
+
+def from_pretrained(checkpoint: Published) -> RemoteModel:
+    """The model of a checkpoint as transformers reads it, which leaves some buffers uninitialised."""
+    kind, config = class_and_config(checkpoint)
+    return kind.from_pretrained(checkpoint.folder, checkpoint, config=config)
