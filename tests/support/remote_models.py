@@ -92,9 +92,11 @@ class RemoteModel(PreTrainedModel):
     def forward(self, input_ids: Tensor, block: Tensor | None = None) -> types.SimpleNamespace:
         """Logits [B, L, V]; `block` says who sees whom, as in family_oracles."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        now = dataclasses.replace(self.checkpoint, tensors=tensors)
-        frequencies = next((tensor for name, tensor in tensors.items() if name.endswith("inv_freq")), None)
-        rows = [family_oracles.logits(now, row, block, frequencies) for row in input_ids]
+        network = family_oracles.Network(dataclasses.replace(self.checkpoint, tensors=tensors))
+        for name, tensor in tensors.items():
+            if name.endswith("inv_freq"):
+                network.form = dataclasses.replace(network.form, frequencies=tensor.double())
+        rows = [network.sequence(row, block)[0] for row in input_ids]
         return types.SimpleNamespace(logits=torch.stack(rows).to(next(self.parameters()).dtype))
 
 
