@@ -1,6 +1,7 @@
 """`patch` and `unpatch`: verify a model, bind our attention to it, and restore it.
 
-A patch changes instances only, never a class and never a global of a module.
+A patch changes instances only, never a class and never a global of a module. A model that was loaded with remote code
+is not changed at all: its native twin is patched (`models.twin`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PatchHandle:
     """A patched model: what the decode loop needs to know about the model, and the way back.
 
     A handle is also a context manager: leaving the block restores the model, whatever happened inside. A deep copy or a
-    pickle of the model is patched too, and has a handle of its own (`handle_of`).
+    pickle of the patched instance is patched too, and has a handle of its own (`handle_of`).
 
     Attributes:
         model: the patched instance. For a model that was loaded with remote code it is the model's native twin, until

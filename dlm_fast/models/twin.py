@@ -365,18 +365,26 @@ def _compute_buffers(twin: nn.Module, config: Any, device: torch.device) -> None
 
 def _check_frequencies(owner: nn.Module, kind: str, twin: nn.Module) -> None:
     """Warns of rotary frequencies of the owner that are not those of its configuration."""
-    expected = next(buffer for name, buffer in twin.named_buffers() if name.rpartition(".")[2] == _FREQUENCIES)
+    expected = next(buffer for name, buffer in twin.named_buffers() if _is_frequencies(name))
+    wrong = []
     for name, buffer in owner.named_buffers():
-        if name.rpartition(".")[2] != _FREQUENCIES:
+        if not _is_frequencies(name):
             continue
         # A model that was cast to bfloat16 has rounded frequencies.
         tolerance = 8 * torch.finfo(buffer.dtype).eps
-        if buffer.shape == expected.shape and torch.allclose(buffer.float(), expected, rtol=tolerance, atol=0):
-            continue
+        if buffer.shape != expected.shape or not torch.allclose(buffer.float(), expected, rtol=tolerance, atol=0):
+            wrong.append(name)
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         warnings.warn(
-            f"patch: the buffer {name} of this {kind} does not hold the rotary frequencies of its configuration "
-            "(from_pretrained of transformers 5 leaves such buffers of remote code uninitialised), so that the model's "
-            "own forward is wrong; its native twin computes them and is right. To repair the model: "
-            f"model.get_buffer({name!r}).copy_(dlm_fast.handle_of(model).model.model.rotary_emb.{_FREQUENCIES})",
+            f"patch: the buffer {wrong[0]}{more} of this {kind} does not hold the rotary frequencies of its "
+            "configuration (from_pretrained of transformers 5 leaves such buffers of remote code uninitialised), so "
+            "that the model's own forward is wrong; its native twin computes them and is right. To repair the model: "
+            f"for name, buffer in model.named_buffers(): name.endswith({_FREQUENCIES!r}) and "
+            f"buffer.copy_(dlm_fast.handle_of(model).model.model.rotary_emb.{_FREQUENCIES})",
             stacklevel=5,
         )
+
+
+def _is_frequencies(name: str) -> bool:
+    return name.rpartition(".")[2] == _FREQUENCIES
