@@ -244,6 +244,11 @@ def replace_a_parameter(owner) -> None:
     module.weight = nn.Parameter(module.weight.detach().clone())
 
 
+def wrap_the_storage_anew(owner) -> None:
+    module = owner.get_submodule(LAYER + "q_proj")
+    module.weight = nn.Parameter(module.weight.detach())
+
+
 def replace_a_module(owner) -> None:
     new = nn.Module().eval()
     new.weight = nn.Parameter(torch.zeros(32, 32))
@@ -270,6 +275,7 @@ def remove(owner) -> None:
     "alter, what",
     [
         (replace_a_parameter, LAYER + "q_proj.weight was replaced"),
+        (wrap_the_storage_anew, LAYER + "q_proj.weight was replaced"),
         (replace_a_module, LAYER + "q_proj.weight was replaced"),
         (cast, "model.transformer.wte.weight was replaced"),
         (assign, "model.transformer.wte.weight was replaced"),
