@@ -121,8 +121,8 @@ def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
         )
     if preset.operation.stores and "edit" in preset.families and diffusion.causal_prefix:
         _fail(
-            f"preset {preset.name} keeps the keys of the last forward of a block, and those of a model with "
-            f"causal_prefix=True come of a causal one; use cache='none', got cache={preset.cache!r}"
+            f"preset {preset.name} keeps a block's keys from its last denoise forward, and a model with "
+            f"causal_prefix=True needs those of a causal forward; use cache='none', got cache={preset.cache!r}"
         )
 
 

@@ -316,26 +316,20 @@ class Opening(Forward):
         self, logits: Tensor, rows: Tensor, opens: Tensor, banned: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The tokens [B] that logits [B, V] give the positions [B], and their probabilities."""
-        preset, sampling, ops = self.plan.preset, self.sampling, self.handle.ops
-        if not preset.draws_first_token:
-            stats = stats_of(ops, logits, rows=rows, outputs=(), banned=banned)
-            return stats.token, stats.confidence
-        temperature = sampling.temperature
-        if self.wanted.filters:
+        preset, sampling, wanted = self.plan.preset, self.sampling, self.wanted
+        draws, temperature = preset.draws_first_token and wanted.draws, sampling.temperature
+        if preset.draws_first_token and wanted.filters:
             narrowed = temperature >= 0 if preset.greedy_filters else temperature > 0
             logits = filtered(logits, preset, sampling, temperature, banned, opens, narrowed)
-        if not self.wanted.draws:
-            stats = stats_of(ops, logits, rows=rows, outputs=(), banned=banned)
-            return stats.token, stats.confidence
-        arguments: dict[str, Any] = {
-            "sample_temperature": temperature,
-            "seed": sampling.seed,
-            "noise": torch.stack([sampling.request, position, self.state.step], -1),
-        }
-        if self.wanted.tempered:
+        arguments: dict[str, Any] = {}
+        if draws:
+            noise = torch.stack([sampling.request, position, self.state.step], -1)
+            arguments |= {"sample_temperature": temperature, "seed": sampling.seed, "noise": noise}
+        if draws and wanted.tempered:
             arguments["temperature"] = torch.where(temperature > 0, temperature, 1.0)
-        stats = stats_of(ops, logits, rows=rows, outputs=("sampled",), banned=banned, **arguments)
-        return stats.sampled_token, stats.sampled_confidence
+        outputs = ("sampled",) if draws else ()
+        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=outputs, banned=banned, **arguments)
+        return (stats.sampled_token, stats.sampled_confidence) if draws else (stats.token, stats.confidence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

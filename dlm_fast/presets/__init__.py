@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "remasking": "score",
     "seeded": "first_token",
     "small_block_size": "sub_block_length",
-    "steps": "steps_per_block, the number of blocks times as small",
+    "steps": "steps_per_block (the steps of one block)",
 }
 
 

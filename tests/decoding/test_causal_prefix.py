@@ -133,6 +133,24 @@ def test_drafts_are_lossless_whatever_predicts_and_whoever_sees(alignment, logit
     assert saved > 0
 
 
+@pytest.mark.parametrize("cache", ["commit", "none"])
+@pytest.mark.parametrize("preset", ["llada2", "nemotron"])
+def test_the_kernels_see_what_the_references_see(preset, cache):
+    pytest.importorskip("triton")
+    if PRESETS[preset].first_token and cache == "none":
+        pytest.skip("first tokens come with commits")
+    settings = {"preset": preset, "max_new_tokens": [5, 3], "cache": cache, "stop": "never"} | bolder(preset)
+    ours, theirs = (
+        dlm_fast.generate(
+            toy("block", block_length=3, layers=1, eos=(), causal_prefix=True, backend=backend),
+            random_prompts([4, 2]),
+            **settings,
+        )
+        for backend in ("triton", "reference")
+    )
+    assert tokens_of(ours) == tokens_of(theirs) and ours.nfe == theirs.nfe
+
+
 @pytest.mark.parametrize("preset, alignment", [("nemotron", "rel"), ("nbdiff", "rel"), ("nemotron", "abs")])
 def test_a_blocks_first_token_is_what_a_causal_forward_predicts(preset, alignment):
     facts = {"block_alignment": alignment, **facts_of(preset)}
@@ -186,7 +204,9 @@ def test_what_such_a_model_cannot_run_is_refused_by_name():
             dlm_fast.generate(model, prompt, **arguments)
 
     refused(model, r"preset d2f decodes several blocks at once.*causal_prefix=True.*schedule='pipeline'", preset="d2f")
-    refused(model, r"preset llada2.1 keeps the keys of the last forward.*use cache='none'.*'commit'", preset="llada2.1")
+    refused(
+        model, r"preset llada2.1 keeps a block's keys from its last .*use cache='none'.*'commit'", preset="llada2.1"
+    )
     for preset in ("nemotron", "nbdiff", "fast-dllm-v2"):
         refused(
             plain,

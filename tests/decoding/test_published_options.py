@@ -27,6 +27,10 @@ def steps_of(out) -> list[int]:
         ("llada", "full", {}),
         ("dream", "full", {"logits_row": "previous"}),
         ("wino", "full", {}),
+        ("klass", "full", {}),
+        ("eb-sampler", "full", {}),
+        ("prophet", "full", {}),
+        ("ccd-ds", "full", {}),
         ("sdar", "block", {}),
         ("d2f", "block", {}),
         ("freedave-block", "block", {}),
@@ -47,6 +51,19 @@ def test_an_excluded_eos_is_never_written(name, visibility, facts, temperature):
     assert out.finish == ["length"] * 2 and all(len(ids) == 16 for ids in out.sequences)
     assert not any(token in ENDS for ids in out.sequences for token in ids.tolist())
     assert any(token in ENDS for row, p in zip(plain.canvas, prompts) for token in row.tolist()[len(p) :])
+
+
+@pytest.mark.parametrize("name", ["klass", "eb-sampler", "llada"])
+def test_an_excluded_eos_leaves_the_kernels_numbers_as_the_references(name):
+    pytest.importorskip("triton")
+    settings = {"preset": name, "max_new_tokens": 6, "exclude_eos": True, "block_length": 6}
+    settings |= {"kl_threshold": 1.0, "threshold": 0.1} if name == "klass" else {}
+    ours, theirs = (
+        dlm_fast.generate(toy("full", eos=ENDS, layers=1, backend=backend), [[20, 21, 22]], **settings)
+        for backend in ("triton", "reference")
+    )
+    assert ours.canvas[0].tolist() == theirs.canvas[0].tolist() and ours.nfe == theirs.nfe
+    torch.testing.assert_close(ours.confidence[0], theirs.confidence[0], rtol=1e-4, atol=1e-5)
 
 
 def test_an_excluded_eos_leaves_the_softmax_and_a_banned_one_stays_in_it():
@@ -89,7 +106,7 @@ def test_a_suppressed_eos_comes_last_and_passes_no_test():
         ({"confidence_eos_eot_inf": True}, "confidence_eos_eot_inf is here suppress_eos; options of preset llada"),
         (
             {"gen_length": 9, "steps": 3},
-            "gen_length is here max_new_tokens; steps is here steps_per_block, the number of",
+            "gen_length is here max_new_tokens; steps is here steps_per_block",
         ),
         (
             {"exclude_eos": True, "suppress_eos": True},
