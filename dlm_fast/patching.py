@@ -175,7 +175,8 @@ class PatchHandle:
         source = input_ids if input_ids is not None else embeds
         if source is None:
             raise ValueError("forward: one of input_ids and inputs_embeds must be given")
-        past = kwargs.get("past_key_values")
+        # transformers 5.24 calls it `cache`, and 5.23 `past_key_values`.
+        past = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
         if past is not None and past.get_seq_length():
             raise NotImplementedError(
                 f"forward: a plain forward takes no earlier keys, got {past.get_seq_length()} in past_key_values; use "

@@ -282,7 +282,6 @@ def window_hidden(model: nn.Module, input_ids: Tensor, call: AttentionCall) -> T
     out = model.model(
         input_ids=input_ids,
         position_ids=call.window.q_pos,
-        past_key_values=call.cache,
         use_cache=False,
         return_dict=True,  # config.json may ask for tuples
         dlm_call=call,
