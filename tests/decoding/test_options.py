@@ -150,6 +150,10 @@ def contexts(name: str, option: str) -> Iterator[tuple[dict[str, Any], dict[str,
         if preset.schedule != "canvas":
             # A whole block behind a prompt of its own has as many masks as positions.
             eager["last_block"] = shy["last_block"] = needed["last_block"] = "crop"
+    if option == "remainder" and preset.drafts == 1:
+        # Seven over five steps are 2, 2, 1, 1, 1 or 2, 1, 2, 1, 1; four over three are the same either way.
+        changes = {"steps_per_block": 5} | ({"block_length": 7} if preset.schedule != "canvas" else {})
+        eager, shy, needed = eager | changes, shy | changes, needed | changes
     if option == "rate":
         eager["curve"] = shy["curve"] = "exponential"
     yield eager, {"row": row, "seed": 0}
