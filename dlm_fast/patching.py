@@ -441,6 +441,7 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "plain_forward": handle.plain_mode,
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
         "prompt_isolated": handle.diffusion.prompt_isolated if handle.diffusion else None,
+        "causal_prefix": handle.diffusion.causal_prefix if handle.diffusion else None,
         "attention_calls": handle.attention_calls,
         "family": handle.family,
         "settings": {} if settings is None else settings.as_dict(),

@@ -221,7 +221,7 @@ FAMILIES: tuple[Family, ...] = (
         fields={"block_length": ("block_size", "block_length")},
         fallback={"block_length": 32},
         decoder=Decoder("efficient-dlm", temperature=0.7),
-        proof=_PUBLISHED,
+        proof=_TOKENS,
         unproven="the name of its head's tensor and the visibility of its finished blocks were assumed",
     ),
     Family(
@@ -237,7 +237,7 @@ FAMILIES: tuple[Family, ...] = (
         mask_token="<[MASK_TOKEN]>",
         fallback={"block_length": 4},
         decoder=Decoder("stable-diffcoder"),
-        proof=_PUBLISHED,
+        proof=_TOKENS,
         unproven="the text of its mask token was assumed; where the tokenizer has another, say which id is the mask",
     ),
     *(
@@ -255,7 +255,8 @@ FAMILIES: tuple[Family, ...] = (
             ),
             decoders=((r"(?i)bd3lm", Decoder("bd3lm")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
             proof=_PUBLISHED,
-            unproven="that the blocks of bd3lm checkpoints have 32 positions was assumed",
+            unproven="that the blocks of bd3lm checkpoints have 32 positions and begin at position 0 was assumed; their "
+            "sampler begins them at the prompt's end, in both directions",
         )
         for kind, native, checkpoints in (
             ("Qwen3", Qwen3ForCausalLM, "Qwen3-0.6B-diffusion-mdlm, -bd3lm"),
@@ -269,9 +270,9 @@ FAMILIES: tuple[Family, ...] = (
         ("rnd1",),
         Qwen3MoeForCausalLM,
         by_name,
-        facts=_FULL,
+        facts={**_FULL, "logits_row": "previous"},
         decoder=Decoder("rnd1"),
-        proof=_PUBLISHED,
+        proof=_TOKENS,
     ),
     Family(
         "NBDiff",

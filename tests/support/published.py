@@ -208,6 +208,7 @@ FAMILIES = {
         tokenizer=tokenizers.RND1,
         mask="<|mask|>",
         eos=("<|im_end|>",),
+        logits_row="previous",
     ),
 }
 
