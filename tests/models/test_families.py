@@ -345,6 +345,38 @@ def test_an_adapter_of_published_names_is_the_merged_model(tmp_path, family, mer
     dlm_fast.generate(model, [GIVEN], max_new_tokens=4)
 
 
+@needs_peft
+@pytest.mark.parametrize("family", ["llada", "llada2"])
+def test_peft_itself_merges_the_same_on_the_published_layout(tmp_path, family):
+    """What the test above expects of a merged model is what peft makes of the published modules."""
+    import peft
+    from peft.tuners.lora import LoraLayer
+
+    checkpoint = write(family, tmp_path)
+    adapter = published.write_adapter(checkpoint, tmp_path / "adapter")
+    tree = torch.nn.Module()
+    for name in (name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")):
+        *parents, leaf = name.split(".")
+        module, weight = tree, checkpoint.tensors[f"{name}.weight"]
+        for parent in parents:
+            if parent not in module._modules:
+                module.add_module(parent, torch.nn.Module())
+            module = module._modules[parent]
+        if weight.dim() == 2 and leaf not in module._modules:
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight.data.copy_(weight)
+            module.add_module(leaf, linear)
+    fields = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias")
+    peft.inject_adapter_in_model(peft.LoraConfig(**{field: adapter.config[field] for field in fields}), tree)
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.tensors.items()}
+    assert not peft.set_peft_model_state_dict(tree, tensors).unexpected_keys
+    merged = {name: layer for name, layer in tree.named_modules() if isinstance(layer, LoraLayer)}
+    assert len(merged) == len(adapter.tensors) / 2
+    for name, layer in merged.items():
+        layer.merge()
+        torch.testing.assert_close(layer.base_layer.weight.data, adapter.merged.tensors[f"{name}.weight"])
+
+
 def test_a_renamed_or_missing_tensor_of_an_adapter_is_named(tmp_path):
     checkpoint = write("llada", tmp_path)
     folder = published.write_adapter(checkpoint, tmp_path / "adapter").folder
