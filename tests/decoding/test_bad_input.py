@@ -104,7 +104,7 @@ BAD = [
     ({"temperature": math.nan}, ValueError, r"temperature must be a finite number >= 0, got temperature=nan"),
     ({"temperature": 1e-9}, ValueError, r"temperature must be 0 or in \[1e-06, 1e\+06\], got temperature=1e-09"),
     ({"temperature": 10**400}, ValueError, r"temperature must be a finite number >= 0, got temperature=10"),
-    ({"temperature": None}, TypeError, r"temperature must be a number or one per row, got temperature=None"),
+    ({"temperature": [None]}, TypeError, r"temperature must be a number, got temperature=None"),
     ({"temperature": "hot"}, TypeError, r"temperature must be a number or one per row, got temperature='hot'"),
     ({"top_p": 0}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=0"),
     ({"top_p": 1.01}, ValueError, r"top_p must be a number in \(0, 1\] \(1 = off\), got top_p=1.01"),
