@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,16 +77,41 @@ def adapter_files(adapter: str | Path, family: Family, config: Any, base: Iterab
                 module = native.removeprefix(_PREFIX).partition(".lora_")
                 if module[1]:
                     targets.add(module[0])
-    missing = sorted(_expected(values, targets, family, config, base) - tensors.keys())
-    if missing:
-        raise CheckpointError(f"load: the adapter of {path} has tensors missing or unknown: {missing[:4]}")
     values = {**values, "target_modules": sorted(targets), "inference_mode": True}
+    modules = _modules(family, config, base)
     for key in _PATTERNS:
         if isinstance(values.get(key), dict):
-            values[key] = {_module(family, config, name): number for name, number in values[key].items()}
+            # peft takes the first key that is the end of a module's name, as a pattern.
+            values[key] = {
+                native: number
+                for pattern, number in reversed(values[key].items())
+                for native in _matching(modules, rf"(.*\.)?({pattern})")
+            }
     if isinstance(values.get("modules_to_save"), list):
-        values["modules_to_save"] = [_module(family, config, name) for name in values["modules_to_save"]]
+        named = "|".join(re.escape(name) for name in values["modules_to_save"])
+        values["modules_to_save"] = _matching(modules, rf"(.*\.)?({named})")
     return Lora(path, values, tensors)
+
+
+def _modules(family: Family, config: Any, base: Iterable[str]) -> dict[str, list[str]]:
+    """The native modules of every published module of a model, by the names of its stored tensors."""
+    modules: dict[str, list[str]] = {}
+    for name in base:
+        native = modules.setdefault(name.rpartition(".")[0], [])
+        native += [
+            module for part, _, _ in family.parts(name, config) if (module := part.rpartition(".")[0]) not in native
+        ]
+    return modules
+
+
+def _matching(modules: Mapping[str, list[str]], pattern: str) -> list[str]:
+    """The native modules whose published or native name is of a pattern."""
+    return [
+        native
+        for published, natives in modules.items()
+        for native in natives
+        if re.fullmatch(pattern, published) or re.fullmatch(pattern, native)
+    ]
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -179,18 +205,27 @@ def _expected(
     every module that its `target_modules` names by the published name or the native one."""
     named = values.get("target_modules")
     modules = set(targets)
-    if isinstance(named, list) and not values.get("layers_to_transform") and not values.get("exclude_modules"):
-        for name in base:
-            native = [part for part, _, _ in family.parts(name, config)]
-            published, *others = (other.rpartition(".")[0] for other in (name, *native))
-            if any(_is_named(module, named) for module in (published, *others)):
-                modules |= set(others)
+    if named and named != "all-linear" and not values.get("layers_to_transform") and not values.get("exclude_modules"):
+        # A list holds ends of names; a string is a pattern of the whole name.
+        ends = "|".join(re.escape(name) for name in named) if isinstance(named, list) else ""
+        pattern = rf"(.*\.)?({ends})" if ends else str(named)
+        modules |= set(_matching(_modules(family, config, base), pattern))
     return {f"{_PREFIX}{module}.lora_{factor}.weight" for module in modules for factor in "AB"}
 
 
-def _is_named(module: str, names: list[str]) -> bool:
-    """Whether a module is one of `names`, or one of them is the end of its name, as peft has it."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def check_adapter(adapter: str | Path, family: Family, config: Any, model: nn.Module, base: Iterable[str]) -> None:
+    """Raises CheckpointError unless every tensor of an adapter has its place; the arguments are those of
+    `account_for_adapter`."""
+    account = account_for_adapter(adapter, family, config, model, base)
+    of_base = account.config.get("base_model_name_or_path")
+    for kind, names in (
+        ("missing or unknown", [*account.unexpected, *account.missing]),
+        ("of another shape (size mismatch)", account.misshaped),
+    ):
+        if names:
+            raise CheckpointError(
+                f"load: the adapter of {account.path} (of base model {of_base!r}) has tensors {kind}: {names[:4]}"
+            )
 
 
 def _not_there(adapter: str | Path, name: str) -> CheckpointError:
@@ -209,9 +244,12 @@ def _native(name: str, tensor: Tensor, family: Family, config: Any) -> list[tupl
     return [(prefix + part, (tensor[start:stop] if cut else tensor).clone()) for part, start, stop in parts]
 
 
-def _module(family: Family, config: Any, name: str) -> str:
-    """The native name of a module, or of the end of a module's name."""
-    return family.parts(f".{name}.", config)[0][0].strip(".")
+def _not_saved(*args: Any, **kwargs: Any) -> None:
+    """Stands for `save_pretrained` of a model with an adapter beside its weights, which no checkpoint can hold."""
+    raise NotImplementedError(
+        "save_pretrained: the adapter of this model is kept beside its weights, and a checkpoint holds none; open it "
+        "with load(..., merge_adapter=True) to save the merged weights"
+    )
 
 
 def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
@@ -220,13 +258,13 @@ def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
         import peft
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("load: an adapter needs peft: pip install 'dlm-fast[train]'", name="peft") from error
-    modules = {name for name, _ in model.named_modules()}
-    strange = sorted(set(lora.config["target_modules"]) - modules)
-    if strange:
-        base = lora.config.get("base_model_name_or_path")
-        raise CheckpointError(
-            f"load: the adapter of {lora.path} (of base model {base!r}) has tensors missing or unknown: "
-            f"{[name for name in sorted(lora.tensors) if name.removeprefix(_PREFIX).startswith(strange[0])][:4]}"
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ends = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    shared = sorted(ends & set(lora.config["target_modules"]))
+    if merge and shared:
+        raise ValueError(
+            f"load: an adapter of a tied weight cannot be merged, since it would change the other end too; the adapter "
+            f"of {lora.path} changes {shared[0]}; say merge_adapter=False, got merge_adapter=True"
         )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -244,6 +282,8 @@ def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
             return adapted.merge_and_unload(safe_merge=True)
         for parameter in adapted.parameters():
             parameter.requires_grad_(False)
-        return adapted.get_base_model()
+        kept = adapted.get_base_model()
+        kept.save_pretrained = _not_saved
+        return kept
     except Exception as error:
         raise CheckpointError(f"load: the adapter of {lora.path} cannot be merged: {error}") from error

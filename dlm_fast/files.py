@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, ar
     Raises:
         CheckpointError: there is neither such a folder nor such a repository, or it has no safetensors.
     """
+    if not isinstance(name_or_path, (str, Path)):
+        raise TypeError(f"load: {argument} must be a folder or an id of the Hub, got {argument}={name_or_path!r}")
+    if revision is not None and not isinstance(revision, str):
+        raise TypeError(f"load: revision must be a branch, tag or commit, or None, got revision={revision!r}")
     path = Path(name_or_path)
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)
@@ -61,13 +66,19 @@ def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, ar
 def _snapshot(repository: str, revision: str | None, argument: str) -> Path:
     """The folder of a repository's snapshot in the local cache, fetched where the cache does not have it whole."""
     path = _cached(repository, revision)
-    if path is not None and _whole(path):
+    if path is not None and _whole(path) and _has_tokenizer(path):
         return path
-    with _asking_the_hub(repository, revision, argument, path):
-        folder = _fetch(repository, revision)
-        if (folder / "model.safetensors.index.json").is_file():
-            return _fetch(repository, revision, *(file.name for file in weight_files(folder)))
-        return _fetch(repository, revision, "model.safetensors", ADAPTER_WEIGHTS)
+    try:
+        with _asking_the_hub(repository, revision, argument, path):
+            folder = _fetch(repository, revision)
+            if (folder / "model.safetensors.index.json").is_file():
+                return _fetch(repository, revision, *(file.name for file in weight_files(folder)))
+            return _fetch(repository, revision, "model.safetensors", ADAPTER_WEIGHTS)
+    except CheckpointError as error:
+        if path is None or not _whole(path):
+            raise
+        warnings.warn(f"load: the local cache of {repository} has no tokenizer ({error})", stacklevel=4)
+        return path
 
 
 def _fetch(repository: str, revision: str | None, *names: str, **options: bool) -> Path:
@@ -161,6 +172,12 @@ def _whole(path: Path) -> bool:
         return (path / "config.json").is_file() and all(file.is_file() for file in weight_files(path))
     except CheckpointError:
         return False
+
+
+def _has_tokenizer(path: Path) -> bool:
+    """Whether a snapshot has the files of a tokenizer; an adapter needs none."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    return not (path / "config.json").is_file() or any((path / name).is_file() for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -271,8 +288,15 @@ def stored_dtypes(files: list[Path]) -> dict[str, str]:
 
 
 def name_of(path: str | Path) -> str:
-    """The name of a checkpoint: the last part of its path or id."""
-    return Path(str(path).rstrip("/")).name
+    """The name of a checkpoint: the last part of its path or id, or the repository's of a snapshot in a local cache."""
+    folder = Path(path)
+    if folder.is_dir():
+        whole = folder.resolve()
+        cached = next((part for part in reversed(whole.parts) if part.startswith("models--")), None)
+        if cached is not None and "snapshots" in whole.parts:
+            return cached.rpartition("--")[2]
+        return folder.name if folder.name not in ("", "..") else whole.name
+    return folder.name
 
 
 def generation_values(path: Path) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .adapters import adapt, adapter_files
+from .adapters import adapt, adapter_files, check_adapter
 from .diffusion import DiffusionConfig, check_vocabulary, given_fields
 from .files import (
     ADAPTER_CONFIG,
@@ -37,12 +37,17 @@ from .files import (
 from .models.families import NATIVE, family_of
 from .models.family import Family
 from .models.settings import Places, Settings, settle
-from .models.tensors import Account, account_for, empty_model, slices
+from .models.tensors import BUILDING, Account, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
 from .patching import attach
+from .presets import resolve
 
 # The dtypes that weights may have, by their names in safetensors.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Names by which accelerate spreads a model.
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Methods whose code transformers may fetch from the Hub as a kernel.
+_FETCHING = ("fp8", "fbgemm_fp8", "mxfp4", "eetq", "metal")
 # Lists of modules that a quantisation leaves as they are.
 _SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "modules_to_not_quantize")
 
@@ -129,14 +134,17 @@ class Checkpoint:
     def quantised(self) -> bool:
         return self.values.get("quantization_config") is not None
 
-    def account(self) -> Account:
-        """Where each of its tensors goes in the native model."""
+    def empty(self) -> nn.Module:
+        """The native model without storage."""
         try:
-            model = empty_model(self.family.native, self.config)
+            return empty_model(self.family.native, self.config)
         except Exception as error:
             kind = self.config.model_type
             raise CheckpointError(f"load: {self.path / 'config.json'} describes no {kind} model: {error!r}") from error
-        return account_for(self.family, self.config, model, self.stored)
+
+    def account(self) -> Account:
+        """Where each of its tensors goes in the native model."""
+        return account_for(self.family, self.config, self.empty(), self.stored)
 
 
 def open_checkpoint(
@@ -168,17 +176,35 @@ def open_checkpoint(
     settings = settle(family, places)
     if isinstance(diffusion, DiffusionConfig):
         settings = dataclasses.replace(settings, diffusion=diffusion)
-    check_vocabulary(settings.diffusion, config.vocab_size)
+    try:
+        check_vocabulary(settings.diffusion, config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"load: {error} ({settings.sources.get('eos_token_ids')})") from error
+    if settings.sources.get("decoder") == "config.json, section dlm":
+        _check_decoder(settings)
     _name_mask(tokenizer, settings.diffusion.mask_token_id)
     config.dlm = settings.section()
     return Checkpoint(path, name, family, config, values, settings, tokenizer, stored, unread)
+
+
+def _check_decoder(settings: Settings) -> None:
+    """Raises ValueError for a decoder of the section `dlm` that `generate` would refuse."""
+    decoder = settings.decoder
+    try:
+        resolve(decoder.preset, settings.diffusion.visibility, dict(decoder.options))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ValueError(f"load: the decoder of config.json, section dlm, cannot be used: {error}") from error
 
 
 def _stretch(config: Any, scale: float) -> None:
     """Multiplies the rotary base and the room of a configuration."""
     if scale == 1:
         return
-    kind = config.rope_parameters.get("rope_type", "default")
+    kind, theta = (config.rope_parameters.get(name) for name in ("rope_type", "rope_theta"))
+    if not isinstance(theta, (int, float)):
+        raise ValueError(
+            f"load: rope_scale needs a rope_theta in config.json, got rope_parameters={config.rope_parameters!r}"
+        )
     if kind != "default":
         raise ValueError(
             f"load: rope_scale goes with rotary positions of rope_type 'default', got rope_scale={scale} with "
@@ -212,12 +238,44 @@ def _native_modules(section: Any, family: Family, config: Any, stored: Mapping[s
             continue
         found: list[str] = []
         for entry in section[key]:
+            if not isinstance(entry, str):
+                raise CheckpointError(
+                    f"load: quantization_config.{key} must hold names of modules, got {entry!r} in config.json"
+                )
             regex = entry.removeprefix("re:") if entry.startswith("re:") else rf"(^|\.){re.escape(entry)}(\.|$)"
             named = [name for module, name in modules.items() if re.search(regex, module)]
             native = [part.rpartition(".")[0] for name in named for part, _, _ in family.parts(name, config)]
             found += native or [entry]
         mapped[key] = list(dict.fromkeys(found))
     return mapped
+
+
+def _check_quantised(found: Checkpoint, asked: Any) -> None:
+    """Raises an error for a quantised folder whose tensors cannot all be what they say.
+
+    Raises CheckpointError for quantised weights without their scales, and NotImplementedError for a fused one, whose
+    rows cannot be cut, and for a method that fetches code from the Hub and was not asked for.
+    """
+    method = found.values["quantization_config"].get("quant_method")
+    if method in _FETCHING and asked is None:
+        raise NotImplementedError(
+            f"load: quant_method {method!r} of config.json may fetch kernels, which are code, from the Hub; if they "
+            "are wanted, ask for the method by name: quantization_config=..."
+        )
+    modules = Counter(name.rpartition(".")[0] for name in found.stored)
+    for name, tensor in found.stored.items():
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or tensor.dtype in FLOATS:
+            continue
+        if modules[module] == 1 and not any(other.startswith(f"{name}.") for other in found.stored):
+            raise CheckpointError(
+                f"load: {name} in {tensor.file} is stored as {tensor.dtype}, and no scale of it is in any file"
+            )
+        if len(found.family.parts(name, found.config)) > 1:
+            raise NotImplementedError(
+                f"load: {name} in {tensor.file} is a fused tensor of quantised numbers, which cannot be cut into those "
+                f"of {found.family.native.__name__}"
+            )
 
 
 def load(
@@ -284,6 +342,18 @@ def load(
             f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got "
             f"dtype={dtype!r}"
         )
+    _check_device("device", device)
+    if device_map is not None and not isinstance(device_map, (str, Mapping)):
+        raise TypeError(f"load: device_map must be a name, a mapping or None, got device_map={device_map!r}")
+    if isinstance(device_map, str) and device_map not in _MAPS:
+        _check_device("device_map", device_map)
+    if isinstance(device_map, Mapping) and not device_map:
+        raise ValueError(f"load: device_map must name a device for every module, got device_map={device_map!r}")
+    if quantization_config is not None and not hasattr(quantization_config, "quant_method"):
+        raise TypeError(
+            "load: quantization_config must be one of transformers, such as BitsAndBytesConfig, got "
+            f"quantization_config={quantization_config!r}"
+        )
     if device is not None and device_map is not None:
         raise ValueError(f"load: give device or device_map, got device={device!r} and device_map={device_map!r}")
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
@@ -297,14 +367,20 @@ def load(
             f"load: {found.path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
             f"say adapter={str(path_or_id)!r} to merge it, or adapter=False to open the weights alone"
         )
-    lora = adapter_files(adapter, found.family, found.config, found.stored) if adapter else None
+    native = found.empty()
+    lora = None
+    if adapter:
+        check_adapter(adapter, found.family, found.config, native, found.stored)
+        lora = adapter_files(adapter, found.family, found.config, found.stored)
     quantised = found.quantised or quantization_config is not None
     if lora is not None and merge_adapter and quantised:
         raise ValueError(
             "load: an adapter cannot be merged into quantised weights; say merge_adapter=False, got merge_adapter=True"
         )
-    account = found.account()
-    if not found.quantised:  # what a quantisation stores is known to transformers alone
+    account = account_for(found.family, found.config, native, found.stored)
+    if found.quantised:  # what a quantisation stores is known to transformers alone
+        _check_quantised(found, quantization_config)
+    else:
         account.check(found.path)
     dtype = _dtype(found, account, dtype)
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -338,6 +414,19 @@ def load(
     return model
 
 
+def _check_device(name: str, device: Any) -> None:
+    """Raises ValueError unless an argument is a device that torch can use, or None."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"load: {name} must be a device that torch can use, got {name}={device!r}: {reason}"
+        ) from error
+
+
 def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -345,7 +434,8 @@ def _head_dim(config: Any) -> int:
 def _dtype(found: Checkpoint, account: Account, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the weights: as asked, or as stored. Tensors that keep their own dtype in the model do not count."""
     if found.quantised:
-        floats = Counter(FLOATS[stored.dtype] for stored in found.stored.values() if stored.dtype in FLOATS)
+        weights = [stored for name, stored in found.stored.items() if name.endswith(".weight")]
+        floats = Counter(FLOATS[stored.dtype] for stored in weights if stored.dtype in FLOATS)
         return dtype or (floats.most_common(1)[0][0] if floats else torch.bfloat16)
     parts = account.parts.items()
     dtypes = {part.name: part.stored.dtype for name, part in parts if name not in account.buffers}
@@ -378,21 +468,31 @@ def _build(
     try:
         # Transformers gets the tensors themselves, and so looks for no file: no other index, no adapter and nothing on
         # the Hub. It reads each as it comes to it.
-        model, report = found.family.native.from_pretrained(
-            None,
-            config=config,
-            state_dict=slices(parts),
-            dtype=dtype,
-            attn_implementation="sdpa",  # config.json may name a kernel of the Hub, which would be downloaded and run
-            ignore_mismatched_sizes=True,  # an error below names the tensors, in place of a table on stderr
-            output_loading_info=True,
-            **arguments,
-        )
+        with BUILDING:
+            model, report = found.family.native.from_pretrained(
+                None,
+                config=config,
+                state_dict=slices(parts),
+                dtype=dtype,
+                attn_implementation="sdpa",  # config.json may name a kernel of the Hub, which would be fetched and run
+                ignore_mismatched_sizes=True,  # an error below names the tensors, in place of a table on stderr
+                output_loading_info=True,
+                **arguments,
+            )
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
-        section = f" (quantization_config={found.values['quantization_config']!r})" if found.quantised else ""
+        given = {"device_map": device_map, "quantization_config": quantization_config}
+        given["quantization_config of config.json"] = found.values.get("quantization_config")
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         raise CheckpointError(
-            f"load: {found.path / 'config.json'} describes no {config.model_type} model{section}: {error!r}"
+            f"load: the {config.model_type} model of {found.path} cannot be built"
+            f"{f' with {said}' if said else ''}: {error!r}"
         ) from error
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if config.tie_word_embeddings and head is not embedding and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"load: config.json of {found.path} ties the head to the embedding (tie_word_embeddings), and the stored "
+            "head is another one"
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise CheckpointError(

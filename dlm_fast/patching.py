@@ -25,6 +25,7 @@ from .models import ADAPTERS, Adapter, adapter_for, twin
 from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
 from .models.settings import Settings, section_settings
+from .models.tensors import BUILDING
 from .ops import OP_NAMES, Ops, check_head_dims, choose
 
 _ATTRIBUTE = "_dlm_fast_patch"
@@ -393,20 +394,21 @@ def _patch_owner(
     backend: str | Ops,
 ) -> PatchHandle:
     """Patches the native twin of a model of a published family."""
-    if model in _HANDLES_OF_OWNERS:
-        raise RuntimeError("patch: this model is already patched; unpatch it first")
-    with twin.errors_of_patch():
-        config, _ = family.read(values)
-        settings = twin.settings_of(model, family, values, config, tokenizer, diffusion)
-        check_vocabulary(settings.diffusion, config.vocab_size)
-        config.dlm = settings.section()  # for `save_pretrained` of the twin
-        built, link = twin.build(model, family, config)
-    if family.unproven:
-        warnings.warn(f"patch: family {family.name} is unproven: {family.unproven}", stacklevel=3)
-    handle = attach(built, backend=backend, diffusion=settings.diffusion, plain_mode=settings.diffusion.plain_mode)
-    handle.tokenizer, handle.family, handle.settings, handle.link = tokenizer, family.name, settings, link
-    _HANDLES_OF_OWNERS[model] = handle
-    return handle
+    with BUILDING:  # of several threads one patches the model, and the others are told
+        if model in _HANDLES_OF_OWNERS:
+            raise RuntimeError("patch: this model is already patched; unpatch it first")
+        with twin.errors_of_patch():
+            config, _ = family.read(values)
+            settings = twin.settings_of(model, family, values, config, tokenizer, diffusion)
+            check_vocabulary(settings.diffusion, config.vocab_size)
+            config.dlm = settings.section()  # for `save_pretrained` of the twin
+            built, link = twin.build(model, family, config)
+        if family.unproven:
+            warnings.warn(f"patch: family {family.name} is unproven: {family.unproven}", stacklevel=3)
+        handle = attach(built, backend=backend, diffusion=settings.diffusion, plain_mode=settings.diffusion.plain_mode)
+        handle.tokenizer, handle.family, handle.settings, handle.link = tokenizer, family.name, settings, link
+        _HANDLES_OF_OWNERS[model] = handle
+        return handle
 
 
 def handle_of(model: nn.Module) -> PatchHandle:

@@ -255,8 +255,8 @@ FAMILIES: tuple[Family, ...] = (
             ),
             decoders=((r"(?i)bd3lm", Decoder("bd3lm")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
             proof=_PUBLISHED,
-            unproven="that the blocks of bd3lm checkpoints have 32 positions and begin at position 0 was assumed; their "
-            "sampler begins them at the prompt's end, in both directions",
+            unproven="that the blocks of bd3lm checkpoints have 32 positions and begin at position 0 was assumed; "
+            "their sampler begins them at the prompt's end, in both directions",
         )
         for kind, native, checkpoints in (
             ("Qwen3", Qwen3ForCausalLM, "Qwen3-0.6B-diffusion-mdlm, -bd3lm"),

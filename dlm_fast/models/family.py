@@ -103,9 +103,11 @@ class Family:
         describe no model.
         """
         fields = Fields(self.name, self.native, values)
-        arguments = self.build(fields)
         try:
+            arguments = self.build(fields)
             config = self.native.config_class(**arguments)
+        except (CheckpointError, NotImplementedError):
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"load: config.json describes no {self.native.config_class.model_type} model: {error!r}"

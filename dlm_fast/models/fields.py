@@ -114,13 +114,14 @@ def by_name(fields: Fields) -> dict[str, Any]:
 
 def rotary(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
     """The rotary fields in transformers' one object, from it or from the older rope_theta and rope_scaling."""
-    if fields.get("rope_parameters") is not None:
-        return {"rope_parameters": fields.get("rope_parameters")}
-    parameters = {"rope_type": "default", "rope_theta": fields.get("rope_theta", theta)}
+    given = fields.get("rope_parameters", {})
+    if any(isinstance(value, Mapping) for value in given.values()):
+        fields.refuse("rope_parameters", why="which has positions of its own for every kind of layer")
     scaling = dict(fields.get("rope_scaling") or {})
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
-    return {"rope_parameters": {**parameters, **scaling}}
+    default = {"rope_type": "default", "rope_theta": fields.get("rope_theta", theta)}
+    return {"rope_parameters": {**default, **scaling, **given}}
 
 
 def llama_of_llada(fields: Fields) -> dict[str, Any]:
@@ -200,30 +201,34 @@ def glm4_moe_of_llada2(fields: Fields) -> dict[str, Any]:
     if fields.need("num_experts_per_tok") == 1:
         why = "whose code then leaves the weight of an expert as it is, which Glm4MoeForCausalLM does not"
         fields.refuse("num_experts_per_tok", why=why)
+    if fields.need("num_shared_experts") == 0:
+        fields.refuse("num_shared_experts")
     # `sliding_window` stands in the published files, and no code reads it.
     fields.read |= {*_WINDOWS}
+    size = fields.get("head_dim") or fields.need("hidden_size") // fields.need("num_attention_heads")
+    turned = fields.get("rope_parameters", {}).get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if turned is None:
+        turned = fields.need("rotary_dim") / size
+    fields.refuse("rotary_dim", int(turned * size), why=f"whose partial_rotary_factor is {turned}")
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return {
         **{name: fields.need(name) for name in (*names, "moe_intermediate_size", "max_position_embeddings")},
         "num_key_value_heads": fields.get("num_key_value_heads", fields.need("num_attention_heads")),
-        "head_dim": fields.get("head_dim") or fields.need("hidden_size") // fields.need("num_attention_heads"),
+        "head_dim": size,
         "n_routed_experts": fields.need("num_experts"),
-        "n_shared_experts": fields.get("num_shared_experts", 1),
+        "n_shared_experts": fields.need("num_shared_experts"),
         "num_experts_per_tok": fields.need("num_experts_per_tok"),
-        "n_group": fields.get("n_group", 1),
-        "topk_group": fields.get("topk_group", 1),
-        "first_k_dense_replace": fields.get("first_k_dense_replace", 0),
-        "routed_scaling_factor": fields.get("routed_scaling_factor", 1.0),
+        "n_group": fields.need("n_group"),
+        "topk_group": fields.need("topk_group"),
+        "first_k_dense_replace": fields.need("first_k_dense_replace"),
+        "routed_scaling_factor": fields.need("routed_scaling_factor"),
         "norm_topk_prob": True,
         "use_qk_norm": True,
         "hidden_act": fields.get("hidden_act", "silu"),
         "attention_bias": fields.get("use_qkv_bias", False),
         "rms_norm_eps": fields.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-        "rope_parameters": {
-            **rotary(fields)["rope_parameters"],
-            "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0),
-        },
+        "rope_parameters": {"partial_rotary_factor": turned, **rotary(fields)["rope_parameters"]},
         **_ids(fields),
     }
 

@@ -32,6 +32,7 @@ from dlm_kernels import Window
 
 from ..ops import Ops, choose
 from .cache import KVCache
+from .tensors import BUILDING
 
 CLASSES = {
     LlamaForCausalLM: LlamaAttention,
@@ -160,7 +161,7 @@ def probe(kind: type[nn.Module]) -> None:
     Raises NotImplementedError where the installed transformers does not hand every layer to our attention, or where the
     layers then do not compute what its own attention makes of them. No version is refused by its number.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+    with BUILDING, torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         try:
             model = kind(kind.config_class(**_TINY)).float().eval()
             ids = torch.arange(6)[None]

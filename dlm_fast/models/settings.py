@@ -13,6 +13,7 @@ from typing import Any
 
 from ..diffusion import DiffusionConfig
 from ..files import CheckpointError
+from ..limits import number
 from .family import FACTS, Decoder, Family
 
 
@@ -67,6 +68,10 @@ def read_section(section: Any) -> tuple[dict[str, Any], Decoder | None]:
     known = [field.name for field in dataclasses.fields(Decoder)]
     if not isinstance(decoder, Mapping) or not set(decoder) <= set(known) or not isinstance(decoder.get("preset"), str):
         raise ValueError(f"DiffusionConfig: decoder must be an object of {', '.join(known)}, got decoder={decoder!r}")
+    if not isinstance(decoder.get("options", {}), Mapping):
+        raise ValueError(f"DiffusionConfig: decoder.options must be an object, got options={decoder['options']!r}")
+    number("DiffusionConfig", "decoder.temperature", decoder.get("temperature", 0.0), 0)
+    number("DiffusionConfig", "decoder.top_p", decoder.get("top_p", 1.0), 0, 1)
     return values, Decoder(**decoder)
 
 
@@ -104,7 +109,8 @@ class _Search:
 
     def __init__(self, family: Family, places: Places) -> None:
         self.family, self.places = family, places
-        self.section, self.decoder = read_section(places.config.get("dlm") or {})
+        section = places.config.get("dlm")
+        self.section, self.decoder = read_section({} if section is None else section)
         self.found: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
 
@@ -119,12 +125,7 @@ class _Search:
         family, places = self.family, self.places
         for name in FACTS:
             self.take(name, places.given.get(name), "argument diffusion")
-        for pattern, facts, decoder in ADAPTERS:
-            if self.places.adapter and re.search(pattern, self.places.adapter):
-                self.decoder = decoder
-                self.sources["decoder"] = f"the name of the adapter {self.places.adapter!r}"
-                for name, value in facts.items():
-                    self.take(name, value, f"the name of the adapter {self.places.adapter!r}")
+        self.of_adapter()
         for name in FACTS:
             self.take(name, self.section.get(name), "config.json, section dlm")
         for name, fields in family.fields.items():
@@ -143,6 +144,26 @@ class _Search:
         for name, value in family.fallback.items():
             self.take(name, value, f"family {family.name}, since no file and no name says otherwise")
 
+    def of_adapter(self) -> None:
+        """What the name of an adapter says."""
+        for pattern, facts, decoder in ADAPTERS:
+            if self.places.adapter and re.search(pattern, self.places.adapter):
+                source = f"the name of the adapter {self.places.adapter!r}"
+                for name, value in facts.items():
+                    self.take(name, value, source)
+                if self.found["visibility"] == facts["visibility"]:
+                    self.decoder = decoder
+                    self.sources["decoder"] = source
+
+    def of_family(self) -> Decoder | None:
+        """The family's published decoder, unless the model was told to see otherwise than the family does."""
+        named = next((facts for pattern, facts in self.family.named if re.search(pattern, self.places.checkpoint)), {})
+        expected = self.family.facts.get("visibility", named.get("visibility"))
+        if expected is not None and self.found["visibility"] != expected:
+            self.sources["decoder"] = f"family {self.family.name} has one for visibility {expected!r} alone"
+            return None
+        return self.family.decoder_of(self.places.checkpoint)
+
     def mask(self) -> None:
         """The mask's id, and what must agree with it."""
         family, places, tokenizer = self.family, self.places, self.places.tokenizer
@@ -159,11 +180,7 @@ class _Search:
                 f"mask_token{token}; say diffusion={{'mask_token_id': ...}}"
             )
         mask_id = self.found["mask_token_id"]
-        if isinstance(mask_id, int) and mask_id >= places.vocab_size:
-            raise ValueError(
-                f"load: mask_token_id must be below the model's vocab_size={places.vocab_size}, got {mask_id} "
-                f"({self.sources['mask_token_id']})"
-            )
+        self.check_id("mask_token_id", mask_id, self.sources["mask_token_id"])
         named = getattr(tokenizer, "mask_token_id", None)
         if named is not None and named != mask_id:
             raise ValueError(
@@ -177,6 +194,14 @@ class _Search:
                 f"diffusion={{'mask_token_id': {mask_id}}}"
             )
 
+    def check_id(self, name: str, value: Any, source: str) -> None:
+        """Raises ValueError unless a setting is an id of the vocabulary."""
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"load: {name} must be an id >= 0, got {name}={value!r} ({source})")
+        if value >= self.places.vocab_size:
+            size = self.places.vocab_size
+            raise ValueError(f"load: {name} must be below the model's vocab_size={size}, got {value} ({source})")
+
     def ends(self) -> None:
         """The ids that end a response: all that a file names, and the token that ends a turn of the chat template."""
         if "eos_token_ids" in self.found:
@@ -187,6 +212,7 @@ class _Search:
             named = values.get("eos_token_id")
             for value in named if isinstance(named, (list, tuple)) else [named]:
                 if value is not None:
+                    self.check_id("eos_token_id", value, f"{source}, eos_token_id")
                     ids.setdefault(value, f"{source}, eos_token_id")
         turn = end_of_turn(tokenizer)
         if turn is not None:
@@ -208,7 +234,10 @@ class _Search:
         ):
             self.take("pad_token_id", values.get("pad_token_id"), source)
         self.take("pad_token_id", getattr(self.places.tokenizer, "pad_token_id", None), "tokenizer, pad_token")
-        return self.found.get("pad_token_id")
+        pad = self.found.get("pad_token_id")
+        if pad is not None and pad != -1:  # transformers' word for no padding
+            self.check_id("pad_token_id", pad, self.sources["pad_token_id"])
+        return pad
 
     def missing(self) -> None:
         """Raises CheckpointError where nothing says how the model sees."""
@@ -231,11 +260,16 @@ def settle(family: Family, places: Places) -> Settings:
     search.mask()
     search.ends()
     search.missing()
-    diffusion = DiffusionConfig(**{name: search.found[name] for name in FACTS if name in search.found})
+    try:
+        diffusion = DiffusionConfig(**{name: search.found[name] for name in FACTS if name in search.found})
+    except ValueError as error:
+        named = next((name for name in FACTS if f"got {name}=" in str(error)), None)
+        source = search.sources.get(named)
+        raise ValueError(f"load: {error}" + (f" ({source})" if source else "")) from error
     pad = search.pad()
     decoder, source = search.decoder, "config.json, section dlm"
     if decoder is None:
-        decoder, source = family.decoder_of(places.checkpoint), f"family {family.name}"
+        decoder, source = search.of_family(), f"family {family.name}"
     if decoder is not None:
         search.sources.setdefault("decoder", source)
     for field in dataclasses.fields(DiffusionConfig):

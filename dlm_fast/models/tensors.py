@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from ..files import CheckpointError, Stored
 from .family import Family
 
+# Held while transformers builds a model, since it sets the default dtype of the whole process meanwhile.
+BUILDING = threading.RLock()
 # transformers stacks experts: gates and ups of all in one tensor [experts, 2 * intermediate, hidden], downs in another.
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)$")
 # Old checkpoints store the rotary frequencies, which are no weights: transformers computes them.
@@ -111,7 +114,7 @@ class Account:
 
 def empty_model(native: type[nn.Module], config: Any) -> nn.Module:
     """The native model without storage."""
-    with torch.device("meta"), _no_random_state():
+    with BUILDING, torch.device("meta"), _no_random_state():
         return native(config)
 
 
@@ -173,9 +176,23 @@ def account_for(family: Family, config: Any, model: nn.Module, stored: Mapping[s
             misshaped.append(f"{name} in {stored[name].file.name} of {stored[name].shape[0]} rows, expected {rows}")
     placed = {*parts, *wrong}
     placed |= {piece.name for name in placed & stacked.keys() for piece in pieces_of_stack(name, stacked[name])}
-    missing = sorted(set(shapes) - placed - optional)
+    missing = [_published(name, parts) for name in sorted(set(shapes) - placed - optional)]
     buffers = frozenset(name for name, _ in model.named_buffers())
     return Account(parts, missing, unexpected, misshaped, buffers)
+
+
+def _published(name: str, parts: Mapping[str, Part]) -> str:
+    """A missing native tensor as a checkpoint would call it, by the name of the same tensor of another layer."""
+    numbers = re.findall(r"\.(\d+)(?=\.)", name)
+    form = re.sub(r"\.\d+(?=\.)", ".#", name)
+    for other, part in parts.items():
+        if re.sub(r"\.\d+(?=\.)", ".#", other) == form and part.start is None:
+            published = re.sub(r"\.\d+(?=\.)", ".#", part.name)
+            if published.count("#") == len(numbers):
+                for number in numbers:
+                    published = published.replace("#", number, 1)
+                return name if published == name else f"{published} ({name})"
+    return name
 
 
 class Slice:

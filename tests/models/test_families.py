@@ -11,6 +11,7 @@ import importlib.util
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import family_oracles
@@ -401,8 +402,11 @@ def test_a_renamed_or_missing_tensor_of_an_adapter_is_named(tmp_path):
 def test_an_adapter_for_another_base_is_named(tmp_path):
     other, checkpoint = write("dream", tmp_path), write("llada", tmp_path)
     folder = published.write_adapter(other, tmp_path / "adapter").folder
-    with pytest.raises(CheckpointError, match="of base model '.*dream'.* cannot|size mismatch|missing or unknown"):
+    with pytest.raises(CheckpointError, match="of base model '.*dream'. has tensors of another shape"):
         load(checkpoint.folder, adapter=folder)
+    published.write("llada", tmp_path / "wider", d_model=48, n_heads=4)
+    with pytest.raises(CheckpointError, match="has tensors of another shape .*attn_out.lora_A.weight in adapter_model"):
+        load(tmp_path / "wider", adapter=published.write_adapter(checkpoint, tmp_path / "narrow").folder)
 
 
 @needs_peft
@@ -429,7 +433,187 @@ def test_an_adapter_where_a_model_is_wanted_says_how_to_pass_it(tmp_path):
         load(adapter.folder)
 
 
+@needs_peft
+def test_patterns_of_an_adapter_are_read_by_the_published_names(tmp_path):
+    """As peft reads them: the first key that is the end of a module's name counts."""
+    for family, patterns, scalings in (
+        ("llada2", {"layers.0.attention.query_key_value": 80}, {0: 20.0, 1: 2.0}),
+        ("llada", {"model.transformer.blocks.0.q_proj": 80, r"blocks\.\d+\.v_proj": 40}, {0: 20.0, 1: 2.0}),
+    ):
+        checkpoint = write(family, tmp_path)
+        adapter = published.write_adapter(checkpoint, tmp_path / f"{family}-adapter")
+        edit(adapter.folder / "adapter_config.json", alpha_pattern=patterns)
+        model = load(checkpoint.folder, adapter=adapter.folder, merge_adapter=False)
+        for layer, scaling in scalings.items():
+            attention = model.model.layers[layer].self_attn
+            assert attention.q_proj.scaling["default"] == scaling
+            if family == "llada2":
+                assert attention.k_proj.scaling["default"] == attention.v_proj.scaling["default"] == scaling
+            else:
+                assert attention.v_proj.scaling["default"] == 10.0 and attention.k_proj.scaling["default"] == 2.0
+
+
+@needs_peft
+def test_an_adapter_with_a_pattern_of_targets_must_be_whole(tmp_path):
+    checkpoint = write("llada", tmp_path)
+    folder = published.write_adapter(checkpoint, tmp_path / "adapter").folder
+    pattern = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out)"
+    edit(folder / "adapter_config.json", target_modules=pattern)
+    expected = plain(load(checkpoint.folder, adapter=folder))
+    edit(folder / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "attn_out"])
+    assert torch.equal(plain(load(checkpoint.folder, adapter=folder)), expected)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if "blocks.1.attn_out" not in name}
+    save_file(left, folder / "adapter_model.safetensors")
+    edit(folder / "adapter_config.json", target_modules=pattern)
+    with pytest.raises(CheckpointError, match=r"missing or unknown: \['.*layers.1.self_attn.o_proj.lora_A.weight'"):
+        load(checkpoint.folder, adapter=folder)
+
+
+@needs_peft
+def test_an_adapter_of_a_tied_head_is_kept_and_never_merged(tmp_path):
+    checkpoint = write("sdar", tmp_path, tie_word_embeddings=True)
+    width, vocabulary = checkpoint.config["hidden_size"], checkpoint.config["vocab_size"]
+    folder = published.write_adapter(checkpoint, tmp_path / "adapter").folder
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.randn(4, width)
+    tensors["base_model.model.lm_head.lora_B.weight"] = torch.randn(vocabulary, 4)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="an adapter of a tied weight cannot be merged, .* changes lm_head"):
+        load(checkpoint.folder, adapter=folder)
+    assert load(checkpoint.folder, adapter=folder, merge_adapter=False).lm_head.scaling
+
+
+@needs_peft
+def test_a_model_with_an_adapter_beside_its_weights_is_not_saved_as_a_checkpoint(tmp_path):
+    checkpoint = write("llada", tmp_path)
+    folder = published.write_adapter(checkpoint, tmp_path / "adapter").folder
+    model = load(checkpoint.folder, adapter=folder, merge_adapter=False)
+    with pytest.raises(NotImplementedError, match="the adapter of this model is kept beside its weights"):
+        model.save_pretrained(tmp_path / "saved")
+    load(checkpoint.folder, adapter=folder).save_pretrained(tmp_path / "saved")
+    assert torch.equal(plain(load(tmp_path / "saved")), plain(load(checkpoint.folder, adapter=folder)))
+
+
 # Whatever is wrong has a name
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("sdar", {"mask_token_id": "104"}, "mask_token_id must be an id >= 0, got mask_token_id='104' .config.json"),
+        ("nemotron", {"mask_token_id": [1]}, r"mask_token_id must be an id >= 0, got mask_token_id=\[1\] .config.json"),
+        ("rnd1", {"mask_token_id": True}, "mask_token_id must be an id >= 0, got mask_token_id=True"),
+        ("llada", {"eos_token_id": [[1]]}, "config.json describes no llama model: .*eos_token_id"),
+        (
+            "llada",
+            {"eos_token_id": 5000},
+            "eos_token_id must be below the .* vocab_size=.*, got 5000 .config.json",
+        ),
+        ("llada", {"pad_token_id": 999}, "pad_token_id must be below the model's vocab_size=.*, got 999 .config.json"),
+        ("sdar", {"block_size": 0}, "block_length must be .* got block_length=0 .config.json, block_size."),
+        ("sdar", {"block_size": "4"}, "got block_length='4' .config.json, block_size."),
+        ("sdar", {"dlm": []}, "the section must be an object"),
+        ("sdar", {"dlm": {"decoder": {"preset": "sdar", "options": [1]}}}, "decoder.options must be an object"),
+        (
+            "sdar",
+            {"dlm": {"decoder": {"preset": "sdar", "temperature": "hot"}}},
+            "decoder.temperature must be a finite number",
+        ),
+        ("sdar", {"dlm": {"decoder": {"preset": "sdra"}}}, "the decoder of config.json, section dlm, cannot be used"),
+        ("sdar", {"dlm": {"decoder": {"preset": "llada"}}}, "section dlm, cannot be used: preset llada decodes models"),
+        ("sdar", {"rope_scaling": "yarn"}, "config.json describes no qwen3 model"),
+        ("sdar", {"num_attention_heads": 0}, "config.json describes no qwen3 model"),
+        ("llada-moe", {"moe_layer_freq": 1}, "config.json describes no qwen3_moe model"),
+        ("llada2", {"n_group": None}, "config.json of a LLaDA2 model must have the field n_group"),
+    ],
+)
+def test_a_field_of_a_wrong_kind_is_named_with_its_file(tmp_path, family, changes, message):
+    checkpoint = write(family, tmp_path)
+    edit(checkpoint.folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint.folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"device": "banana"}, "device must be a device that torch can use, got device='banana'"),
+        ({"device": 5000}, "device must be a device that torch can use, got device=5000"),
+        ({"device_map": "banana"}, "device_map must be a device that torch can use, got device_map='banana'"),
+        ({"device_map": 5}, "device_map must be a name, a mapping or None, got device_map=5"),
+        ({"device_map": {}}, "device_map must name a device for every module"),
+        ({"quantization_config": "int8"}, "quantization_config must be one of transformers, such as .* got .*'int8'"),
+        ({"revision": 5}, "revision must be a branch, tag or commit, or None, got revision=5"),
+        ({"diffusion": 5}, "diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion=5"),
+        ({"diffusion": {"mask": 5}}, "diffusion must hold fields of DiffusionConfig .* got .*'mask'"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_named(tmp_path, arguments, message):
+    folder = write("sdar", tmp_path).folder
+    with pytest.raises((TypeError, ValueError), match=message):
+        dlm_fast.load(folder, backend="reference", **arguments)
+    for path in (5, None, b"x"):
+        with pytest.raises(TypeError, match="path must be a folder or an id of the Hub, got path="):
+            load(path)
+
+
+def test_a_head_that_the_config_ties_and_the_file_does_not_is_refused(tmp_path):
+    checkpoint = write("sdar", tmp_path)
+    edit(checkpoint.folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="ties the head to the embedding .* and the stored head is another one"):
+        load(checkpoint.folder)
+
+
+def test_quantised_weights_without_scales_are_no_weights(tmp_path):
+    checkpoint = write("sdar", tmp_path)
+    shard = first_shard(checkpoint)
+    tensors = load_file(shard)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, shard, metadata={"format": "pt"})
+    section = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    edit(checkpoint.folder / "config.json", quantization_config=section)
+    with pytest.raises(CheckpointError, match=f"{name} in .* is stored as I8, and no scale of it is in any file"):
+        load(checkpoint.folder)
+    edit(checkpoint.folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(
+        NotImplementedError, match="'fp8' of config.json may fetch kernels, which are code, from the Hub"
+    ):
+        load(checkpoint.folder)
+
+
+@pytest.mark.parametrize("visibility", ["block", "full"])
+def test_a_model_that_sees_otherwise_than_its_family_has_no_published_decoder(tmp_path, visibility):
+    family = "llada" if visibility == "block" else "sdar"
+    checkpoint = write(family, tmp_path)
+    given = {"visibility": "block", "block_length": 4} if visibility == "block" else {"visibility": "full"}
+    model = load(checkpoint.folder, diffusion={**given, "block_alignment": "rel"})
+    setting = dlm_fast.explain(model)["settings"]["decoder"]
+    assert setting["value"] is None and "for visibility" in setting["source"]
+    chosen = dlm_fast.generate(model, [GIVEN], max_new_tokens=4).preset.name
+    assert chosen == ("sdar" if visibility == "block" else "llada")
+
+
+def test_the_name_of_a_checkpoint_is_found_behind_its_path(tmp_path, hub, monkeypatch):
+    """A snapshot of the local cache has the repository's name, and `.` the folder's."""
+    checkpoint = published.write("sdar", tmp_path / "SDAR-8B-Chat-b16", block_size=None)
+    snapshot = hub("JetLM/SDAR-8B-Chat-b8", checkpoint.folder)
+    assert dlm_fast.handle_of(load(snapshot)).diffusion.block_length == 8
+    monkeypatch.chdir(checkpoint.folder)
+    assert dlm_fast.handle_of(load(".")).diffusion.block_length == 16
+    assert dlm_fast.handle_of(load(Path("."))).diffusion.block_length == 16
+
+
+def test_threads_load_models_of_several_dtypes(tmp_path):
+    """transformers sets the default dtype of the process while it builds a model."""
+    folders = [write("sdar", tmp_path / str(dtype), dtype=dtype).folder for dtype in (torch.float32, torch.bfloat16)]
+    with ThreadPoolExecutor(6) as pool:
+        models = list(pool.map(load, folders * 6))
+    expected = [torch.float32, torch.bfloat16] * 6
+    assert [{tensor.dtype for tensor in model.parameters()} for model in models] == [{dtype} for dtype in expected]
+    assert torch.get_default_dtype() == torch.float32
+    alone = plain(load(folders[0]))
+    assert all(torch.equal(plain(model), alone) for model in models[::2])
 
 
 def test_no_mask_id_names_every_place(tmp_path):
@@ -728,6 +912,24 @@ def test_weights_are_read_one_by_one(tmp_path, monkeypatch):
     assert sorted(reads) == sorted([*checkpoint.tensors, *fused, *fused])
 
 
+def test_the_turned_part_of_a_head_is_found_wherever_it_stands(tmp_path):
+    checkpoint = write("llada2", tmp_path)
+    expected, path = plain(load(checkpoint.folder)), checkpoint.folder / "config.json"
+    theta = checkpoint.config["rope_theta"]
+    edit(path, partial_rotary_factor=None)  # rotary_dim says it too
+    assert torch.equal(plain(load(checkpoint.folder)), expected)
+    edit(path, rotary_dim=None, rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": theta})
+    assert torch.equal(plain(load(checkpoint.folder)), expected)
+    edit(path, rotary_dim=2)
+    with pytest.raises(
+        NotImplementedError, match="rotary_dim must be 8, got rotary_dim=2 .* partial_rotary_factor is 0.5"
+    ):
+        load(checkpoint.folder)
+    edit(path, rotary_dim=None, rope_parameters=None)
+    with pytest.raises(CheckpointError, match="config.json of a LLaDA2 model must have the field rotary_dim"):
+        load(checkpoint.folder)
+
+
 def test_a_change_of_a_field_changes_the_model(tmp_path):
     """What the fixtures vary, the builders read: heads, experts, tied heads."""
     for family, changes in (
@@ -737,6 +939,7 @@ def test_a_change_of_a_field_changes_the_model(tmp_path):
         ("llada2", {"num_shared_experts": 2}),
         ("llada2", {"routed_scaling_factor": 1.5}),
         ("sdar", {"tie_word_embeddings": True}),
+        ("sdar", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 10.0}),
     ):
         checkpoint = published.write(family, tmp_path / f"{family}-{len(str(changes))}", **changes)
         block = family_oracles.blocks(checkpoint, len(IDS), PROMPT)

@@ -514,7 +514,9 @@ def test_tensors_that_are_not_those_of_the_family_are_named(owner):
     name = LAYER + "q_proj.weight"
     weight = owner.get_parameter(name)
     owner.get_submodule(LAYER + "q_proj").weight = None
-    with pytest.raises(CheckpointError, match="^patch: the LLaDAModelLM has missing keys: model.layers.0.self_attn.q"):
+    with pytest.raises(
+        CheckpointError, match="^patch: the LLaDAModelLM has missing keys: model.transformer.blocks.0.q_proj.weight"
+    ):
         patch(owner)
     owner.get_submodule(LAYER + "q_proj").weight = nn.Parameter(torch.zeros(31, 32))
     with pytest.raises(

@@ -295,8 +295,8 @@ def test_a_decoder_that_is_not_here_is_refused(tmp_path, capsys):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "dlm": {**config["dlm"], "decoder": {"preset": "tomorrow"}}}))
-    status, text = text_of(tmp_path, capsys)
-    assert status == 1 and "refused generate without a preset: preset must be one of" in text
+    error = error_of(["inspect", str(tmp_path)], capsys)
+    assert "the decoder of config.json, section dlm, cannot be used: preset must be one of" in error
 
 
 def test_what_load_refuses_is_one_line(tmp_path, capsys):
