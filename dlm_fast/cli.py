@@ -55,6 +55,13 @@ FOREIGN_FLAGS = {
 }
 
 
+def option_names() -> tuple[str, ...]:
+    """The names of a preset's options."""
+    from .presets import FIELDS
+
+    return FIELDS
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes whole names of flags only, and suggests a flag for a wrong one."""
 
@@ -76,6 +83,9 @@ class Parser(argparse.ArgumentParser):
         foreign = FOREIGN_FLAGS.get(name, "")
         if foreign.partition(" ")[0] in known:
             return foreign
+        option = flag.removeprefix("--").replace("-", "_")
+        if "--set" in known and option in option_names():
+            return f"--set {option}=VALUE"
         longer = [other for other in known if other.startswith(name)]
         return " or ".join(longer or difflib.get_close_matches(name, known, 1))
 
@@ -96,7 +106,7 @@ def _opening_flags() -> Parser:
     group.add_argument("--dtype", default=None, help=f"{', '.join(DTYPES)} (default: as stored)")
     group.add_argument("--mask-token-id", type=int, default=argparse.SUPPRESS, help="where no file says the mask's id")
     group.add_argument("--visibility", default=argparse.SUPPRESS, help="full, or block with --block-length")
-    group.add_argument("--block-alignment", default=argparse.SUPPRESS, help="rel (behind the prompt) or abs")
+    group.add_argument("--block-alignment", default=argparse.SUPPRESS, help="rel (behind the prompt), abs or both")
     group.add_argument("--logits-row", default=argparse.SUPPRESS, help="self or previous")
     return flags
 
@@ -116,6 +126,20 @@ def _opening(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
         "adapter": False if args.adapter == "none" else args.adapter,
     }
+
+
+def _no_opening(args: argparse.Namespace, command: str) -> None:
+    """Raises ValueError for a flag that says how a checkpoint is opened, where a command opens none."""
+    names = ("revision", "adapter", "dtype", *DIFFUSION_FLAGS, "block_length")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} {'goes' if len(given) == 1 else 'go'} with a model, got {command}")
+
+
+def _block_length_of_model(args: argparse.Namespace) -> None:
+    """Raises ValueError for a --block-length that says nothing of the model."""
+    if hasattr(args, "block_length") and getattr(args, "visibility", None) != "block":
+        raise ValueError(f"--block-length goes with --visibility block here, got --block-length {args.block_length}")
 
 
 def _parser() -> Parser:
@@ -331,6 +355,8 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     from .inspection import inspect_checkpoint, lines
 
     # 1. The support table.
+    if args.model is None:
+        _no_opening(args, "inspect --families")
     if args.families == (args.model is not None):
         raise ValueError("give a model, or --families for the support table")
     if args.markdown and not args.families:
@@ -343,6 +369,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
         return support.support()
 
     # 2. One checkpoint.
+    _block_length_of_model(args)
     report = inspect_checkpoint(args.model, **_opening(args))
     if not args.json:
         print("\n".join(lines(report)))
@@ -362,6 +389,11 @@ def _doctor(args: argparse.Namespace) -> dict[str, Any]:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
+
+    if args.model is None:
+        _no_opening(args, "doctor")
+    else:
+        _block_length_of_model(args)
 
     # 1. Gather the facts.
     report: dict[str, Any] = {

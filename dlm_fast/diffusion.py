@@ -9,7 +9,7 @@ from typing import Any
 from .limits import whole
 
 VISIBILITIES = ("full", "block")
-ALIGNMENTS = ("abs", "rel")
+ALIGNMENTS = ("abs", "rel", "both")
 LOGITS_ROWS = ("self", "previous")
 
 
@@ -28,7 +28,8 @@ class DiffusionConfig:
             earlier blocks (SDAR, LLaDA2, D2F). Only with "block" is a key/value cache exact.
         block_length: number of positions in a block, as in training; None = any length, for visibility "full".
         block_alignment: where blocks begin: "abs" = at multiples of block_length (SDAR, LLaDA2); "rel" = at the end of
-            the prompt, which is then one bidirectional block (D2F).
+            the prompt, which is then one bidirectional block (D2F); "both" = at the end of the prompt in both
+            directions, so that the prompt is cut into blocks too (dLLM's BD3-LM).
         logits_row: whose logits predict a position: "self" = its own; "previous" = those of the position before it, in
             models that were made from autoregressive ones (Dream, Fast-dLLM v2). Position 0 is predicted by its own.
         prompt_isolated: whether the prompt sees itself only, while the response sees everything; for visibility "full".

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -191,8 +192,9 @@ def generate(
         preset, options = decoder.preset, {**decoder.options, **options}
     temperature = (0.0 if decoder is None else decoder.temperature) if temperature is None else temperature
     top_p = (1.0 if decoder is None else decoder.top_p) if top_p is None else top_p
-    chosen = resolve(preset, handle.diffusion.visibility, options, policy)
-    requests.check_support(chosen, handle.diffusion)
+    with _unnamed_decoder(None if decoder is None else handle.settings.sources.get("decoder")):
+        chosen = resolve(preset, handle.diffusion.visibility, options, policy)
+        requests.check_support(chosen, handle.diffusion)
 
     # 3. Read the requests, and check that the decoder can serve them.
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
@@ -238,6 +240,17 @@ def generate(
     if failed:
         raise DecodeError(_failure(state, failed), output, failed)
     return output
+
+
+@contextlib.contextmanager
+def _unnamed_decoder(source: str | None) -> Iterator[None]:
+    """Says of an error that the call did not name the decoder that it speaks of, and where the decoder comes from."""
+    try:
+        yield
+    except ValueError as error:
+        if source is None:
+            raise
+        raise ValueError(f"{error} (the decoder is that of {source}, since the call names no preset)") from error
 
 
 def check_mode(model: nn.Module) -> None:

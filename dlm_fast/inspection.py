@@ -18,11 +18,13 @@ from torch import nn
 from .adapters import account_for_adapter
 from .diffusion import DiffusionConfig
 from .files import ADAPTER_CONFIG, CheckpointError, described, name_of
+from .generate import check_greedy
 from .loading import FLOATS, Checkpoint, float_dtype, float_kinds, open_checkpoint
 from .models.family import FACTS, Decoder
 from .models.tensors import Account, empty_model
 from .presets import Preset, resolve
-from .requests import check_support
+from .presets.page import settings_that_differ
+from .requests import check_commands, check_support
 
 # Positions of the row for which the memory of a cache is said.
 ROW = 4096
@@ -160,6 +162,8 @@ def _decoder(found: Checkpoint) -> dict[str, Any]:
     try:
         chosen = resolve(decoder.preset, diffusion.visibility, dict(decoder.options))
         check_support(chosen, diffusion)
+        check_greedy(chosen, [decoder.temperature], 0, decoder.top_p)
+        check_commands(chosen, found.config.vocab_size)
     except (ValueError, NotImplementedError) as error:
         return {**row, "refused": [f"generate without a preset: {error}"], "cache": None, "positions": None}
     return {
@@ -170,6 +174,7 @@ def _decoder(found: Checkpoint) -> dict[str, Any]:
         "rule": chosen.rule,
         "positions": _block_length(chosen, diffusion),
         "exactness": chosen.exactness,
+        "settings": settings_that_differ(chosen),
     }
 
 
@@ -315,7 +320,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     if decoder["cache"] is not None:
         yield from _row(
             "",
-            f"schedule {decoder['schedule']}, rule {decoder['rule']}, cache {decoder['cache']}; {decoder['exactness']}",
+            f"schedule {decoder['schedule']}, rule {decoder['rule']}, cache {decoder['cache']}; {decoder['exactness']}"
+            f"; settings: {decoder['settings'].replace('`', '')}",
         )
     yield from _row("tensors", _tensor_text(report))
     for kind in KINDS:

@@ -242,8 +242,12 @@ def run(
             names = [name for name in LINE_SETTINGS if any(name in record for record in chunk)]
             arguments = {name: [_of_line(record, settings, name) for record in chunk] for name in names}
             arguments |= {"prompts": inputs} if kind == "prompt" else {"canvas": inputs, "max_new_tokens": None}
+            of_all = settings
+            if kind == "canvas" and any("prompt" in record for record in records):
+                # What becomes of a last block is a matter of the job's prompts; a canvas has its own end.
+                of_all = {name: value for name, value in settings.items() if name != "last_block"}
             try:
-                result = generate(model, **{**settings, **arguments}, request_ids=range(start, stop))
+                result = generate(model, **{**of_all, **arguments}, request_ids=range(start, stop))
             except DecodeError as error:
                 # The rows beside a failed row are good. A failed row's line says finish "error", and stage 4 raises.
                 result = error.output

@@ -283,7 +283,7 @@ def plain_window(
     if mode in ("block", "isolated"):
         assert diffusion is not None and (mode == "isolated" or diffusion.block_length is not None)
         start = torch.zeros(B, 1, **int32)
-        if diffusion.block_alignment == "rel":
+        if diffusion.block_alignment != "abs":
             if prompt_lengths is None:
                 if input_ids is None:
                     raise ValueError(
@@ -297,6 +297,8 @@ def plain_window(
             L if mode == "isolated" else diffusion.block_length
         )  # with an isolated prompt the response is one block
         block = torch.where(place < start, 0, 1 + torch.div(place - start, length, rounding_mode="floor"))
+        if diffusion.block_alignment == "both":
+            block = torch.div(place + (-start) % length, length, rounding_mode="floor")
         if diffusion.causal_prefix:
             if input_ids is None:
                 raise ValueError("forward: a model with a causal prefix needs input_ids, which hold its first mask")

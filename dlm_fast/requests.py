@@ -18,6 +18,8 @@ from dlm_kernels.checks.unmask import MAX_STOP_IDS
 from .diffusion import DiffusionConfig
 from .limits import heat
 from .presets import Preset
+from .presets.caches import CACHES
+from .presets.options import part_of
 from .prompts import read_rows
 from .stops import StopStrings, read_stop_strings
 
@@ -120,10 +122,23 @@ def check_support(preset: Preset, diffusion: DiffusionConfig) -> None:
             f"one to itself; use a decoder of one block at a time, got schedule={preset.schedule!r}"
         )
     if preset.operation.stores and "edit" in preset.families and diffusion.causal_prefix:
+        needs_cache = any(
+            (caches := part_of(policy).caches) and not caches(CACHES["none"]) for policy in preset.policies
+        )
+        advice = "use another preset" if needs_cache else "use cache='none'"
         _fail(
             f"preset {preset.name} keeps a block's keys from its last denoise forward, and a model with "
-            f"causal_prefix=True needs those of a causal forward; use cache='none', got cache={preset.cache!r}"
+            f"causal_prefix=True needs those of a causal forward; {advice}, got cache={preset.cache!r}"
         )
+
+
+def check_commands(preset: Preset, vocab_size: int) -> None:
+    """Raises ValueError where the preset's commands to edit are no ids of the vocabulary (LLaDA2.2)."""
+    for policy in preset.policies:
+        for name in ("delete_id", "split_id"):
+            command = getattr(policy, name, None)
+            if command is not None and command >= vocab_size:
+                _fail(f"{name} must be below the model's vocab_size={vocab_size}, got {name}={command}")
 
 
 def read(

@@ -171,8 +171,8 @@ class Forward:
         return self.handle.adapter.head(self.handle.model, rows.flatten(0, -2))
 
     def predicting(self, logits: Tensor) -> Tensor:
-        """The logits by which the decoder predicts: without the EOS ids where the preset excludes them."""
-        return logits.index_fill(-1, self.sampling.eos, -torch.inf) if self.plan.preset.exclude_eos else logits
+        """The logits by which the decoder predicts: without the EOS where the preset excludes it."""
+        return logits.index_fill(-1, self.sampling.eos[:1], -torch.inf) if self.plan.preset.exclude_eos else logits
 
     def needed(self, step: Step) -> Tensor:
         """[B, W] bool: the lanes whose statistics anybody reads."""

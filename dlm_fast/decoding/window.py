@@ -199,10 +199,12 @@ def canvas_of(plan: Plan, state: RowState) -> Canvas:
 
 def block_of(plan: Plan, position: Tensor) -> Tensor:
     """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks
-    count from 0."""
+    count from 0; "both" blocks from one that ends with the first whole block of the prompt."""
     first = plan.first[:, None]
     if plan.diffusion.block_alignment == "abs":
         return 1 + torch.div(position - first % plan.block_length, plan.block_length, rounding_mode="floor")
+    if plan.diffusion.block_alignment == "both":
+        return 1 + torch.div(position + (-first) % plan.block_length, plan.block_length, rounding_mode="floor")
     return (1 + torch.div(position - first, plan.block_length, rounding_mode="floor")).clamp(min=0)
 
 

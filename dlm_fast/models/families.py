@@ -147,7 +147,7 @@ FAMILIES: tuple[Family, ...] = (
         mask_token="<|mask|>",
         decoder=Decoder("dream", temperature=0.2, top_p=0.95),
         decoders=(
-            (r"(?i)d3llm", Decoder("d3llm", {"threshold": -0.45, "inclusive": False})),
+            (r"(?i)d3llm", Decoder("d3llm", {"threshold": -0.45, "inclusive": False, "min_unmask": 0})),
             (r"(?i)dparallel", Decoder("dparallel", {"inclusive": False})),
         ),
         tokenizer=Qwen2Tokenizer,
@@ -162,7 +162,7 @@ FAMILIES: tuple[Family, ...] = (
         facts=_BLOCK,
         fields={"block_length": ("block_size", "block_length")},
         mask_token="<|MASK|>",
-        named=((r"-b(?P<block_length>\d+)\b", {}),),
+        named=((r"-b(?P<block_length>\d+)(?!\d)", {}),),
         fallback={"block_length": 4},
         decoder=Decoder("sdar-dynamic"),
         decoders=((r"(?i)trado", Decoder("trado")),),
@@ -177,7 +177,7 @@ FAMILIES: tuple[Family, ...] = (
         facts=_BLOCK,
         fields={"block_length": ("block_size", "block_length")},
         mask_token="<|MASK|>",
-        named=((r"-b(?P<block_length>\d+)\b", {}),),
+        named=((r"-b(?P<block_length>\d+)(?!\d)", {}),),
         fallback={"block_length": 4},
         decoder=Decoder("sdar-dynamic"),
         proof=_PUBLISHED,
@@ -250,13 +250,12 @@ FAMILIES: tuple[Family, ...] = (
             facts={"logits_row": "self"},
             mask_token="<|mask|>",
             named=(
-                (r"(?i)bd3lm", {"visibility": "block", "block_alignment": "abs", "block_length": 32}),
+                (r"(?i)bd3lm", {"visibility": "block", "block_alignment": "both", "block_length": 32}),
                 (r"(?i)mdlm", {"visibility": "full"}),
             ),
             decoders=((r"(?i)bd3lm", Decoder("bd3lm")), (r"(?i)mdlm", Decoder("llada", {"block_length": 64}))),
             proof=_PUBLISHED,
-            unproven="that the blocks of bd3lm checkpoints have 32 positions and begin at position 0 was assumed; "
-            "their sampler begins them at the prompt's end, in both directions",
+            unproven="that the blocks of bd3lm checkpoints have 32 positions was assumed",
         )
         for kind, native, checkpoints in (
             ("Qwen3", Qwen3ForCausalLM, "Qwen3-0.6B-diffusion-mdlm, -bd3lm"),

@@ -72,6 +72,8 @@ def read_section(section: Any) -> tuple[dict[str, Any], Decoder | None]:
         raise ValueError(f"DiffusionConfig: decoder.options must be an object, got options={decoder['options']!r}")
     number("DiffusionConfig", "decoder.temperature", decoder.get("temperature", 0.0), 0)
     number("DiffusionConfig", "decoder.top_p", decoder.get("top_p", 1.0), 0, 1)
+    if decoder.get("top_p") == 0:
+        raise ValueError("DiffusionConfig: decoder.top_p must be above 0, got top_p=0")
     return values, Decoder(**decoder)
 
 
@@ -242,7 +244,7 @@ class _Search:
     def missing(self) -> None:
         """Raises CheckpointError where nothing says how the model sees."""
         if "visibility" not in self.found:
-            named = "".join(f", the name {pattern}" for pattern, _ in self.family.named)
+            named = "".join(f", the name ({pattern.removeprefix('(?i)')})" for pattern, _ in self.family.named)
             raise CheckpointError(
                 f"load: nothing says how {self.places.checkpoint!r} sees (visibility 'full' or 'block'); asked were "
                 f"the argument diffusion, the section dlm of config.json{named}; say diffusion={{'visibility': ...}}"

@@ -184,9 +184,7 @@ RULE: dict[str, Reading] = {
         _ordered, "a rule with an order that decides", ("rule", "min_unmask", "drafts", "policies")
     ),
     "suppress_eos": Reading(
-        lambda p: _orders(p) and p.drafts == 1 and not p.exclude_eos,
-        "a rule with an order, without drafts and exclude_eos",
-        ("rule", "drafts", "exclude_eos"),
+        lambda p: _orders(p) and p.drafts == 1, "a rule with an order, without drafts", ("rule", "drafts")
     ),
     "min_unmask": Reading(
         lambda p: p.rule in ("threshold", "factor", "entropy") and not (p.pipeline and p.scope != "first"),

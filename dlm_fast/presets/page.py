@@ -63,7 +63,7 @@ def markdown() -> str:
         ("preset", "model", "schedule", "cache", "rule", "policy", "exact?", "needs", "source"),
         (_decoder(preset) for preset in presets),
     )
-    settings = _table(("preset", "settings"), ((f"`{p.name}`", _settings(p)) for p in presets))
+    settings = _table(("preset", "settings"), ((f"`{p.name}`", settings_that_differ(p)) for p in presets))
     tokens = []
     for sentence in dict.fromkeys(preset.exactness for preset in presets):
         names = ", ".join(f"`{preset.name}`" for preset in presets if preset.exactness == sentence)
@@ -99,7 +99,8 @@ def _defaults() -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
 
 
-def _settings(preset: Preset) -> str:
+def settings_that_differ(preset: Preset) -> str:
+    """The options in which a preset differs from the defaults of `Preset`, and the numbers of its policies."""
     row, defaults = describe(preset), _defaults()
     differs = [(name, row[name]) for name in defaults if name not in _COLUMNS and row[name] != defaults[name]]
     texts = [_listed(differs)] if differs else []

@@ -32,7 +32,8 @@ RULES = {
 LAST_BLOCKS = {
     "crop": "the canvas ends at `max_new_tokens`, so that its last block may be shorter than the others (LLaDA, "
     "Stable-DiffCoder)",
-    "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards (SDAR, LLaDA2)",
+    "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards, at the cost of "
+    "a whole block (SDAR, LLaDA2)",
     "drop": "the canvas ends with its last whole block, so that fewer than `max_new_tokens` may be decoded (D2F as "
     "published)",
 }
@@ -119,8 +120,9 @@ class Preset:
         top_k_first: whether top_k filters before top_p.
         greedy_filters: whether the filters hold at temperature 0: same token, higher confidence (Dream, D2F, RCR).
         suppress_eos: whether a predicted EOS is ranked last and passes no test (LLaDA's confidence_eos_eot_inf).
-        exclude_eos: whether the EOS ids leave the softmax: they are never predicted, and the probabilities of the other
-            tokens add up to 1 (LLaDA's logits_eos_inf).
+        exclude_eos: whether the EOS, the first of the model's eos_token_ids, leaves the softmax: it is never predicted,
+            and the probabilities of the other tokens, of which one may end a turn, add up to 1 (LLaDA's
+            logits_eos_inf).
         cfg_scale: scale of the guidance against a copy without the given tokens; 0 = off.
         policies: what modifies the rule (`dlm_fast.policies`).
         drafts: canvases that a step verifies at once (FreeDave); 1 = none.

@@ -93,6 +93,8 @@ class Distiller:
             )
 
         # 3. Data: samples, the canvases of every step, and their masks.
+        if self.diffusion.block_alignment == "both":
+            raise ValueError("distill: block_alignment must be 'abs' or 'rel', got block_alignment='both'")
         length, absolute = self.diffusion.block_length, self.diffusion.block_alignment == "abs"
         shape = CanvasShape(length, absolute, settings.max_length, settings.extra_blocks)
         ranked = settings.objective == "trajectory"

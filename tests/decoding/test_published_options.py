@@ -41,16 +41,28 @@ def steps_of(out) -> list[int]:
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_excluded_eos_is_never_written(name, visibility, facts, temperature):
+    """The EOS is the first of the ids that end a text; another one, as the end of a turn, may be written (LLaDA)."""
     if PRESETS[name].drafts > 1 and temperature:
         pytest.skip("drafts are greedy")
-    model = toy(visibility, eos=ENDS, **facts)
     options = {"preset": name, "max_new_tokens": 16, "temperature": temperature}
     prompts = [[20, 21], [30, 31, 32, 33, 34]]
-    plain = dlm_fast.generate(model, prompts, **options)
+
+    def written(out) -> list[int]:
+        return [token for row, p in zip(out.canvas, prompts) for token in row.tolist()[len(p) :]]
+
+    plain = dlm_fast.generate(toy(visibility, eos=(), **facts), prompts, **options)
+    (end, _), (turn, _) = collections.Counter(written(plain)).most_common(2)
+    model = toy(visibility, eos=(end, turn), **facts)
     out = dlm_fast.generate(model, prompts, exclude_eos=True, **options)
-    assert out.finish == ["length"] * 2 and all(len(ids) == 16 for ids in out.sequences)
-    assert not any(token in ENDS for ids in out.sequences for token in ids.tolist())
-    assert any(token in ENDS for row, p in zip(plain.canvas, prompts) for token in row.tolist()[len(p) :])
+    assert end not in written(out)
+    only = dlm_fast.generate(toy(visibility, eos=(end,), **facts), prompts, exclude_eos=True, **options)
+    assert only.finish == ["length"] * 2 and all(len(ids) == 16 for ids in only.sequences)
+
+
+def test_the_end_of_a_turn_is_no_excluded_eos():
+    prompts, options = random_prompts([4] * 12), {"preset": "llada", "max_new_tokens": 8, "stop": "never"}
+    out = dlm_fast.generate(toy("full", eos=(EOS, *range(2, 16))), prompts, exclude_eos=True, **options)
+    assert "eos" in out.finish and not any(EOS in row.tolist() for row in out.canvas)
 
 
 @pytest.mark.parametrize("name", ["klass", "eb-sampler", "llada"])
@@ -67,19 +79,19 @@ def test_an_excluded_eos_leaves_the_kernels_numbers_as_the_references(name):
 
 
 def test_an_excluded_eos_leaves_the_softmax_and_a_banned_one_stays_in_it():
-    model, native = toy("full", eos=ENDS), native_model()
-    prompt = random_prompts([3])[0]
+    native, prompt = native_model(), random_prompts([3])[0]
     with torch.no_grad():
         row = native(torch.tensor([[*prompt, MASK]]), attention_mask=torch.zeros(1, 1, 4, 4)).logits[0, 3]
-    allowed = row.index_fill(0, torch.tensor([MASK, *ENDS]), -torch.inf)
-    token = int(allowed.argmax())
-    without = row.index_fill(0, torch.tensor(ENDS), -torch.inf)
+    end = int(row.index_fill(0, torch.tensor([MASK]), -torch.inf).argmax())
+    model = toy("full", eos=(end, EOS))
+    token = int(row.index_fill(0, torch.tensor([MASK, end]), -torch.inf).argmax())
+    without = row.index_fill(0, torch.tensor([end]), -torch.inf)
 
     def decoded(**options) -> tuple[int, float]:
         out = dlm_fast.generate(model, [prompt], preset="llada", max_new_tokens=1, **options)
         return out.canvas[0][3].item(), out.confidence[0][3].item()
 
-    excluded, banned = decoded(exclude_eos=True), decoded(banned_token_ids=ENDS)
+    excluded, banned = decoded(exclude_eos=True), decoded(banned_token_ids=[end])
     assert excluded == (token, pytest.approx(without.softmax(-1)[token].item(), abs=1e-5))
     assert banned == (token, pytest.approx(row.softmax(-1)[token].item(), abs=1e-5))
     assert excluded[1] > banned[1] + 1e-3
@@ -93,6 +105,12 @@ def test_a_suppressed_eos_comes_last_and_passes_no_test():
     written = [token for _, token in sorted(zip(steps, tokens))]
     assert any(token in ENDS for token in written)
     assert written[0] not in ENDS and written[-1] in ENDS
+    both = dlm_fast.generate(
+        toy("full", eos=ENDS), [[20, 21, 22]], preset="llada", suppress_eos=True, exclude_eos=True, max_new_tokens=12,
+        stop="never",
+    )  # fmt: skip
+    order = [token for _, token in sorted(zip(both.unmask_step[0].tolist()[3:], both.canvas[0].tolist()[3:]))]
+    assert ENDS[0] not in order and order[0] not in ENDS and order[-1] in ENDS
     bold = {"preset": "fast-dllm", "block_length": 12, "threshold": 0.0, "max_new_tokens": 12, "stop": "never"}
     together = dlm_fast.generate(toy("full", eos=ENDS), [[20, 21, 22]], **bold)
     apart = dlm_fast.generate(toy("full", eos=ENDS), [[20, 21, 22]], suppress_eos=True, **bold)
@@ -107,10 +125,6 @@ def test_a_suppressed_eos_comes_last_and_passes_no_test():
         (
             {"gen_length": 9, "steps": 3},
             "gen_length is here max_new_tokens; steps is here steps_per_block",
-        ),
-        (
-            {"exclude_eos": True, "suppress_eos": True},
-            "suppress_eos has no effect with rule='quota', drafts=1, exclude_eos=True",
         ),
         ({"published_factor": True}, r"published_factor has no effect with rule='quota' \(preset llada\)"),
         (

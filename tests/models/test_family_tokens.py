@@ -28,8 +28,9 @@ LOOPS = {
     "rnd1": ("rnd1",),
     "stable-diffcoder": ("stable-diffcoder",),
     "efficient-dlm": ("efficient-dlm",),
+    "a2d-qwen3": ("bd3lm",),
 }
-UNPROVEN = ("stable-diffcoder", "efficient-dlm")
+UNPROVEN = ("stable-diffcoder", "efficient-dlm", "a2d-qwen3")
 CASES = [(family, preset) for family, presets in LOOPS.items() for preset in presets]
 
 
@@ -61,10 +62,11 @@ def answer(checkpoint, preset: str, diffusion, prompt: list[int], new: int, opti
 @pytest.mark.parametrize("family, preset", CASES)
 def test_generate_is_the_published_loop(tmp_path, family, preset):
     """Prompts and lengths off the grid of blocks included; all rows in one batch."""
-    checkpoint = published.write(family, tmp_path / family)
+    # The name of an A2D checkpoint alone tells how it sees.
+    checkpoint = published.write(family, tmp_path / f"{family}-{preset}")
     # Short blocks, so that a few tokens are several blocks.
     options = {"sub_block_length": 2} if PRESETS[preset].sub_block_length else {}
-    given = {"block_length": 4} if checkpoint.visibility == "block" else None
+    given = {"block_length": 4} if PRESETS[preset].visibility == "block" else None
     if given is None and PRESETS[preset].schedule != "canvas":
         options["block_length"] = 4
     with warnings.catch_warnings():

@@ -250,7 +250,7 @@ def test_transformers_own_generate_inside_patch_is_right_or_refused():
             {"block_length": 10**12},
             "block_length must be a whole number <= 16777216 or None, got block_length=1000000000000",
         ),
-        ({"block_alignment": "left"}, "block_alignment must be one of abs, rel, got block_alignment='left'"),
+        ({"block_alignment": "left"}, "block_alignment must be one of abs, rel, both, got block_alignment='left'"),
         ({"logits_row": "next"}, "logits_row must be one of self, previous, got logits_row='next'"),
         ({"blocks": 3}, "unknown keys \\['blocks'\\]"),
     ],

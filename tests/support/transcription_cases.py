@@ -714,7 +714,7 @@ def random_case(name: str, seed: int) -> Case:
         eos_token_ids=eos,
         visibility=decoder.visibility,
         block_length=block_length if decoder.visibility == "block" else None,
-        block_alignment=rng.choice(("abs", "rel")),
+        block_alignment=rng.choice(("abs", "rel", "both", "both") if name == "bd3lm" else ("abs", "rel")),
         logits_row=rng.choice(decoder.rows),
     )
     options = decoder.draw(rng)

@@ -359,10 +359,13 @@ def layout(row: Row, block_length: int, alignment: str) -> tuple[int, Callable[[
     """Where the first block of a block-causal canvas begins, and the number of the block that a position is in.
 
     "abs": blocks are multiples of the length. "rel": they begin at the first mask, and what precedes it is block 0.
+    "both": they begin there in both directions, so that what precedes it is blocks too, the first of them a short one.
     """
     first = row.masked(0, len(row.tokens))[0]
     if alignment == "abs":
         return first // block_length * block_length, lambda p: p // block_length
+    if alignment == "both":
+        return first, lambda p: (p - first) // block_length
     return first, lambda p: 0 if p < first else 1 + (p - first) // block_length
 
 

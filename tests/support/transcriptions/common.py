@@ -125,7 +125,7 @@ class Settings:
         leave out has
             probability 0. The likeliest id that may be written always stays.
         greedy_filters: the filters hold at temperature 0 too; else nothing is filtered there.
-        exclude_eos: the stop ids leave every softmax (LLaDA's logits_eos_inf).
+        exclude_eos: the first stop id, the EOS, leaves every softmax (LLaDA's logits_eos_inf).
         tempered: the statistics are those of l / T, else of l, of the ids that the filters leave.
     """
 
@@ -236,7 +236,7 @@ class Row:
         """
         s = self.settings
         if s.exclude_eos:
-            logits = logits.index_fill(0, torch.tensor(s.stop_ids, dtype=torch.int64), -math.inf)
+            logits = logits.index_fill(0, torch.tensor(s.stop_ids[:1], dtype=torch.int64), -math.inf)
         forbidden = {s.mask_id, *s.banned(position)}
         allowed = [i for i in range(len(logits)) if i not in forbidden]
 

@@ -53,7 +53,8 @@ def decode_freedave_block(
         return row
     first = row.masked(0, L)[0]
     start = first // block_length * block_length if alignment == "abs" else first
-    number = [p // block_length if alignment == "abs" else max(-1, (p - start) // block_length) for p in range(L)]
+    lowest = -1 if alignment == "rel" else -L
+    number = [p // block_length if alignment == "abs" else max(lowest, (p - start) // block_length) for p in range(L)]
 
     def sees(q: int, k: int) -> bool:
         return k <= q if causal_prefix else number[k] <= number[q]
