@@ -32,8 +32,8 @@ RULES = {
 LAST_BLOCKS = {
     "crop": "the canvas ends at `max_new_tokens`, so that its last block may be shorter than the others (LLaDA, "
     "Stable-DiffCoder)",
-    "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards, at the cost of "
-    "a whole block (SDAR, LLaDA2)",
+    "whole": "the canvas is filled up to whole blocks, and what lies behind the limit is cut afterwards, at the cost "
+    "of a whole block (SDAR, LLaDA2)",
     "drop": "the canvas ends with its last whole block, so that fewer than `max_new_tokens` may be decoded (D2F as "
     "published)",
 }
