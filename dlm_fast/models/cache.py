@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class KVLayer(NamedTuple):
+@dataclasses.dataclass
+class KVLayer:
     """One layer's buffers.
 
     Attributes:
