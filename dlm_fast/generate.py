@@ -9,7 +9,7 @@ import bisect
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from . import requests
 from .decoding.plan import Plan, open_rows
 from .decoding.progress import run_steps
 from .decoding.step import open_decode
-from .patching import handle_of
+from .patching import PatchHandle, handle_of
 from .policies import Sampling
 from .presets import Preset, resolve
 from .requests import Requests
@@ -187,14 +187,13 @@ def generate(
     model = handle.checked_model()
 
     # 2. Resolve the decoder, and check that it fits the model.
-    decoder = handle.settings.decoder if handle.settings is not None and preset is None else None
-    if decoder is not None:
-        preset, options = decoder.preset, {**decoder.options, **options}
-    temperature = (0.0 if decoder is None else decoder.temperature) if temperature is None else temperature
-    top_p = (1.0 if decoder is None else decoder.top_p) if top_p is None else top_p
-    with _unnamed_decoder(None if decoder is None else handle.settings.sources.get("decoder")):
+    named = preset is not None or handle.settings is None or handle.settings.decoder is None
+    options = settled(handle, {**options, "preset": preset, "temperature": temperature, "top_p": top_p})
+    preset, temperature, top_p = (options.pop(name) for name in ("preset", "temperature", "top_p"))
+    with _unnamed_decoder(None if named else handle.settings.sources.get("decoder")):
         chosen = resolve(preset, handle.diffusion.visibility, options, policy)
         requests.check_support(chosen, handle.diffusion)
+        requests.check_commands(chosen, model.config.vocab_size)
 
     # 3. Read the requests, and check that the decoder can serve them.
     tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
@@ -240,6 +239,18 @@ def generate(
     if failed:
         raise DecodeError(_failure(state, failed), output, failed)
     return output
+
+
+def settled(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` with those that they leave to the model: where no preset is named, those of the published
+    decoder of the model's family."""
+    known = handle.settings
+    decoder = known.decoder if known is not None and settings.get("preset") is None else None
+    found = dict(settings) if decoder is None else {**decoder.options, **settings, "preset": decoder.preset}
+    for name, default in (("temperature", 0.0), ("top_p", 1.0)):
+        if found.get(name) is None:
+            found[name] = default if decoder is None else getattr(decoder, name)
+    return found
 
 
 @contextlib.contextmanager

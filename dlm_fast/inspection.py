@@ -20,7 +20,7 @@ from .diffusion import DiffusionConfig
 from .files import ADAPTER_CONFIG, CheckpointError, described, name_of
 from .generate import check_greedy
 from .loading import FLOATS, Checkpoint, float_dtype, float_kinds, open_checkpoint
-from .models.family import FACTS, Decoder
+from .models.family import FACTS, Decoder, head_dim_of
 from .models.tensors import Account, empty_model
 from .presets import Preset, resolve
 from .presets.page import settings_that_differ
@@ -113,17 +113,13 @@ def _model(found: Checkpoint, model: nn.Module) -> dict[str, Any]:
         "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
-        "head_dim": _head_dim(config),
+        "head_dim": head_dim_of(config),
         "vocab": config.vocab_size,
         "positions": config.max_position_embeddings,
         "experts": experts,
         "experts_per_token": config.num_experts_per_tok if experts else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _settings(found: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -270,7 +266,7 @@ def _memory(
     if found.quantised:
         weights, by_dtype = sum(row["bytes"] for row in floats["stored"].values()), {}
     size = 2 if dtype is None else dtype.itemsize
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config) * ROW * size
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * ROW * size
     positions = decoder["positions"]
     return {
         "dtype": None if dtype is None else _short(dtype),

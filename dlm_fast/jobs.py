@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .generate import DecodeError, GenerateOutput, check_greedy, generate
+from .generate import DecodeError, GenerateOutput, check_greedy, generate, settled
 from .limits import heat, whole
 from .patching import handle_of
 from .presets import resolve
@@ -91,20 +91,6 @@ def _of_line(record: dict[str, Any], settings: Mapping[str, Any], name: str) -> 
     """A setting of one line: the line's own value, or else the job's."""
     value = settings.get(name)
     return record.get(name, LINE_SETTINGS[name] if value is None else value)
-
-
-def settled(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a job with those that it leaves to the model, as `generate` would find them.
-
-    Where no preset is named, that is the published decoder of the model's family with its settings.
-    """
-    known = handle_of(model).settings
-    decoder = known.decoder if known is not None and settings.get("preset") is None else None
-    found = dict(settings) if decoder is None else {**decoder.options, **settings, "preset": decoder.preset}
-    for name, default in (("temperature", 0.0), ("top_p", 1.0)):
-        if found.get(name) is None:
-            found[name] = default if decoder is None else getattr(decoder, name)
-    return found
 
 
 def _check_draws(model: nn.Module, records: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -211,7 +197,7 @@ def run(
         raise JobError(f"--output {output} exists; use --overwrite to replace it")
     if batch_size < 1:
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
-    settings = settled(model, settings)
+    settings = settled(handle_of(model), settings)
     digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
     header = json.loads(json.dumps({"input": digest, "settings": settings, **(source or {})}))
     _check_draws(model, records, settings)

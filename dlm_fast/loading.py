@@ -35,9 +35,9 @@ from .files import (
     weight_files,
 )
 from .models.families import NATIVE, family_of
-from .models.family import Family
+from .models.family import Family, head_dim_of
 from .models.settings import Places, Settings, settle
-from .models.tensors import BUILDING, Account, account_for, empty_model, slices
+from .models.tensors import BUILDING, Account, Part, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
 from .patching import attach
 from .presets import resolve
@@ -384,7 +384,7 @@ def load(
         account.check(found.path)
     dtype = _dtype(found, account, dtype)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    check_head_dims(choose(backend, torch.device(device or default)), {_head_dim(found.config)})
+    check_head_dims(choose(backend, torch.device(device or default)), {head_dim_of(found.config)})
     if device_map is None:
         device = device or default
 
@@ -425,10 +425,6 @@ def _check_device(name: str, device: Any) -> None:
         raise ValueError(
             f"load: {name} must be a device that torch can use, got {name}={device!r}: {reason}"
         ) from error
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _dtype(found: Checkpoint, account: Account, dtype: torch.dtype | None) -> torch.dtype:
@@ -488,7 +484,8 @@ def _build(
             f"{f' with {said}' if said else ''}: {error!r}"
         ) from error
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if config.tie_word_embeddings and head is not embedding and not torch.equal(head, embedding):
+    compared = config.tie_word_embeddings and not found.quantised and quantization_config is None
+    if compared and head is not embedding and not torch.equal(head.to(embedding.device), embedding):
         raise CheckpointError(
             f"load: config.json of {found.path} ties the head to the embedding (tie_word_embeddings), and the stored "
             "head is another one"
@@ -513,8 +510,6 @@ def _build(
 
 def _with_quantised(found: Checkpoint, account: Account) -> dict[str, Any]:
     """The parts of a quantised checkpoint: those of the native model, and all others under their mapped names."""
-    from .models.tensors import Part
-
     parts = dict(account.parts)
     placed = {part.name for part in parts.values()}
     for name, stored in found.stored.items():

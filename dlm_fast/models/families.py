@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..files import CheckpointError
-from .family import Decoder, Family
+from .family import Decoder, Family, head_dim_of
 from .fields import by_name, glm4_moe_of_llada2, llama_of_llada, llama_of_pangu, qwen3_moe_of_llada
 
 
@@ -36,7 +36,7 @@ def _says(values: Mapping[str, Any], pattern: str) -> bool:
 
 def _qkv(config: Any) -> list[tuple[str, int]]:
     """The rows of a fused projection: queries, keys, values."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_dim_of(config)
     keys = config.num_key_value_heads * size
     return [("q_proj", config.num_attention_heads * size), ("k_proj", keys), ("v_proj", keys)]
 

@@ -21,6 +21,11 @@ FACTS = tuple(field.name for field in dataclasses.fields(DiffusionConfig))
 Cut = Callable[[Any], Iterable[tuple[str, int]]]
 
 
+def head_dim_of(config: Any) -> int:
+    """The size of a head, by a native configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A published decoder with its settings: what `generate` uses where the call names no preset.

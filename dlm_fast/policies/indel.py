@@ -110,12 +110,6 @@ class InsertDelete(Policy):
         return {"rows": {}, "saved": {}}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        for name in ("delete_id", "split_id"):
-            if getattr(self, name) >= view.logits.shape[-1]:
-                raise ValueError(
-                    f"policy InsertDelete: {name} must be below the model's vocab_size={view.logits.shape[-1]}, got "
-                    f"{name}={getattr(self, name)}"
-                )
         state, rows, saved = view.state, view.memory["rows"], view.memory["saved"]
         saved.clear()
         canvas = {name: getattr(state, name).clone() for name in _CANVAS}

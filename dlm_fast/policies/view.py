@@ -52,7 +52,7 @@ class View:
         state: where every row stands before this step writes.
         lanes: the positions that the step looks at; lane j of row b is position `position[b, j]`.
         selects: [B] bool, the rows that take part in this step; a choice for any other row has no effect.
-        logits: [B, W, V], the logits of the model's head, guidance included; -inf for EOS ids that are excluded.
+        logits: [B, W, V], the logits of the model's head, guidance included; -inf for an excluded EOS.
         token: int64 prediction; a draw where the row has a temperature.
         confidence: fp32 probability of the prediction.
         greedy: int64 most likely token.
