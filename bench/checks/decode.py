@@ -1,9 +1,10 @@
 """Whole decodes, Triton against the reference on the same device: random toy models, and the embedded tiny models where
 the checkout has them.
 
-The two are compared token for token, except where the reference itself decided by a hair: two float32 computations of
-one model differ in the last bits, and neither may be blamed for a decision between candidates that lie closer than
-that. `Watch` measures how close every decision was.
+The two are compared token for token. A row that differs is excused where the reference itself decided by a hair: two
+float32 computations of one model differ in the last bits, and neither may be blamed for a decision between candidates
+that lie closer than that. `Watch` measures how close every decision was. Trained models are certain of most tokens, so
+that nearly every row holds such a decision: what is equal is compared all the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.select import rank_order
 from dlm_kernels.testing import Failure
 
+from ..quality import MAX_NEW_TOKENS, Setting, settings
 from .run import Case, Sizes, Skip, generator
 
 # In logits, probabilities and nats: well above float32 rounding through a few layers, well below most decisions.
@@ -51,16 +53,6 @@ DECODES = (
     ("qwen3", 8, 2, 128, "llada2", {"block_length": 8, "threshold": 0.2, "score": "neg_entropy"}),
     ("llama", 4, 4, 32, "llada", {"block_length": 16, "temperature": 0.8}),
 )
-EMBEDDED_DECODES = (
-    ("tiny-full", "fast-dllm", {"block_length": 8}),
-    ("tiny-block", "llada2", {"threshold": 0.9}),
-    ("tiny-block", "d2f", {}),
-    ("tiny-block", "freedave-block", {}),
-    ("tiny-full", "local-leap", {"block_length": 8}),
-    ("tiny-full", "klass", {"block_length": 8}),
-    ("tiny-full", "rcr", {"block_length": 8}),
-    ("tiny-full", "sched", {"block_length": 8}),
-)
 
 
 def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
@@ -70,8 +62,11 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
         model = partial(random_model, family, heads, kv_heads, head_dim, sizes.layers, seed, name)
         yield name, partial(random_decode, ops, device, seed, name, sizes, model, preset, options)
     if sizes.prompts:
-        for name, preset, options in EMBEDDED_DECODES:
-            yield f"{name} {preset}", partial(embedded_decode, ops, device, seed, name, sizes, preset, options)
+        # Every preset that runs on the embedded models, as it is published.
+        published = {(setting.model, setting.preset): setting for setting in reversed(settings())}
+        for setting in reversed(published.values()):
+            case = partial(embedded_decode, ops, device, seed, setting, sizes)
+            yield f"{setting.model} {setting.preset}", case
 
 
 def random_model(family: str, heads: int, kv_heads: int, head_dim: int, layers: int, seed: int, name: str) -> nn.Module:
@@ -122,26 +117,27 @@ def random_decode(
     compare(*outputs, watch)
 
 
-def embedded_decode(
-    ops: Ops, device: torch.device, seed: int, name: str, sizes: Sizes, preset: str, options: dict
-) -> None:
+def embedded_decode(ops: Ops, device: torch.device, seed: int, setting: Setting, sizes: Sizes) -> None:
     outputs = []
     watch = Watch()
     for backend in (ops, watch.ops()):
         try:
-            model = dlm_fast.load(name, backend=backend, device=device)
+            model = dlm_fast.load(setting.model, backend=backend, device=device)
         except CheckpointError as error:
             raise Skip(str(error)) from error
         samples = [sample for task in TASKS for sample in held_out(task, sizes.prompts, seed % 1000)]
         chats = [[{"role": "user", "content": sample.prompt}] for sample in samples]
-        outputs.append(dlm_fast.generate(model, chats, preset=preset, max_new_tokens=64, **options))
+        outputs.append(
+            dlm_fast.generate(model, chats, preset=setting.preset, max_new_tokens=MAX_NEW_TOKENS, **setting.options)
+        )
     compare(*outputs, watch)
 
 
 def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, watch: Watch) -> None:
     """Raises Failure unless every clearly decided row has the reference's tokens, steps and NFE, and most rows are
-    clear."""
+    clear or have them as well."""
     clear = (watch.gap > CLEAR).tolist()
+    excused = 0
     for b in range(len(clear)):
         same = (
             ours.canvas[b].equal(expected.canvas[b])
@@ -154,8 +150,9 @@ def compare(ours: dlm_fast.GenerateOutput, expected: dlm_fast.GenerateOutput, wa
                 f"row {b}: {differ} tokens differ, NFE {ours.nfe[b]} instead of {expected.nfe[b]}, "
                 f"though the closest decision of the reference had a gap of {float(watch.gap[b]):.2g}"
             )
-    if 2 * sum(clear) < len(clear):
-        raise Failure(f"only {sum(clear)} of {len(clear)} rows were decided clearly enough to compare")
+        excused += not same
+    if 2 * excused > len(clear):
+        raise Failure(f"{excused} of {len(clear)} rows differ, where the reference decided by a hair")
 
 
 class Watch:
@@ -167,7 +164,11 @@ class Watch:
 
     def ops(self) -> Ops:
         return dataclasses.replace(
-            REFERENCE, confidence=self._confidence, unmask=self._unmask, reason="watched by a check"
+            REFERENCE,
+            confidence=self._confidence,
+            unmask=self._unmask,
+            verify=self._verify,
+            reason="watched by a check",
         )
 
     def _confidence(self, logits: Tensor, *, outputs: tuple[str, ...], **arguments) -> reference.Confidence:
@@ -227,6 +228,20 @@ class Watch:
             gaps.append(torch.where(steps > 0, steps, math.inf).nan_to_num(nan=math.inf, posinf=math.inf).amin(1))
         self.gap = torch.minimum(self.gap, torch.stack(gaps).amin(0))
         return chosen
+
+    def _verify(self, source, held: Tensor, token: Tensor, score: Tensor, *arguments, **named):
+        """Which drafts agree hangs on the order of the source, on the best lane of each draft, and on the tokens."""
+        eligible, (B, D, W) = named["eligible"], held.shape
+        order = torch.where(eligible, source.score, -math.inf).topk(min(D + 1, W), dim=1).values
+        steps = -order.diff(dim=1).nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+        masked = eligible[:, None] & (held == named["mask_id"])
+        best = torch.where(masked, score, -math.inf).topk(min(2, W), dim=2).values
+        between = (best[..., 0] - best[..., -1]).nan_to_num(nan=math.inf, posinf=math.inf)
+        tokens = torch.where(masked, self._tokens.view(B, D, W), math.inf).flatten(1)
+        gap = torch.cat([steps, torch.where(masked.sum(2) > 1, between, math.inf), tokens], 1).amin(1)
+        gap = torch.where(named["selects"], gap, math.inf)
+        self.gap = gap if self.gap is None else torch.minimum(self.gap, gap)
+        return reference.verify(source, held, token, score, *arguments, **named)
 
     @staticmethod
     def _cut(rule, rank: Tensor, eligible: Tensor, chosen: Tensor, block_length: Tensor) -> Tensor:

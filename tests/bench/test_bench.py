@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,29 @@ def test_a_decode_that_draws_other_tokens_is_red() -> None:
     (case,) = check_decode.cases(dataclasses.replace(REFERENCE, confidence=_wrong_token), CPU, sizes, 0)
     (check,) = checks.run("decode", [case], CPU)
     assert check.status == "FAILED" and "tokens differ" in check.detail
+
+
+def _decoded(tokens: list[int], nfe: int) -> SimpleNamespace:
+    rows = torch.tensor(tokens)[:, None]
+    return SimpleNamespace(canvas=list(rows), unmask_step=list(torch.zeros_like(rows)), nfe=[nfe] * len(tokens))
+
+
+def test_a_decode_may_differ_only_where_the_reference_decided_by_a_hair_and_in_half_of_the_rows_at_most() -> None:
+    expected, hair, clear = _decoded([5, 6, 7, 8], 3), 1e-6, 0.5
+
+    def compare(ours: SimpleNamespace, *gaps: float) -> None:
+        watch = check_decode.Watch()
+        watch.gap = torch.tensor(gaps)
+        check_decode.compare(ours, expected, watch)
+
+    compare(_decoded([5, 6, 7, 8], 3), hair, hair, hair, hair)
+    compare(_decoded([5, 6, 9, 9], 3), clear, clear, hair, hair)
+    with pytest.raises(testing.Failure, match="row 2: 1 tokens differ, NFE 3 instead of 3"):
+        compare(_decoded([5, 6, 9, 9], 3), clear, clear, clear, hair)
+    with pytest.raises(testing.Failure, match="row 0: 0 tokens differ, NFE 4 instead of 3"):
+        compare(_decoded([5, 6, 7, 8], 4), clear, hair, hair, hair)
+    with pytest.raises(testing.Failure, match="3 of 4 rows differ, where the reference decided by a hair"):
+        compare(_decoded([5, 9, 9, 9], 3), hair, hair, hair, hair)
 
 
 def test_guard_zones_see_a_write_past_the_end_and_outputs_start_poisoned() -> None:
