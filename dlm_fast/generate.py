@@ -19,7 +19,7 @@ from dlm_kernels import RowState
 from dlm_kernels.state import ERROR_LOGITS
 
 from . import requests
-from .decoding.plan import Plan, open_rows
+from .decoding.plan import Bucket, Plan, open_rows
 from .decoding.progress import run_steps
 from .decoding.step import open_decode
 from .patching import PatchHandle, handle_of
@@ -64,6 +64,9 @@ class GenerateOutput:
         tpf: generated tokens before the first EOS, divided by `nfe`.
         unmask_step: for each canvas position, the row's denoise step that wrote the token; -1 = no step wrote one.
         confidence: for each canvas position, the probability of the token when it was written; 0 = no step wrote one.
+        shapes: how many steps of every shape the batch took (`dlm_fast.decoding.plan.Bucket`).
+        computed_tokens: number of positions that were computed in all steps, padding and rows that sat a step out
+            included; above the sum of `query_tokens` by what the shapes waste.
         wall_time: seconds that the whole batch took.
         preset: the decoder as it ran, with every option that the call replaced.
     """
@@ -77,6 +80,8 @@ class GenerateOutput:
     tpf: list[float]
     unmask_step: list[Tensor]
     confidence: list[Tensor]
+    shapes: dict[Bucket, int]
+    computed_tokens: int
     wall_time: float
     preset: Preset
 
@@ -229,12 +234,13 @@ def generate(
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.opened, chosen, handle.diffusion, device)
+    shapes: dict[Bucket, int] = {}
     if batch.canvases:
         decode = open_decode(handle, plan, state, sampling_of(batch, plan, device))
-        run_steps(decode, _after_step(batch, plan, on_step))
+        shapes = run_steps(decode, _after_step(batch, plan, on_step))
 
     # 5. Build the output, and raise if a row failed.
-    output = _output(batch, state, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
+    output = _output(batch, state, shapes, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
     failed = state.error.nonzero().flatten().tolist()
     if failed:
         raise DecodeError(_failure(state, failed), output, failed)
@@ -369,7 +375,13 @@ def _after_step(
 
 
 def _output(
-    batch: Requests, state: RowState, tokenizer: Any, diffusion: Any, preset: Preset, seconds: float
+    batch: Requests,
+    state: RowState,
+    shapes: dict[Bucket, int],
+    tokenizer: Any,
+    diffusion: Any,
+    preset: Preset,
+    seconds: float,
 ) -> GenerateOutput:
     """The final state of a batch as plain results, one per row."""
     tokens, steps, confidence = state.tokens.cpu(), state.unmask_step.cpu(), state.unmask_confidence.cpu()
@@ -378,6 +390,8 @@ def _output(
         requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))
     ]
     lengths = [len(canvas) for canvas in batch.canvases]
+    copies = 2 if preset.cfg_scale else 1
+    computed = sum(copies * shape.rows * shape.width * shape.drafts * steps for shape, steps in shapes.items())
     return GenerateOutput(
         sequences=[response.ids for response in responses],
         text=[response.text for response in responses] if tokenizer is not None else None,
@@ -388,6 +402,8 @@ def _output(
         tpf=[response.written / forwards if forwards else 0.0 for response, forwards in zip(responses, nfe)],
         unmask_step=[steps[b, :length] for b, length in enumerate(lengths)],
         confidence=[confidence[b, :length] for b, length in enumerate(lengths)],
+        shapes=dict(shapes),
+        computed_tokens=computed,
         wall_time=seconds,
         preset=preset,
     )

@@ -37,6 +37,15 @@ class Drafts(DraftSource):
             accepted=torch.zeros(B, dtype=torch.int32, device=device),
         )
 
+    def of_rows(self, rows: Tensor) -> Drafts:
+        """A copy for some rows [n] int64 of the batch."""
+        return Drafts(**{name: field.index_select(0, rows) for name, field in vars(self).items()})
+
+    def put_rows(self, rows: Tensor, part: Drafts) -> None:
+        """Takes over `part`, that of the rows [n]."""
+        for name, field in vars(self).items():
+            field.index_copy_(0, rows, getattr(part, name))
+
     def suspended(self) -> Tensor:
         """[B] bool rows whose drafts were accepted too rarely to pay for themselves."""
         return (self.tried >= TRIES) & (RARELY * self.accepted < self.tried)

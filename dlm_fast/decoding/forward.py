@@ -75,6 +75,13 @@ class PredictingRow:
     def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
         """Called after a step, for what later steps need of its rows."""
 
+    def of_rows(self, rows: Tensor) -> PredictingRow:
+        """The same for some rows [n] int64 of the batch."""
+        return self
+
+    def put_rows(self, rows: Tensor, part: PredictingRow) -> None:
+        """Takes over what `part`, that of the rows [n], has kept."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RowBefore(PredictingRow):
@@ -97,6 +104,12 @@ class RowBefore(PredictingRow):
         index = self.index(window, state.block_start[:, None] - 1)
         inside = (index < hidden.shape[1]) & (window.q_len > 0)[:, None]
         self.last_hidden.copy_(torch.where(inside, gathered(hidden, index)[:, 0], self.last_hidden))
+
+    def of_rows(self, rows: Tensor) -> RowBefore:
+        return dataclasses.replace(self, last_hidden=self.last_hidden.index_select(0, rows))
+
+    def put_rows(self, rows: Tensor, part: RowBefore) -> None:
+        self.last_hidden.index_copy_(0, rows, part.last_hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +146,7 @@ class Forward:
         row: which row predicts a position.
         wanted: what is measured.
         history: the distributions of the step before; None where no policy compares with them.
+        cache_rows: rows of the cache that belong to the batch, one for each of its rows.
     """
 
     handle: PatchHandle
@@ -144,6 +158,28 @@ class Forward:
     row: PredictingRow
     wanted: Wanted
     history: History | None
+    cache_rows: int
+
+    def of_rows(self, rows: Tensor) -> Forward:
+        """The forward of some rows [n] int64 of the batch, on copies of what it keeps for them; the cache is shared."""
+        first = self.plan.first.index_select(0, rows)
+        sampling = self.sampling.of_rows(rows)
+        return dataclasses.replace(
+            self,
+            plan=dataclasses.replace(self.plan, first=first),
+            state=self.state.of_rows(rows),
+            sampling=sampling,
+            setting=dataclasses.replace(self.setting, first=first, sampling=sampling),
+            row=self.row.of_rows(rows),
+            history=None if self.history is None else self.history.of_rows(rows, self.state.tokens.shape[0]),
+        )
+
+    def put_rows(self, rows: Tensor, part: Forward) -> None:
+        """Takes over what a step of `part`, the forward of the rows [n], has changed."""
+        self.state.put_rows(rows, part.state)
+        self.row.put_rows(rows, part.row)
+        if self.history is not None:
+            self.history.put_rows(rows, self.state.tokens.shape[0], part.history)
 
     def run(self, step: Step) -> Result:
         """The forward of a step that chooses tokens."""
@@ -214,6 +250,7 @@ class Forward:
             state=state,
             lanes=step.lanes,
             selects=step.selects,
+            rows=step.window.cache_row,
             logits=result.logits.unflatten(0, (-1, step.lanes.position.shape[1])),
             rule_fields=rule_fields,
             restate=lambda ids, values: self.viewed(step, result, needed, None, (ids, values)),
@@ -225,8 +262,8 @@ class Forward:
         return rule_choice(self.plan, self.wanted, view)
 
     def drafting(self) -> Tensor:
-        """[1] int32 rows whose next step has drafts to verify."""
-        return torch.zeros(1, dtype=torch.int32, device=self.state.phase.device)
+        """[B] bool rows whose next step has drafts to verify."""
+        return torch.zeros_like(self.state.phase, dtype=torch.bool)
 
     def after(self, step: Step, result: Result) -> None:
         """Called when the step has written, for what later steps need of this one."""
@@ -256,7 +293,7 @@ class Guided(Forward):
         canvases = torch.cat([state.tokens, torch.where(given, self.plan.mask_id, state.tokens)])
         rows = window.cache_row
         window = repeat_rows(window, lambda x: torch.cat([x, x]))
-        return dataclasses.replace(window, cache_row=torch.cat([rows, rows + rows.shape[0]])), canvases
+        return dataclasses.replace(window, cache_row=torch.cat([rows, rows + self.cache_rows])), canvases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,6 +393,13 @@ class Drafted(Forward):
 
     drafts: Drafts
 
+    def of_rows(self, rows: Tensor) -> Drafted:
+        return dataclasses.replace(super().of_rows(rows), drafts=self.drafts.of_rows(rows))
+
+    def put_rows(self, rows: Tensor, part: Drafted) -> None:
+        super().put_rows(rows, part)
+        self.drafts.put_rows(rows, part.drafts)
+
     def run(self, step: Step) -> Result:
         count, position = step.bucket.drafts, step.lanes.position
         ready = self.drafts.ready(self.state, step.bucket.kind) & step.selects
@@ -369,7 +413,7 @@ class Drafted(Forward):
         return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
 
     def drafting(self) -> Tensor:
-        return ((self.state.phase == DENOISE) & ~self.drafts.suspended()).sum().int().view(1)
+        return (self.state.phase == DENOISE) & ~self.drafts.suspended()
 
     def _window(self, window: Window, count: int) -> Window:
         """The window of every draft: all read their row's cache, and leave storing to the first."""
@@ -476,6 +520,7 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
         "row": row,
         "wanted": wanted,
         "history": history,
+        "cache_rows": B,
     }
     if preset.drafts > 1:
         return Drafted(**parts, drafts=Drafts.empty(state, plan.lanes))

@@ -86,6 +86,16 @@ class History:
         self.logits.copy_(torch.where(rows[:, None], logits, self.logits))
         self.logsumexp.copy_(torch.where(rows, logsumexp, self.logsumexp))
 
+    def of_rows(self, rows: Tensor, batch: int) -> History:
+        """A copy for some rows [n] int64 of the `batch` rows."""
+        logits, logsumexp = (x.unflatten(0, (batch, -1)).index_select(0, rows) for x in vars(self).values())
+        return History(logits.flatten(0, 1), logsumexp.flatten(0, 1))
+
+    def put_rows(self, rows: Tensor, batch: int, part: History) -> None:
+        """Takes over `part`, that of the rows [n]."""
+        for mine, theirs in zip(vars(self).values(), vars(part).values()):
+            mine.unflatten(0, (batch, -1)).index_copy_(0, rows, theirs.unflatten(0, (rows.shape[0], -1)))
+
 
 def measure(
     ops: Ops,

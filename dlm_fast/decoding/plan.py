@@ -25,12 +25,14 @@ class Bucket(NamedTuple):
     Attributes:
         kind: "refresh" computes all that the cache needs (a prefill, a block's first step, a refresh), "denoise" what
             its extent is.
-        width: positions that are computed, padding included.
-        lanes: positions that are looked at.
+        rows: rows that are computed, those that sit the step out included.
+        width: positions of a row that are computed, padding included.
+        lanes: positions of a row that are looked at.
         drafts: canvases per row.
     """
 
     kind: Kind
+    rows: int
     width: int
     lanes: int
     drafts: int = 1
@@ -60,7 +62,7 @@ class Plan:
         shadow_block: block id of shadows: behind that of the canvas, or of prompt and response where the prompt is
             isolated.
         scattered: whether windows are scattered positions, not a range.
-        varies: whether the widths of denoise steps differ from step to step.
+        defers: whether a finished block waits for the next block's first step, which computes its final keys.
         opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute
             the row that predicts it.
         quota_of_view: whether the smallest number of positions that a step writes is `View.quota`, of a schedule that
@@ -86,7 +88,7 @@ class Plan:
     shadow: bool
     shadow_block: int
     scattered: bool
-    varies: bool
+    defers: bool
     opens_at_row_before: bool
     quota_of_view: bool
     unmask_rule: UnmaskRule
@@ -94,9 +96,10 @@ class Plan:
     prefill_rule: UnmaskRule | None
 
     def bucket(self, kind: Kind, *, width: int | None = None, lanes: int | None = None, drafts: int = 1) -> Bucket:
-        """The bucket of a step: by default one that holds every row whatever happens."""
+        """The bucket of a step of all rows: by default one that holds every row whatever happens."""
         full = self.refresh_width if kind == "refresh" else self.denoise_width
-        return Bucket(kind, full if width is None else width, self.lanes if lanes is None else lanes, drafts)
+        rows, lanes = self.first.shape[0], self.lanes if lanes is None else lanes
+        return Bucket(kind, rows, full if width is None else width, lanes, drafts)
 
     def setting(self, sampling: Sampling) -> Setting:
         """What its policies may read of it."""
@@ -160,20 +163,24 @@ def open_rows(
         opened=max(state.block_end.tolist(), default=0),
         rest=max((len(canvas) - start for canvas, start in zip(canvases, starts)), default=0),
         block=block,
+        waiting=max((_longest_wait(*row, block_length, mask_id) for row in zip(canvases, starts)), default=0),
         before=int(previous),
         vicinity=preset.vicinity,
+        pipeline=preset.pipeline,
     )
     # Where a step does not compute every mask of the row, a policy that looks at the row sees the block.
     computes_masks = preset.visibility == "full" and cache.computes_masks and preset.horizon is None
     whole_row = computes_masks and any(policy.reads == "row" for policy in preset.policies)
-    state = RowState(**{name: tensor.to(device) for name, tensor in vars(state).items()})
+    placed = RowState.empty(B, L, device)
+    for name, field in vars(placed).items():
+        field.copy_(getattr(state, name))
     plan = Plan(
         preset=preset,
         diffusion=diffusion,
         cache=cache,
         mask_id=mask_id,
         block_length=block_length,
-        first=state.block_start.clone(),
+        first=placed.block_start.clone(),
         refresh_width=0 if cache.refresh is None else cache.refresh.width(sizes),
         denoise_width=cache.width(sizes) + (block if preset.shadow else 0),
         lanes=max(1, sizes.rest) if whole_row or preset.pipeline else block,
@@ -184,11 +191,17 @@ def open_rows(
         shadow=preset.shadow,
         shadow_block=1 + int(diffusion.prompt_isolated),
         scattered=cache.reused is not None or preset.keep_last or preset.scatter_suffix,
-        varies=preset.pipeline or cache.reused is not None,
+        defers=cache.defers(preset.pipeline),
         opens_at_row_before=previous and cache.opens_at_row_before and preset.drafts == 1,
         quota_of_view=preset.quota and not preset.quota_in_op,
         unmask_rule=preset.unmask_rule(),
         exact_rule=preset.unmask_rule(exact=True),
         prefill_rule=preset.prefill_rule() if cache.prefills else None,
     )
-    return plan, state
+    return plan, placed
+
+
+def _longest_wait(canvas: Tensor, start: int, block_length: int, mask_id: int) -> int:
+    """The most positions from the start of one block with masks to that of the next: those between wait for it."""
+    blocks = ((canvas[start:] == mask_id).nonzero().flatten() // block_length).unique()
+    return int(blocks.diff().amax()) * block_length if len(blocks) > 1 else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,41 +11,41 @@ from torch import Tensor
 
 from dlm_kernels import RowState
 from dlm_kernels.rules import Kind
+from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from .plan import Bucket
+from .shapes import Grid, grid_of
 from .step import Decode, denoise_step
-from .window import counts_of
-
-# Scattered windows are rounded up to so many positions: few shapes to compile and capture, little waste.
-WIDTH_GRAIN = 32
+from .window import needs_of
 
 
 class Progress:
-    """What rows still need, read by the host from a pinned copy that may be `steps_behind`.
+    """What rows still need, read by the host from a pinned copy that may be `rounds_behind`, and the steps that follow.
 
-    A kind that only refresh steps can serve is known to be served as soon as one was launched, so a count that is
-    behind never asks for a second refresh that nobody needs. A pipeline appends one block a step at most: a width that
-    is behind is that much too small.
+    The loop goes in rounds: in a round of refreshes every row that needs one takes part in one step, in a round of
+    denoise steps every other row that is not done. Rounds of the two kinds alternate where rows need both, so that no
+    row waits for more than one round. A row that a late copy has in the wrong step finds that out on the device and
+    sits the step out. A pipeline appends one block a step at most, so a late width is that much too small.
     """
 
-    def __init__(self, decode: Decode, steps_behind: int) -> None:
-        self.decode, self.steps_behind = decode, steps_behind
+    def __init__(self, decode: Decode, grid: Grid, rounds_behind: int) -> None:
+        self.decode, self.grid, self.rounds_behind = decode, grid, rounds_behind
         self.pending: list[tuple[Tensor, Any]] = []
-        self._read(self._count())
+        self.last: Kind | None = None
+        self.margin = decode.plan.block_length * rounds_behind if decode.plan.preset.pipeline else 0
+        self.needs = self._count().tolist()
 
     def _count(self) -> Tensor:
-        """[5] int32 on the device: `counts_of`, and rows that go on drafting."""
+        """[5, B] int32 on the device: `needs_of`."""
         decode = self.decode
-        counts = counts_of(decode.plan, decode.state, decode.sampling)
-        return torch.cat([counts, decode.forward.drafting()])
-
-    def _read(self, counts: Tensor) -> None:
-        self.to_refresh, self.to_denoise, self.width, self.lanes, self.drafting = counts.tolist()
+        return needs_of(decode.plan, decode.state, decode.sampling, decode.forward.drafting())
 
     def record(self, kind: Kind) -> None:
-        """Counts again after a step of `kind` was launched, without waiting for it."""
+        """Counts again after a round of `kind` was launched, without waiting for it."""
+        self.last = kind
         if kind == "refresh":
-            self.to_denoise, self.to_refresh = self.to_denoise + self.to_refresh, 0
+            # Known without reading: a late copy must not ask for a second refresh that nobody needs.
+            self.needs[0] = [DENOISE if phase == REFRESH else phase for phase in self.needs[0]]
         counts = self._count()
         if counts.device.type != "cuda":
             self.pending.append((counts, None))
@@ -55,53 +56,63 @@ class Progress:
         event.record()
         self.pending.append((host, event))
 
-    def next_bucket(self) -> Bucket | None:
-        """The bucket of the next step, None if no row needs one."""
-        while len(self.pending) > self.steps_behind:
+    def next_round(self) -> tuple[Kind, list[tuple[Bucket, list[int]]]] | None:
+        """The kind of the next round and its steps, each with its rows; None if no row needs one."""
+        while len(self.pending) > self.rounds_behind:
             counts, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
-            self._read(counts)
-        if self.to_refresh:
-            return self._bucket("refresh")
-        return self._bucket("denoise") if self.to_denoise else None
-
-    def _bucket(self, kind: Kind) -> Bucket:
-        """The narrowest bucket that holds every row: where widths vary, a multiple of the block length or of the
-        grain."""
-        plan = self.decode.plan
-        width = lanes = None
-        if plan.varies:
-            grain, margin = WIDTH_GRAIN, 0
-            if plan.preset.pipeline:
-                grain, margin = plan.block_length, plan.block_length * self.steps_behind
-
-            def up(need: int, maximum: int) -> int:
-                return max(1, min(-(-(need + margin) // grain) * grain, maximum))
-
-            width = up(self.width, plan.denoise_width) if kind == "denoise" else None
-            lanes = up(self.lanes, plan.lanes) if plan.preset.pipeline else None
-        drafts = plan.preset.drafts if self.drafting and kind == "denoise" else 1
-        return plan.bucket(kind, width=width, lanes=lanes, drafts=drafts)
+            self.needs = counts.tolist()
+        phases, refresh, denoise, lanes, drafting = self.needs
+        waiting: dict[Kind, list[tuple[int, int, int, bool]]] = {"refresh": [], "denoise": []}
+        for row, phase in enumerate(phases):
+            if phase == REFRESH:
+                waiting["refresh"].append((refresh[row] + self.margin, row, lanes[row] + self.margin, False))
+            elif phase in (DENOISE, COMMIT):
+                waiting["denoise"].append(
+                    (denoise[row] + self.margin, row, lanes[row] + self.margin, bool(drafting[row]))
+                )
+        other: Kind = "denoise" if self.last == "refresh" else "refresh"
+        for kind in (other, "refresh", "denoise"):
+            if waiting[kind]:
+                return kind, self.grid.steps(kind, waiting[kind])
+        return None
 
 
 @torch.no_grad()
-def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> None:
-    """Runs steps until no row needs one. Bounded: a row that outlives its `max_steps` ends with an error."""
+def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> Counter[Bucket]:
+    """Runs steps until no row needs one, and returns how many steps of every shape it ran. Bounded: a row that outlives
+    its `max_steps` ends with an error."""
     plan = decode.plan
-    # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a step
+    # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
     # behind.
     repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
-    steps_behind = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
-    progress = Progress(decode, steps_behind)
+    rounds_behind = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
+    progress = Progress(decode, grid_of(plan, decode.state), rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
     limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
-    for _ in range(limit + steps_behind):
-        bucket = progress.next_bucket()
-        if bucket is None:
-            return
-        denoise_step(decode, bucket)
-        if after_step is not None:
-            after_step(decode.state)
-        progress.record(bucket.kind)
-    raise AssertionError(f"decode loop made no progress within {limit} steps")
+    ran: Counter[Bucket] = Counter()
+    for _ in range(limit + rounds_behind):
+        chosen = progress.next_round()
+        if chosen is None:
+            return ran
+        kind, steps = chosen
+        for bucket, rows in steps:
+            denoise_step(decode, bucket, _on_device(decode, bucket, rows))
+            ran[bucket] += 1
+            if after_step is not None:
+                after_step(decode.state)
+        progress.record(kind)
+    raise AssertionError(f"decode loop made no progress within {limit} rounds")
+
+
+def _on_device(decode: Decode, bucket: Bucket, rows: list[int]) -> Tensor | None:
+    """The rows of a step as a tensor, filled up to those of its bucket with rows that sit the step out or take an extra
+    one; None = all rows."""
+    B, device = decode.state.tokens.shape[0], decode.state.tokens.device
+    if bucket.rows == B:
+        return None
+    taken = set(rows)
+    spare = (row for row in range(B) if row not in taken)
+    index = torch.tensor(rows + [next(spare) for _ in range(bucket.rows - len(rows))], dtype=torch.int64)
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

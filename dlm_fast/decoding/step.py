@@ -46,33 +46,83 @@ class Decode:
     def sampling(self) -> Sampling:
         return self.forward.sampling
 
+    def of_rows(self, rows: Tensor) -> Decode:
+        """A decode of some rows [n] int64 of the batch, on copies of all that a step of them reads, but for the
+        cache."""
+        forward = self.forward.of_rows(rows)
+        memory = tuple(
+            {name: kept.index_select(0, rows) if _per_row(kept) else kept for name, kept in kept_by.items()}
+            for kept_by in self.memory
+        )
+        return Decode(forward, memory, _constants(forward.plan, forward.sampling))
+
+    def put_rows(self, rows: Tensor, part: Decode) -> None:
+        """Takes over what a step of `part`, the decode of the rows [n], has changed."""
+        self.forward.put_rows(rows, part.forward)
+        for mine, its in zip(self.memory, part.memory):
+            for name, kept in mine.items():
+                if _per_row(kept):
+                    kept.index_copy_(0, rows, its[name])
+
+
+def _per_row(kept: Any) -> bool:
+    """Whether a policy keeps this for each row (`Policy.memory`)."""
+    return isinstance(kept, Tensor) and kept.dim() > 0
+
+
+def _constants(plan: Plan, sampling: Sampling) -> dict[str, Any]:
+    return {
+        "steps": sampling.steps,
+        "block_length": sampling.block_length,
+        "mask_id": plan.mask_id,
+        "stop_ids": sampling.eos,
+        "max_steps": sampling.max_steps,
+        "append_masks": sampling.append_masks,
+        "activate_masks": sampling.activate_masks,
+        "delay": sampling.delay,
+    }
+
 
 def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
-    """Allocates what a decode keeps between steps."""
-    forward = forward_of(handle, plan, state, sampling)
-    return Decode(
-        forward=forward,
-        memory=tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies),
-        constants={
-            "steps": sampling.steps,
-            "block_length": sampling.block_length,
-            "mask_id": plan.mask_id,
-            "stop_ids": sampling.eos,
-            "max_steps": sampling.max_steps,
-            "append_masks": sampling.append_masks,
-            "activate_masks": sampling.activate_masks,
-            "delay": sampling.delay,
-        },
-    )
+    """Allocates what a decode keeps between steps.
+
+    Raises ValueError where a policy's memory holds a tensor that has not one entry per row.
+    """
+    forward, B = forward_of(handle, plan, state, sampling), state.tokens.shape[0]
+    memory = tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies)
+    for policy, kept_by in zip(plan.preset.policies, memory):
+        for name, kept in kept_by.items():
+            if _per_row(kept) and kept.shape[0] != B:
+                raise ValueError(
+                    f"generate: policy {type(policy).__name__} must keep one entry per row in the first dimension of "
+                    f"memory[{name!r}], or no dimension, got {list(kept.shape)} for {B} rows"
+                )
+    return Decode(forward, memory, _constants(plan, sampling))
 
 
-def denoise_step(decode: Decode, bucket: Bucket) -> None:
+def denoise_step(decode: Decode, bucket: Bucket, rows: Tensor | None = None) -> None:
     """One forward and what follows from it, in place, with no host read: window, forward, look, choose, write, after.
 
     Rows that need the other kind of step, or a wider one, are left unchanged.
+
+    Args:
+        rows: [bucket.rows] int64, the rows of the batch that the step computes, n different ones; None: all of them, in
+            their order. A step of some rows is the same step of a smaller decode: what a step reads of its rows is
+            copied, and what it has changed is written back. That keeps the ops and the policies free of an index (the
+            copies are a few KB a row), and what such a step computes is a matter of its bucket alone.
     """
-    plan, forward = decode.plan, decode.forward
-    step = step_of(plan, decode.state, decode.sampling, bucket)
+    part = decode if rows is None else decode.of_rows(rows)
+    step = step_of(part.plan, part.state, part.sampling, bucket)
+    if rows is not None:
+        step = dataclasses.replace(step, window=dataclasses.replace(step.window, cache_row=rows.int()))
+    _run(part, step)
+    if rows is not None:
+        decode.put_rows(rows, part)
+
+
+def _run(decode: Decode, step: Step) -> None:
+    """The step from its forward on."""
+    plan, forward, bucket = decode.plan, decode.forward, step.bucket
     if bucket.kind == "refresh" and plan.prefill_rule is not None:
         prefill(decode, step)
         return

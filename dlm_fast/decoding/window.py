@@ -13,7 +13,7 @@ from dlm_kernels import RowState, Window
 from dlm_kernels.reference.advance import first_masked
 from dlm_kernels.reference.noise import uniform_scores
 from dlm_kernels.rules import Kind
-from dlm_kernels.state import COMMIT, DENOISE, DONE, REFRESH
+from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from ..policies import Lanes, Sampling
 from ..presets.caches import Canvas, Extent, Place
@@ -97,7 +97,10 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
         q_pos = torch.where(is_shadow, state.block_start[:, None] + index - q_len[:, None], q_pos)
         q_len = q_len + state.block_end - state.block_start
     served = phase_fits(state, bucket.kind)
-    q_len = torch.where(served & (q_len <= bucket.width), q_len, 0)
+    fits = q_len <= bucket.width
+    if plan.preset.pipeline:
+        fits = fits & (state.block_end - state.block_start <= bucket.lanes)
+    q_len = torch.where(served & fits, q_len, 0)
     # Dead positions of the bucket still index embeddings and RoPE, and so stay inside the canvas.
     q_pos = q_pos.clamp(0, max(L - 1, 0))
 
@@ -138,6 +141,7 @@ def extent_of(plan: Plan, state: RowState, kind: Kind) -> Extent:
         horizon=plan.preset.horizon,
         vicinity=plan.preset.vicinity,
         sub_block=_lone_sub_block(plan, state) if plan.preset.sub_block_cache else None,
+        waiting=waiting_from(plan, state) if plan.defers and kind == "denoise" else None,
     )
     if kind == "denoise":
         return plan.cache.extent(place)
@@ -150,7 +154,7 @@ def visibility(plan: Plan, state: RowState, kind: Kind, q_pos: Tensor) -> tuple[
     if plan.block_causal and plan.diffusion.causal_prefix:
         # Blocks of one position see causally; a denoise step opens the block in work to itself.
         start = state.block_start[:, None]
-        in_work = (state.phase == DENOISE)[:, None] & (kind == "denoise") & (q_pos >= start)
+        in_work = phase_selects(plan, state, kind)[:, None] & (q_pos >= start)
         return torch.where(in_work, start, q_pos), "block"
     if plan.block_causal:
         return block_of(plan, q_pos), "block"
@@ -197,6 +201,18 @@ def canvas_of(plan: Plan, state: RowState) -> Canvas:
     return Canvas(state, plan.mask_id, plan.previous, plan.block_length)
 
 
+def waiting_from(plan: Plan, state: RowState) -> Tensor:
+    """[B] int32: the first position whose keys are not final in the cache.
+
+    Those of a finished block are final once the next block's first step has computed them again.
+    """
+    position = torch.arange(state.tokens.shape[1], dtype=torch.int32, device=state.tokens.device)
+    written = (state.unmask_step >= 0) & (position < state.block_start[:, None])
+    last = torch.where(written, position, -1).amax(1)
+    block = plan.first + (last - plan.first) // plan.block_length * plan.block_length
+    return torch.where((last >= 0) & (state.block_step == 0), block, state.block_start)
+
+
 def block_of(plan: Plan, position: Tensor) -> Tensor:
     """Diffusion block of positions [B, ...]: one irregular block before the first ("rel": the prompt); "abs" blocks
     count from 0; "both" blocks from one that ends with the first whole block of the prompt."""
@@ -226,19 +242,18 @@ def _lone_sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor, Tensor
     return start, end, (state.phase == DENOISE) & (state.block_step > 0) & (token != plan.mask_id)
 
 
-def counts_of(plan: Plan, state: RowState, sampling: Sampling) -> Tensor:
-    """[4] int32 on the device: rows that need a refresh step, rows that need a denoise step, and, where widths vary,
-    the widest window and the most lanes that a row needs."""
-    refresh = state.phase == REFRESH
-    denoise = ~refresh & (state.phase != DONE)
-    width = lanes = torch.zeros((), dtype=torch.int32, device=refresh.device)
-    if plan.varies and refresh.numel():
-        extent = extent_of(plan, state, "denoise")
-        need = extent.stop - extent.begin
+def needs_of(plan: Plan, state: RowState, sampling: Sampling, drafting: Tensor) -> Tensor:
+    """What every row needs next, [5, B] int32 on the device: its phase, the positions of a refresh step, those of a
+    denoise step, the lanes of its region, and whether it has drafts to verify ([B] bool)."""
+
+    def width(kind: Kind) -> Tensor:
+        if kind == "refresh" and plan.cache.refresh is None:
+            return torch.zeros_like(state.phase)
+        extent = extent_of(plan, state, kind)
         if plan.scattered:
-            need = flagged(plan, state, sampling, "denoise", extent).sum(1)
-        # Rows that are still to take their refresh step count too: a host that reads a step behind has them in its next
-        # window.
-        width = torch.where(denoise | refresh, need, 0).amax()
-        lanes = torch.where(denoise | refresh, state.block_end - state.block_start, 0).amax()
-    return torch.stack([refresh.sum(), denoise.sum(), width, lanes]).int()
+            return flagged(plan, state, sampling, kind, extent).sum(1)
+        shadow = state.block_end - state.block_start if plan.shadow and kind == "denoise" else 0
+        return extent.stop - extent.begin + shadow
+
+    lanes = state.block_end - state.block_start
+    return torch.stack([state.phase, width("refresh"), width("denoise"), lanes, drafting]).int()

@@ -48,7 +48,11 @@ class Policy:
         return lanes.eligible | lanes.written if self.reads == "region" else lanes.eligible
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        """The policy's buffers, which live as long as the decode and which the policy writes in place."""
+        """The policy's buffers, which live as long as the decode and which the policy writes in place.
+
+        A tensor has one entry per row of the batch in its first dimension, unless it has no dimension. A step of some
+        rows gets those rows of it; anything but a tensor is the same for all rows (`View.rows` tells them apart).
+        """
         return {}
 
     def choose(self, view: View, choice: Choice) -> Choice:

@@ -114,11 +114,11 @@ class InsertDelete(Policy):
         saved.clear()
         canvas = {name: getattr(state, name).clone() for name in _CANVAS}
         for b in view.selects.nonzero().flatten().tolist():
-            start, end = int(state.block_start[b]), int(state.block_end[b])
+            start, end, row = int(state.block_start[b]), int(state.block_end[b]), int(view.rows[b])
             if int(state.block_step[b]) == 0:
-                rows[b] = self._open(view, b, start, end)
-            final, changed = self._step(view, rows[b], b, end - start, float(choice.value[b]))
-            for name, values in zip(_CANVAS, zip(*((s.token, s.step, s.confidence) for s in rows[b].slots))):
+                rows[row] = self._open(view, b, start, end)
+            final, changed = self._step(view, rows[row], b, end - start, float(choice.value[b]))
+            for name, values in zip(_CANVAS, zip(*((s.token, s.step, s.confidence) for s in rows[row].slots))):
                 canvas[name][b, start:end] = torch.tensor(values, dtype=canvas[name].dtype)
             if changed:
                 saved[b] = (final, {name: int(getattr(state, name)[b]) for name in _SAVED}, int(state.block_step[b]))

@@ -57,6 +57,29 @@ class Sampling:
     top_p: float
     draws: bool
 
+    def of_rows(self, rows: Tensor) -> Sampling:
+        """The numbers of some rows [n] int64, in their order."""
+        fields = {name: getattr(self, name) for name in _PER_ROW}
+        return dataclasses.replace(
+            self, **{name: None if field is None else field.index_select(0, rows) for name, field in fields.items()}
+        )
+
+
+_PER_ROW = (
+    "temperature",
+    "request",
+    "no_eos_before",
+    "value",
+    "min_unmask",
+    "steps",
+    "block_length",
+    "max_steps",
+    "transfer",
+    "append_masks",
+    "activate_masks",
+    "delay",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:

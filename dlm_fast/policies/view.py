@@ -52,6 +52,7 @@ class View:
         state: where every row stands before this step writes.
         lanes: the positions that the step looks at; lane j of row b is position `position[b, j]`.
         selects: [B] bool, the rows that take part in this step; a choice for any other row has no effect.
+        rows: [B] int32, which rows of the batch the step computes: a step may be of some rows only.
         logits: [B, W, V], the logits of the model's head, guidance included; -inf for an excluded EOS.
         token: int64 prediction; a draw where the row has a temperature.
         confidence: fp32 probability of the prediction.
@@ -76,6 +77,7 @@ class View:
     state: RowState
     lanes: Lanes
     selects: Tensor
+    rows: Tensor
     logits: Tensor
     token: Tensor
     confidence: Tensor

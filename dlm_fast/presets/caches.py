@@ -26,8 +26,10 @@ class Sizes(NamedTuple):
         opened: the most positions up to the end of a row's first block.
         rest: the most positions from a row's first block to its end.
         block: positions of a block.
+        waiting: the most positions before a block that wait for its first step to compute their final keys.
         before: 1 where a position is predicted by the row before it, else 0.
         vicinity: positions on either side of the block that are recomputed with it.
+        pipeline: whether several blocks are decoded at once.
     """
 
     canvas: int
@@ -35,8 +37,10 @@ class Sizes(NamedTuple):
     opened: int
     rest: int
     block: int
+    waiting: int
     before: int
     vicinity: int
+    pipeline: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Place:
         vicinity: positions on either side of the block that a denoise step recomputes with it.
         sub_block: start and end of the sub-block that a denoise step recomputes alone, and [B] bool rows in which it
             does; None without sub-block cache.
+        waiting: first position whose keys are not final, where finished blocks wait for the next block's first step;
+            None where they do not.
     """
 
     start: Tensor
@@ -65,6 +71,7 @@ class Place:
     horizon: int | None
     vicinity: int
     sub_block: tuple[Tensor, Tensor, Tensor] | None
+    waiting: Tensor | None = None
 
 
 class Extent(NamedTuple):
@@ -125,6 +132,12 @@ def _block(at: Place) -> Extent:
     begin, stop = torch.where(alone, sub_start, at.start), torch.where(alone, sub_end, at.end)
     replaced = torch.where(alone[:, None], torch.stack([begin, stop], -1), 0)
     return Extent(begin, stop, torch.where(alone, at.end, at.start), replaced)
+
+
+def _block_and_waiting(at: Place) -> Extent:
+    """The block, or the pipeline's blocks, and the finished ones before that wait for their final keys."""
+    begin = at.start if at.waiting is None else at.waiting
+    return Extent(begin, at.end, begin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +249,15 @@ class CacheOperation:
     opens_at_row_before: bool = False
     frozen_around: bool = False
 
+    def op(self, pipeline: bool) -> CacheOp:
+        """What follows a finished block, as the `unmask` op calls it. The op fuses commits of a pipeline alone: one
+        block at a time, the next one simply opens, and its extent begins with the finished one."""
+        return "once" if self.after_block == "fused" and not pipeline else self.after_block
+
+    def defers(self, pipeline: bool) -> bool:
+        """Whether a finished block waits for the next block's first step, which computes its final keys."""
+        return self.after_block == "fused" and not pipeline
+
     @property
     def prefills(self) -> bool:
         """Whether its refresh steps only fill the cache, and write no token (see `reference.unmask`)."""
@@ -293,9 +315,11 @@ CACHES: dict[str, CacheOperation] = {
         visibility="block", reads=("first_token", "sub_block_cache"), frozen_around=True,
     ),
     "fused": CacheOperation(
-        "the keys of finished blocks, each appended by the next denoise forward (D2F)",
-        "fused", _block, lambda sizes: sizes.rest,
-        Refresh(lambda at: at.end, lambda sizes: sizes.opened, opens="prompt", repeats=False), schedules=("pipeline",),
+        "the keys of finished blocks, each appended by the next denoise forward (D2F); exact for block-causal models",
+        "fused", _block_and_waiting,
+        lambda sizes: sizes.rest if sizes.pipeline else min(sizes.rest, sizes.block + sizes.waiting),
+        Refresh(lambda at: at.end, lambda sizes: sizes.opened, opens="prompt", repeats=False),
+        schedules=("block", "pipeline"), frozen_around=True,
     ),
     "delayed": CacheOperation(
         "the keys of blocks that several forwards have found finished, appended one by one (d3LLM)",

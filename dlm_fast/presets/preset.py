@@ -238,7 +238,7 @@ class Preset:
 
     def prefill_rule(self) -> UnmaskRule:
         """The rule of a prefill, which selects nothing."""
-        return UnmaskRule("none", cache=self.operation.after_block, first_token=self.first_token, stop=self.stop)
+        return UnmaskRule("none", cache=self.operation.op(self.pipeline), first_token=self.first_token, stop=self.stop)
 
     def unmask_rule(self, *, exact: bool = False) -> UnmaskRule:
         """The static part of the `unmask` op. exact: a policy said itself which positions pass."""
@@ -254,7 +254,7 @@ class Preset:
             edit="edit" in self.families,
             renoise=self.rule == "renoise",
             remask=remask,
-            cache=self.operation.after_block,
+            cache=self.operation.op(self.pipeline),
             first_token=self.first_token,
             stop=self.stop,
         )
@@ -378,6 +378,11 @@ def _check_caches(p: Preset, fail: Any) -> None:
     if (only_pipelines and not p.pipeline) or (p.pipeline and "pipeline" not in cache.schedules):
         pipelines = names(lambda other: "pipeline" in other.schedules)
         fail(f"schedule='pipeline' goes with cache {pipelines}, got schedule={p.schedule!r}, cache={p.cache!r}")
+    if cache.defers(p.pipeline) and p.visibility != "block":
+        fail(
+            f"cache={p.cache!r} of one block at a time needs a block-causal model (visibility 'block'), got "
+            f"visibility={p.visibility!r}"
+        )
     if p.schedule not in cache.schedules:
         serving = names(lambda other: p.schedule in other.schedules)
         fail(f"schedule={p.schedule!r} goes with cache {serving}, got cache={p.cache!r}")

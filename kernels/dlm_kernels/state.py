@@ -61,17 +61,46 @@ class RowState:
 
     @classmethod
     def empty(cls, B: int, L: int, device: torch.device | str) -> RowState:
-        """A state of zeros (no row has a canvas yet), to be filled by the loop."""
-
-        def rows() -> Tensor:
-            return torch.zeros(B, dtype=torch.int32, device=device)
-
+        """A state of zeros (no row has a canvas yet), to be filled by the loop. Its [B] fields lie in one buffer."""
+        # A field begins at a multiple of 16 bytes, as a tensor of its own would.
+        buffer = torch.zeros(len(ROW_FIELDS), -(-B // 4) * 4, dtype=torch.int32, device=device)
         return cls(
             tokens=torch.zeros(B, L, dtype=torch.int64, device=device),
             unmask_step=torch.full((B, L), -1, dtype=torch.int32, device=device),
             unmask_confidence=torch.zeros(B, L, dtype=torch.float32, device=device),
-            **{name: rows() for name in ROW_FIELDS},
+            **dict(zip(ROW_FIELDS, buffer[:, :B])),
         )
+
+    def of_rows(self, rows: Tensor) -> RowState:
+        """A copy of some rows [n] int64, in their order."""
+        buffer = self._buffer()
+        canvases = {name: getattr(self, name).index_select(0, rows) for name in CANVAS_FIELDS}
+        if buffer is None:
+            return RowState(**canvases, **{name: getattr(self, name).index_select(0, rows) for name in ROW_FIELDS})
+        part = torch.zeros(buffer.shape[0], -(-rows.shape[0] // 4) * 4, dtype=buffer.dtype, device=buffer.device)
+        part = part[:, : rows.shape[0]]
+        part.copy_(buffer.index_select(1, rows))
+        return RowState(**canvases, **dict(zip(ROW_FIELDS, part)))
+
+    def put_rows(self, rows: Tensor, part: RowState) -> None:
+        """Writes `part`, a state of n rows, over the rows [n] int64, which are n different ones."""
+        fields = [(getattr(self, name), getattr(part, name)) for name in CANVAS_FIELDS]
+        buffer, new = self._buffer(), part._buffer()
+        if buffer is None or new is None:
+            fields += [(getattr(self, name), getattr(part, name)) for name in ROW_FIELDS]
+        else:
+            buffer.index_copy_(1, rows, new)
+        for field, values in fields:
+            field.index_copy_(0, rows, values)
+
+    def _buffer(self) -> Tensor | None:
+        """[F, B]: the [B] fields, if they lie in one buffer in their order."""
+        buffer, (B, _) = self.phase._base, self.tokens.shape
+        if buffer is None or buffer.dim() != 2 or buffer.shape[0] != len(ROW_FIELDS):
+            return None
+        fields = [getattr(self, name) for name in ROW_FIELDS]
+        in_order = all(field.data_ptr() == row.data_ptr() for field, row in zip(fields, buffer))
+        return buffer[:, :B] if in_order and all(field.shape == (B,) for field in fields) else None
 
 
 def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
@@ -98,6 +127,7 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
         field.copy_(torch.where(rows.view(-1, *[1] * (field.dim() - 1)), value, field))
 
 
+CANVAS_FIELDS = ("tokens", "unmask_step", "unmask_confidence")
 ROW_FIELDS = (
     "canvas_len",
     "block_start",

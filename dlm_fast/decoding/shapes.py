@@ -1,0 +1,247 @@
+"""The shapes that the steps of a decode have: few of them, planned for its rows when the decode is opened.
+
+A step computes `rows x width` positions, of which only the windows of the rows that take part are needed. With one
+shape for all steps, a row that needs a refresh makes the canvas of every row be computed, and the longest row decides
+for all. With a shape for each need, no step could be captured. So a decode has a grid of at most `MOST_SHAPES` shapes:
+a few widths for each kind of step, chosen so that the windows that the batch will need waste least, each with the row
+counts 1, 2, 4, ... that are worth a forward of their own. The rows that need a step are then divided among steps of
+these shapes at the least cost, where a step costs its positions and `STEP_POSITIONS` besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dlm_kernels import RowState
+from dlm_kernels.rules import Kind
+from dlm_kernels.state import DENOISE
+
+from .plan import Bucket, Plan
+from .window import extent_of
+
+MOST_SHAPES = 16
+# What a step costs whatever it computes, in positions. On a GPU, a forward reads every weight: an H100 or H200
+# multiplies in bf16 for about 200 positions in that time (2 FLOP per weight and position at 800 TFLOP/s, 2 bytes per
+# weight at 3 to 4 TB/s). On a CPU it is Python and small launches.
+STEP_POSITIONS = {"cuda": 256, "cpu": 64}
+# A row count is worth a shape as long as the step costs less than so many fixed parts: beyond, two steps of half the
+# rows cost hardly more.
+WORTH = 4
+MOST_WIDTHS = 8
+# So many different widths are told apart when a grid is planned.
+TOLD_APART = 24
+# The regions of a pipeline that its grid is planned for, in blocks.
+PIPELINE_BLOCKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The shapes of a decode.
+
+    Attributes:
+        counts: for each kind of step and each width, in ascending order, the row counts, in ascending order. The last
+            width of a kind holds every row.
+        lanes: how many positions of a row are looked at, in ascending order; the last number holds every row.
+        drafts: canvases per row of a step that verifies drafts.
+        narrow: whether the lanes lie in the window, so that none are looked at beyond the width.
+        fixed: what a step costs besides its positions, in positions.
+    """
+
+    counts: dict[Kind, dict[int, tuple[int, ...]]]
+    lanes: tuple[int, ...]
+    drafts: int
+    narrow: bool
+    fixed: int
+
+    def steps(self, kind: Kind, needs: Sequence[tuple[int, int, int, bool]]) -> list[tuple[Bucket, list[int]]]:
+        """The steps that serve all of `needs`, and the rows of each, widest first.
+
+        Args:
+            needs: (positions, row, lanes, whether it has drafts to verify) of every row that needs a step of `kind`.
+        """
+        needs = sorted(needs, key=lambda need: (-need[0], need[1]))
+        widths = tuple(self.counts[kind])
+        classes = tuple(next((n for n, width in enumerate(widths) if width >= need[0]), -1) for need in needs)
+        # A row that fits no width is a window that was miscounted: the last width is that of all rows.
+        classes = tuple(len(widths) - 1 if n < 0 else n for n in classes)
+        steps, begin = [], 0
+        for count, width in self._division(kind, classes):
+            served = needs[begin : begin + count]
+            lanes = next((n for n in self.lanes if n >= max(need[2] for need in served)), self.lanes[-1])
+            if self.narrow and kind == "denoise":
+                lanes = min(lanes, width)
+            drafts = self.drafts if kind == "denoise" and any(need[3] for need in served) else 1
+            steps.append((Bucket(kind, count, width, lanes, drafts), [need[1] for need in served]))
+            begin += count
+        return steps
+
+    def _division(self, kind: Kind, classes: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(rows, width) of steps of least cost for rows of these classes of width, the widest first.
+
+        A step takes the next rows in that order; those of a narrower class fill its last places.
+        """
+        if (kind, classes) not in self._divisions:
+            widths, n = tuple(self.counts[kind]), len(classes)
+            # (cost of serving the rows from here on, row count of the first step), from the last row to the first.
+            best = [(0, 0)] * (n + 1)
+            for begin in reversed(range(n)):
+                width = widths[classes[begin]]
+                best[begin] = min(
+                    (self.fixed + count * width + best[min(begin + count, n)][0], count)
+                    for count in self.counts[kind][width]
+                )
+            found, begin = [], 0
+            while begin < n:
+                count = best[begin][1]
+                found.append((count, widths[classes[begin]]))
+                begin += count
+            self._divisions[kind, classes] = found
+        return self._divisions[kind, classes]
+
+    @functools.cached_property
+    def _divisions(self) -> dict[tuple[Kind, tuple[int, ...]], list[tuple[int, int]]]:
+        return {}
+
+
+def grid_of(plan: Plan, state: RowState) -> Grid:
+    """Plans the shapes of a decode that has just been opened; reads the state on the host."""
+    B, device = state.tokens.shape[0], state.tokens.device.type
+    fixed = STEP_POSITIONS.get(device, STEP_POSITIONS["cuda"])
+    expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
+    lanes = (plan.lanes,)
+    if plan.preset.pipeline:
+        lanes = tuple(sorted({min(PIPELINE_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
+    narrow = plan.preset.pipeline and plan.cache.op(True) == "fused"
+    budget = MOST_SHAPES // (len(lanes) * (2 if plan.preset.drafts > 1 else 1))
+    return Grid(_counts(expected, B, budget, fixed), lanes, plan.preset.drafts, narrow, fixed)
+
+
+def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) -> dict[Kind, dict[int, tuple[int, ...]]]:
+    """The row counts of every width of every kind: at most `budget` shapes, unless the least grid has more."""
+    divided = {kind: _classes(Counter(widths), MOST_WIDTHS) for kind, widths in expected.items()}
+    chosen = dict.fromkeys(expected, 1)
+
+    def shapes(kind: Kind, number: int) -> dict[int, list[int]]:
+        return {width: _row_counts(B, width, fixed) for width in divided[kind][number - 1][0]}
+
+    def size(grid: dict[int, list[int]]) -> int:
+        return sum(map(len, grid.values()))
+
+    # 1. One more width for the kind that gains most by it, as long as the shapes are not too many.
+    while True:
+        sizes = {kind: size(shapes(kind, number)) for kind, number in chosen.items()}
+        better = []
+        for kind, number in chosen.items():
+            if number == len(divided[kind]):
+                continue
+            more = size(shapes(kind, number + 1)) - sizes[kind]
+            saved = divided[kind][number - 1][1] - divided[kind][number][1]
+            if saved > 0 and sum(sizes.values()) + more <= budget:
+                better.append((saved / max(1, more), kind))
+        if not better:
+            break
+        chosen[max(better)[1]] += 1
+    grid = {kind: shapes(kind, number) for kind, number in chosen.items()}
+
+    # 2. What is left: row counts between the powers of two, where these are far apart.
+    between = [
+        ((high - low) * width * len(expected[kind]), kind, width, (low + high) // 2)
+        for kind, widths in grid.items()
+        for width, counts in widths.items()
+        for low, high in zip(counts, counts[1:])
+        if high - low > 1
+    ]
+    left = budget - sum(map(size, grid.values()))
+    for _, kind, width, count in sorted(between, reverse=True)[: max(0, left)]:
+        grid[kind][width].append(count)
+    return {kind: {width: tuple(sorted(counts)) for width, counts in widths.items()} for kind, widths in grid.items()}
+
+
+def _row_counts(B: int, width: int, fixed: int) -> list[int]:
+    counts = [1]
+    while counts[-1] < B and counts[-1] * width < WORTH * fixed:
+        counts.append(min(2 * counts[-1], B))
+    return counts
+
+
+def _classes(widths: Counter[int], most: int) -> list[tuple[list[int], int]]:
+    """For 1, 2, ... `most` widths: those that waste least where every window takes the next width above it, and the
+    positions that they waste."""
+    sizes = sorted(widths)
+    while len(sizes) > TOLD_APART:
+        # The pair that costs least to be taken for one.
+        n = min(range(len(sizes) - 1), key=lambda n: widths[sizes[n]] * (sizes[n + 1] - sizes[n]))
+        widths[sizes[n + 1]] += widths[sizes[n]]
+        del sizes[n]
+    counted, summed = [0], [0]
+    for size in sizes:
+        counted.append(counted[-1] + widths[size])
+        summed.append(summed[-1] + widths[size] * size)
+
+    def waste(begin: int, end: int) -> int:
+        return sizes[end - 1] * (counted[end] - counted[begin]) - (summed[end] - summed[begin])
+
+    found: list[tuple[list[int], int]] = []
+    best: list[tuple[int, list[int]]] = [(waste(0, end), [sizes[end - 1]]) for end in range(1, len(sizes) + 1)]
+    for number in range(1, min(most, len(sizes)) + 1):
+        found.append((best[-1][1], best[-1][0]))
+        best = [
+            min(
+                (best[begin - 1][0] + waste(begin, end), [*best[begin - 1][1], sizes[end - 1]])
+                for begin in range(1, end)
+            )
+            if end > number
+            else best[end - 1]
+            for end in range(1, len(sizes) + 1)
+        ]
+    return found
+
+
+def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
+    """The widths of the windows that the rows will need, one for every block of every row and each kind of step, and
+    the largest that any row may need."""
+    start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
+    here = dataclasses.replace(plan, first=plan.first.cpu())
+    found: dict[Kind, list[int]] = {"refresh": [], "denoise": []}
+    if plan.scattered:
+        # How many positions are computed one by one is not known ahead: every share of the canvas.
+        for kind, full in (("refresh", plan.refresh_width), ("denoise", plan.denoise_width)):
+            found[kind] = [-(-full * share // 8) for share in range(1, 9)] if full else []
+        return found
+    for block in range(-(-int((start.canvas_len - start.block_start).clamp(min=1).amax()) // plan.block_length)):
+        begin = start.block_start + block * plan.block_length
+        for blocks in range(1, PIPELINE_BLOCKS + 1) if plan.preset.pipeline else (1,):
+            rows = begin < start.canvas_len
+            end = torch.minimum(begin + blocks * plan.block_length, start.canvas_len)
+            there = dataclasses.replace(
+                start, block_start=begin, block_end=end, phase=torch.full_like(start.phase, DENOISE),
+                block_step=torch.ones_like(start.block_step), step=torch.full_like(start.step, block),
+            )  # fmt: skip
+            for kind in _kinds(plan, block):
+                found[kind] += _positions(here, there, kind, rows)
+            if plan.defers and block:
+                # A block's first step computes the block before too.
+                found["denoise"] += [width + plan.block_length for width in _positions(here, there, "denoise", rows)]
+    for kind, full in (("refresh", plan.refresh_width), ("denoise", plan.denoise_width)):
+        if full:
+            found[kind] = [min(width, full) for width in found[kind] if width > 0] + [full]
+    return found
+
+
+def _kinds(plan: Plan, block: int) -> Iterable[Kind]:
+    refreshes = plan.cache.refresh is not None and (block == 0 or plan.cache.refresh.repeats)
+    return ("refresh", "denoise") if refreshes else ("denoise",)
+
+
+def _positions(plan: Plan, state: RowState, kind: Kind, rows: Tensor) -> list[int]:
+    extent = extent_of(plan, state, kind)
+    width = extent.stop - extent.begin
+    if plan.shadow and kind == "denoise":
+        width = width + state.block_end - state.block_start
+    return width[rows].tolist()
