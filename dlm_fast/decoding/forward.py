@@ -413,7 +413,7 @@ class Drafted(Forward):
         return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
 
     def drafting(self) -> Tensor:
-        return (self.state.phase == DENOISE) & ~self.drafts.suspended()
+        return (self.state.phase == DENOISE) & self.drafts.ready(self.state, "denoise") & ~self.drafts.suspended()
 
     def _window(self, window: Window, count: int) -> Window:
         """The window of every draft: all read their row's cache, and leave storing to the first."""

@@ -65,35 +65,37 @@ class Grid:
         Args:
             needs: (positions, row, lanes, whether it has drafts to verify) of every row that needs a step of `kind`.
         """
-        needs = sorted(needs, key=lambda need: (-need[0], need[1]))
-        widths = tuple(self.counts[kind])
-        classes = tuple(next((n for n, width in enumerate(widths) if width >= need[0]), -1) for need in needs)
-        # A row that fits no width is a window that was miscounted: the last width is that of all rows.
-        classes = tuple(len(widths) - 1 if n < 0 else n for n in classes)
-        steps, begin = [], 0
-        for count, width in self._division(kind, classes):
-            served = needs[begin : begin + count]
-            lanes = next((n for n in self.lanes if n >= max(need[2] for need in served)), self.lanes[-1])
-            if self.narrow and kind == "denoise":
-                lanes = min(lanes, width)
-            drafts = self.drafts if kind == "denoise" and any(need[3] for need in served) else 1
-            steps.append((Bucket(kind, count, width, lanes, drafts), [need[1] for need in served]))
-            begin += count
+        steps, widths = [], tuple(self.counts[kind])
+        for drafts in (1, self.drafts) if self.drafts > 1 else (1,):
+            asking = [need for need in needs if need[3] == (drafts > 1)]
+            asking.sort(key=lambda need: (-need[0], need[1]))
+            # A late count is that of a narrower window, with a margin that may exceed what any row can need.
+            classes = [
+                next((n for n, width in enumerate(widths) if width >= need[0]), len(widths) - 1) for need in asking
+            ]
+            begin = 0
+            for count, width in self._division(kind, drafts, tuple(classes)):
+                served = asking[begin : begin + count]
+                lanes = next((n for n in self.lanes if n >= max(need[2] for need in served)), self.lanes[-1])
+                if self.narrow and kind == "denoise":
+                    lanes = min(lanes, width)
+                steps.append((Bucket(kind, count, width, lanes, drafts), [need[1] for need in served]))
+                begin += count
         return steps
 
-    def _division(self, kind: Kind, classes: tuple[int, ...]) -> list[tuple[int, int]]:
+    def _division(self, kind: Kind, drafts: int, classes: tuple[int, ...]) -> list[tuple[int, int]]:
         """(rows, width) of steps of least cost for rows of these classes of width, the widest first.
 
         A step takes the next rows in that order; those of a narrower class fill its last places.
         """
-        if (kind, classes) not in self._divisions:
+        if (kind, drafts, classes) not in self._divisions:
             widths, n = tuple(self.counts[kind]), len(classes)
             # (cost of serving the rows from here on, row count of the first step), from the last row to the first.
             best = [(0, 0)] * (n + 1)
             for begin in reversed(range(n)):
                 width = widths[classes[begin]]
                 best[begin] = min(
-                    (self.fixed + count * width + best[min(begin + count, n)][0], count)
+                    (self.fixed + count * width * drafts + best[min(begin + count, n)][0], count)
                     for count in self.counts[kind][width]
                 )
             found, begin = [], 0
@@ -101,11 +103,11 @@ class Grid:
                 count = best[begin][1]
                 found.append((count, widths[classes[begin]]))
                 begin += count
-            self._divisions[kind, classes] = found
-        return self._divisions[kind, classes]
+            self._divisions[kind, drafts, classes] = found
+        return self._divisions[kind, drafts, classes]
 
     @functools.cached_property
-    def _divisions(self) -> dict[tuple[Kind, tuple[int, ...]], list[tuple[int, int]]]:
+    def _divisions(self) -> dict[tuple[Kind, int, tuple[int, ...]], list[tuple[int, int]]]:
         return {}
 
 

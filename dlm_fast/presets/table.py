@@ -51,9 +51,14 @@ _DUAL = "approximate: keys before and after the block are as old as the block"
 # remainder, has "whole" where blocks see nothing behind them: the tokens of the blocks before are the same. Over full
 # visibility every token sees the masks behind it, so that no more of them are added than were asked for ("crop").
 _FULL: dict[str, Any] = {"visibility": "full", "cache": "none", "exactness": _UNCACHED}
-_BLOCK: dict[str, Any] = {"visibility": "block", "cache": "commit", "exactness": _EXACT}
+# The published loops of block-causal models append a finished block by a forward of its own, which is cache="commit":
+# the NFE of the papers. Fused with the next block's first step, the same keys cost no forward.
+_BLOCK: dict[str, Any] = {"visibility": "block", "cache": "fused", "exactness": _EXACT}
 _THRESHOLD: dict[str, Any] = {"rule": "threshold", "inclusive": True, "block_length": 32}
 _WHOLE: dict[str, Any] = {**_BLOCK, "last_block": "whole"}
+# Commits that are not fused: those that predict the next block's first token, and editing decoders, whose last step of
+# a block writes nothing and so has the final keys already.
+_COMMIT: dict[str, Any] = {**_WHOLE, "cache": "commit"}
 _DRAWN: dict[str, Any] = {"tempered": True, "top_k_first": True, "quota_of": "block"}
 
 _ROWS = (
@@ -78,7 +83,7 @@ _ROWS = (
     Preset(
         "fast-dllm-v2",
         _FAST_V2,
-        **_WHOLE,
+        **_COMMIT,
         rule="threshold",
         first_token=True,
         sub_block_length=8,
@@ -131,7 +136,7 @@ _ROWS = (
     Preset(
         "llada2.1",
         "Bie et al. 2026 (LLaDA2.1), arXiv:2602.08676; joint threshold as served by SGLang",
-        **_WHOLE,
+        **_COMMIT,
         rule="threshold",
         threshold=0.5,
         policies=(JointThreshold(),),
@@ -141,7 +146,7 @@ _ROWS = (
     Preset(
         "llada2.2",
         "LLaDA2.2 technical report, joint threshold with insert and delete: SGLang pull request 31773",
-        **_WHOLE,
+        **_COMMIT,
         rule="threshold",
         threshold=0.5,
         policies=(InsertDelete(),),
@@ -151,7 +156,7 @@ _ROWS = (
     Preset(
         "nbdiff",
         "Tian et al. 2025 (NBDiff), arXiv:2512.06776",
-        **_WHOLE,
+        **_COMMIT,
         rule="threshold",
         first_token=True,
         needs="a causal prefix (causal_prefix) and logits_row 'previous'",
@@ -162,7 +167,7 @@ _ROWS = (
     Preset(
         "nemotron",
         "NVIDIA 2026 (Nemotron-Labs-Diffusion), technical report; its block diffusion",
-        **_WHOLE,
+        **_COMMIT,
         rule="threshold",
         inclusive=True,
         first_token=True,
@@ -453,7 +458,7 @@ _ROWS = (
         _FREEDAVE,
         "exact: same tokens as one token per step",
         "block",
-        "commit",
+        "fused",
         last_block="whole",
         rule="quota",
         drafts=8,
