@@ -22,7 +22,13 @@ if "dlm_kernels" not in _sys.modules and _sibling.is_file():
 from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
 from .files import CheckpointError  # noqa: E402
-from .generate import DecodeError, GenerateOutput, generate  # noqa: E402
+from .generate import (  # noqa: E402
+    DecodeError,
+    DecodeInterrupted,
+    DecodeOutOfMemory,
+    GenerateOutput,
+    generate,
+)
 from .inspection import inspect_checkpoint  # noqa: E402
 from .loading import load  # noqa: E402
 from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
@@ -36,6 +42,8 @@ __all__ = [
     "REFERENCE",
     "CheckpointError",
     "DecodeError",
+    "DecodeInterrupted",
+    "DecodeOutOfMemory",
     "DiffusionConfig",
     "GenerateOutput",
     "Ops",

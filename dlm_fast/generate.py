@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dlm_kernels import RowState
-from dlm_kernels.state import ERROR_LOGITS
+from dlm_kernels.state import DONE, ERROR_LOGITS
 
 from . import requests
 from .decoding.plan import Bucket, Plan, open_rows
-from .decoding.progress import run_steps
+from .decoding.progress import StepTooLarge, run_steps
 from .decoding.step import open_decode
 from .patching import PatchHandle, handle_of
 from .policies import Sampling
@@ -43,6 +44,29 @@ class DecodeError(RuntimeError):
         self.rows = rows
 
 
+class DecodeOutOfMemory(DecodeError, torch.OutOfMemoryError):
+    """A decode that ran out of memory in a step; the message says in which, and which steps fit.
+
+    Attributes:
+        output: the result of every row; rows that were not done are there as far as they got, with finish "unfinished".
+        rows: indices of the rows that were not done.
+    """
+
+
+class DecodeInterrupted(KeyboardInterrupt):
+    """A decode that the user interrupted.
+
+    Attributes:
+        output: the result of every row; rows that were not done are there as far as they got, with finish "unfinished".
+        rows: indices of the rows that were not done.
+    """
+
+    def __init__(self, output: GenerateOutput, rows: list[int]) -> None:
+        super().__init__(f"generate: interrupted, with {len(rows)} of {len(output.sequences)} rows not done")
+        self.output = output
+        self.rows = rows
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
     """What a call of `generate` decoded, and what the decode cost.
@@ -58,7 +82,8 @@ class GenerateOutput:
             the text and the beginning of the stop string, since no smaller number of ids spells the text then.
         canvas: the whole canvas as the loop left it, the given tokens included, 1-D int64: the prompt and
             max_new_tokens positions, or those of its whole blocks where the preset drops a last block that is cut.
-        finish: why the row ended: "eos", "stop" (a stop string), "length", or "error" (see `DecodeError`).
+        finish: why the row ended: "eos", "stop" (a stop string), "length", "error" (see `DecodeError`), or "unfinished"
+            (see `DecodeOutOfMemory` and `DecodeInterrupted`).
         nfe: number of forwards that the row took part in; prefills, refreshes and commits count.
         query_tokens: number of positions that were computed in those forwards.
         tpf: generated tokens before the first EOS, divided by `nfe`.
@@ -175,6 +200,8 @@ def generate(
         TypeError: an argument is of a wrong type, with the same kind of message.
         NotImplementedError: the preset needs a model family that is not here yet.
         DecodeError: the model's logits hold NaN, or a policy makes no progress. The error holds what was decoded.
+        DecodeOutOfMemory: a DecodeError and a torch.OutOfMemoryError: the memory did not suffice for a step.
+        DecodeInterrupted: a KeyboardInterrupt, which holds what was decoded.
         RuntimeError: the patch is not in place any more, so that a layer did not attend through our op; or a parameter
             of a model with a native twin was replaced.
     """
@@ -234,13 +261,22 @@ def generate(
     device = next(model.parameters()).device
     started = time.perf_counter()
     plan, state = open_rows(batch.opened, chosen, handle.diffusion, device)
-    shapes: dict[Bucket, int] = {}
+    shapes: Counter[Bucket] = Counter()
+    stopped: BaseException | None = None
     if batch.canvases:
         decode = open_decode(handle, plan, state, sampling_of(batch, plan, device))
-        shapes = run_steps(decode, _after_step(batch, plan, on_step))
+        try:
+            run_steps(decode, _after_step(batch, plan, on_step), shapes)
+        except (StepTooLarge, KeyboardInterrupt) as error:
+            stopped = error
 
-    # 5. Build the output, and raise if a row failed.
+    # 5. Build the output, and raise if the loop or a row failed.
     output = _output(batch, state, shapes, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
+    if stopped is not None:
+        rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
+        if isinstance(stopped, StepTooLarge):
+            raise DecodeOutOfMemory(_too_large(stopped.bucket, shapes), output, rows) from stopped.__cause__
+        raise DecodeInterrupted(output, rows) from stopped
     failed = state.error.nonzero().flatten().tolist()
     if failed:
         raise DecodeError(_failure(state, failed), output, failed)
@@ -377,7 +413,7 @@ def _after_step(
 def _output(
     batch: Requests,
     state: RowState,
-    shapes: dict[Bucket, int],
+    shapes: Counter[Bucket],
     tokenizer: Any,
     diffusion: Any,
     preset: Preset,
@@ -390,13 +426,17 @@ def _output(
         requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))
     ]
     lengths = [len(canvas) for canvas in batch.canvases]
+    endings = [
+        "error" if error else response.finish if phase == DONE else "unfinished"
+        for response, error, phase in zip(responses, state.error.tolist(), state.phase.tolist())
+    ]
     copies = 2 if preset.cfg_scale else 1
     computed = sum(copies * shape.rows * shape.width * shape.drafts * steps for shape, steps in shapes.items())
     return GenerateOutput(
         sequences=[response.ids for response in responses],
         text=[response.text for response in responses] if tokenizer is not None else None,
         canvas=[tokens[b, :length] for b, length in enumerate(lengths)],
-        finish=["error" if error else response.finish for response, error in zip(responses, state.error.tolist())],
+        finish=endings,
         nfe=nfe,
         query_tokens=query_tokens,
         tpf=[response.written / forwards if forwards else 0.0 for response, forwards in zip(responses, nfe)],
@@ -406,6 +446,20 @@ def _output(
         computed_tokens=computed,
         wall_time=seconds,
         preset=preset,
+    )
+
+
+def _too_large(bucket: Bucket, shapes: Counter[Bucket]) -> str:
+    """Which step ran out of memory, and which ones did not, as one message."""
+
+    def words(shape: Bucket) -> str:
+        drafts = f" of {shape.drafts} drafts" if shape.drafts > 1 else ""
+        return f"{shape.rows} rows x {shape.width} positions{drafts} ({shape.lanes} of them with logits)"
+
+    fitted = max(shapes, key=lambda shape: shape.rows * shape.width * shape.drafts, default=None)
+    found = "no step before it fitted" if fitted is None else f"the largest step that fitted had {words(fitted)}"
+    return (
+        f"generate: out of memory in a {bucket.kind} step of {words(bucket)}; {found}; decode fewer prompts in a call"
     )
 
 

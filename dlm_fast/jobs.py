@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .generate import DecodeError, GenerateOutput, check_greedy, generate, settled
+from .generate import DecodeError, DecodeOutOfMemory, GenerateOutput, check_greedy, generate, settled
 from .limits import heat, whole
 from .patching import handle_of
 from .presets import resolve
@@ -234,6 +234,8 @@ def run(
                 of_all = {name: value for name, value in settings.items() if name != "last_block"}
             try:
                 result = generate(model, **{**of_all, **arguments}, request_ids=range(start, stop))
+            except DecodeOutOfMemory:
+                raise
             except DecodeError as error:
                 # The rows beside a failed row are good. A failed row's line says finish "error", and stage 4 raises.
                 result = error.output

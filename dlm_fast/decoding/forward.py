@@ -190,6 +190,10 @@ class Forward:
         """The forward of a step that only fills the cache."""
         return Result(self.hidden(step.window, self.state.tokens), None, step.window.q_len)
 
+    def admitted(self, step: Step) -> Step:
+        """The step without the rows that it cannot serve though they fit its window."""
+        return step
+
     def hidden(self, window: Window, canvases: Tensor) -> Tensor:
         """Last hidden states [rows, W, d] of a window on canvases [rows, L]."""
         return self.handle.window_hidden(self.input_ids(window, canvases), window, self.cache)
@@ -411,6 +415,14 @@ class Drafted(Forward):
         query_len = step.window.q_len * verified.int()
         logits = self.predicting(self.head(torch.stack(rows, 1)))
         return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
+
+    def admitted(self, step: Step) -> Step:
+        """A row with drafts to verify sits a step without drafts out: what it costs would depend on its neighbours."""
+        if step.bucket.drafts > 1 or step.bucket.kind == "refresh":
+            return step
+        rows = ~self.drafting()
+        window = dataclasses.replace(step.window, q_len=torch.where(rows, step.window.q_len, 0))
+        return dataclasses.replace(step, window=window, takes_part=step.takes_part & rows, selects=step.selects & rows)
 
     def drafting(self) -> Tensor:
         return (self.state.phase == DENOISE) & self.drafts.ready(self.state, "denoise") & ~self.drafts.suspended()

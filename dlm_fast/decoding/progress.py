@@ -79,10 +79,25 @@ class Progress:
         return None
 
 
+class StepTooLarge(RuntimeError):
+    """A step for which the memory did not suffice. Its rows are as they were before.
+
+    Attributes:
+        bucket: the shape of the step.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(f"out of memory in a step of {bucket}")
+        self.bucket = bucket
+
+
 @torch.no_grad()
-def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> Counter[Bucket]:
-    """Runs steps until no row needs one, and returns how many steps of every shape it ran. Bounded: a row that outlives
-    its `max_steps` ends with an error."""
+def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket]) -> None:
+    """Runs steps until no row needs one, and counts in `ran` how many of every shape. Bounded: a row that outlives its
+    `max_steps` ends with an error.
+
+    Raises StepTooLarge where a step runs out of memory.
+    """
     plan = decode.plan
     # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
     # behind.
@@ -91,14 +106,18 @@ def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> 
     progress = Progress(decode, grid_of(plan, decode.state), rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
     limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
-    ran: Counter[Bucket] = Counter()
     for _ in range(limit + rounds_behind):
         chosen = progress.next_round()
         if chosen is None:
-            return ran
+            return
         kind, steps = chosen
         for bucket, rows in steps:
-            denoise_step(decode, bucket, _on_device(decode, bucket, rows))
+            try:
+                denoise_step(decode, bucket, _on_device(decode, bucket, rows))
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                raise StepTooLarge(bucket) from error
             ran[bucket] += 1
             if after_step is not None:
                 after_step(decode.state)
@@ -106,9 +125,14 @@ def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None) -> 
     raise AssertionError(f"decode loop made no progress within {limit} rounds")
 
 
+def _out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no error of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _on_device(decode: Decode, bucket: Bucket, rows: list[int]) -> Tensor | None:
-    """The rows of a step as a tensor, filled up to those of its bucket with rows that sit the step out or take an extra
-    one; None = all rows."""
+    """The rows of a step as a tensor, filled up to those of its bucket with others, which sit the step out, or take it
+    too if it fits them; None = all rows."""
     B, device = decode.state.tokens.shape[0], decode.state.tokens.device
     if bucket.rows == B:
         return None

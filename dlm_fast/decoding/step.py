@@ -115,7 +115,7 @@ def denoise_step(decode: Decode, bucket: Bucket, rows: Tensor | None = None) -> 
     step = step_of(part.plan, part.state, part.sampling, bucket)
     if rows is not None:
         step = dataclasses.replace(step, window=dataclasses.replace(step.window, cache_row=rows.int()))
-    _run(part, step)
+    _run(part, part.forward.admitted(step))
     if rows is not None:
         decode.put_rows(rows, part)
 
