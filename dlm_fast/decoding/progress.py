@@ -14,7 +14,7 @@ from dlm_kernels.rules import Kind
 from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
 from .plan import Bucket
-from .shapes import Grid, grid_of
+from .shapes import Grid, fixed_positions, grid_of
 from .step import Decode, denoise_step
 from .window import needs_of
 
@@ -103,7 +103,9 @@ def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None, ran
     # behind.
     repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
     rounds_behind = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
-    progress = Progress(decode, grid_of(plan, decode.state), rounds_behind)
+    parameters = sum(p.numel() for p in decode.forward.handle.model.parameters())
+    fixed = fixed_positions(decode.state.tokens.device.type, parameters)
+    progress = Progress(decode, grid_of(plan, decode.state, fixed), rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
     limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
     for _ in range(limit + rounds_behind):

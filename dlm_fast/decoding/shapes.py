@@ -5,7 +5,7 @@ shape for all steps, a row that needs a refresh makes the canvas of every row be
 for all. With a shape for each need, no step could be captured. So a decode has a grid of at most `MOST_SHAPES` shapes:
 a few widths for each kind of step, chosen so that the windows that the batch will need waste least, each with the row
 counts 1, 2, 4, ... that are worth a forward of their own. The rows that need a step are then divided among steps of
-these shapes at the least cost, where a step costs its positions and `STEP_POSITIONS` besides.
+these shapes at the least cost, where a step costs its positions and a fixed number besides (`fixed_positions`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from .plan import Bucket, Plan
 from .window import extent_of
 
 MOST_SHAPES = 16
-# What a step costs whatever it computes, in positions. On a GPU, a forward reads every weight: an H100 or H200
-# multiplies in bf16 for about 200 positions in that time (2 FLOP per weight and position at 800 TFLOP/s, 2 bytes per
-# weight at 3 to 4 TB/s). On a CPU it is Python and small launches.
-STEP_POSITIONS = {"cuda": 256, "cpu": 64}
+# What a step costs whatever it computes, in positions. It is Python and small launches, in whose time so many
+# parameters are multiplied by one position; on a GPU it is the reading of every weight at least, in whose time an H100
+# or H200 multiplies in bf16 for about 200 positions (2 FLOP per weight and position at 800 TFLOP/s, 2 bytes per weight
+# at 3 to 4 TB/s). Only what a decode costs hangs on these numbers, and no result.
+LAUNCHED = {"cuda": 1e12, "cpu": 3e7}
+WEIGHTS_READ = {"cuda": 256, "cpu": 8}
 # A row count is worth a shape as long as the step costs less than so many fixed parts: beyond, two steps of half the
 # rows cost hardly more.
 WORTH = 4
@@ -111,10 +113,15 @@ class Grid:
         return {}
 
 
-def grid_of(plan: Plan, state: RowState) -> Grid:
-    """Plans the shapes of a decode that has just been opened; reads the state on the host."""
-    B, device = state.tokens.shape[0], state.tokens.device.type
-    fixed = STEP_POSITIONS.get(device, STEP_POSITIONS["cuda"])
+def fixed_positions(device: str, parameters: int) -> int:
+    """What a step of a model costs besides its positions, in positions."""
+    known = device if device in LAUNCHED else "cuda"
+    return max(WEIGHTS_READ[known], min(int(LAUNCHED[known] / max(1, parameters)), 4096))
+
+
+def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
+    """Plans the shapes of a decode that has just been opened; reads the state on the host. fixed: `fixed_positions`."""
+    B = state.tokens.shape[0]
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
     lanes = (plan.lanes,)
     if plan.preset.pipeline:
