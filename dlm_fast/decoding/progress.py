@@ -92,7 +92,9 @@ class StepTooLarge(RuntimeError):
 
 
 @torch.no_grad()
-def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket]) -> None:
+def run_steps(
+    decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket] | None = None
+) -> None:
     """Runs steps until no row needs one, and counts in `ran` how many of every shape. Bounded: a row that outlives its
     `max_steps` ends with an error.
 
@@ -107,6 +109,7 @@ def run_steps(decode: Decode, after_step: Callable[[RowState], None] | None, ran
     fixed = fixed_positions(decode.state.tokens.device.type, parameters)
     progress = Progress(decode, grid_of(plan, decode.state, fixed), rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
+    ran = Counter() if ran is None else ran
     limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
     for _ in range(limit + rounds_behind):
         chosen = progress.next_round()

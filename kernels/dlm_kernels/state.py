@@ -20,7 +20,8 @@ class RowState:
     """Where every row of the batch stands. No field is read by the host inside a step.
 
     A state is written in three places: where a decode is opened, by `unmask`, and by `amend`, through which goes
-    whatever else a decoder does to a row.
+    whatever else a decoder does to a row. A step of some rows works on a copy of them (`of_rows`), and `put_rows` writes
+    that back.
 
     `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
     [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet

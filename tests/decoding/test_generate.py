@@ -339,15 +339,22 @@ def test_forwards_are_counted_by_hand_for_every_cache():
     assert counted["fast-dllm-prefix"].query_tokens == [14 + 8 + 14 + 4]
     assert counted["fast-dllm-dual"].query_tokens == [14 + 4 + 14 + 4]
     # Prefill of 6, two blocks of two steps, and one commit between them.
-    committed = dlm_fast.generate(block, prompt, preset="sdar", **settings)
+    committed = dlm_fast.generate(block, prompt, preset="sdar", cache="commit", **settings)
     assert committed.nfe == [1 + 2 + 1 + 2] and committed.query_tokens == [6 + 2 * 4 + 4 + 2 * 4]
+    # Fused, the same positions in one forward per denoise step: prompt with first block, and first with second block.
+    fused = dlm_fast.generate(block, prompt, preset="sdar", **settings)
+    assert fused.nfe == [2 + 2] and fused.query_tokens == [(6 + 4) + 4 + (4 + 4) + 4]
     # Aligned to multiples of 4: [0, 4) is prefilled; then come [4, 8), which holds two prompt tokens, [8, 12), and [12,
     # 16), of which two positions are cut. A step takes half a block of 4.
     model = toy("block", eos=(), block_length=4, block_alignment="abs")
+    settings["cache"] = "commit"
     absolute = dlm_fast.generate(model, prompt, preset="sdar", **settings)
     assert absolute.nfe == [1 + 1 + 1 + 2 + 1 + 2] and absolute.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2 * 4]
     cropped = dlm_fast.generate(model, prompt, preset="sdar", last_block="crop", **settings)
     assert cropped.nfe == [1 + 1 + 1 + 2 + 1 + 1] and cropped.query_tokens == [4 + (4 + 4) + (2 * 4 + 4) + 2]
+    settings["cache"] = "fused"
+    assert dlm_fast.generate(model, prompt, preset="sdar", **settings).nfe == [1 + 2 + 2]
+    assert dlm_fast.generate(model, prompt, preset="sdar", **settings).query_tokens == absolute.query_tokens
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -380,6 +387,7 @@ def test_no_row_pays_for_a_commit_that_nothing_follows():
         model,
         random_prompts([4, 4]),
         preset="llada2",
+        cache="commit",
         max_new_tokens=4,
         on_step=lambda s: phases.append(s.phase.tolist()),
     )

@@ -108,7 +108,7 @@ def test_a_width_that_is_a_step_behind_still_holds_every_row_of_a_pipeline(monke
     exact = dlm_fast.generate(model, prompts, **options)
     calls = handle.attention_calls
     init = Progress.__init__
-    monkeypatch.setattr(Progress, "__init__", lambda self, decode, steps_behind: init(self, decode, 1))
+    monkeypatch.setattr(Progress, "__init__", lambda self, decode, grid, rounds_behind: init(self, decode, grid, 1))
     behind = dlm_fast.generate(model, prompts, **options)
     # There is one step at the end that nobody needs, and none in which a row finds its bucket too narrow.
     assert handle.attention_calls - calls == calls + model.config.num_hidden_layers

@@ -276,7 +276,7 @@ REFUSED = [
     (
         "sdar",
         {"horizon": None},
-        "horizon has no effect with visibility='block', schedule='block', cache='commit' (preset sdar)",
+        "horizon has no effect with visibility='block', schedule='block', cache='fused' (preset sdar)",
     ),
     ("d3llm", {"activate_threshold": 0.5}, "activate_threshold has no effect with schedule='pipeline', scope='first'"),
     (

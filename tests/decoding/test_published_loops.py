@@ -59,7 +59,7 @@ BY_QUOTA = {
 @pytest.mark.parametrize("given, steps, denoised", SHARED)
 def test_a_block_that_the_prompt_shares_is_scheduled_as_a_whole_one(preset, given, steps, denoised):
     model = toy("block", block_length=4, block_alignment="abs")
-    options = {"preset": preset, "steps_per_block": 2, "stop": "never"} | BY_QUOTA[preset]
+    options = {"preset": preset, "steps_per_block": 2, "stop": "never", "cache": "commit"} | BY_QUOTA[preset]
     out = dlm_fast.generate(model, random_prompts([given]), max_new_tokens=len(steps), **options)
     assert sorted(out.unmask_step[0].tolist()[given:]) == steps
     assert out.nfe == [denoised + (given == 4)]  # and a prefill where the prompt is a block of its own

@@ -165,7 +165,7 @@ class Case:
             canvas,
             settings,
             self.diffusion.block_alignment,
-            cached and preset.cache == "commit",
+            preset.cache if cached and preset.cache != "none" else None,
             follow,
         )
 

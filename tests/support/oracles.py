@@ -367,15 +367,16 @@ def decode_block_causal(
     canvas: Sequence[int],
     settings: Settings,
     alignment: str,
-    cached: bool = True,
+    cached: str | None = "commit",
     follow: tuple | None = None,
 ) -> Row:
     """SDAR's and LLaDA2's block diffusion, every token recomputed at every step: what an exact cache must equal.
 
     A position sees its own block and all earlier ones. Blocks begin at multiples of the block length ("abs") or at the
-    first mask, what precedes it being one block ("rel"). `cached` only counts: a forward of the positions before the
-    first block if there are any, one of the block per denoise step, one more (the commit) per block that has masks
-    after it; else one of [0, block end) per denoise step.
+    first mask, what precedes it being one block ("rel"). `cached` only counts. "commit": a forward of the positions
+    before the first block if there are any, one of the block per denoise step, one more (the commit) per block that has
+    masks after it. "fused": one forward per denoise step, of the block, and in a block's first one of all that has not
+    been computed since it was finished. None: one of [0, block end) per denoise step.
     """
     row, L, length = Row(list(canvas), settings, follow), len(canvas), settings.block_length
     if not row.masked(0, L):
@@ -384,21 +385,23 @@ def decode_block_causal(
     block = [p // length if alignment == "abs" else (0 if p < first else 1 + (p - first) // length) for p in range(L)]
     sees = torch.tensor([[block[k] <= block[q] for k in range(L)] for q in range(L)])
     start = block.index(block[first])
-    if cached and start:
+    if cached == "commit" and start:
         row.pay(start)
+    final = 0  # keys before this position have been computed from finished tokens
     while start < L:
         end = start + block.count(block[start])
         masks, block_step = len(row.masked(start, end)), 0
         while row.masked(start, end):
             logits, _ = network.forward(row.tokens[:end], range(end), sees[:end, :end])
-            row.pay(end - start if cached else end)
+            row.pay(end - {"commit": start, "fused": final, None: 0}[cached])
+            final = start
             row.denoise(lambda p: logits[p], start, end, masks, block_step)
             block_step += 1
             if row.stopped(start, end):
                 return row
         if not row.masked(end, L):
             return row
-        if cached:
+        if cached == "commit":
             row.pay(end - start)
         start = end
     return row
