@@ -69,6 +69,16 @@ def check(case: Case) -> tuple[collections.Counter, list[str]]:
         counts["tokens"] += sum(step >= 0 for step in row.unmask_step)
         counts["forwards"] += row.nfe
         counts.update(features(case, b, row))
+    if case.fuses:
+        counts["fused"] += len(case)
+        fused = case.generate(fused=True)
+        for b in range(len(case)):
+            (*same, forwards, positions), (*ours, fewer, computed) = everything(out, b), everything(fused, b)
+            error = (fused.confidence[b] - out.confidence[b]).abs().max().item()
+            if ours != same or computed != positions or fewer > forwards or not error <= 1e-6:
+                wrong.append(
+                    f"{case.name} seed {case.seed} row {b}: fused {everything(fused, b)}, not {everything(out, b)}"
+                )
     b = random.Random(case.seed).randrange(len(case))
     alone = case.generate([b])
     counts["rows alone"] += 1

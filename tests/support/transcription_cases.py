@@ -172,10 +172,17 @@ class Case:
     def alignment(self) -> str:
         return self.diffusion.block_alignment if self.decoder.visibility == "block" else "rel"
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the preset fuses commits, which the published loops append by forwards of their own."""
+        preset = dlm_fast.PRESETS[self.preset]
+        return "cache" not in self.options and preset.operation.defers(preset.pipeline)
+
     def generate(
-        self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference"
+        self, rows: list[int] | None = None, backend: str | dlm_fast.Ops = "reference", *, fused: bool = False
     ) -> dlm_fast.GenerateOutput:
-        """The decode of these rows (all) by our loop."""
+        """The decode of these rows (all) by our loop, with the published commits or with fused ones."""
+        published = {"cache": "commit"} if self.fuses and not fused else {}
         rows = list(range(len(self))) if rows is None else rows
 
         def of(values: list[Any] | None) -> list[Any] | None:
@@ -198,6 +205,7 @@ class Case:
                 request_ids=of(self.request_ids),
                 banned_token_ids=self.banned,
                 **filters,
+                **published,
                 **self.options,
             )
 

@@ -1,0 +1,296 @@
+"""The shapes of a decode: few, planned for its rows; whatever they are, and whoever the neighbours, a row is decoded as
+it is alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from helpers import RUNNABLE, bolder, model_for, options_of, random_prompts, toy
+
+import dlm_fast
+from dlm_fast import DecodeInterrupted, DecodeOutOfMemory
+from dlm_fast.decoding import progress, shapes
+from dlm_fast.decoding.shapes import MOST_SHAPES, Grid
+from dlm_fast.policies import Policy
+from dlm_kernels.state import DONE
+
+CASES = 500
+
+
+def lone(model, prompts: list, row: int, options: dict) -> dlm_fast.GenerateOutput:
+    mine = {name: value[row : row + 1] if isinstance(value, list) else value for name, value in options.items()}
+    return dlm_fast.generate(model, [prompts[row]], **mine, request_ids=[row])
+
+
+def of_row(out: dlm_fast.GenerateOutput, row: int) -> tuple:
+    tensors = (out.canvas, out.unmask_step, out.sequences)
+    return (*(rows[row].tolist() for rows in tensors), out.nfe[row], out.query_tokens[row], out.finish[row])
+
+
+def random_grid(rng: random.Random, planned: Grid, B: int) -> Grid:
+    """Any grid by which every row can be served: other widths, and other row counts."""
+    counts = {}
+    for kind, widths in planned.counts.items():
+        most = max(widths)
+        chosen = sorted({*(rng.randint(1, most) for _ in range(rng.randint(0, 3))), most})
+        counts[kind] = {
+            width: tuple(sorted(set(rng.choices(range(1, B + 1), k=rng.randint(1, 3))))) for width in chosen
+        }
+    return Grid(counts, planned.lanes, planned.drafts, planned.narrow, rng.choice((0, 8, 300)))
+
+
+def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch by a random grid against its rows alone; the cache rows of rows that are done hold NaN."""
+    rng = random.Random(seed)
+    preset = RUNNABLE[seed % len(RUNNABLE)]
+    model, B = model_for(preset), rng.randint(2, 7)
+    prompts = random_prompts([rng.randint(1, 12) for _ in range(B)], seed)
+    options = {"preset": preset, "max_new_tokens": [rng.randint(1, 17) for _ in range(B)], **options_of(preset)}
+    options |= bolder(preset) if rng.random() < 0.5 else {}
+    order = rng.sample(range(B), B)
+    opened = []
+    init = progress.Progress.__init__
+
+    def watched(self, decode, grid, rounds_behind):
+        opened.append(decode)
+        cache = decode.forward.cache
+        for layer in cache.layers if cache is not None else ():
+            layer.keys.fill_(math.nan)
+            layer.values.fill_(math.nan)
+        init(self, decode, random_grid(rng, grid, B), rounds_behind)
+
+    def poison(state) -> None:
+        cache, done = opened[0].forward.cache, (state.phase == DONE).nonzero().flatten()
+        for layer in cache.layers if cache is not None else ():
+            layer.keys[done], layer.values[done] = math.nan, math.nan
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.Progress, "__init__", watched)
+        shuffled = {
+            name: [value[b] for b in order] if isinstance(value, list) else value for name, value in options.items()
+        }
+        out = dlm_fast.generate(model, [prompts[b] for b in order], **shuffled, request_ids=order, on_step=poison)
+    for place, row in enumerate(order):
+        alone = lone(model, prompts, row, options)
+        assert of_row(out, place) == of_row(alone, 0), f"seed {seed} {preset} row {row} of {B}"
+
+
+@pytest.mark.parametrize("seed", range(len(RUNNABLE)), ids=RUNNABLE)
+def test_a_row_is_decoded_as_alone_in_any_bucket_with_any_neighbours_in_any_order(seed, monkeypatch):
+    check_case(seed, monkeypatch)
+
+
+@pytest.mark.campaign
+def test_a_row_is_decoded_as_alone_in_hundreds_of_batches(monkeypatch):
+    for seed in range(CASES):
+        check_case(seed, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "preset", ["fast-dllm-dual", "fast-dllm-prefix", "fast-dllm", "sdar", "d2f", "d3llm", "freedave"]
+)
+@pytest.mark.parametrize("rows", [1, 5, 24])
+def test_a_decode_has_few_shapes_and_one_shape_less_waste_than_one_for_all(preset, rows, monkeypatch):
+    model, rng = model_for(preset), random.Random(rows)
+    prompts = random_prompts([rng.randint(1, 40) for _ in range(rows)])
+    options = {"preset": preset, "max_new_tokens": [rng.randint(1, 60) for _ in range(rows)], **options_of(preset)}
+    out = dlm_fast.generate(model, prompts, **options)
+    assert 1 <= len(out.shapes) <= MOST_SHAPES
+    assert out.computed_tokens == sum(s.rows * s.width * s.drafts * n for s, n in out.shapes.items())
+    assert out.computed_tokens >= sum(out.query_tokens)
+    one_for_all = lambda plan, state, fixed: Grid(  # noqa: E731
+        {"refresh": {plan.refresh_width: (rows,)}, "denoise": {plan.denoise_width: (rows,)}},
+        (plan.lanes,), plan.preset.drafts, False, fixed,
+    )  # fmt: skip
+    monkeypatch.setattr(progress, "grid_of", one_for_all)
+    before = dlm_fast.generate(model, prompts, **options)
+    assert [of_row(before, row) for row in range(rows)] == [of_row(out, row) for row in range(rows)]
+    assert out.computed_tokens <= before.computed_tokens
+    if rows == 24:
+        assert out.computed_tokens < 0.8 * before.computed_tokens
+
+
+def needs_of(widths: list[int]) -> list[tuple[int, int, int, bool]]:
+    return [(width, row, 1, False) for row, width in enumerate(widths)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_divided_among_the_shapes_at_the_least_cost(seed):
+    rng = random.Random(seed)
+    widths = {w: tuple(sorted(set(rng.choices((1, 2, 4, 6), k=3)))) for w in sorted(rng.sample(range(1, 60), 3))}
+    grid = Grid({"denoise": widths}, (64,), 1, False, fixed=rng.choice((0, 10, 100)))
+    needs = needs_of([rng.randint(1, max(widths)) for _ in range(rng.randint(1, 7))])
+    steps = grid.steps("denoise", needs)
+    assert sorted(row for _, rows in steps for row in rows) == list(range(len(needs)))
+    for bucket, rows in steps:
+        assert len(rows) <= bucket.rows in widths[bucket.width]
+        assert all(needs[row][0] <= bucket.width for row in rows)
+
+    def least(left: list[int]) -> int:
+        """By trying every first step: of the widest row's width, and as many of the next rows as it takes."""
+        if not left:
+            return 0
+        width = min(w for w in widths if w >= left[0])
+        return min(grid.fixed + n * width + least(left[n:]) for n in widths[width])
+
+    cost = sum(grid.fixed + bucket.rows * bucket.width for bucket, _ in steps)
+    assert cost == least(sorted((need[0] for need in needs), reverse=True))
+
+
+def test_thousands_of_rows_are_divided():
+    grid = Grid({"denoise": {32: (1, 2, 4, 8)}}, (32,), 1, False, fixed=64)
+    steps = grid.steps("denoise", needs_of([32] * 5000))
+    assert sum(len(rows) for _, rows in steps) == 5000
+
+
+def test_the_widths_of_a_grid_are_those_that_waste_least():
+    found = shapes._classes(Counter([1] * 5 + [2] * 5 + [10] * 3 + [11]), 3)
+    assert found == [([11], 5 * 10 + 5 * 9 + 3), ([2, 11], 5 + 3), ([1, 2, 11], 3)]
+
+
+def test_a_row_that_always_refreshes_does_not_starve_the_others():
+    model, phases = toy("full", eos=()), []
+    out = dlm_fast.generate(
+        model,
+        random_prompts([4, 4, 4]),
+        preset="fast-dllm-dual",
+        refresh_interval=1,
+        max_new_tokens=[24, 4, 4],
+        block_length=4,
+        threshold=1.0,
+        on_step=lambda state: phases.append((state.phase == DONE).tolist()),
+    )
+    done = [next(n for n, row in enumerate(phases) if row[b]) for b in range(3)]
+    assert done[1] < done[0] and done[2] < done[0] and set(out.finish) == {"length"}
+
+
+# What goes wrong in the middle of a decode
+
+
+def test_out_of_memory_names_the_step_and_what_fitted_and_loses_no_finished_row(monkeypatch):
+    model = toy("full", eos=())
+    handle = dlm_fast.handle_of(model)
+    prompts, options = (
+        random_prompts([3, 3, 3, 20]),
+        {"preset": "llada", "max_new_tokens": [2, 2, 12, 12], "block_length": 4},
+    )
+    whole = dlm_fast.generate(model, prompts, **options)
+    hidden, calls = handle.window_hidden, []
+
+    def short_of_memory(input_ids, window, cache):
+        calls.append(input_ids.shape)
+        if len(calls) > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(input_ids, window, cache)
+
+    monkeypatch.setattr(handle, "window_hidden", short_of_memory)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"out of memory in a denoise step of \d+ rows x \d+ positions"
+    ) as caught:
+        dlm_fast.generate(model, prompts, **options)
+    assert isinstance(caught.value, DecodeOutOfMemory) and "the largest step that fitted had" in str(caught.value)
+    output = caught.value.output
+    assert output.finish[:2] == ["length", "length"] and caught.value.rows == [2, 3]
+    assert output.finish[2:] == ["unfinished"] * 2
+    assert [row.tolist() for row in output.sequences[:2]] == [row.tolist() for row in whole.sequences[:2]]
+    monkeypatch.undo()
+    again = dlm_fast.generate(model, prompts, **options)
+    assert [of_row(again, row) for row in range(4)] == [of_row(whole, row) for row in range(4)]
+
+
+def test_an_interrupted_decode_returns_the_rows_that_were_finished():
+    model, seen = toy("full", eos=()), []
+
+    def interrupt(state) -> None:
+        seen.append(state)
+        if (state.phase == DONE).any():
+            raise KeyboardInterrupt
+
+    options = {"preset": "llada", "max_new_tokens": [2, 20], "block_length": 4}
+    with pytest.raises(KeyboardInterrupt, match="interrupted, with 1 of 2 rows not done") as caught:
+        dlm_fast.generate(model, random_prompts([3, 3]), on_step=interrupt, **options)
+    assert isinstance(caught.value, DecodeInterrupted) and caught.value.rows == [1]
+    whole = dlm_fast.generate(model, random_prompts([3, 3]), **options)
+    assert caught.value.output.finish == ["length", "unfinished"]
+    assert caught.value.output.sequences[0].tolist() == whole.sequences[0].tolist()
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_after_a_policy_that_raises_the_next_call_is_clean(step):
+    model, prompts = toy("full", eos=()), random_prompts([3, 7, 5])
+    options = {"preset": "fast-dllm-dual", "max_new_tokens": [9, 14, 3], "block_length": 4}
+    expected = dlm_fast.generate(model, prompts, **options)
+    calls = []
+
+    def breaks(view, choice):
+        calls.append(view.rows.tolist())
+        if len(calls) > step:
+            raise ZeroDivisionError("a policy of mine")
+        return choice
+
+    with pytest.raises(ZeroDivisionError, match="a policy of mine"):
+        dlm_fast.generate(model, prompts, policy=breaks, **options)
+    again = dlm_fast.generate(model, prompts, **options)
+    assert [of_row(again, row) for row in range(3)] == [of_row(expected, row) for row in range(3)]
+
+
+def test_a_memory_without_one_entry_per_row_is_refused():
+    class Forgetful(Policy):
+        def memory(self, setting, state):
+            return {"counts": torch.zeros(3, 2), "shared": torch.zeros(())}
+
+    model = toy("full", eos=())
+    with pytest.raises(
+        ValueError, match=r"policy Forgetful must keep one entry per row .* memory\['counts'\].*\[3, 2\]"
+    ):
+        dlm_fast.generate(model, random_prompts([3, 4]), policy=Forgetful(), max_new_tokens=4)
+
+
+def test_a_policy_sees_which_rows_a_step_computes_and_its_memory_follows_them():
+    class Counted(Policy):
+        def memory(self, setting, state):
+            return {"steps": torch.zeros(state.tokens.shape[0], dtype=torch.int32), "seen": []}
+
+        def after(self, view, choice, written):
+            view.keep("steps", view.memory["steps"] + 1)
+            view.memory["seen"].append(view.rows.tolist())
+            kept.update(zip(view.rows.tolist(), view.memory["steps"].tolist()))
+
+    model, kept = toy("full", eos=()), {}
+    out = dlm_fast.generate(
+        model, random_prompts([3, 30, 5]), policy=Counted(), max_new_tokens=[3, 9, 30], preset="llada", block_length=4
+    )
+    assert [kept[row] for row in range(3)] == out.nfe
+    assert any(shape.rows < 3 for shape in out.shapes)
+
+
+def test_in_16_bit_a_rows_bits_do_not_hang_on_what_the_neighbours_hold():
+    # The same lengths and the same fixed schedule give the same shapes, whatever the other rows' tokens are.
+    model = toy("full", eos=()).to(torch.bfloat16)
+    options = {"preset": "llada", "block_length": 4, "max_new_tokens": [8, 12, 5]}
+    mine, others = random_prompts([6])[0], (random_prompts([3, 9], 1), random_prompts([3, 9], 2))
+    outs = [dlm_fast.generate(model, [mine, *other], **options) for other in others]
+    assert outs[0].shapes == outs[1].shapes
+    assert of_row(outs[0], 0) == of_row(outs[1], 0)
+    assert torch.equal(outs[0].confidence[0], outs[1].confidence[0])
+
+
+def test_grids_of_models_of_any_size_are_few_shapes():
+    for parameters in (1, 10**6, 10**9, 10**11):
+        for device in ("cpu", "cuda", "mps"):
+            fixed = shapes.fixed_positions(device, parameters)
+            assert 8 <= fixed <= 4096
+            for B in (1, 3, 64, 1000):
+                grid = shapes._counts({"refresh": [40, 900, 900], "denoise": [32] * 9}, B, MOST_SHAPES, fixed)
+                assert sum(len(counts) for widths in grid.values() for counts in widths.values()) <= MOST_SHAPES
+                assert max(grid["refresh"]) == 900 and max(grid["denoise"]) == 32
+
+
+def test_the_result_says_which_shapes_ran():
+    out = dlm_fast.generate(toy("full", eos=()), random_prompts([3]), max_new_tokens=4, preset="llada", block_length=4)
+    ((shape, steps),) = out.shapes.items()
+    assert isinstance(shape, tuple) and shape == ("denoise", 1, 7, 4, 1) and steps == 4
