@@ -180,6 +180,9 @@ def _parser() -> Parser:
     prompts.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     prompts.add_argument("--restart", action="store_true", help="discard what a broken run left, and do not resume it")
     prompts.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    prompts.add_argument(
+        "--shapes", action="store_true", help="print which shapes the steps had, and what they wasted; without --output"
+    )
     prompts.add_argument("--raw", action="store_true", help="give text prompts as they are, without the chat template")
     prompts.add_argument("--batch-size", type=int, default=16, help="prompts decoded together (default: 16)")
 
@@ -285,6 +288,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     # 1. Read the arguments.
     if args.input is not None and args.output is None:
         raise ValueError("--input needs --output")
+    if args.shapes and args.output is not None:
+        raise ValueError("--shapes goes with --prompt, and without --output")
     opening = _opening(args)
     settings = {
         "preset": args.preset,
@@ -317,7 +322,14 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         if not args.json:
             for result in results:
                 print(result["text"] if result["text"] is not None else result["ids"])
-        return {"results": results, "preset": out.preset.name, "wall_time": out.wall_time}
+        if args.shapes and not args.json:
+            for shape, steps in sorted(out.shapes.items()):
+                drafts = f" x {shape.drafts} drafts" if shape.drafts > 1 else ""
+                print(f"{steps:6} {shape.kind} steps of {shape.rows} rows x {shape.width} positions{drafts}")
+            print(f"{out.computed_tokens} positions computed, {sum(out.query_tokens)} needed")
+        shapes = [{**shape._asdict(), "steps": steps} for shape, steps in sorted(out.shapes.items())]
+        computed = {"computed_tokens": out.computed_tokens, "query_tokens": sum(out.query_tokens)}
+        return {"results": results, "preset": out.preset.name, "wall_time": out.wall_time, "shapes": shapes, **computed}
 
     # 4. With an output file: run a job, with a bar of its progress on stderr.
     from rich.console import Console

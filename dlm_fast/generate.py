@@ -141,10 +141,13 @@ def generate(
 
     A row gets the tokens that it would get alone, whatever else is in the batch: every op and every decision treats
     each row by itself. Only torch's matrix products may round a row differently in a batch of another shape. In float32
-    this rounding can change a token only where two candidates nearly tie. In bfloat16 and float16 the tokens of two
-    batches of different shapes can differ; in two batches of the same shape a row's tokens are bitwise equal whatever
-    the other rows hold. The shape is the number of rows, their lengths and the widths of the windows; with cache
-    "scattered", with pipelines and with drafts these widths depend on how far the rows have got.
+    this rounding can change a token only where two candidates nearly tie. In bfloat16 and float16 the tokens of a row
+    can differ from those that it gets alone. What holds there: at the same shapes (`GenerateOutput.shapes`: rows and
+    width of every step that the row takes part in) a row's bits are the same whatever the other rows hold. The shapes
+    follow from the lengths of all rows and from how many steps each of them has taken.
+
+    A step computes the rows that take part in it, in windows about as wide as they need. A batch has at most 16 shapes
+    of steps, which are planned for its rows (`dlm_fast.decoding.shapes`); prompts need not be sorted by length.
 
     Args:
         model: a model from `dlm_fast.load`, or one that `dlm_fast.patch` patched and that has a diffusion
