@@ -31,13 +31,14 @@ from .generate import (  # noqa: E402
 )
 from .inspection import inspect_checkpoint  # noqa: E402
 from .loading import load  # noqa: E402
-from .ops import REFERENCE, Ops, triton_ops  # noqa: E402
+from .ops import CPU, REFERENCE, Ops, triton_ops  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
 from .policies.heads import load_head  # noqa: E402
 from .presets import PRESETS, Preset  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
+    "CPU",
     "PRESETS",
     "REFERENCE",
     "CheckpointError",

@@ -150,7 +150,7 @@ def _parser() -> Parser:
     common.add_argument("--json", action="store_true", help="one JSON object on the last line of stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     where = Parser(add_help=False)
-    where.add_argument("--backend", default="auto", help="auto, triton or reference (default: auto)")
+    where.add_argument("--backend", default="auto", help="auto, triton, cpu or reference (default: auto)")
     where.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     opened = _opening_flags()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

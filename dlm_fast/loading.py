@@ -315,7 +315,8 @@ def load(
         device: where the model goes. Default: "cuda" if there is a GPU, else "cpu".
         device_map: which modules go to which device, as in transformers, instead of `device`; needs accelerate.
         quantization_config: a quantisation of transformers that is applied while the weights are read.
-        backend: "auto", "triton", "reference" or an `Ops`.
+        backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
+            CPU on a CPU.
         rope_scale: factor of the base of the rotary positions, to decode longer contexts than the model was trained on.
             For LLaDA the factor is 4 at 8k tokens, 14 at 16k, 31 at 24k and 55 at 32k (LongLLaDA, arXiv:2506.14429).
             The factor also raises max_position_embeddings. Refused where config.json stretches the positions already.
@@ -326,7 +327,7 @@ def load(
             quantised model needs.
     Raises:
         ValueError: rope_scale is below 1 or would compound; an id is outside the vocabulary, or the mask is not the
-            tokenizer's; two arguments contradict each other.
+            tokenizer's; two arguments contradict each other, backend "cpu" and another device among them.
         TypeError: dtype, diffusion or adapter is of a wrong type.
         CheckpointError: there is no such folder or repository; there are no safetensors, or pickle weights only; a file
             is corrupted; tensors are missing, unexpected or of a wrong shape; config.json describes no model; nothing
@@ -384,7 +385,8 @@ def load(
         account.check(found.path)
     dtype = _dtype(found, account, dtype)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    check_head_dims(choose(backend, torch.device(device or default)), {head_dim_of(found.config)})
+    if device_map is None or backend != "cpu":  # where a map puts the model is seen once it is there
+        check_head_dims(choose(backend, torch.device(device or default)), {head_dim_of(found.config)})
     if device_map is None:
         device = device or default
 

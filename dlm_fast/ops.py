@@ -1,7 +1,7 @@
-"""The backends: the ops that a decoder is made of, once in plain torch and once in Triton.
+"""The backends: the ops that a decoder is made of, in Triton, for a CPU, and as the plain torch that specifies them.
 
-A backend is a value (`REFERENCE`, `triton_ops()`), and is chosen once per model. A backend that cannot run raises an
-error; nothing falls back from one backend to the other.
+A backend is a value (`triton_ops()`, `CPU`, `REFERENCE`), and is chosen once per model. A backend that cannot run
+raises an error; nothing falls back from one backend to another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
-from dlm_kernels import reference
+from dlm_kernels import cpu, reference
 from dlm_kernels.tiles import HEAD_DIMS
 
 
@@ -21,7 +21,7 @@ class Ops:
     """One implementation of each op. `dlm_kernels.reference` specifies the ops.
 
     Attributes:
-        name: "triton" or "reference".
+        name: "triton", "cpu" or "reference".
         block_attention: stores the keys and values of a window, and attends.
         confidence: says what every row of logits predicts, and how certainly.
         unmask: writes tokens to the canvas, and advances the state of every row.
@@ -42,8 +42,9 @@ class Ops:
 OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify")
 
 REFERENCE = Ops("reference", *(getattr(reference, name) for name in OP_NAMES), "asked for by name")
+CPU = Ops("cpu", *(getattr(cpu, name) for name in OP_NAMES), "asked for by name")
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
 
 
 def triton_ops(reason: str = "asked for by name") -> Ops:
@@ -85,20 +86,23 @@ def choose(backend: str | Ops, device: torch.device | str) -> Ops:
     """The backend of a model on `device`. `explain` reports which backend was chosen and why.
 
     Args:
-        backend: "triton", "reference", an `Ops` of your own, or "auto". With "auto" a model on a CUDA device gets
-            Triton, and any other model gets the plain-torch reference, which gives the same tokens more slowly.
+        backend: "triton", "cpu", "reference", an `Ops` of your own, or "auto". With "auto" a model on a CUDA device
+            gets Triton, one on a CPU gets "cpu", and any other model gets the plain-torch reference, which gives the
+            same tokens more slowly.
         device: the model's device.
     Raises:
-        ValueError: the backend is unknown.
+        ValueError: the backend is unknown, or it is "cpu" and the model is not on a CPU.
         ImportError: the backend is Triton, and Triton is not installed.
         NotImplementedError: the backend is Triton, which has no kernels for the GPU.
     """
     if isinstance(backend, Ops):
         return backend
     device = torch.device(device)
+    if backend == "auto" and device.type == "cpu":
+        return dataclasses.replace(CPU, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device")
     if backend == "auto" and device.type != "cuda":
         return dataclasses.replace(
-            REFERENCE, reason=f"auto: the model is on {device}, Triton kernels need a CUDA device"
+            REFERENCE, reason=f"auto: the model is on {device}, where neither Triton kernels nor the ops for a CPU run"
         )
     if backend in ("auto", "triton"):
         chosen = triton_ops(f"auto: the model is on {device}") if backend == "auto" else triton_ops()
@@ -106,6 +110,10 @@ def choose(backend: str | Ops, device: torch.device | str) -> Ops:
 
         target_of(f"ops: backend {backend!r}", device)
         return chosen
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"ops: backend 'cpu' needs a model on a CPU, got one on {device}")
+        return CPU
     if backend == "reference":
         return REFERENCE
     raise ValueError(f"ops: backend must be one of {', '.join(BACKENDS)} or an Ops, got backend={backend!r}")

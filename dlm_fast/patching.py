@@ -362,14 +362,16 @@ def patch(
             table of families say, as in `load`, which also takes some fields as a mapping.
         tokenizer: the model's tokenizer, for prompts that are texts; for a published family also a place where
             settings are looked for.
-        backend: "auto", "triton", "reference" or an `Ops`.
+        backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
+            CPU on a CPU.
     Raises:
         NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
             sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
         RuntimeError: the model is patched already.
         TypeError: `diffusion` is of a wrong type.
         ValueError: the vocabulary does not hold an id of the diffusion configuration; or nothing says which id the mask
-            is, or how the model sees; or the model's tensors are not those of its family.
+            is, or how the model sees; or the model's tensors are not those of its family; or the backend is "cpu" and
+            the model is not on a CPU.
     """
     if not any(type(model) in adapter.CLASSES for adapter in ADAPTERS):
         values = twin.values_of(model)

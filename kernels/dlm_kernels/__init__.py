@@ -1,4 +1,5 @@
-"""Triton kernels for decoding diffusion language models, each with the plain-torch reference that specifies it.
+"""Triton kernels for decoding diffusion language models, each with the plain-torch reference that specifies it, and the
+same ops for a CPU.
 
 The ops, `block_attention`, `confidence`, `unmask`, `draft_build` and `verify`, are told everything by device tensors.
 Each is a launcher here, an operator `torch.ops.dlm_kernels.*` where it is traced (`library`), and,
@@ -7,8 +8,10 @@ under the same name and signature, a plain-torch function in `dlm_kernels.refere
     from dlm_kernels.confidence import confidence      # imports Triton
     from dlm_kernels import reference                  # torch only
     reference.confidence(...)
+    from dlm_kernels import cpu                        # torch and numpy only
+    cpu.confidence(...)
 
-Importing this package imports torch and never Triton, so the references run on a machine without Triton or a GPU.
+Importing this package imports torch and never Triton, so these run on a machine without Triton or a GPU.
 """
 
 # Why the folder above this one, kernels/, has no __init__.py, and must never get one: Hugging Face publishes a package

@@ -30,6 +30,9 @@ class Window:
 
     A call's `sliding_window` hides all cached slots but `s > kv_len - sliding_window`, and no window position.
 
+    The ops for a CPU keep beside a window what they have worked out from its tensors (`cpu.sight`), and see if a tensor
+    was written since.
+
     Attributes:
         q_pos: [B, W] absolute positions (RoPE and "causal").
         q_block: [B, W] diffusion block of each position, -1 = dead. Alignment (ABS, REL) and variable block lengths
@@ -90,8 +93,7 @@ class Window:
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     @property
     def shape(self) -> tuple[int, int]:

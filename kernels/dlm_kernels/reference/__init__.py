@@ -1,4 +1,5 @@
-"""The specification of every op in plain torch. Imports torch only; the Triton kernels must equal these functions."""
+"""The specification of every op in plain torch. Imports torch only; the Triton kernels and the ops for a CPU must equal
+these functions."""
 
 from ..state import DraftSource
 from .attention import block_attention

@@ -1,0 +1,116 @@
+"""`block_attention` on a CPU: what a window sees is worked out once (`sight`), and a layer only joins and attends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..checks.attention import check_arguments
+from ..window import Window, capacity
+from .calls import on_cpu
+from .sight import Places, Product, Sizes, sight_of
+
+
+@on_cpu(reference.block_attention)
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    window: Window,
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """`reference.block_attention`, which says what is computed, and of what arguments.
+
+    Rows of other lengths are padded to one product where that is cheaper. So the last bits of a row may depend on the
+    lengths of its neighbours, and never on what they hold.
+    """
+    if k_cache is not None and (k_scale is not None or window.page_table is not None):
+        # The same function by contract. No decoder of dlm_fast has pages or eight-bit keys.
+        return reference.block_attention(
+            q, k, v, k_cache, v_cache, window,
+            scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
+        )  # fmt: skip
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_arguments(
+        q, k, v, k_cache, v_cache, window,
+        scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes,
+    )  # fmt: skip
+    B, H, W, D = q.shape
+    if q.numel() == 0:
+        return q.new_empty(B, W, H, D).transpose(1, 2)
+    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
+    R, S_max = (None, None) if k_cache is None else (k_cache.shape[0], capacity(k_cache, window))
+    sizes = Sizes(k.shape[1], 2 * H * D, precision, R, S_max, sliding_window)
+    sight = sight_of(window, sizes)
+
+    # 1. The window's keys are stored.
+    for store in sight.stores:
+        k_cache[store.cache_rows, :, store.slots] = k[store.rows, :, store.positions]
+        v_cache[store.cache_rows, :, store.slots] = v[store.rows, :, store.positions]
+
+    # 2. The products. What torch returns is a transposed view of [rows, queries, H, D], as the result is.
+    out = None if sight.is_whole else q.new_zeros(B, W, H, D)
+    for product in sight.products:
+        attended = _attended(product, q, k, v, k_cache, v_cache, scale, precision).to(q.dtype).transpose(1, 2)
+        if out is None:
+            return attended.contiguous().transpose(1, 2)
+        rows, queries = (slice(None) if places is None else places for places in (product.rows, product.queries))
+        out[rows, queries] = attended
+    return out.transpose(1, 2)
+
+
+def _attended(
+    product: Product,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    scale: float,
+    precision: torch.dtype,
+) -> Tensor:
+    """[rows, H, queries, D] of one product, in `precision`; zeros where a query is dead."""
+    queries = _at(_at(q, 0, product.rows), 2, product.queries).to(precision)
+    keys, values = _joined(product, k_cache, k, precision), _joined(product, v_cache, v, precision)
+    options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": keys.shape[1] != queries.shape[1]}
+    attended = F.scaled_dot_product_attention(queries, keys, values, **options)
+    if not attended[..., 0].all():
+        # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen. The sum of the weights, which
+        # is 1 otherwise, tells such a result from one that happens to be zero.
+        weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values), **options)
+        attended = attended.masked_fill(weights == 0, math.nan)
+    return attended if product.dead_queries is None else attended.masked_fill(product.dead_queries, 0.0)
+
+
+def _joined(product: Product, cache: Tensor | None, new: Tensor, precision: torch.dtype) -> Tensor:
+    """[rows, H_kv, keys, D]: the keys or values of a product; a view of the cache or of the window's where those are
+    all."""
+    parts = [_at(_at(cache, 2, places), 0, product.cache_rows) for places in product.slots]
+    if product.joins:
+        parts.append(_at(_at(new, 0, product.rows), 2, product.positions))
+    if len(parts) == 1 and product.dead_keys is None:
+        return parts[0].to(precision)
+    joined = torch.cat([part.to(precision) for part in parts], 2)
+    if product.dead_keys is not None:
+        # What nobody may read can be NaN, which neither a weight of zero nor a score of -inf would silence.
+        joined.view(-1, joined.shape[3]).index_fill_(0, product.dead_keys, 0.0)
+    return joined
+
+
+def _at(tensor: Tensor, dim: int, places: Places) -> Tensor:
+    """The tensor at `places` of a dimension: a view of a range, a copy of numbers."""
+    if places is None:
+        return tensor
+    if isinstance(places, slice):
+        return tensor.narrow(dim, places.start, places.stop - places.start)
+    return tensor.index_select(dim, places)

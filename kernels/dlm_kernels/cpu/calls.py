@@ -1,0 +1,45 @@
+"""When a call is this backend's, and when it is the specification's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
+    """A decorator for an op of this backend, which computes what `specification` computes.
+
+    A call that is traced (by `torch.compile`, `torch.export` or FakeTensorMode) or that takes part in a gradient goes
+    to the specification itself: this backend reads values on the host, which a trace cannot, and writes results in
+    place, which autograd refuses. Both are the same function by contract. Tensors on another device raise ValueError.
+    """
+
+    def decorate(op: Callable) -> Callable:
+        @functools.wraps(op)
+        def called(*arguments: Any, **options: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return specification(*arguments, **options)
+            first = arguments[0]
+            if dataclasses.is_dataclass(first):
+                first = getattr(first, dataclasses.fields(first)[0].name)
+            if type(first) not in (Tensor, torch.nn.Parameter) or _has_gradient(arguments):
+                return specification(*arguments, **options)
+            if first.device.type != "cpu":
+                raise ValueError(
+                    f"{op.__name__}: backend 'cpu' takes tensors on a CPU, got tensors on {first.device}; "
+                    "the plain-torch reference runs anywhere (backend='reference')"
+                )
+            return op(*arguments, **options)
+
+        return called
+
+    return decorate
+
+
+def _has_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
