@@ -195,7 +195,7 @@ def test_compiled_unmask_advances_the_same_state(device):
     assert not torch.equal(state.tokens, torch.full_like(state.tokens, 9))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 @pytest.mark.parametrize("visibility", ["full", "block"])
 def test_a_patched_model_compiles_to_one_graph_for_any_number_of_forwards(device, backend, visibility):
     model = toy(visibility, backend=backend).to(device)

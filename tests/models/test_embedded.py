@@ -128,7 +128,7 @@ def test_the_doctor_says_where_each_op_runs(capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report["embedded"]) == set(EMBEDDED)
     assert {facts["visibility"] for facts in report["embedded"].values()} == {"full", "block"}
-    assert all(facts["backend"] == "reference" and facts["reason"] for facts in report["embedded"].values())
+    assert all(facts["backend"] == "cpu" and facts["reason"] for facts in report["embedded"].values())
 
 
 def test_the_doctor_says_why_a_gpu_without_kernels_is_refused(capsys, monkeypatch):

@@ -33,7 +33,7 @@ def blocks_see(block: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 1), (7, 1)])
 def test_a_plain_forward_inside_patch_equals_the_original(family, backend, heads, kv_heads, device):
     model = native_model(family, heads=heads, kv_heads=kv_heads).to(device)
@@ -104,9 +104,10 @@ def test_patch_keeps_transformers_causal_visibility_whatever_the_diffusion_confi
         torch.testing.assert_close(logits(model, tokens), before, atol=2e-5, rtol=1e-4)
 
 
-def test_gradients_flow_through_the_reference_backend():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_flow_through_the_backends_in_torch(backend):
     model = native_model()
-    with dlm_fast.patch(model, backend="reference"):
+    with dlm_fast.patch(model, backend=backend):
         model(ids(5)).logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers[0].self_attn.parameters())
 
@@ -293,8 +294,9 @@ def test_a_gpu_that_borrows_tiles_decodes_with_those_of_its_family(capability, m
 def test_explain_says_which_op_runs_and_why():
     facts = dlm_fast.explain(toy("block", backend="auto"))
     assert facts["model"] == "LlamaForCausalLM" and facts["visibility"] == facts["plain_forward"] == "block"
-    assert facts["backend"] == "reference" and "Triton kernels need a CUDA device" in facts["reason"]
-    assert facts["ops"]["block_attention"] == "dlm_kernels.reference.attention.block_attention"
+    assert facts["backend"] == "cpu" and "Triton kernels need a CUDA device" in facts["reason"]
+    assert facts["ops"]["block_attention"] == "dlm_kernels.cpu.attention.block_attention"
+    assert facts["ops"]["unmask"] == "dlm_kernels.reference.unmask.unmask"
     with pytest.raises(ValueError, match="not patched"):
         dlm_fast.explain(native_model())
 

@@ -148,11 +148,23 @@ def test_a_sliding_window_is_refused():
 def test_an_unknown_backend_is_refused_and_nothing_is_patched():
     model = native_model()
     with pytest.raises(
-        ValueError, match="backend must be one of auto, triton, reference or an Ops, got backend='cuda'"
+        ValueError, match="backend must be one of auto, triton, cpu, reference or an Ops, got backend='cuda'"
     ):
         dlm_fast.patch(model, backend="cuda")
     with dlm_fast.patch(model, backend="reference"):
         pass
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "meta"])
+def test_the_ops_for_a_cpu_are_refused_for_a_model_that_is_elsewhere(device):
+    with pytest.raises(ValueError, match=f"ops: backend 'cpu' needs a model on a CPU, got one on {device}"):
+        choose("cpu", device)
+
+
+def test_what_is_neither_a_gpu_nor_a_cpu_gets_the_reference():
+    assert choose("cpu", "cpu") is dlm_fast.CPU and choose("auto", "cpu").name == "cpu"
+    chosen = choose("auto", "meta")
+    assert chosen.name == "reference" and "neither Triton kernels nor the ops for a CPU" in chosen.reason
 
 
 @pytest.mark.parametrize("capability, backend", [(75, "auto"), (75, "triton"), (70, "triton"), (110, "auto")])

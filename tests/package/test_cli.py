@@ -173,7 +173,7 @@ def test_an_adapter_beside_the_weights_needs_a_word(tmp_path, capsys):
         (["--max-new-tokens", "0"], "max_new_tokens must be a finite number >= 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32, got 'int8'"),
-        (["--backend", "cuda"], "backend must be one of auto, triton, reference or an Ops, got backend='cuda'"),
+        (["--backend", "cuda"], "backend must be one of auto, triton, cpu, reference or an Ops, got backend='cuda'"),
         (
             ["--model", "nowhere"],
             f"path must be a checkpoint folder, an id of the Hub (owner/name) or one of {', '.join(files.EMBEDDED)}, "

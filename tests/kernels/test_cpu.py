@@ -1,0 +1,371 @@
+"""The ops for a CPU equal their references on the ops' own random calls: ids exactly, floats within the error bound.
+
+Whole decodes are in tests/decoding/test_cpu_decodes.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton", reason="the random calls are those of the kernels' tests, which import Triton")
+from attention_cases import (
+    MODES,
+    Case,
+    assert_not_finite_where,
+    assert_same_bits,
+    fields,
+    live_positions,
+    not_finite,
+)
+from attention_cases import random_case as attention_case
+from attention_oracle import by_the_loop, may_be_nan
+from confidence_cases import FLOATS, STATISTICS, assert_equals_reference, assert_identical, everything, rows_of
+from confidence_cases import random_case as confidence_case
+from drafts_cases import random_case as drafts_case
+from unmask_cases import assert_same
+from unmask_cases import random_case as unmask_case
+
+from dlm_kernels import cpu, reference
+from dlm_kernels.cpu import noise, sight
+from dlm_kernels.reference import noise as random_numbers
+from dlm_kernels.reference.confidence import Confidence
+from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned
+from dlm_kernels.testing.attention_calls import score_floor
+
+# block_attention
+
+
+def attend(case: Case) -> Tensor:
+    """What the op makes of a call, its buffers poisoned."""
+    memory = GuardedMemory()
+    with poisoned(memory):
+        out = cpu.block_attention(*case.arguments, **case.options)
+    memory.check()
+    return out
+
+
+def check_attention(case: Case, dtype: torch.dtype, floor: float = 1e-6) -> None:
+    """Within the error bound of the loop over visible keys, zero where dead, and stored as the reference stores."""
+    ours, low = case.to(dtype), case.to(dtype)
+    out, low_out, exact, may = attend(ours), low.reference(), by_the_loop(case), may_be_nan(case, keys=True)
+    assert out.shape == case.q.shape and out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+    assert_not_finite_where(out, exact, may)
+    options = {"half_steps": False, "may_be_nan": may, "means_of": case.v}
+    no_worse_than_torch("out", out, low_out, exact, floor=floor, **options)
+    w = fields(case)
+    for b in range(case.q.shape[0]):
+        dead = sorted(set(range(case.q.shape[2])) - set(live_positions(w, b)))
+        assert not out[b, :, dead].any(), "a dead position is not zero"
+    for mine, theirs in zip(ours.buffers, low.buffers, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+FEATURES = [(), ("kept",), ("sliding",), ("shared",), ("kept", "sliding", "shared"), ("fp8",), ("page_size",)]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("call", [0, sight.CALL], ids=["rows alone", "rows together"])
+def test_attention_is_a_softmax_over_the_visible_keys(
+    mode: str, features: tuple[str, ...], call: int, monkeypatch
+) -> None:
+    """Hidden slots and dead positions hold NaN; one call in four has a NaN or an infinity in a live place too."""
+    monkeypatch.setattr(sight, "CALL", call)
+    for seed in range(10):
+        rng = random.Random(f"{mode} {features} {seed}")
+        case = attention_case(
+            rng.randrange(2**31),
+            B=rng.choice((1, 2, 3, 6)),
+            W=rng.choice((1, 5, 16, 33)),
+            D=rng.choice((1, 16, 24)),
+            mode=mode,
+            capacity=rng.choice((17, 40, 80)),
+            full_rows=rng.random() < 0.3,
+            **{name: 16 if name == "page_size" else True for name in features},
+        )
+        case = not_finite(case, rng) if seed % 4 == 3 else case
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+        check_attention(case, dtype, score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_in_float64(mode: str) -> None:
+    for seed in range(5):
+        case = attention_case(seed, mode=mode, B=3)
+        run = case.to(torch.float64)
+        torch.testing.assert_close(attend(run), by_the_loop(case), rtol=1e-12, atol=1e-13)
+
+
+def stored_case(mode: str, replaced: tuple[int, int], slots: range, kv_len: int, dead: int | None = None) -> Case:
+    """A lone row of four positions stored in `slots`, behind or among cached ones."""
+    case = attention_case(
+        5, B=1, W=4, G=2, H_kv=2, mode=mode, cache=True, full_rows=True, kv_lens=(kv_len,), replaced=(replaced,)
+    )
+    case.window.q_block.copy_(torch.tensor([1, 1, 2, 2])), case.window.q_pos.copy_(torch.arange(4))
+    if dead is not None:
+        case.window.q_block[0, dead] = -1
+    case.window.kv_slot.copy_(torch.tensor(slots))
+    for new in (case.q, case.k, case.v):
+        new.copy_(torch.randn_like(new).half())
+    return case
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("replaced", "slots", "kv_len", "is_view"),
+    [
+        ((0, 0), range(20, 24), 20, True),
+        ((8, 12), range(8, 12), 20, True),
+        ((0, 4), range(3, -1, -1), 20, True),
+        ((8, 12), range(20, 24), 20, False),
+        ((0, 0), range(21, 25), 20, False),
+    ],
+    ids=["appended", "replaced", "in reverse", "a hole", "a gap"],
+)
+def test_a_lone_row_whose_window_is_stored_reads_the_cache_as_it_lies(mode, replaced, slots, kv_len, is_view) -> None:
+    case = stored_case(mode, replaced, slots, kv_len)
+    check_attention(case, torch.float32)
+    run = case.to(torch.float32)
+    attend(run)
+    (product,) = vars(run.window)["_sight"].products
+    assert product.joins != is_view
+    check_attention(stored_case(mode, replaced, slots, kv_len, dead=1), torch.float32)
+
+
+@pytest.mark.parametrize(("kv_lens", "products"), [((30, 40, 50), 1), ((0, 0, 0), 1), ((5, 1900, 5), 2)])
+def test_rows_share_a_product_unless_the_padding_costs_more(kv_lens: tuple[int, ...], products: int) -> None:
+    options = {"cache": True, "mode": "full", "full_rows": True, "capacity": 2000, "kv_lens": kv_lens}
+    case = attention_case(3, B=3, W=8, G=4, H_kv=2, **options)
+    check_attention(case, torch.float32)
+    attend(run := case.to(torch.float32))
+    assert len(vars(run.window)["_sight"].products) == products
+
+
+def test_a_window_that_was_written_between_two_calls_is_looked_at_again() -> None:
+    options = {"mode": "block", "cache": True, "full_rows": True, "kv_lens": (20, 31)}
+    for name, value in (("kv_len", 3), ("q_len", 2), ("q_block", 0), ("replaced", 2), ("kv_slot", -1)):
+        case = attention_case(11, B=2, W=9, **options).to(torch.float32)
+        for tensor in (case.q, case.k, case.v, *case.buffers):
+            tensor.nan_to_num_(0.5, 0.5, 0.5)
+        attend(case)
+        seen = vars(case.window)["_sight"]
+        attend(case)
+        assert vars(case.window)["_sight"] is seen
+        getattr(case.window, name)[0] = value
+        torch.testing.assert_close(attend(case), case.reference())
+        assert vars(case.window)["_sight"] is not seen
+    assert "_sight" not in vars(dataclasses.replace(case.window))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_rows_bits_do_not_depend_on_what_its_neighbours_hold(cache: bool) -> None:
+    for seed in range(8):
+        case = attention_case(seed, B=3, cache=cache, mode=MODES[seed % 4], q_lens=None).to(torch.float32)
+        for b in range(3):
+            other = case.to(torch.float32)
+            for new in (other.q, other.k, other.v):
+                new[[x for x in range(3) if x != b]] = math.nan
+            for buffer in other.buffers:
+                buffer[[r for r in range(buffer.shape[0]) if r != other.window.cache_row[b]]] = math.inf
+            assert_same_bits(attend(other)[b], attend(case.to(torch.float32))[b])
+
+
+def test_a_query_whose_scores_are_all_minus_infinity_gets_nan_and_not_zeros() -> None:
+    for kv_len in (3, 40):
+        case = attention_case(3, B=1, W=4, H_kv=1, G=1, mode="full", cache=True, full_rows=True, kv_lens=(kv_len,))
+        case.window.q_block.fill_(0), case.window.kv_slot.fill_(-1), case.window.replaced.zero_()
+        case.q.zero_(), case.v.fill_(1.0), case.v_buffer.fill_(1.0), case.k.fill_(-1e25), case.k_buffer.fill_(-1e25)
+        case.q[0, 0, 2] = 1e25
+        out = attend(case.to(torch.float32))
+        assert out[0, 0, :, 0].isnan().tolist() == [False, False, True, False]
+        assert (out[0, 0, [0, 1, 3]] == 1).all()
+
+
+def test_values_of_zero_are_zeros_and_not_nan() -> None:
+    case = attention_case(3, B=2, W=4, mode="block", cache=True, full_rows=True)
+    case.v.zero_(), case.v_buffer.masked_fill_(~case.v_buffer.isnan(), 0.0)
+    assert not attend(case.to(torch.float32)).any()
+
+
+def test_strided_views_need_no_copy() -> None:
+    """q, k and v as slices of one fused projection, the caches as slices of one buffer of all layers."""
+    case = attention_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True)
+    fused = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in (case.q, case.k, case.v)], 2)
+    q, k, v = (part.unflatten(2, (-1, 16)).transpose(1, 2) for part in fused.split([64, 32, 32], 2))
+    strided = dataclasses.replace(case, q=q, k=k, v=v)
+    layers = [torch.stack([buffer, torch.full_like(buffer, math.nan)], 3) for buffer in case.buffers]
+    strided.k_buffer, strided.v_buffer = (buffer[:, :, :, 0] for buffer in layers)
+    check_attention(strided, torch.float32)
+
+
+def test_a_gradient_is_the_references() -> None:
+    case = attention_case(4, B=2, W=9, cache=False, mode="block").to(torch.float32)
+    gradients = []
+    for op in (cpu.block_attention, reference.block_attention):
+        new = [x.nan_to_num(0, 0, 0).requires_grad_() for x in (case.q, case.k, case.v)]
+        op(*new, None, None, case.window, scale=0.3).sum().backward()
+        gradients.append([x.grad for x in new])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and gradients[0][1].any()
+
+
+# confidence
+
+
+def check_confidence(logits: Tensor, **arguments) -> Confidence:
+    """Equal to the reference by its bound, in poisoned memory, with the inputs as they were."""
+    given = {"logits": logits} | {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in given.items()}
+    memory = GuardedMemory()
+    with poisoned(memory):
+        ours = cpu.confidence(logits, **arguments)
+    memory.check()
+    assert_equals_reference(ours, logits, **arguments)
+    for name, x in given.items():
+        assert_same_bits(x, before[name])
+    return ours
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_confidence_equals_the_reference_on_random_calls(part: int) -> None:
+    """Ties, banned ids, biases, NaN and infinities, rows that are absent, named twice or not needed, every output."""
+    for seed in range(40 * part, 40 * part + 40):
+        logits, arguments = confidence_case(seed, most_rows=8)
+        check_confidence(logits, **arguments)
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 1000])
+def test_rows_may_be_cut_into_chunks_anywhere(chunk: int, monkeypatch) -> None:
+    for seed in range(40):
+        logits, arguments = confidence_case(seed, vocabularies=(97, 256), most_rows=9)
+        whole = cpu.confidence(logits, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module("dlm_kernels.cpu.confidence"), "CHUNK", chunk)
+            assert_identical(cpu.confidence(logits, **arguments), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_confidence_equals_the_reference_on_a_real_vocabulary(dtype: torch.dtype) -> None:
+    logits = (torch.randn(3, 126464) * 3).to(dtype)
+    logits[0, 126463] = logits[1, 126336] = 40.0
+    logits[2, [70, 126000]] = 41.0
+    check_confidence(logits, outputs=STATISTICS, banned=torch.tensor([126336]))
+    assert cpu.confidence(logits).token[2] == 70 and cpu.confidence(logits).second_token[2] == 126000
+
+
+@pytest.mark.parametrize(("tied", "expected"), [((3, 5, 9), (3, 5)), ((70, 1, 300), (1, 70)), ((399, 0), (0, 399))])
+def test_ties_go_to_the_lowest_ids(tied: tuple[int, ...], expected: tuple[int, int]) -> None:
+    logits = torch.zeros(1, 400)
+    logits[0, list(tied)] = 2.0
+    result = cpu.confidence(logits)
+    assert (result.token.item(), result.second_token.item()) == expected
+    banned = cpu.confidence(logits, banned=torch.tensor([expected[0], 0 if 0 in tied else -1]))
+    assert banned.token.item() == expected[1]
+
+
+def test_the_32_largest_banned_leave_the_33rd_and_34th() -> None:
+    logits = torch.randn(2, 1025)
+    order = logits.topk(34).indices
+    result = cpu.confidence(logits, banned=order[:, :32].clone())
+    assert torch.equal(torch.stack([result.token, result.second_token], 1), order[:, 32:])
+    everything_banned = cpu.confidence(torch.zeros(1, 5), banned=torch.arange(5))
+    assert everything_banned.error.item() == 1 and everything_banned.confidence.item() == 0
+
+
+def test_a_row_that_is_not_needed_is_not_read() -> None:
+    logits = torch.full((2, 70), math.nan)
+    logits[1] = 0.0
+    result = cpu.confidence(logits, rows=torch.tensor([-1, 1, -1], dtype=torch.int32), **everything(3, 70, "cpu"))
+    assert result.error.tolist() == [0, 0, 0]
+    ids = (result.token, result.second_token, result.sampled_token)
+    assert all(x.tolist()[::2] == [-1, -1] for x in ids)
+    assert all(getattr(result, name).tolist()[::2] == [0, 0] for name in FLOATS)
+
+
+def test_confidence_of_no_row_and_of_no_logits() -> None:
+    empty = cpu.confidence(torch.zeros(0, 7), rows=torch.tensor([-1, 0, -1], dtype=torch.int32), outputs=STATISTICS)
+    expected = reference.confidence(
+        torch.zeros(0, 7), rows=torch.tensor([-1, 0, -1], dtype=torch.int32), outputs=STATISTICS
+    )
+    assert_identical(empty, expected)
+    assert cpu.confidence(torch.zeros(0, 7)).token.shape == (0,)
+
+
+def test_a_row_alone_has_the_bits_of_the_row_in_a_batch() -> None:
+    logits = torch.randn(4, 700) * 3
+    arguments = everything(4, 700, "cpu")
+    together = cpu.confidence(logits, **arguments)
+    for n in range(4):
+        alone = {
+            name: value[n : n + 1] if isinstance(value, Tensor) and name != "seed" else value
+            for name, value in arguments.items()
+        }
+        assert_identical(cpu.confidence(logits[n : n + 1], **alone), rows_of(together, slice(n, n + 1)))
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**26, 2.0**40])
+def test_a_draw_is_the_references_even_where_rounding_makes_ties(size: float) -> None:
+    """Scores of 2^26 are 8 apart, so that a noise above 4 rounds a score up to its neighbour; at 2^40 none does."""
+    logits = size + torch.randint(-4, 1, (64, 33)) * max(1.0, size * 2**-23)
+    arguments = {
+        "outputs": ("sampled",),
+        "sample_temperature": torch.ones(64),
+        "seed": torch.tensor([3]),
+        "noise": torch.arange(192, dtype=torch.int32).view(64, 3),
+    }
+    ours, theirs = (op.confidence(logits, **arguments) for op in (cpu, reference))
+    assert torch.equal(ours.sampled_token, theirs.sampled_token)
+    assert (ours.sampled_token != ours.token).any() == (size < 2**40)
+
+
+def test_the_noise_is_the_references_bit_for_bit() -> None:
+    seeds = (0, -1, 2**62 + 12345, -(2**62) + 7)
+    counters = torch.randint(-(2**31), 2**31 - 1, (50, 3)).to(torch.int32)
+    ids = torch.randint(0, 2**30, (50,))
+    for seed in (torch.tensor([x]) for x in seeds):
+        key = random_numbers.row_key(seed, counters)
+        k0, k1 = noise.row_key(seed, counters)
+        assert key[:, 0].tolist() == k0.tolist() and key[:, 1].tolist() == k1.tolist()
+        for dtype in (torch.float32, torch.float64):
+            expected = random_numbers.gumbel(key, ids[:, None], dtype)[:, 0]
+            assert torch.equal(noise.gumbel(k0, k1, ids.numpy(), dtype), expected)
+
+
+# The other ops, and what all ops refuse
+
+
+def test_the_other_ops_are_the_references() -> None:
+    for seed in range(10):
+        case, drafts = unmask_case(seed), drafts_case(seed)
+        assert_same(case.copy().run(cpu.unmask), case.copy().run())
+        assert torch.equal(drafts.build(cpu.draft_build), drafts.build())
+        ours, theirs = drafts.copy().verify(cpu.verify), drafts.copy().verify()
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert_same_bits(mine, expected)
+
+
+def test_tensors_on_another_device_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="confidence: backend 'cpu' takes tensors on a CPU, got tensors on meta; .*"):
+        cpu.confidence(torch.zeros(2, 5, device="meta"))
+
+
+def test_errors_are_those_of_the_reference() -> None:
+    case = attention_case(1, B=1, W=3, cache=False).to(torch.float32)
+    for op in (cpu, reference):
+        with pytest.raises(TypeError, match="block_attention: q must be one of"):
+            op.block_attention(case.q.int(), case.k, case.v, None, None, case.window, scale=1.0)
+        with pytest.raises(ValueError, match="confidence: outputs must be distinct names"):
+            op.confidence(torch.zeros(2, 5), outputs=("third",))
+
+
+def test_what_is_traced_gets_the_shapes_of_the_reference() -> None:
+    with FakeTensorMode() as mode:
+        stats = cpu.confidence(mode.from_tensor(torch.randn(3, 70)), outputs=("second",))
+    assert stats.token.shape == (3,) and stats.token.dtype == torch.int64 and stats.margin.dtype == torch.float32
