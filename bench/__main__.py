@@ -1,9 +1,10 @@
 """`python -m bench COMMAND`, from a checkout: kernels, gpu-check, precompile, report, sanitize, compare, gates,
-quality, seeds."""
+quality, seeds, batch, e2e."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _seeds_options(
         commands.add_parser("seeds", help="the training of the embedded pair, shortened, once for each seed")
     )
+    _batch_options(commands.add_parser("batch", help="what a batch of mixed lengths costs beside its rows"))
+    _e2e_options(commands.add_parser("e2e", help="whole decodes beside published loops and autoregressive decoding"))
     target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
     target.add_argument("--seed", type=int, required=True)
     target.add_argument("--plain-memory", action="store_true")
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "gates": _gates,
         "quality": _quality,
         "seeds": _seeds,
+        "batch": _batch,
+        "e2e": _e2e,
     }[given.command]
     try:
         return run(given)
@@ -214,6 +219,59 @@ def _seeds_options(seeds: argparse.ArgumentParser) -> None:
     seeds.add_argument("--out", type=Path, default=RESULTS, help="folder for seeds.json (default: bench/results)")
     seeds.add_argument("--runs", type=Path, required=True, help="folder for the runs themselves")
     seeds.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+
+
+def _model_options(parser: argparse.ArgumentParser, layers: int, hidden: int, vocab: int) -> None:
+    """Options of a command that decodes with models of any size."""
+    parser.add_argument(
+        "--model", choices=("tiny", "random"), default="random", help="embedded or random ones (default: random)"
+    )
+    size = parser.add_argument_group("random models")
+    size.add_argument("--layers", type=int, default=None, metavar="N", help=f"layers (default: {layers})")
+    size.add_argument("--hidden", type=int, default=None, metavar="N", help=f"width (default: {hidden})")
+    size.add_argument("--vocab", type=int, default=None, metavar="N", help=f"ids (default: {vocab})")
+    size.add_argument("--shape", metavar="NAME", default=None, help="of a published model, such as LLaDA-8B")
+    parser.set_defaults(size=(layers, hidden, vocab))
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument("--backend", default="auto", help="the ops, as for dlm_fast.load (default: auto)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch on a CPU (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and prompts (default: 0)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for results; made if it does not exist")
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON document")
+
+
+def _batch_options(batch: argparse.ArgumentParser) -> None:
+    _model_options(batch, layers=2, hidden=64, vocab=256)
+    batch.add_argument("--presets", nargs="+", metavar="NAME", default=None, help="decoders (default: a choice)")
+    batch.add_argument(
+        "--rows", nargs="+", type=int, metavar="N", default=[1, 8, 32, 64], help="rows a call (default: 1 8 32 64)"
+    )
+    batch.add_argument("--requests", type=int, default=64, help="that are counted; 0 = none (default: 64)")
+    batch.add_argument("--timed-requests", type=int, default=16, help="that are timed; 0 = none (default: 16)")
+    batch.add_argument("--turns", type=int, default=3, help="how often each is timed (default: 3)")
+    batch.add_argument("--seconds", type=float, default=7200, help="what is left by then is SKIPPED (default: 7200)")
+    batch.add_argument("--no-plots", action="store_true", help="JSON only")
+
+
+def _e2e_options(e2e: argparse.ArgumentParser) -> None:
+    _model_options(e2e, layers=4, hidden=256, vocab=8192)
+    e2e.add_argument("--rows", nargs="+", type=int, metavar="N", default=[1, 8], help="batch sizes (default: 1 8)")
+    e2e.add_argument(
+        "--visibility",
+        nargs="+",
+        choices=("full", "block"),
+        default=["full", "block"],
+        help="in this order (default: both)",
+    )
+    e2e.add_argument("--prompt", type=int, default=64, help="positions of each prompt (default: 64)")
+    e2e.add_argument("--new-tokens", type=int, default=256, help="positions to fill (default: 256)")
+    e2e.add_argument("--per-step", type=int, default=4, help="tokens a step (default: 4)")
+    e2e.add_argument("--turns", type=int, default=3, help="how often each is timed (default: 3)")
+    e2e.add_argument("--seconds", type=float, default=1800, help="what is left by then is SKIPPED (default: 1800)")
+    e2e.add_argument(
+        "--cache", type=Path, default=None, metavar="FILE", help="kernels compiled ahead by precompile (default: none)"
+    )
 
 
 def _need_cuda() -> None:
@@ -469,6 +527,119 @@ def _check_quality(given: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     print("\n".join(lines))
     return 1 if any(line.startswith("DIFFERS") for line in lines) else 0
+
+
+def _models(given: argparse.Namespace, gap: float) -> Any:
+    """The models of `batch` and `e2e`, and the facts of the run."""
+    import torch
+
+    from dlm_fast.ops import BACKENDS
+
+    from . import machine, models, shapes
+
+    if given.backend not in BACKENDS:
+        raise UsageError(f"--backend must be among {', '.join(BACKENDS)}, got {given.backend}")
+    known = {shape.name: shape for shape in shapes.MODELS if shape.family is not None}
+    if given.shape is not None and given.shape not in known:
+        raise UsageError(f"--shape must be among {', '.join(known)}, got {given.shape}")
+    for option in ("threads", "turns"):
+        if getattr(given, option) < 1:
+            raise UsageError(f"--{option} must be at least 1, got {getattr(given, option)}")
+    if min(given.rows) < 1 or len(set(given.rows)) < len(given.rows):
+        raise UsageError(f"--rows must be at least 1 and differ, got {given.rows}")
+    sizes = {name: getattr(given, name) for name in ("layers", "hidden", "vocab")}
+    if given.model == "tiny" and (given.shape or any(sizes.values())):
+        raise UsageError("--shape, --layers, --hidden and --vocab are of --model random")
+    if given.shape is not None and (given.hidden or given.vocab):
+        raise UsageError("--shape says --hidden and --vocab; only --layers may be given beside it")
+    if given.device.split(":")[0] == "cuda":
+        _need_cuda()
+    device = torch.device(given.device)
+    facts = {"versions": machine.versions(), "commit": machine.commit(), "seed": given.seed}
+    if device.type == "cuda":
+        facts |= machine.device_facts(device)
+    else:
+        torch.set_num_threads(given.threads)
+        facts |= {"device": str(device), "threads": given.threads}
+    shape = None
+    try:
+        if given.shape is not None:
+            shape = known[given.shape]
+            shape = shape if given.layers is None else dataclasses.replace(shape, layers=given.layers)
+        elif given.model == "random":
+            shape = models.small(*(sizes[name] or default for name, default in zip(sizes, given.size)))
+    except models.ModelError as error:
+        raise UsageError(str(error)) from None
+    facts |= {"model": given.model if shape is None else shape.name, "dtype": given.dtype, "backend": given.backend}
+    return models.Models(shape, device, getattr(torch, given.dtype), gap), facts
+
+
+def _batch(given: argparse.Namespace) -> int:
+    from dlm_fast.presets import PRESETS
+
+    from . import batch, batch_report, models, sweep, timing, turns
+    from .report import dumps
+
+    presets = given.presets or batch.SHOWN
+    known = [name for name in PRESETS if name not in batch.UNFIT]
+    if wrong := [name for name in presets if name not in known]:
+        raise UsageError(f"--presets must be among {', '.join(known)}, got {', '.join(wrong)}")
+    if min(given.requests, given.timed_requests) < 0:
+        raise UsageError("--requests and --timed-requests must be at least 0")
+    plots = given.out is not None and not given.no_plots
+    if plots and not sweep.has_matplotlib():
+        raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
+    subjects, facts = _models(given, models.SURE)
+    _make(_in(given.out, "batch.json"))
+    names = ("rows", "requests", "timed_requests", "turns", "seed", "backend")
+    work = batch.Work(subjects=subjects, presets=presets, **{name: getattr(given, name) for name in names})
+    clock, budget = turns.Clock(subjects.device), timing.Budget(given.seconds, 0)
+    document = batch.run(work, facts, clock, budget, lambda line: print(line, flush=True), given.out)
+    if plots:
+        batch_report.plots(document, given.out)
+    if given.json:
+        print(dumps(document))
+    return 1 if any(row["status"] == "FAILED" for row in (*document["counts"], *document["times"])) else 0
+
+
+def _e2e(given: argparse.Namespace) -> int:
+    import contextlib
+
+    from . import decoders, e2e, kernel_cache, models, timing, turns
+    from .report import dumps
+
+    began = time.monotonic()
+    if min(given.prompt, given.new_tokens, given.per_step) < 1:
+        raise UsageError("--prompt, --new-tokens and --per-step must be at least 1")
+    subjects, facts = _models(given, models.EVEN)
+    names = ("prompt", "new_tokens", "per_step", "turns", "backend", "seed")
+    visibilities = tuple(dict.fromkeys(given.visibility))
+    setting = decoders.Setting(visibilities, tuple(given.rows), **{name: getattr(given, name) for name in names})
+    for visibility in visibilities:
+        if (wrong := setting.check(subjects(visibility))) is not None:
+            raise UsageError(wrong)
+    _make(_in(given.out, "e2e.jsonl"))
+    with contextlib.ExitStack() as stack:
+        if given.cache is not None:
+            try:
+                cache = stack.enter_context(kernel_cache.placed(given.cache))
+            except kernel_cache.CacheError as error:
+                raise UsageError(f"--cache {error}") from None
+            print("\n".join(kernel_cache.lines(cache)), flush=True)
+        rig = e2e.Rig(
+            subjects=subjects,
+            checked=subjects.in_float32(e2e.CHECKED_LAYERS),
+            mixed=subjects.surer,
+            clock=turns.Clock(subjects.device),
+            budget=timing.Budget(began + given.seconds - time.monotonic(), 0),
+            say=lambda line: print(line, flush=True),
+            tell=e2e.Lines(_in(given.out, "e2e.jsonl")),
+        )
+        stack.callback(rig.tell.close)
+        ratios, ok = e2e.run(rig, setting, facts)
+    if given.json:
+        print(dumps({"ratios": ratios}))
+    return 0 if ok else 1
 
 
 if __name__ == "__main__":
