@@ -21,8 +21,7 @@ from typing import Any
 
 from torch import nn
 
-import dlm_fast
-from dlm_fast import GenerateOutput
+from dlm_fast import GenerateOutput, generate
 from dlm_fast.presets import PRESETS
 
 from . import batch_report
@@ -84,7 +83,7 @@ class Decoder:
         return [self._call(requests[start : start + rows]) for start in range(0, len(requests), rows)]
 
     def _call(self, requests: Sequence[Request]) -> GenerateOutput:
-        return dlm_fast.generate(
+        return generate(
             self.model,
             [request.prompt for request in requests],
             preset=self.preset,

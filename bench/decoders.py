@@ -77,6 +77,7 @@ class Setting:
         rows: batch sizes.
         prompt, new_tokens, per_step: positions of each prompt, positions to fill, tokens a step.
         turns: how often each decode is timed.
+        mixed: requests of mixed lengths that are decoded in one call and one by one; 0 = none.
         backend: of ours.
     """
 
@@ -86,6 +87,7 @@ class Setting:
     new_tokens: int
     per_step: int
     turns: int
+    mixed: int
     backend: str
     seed: int = 0
 

@@ -40,7 +40,7 @@ from .turns import Clock, Samples, in_turns
 CHECKED_LAYERS = 2  # of a random model in 16 bits, which is checked in float32
 # The loop that the ratio "vs_recompute" is of: exact, as ours is, and the tokens are the same.
 RECOMPUTE = ("block", "recompute")
-MIXED_REQUESTS, MIXED_PRESET = 16, "fast-dllm-dual"
+MIXED_PRESET = "fast-dllm-dual"
 NO_MIX: dict[str, float | None] = {"together_over_alone": None, "computed_over_needed": None}
 
 
@@ -334,11 +334,13 @@ def _check(rig: Rig, setting: Setting, visibility: str) -> dict[int, dict[str, s
 
 def _mixed_lengths(rig: Rig, setting: Setting) -> dict[str, float | None]:
     """What one call of requests of mixed lengths costs beside its rows (see `batch`)."""
+    if not setting.mixed:
+        return NO_MIX
     if rig.budget.left() <= 0:
         rig.say("mixed lengths: SKIPPED, time budget")
         return NO_MIX
     subject = rig.mixed()
-    requests, cut = batch.mix(subject, MIXED_REQUESTS, setting.seed)
+    requests, cut = batch.mix(subject, setting.mixed, setting.seed)
     decode = batch.Decoder(MIXED_PRESET, subject, subject.ours(setting.backend))
     found = batch.together(decode, requests, rig.clock, rig.budget, setting.turns)
     shown = {name: "no time" if value is None else f"{value:.2f}" for name, value in found.items()}
