@@ -1,5 +1,5 @@
 """`python -m bench COMMAND`, from a checkout: kernels, gpu-check, precompile, report, sanitize, compare, gates,
-quality, seeds, batch, e2e."""
+quality, seeds, batch, e2e, launches."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _batch_options(commands.add_parser("batch", help="what a batch of mixed lengths costs beside its rows"))
     _e2e_options(commands.add_parser("e2e", help="whole decodes beside published loops and autoregressive decoding"))
+    commands.add_parser("launches", help="docs/launches.md: the small launches of a step of every preset")
     target = commands.add_parser("sanitize-target")  # what `sanitize` runs under the tool
     target.add_argument("--seed", type=int, required=True)
     target.add_argument("--plain-memory", action="store_true")
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seeds": _seeds,
         "batch": _batch,
         "e2e": _e2e,
+        "launches": _launches,
     }[given.command]
     try:
         return run(given)
@@ -514,6 +516,13 @@ def _seeds(given: argparse.Namespace) -> int:
         raise UsageError(f"--seeds must differ, got {given.seeds}")
     _make(_in(given.out, "seeds.json"))
     print("\n".join(seeds.lines(seeds.run(given.out, given.seeds, seeds.Short(), given.runs))))
+    return 0
+
+
+def _launches(given: argparse.Namespace) -> int:
+    from . import launches
+
+    print(launches.markdown(), end="")
     return 0
 
 

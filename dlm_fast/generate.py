@@ -352,13 +352,14 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
     steps = [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]
 
-    # 2. The share of the masks that each step writes: a time falls from 1 to schedule_eps, and the masks with it.
+    # 2. The share of the masks that each step writes: a time falls from 1 to schedule_eps, and the masks with it; the
+    # last step writes them all.
     transfer = None
     if preset.by_share:
-        transfer = torch.zeros(B, max(steps), dtype=torch.float32)
+        transfer = torch.ones(B, max(steps), dtype=torch.float32)
         for b, S in enumerate(steps):
             t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
-            transfer[b, :S] = 1 - t[1:] / t[:-1]
+            transfer[b, : S - 1] = (1 - t[1:] / t[:-1])[: S - 1]
         transfer = transfer.to(device)
 
     # 3. The steps after which a row has stalled. This is a safety net and not a schedule: the bounds of every policy

@@ -27,6 +27,7 @@ class Ops:
         unmask: writes tokens to the canvas, and advances the state of every row.
         draft_build: makes the drafts of every row, for decoders with drafts.
         verify: accepts the drafts that the decoder would have written, for decoders with drafts.
+        uniform_scores: draws a number per position, for decoders that draw positions.
         reason: why this backend was chosen, for `explain` and `dlm-fast doctor`.
     """
 
@@ -36,10 +37,11 @@ class Ops:
     unmask: Callable
     draft_build: Callable
     verify: Callable
+    uniform_scores: Callable
     reason: str
 
 
-OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify")
+OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
 
 REFERENCE = Ops("reference", *(getattr(reference, name) for name in OP_NAMES), "asked for by name")
 CPU = Ops("cpu", *(getattr(cpu, name) for name in OP_NAMES), "asked for by name")
@@ -59,6 +61,7 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
     from dlm_kernels.attention import launch as attention
     from dlm_kernels.confidence import launch as confidence
     from dlm_kernels.drafts import launch as drafts
+    from dlm_kernels.noise import launch as noise
     from dlm_kernels.unmask import launch as unmask
 
     return Ops(
@@ -68,6 +71,7 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
         unmask.unmask,
         drafts.draft_build,
         drafts.verify,
+        noise.uniform_scores,
         reason,
     )
 

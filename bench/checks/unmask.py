@@ -1,5 +1,5 @@
-"""Are `unmask`, `draft_build` and `verify` their references, bit for bit, under every rule and in every phase? Does a
-row depend on the other rows?
+"""Are `unmask`, `draft_build`, `verify` and `uniform_scores` their references, bit for bit, under every rule and in
+every phase? Does a row depend on the other rows?
 
 There is no float64 form: the reference decides by comparisons and integer sums only, so it is exact. It runs on the
 CPU.
@@ -31,6 +31,8 @@ from .run import Case, Sizes, generator
 MEMORY_WIDTHS, MEMORY_CANVASES = (1025, 4097, 8192), 16
 # Drafts and lanes.
 DRAFTS = ((1, 32), (4, 32), (8, 33), (3, 1100))
+# Counters of random numbers.
+NOISES = (1, 127, 129, 5000)
 SELECTS = [
     {"passes": passes, "inclusive": inclusive, "quota": quota}
     for passes in PASSES
@@ -106,6 +108,8 @@ def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[C
     for D, W in DRAFTS:
         name = f"drafts D={D} W={W}"
         yield name, partial(drafts_equal_reference, ops, device, seed, name, sizes.canvases, D, W)
+    for N in NOISES:
+        yield f"noise N={N}", partial(noise_equals_reference, ops, device, seed, f"noise N={N}", N)
     name = "row alone = row in the batch"
     for rule, kind in plain + VARIANTS[::5]:
         yield (
@@ -201,3 +205,16 @@ def drafts_equal_reference(ops: Ops, device: torch.device, seed: int, name: str,
         same_bits(key, getattr(written, key), value)
     for key, value in vars(source).items():
         same_bits(f"source.{key}", getattr(ours, key), value)
+
+
+def noise_equals_reference(ops: Ops, device: torch.device, seed: int, name: str, N: int) -> None:
+    """Counters of any value, on memory between guard zones."""
+    random = generator(seed, name)
+    counters = torch.randint(-(2**31), 2**31, (N, 3), generator=random).int()
+    key = torch.randint(-(2**63), 2**63 - 1, (1,), generator=random)
+    memory = GuardedMemory()
+    ours = memory.copy(key.to(device)), memory.copy(counters.to(device))
+    with poisoned(memory):
+        scores = ops.uniform_scores(*ours)
+    memory.check()
+    same_bits("scores", scores, reference.uniform_scores(key, counters))

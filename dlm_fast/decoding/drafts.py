@@ -16,6 +16,7 @@ from dlm_kernels.reference import DraftSource
 
 from ..ops import Ops
 from ..policies import Choice, Lanes
+from .plan import Plan
 
 # A row whose drafts were accepted less than once in so many tries, after so many, goes on without drafts.
 TRIES, RARELY = 8, 4
@@ -48,11 +49,12 @@ class Drafts(DraftSource):
 
     def suspended(self) -> Tensor:
         """[B] bool rows whose drafts were accepted too rarely to pay for themselves."""
-        return (self.tried >= TRIES) & (RARELY * self.accepted < self.tried)
+        return self.tried > (RARELY * self.accepted).clamp(min=TRIES - 1)
 
-    def ready(self, state: RowState, kind: str) -> Tensor:
-        """[B] bool rows that have a source. The first step of a block has none: its forward is what makes the first."""
-        return (state.block_step > 0) & (kind == "denoise")
+    def ready(self, state: RowState, selects: Tensor) -> Tensor:
+        """[B] bool rows that have a source, of those that select. The first step of a block has none: its forward is
+        what makes the first."""
+        return (state.block_step > 0) & selects
 
     def tokens(self, ops: Ops, lanes: Lanes, ready: Tensor, D: int) -> Tensor:
         """[B, D, W] the tokens that every draft holds at the lanes; a row without a source has D equal drafts."""
@@ -63,12 +65,13 @@ class Drafts(DraftSource):
         ops: Ops,
         lanes: Lanes,
         ready: Tensor,
+        drafting: Tensor,
         selects: Tensor,
         held: Tensor,
         token: Tensor,
         score: Tensor,
         confidence: Tensor,
-        mask_id: int,
+        plan: Plan,
     ) -> Choice:
         """Accepts the longest chain of drafts that agree, and makes the last of them the next source.
 
@@ -76,12 +79,13 @@ class Drafts(DraftSource):
             ops: the backend.
             lanes: the positions that the step looks at.
             ready: [B] bool rows that had drafts to verify.
+            drafting: [B] bool rows that go on drafting.
             selects: [B] bool rows for which tokens are chosen.
             held: [B, D, W] tokens that the drafts hold.
             token: [B, D, W] tokens that the forward predicts from each draft.
             score: [B, D, W] what orders the predictions.
             confidence: [B, D, W] probability of the predictions.
-            mask_id: id of the mask.
+            plan: what is the same for every step of the decode.
         """
         verified = ops.verify(
             self,
@@ -91,14 +95,16 @@ class Drafts(DraftSource):
             confidence,
             eligible=lanes.eligible,
             ready=ready,
-            drafting=~self.suspended(),
+            drafting=drafting,
             selects=selects,
-            mask_id=mask_id,
+            mask_id=plan.mask_id,
         )
+        chosen = verified.chosen.float()
         return Choice(
             pred=verified.pred,
-            score=verified.chosen.float(),
+            score=chosen,
             confidence=verified.confidence,
-            value=torch.zeros_like(verified.confidence[:, 0]),
-            min_unmask=torch.zeros_like(self.tried),
-        ).only(verified.chosen)
+            value=torch.full_like(chosen[:, 0], 0.5),
+            min_unmask=plan.constants.zeros(selects.shape[0]),
+            exact=True,
+        )

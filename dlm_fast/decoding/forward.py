@@ -16,14 +16,25 @@ from torch import Tensor
 
 from dlm_kernels import RowState, UnmaskRule, Window
 from dlm_kernels.reference.select import select
-from dlm_kernels.state import COMMIT, DENOISE, REFRESH
+from dlm_kernels.state import DENOISE
 
 from ..patching import PatchHandle
-from ..policies import Choice, Sampling, Setting, View
+from ..policies import Choice, Lanes, Policy, Sampling, Setting, View
 from .drafts import Drafts
-from .measure import History, Wanted, filtered, measure, stats_of, wanted_of
+from .measure import (
+    Banned,
+    History,
+    Question,
+    Wanted,
+    filtered,
+    measure,
+    question_of,
+    softmax_temperature,
+    stats_of,
+    wanted_of,
+)
 from .plan import Plan
-from .window import Step, sub_block
+from .window import Step, input_ids_of
 
 FACTOR = UnmaskRule("factor")
 
@@ -33,7 +44,7 @@ class Result:
     """What a forward gave.
 
     Attributes:
-        hidden: [B, W, d] last hidden states of the window.
+        hidden: [B, W, d] last hidden states of the window, `extended` by the predicting row.
         logits: [B * lanes, V] that predict the lanes, [B * drafts * lanes, V] with drafts; None of a prefill.
         query_len: [B] int32 positions that were computed for each row.
         inputs: fields of `UnmaskInputs` that came of it besides.
@@ -55,25 +66,36 @@ class PredictingRow:
 
     canvas: int
 
-    def of(self, window: Window, hidden: Tensor, position: Tensor) -> Tensor:
-        """Hidden states [B, N, d] of the rows that predict `position` [B, N]; some row's where the window has none."""
-        return gathered(hidden, self.index(window, position))
+    def extended(self, hidden: Tensor) -> Tensor:
+        """The hidden states [..., W, d] of a window, and before them what predicts besides."""
+        return hidden
 
-    def index(self, window: Window, position: Tensor) -> Tensor:
-        """[B, N] int64: where the window computes a position, its width where it does not."""
-        (B, W), L = window.q_pos.shape, self.canvas
-        offset = torch.arange(W, device=position.device).expand(B, W)
-        place = torch.where(self.live(window, offset), window.q_pos, L).long()
-        index = torch.full((B, L + 1), W, dtype=torch.int64, device=position.device).scatter(1, place, offset)
-        index[:, L] = W
-        return index.gather(1, torch.where((position >= 0) & (position < L), position, L).long())
+    def of(self, step: Step, hidden: Tensor) -> Tensor:
+        """Of `extended` hidden states, those that predict the lanes, [..., lanes, d]; some row's where the window has
+        none."""
+        layout, place, last = step.layout, step.lanes.place, hidden.shape[-2] - 1
+        if step.lanes_first:
+            return hidden[..., : step.bucket.lanes, :]
+        if layout.order is not None:
+            place = layout.order.gather(1, place)
+        elif layout.position is not None:
+            place = place - step.window.q_pos[:, :1]
+        elif last + 1 >= self.canvas:
+            return gathered(hidden, place)
+        if layout.leaves_lanes_out:
+            place = torch.where((place >= 0) & (place < step.window.q_len[:, None]), place, last)
+        return gathered(hidden, place.clamp(0, last))
 
-    def live(self, window: Window, offset: Tensor) -> Tensor:
-        """[B, W] bool rows of the window that may predict."""
-        return offset < window.q_len[:, None]
+    def behind(self, window: Window, hidden: Tensor) -> Tensor:
+        """Of `extended` hidden states of a range, those [B, 1, d] that predict the position behind it."""
+        return gathered(hidden, (window.q_len[:, None] - 1).clamp(min=0).long())
 
-    def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
-        """Called after a step, for what later steps need of its rows."""
+    def keep(self, step: Step, hidden: Tensor, state: RowState) -> None:
+        """Called after a step, for what later steps need of its `extended` hidden states."""
+
+    def keep_behind(self, hidden: Tensor, rows: Tensor) -> None:
+        """The same of a step after which the `rows` [B] bool begin their region behind the window, and no other row
+        moves; `hidden` [B, 1, d] is what predicts the position behind it."""
 
     def of_rows(self, rows: Tensor) -> PredictingRow:
         """The same for some rows [n] int64 of the batch."""
@@ -89,21 +111,36 @@ class RowBefore(PredictingRow):
 
     Attributes:
         last_hidden: [B, d] hidden state of the position before every row's region, kept from an earlier forward.
+        counted: [canvas] int64: 0, 1, 2, ...
     """
 
     last_hidden: Tensor
+    counted: Tensor
 
-    def of(self, window: Window, hidden: Tensor, position: Tensor) -> Tensor:
-        """Hidden states [B, N, d] of the rows before `position` [B, N]."""
+    def extended(self, hidden: Tensor) -> Tensor:
         # What the window does not hold is the position before the region.
-        hidden = torch.cat([hidden, self.last_hidden[:, None]], 1)
-        return gathered(hidden, self.index(window, torch.where(position > 0, position - 1, position)))
+        last = self.last_hidden.view(-1, *[1] * (hidden.dim() - 2), hidden.shape[-1])
+        return torch.cat([last.expand(*hidden.shape[:-2], 1, -1), hidden], -2)
 
-    def keep(self, window: Window, hidden: Tensor, state: RowState) -> None:
+    def of(self, step: Step, hidden: Tensor) -> Tensor:
+        if step.lanes_first:
+            return gathered(hidden, self.counted[: step.bucket.lanes] + (step.lanes.place == 0))
+        place = self._place(step, step.lanes.place.clamp(min=1))
+        if step.layout.leaves_lanes_out:
+            place = place * (place <= step.window.q_len[:, None])
+        return gathered(hidden, place.clamp(0, hidden.shape[-2] - 1))
+
+    def behind(self, window: Window, hidden: Tensor) -> Tensor:
+        return gathered(hidden, window.q_len[:, None].long())
+
+    def keep(self, step: Step, hidden: Tensor, state: RowState) -> None:
         """Keeps the hidden state of the position before every row's region, if this forward computed it."""
-        index = self.index(window, state.block_start[:, None] - 1)
-        inside = (index < hidden.shape[1]) & (window.q_len > 0)[:, None]
-        self.last_hidden.copy_(torch.where(inside, gathered(hidden, index)[:, 0], self.last_hidden))
+        place = self._place(step, state.block_start[:, None].long())
+        inside = place <= step.layout.unbroken[:, None]
+        self.last_hidden.copy_(gathered(hidden, (place * inside).clamp(min=0))[:, 0])
+
+    def keep_behind(self, hidden: Tensor, rows: Tensor) -> None:
+        torch.where(rows[:, None], hidden[:, 0], self.last_hidden, out=self.last_hidden)
 
     def of_rows(self, rows: Tensor) -> RowBefore:
         return dataclasses.replace(self, last_hidden=self.last_hidden.index_select(0, rows))
@@ -111,25 +148,21 @@ class RowBefore(PredictingRow):
     def put_rows(self, rows: Tensor, part: RowBefore) -> None:
         self.last_hidden.index_copy_(0, rows, part.last_hidden)
 
-
-@dataclasses.dataclass(frozen=True)
-class UnshadowedRow(PredictingRow):
-    """Its own row in the canvas, not in the shadow of the block.
-
-    Attributes:
-        shadow_block: block id of the shadows.
-    """
-
-    shadow_block: int
-
-    def live(self, window: Window, offset: Tensor) -> Tensor:
-        return super().live(window, offset) & (window.q_block < self.shadow_block)
+    def _place(self, step: Step, position: Tensor) -> Tensor:
+        """[B, N] int64: where `extended` hidden states have the row before `position` [B, N] int64; 0 or less where
+        the window begins behind it or leaves it out, and 0 where it begins at the position."""
+        layout = step.layout
+        if layout.order is None:
+            return position - step.window.q_pos[:, :1]
+        before = (position - 1).clamp(min=0)
+        inside = layout.computed.gather(1, before) & (position > 0)
+        return (layout.order.gather(1, before) + 1) * inside
 
 
-def gathered(hidden: Tensor, index: Tensor) -> Tensor:
-    """Rows [B, N, d] of hidden states [B, W, d]; an index beyond them is the last one."""
-    index = index.clamp(0, hidden.shape[1] - 1).long()
-    return hidden.gather(1, index[..., None].expand(*index.shape, hidden.shape[2]))
+def gathered(hidden: Tensor, place: Tensor) -> Tensor:
+    """Rows [..., N, d] of hidden states [..., W, d] at the places [B, N] int64."""
+    place = place.view(-1, *[1] * (hidden.dim() - 3), place.shape[1], 1)
+    return hidden.gather(-2, place.expand(*hidden.shape[:-2], -1, hidden.shape[-1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +179,7 @@ class Forward:
         row: which row predicts a position.
         wanted: what is measured.
         history: the distributions of the step before; None where no policy compares with them.
+        banned: the ids that no draw gives.
         cache_rows: rows of the cache that belong to the batch, one for each of its rows.
     """
 
@@ -158,6 +192,7 @@ class Forward:
     row: PredictingRow
     wanted: Wanted
     history: History | None
+    banned: Banned
     cache_rows: int
 
     def of_rows(self, rows: Tensor) -> Forward:
@@ -183,28 +218,24 @@ class Forward:
 
     def run(self, step: Step) -> Result:
         """The forward of a step that chooses tokens."""
-        hidden = self.hidden(step.window, self.state.tokens)
+        hidden = self.row.extended(self.hidden(step))
         return Result(hidden, self.predicting(self.logits(step, hidden)), step.window.q_len)
 
     def prefill(self, step: Step) -> Result:
         """The forward of a step that only fills the cache."""
-        return Result(self.hidden(step.window, self.state.tokens), None, step.window.q_len)
+        return Result(self.row.extended(self.hidden(step)), None, step.window.q_len)
 
     def admitted(self, step: Step) -> Step:
         """The step without the rows that it cannot serve though they fit its window."""
         return step
 
-    def hidden(self, window: Window, canvases: Tensor) -> Tensor:
-        """Last hidden states [rows, W, d] of a window on canvases [rows, L]."""
-        return self.handle.window_hidden(self.input_ids(window, canvases), window, self.cache)
-
-    def input_ids(self, window: Window, canvases: Tensor) -> Tensor:
-        """Tokens [rows, W] of a window."""
-        return canvases.gather(1, window.q_pos.long())
+    def hidden(self, step: Step) -> Tensor:
+        """Last hidden states [B, W, d] of the step's window."""
+        return self.handle.window_hidden(step.input_ids, step.window, self.cache)
 
     def logits(self, step: Step, hidden: Tensor) -> Tensor:
         """Logits [B * lanes, V] that predict the lanes."""
-        return self.head(self.row.of(step.window, hidden, step.lanes.position))
+        return self.head(self.row.of(step, hidden))
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits of hidden states [..., d], one row each."""
@@ -216,48 +247,62 @@ class Forward:
 
     def needed(self, step: Step) -> Tensor:
         """[B, W] bool: the lanes whose statistics anybody reads."""
-        needed = step.lanes.eligible
+        eligible = needed = step.lanes.eligible
         for policy in self.plan.preset.policies:
-            needed = needed | policy.needed(self.setting, step.lanes, self.state)
+            lanes = policy.needed(self.setting, step.lanes, self.state)
+            if needed is eligible and type(policy).needed is Policy.needed:
+                needed = lanes  # the eligible ones are among them
+            elif lanes is not eligible:
+                needed = needed | lanes
         return needed & step.selects[:, None]
 
     def look(self, step: Step, result: Result) -> View:
         """The step as a policy sees it."""
-        return self.viewed(step, result, self.needed(step), self.history)
+        return self.viewed(step, result, self.question(step, self.needed(step)), self.history)
+
+    def question(self, step: Step, needed: Tensor) -> Question:
+        """What the step asks of `confidence`, of the lanes that are `needed` [B, W] (or [B * drafts, W]) bool."""
+        return question_of(
+            self.wanted,
+            self.state,
+            self.sampling,
+            step.lanes,
+            needed,
+            banned=self.banned,
+            constants=self.plan.constants,
+            copies=step.bucket.drafts,
+        )
 
     def viewed(
         self,
         step: Step,
         result: Result,
-        needed: Tensor,
+        question: Question,
         history: History | None,
         bias: tuple[Tensor, Tensor] | None = None,
     ) -> View:
-        """The statistics of the lanes that are needed, after `bias` if there is one."""
-        preset, sampling, state = self.plan.preset, self.sampling, self.state
-        copies = step.bucket.drafts
+        """The statistics of the lanes that the question is about, after `bias` if there is one."""
         statistics, rule_fields = measure(
             self.handle.ops,
-            preset,
+            self.plan.preset,
             self.wanted,
-            state,
-            sampling,
+            self.state,
+            self.sampling,
             result.logits,
             step.lanes,
-            needed,
+            question,
             history=history,
             bias=bias,
-            copies=copies,
         )
         return View(
             setting=self.setting,
-            state=state,
+            state=self.state,
             lanes=step.lanes,
             selects=step.selects,
             rows=step.window.cache_row,
             logits=result.logits.unflatten(0, (-1, step.lanes.position.shape[1])),
             rule_fields=rule_fields,
-            restate=lambda ids, values: self.viewed(step, result, needed, None, (ids, values)),
+            restate=lambda ids, values: self.viewed(step, result, question, None, (ids, values)),
             **statistics,
         )
 
@@ -267,11 +312,11 @@ class Forward:
 
     def drafting(self) -> Tensor:
         """[B] bool rows whose next step has drafts to verify."""
-        return torch.zeros_like(self.state.phase, dtype=torch.bool)
+        return self.plan.constants.zeros(self.state.phase.shape[0], dtype=torch.bool)
 
     def after(self, step: Step, result: Result) -> None:
         """Called when the step has written, for what later steps need of this one."""
-        self.row.keep(step.window, result.hidden, self.state)
+        self.row.keep(step, result.hidden, self.state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,25 +324,26 @@ class Guided(Forward):
     """Classifier-free guidance: a second copy of every row without its given tokens. LLaDA, arXiv:2502.09992."""
 
     def run(self, step: Step) -> Result:
-        pairs = self.hidden(*self._pairs(step.window))
-        conditional, unconditional = (self.logits(step, hidden) for hidden in pairs.chunk(2))
+        pairs = [self.row.extended(hidden) for hidden in self.hidden(step).chunk(2)]
+        conditional, unconditional = (self.logits(step, hidden) for hidden in pairs)
         scale = self.plan.preset.cfg_scale + 1
         logits = unconditional + scale * (conditional - unconditional)
-        return Result(pairs.chunk(2)[0], self.predicting(logits), 2 * step.window.q_len)
+        return Result(pairs[0], self.predicting(logits), 2 * step.window.q_len)
 
     def prefill(self, step: Step) -> Result:
-        pairs = self.hidden(*self._pairs(step.window))
-        return Result(pairs.chunk(2)[0], None, 2 * step.window.q_len)
+        return Result(self.row.extended(self.hidden(step).chunk(2)[0]), None, 2 * step.window.q_len)
 
-    def _pairs(self, window: Window) -> tuple[Window, Tensor]:
-        """The window of both copies, on cache rows of their own, and their canvases [2 * B, L]."""
-        state = self.state
-        in_canvas = torch.arange(state.tokens.shape[1], device=state.tokens.device) < state.canvas_len[:, None]
+    def hidden(self, step: Step) -> Tensor:
+        """Last hidden states [2 * B, W, d]: of the rows, and of their copies, which have cache rows of their own."""
+        state, window = self.state, step.window
+        in_canvas = self.plan.constants.places[: state.tokens.shape[1]] < state.canvas_len[:, None]
         given = (state.unmask_step < 0) & in_canvas
-        canvases = torch.cat([state.tokens, torch.where(given, self.plan.mask_id, state.tokens)])
+        blank = torch.where(given, self.plan.mask_id, state.tokens)
+        input_ids = torch.cat([step.input_ids, input_ids_of(step.layout, blank, step.bucket.width, self.plan.mask_id)])
         rows = window.cache_row
-        window = repeat_rows(window, lambda x: torch.cat([x, x]))
-        return dataclasses.replace(window, cache_row=torch.cat([rows, rows + self.cache_rows])), canvases
+        rows = torch.cat([rows, rows + self.cache_rows])
+        window = repeat_rows(window, lambda x: torch.cat([x, x]), cache_row=rows)
+        return self.handle.window_hidden(input_ids, window, self.cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,27 +351,36 @@ class Shadowed(Forward):
     """A shadow of the block verifies what it holds: it predicts every written token from all others. WINO,
     arXiv:2507.18578."""
 
-    def input_ids(self, window: Window, canvases: Tensor) -> Tensor:
-        input_ids = super().input_ids(window, canvases)
-        return torch.where(window.q_block >= self.plan.shadow_block, self.plan.mask_id, input_ids)
-
     def look(self, step: Step, result: Result) -> View:
-        view = super().look(step, result)
-        return dataclasses.replace(view, back=self._back(step, result.hidden))
+        needed = self.needed(step)
+        view = self.viewed(step, result, self.question(step, needed), self.history)
+        return dataclasses.replace(view, back=self._back(step, result.hidden, needed))
 
-    def _back(self, step: Step, hidden: Tensor) -> Tensor:
+    def _back(self, step: Step, hidden: Tensor, needed: Tensor) -> Tensor:
         """[B, W] fp32 probability of the token that a written lane holds, predicted by the shadow of its position."""
         # The shadow of the block's j-th position lies j behind the canvas; block lanes begin at the block.
-        state, lanes = self.state, step.lanes
-        behind = step.window.q_len - (state.block_end - state.block_start)
-        index = behind[:, None] + torch.arange(lanes.position.shape[1], device=hidden.device)
-        logits = self.predicting(self.head(gathered(hidden, index)))
-        written = (lanes.written & self.needed(step)).flatten()
-        rows = torch.where(written, torch.arange(written.shape[0], dtype=torch.int32, device=hidden.device), -1).int()
-        query = torch.where(written, lanes.tokens.flatten(), 0)
-        banned = self.sampling.banned
-        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=("query",), banned=banned, query=query)
+        lanes, constants = step.lanes, self.plan.constants
+        place = self.state.canvas_len[:, None] + constants.counted[: step.bucket.lanes]
+        place = place.clamp(max=hidden.shape[1] - 1)  # of rows that the window is too narrow for
+        logits = self.predicting(self.head(gathered(hidden, place)))
+        written = (lanes.written & needed).flatten()
+        rows = torch.where(written, constants.places[: written.shape[0]], constants.nothing(1))
+        tokens, banned = lanes.tokens.flatten(), self.sampling.banned
+        stats = stats_of(self.handle.ops, logits, rows=rows, outputs=("query",), banned=banned, query=tokens)
         return stats.query_confidence.view(lanes.position.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpeningResult(Result):
+    """What a forward that may open blocks gave.
+
+    Attributes:
+        behind: [B, 1, d] hidden states that predict the position behind the window.
+        opens: [B] bool rows whose next block begins there.
+    """
+
+    behind: Tensor
+    opens: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,17 +396,20 @@ class Opening(Forward):
 
     def _with_first_token(self, step: Step, result: Result) -> Result:
         """The result with the token behind the window's last position, per row: the most likely one, or a draw."""
-        window, state, sampling = step.window, self.state, self.sampling
-        last = (window.q_len - 1).clamp(min=0).long()[:, None]
-        logits = self.predicting(self.head(gathered(result.hidden, last)))
-        opens = step.takes_part & ((state.phase == REFRESH) | (state.phase == COMMIT))
-        rows = torch.where(opens, torch.arange(opens.shape[0], dtype=torch.int32, device=logits.device), -1).int()
-        banned, position = sampling.banned, window.q_pos.gather(1, last)[:, 0] + 1
-        if sampling.no_eos_before is not None:
-            banned_eos = torch.where((position < sampling.no_eos_before)[:, None], sampling.eos, -1)
-            banned = torch.cat([banned.expand(opens.shape[0], -1), banned_eos], -1)
+        window, sampling, constants = step.window, self.sampling, self.plan.constants
+        behind = self.row.behind(window, result.hidden)
+        logits = self.predicting(self.head(behind))
+        # Rows that take part and choose no tokens fill the cache, or commit their block.
+        opens = step.takes_part ^ step.selects
+        rows = torch.where(opens, constants.places[: opens.shape[0]], constants.nothing(1))
+        position = window.q_pos[:, 0] + window.q_len
+        banned = self.banned.at(position, sampling.no_eos_before)
         token, confidence = self._first_tokens(logits, rows, opens, banned, position)
-        return dataclasses.replace(result, inputs={"first_token": token, "first_token_confidence": confidence})
+        inputs = {"first_token": token, "first_token_confidence": confidence}
+        return OpeningResult(result.hidden, result.logits, result.query_len, inputs, behind=behind, opens=opens)
+
+    def after(self, step: Step, result: OpeningResult) -> None:
+        self.row.keep_behind(result.behind, result.opens)
 
     def _first_tokens(
         self, logits: Tensor, rows: Tensor, opens: Tensor, banned: Tensor, position: Tensor
@@ -367,7 +425,7 @@ class Opening(Forward):
             noise = torch.stack([sampling.request, position, self.state.step], -1)
             arguments |= {"sample_temperature": temperature, "seed": sampling.seed, "noise": noise}
         if draws and wanted.tempered:
-            arguments["temperature"] = torch.where(temperature > 0, temperature, 1.0)
+            arguments["temperature"] = softmax_temperature(temperature)
         outputs = ("sampled",) if draws else ()
         stats = stats_of(self.handle.ops, logits, rows=rows, outputs=outputs, banned=banned, **arguments)
         return (stats.sampled_token, stats.sampled_confidence) if draws else (stats.token, stats.confidence)
@@ -380,10 +438,12 @@ class DraftedResult(Result):
     Attributes:
         tokens: [B, drafts, W] what every draft holds at the lanes.
         ready: [B] bool rows that had drafts to verify.
+        drafting: [B] bool rows that go on drafting.
     """
 
     tokens: Tensor
     ready: Tensor
+    drafting: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,64 +464,77 @@ class Drafted(Forward):
         super().put_rows(rows, part)
         self.drafts.put_rows(rows, part.drafts)
 
-    def run(self, step: Step) -> Result:
-        count, position = step.bucket.drafts, step.lanes.position
-        ready = self.drafts.ready(self.state, step.bucket.kind) & step.selects
-        tokens = self.drafts.tokens(self.handle.ops, step.lanes, ready, count)
-        verified = torch.where(ready & ~self.drafts.suspended(), count, 1)
-        hidden = self.hidden(self._window(step.window, count), with_lanes(self.state.tokens, position, tokens))
-        by_draft = hidden.view(-1, count, *hidden.shape[1:])
-        rows = [self.row.of(step.window, draft, position) for draft in by_draft.unbind(1)]
-        query_len = step.window.q_len * verified.int()
-        logits = self.predicting(self.head(torch.stack(rows, 1)))
-        return DraftedResult(by_draft[:, 0], logits, query_len, tokens=tokens, ready=ready)
-
     def admitted(self, step: Step) -> Step:
         """A row with drafts to verify sits a step without drafts out: what it costs would depend on its neighbours."""
         if step.bucket.drafts > 1 or step.bucket.kind == "refresh":
             return step
         rows = ~self.drafting()
-        window = dataclasses.replace(step.window, q_len=torch.where(rows, step.window.q_len, 0))
+        window = dataclasses.replace(step.window, q_len=step.window.q_len * rows)
         return dataclasses.replace(step, window=window, takes_part=step.takes_part & rows, selects=step.selects & rows)
 
+    def run(self, step: Step) -> Result:
+        count, query_len = step.bucket.drafts, step.window.q_len
+        if step.bucket.kind == "refresh":
+            # It opens a block: its forward is what makes the first drafts.
+            ready = drafting = self.plan.constants.zeros(query_len.shape[0], dtype=torch.bool)
+            tokens, hidden = step.lanes.tokens[:, None], self.hidden(step)
+        else:
+            ready, drafting = self.drafts.ready(self.state, step.selects), ~self.drafts.suspended()
+            tokens = self.drafts.tokens(self.handle.ops, step.lanes, ready, count)
+            # The window is the block (`CacheOperation.frozen_around`), and so are the lanes.
+            assert step.lanes_first and step.bucket.width == step.bucket.lanes
+            window = self._window(step.window, count)
+            hidden = self.handle.window_hidden(tokens.flatten(0, 1), window, self.cache)
+        hidden = self.row.extended(hidden.unflatten(0, (-1, count)))
+        if count > 1:
+            query_len = torch.add(query_len, query_len * (ready & drafting), alpha=count - 1)
+        logits = self.predicting(self.head(self.row.of(step, hidden)))
+        return DraftedResult(hidden[:, 0], logits, query_len, tokens=tokens, ready=ready, drafting=drafting)
+
     def drafting(self) -> Tensor:
-        return (self.state.phase == DENOISE) & self.drafts.ready(self.state, "denoise") & ~self.drafts.suspended()
+        return self.drafts.ready(self.state, self.state.phase == DENOISE) & ~self.drafts.suspended()
 
     def _window(self, window: Window, count: int) -> Window:
         """The window of every draft: all read their row's cache, and leave storing to the first."""
         if count == 1:
             return window
-        window = repeat_rows(window, lambda x: x.repeat_interleave(count, 0))
-        first = torch.arange(window.q_pos.shape[0], device=window.q_pos.device) % count == 0
-        return dataclasses.replace(window, kv_slot=torch.where(first[:, None], window.kv_slot, -1))
+        (B, W), constants = window.shape, self.plan.constants
+        slots = torch.cat([window.kv_slot[:, None], constants.nothing(B, count - 1, W)], 1).flatten(0, 1)
+        rows = torch.stack([window.q_len, window.kv_len, window.cache_row]).repeat_interleave(count, 1)
+        fields = dict(zip(("q_len", "kv_len", "cache_row"), rows.unbind(0)), kv_slot=slots)
+        if not self.plan.diffusion.causal_prefix:
+            fields["q_block"] = constants.zeros(B * count, W)  # all of one block
+        return repeat_rows(window, lambda x: x.repeat_interleave(count, 0), **fields)
 
     def look(self, step: Step, result: DraftedResult) -> View:
         """The statistics of every draft, [B * drafts, W]; an error of one draft is the lane's."""
-        masked = result.tokens == self.plan.mask_id
-        needed = (self.needed(step)[:, None] & masked).flatten(0, 1)
-        view = self.viewed(step, result, needed, self.history)
-        return dataclasses.replace(view, error=view.error.view(masked.shape).amax(1))
+        needed, shape = self.needed(step), result.tokens.shape
+        if step.bucket.kind == "denoise":
+            needed = (needed[:, None] & (result.tokens == self.plan.mask_id)).flatten(0, 1)
+        view = self.viewed(step, result, self.question(step, needed), self.history)
+        return dataclasses.replace(view, error=view.error.view(shape).amax(1)) if shape[1] > 1 else view
 
     def choose(self, step: Step, result: DraftedResult, view: View) -> Choice:
         """Accepts the drafts that agree with what is predicted for them."""
-        by_draft = (x.view(result.tokens.shape) for x in (view.token, view.rule_fields["score"], view.confidence))
+        shape = result.tokens.shape
         return self.drafts.choose(
-            self.handle.ops, step.lanes, result.ready, step.selects, result.tokens, *by_draft, self.plan.mask_id
+            self.handle.ops,
+            step.lanes,
+            result.ready,
+            result.drafting,
+            step.selects,
+            result.tokens,
+            view.token.view(shape),
+            view.rule_fields["score"].view(shape),
+            view.confidence.view(shape),
+            self.plan,
         )
 
 
-def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor]) -> Window:
-    """The window with `repeat` applied to the rows of every tensor."""
-    rows = {name: repeat(tensor).contiguous() for name, tensor in window.tensors().items()}
-    return dataclasses.replace(window, **rows)
-
-
-def with_lanes(tokens: Tensor, position: Tensor, held: Tensor) -> Tensor:
-    """[B * drafts, L] canvases that hold `held` [B, drafts, W] at the lanes' positions [B, W]."""
-    (B, L), (_, count, W) = tokens.shape, held.shape
-    place = torch.where(position < L, position, L).long()[:, None].expand(B, count, W)
-    canvases = torch.nn.functional.pad(tokens, (0, 1))[:, None].expand(B, count, L + 1)
-    return canvases.scatter(2, place, held)[:, :, :L].flatten(0, 1)
+def repeat_rows(window: Window, repeat: Callable[[Tensor], Tensor], **fields: Tensor) -> Window:
+    """The window with `repeat` applied to the rows of every tensor but the `fields`, which are given."""
+    rows = {name: repeat(tensor) for name, tensor in window.tensors().items() if name not in fields}
+    return dataclasses.replace(window, **rows, **fields)
 
 
 def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
@@ -471,20 +544,16 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
     if plan.quota_of_view:
         min_unmask = view.quota()
     if sampling.transfer is not None:
-        last = state.step >= sampling.steps - 1
-        share = sampling.transfer.gather(1, torch.minimum(state.step, sampling.steps - 1).long()[:, None])[:, 0]
+        step = state.step.clamp(max=sampling.transfer.shape[1] - 1).long()
+        share = sampling.transfer.gather(1, step[:, None])[:, 0]
         if wanted.chance:
-            value = -torch.where(last, 1.0, share)
-            min_unmask = torch.zeros_like(min_unmask)
+            value, min_unmask = -share, plan.constants.zeros(step.shape[0])
         else:
-            masks = view.lanes.eligible.sum(1)
-            count = (masks.to(torch.float32) * share).floor().to(torch.int32)
-            count = count if preset.strict_reference else count.clamp(min=1)
-            min_unmask = torch.where(last, masks.to(torch.int32), count)
+            min_unmask = (view.lanes.eligible.sum(1) * share).to(torch.int32)  # rounded down
+            min_unmask = min_unmask if preset.strict_reference else min_unmask.clamp(min=1)
     allowed = None
     if preset.sub_block_length is not None:
-        start, end = sub_block(plan, state)
-        allowed = (view.lanes.position >= start[:, None]) & (view.lanes.position < end[:, None])
+        allowed = in_sub_block(plan, state, view.lanes)
     return Choice(
         **view.rule_fields,
         value=value,
@@ -492,6 +561,16 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
         allowed=allowed,
         run_value=None if preset.run_threshold is None else torch.full_like(value, preset.run_threshold),
     )
+
+
+def in_sub_block(plan: Plan, state: RowState, lanes: Lanes) -> Tensor:
+    """[B, W] bool (or [W]): the lanes of the leftmost sub-block with masks of every row's block."""
+    offset = plan.constants.places[: lanes.position.shape[1]]
+    if plan.whole_row:
+        offset = lanes.position - state.block_start[:, None]
+    number = torch.div(offset, plan.preset.sub_block_length, rounding_mode="floor")
+    first = torch.where(lanes.eligible, number, plan.constants.places[-1:]).amin(1, keepdim=True)
+    return number == first
 
 
 def with_last_rank(view: View, choice: Choice) -> Choice:
@@ -513,9 +592,8 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
     (B, L), device, dtype = state.tokens.shape, state.tokens.device, handle.adapter.compute_dtype(model)
     row = PredictingRow(L)
     if plan.previous:
-        row = RowBefore(L, torch.zeros(B, model.config.hidden_size, dtype=dtype, device=device))
-    elif preset.shadow:
-        row = UnshadowedRow(L, plan.shadow_block)
+        last_hidden = torch.zeros(B, model.config.hidden_size, dtype=dtype, device=device)
+        row = RowBefore(L, last_hidden, plan.constants.counted[:L])
     wanted, history = wanted_of(preset, sampling), None
     if wanted.divergence:
         logits = torch.zeros(B * plan.lanes, model.config.vocab_size, dtype=dtype, device=device)
@@ -531,8 +609,9 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
         "cache": cache,
         "row": row,
         "wanted": wanted,
-        "history": history,
         "cache_rows": B,
+        "history": history,
+        "banned": Banned.of(sampling),
     }
     if preset.drafts > 1:
         return Drafted(**parts, drafts=Drafts.empty(state, plan.lanes))

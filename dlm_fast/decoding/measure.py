@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from dlm_kernels.reference.confidence import Confidence
 
 from ..ops import Ops
 from ..policies import Lanes, Sampling
-from ..policies.view import uniform
+from ..policies.constants import Constants
+from ..policies.view import noise_of, uniform
 from ..presets import Preset
 
 
@@ -83,8 +83,8 @@ class History:
 
     def replace(self, rows: Tensor, logits: Tensor, logsumexp: Tensor) -> None:
         """Keeps this step's; a row that sits the step out keeps its own, since what was computed for it is nobody's."""
-        self.logits.copy_(torch.where(rows[:, None], logits, self.logits))
-        self.logsumexp.copy_(torch.where(rows, logsumexp, self.logsumexp))
+        torch.where(rows[:, None], logits, self.logits, out=self.logits)
+        torch.where(rows, logsumexp, self.logsumexp, out=self.logsumexp)
 
     def of_rows(self, rows: Tensor, batch: int) -> History:
         """A copy for some rows [n] int64 of the `batch` rows."""
@@ -97,6 +97,87 @@ class History:
             mine.unflatten(0, (batch, -1)).index_copy_(0, rows, theirs.unflatten(0, (rows.shape[0], -1)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Banned:
+    """The ids that no draw gives, of a whole decode.
+
+    Attributes:
+        always: [K] int64: those of every position.
+        early: [K + E] int64: those of the positions that may hold no EOS yet.
+        late: [K + E] int64: those of the other positions, with -1 in the place of an EOS.
+    """
+
+    always: Tensor
+    early: Tensor
+    late: Tensor
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Banned:
+        """What a batch bans."""
+        banned, eos = sampling.banned, sampling.eos
+        return cls(banned, torch.cat([banned, eos]), torch.cat([banned, torch.full_like(eos, -1)]))
+
+    def at(self, position: Tensor, no_eos_before: Tensor | None) -> Tensor:
+        """[..., K + E] the ids that are banned at positions, before `no_eos_before` the EOS; [K] without it."""
+        if no_eos_before is None:
+            return self.always
+        return torch.where((position < no_eos_before)[..., None], self.early, self.late)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a step asks of `confidence`, whatever the logits are; one row a lane, or a lane of a copy.
+
+    Attributes:
+        needed: [N] bool lanes whose statistics anybody reads.
+        rows: [N] int32 rows of the logits, -1 = not needed.
+        banned: [K] or [N, K] int64 ids that may not be drawn.
+        draws: the arguments of a draw; empty where nothing is drawn.
+    """
+
+    needed: Tensor
+    rows: Tensor
+    banned: Tensor
+    draws: dict[str, Tensor]
+
+
+def question_of(
+    wanted: Wanted,
+    state: RowState,
+    sampling: Sampling,
+    lanes: Lanes,
+    needed: Tensor,
+    *,
+    banned: Banned,
+    constants: Constants,
+    copies: int = 1,
+) -> Question:
+    """What a step asks of `confidence`.
+
+    Args:
+        needed: [B, W] (or [B * copies, W]) bool lanes whose statistics anybody reads.
+        banned: the ids that no draw gives.
+        constants: tensors of the decode that no step has to make.
+        copies: canvases per row.
+    """
+    (B, W), needed, no_eos_before = lanes.position.shape, needed.flatten(), sampling.no_eos_before
+    banned_ids = banned.at(lanes.position, None if no_eos_before is None else no_eos_before[:, None])
+    if no_eos_before is not None:
+        banned_ids = banned_ids[:, None].expand(B, copies, W, -1).flatten(0, 2)
+    draws = {}
+    if wanted.draws:
+        temperature = sampling.temperature.repeat_interleave(W)  # there are no copies where something is drawn
+        draws = {
+            "sample_temperature": temperature,
+            "seed": sampling.seed,
+            "noise": noise_of(lanes, state, sampling),
+        }
+        if wanted.tempered:
+            draws["temperature"] = softmax_temperature(temperature)
+    rows = torch.where(needed, constants.places[: needed.shape[0]], constants.nothing(1))
+    return Question(needed, rows, banned_ids, draws)
+
+
 def measure(
     ops: Ops,
     preset: Preset,
@@ -105,51 +186,31 @@ def measure(
     sampling: Sampling,
     logits: Tensor,
     lanes: Lanes,
-    needed: Tensor,
+    question: Question,
     *,
     history: History | None = None,
     bias: tuple[Tensor, Tensor] | None = None,
-    copies: int = 1,
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """The statistics of a `View`, each [B, W] (or [B * copies, W]), and what the preset's rule makes of them.
 
     Args:
         logits: [B * copies * W, V] of the lanes.
-        needed: [B, W] (or [B * copies, W]) bool lanes whose statistics anybody reads.
+        question: what is asked of them.
         history: the step before, for the divergence; this step takes its place.
         bias: ids and values [B, W, K] that are added to the logits.
-        copies: canvases per row.
     """
-    N, W = logits.shape[0], lanes.position.shape[1]
-    rows = torch.where(needed.flatten(), torch.arange(N, dtype=torch.int32, device=logits.device), -1).int()
-
-    def by_lane(values: Tensor) -> Tensor:
-        """[B] -> [N]"""
-        return values.repeat_interleave(copies * W)
-
-    # 1. Which ids may be drawn.
-    position = lanes.position.repeat_interleave(copies, 0)
-    banned = sampling.banned
-    if sampling.no_eos_before is not None:
-        too_early = position < sampling.no_eos_before.repeat_interleave(copies)[:, None]
-        banned = torch.cat([banned.expand(N, -1), torch.where(too_early.view(-1, 1), sampling.eos, -1)], -1)
-
-    # 2. The distribution that is drawn from: biased, narrowed, tempered.
-    drawn_logits, arguments = logits, {}
+    # 1. The distribution that is drawn from: biased, narrowed, tempered.
+    W, drawn_logits, rows, banned = lanes.position.shape[1], logits, question.rows, question.banned
+    arguments = dict(question.draws)
     if bias is not None:
         bias = tuple(values.flatten(0, 1) for values in bias)
     if wanted.filters:
-        drawn_logits, bias = _narrowed(preset, sampling, logits, bias, banned, needed.flatten(), by_lane)
-    if wanted.draws:
-        noise = torch.stack([by_lane(sampling.request), position.flatten(), by_lane(state.step)], -1)
-        temperature = by_lane(sampling.temperature)
-        arguments |= {"sample_temperature": temperature, "seed": sampling.seed, "noise": noise}
-        if wanted.tempered:
-            arguments["temperature"] = torch.where(temperature > 0, temperature, 1.0)
+        temperature = sampling.temperature.repeat_interleave(logits.shape[0] // sampling.temperature.shape[0])
+        drawn_logits, bias = _narrowed(preset, sampling, logits, bias, banned, question.needed, temperature)
     if bias is not None:
         arguments |= {"bias_ids": bias[0], "bias": bias[1]}
 
-    # 3. One pass over the vocabulary, or two where the model's own distribution is another one.
+    # 2. One pass over the vocabulary, or two where the model's own distribution is another one.
     outputs, model_outputs, model_arguments = wanted.outputs, wanted.model_outputs, {}
     if history is not None:
         model_outputs = (*model_outputs, "logsumexp", "kl")
@@ -163,9 +224,9 @@ def measure(
         stats = stats_of(ops, drawn_logits, rows=rows, outputs=(*outputs, *model_outputs), banned=banned, **arguments)
         model_stats = stats
     if history is not None:
-        history.replace(needed.flatten(), logits, model_stats.logsumexp)
+        history.replace(question.needed, logits, model_stats.logsumexp)
 
-    # 4. Lane by lane.
+    # 3. Lane by lane.
     statistics = {
         "token": stats.sampled_token if wanted.draws else stats.token,
         "confidence": stats.sampled_confidence if wanted.draws else stats.confidence,
@@ -178,6 +239,8 @@ def measure(
         "error": stats.error,
     }
     statistics = {name: None if values is None else values.view(-1, W) for name, values in statistics.items()}
+    if not wanted.draws:
+        statistics |= {"greedy": statistics["token"], "greedy_confidence": statistics["confidence"]}
     return statistics, rule_fields_of(preset, wanted, state, sampling, lanes, statistics)
 
 
@@ -200,7 +263,8 @@ def rule_fields_of(
         if name == "position":
             # With drafts, there are statistics for each copy of a row.
             copies = statistics["token"].shape[0] // max(1, lanes.position.shape[0])
-            return -lanes.position.float().repeat_interleave(copies, 0)
+            score = lanes.position * -1.0
+            return score if copies == 1 else score.repeat_interleave(copies, 0)
         return statistics[name]
 
     score = numbers(preset.score)
@@ -223,6 +287,11 @@ def rule_fields_of(
     }
 
 
+def softmax_temperature(temperature: Tensor) -> Tensor:
+    """The temperature of the distribution that is drawn from: 1 for a row that draws nothing."""
+    return temperature + (temperature == 0)
+
+
 def stats_of(ops: Ops, logits: Tensor, **arguments: Any) -> Confidence:
     """`ops.confidence`, whose numbers are float64 for float64 logits; what rules compare and a state keeps is fp32 for
     all."""
@@ -241,12 +310,11 @@ def _narrowed(
     bias: tuple[Tensor, Tensor] | None,
     banned: Tensor,
     needed: Tensor,
-    by_lane: Callable[[Tensor], Tensor],
+    temperature: Tensor,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Logits that top_k and top_p have narrowed, and what is left of the bias: of the rows that are narrowed none,
     since it changes what the filters keep and so is added before."""
     # Rows that draw nothing are as in a batch of their own.
-    temperature = by_lane(sampling.temperature)
     narrowed = temperature >= 0 if preset.greedy_filters else temperature > 0
     if bias is not None:
         ids, values = bias
@@ -275,7 +343,7 @@ def filtered(
     N, V = logits.shape
     work = torch.where(needed[:, None], logits, 0.0)
     work = work.double() if logits.dtype == torch.float64 else work.float()
-    scaled = work / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    scaled = work / softmax_temperature(temperature)[:, None]
     keep = torch.ones_like(scaled, dtype=torch.bool)
 
     def top_k(keep: Tensor) -> Tensor:

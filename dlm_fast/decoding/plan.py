@@ -15,6 +15,7 @@ from dlm_kernels.state import DENOISE, DONE, REFRESH
 
 from ..diffusion import DiffusionConfig
 from ..policies import Sampling, Setting
+from ..policies.constants import Constants
 from ..presets import Preset
 from ..presets.caches import CacheOperation, Sizes
 
@@ -70,6 +71,7 @@ class Plan:
         unmask_rule: the static part of the `unmask` op.
         exact_rule: the same where a policy said itself which positions pass.
         prefill_rule: the same for refresh steps that write no token; None where they write.
+        constants: tensors of the decode that no step has to make.
     """
 
     preset: Preset
@@ -94,6 +96,7 @@ class Plan:
     unmask_rule: UnmaskRule
     exact_rule: UnmaskRule
     prefill_rule: UnmaskRule | None
+    constants: Constants
 
     def bucket(self, kind: Kind, *, width: int | None = None, lanes: int | None = None, drafts: int = 1) -> Bucket:
         """The bucket of a step of all rows: by default one that holds every row whatever happens."""
@@ -114,6 +117,7 @@ class Plan:
             spreads_block=self.preset.quota_of == "block",
             spreads_evenly=self.preset.remainder == "even",
             sampling=sampling,
+            constants=self.constants,
         )
 
 
@@ -197,6 +201,13 @@ def open_rows(
         unmask_rule=preset.unmask_rule(),
         exact_rule=preset.unmask_rule(exact=True),
         prefill_rule=preset.prefill_rule() if cache.prefills else None,
+        # The rows of a step may be rounded up to a power of two, and drafts are rows of a block each.
+        constants=Constants.of(
+            rows=1 << max(0, B - 1).bit_length(),
+            length=max(L + max([block, *(policy.reach for policy in preset.policies)]), preset.drafts * block),
+            horizon=preset.horizon if preset.scatter_suffix else None,
+            device=device,
+        ),
     )
     return plan, placed
 

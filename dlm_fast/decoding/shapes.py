@@ -22,6 +22,7 @@ from dlm_kernels import RowState
 from dlm_kernels.rules import Kind
 from dlm_kernels.state import DENOISE
 
+from ..policies.constants import Constants
 from .plan import Bucket, Plan
 from .window import extent_of
 
@@ -123,6 +124,8 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
     """Plans the shapes of a decode that has just been opened; reads the state on the host. fixed: `fixed_positions`."""
     B = state.tokens.shape[0]
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
+    if plan.preset.drafts > 1:
+        expected["denoise"] = [plan.denoise_width] * len(expected["denoise"])  # the drafts are of whole blocks
     lanes = (plan.lanes,)
     if plan.preset.pipeline:
         lanes = tuple(sorted({min(PIPELINE_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
@@ -216,7 +219,10 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
     """The widths of the windows that the rows will need, one for every block of every row and each kind of step, and
     the largest that any row may need."""
     start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
-    here = dataclasses.replace(plan, first=plan.first.cpu())
+    constants = Constants.of(
+        start.tokens.shape[0], start.tokens.shape[1] + plan.block_length, None, torch.device("cpu")
+    )
+    here = dataclasses.replace(plan, first=plan.first.cpu(), constants=constants)
     found: dict[Kind, list[int]] = {"refresh": [], "denoise": []}
     if plan.scattered:
         # How many positions are computed one by one is not known ahead: every share of the canvas.

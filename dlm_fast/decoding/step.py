@@ -88,6 +88,7 @@ def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Samp
 
     Raises ValueError where a policy's memory holds a tensor that has not one entry per row.
     """
+    sampling = dataclasses.replace(sampling, uniform_scores=handle.ops.uniform_scores)
     forward, B = forward_of(handle, plan, state, sampling), state.tokens.shape[0]
     memory = tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies)
     for policy, kept_by in zip(plan.preset.policies, memory):
@@ -138,7 +139,7 @@ def _run(decode: Decode, step: Step) -> None:
 def prefill(decode: Decode, step: Step) -> None:
     """A step that fills the cache and writes no token."""
     result = decode.forward.prefill(step)
-    write(decode, step, result, nothing_chosen(step), decode.plan.prefill_rule)
+    write(decode, step, result, nothing_chosen(decode.plan, step), decode.plan.prefill_rule)
     request_refresh(decode.plan, decode.state, step.takes_part, None)
     decode.forward.after(step, result)
 
@@ -162,7 +163,7 @@ def write(
     fields = {name: value for name, value in vars(choice).items() if name != "exact"}
     inputs = UnmaskInputs(
         query_len=result.query_len,
-        lane_start=step.lanes.position[:, 0].contiguous(),
+        lane_start=decode.plan.first if decode.plan.whole_row else None,
         stat_error=error,
         **decode.constants,
         **fields,
@@ -186,26 +187,28 @@ def after(decode: Decode, step: Step, view: View, choice: Choice, written: Tenso
 def request_refresh(plan: Plan, state: RowState, took_part: Tensor, wanted: Tensor | None) -> None:
     """Sends rows that go on in their block to a refresh where the preset or a policy (`wanted` [B] bool) asks for
     it."""
-    preset, requests = plan.preset, [] if wanted is None else [wanted]
+    preset, rows = plan.preset, wanted
     if preset.warmup_steps:
         # The step after the warm-up is of everything too: it is the one whose keys are kept.
-        requests.append(state.step <= preset.warmup_steps)
+        warms_up = state.step <= preset.warmup_steps
+        rows = warms_up if rows is None else rows | warms_up
     if preset.refresh_interval is not None:
-        requests.append(plan.cache.refreshed(state, preset.refresh_interval))
-    for rows in requests:
-        amend(state, took_part & rows & (state.phase == DENOISE), phase=REFRESH)
+        due = plan.cache.refreshed(state, preset.refresh_interval)
+        rows = due if rows is None else rows | due
+    if rows is not None:
+        amend(state, rows & took_part & (state.phase == DENOISE), phase=REFRESH)
 
 
-def nothing_chosen(step: Step) -> Choice:
+def nothing_chosen(plan: Plan, step: Step) -> Choice:
     """The choice of a prefill: it writes no token."""
-    position = step.lanes.position
-    lanes = torch.zeros(position.shape, dtype=torch.float32, device=position.device)
+    shape, zeros = step.lanes.position.shape, plan.constants.zeros
+    lanes = zeros(*shape, dtype=torch.float32)
     return Choice(
-        pred=torch.zeros_like(position, dtype=torch.int64),
+        pred=zeros(*shape, dtype=torch.int64),
         score=lanes,
         confidence=lanes,
-        value=torch.zeros_like(lanes[:, 0]),
-        min_unmask=torch.zeros_like(position[:, 0]),
+        value=zeros(shape[0], dtype=torch.float32),
+        min_unmask=zeros(shape[0]),
     )
 
 

@@ -29,16 +29,21 @@ class Policy:
             "kl".
         reads: the positions whose statistics the policy reads: "masked" (the eligible positions), "region" (also the
             positions of the region that were written), or "row" (every masked position of the canvas).
+        lane_fields: the fields of `Lanes` that the policy reads, of those that are made only if a policy does: "masked"
+            and "written". What `reads` needs is made anyway.
         family: what the policy replaces, one of "select", "exit", "revise", "edit" and "refresh"; policies that make no
             sense together are refused by their families.
         remask: how a policy of family "revise" masks tokens again (`UnmaskRule.remask`).
+        reach: positions behind the canvas that the policy counts (`Constants.counted`).
         greedy_only: whether the policy makes its own predictions, so that a temperature, top_k and top_p are refused.
     """
 
     outputs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "masked"
+    lane_fields: ClassVar[tuple[str, ...]] = ("masked", "written")
     family: ClassVar[str] = "select"
     remask: ClassVar[str] = "none"
+    reach: ClassVar[int] = 0
     greedy_only: ClassVar[bool] = False
 
     def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:

@@ -21,24 +21,34 @@ CURVES = ("cosine", "linear", "exponential")
 REDUCTIONS = ("mean", "median", "quantile", "min")
 
 
+def schedule_of(setting: Setting) -> Memory:
+    """What `scheduled_step` reads of every row: what its blocks are counted from, [B, 2] int32, and the steps of each
+    [B, 1] float64."""
+    first = setting.first
+    # A product of int32 may wrap.
+    return {
+        "origin": torch.stack([first - (setting.block_length - 1), first], -1),
+        "steps": setting.sampling.steps[:, None].double(),
+    }
+
+
 def scheduled_step(view: View) -> tuple[Tensor, Tensor]:
     """The row's place in its fixed schedule: (index of this step, steps in all), [B] float64."""
-    length = view.setting.sampling.block_length
-    blocks = (view.state.canvas_len - view.setting.first + length - 1) // length
-    block = (view.state.block_start - view.setting.first) // length
-    steps = view.setting.sampling.steps.double()  # a product of int32 may wrap
-    return block * steps + view.block_step, blocks * steps
+    ends = torch.stack([view.state.canvas_len, view.state.block_start], -1)
+    blocks = (ends - view.memory["origin"]) // view.setting.block_length
+    total, before = (blocks * view.memory["steps"]).unbind(-1)
+    return before + view.block_step, total
 
 
-def reduce_gap(gap: Tensor, among: Tensor, reduction: str) -> Tensor:
-    """[B] float64: one number per row, made of the row's gaps on the lanes `among` [B, W] bool.
+def reduce_gap(view: View, among: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """[B] float64: one number per row, made of the row's gaps on the lanes `among` [B, W] bool, of which there are
+    `count` [B].
 
     "median" is the lower median, and "quantile" is the interpolated 0.2 quantile.
     """
-    count = among.sum(1)
     if reduction == "mean":
-        return torch.where(among, gap.double(), 0.0).sum(1) / count.clamp(min=1)
-    ordered = torch.where(among, gap.double(), math.inf).sort(1).values
+        return torch.where(among, view.gap, view.zero).double().sum(1) / count.clamp(min=1)
+    ordered = torch.where(among, view.gap.double(), math.inf).sort(1).values
 
     def gap_at(index: Tensor) -> Tensor:
         return ordered.gather(1, index.clamp(0, ordered.shape[1] - 1).long()[:, None])[:, 0]
@@ -65,9 +75,11 @@ class Prophet(Policy):
 
     answer_start: int | None = None
     gap_thresholds: tuple[float, float, float] = (7.5, 5.0, 2.5)
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("gap",)
     reads: ClassVar[str] = "row"
     family: ClassVar[str] = "exit"
+    thirds: ClassVar[tuple[float, float]] = (0.33, 0.67)  # where the second and the last third of the schedule begin
 
     def __post_init__(self) -> None:
         whole("policy Prophet", "answer_start", self.answer_start, none=True)
@@ -90,15 +102,23 @@ class Prophet(Policy):
         return answer if not setting.cached else answer & (lanes.position >= state.block_start[:, None])
 
     def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:
+        if self.answer_start is None:
+            return lanes.masked
         return lanes.masked | self._answer(setting, lanes, state)
+
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        # No row owns them, so that they are no buffers.
+        values = [torch.tensor(x, dtype=torch.float64) for x in (self.thirds, self.gap_thresholds)]
+        return {**schedule_of(setting), "thirds": tuple(x.to(state.tokens.device) for x in values)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)
-        u = (step + 1) / steps
-        first_third, second_third, rest = self.gap_thresholds
-        threshold = torch.where(u < 0.33, first_third, torch.where(u < 0.67, torch.full_like(u, second_third), rest))
+        thirds, thresholds = view.memory["thirds"]
+        threshold = thresholds[torch.bucketize((step + 1) / steps, thirds, right=True)]
         answer = self._answer(view.setting, view.lanes, view.state)
-        return dataclasses.replace(choice, exits=answer.any(1) & (reduce_gap(view.gap, answer, "mean") >= threshold))
+        count = answer.sum(1)
+        exits = (count > 0) & (reduce_gap(view, answer, count, "mean") >= threshold)
+        return dataclasses.replace(choice, exits=exits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +153,7 @@ class Sched(Policy):
     patience: int = 0
     max_change: float = 0.0
     reduce: str = "mean"
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("gap",)
     reads: ClassVar[str] = "row"
     family: ClassVar[str] = "exit"
@@ -151,11 +172,16 @@ class Sched(Policy):
         whole("policy Sched", "patience", self.patience)
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        return {"predicted": lane_buffer(setting, state, torch.int64, -1), "calm": row_buffer(state, torch.int32)}
+        return {
+            **schedule_of(setting),
+            "predicted": lane_buffer(setting, state, torch.int64, -1),
+            "calm": row_buffer(state, torch.int32),
+        }
 
     def choose(self, view: View, choice: Choice) -> Choice:
         step, steps = scheduled_step(view)
-        u = torch.where(steps > 1, step / (steps - 1).clamp(min=1), 1.0)
+        one_step = steps <= 1
+        u = (step / (steps - 1).clamp(min=1)).masked_fill_(one_step, 1.0)
         span = self.high - self.low
         if self.curve == "cosine":
             threshold = self.low + 0.5 * span * (1 + torch.cos(math.pi * u))
@@ -163,22 +189,23 @@ class Sched(Policy):
             threshold = self.high - span * u
         else:
             threshold = self.low + span * torch.exp(-float(self.rate) * u)
-        threshold = torch.where(steps > 1, threshold, self.low)
+        threshold.masked_fill_(one_step, self.low)
 
         masks = view.masked.sum(1)
-        changed = (view.masked & (view.greedy != view.memory["predicted"])).sum(1).double() / masks.clamp(min=1)
-        changed = torch.where(view.step == 0, 1.0, changed)
-        progress = 1 - masks.double() / view.state.canvas_len
-        has_progress = progress >= self.min_progress
-        calm_steps = torch.where(has_progress & (changed <= self.max_change), view.memory["calm"] + 1, 0)
+        changes = view.masked & (view.greedy != view.memory["predicted"])
+        changed = changes.sum(1, dtype=torch.float64) / masks.clamp(min=1)
+        changed.masked_fill_(view.step == 0, 1.0)
+        has_progress = 1 - masks.double() / view.state.canvas_len >= self.min_progress
+        calm_steps = (view.memory["calm"] + 1) * (has_progress & (changed <= self.max_change))
         view.keep("calm", calm_steps)
         view.keep("predicted", view.greedy)
-        exits = (
-            has_progress & (reduce_gap(view.gap, view.masked, self.reduce) >= threshold) & (calm_steps > self.patience)
-        )
+        gap = reduce_gap(view, view.masked, masks, self.reduce)
+        exits = has_progress & (gap >= threshold) & (calm_steps > self.patience)
+        choice = dataclasses.replace(choice, exits=exits)
+        if choice.pred is view.greedy and choice.confidence is view.greedy_confidence:
+            return choice
         return dataclasses.replace(
             choice,
-            exits=exits,
             pred=torch.where(exits[:, None], view.greedy, choice.pred),
             confidence=torch.where(exits[:, None], view.greedy_confidence, choice.confidence),
         )

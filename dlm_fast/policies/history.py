@@ -13,7 +13,7 @@ from dlm_kernels.checks.confidence import MAX_BIAS
 from ..limits import MAX_SHIFT, flag, number, whole
 from .base import Policy, lane_buffer
 from .setting import Setting
-from .view import Choice, Memory, View
+from .view import Choice, Memory, View, ordered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class KLStability(Policy):
 
     kl_threshold: float = 0.015
     kl_history: int = 2
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("kl",)
 
     def __post_init__(self) -> None:
@@ -41,9 +42,8 @@ class KLStability(Policy):
         return {"calm": lane_buffer(setting, state, torch.int32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        first_step = (view.block_step == 0)[:, None]
-        calm_steps = torch.where(~first_step & (view.kl < self.kl_threshold), view.memory["calm"] + 1, 0)
-        calm_steps = view.keep("calm", calm_steps)
+        stood_still = (view.block_step > 0)[:, None] & (view.kl < self.kl_threshold)
+        calm_steps = view.keep("calm", (view.memory["calm"] + 1) * stood_still)
         ready = view.eligible & (calm_steps >= self.kl_history) & (choice.score > choice.value[:, None])
         return choice.only(ready, fallback=view.quota())
 
@@ -61,6 +61,7 @@ class ConsistentTrajectory(Policy):
     """
 
     dynamic: bool = False
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     warmup: ClassVar[int] = 4  # steps of a block before the list may decide
     longest: ClassVar[int] = 5  # the list's greatest length, in shares of the schedule
 
@@ -74,24 +75,36 @@ class ConsistentTrajectory(Policy):
         }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        step, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps.clamp(min=1)
-        masks_left = view.eligible.sum(1).int()
-        share = (masks // steps).clamp(min=1)
-        length = torch.minimum(step - self.warmup + 2, self.longest * share)
-        length = torch.where(step < self.warmup, 1, torch.where(10 * masks_left <= masks, 2, length))
-        last_step = step >= steps - 1
-        count = torch.where(last_step, masks_left, torch.minimum(share, masks_left))
+        # 1. The lanes in the order of their scores, and there, what the step before left, and ranks among the eligible.
+        order = ordered(choice.score)
+        listed = view.memory["listed"] & (view.block_step > 0)[:, None]
+        stable = listed & (view.greedy == view.memory["predicted"])
+        eligible, listed, stable = (lanes.gather(1, order) for lanes in (view.eligible, listed, stable))
+        rank = eligible.cumsum(1)
 
-        listed = view.memory["listed"] & (step > 0)[:, None]
-        best_lanes = view.best(count, choice.score)
-        consistent = view.best(length, choice.score) & listed & (view.greedy == view.memory["predicted"])
-        ignores_list = (
-            (step < self.warmup + 1) | last_step | ~(best_lanes & listed).any(1) | (consistent.sum(1) < count)
-        )
-        candidates = consistent if self.dynamic else view.best(count, choice.score, among=consistent)
-        chosen = torch.where(ignores_list[:, None], best_lanes, candidates)
+        # 2. How many positions the schedule writes, and how long the list is: 1 in the first steps, 2 near the end.
+        step, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps
+        masks_left, share = rank[:, -1], (masks // steps).clamp(min=1)
+        two = view.setting.constants.places[2:3]
+        longest = torch.where(10 * masks_left <= masks, two, self.longest * share)
+        length = torch.minimum(step - (self.warmup - 2), longest).clamp(min=1)[:, None]
+        goes_on = step < steps - 1
+        count = torch.where(goes_on, torch.minimum(share, masks_left), masks_left)[:, None]
 
-        view.keep("listed", view.best(length, choice.score, among=view.eligible & ~chosen))
+        # 3. What is written: the best positions, or the best candidates.
+        best_lanes = eligible & (rank <= count)
+        consistent = eligible & (rank <= length) & stable
+        consistent_rank = consistent.cumsum(1)
+        has_enough = (consistent_rank[:, -1:] >= count)[:, 0] & (best_lanes & listed).any(1)
+        reads_list = (step > self.warmup) & goes_on & has_enough
+        candidates = consistent if self.dynamic else consistent & (consistent_rank <= count)
+        chosen = torch.where(reads_list[:, None], candidates, best_lanes)
+
+        # 4. The list of the next step, and both in the order of the lanes again.
+        rest = eligible & ~chosen
+        listed = rest & (rest.cumsum(1) <= length)
+        listed, chosen = (torch.empty_like(lanes).scatter_(1, order, lanes) for lanes in (listed, chosen))
+        view.keep("listed", listed)
         view.keep("predicted", view.greedy)
         return choice.only(chosen)
 
@@ -116,6 +129,7 @@ class Credit(Policy):
     credit_decay: float = 0.8
     credit_power: float = 0.2
     credit_weight: float = 0.7
+    lane_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         number("policy Credit", "credit_decay", self.credit_decay, 0, 1)
@@ -137,9 +151,10 @@ class Credit(Policy):
 
     def choose(self, view: View, choice: Choice) -> Choice:
         first_step = (view.block_step == 0)[:, None, None]
-        ids = torch.where(first_step, -1, view.memory["ids"])
-        credit = torch.where(first_step, 0.0, view.memory["credit"]) * self.credit_decay
-        slots = torch.arange(ids.shape[2], device=ids.device)
+        constants = view.setting.constants
+        ids = torch.where(first_step, constants.nothing(1), view.memory["ids"])
+        credit = torch.where(first_step, view.zero, view.memory["credit"]) * self.credit_decay
+        slots = constants.places[: ids.shape[2]]
         has_slot = ids == view.greedy[:, :, None]
         # A token that leads for the first time takes the slot of this step.
         credited = (

@@ -91,6 +91,7 @@ class InsertDelete(Policy):
     split_id: int | None = None
     edit_threshold: float = 0.0
     max_post_edits: int = 16
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
     greedy_only: ClassVar[bool] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class _Learned(Policy):
 
     head: Callable[..., Tensor] | str | Path | None = None
     accept_threshold: float | None = None
+    lane_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         number(f"policy {type(self).__name__}", "accept_threshold", self.accept_threshold, 0, 1, none=True)
@@ -85,7 +87,7 @@ def of_block(view: View, values: Tensor) -> Tensor:
     W, length = values.shape[1], view.setting.block_length
     if not view.setting.whole_row:
         return F.pad(values, (0, length - W)) if W < length else values
-    lane = (view.state.block_start - view.position[:, 0])[:, None] + torch.arange(length, device=values.device)
+    lane = (view.state.block_start - view.position[:, 0])[:, None] + view.setting.constants.places[:length]
     inside = (lane >= 0) & (lane < W)
     return torch.where(inside, values.gather(1, lane.clamp(0, W - 1).long()), torch.zeros_like(values[:, :1]))
 
@@ -124,12 +126,13 @@ class LearnedFilter(_Learned):
         return self._opened(setting, state, "filter", "filter", signature, published=0.96)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        verdict = of_lanes(view, view.memory["head"](of_block(view, torch.where(view.eligible, view.confidence, 0.0))))
+        confidence = of_block(view, torch.where(view.eligible, view.confidence, view.zero))
+        verdict = of_lanes(view, view.memory["head"](confidence))
         accepted = view.eligible & (verdict > view.memory["accept"])
         if self.eotp:
             ends = view.is_eos()
             W = ends.shape[1]
-            lane = torch.arange(W, device=ends.device)
+            lane = view.setting.constants.counted[:W]
             first_accepted = torch.where(accepted & ends, lane, W).amin(1)
             most_confident = torch.where(view.eligible & ends, view.confidence, -1.0)
             most_confident = torch.where((view.eligible & ends).any(1), most_confident.argmax(1), W)
@@ -157,7 +160,7 @@ class LearnedCommit(_Learned):
         return self._opened(setting, state, "commit", "policy", signature, published=0.5)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        confidence = of_block(view, torch.where(view.eligible, view.confidence, 0.0))
+        confidence = of_block(view, torch.where(view.eligible, view.confidence, view.zero))
         verdict = of_lanes(view, view.memory["head"](confidence, of_block(view, view.eligible), block_time(view)))
         choice = dataclasses.replace(choice, rank=verdict)
         return choice.only(view.eligible & (verdict > view.memory["accept"]), fallback=torch.ones_like(view.block_step))

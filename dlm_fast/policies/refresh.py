@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..limits import number
@@ -24,6 +23,7 @@ class EntropyRefresh(Policy):
     """
 
     refresh_entropy: float = 1.0
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("entropy",)
     family: ClassVar[str] = "refresh"
 
@@ -31,4 +31,4 @@ class EntropyRefresh(Policy):
         number("policy EntropyRefresh", "refresh_entropy", self.refresh_entropy, 0)
 
     def refreshes(self, view: View, choice: Choice, written: Tensor) -> Tensor:
-        return (torch.where(written, view.entropy, 0.0) > self.refresh_entropy).any(1)
+        return (written & (view.entropy > self.refresh_entropy)).any(1)

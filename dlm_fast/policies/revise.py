@@ -24,6 +24,7 @@ class RunningConfidence(Policy):
     that wrote the token. RCR in MDPO, arXiv:2508.13148.
     """
 
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "lowest"
 
@@ -31,11 +32,12 @@ class RunningConfidence(Policy):
         return {"run": lane_buffer(setting, state, torch.float32)}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        masks, steps = view.state.block_masks.long(), view.setting.sampling.steps.clamp(min=1)
-        tokens_wanted = torch.minimum((masks * (view.block_step + 1) + steps - 1) // steps, masks)
+        # m0 - ceil(m0 (i + 1) / S) = floor(m0 (S - i - 1) / S)
+        steps = view.setting.sampling.steps
+        masks_left = (view.state.block_masks.long() * (steps - 1 - view.block_step) // steps).clamp(min=0)
         running_score = view.keep("run", torch.where(view.eligible, choice.score, view.memory["run"]))
         return dataclasses.replace(
-            choice.only(view.eligible), remask_score=running_score, remask_count=(masks - tokens_wanted).int()
+            choice.only(view.eligible), remask_score=running_score, remask_count=masks_left.int()
         )
 
 
@@ -46,39 +48,30 @@ class Backtrack(Policy):
     A step writes `min_unmask` positions at least. Saber, arXiv:2510.18165.
     """
 
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "saber"
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        zeros = torch.zeros_like(state.unmask_confidence)
-        return {
-            "last": lane_buffer(setting, state, torch.float32),
-            "final": zeros,
-            "ever": torch.zeros_like(zeros, dtype=torch.bool),
-        }
+        # The confidence of every position that was ever written, -1 of the others; the last column is nobody's.
+        B, L = state.tokens.shape
+        final = torch.full((B, L + 1), -1.0, dtype=torch.float32, device=state.tokens.device)
+        return {"last": lane_buffer(setting, state, torch.float32), "final": final}
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        confidence_before = torch.where((view.block_step == 0)[:, None], 0.0, view.memory["last"])
-        gain = view.confidence - confidence_before
+        gain = view.confidence - torch.where((view.block_step > 0)[:, None], view.memory["last"], view.zero)
         view.keep("last", view.confidence)
-        was_written = view.memory["ever"]
-        count = was_written.sum(1)
-        mean = torch.where(was_written, view.memory["final"].double(), 0.0).sum(1) / count.clamp(min=1)
-        value = torch.where(count > 0, mean, 1.0).float()
+        final = view.memory["final"][:, :-1]
+        count = (final >= 0).sum(1)
+        mean = final.clamp(min=0).double().sum(1) / count.clamp(min=1)
+        value = (mean + (count == 0)).float()  # before the first write, nothing is confident enough
         return dataclasses.replace(choice, score=view.confidence, rank=None, value=value, remask_score=gain)
 
     def after(self, view: View, choice: Choice, written: torch.Tensor) -> None:
-        # Lanes that were not written, or that lie past the canvas, write to an extra position, which is cut off.
-        L = view.memory["final"].shape[1]
-        place = torch.where(written, view.position.long(), L)
-
-        def record(name: str, values: torch.Tensor) -> None:
-            buffer = view.memory[name]
-            buffer.copy_(torch.nn.functional.pad(buffer, (0, 1)).scatter(1, place, values)[:, :L])
-
-        record("final", view.confidence)
-        record("ever", torch.ones_like(written))
+        final = view.memory["final"]
+        nobody = view.setting.constants.counted[final.shape[1] - 1 : final.shape[1]]
+        final.scatter_(1, torch.where(written, view.lanes.place, nobody), view.confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +86,7 @@ class Wino(Policy):
     """
 
     verify_threshold: float = 0.9
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "revise"
     remask: ClassVar[str] = "wino"
@@ -105,23 +99,25 @@ class Wino(Policy):
         number("policy Wino", "verify_threshold", self.verify_threshold, 0, 1)
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        return {"accepted": row_buffer(state, torch.int32)}
+        return {
+            "accepted": row_buffer(state, torch.int32),
+            "limit": row_buffer(state, torch.float32, self.verify_threshold),
+        }
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        max_unmask = (
-            (view.eligible.sum(1).double() * self.mask_share).floor().clamp(self.min_tokens, self.max_tokens).int()
-        )
-        tokens_before = torch.where(view.block_step == 0, self.tokens_before, view.memory["accepted"])
+        masks = view.eligible.sum(1, dtype=torch.float64)
+        max_unmask = (masks * self.mask_share).clamp(self.min_tokens, self.max_tokens).int()
+        tokens_before = view.memory["accepted"].masked_fill(view.block_step == 0, self.tokens_before)
         return dataclasses.replace(
             choice,
             max_unmask=max_unmask,
             remask_score=view.back,
             remask_count=tokens_before - 1,
-            remask_value=torch.full_like(choice.value, self.verify_threshold),
+            remask_value=view.memory["limit"],
         )
 
     def after(self, view: View, choice: Choice, written: torch.Tensor) -> None:
-        view.keep("accepted", written.sum(1).int())
+        view.keep("accepted", written.sum(1, dtype=torch.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +137,7 @@ class JointThreshold(Policy):
     edit_threshold: float = 0.0
     max_post_edits: int = 16
     repeat_penalty: float = 0.0
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "region"
     family: ClassVar[str] = "edit"
 
@@ -161,9 +158,7 @@ class JointThreshold(Policy):
                 choice, token_before, torch.full_like(token_before, -self.repeat_penalty, dtype=torch.float32)
             )
         without_masks = ~view.eligible.any(1)
-        steps_without_masks = view.keep(
-            "post", torch.where(view.block_step == 0, 0, view.memory["post"]) + without_masks
-        )
+        steps_without_masks = view.keep("post", view.memory["post"] * (view.block_step > 0) + without_masks)
         is_settled = without_masks & (steps_without_masks > self.max_post_edits)
         return dataclasses.replace(
             choice, edit_value=torch.full_like(choice.value, self.edit_threshold).masked_fill(is_settled, math.inf)

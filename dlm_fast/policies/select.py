@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from dlm_kernels import RowState
+
 from ..limits import number, whole
 from .base import Policy
-from .view import Choice, View
+from .setting import Setting
+from .view import Choice, Memory, View
 
 # Below this width a neighbour's weight is 0 in float64 anyway, and a little further below the square of the width is 0.
 MIN_SIGMA = 1e-2
@@ -31,12 +35,13 @@ class NearBest(Policy):
     """
 
     slack: float = 1e-5
+    lane_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         number("policy NearBest", "slack", self.slack, 0)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        best_score = torch.where(view.eligible, choice.score, -torch.inf).amax(1)
+        best_score = torch.where(view.eligible, choice.score, view.setting.constants.lowest).amax(1)
         return dataclasses.replace(choice, value=torch.minimum(choice.value, best_score - self.slack))
 
 
@@ -51,12 +56,14 @@ class AdaptiveThreshold(Policy):
     """
 
     alpha: float = 0.3
+    lane_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         number("policy AdaptiveThreshold", "alpha", self.alpha, 0, 1)
 
     def choose(self, view: View, choice: Choice) -> Choice:
-        masked_share = view.eligible.sum(1).float() / view.in_region.sum(1).clamp(min=1).float()
+        masked, length = (lanes.sum(1, dtype=torch.float32) for lanes in (view.eligible, view.in_region))
+        masked_share = masked / length.clamp(min=1)
         return dataclasses.replace(choice, value=choice.value * (1 - self.alpha * (1 - masked_share)))
 
 
@@ -73,6 +80,7 @@ class LocalLeap(Policy):
 
     relaxed_threshold: float = 0.75
     distance: int = 4
+    lane_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         number("policy LocalLeap", "relaxed_threshold", self.relaxed_threshold)
@@ -97,27 +105,23 @@ class CertaintyPrior(Policy):
     """
 
     sigma: float = 10.0
+    lane_fields: ClassVar[tuple[str, ...]] = ()
     reach: ClassVar[int] = 30  # neighbours on either side that are weighed
 
     def __post_init__(self) -> None:
         number("policy CertaintyPrior", "sigma", self.sigma, MIN_SIGMA)
 
-    def choose(self, view: View, choice: Choice) -> Choice:
-        state, L = view.state, view.state.tokens.shape[1]
-        decoded = state.tokens != view.setting.mask_id
-        last_decoded = decoded.gather(1, (state.canvas_len[:, None] - 1).clamp(min=0).long())
-        inside = torch.arange(L, device=decoded.device) < state.canvas_len[:, None]
-        decoded = torch.where(inside, decoded, last_decoded).double()
-        padded = torch.cat(
-            [
-                torch.ones_like(decoded[:, :1]).expand(-1, self.reach),
-                decoded,
-                last_decoded.double().expand(-1, self.reach),
-            ],
-            1,
-        )
-        offset = torch.arange(-self.reach, self.reach + 1, device=decoded.device, dtype=torch.float64)
+    def memory(self, setting: Setting, state: RowState) -> Memory:
+        offset = torch.arange(-self.reach, self.reach + 1, device=state.tokens.device, dtype=torch.float64)
         weight = torch.exp(-(offset**2) / (2 * float(self.sigma) ** 2))
-        share = F.conv1d(padded[:, None], (weight / weight.sum())[None, None])[:, 0]
-        prior = share.gather(1, view.position.clamp(0, L - 1).long()).float()
+        # No row owns the weights, so that they are no buffer.
+        return {"smoothed": functools.partial(F.conv1d, weight=(weight / weight.sum())[None, None])}
+
+    def choose(self, view: View, choice: Choice) -> Choice:
+        state, counted = view.state, view.setting.constants.counted
+        # The tokens, and behind the canvas its last one as often as the last position has neighbours there.
+        last = state.canvas_len[:, None] - counted[1:2]
+        tokens = state.tokens.gather(1, torch.minimum(counted[: state.tokens.shape[1] + self.reach], last))
+        decoded = F.pad((tokens != view.setting.mask_id).double(), (self.reach, 0), value=1.0)
+        prior = view.memory["smoothed"](decoded[:, None])[:, 0].gather(1, view.lanes.place).float()
         return dataclasses.replace(choice, score=choice.score * prior)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
+
+from dlm_kernels import reference
+
+from .constants import Constants
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How a batch draws, and the numbers of its rule.
 
-    The numbers are tensors on the device, so that one captured step serves every request. The last three fields are
+    The numbers are tensors on the device, so that one captured step serves every request. The last four fields are
     Python values, since they decide which ops a step runs.
 
     Attributes:
@@ -26,8 +31,8 @@ class Sampling:
         steps: [B] int32 denoise steps over which a block's quota is spread.
         block_length: [B] int32 length of a block.
         max_steps: [B] int32 denoise steps after which a row has stalled.
-        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes; None for other
-            rules.
+        transfer: [B, S] fp32 share of the masks that a step of rule "schedule" or "bernoulli" writes, 1 from the row's
+            last step on; None for other rules.
         append_masks: [B] int32 number of masks in the last block at which a pipeline appends a block; None without a
             pipeline.
         activate_masks: [B] int32 number of masks in a block at which a pipeline's next block must write a token; None
@@ -36,6 +41,7 @@ class Sampling:
         top_k: filter of the draws, 0 = off.
         top_p: filter of the draws, 1.0 = off.
         draws: whether any row has a temperature above 0.
+        uniform_scores: the op of the model's backend that draws a number per position.
     """
 
     temperature: Tensor
@@ -56,6 +62,7 @@ class Sampling:
     top_k: int
     top_p: float
     draws: bool
+    uniform_scores: Callable[[Tensor, Tensor], Tensor] = reference.uniform_scores
 
     def of_rows(self, rows: Tensor) -> Sampling:
         """The numbers of some rows [n] int64, in their order."""
@@ -96,6 +103,7 @@ class Setting:
         spreads_block: whether a fixed schedule spreads the block's full length over the steps, instead of its masks.
         spreads_evenly: whether the schedule's remainder is spread over all steps, instead of the first ones.
         sampling: how the batch draws.
+        constants: tensors of the decode that no step has to make.
     """
 
     preset_name: str
@@ -108,3 +116,4 @@ class Setting:
     spreads_block: bool
     spreads_evenly: bool
     sampling: Sampling
+    constants: Constants

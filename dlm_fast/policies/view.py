@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import RowState
-from dlm_kernels.reference.noise import uniform_scores
-from dlm_kernels.reference.select import quota, rank_order
 
 from .setting import Sampling, Setting
 
-# The values are tensors; only a policy that works on the host keeps other values.
+# A tensor has an entry [B, ...] for every row. What no row owns is no tensor, but a function or a tuple of tensors; a
+# policy that works on the host keeps what it likes.
 Memory = dict[str, Any]
 
 
@@ -25,19 +24,22 @@ class Lanes:
 
     Attributes:
         position: int32, the lane's position in the canvas.
+        place: int64, the same, for indexing: of a lane behind the canvas buffer, the buffer's last position.
         tokens: int64, the token that the canvas holds there.
-        masked: bool, the lane is a position of the canvas that holds the mask.
         in_region: bool, the lane is a position of the block, or of one of the pipeline's blocks.
         eligible: bool, the lane is masked and in the region.
-        written: bool, the lane is in the region and the decoder wrote its token.
+        masked: bool, the lane is a position of the canvas that holds the mask; None unless some policy reads it
+            (`Policy.lane_fields`).
+        written: bool, the lane is in the region and the decoder wrote its token; None unless some policy reads it.
     """
 
     position: Tensor
+    place: Tensor
     tokens: Tensor
-    masked: Tensor
     in_region: Tensor
     eligible: Tensor
-    written: Tensor
+    masked: Tensor | None
+    written: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,11 @@ class View:
         return self.lanes.written
 
     @property
+    def zero(self) -> Tensor:
+        """[1] fp32 zero, which no step has to make."""
+        return self.setting.constants.zeros(1, dtype=torch.float32)
+
+    @property
     def sampling(self) -> Sampling:
         """How the batch draws."""
         return self.setting.sampling
@@ -147,7 +154,8 @@ class View:
         sampling = self.setting.sampling
         spread = sampling.block_length if self.setting.spreads_block else self.state.block_masks
         if not self.setting.spreads_evenly:
-            return quota(spread, self.state.block_step, sampling.steps)
+            # `reference.select.quota`; a batch has no fewer steps than one.
+            return (spread // sampling.steps + (self.state.block_step < spread % sampling.steps)).clamp(min=1)
         steps_left = (sampling.steps - self.state.block_step).clamp(min=1).long()
         share = spread * steps_left // sampling.steps - spread * (steps_left - 1) // sampling.steps
         return share.clamp(min=1).to(torch.int32)
@@ -155,8 +163,8 @@ class View:
     def keep(self, name: str, value: Tensor) -> Tensor:
         """Writes `value` [B, ...] into a buffer of `memory` for the rows of this step, and returns the buffer."""
         buffer = self.memory[name]
-        buffer.copy_(torch.where(self.selects.view(-1, *[1] * (buffer.dim() - 1)), value, buffer))
-        return buffer
+        rows = self.selects.view(-1, *[1] * (buffer.dim() - 1))
+        return torch.where(rows, value.to(buffer.dtype), buffer, out=buffer)
 
     def best(self, count: Tensor, score: Tensor | None = None, among: Tensor | None = None) -> Tensor:
         """[B, W] bool: the `count` [B] best of the lanes `among`; ties go to the lowest position.
@@ -164,7 +172,7 @@ class View:
         By default the lanes are the eligible ones, and the score is the confidence.
         """
         among = self.lanes.eligible if among is None else among
-        return places(among, self.confidence if score is None else score) < count[:, None]
+        return among & (ranks(among, self.confidence if score is None else score) <= count[:, None])
 
     def restated(self, choice: Choice, ids: Tensor, bias: Tensor) -> Choice:
         """`choice`, as the statistics of the biased logits (`restate`) predict, test and order."""
@@ -234,21 +242,28 @@ class Choice:
         )
 
 
+def noise_of(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
+    """[B * W, 3] int32: what addresses the random numbers of every lane: request, position, and the row's step."""
+    shape = lanes.position.shape
+    request, step = (rows[:, None].expand(shape) for rows in (sampling.request, state.step))
+    return torch.stack([request, lanes.position, step], -1).flatten(0, 1)
+
+
 def uniform(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
     """[B, W] fp32: a number in (0, 1) per lane, a function of (seed, request, position, the row's step) alone."""
-    B, W = lanes.position.shape
-    request, step = (rows[:, None].expand(B, W) for rows in (sampling.request, state.step))
-    counters = torch.stack([request, lanes.position, step], -1)
-    return uniform_scores(sampling.seed, counters.flatten(0, 1)).view(B, W)
+    return sampling.uniform_scores(sampling.seed, noise_of(lanes, state, sampling)).view(lanes.position.shape)
 
 
-def places(among: Tensor, score: Tensor) -> Tensor:
-    """[B, W] int64: the place of every lane of `among` in the order of `unmask`; W for the other lanes.
+def ordered(score: Tensor) -> Tensor:
+    """[B, W] int64: the lanes in the order of `unmask`.
 
-    The order is by score, highest first; ties go to the lowest position.
+    The order is by score, highest first; ties go to the lowest position, and NaN counts as -inf.
     """
-    order = rank_order(among, score)
-    place = torch.zeros_like(order).scatter(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return torch.where(among, place, order.shape[1])
+    score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return score.sort(dim=1, descending=True, stable=True).indices
+
+
+def ranks(among: Tensor, score: Tensor) -> Tensor:
+    """[B, W] int64: the rank of every lane of `among`, from 1, in the order of `unmask`; of another lane any number."""
+    order = ordered(score)
+    return torch.empty_like(order).scatter_(1, order, among.gather(1, order).cumsum(1))

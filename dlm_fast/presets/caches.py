@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,9 @@ class Place:
         start: start of the block, or of the pipeline's blocks.
         end: end of the block, or of the pipeline's blocks.
         length: end of the canvas.
-        floor: first position whose keys ever change: 0, or the end of a prompt that sees only itself.
+        zero: zeros.
+        floor: first position whose keys ever change: `zero`, or the end of a prompt that sees only itself; never behind
+            the block.
         before: 1 where a position is predicted by the row before it, else 0.
         block_causal: whether a position sees nothing behind its block.
         horizon: positions behind the block that a denoise step sees; None = all.
@@ -65,6 +67,7 @@ class Place:
     start: Tensor
     end: Tensor
     length: Tensor
+    zero: Tensor
     floor: Tensor
     before: int
     block_causal: bool
@@ -82,18 +85,20 @@ class Extent(NamedTuple):
         stop: position behind the last one that is computed.
         cached: cached slots that are visible.
         replaced: [B, 2] range of cached slots that the window replaces; None = none.
+        begins: where `begin` is, if it is that of every row and step: at the first position of the "canvas" or of the
+            "block". None promises nothing and costs a step a few launches.
     """
 
     begin: Tensor
     stop: Tensor
     cached: Tensor
     replaced: Tensor | None = None
+    begins: Literal["canvas", "block"] | None = None
 
 
 def _uncached(at: Place) -> Extent:
     """The canvas; of a block-causal model up to the end of the block, since nothing behind it is seen."""
-    zero = torch.zeros_like(at.start)
-    return Extent(zero, at.end if at.block_causal else _seen(at), zero)
+    return Extent(at.zero, at.end if at.block_causal else _seen(at), at.zero, begins="canvas")
 
 
 def _seen(at: Place) -> Tensor:
@@ -103,22 +108,26 @@ def _seen(at: Place) -> Tensor:
 
 def _from_block(at: Place) -> Extent:
     """The block and all behind it, up to the horizon, over the keys before it."""
-    return Extent(at.start, _seen(at), at.start)
+    return Extent(at.start, _seen(at), at.start, begins="block")
 
 
 def _from_row_before(at: Place) -> Extent:
     """The block and all behind it, from the row on that predicts the block's first position."""
+    if not at.before:
+        return Extent(at.start, at.length, at.start, begins="block")
     begin = torch.maximum(at.start - at.before, at.floor)
     return Extent(begin, at.length, begin)
 
 
 def _scattered(at: Place) -> Extent:
     """Positions of the whole canvas, chosen one by one, over the keys of all others."""
-    return Extent(at.floor, at.length, at.length)
+    return Extent(at.floor, at.length, at.length, begins="canvas" if at.floor is at.zero else None)
 
 
 def _inside(at: Place) -> Extent:
     """The block with its vicinity, over the keys on both sides of it."""
+    if not at.vicinity:
+        return Extent(at.start, at.end, at.length, torch.stack([at.start, at.end], -1), begins="block")
     begin = torch.maximum(at.start - at.vicinity, at.floor)
     stop = torch.minimum(at.end + at.vicinity, at.length)
     return Extent(begin, stop, at.length, torch.stack([begin, stop], -1))
@@ -127,7 +136,7 @@ def _inside(at: Place) -> Extent:
 def _block(at: Place) -> Extent:
     """The block over the keys before it; where a sub-block is recomputed alone, over the block's older keys too."""
     if at.sub_block is None:
-        return Extent(at.start, at.end, at.start)
+        return Extent(at.start, at.end, at.start, begins="block")
     sub_start, sub_end, alone = at.sub_block
     begin, stop = torch.where(alone, sub_start, at.start), torch.where(alone, sub_end, at.end)
     replaced = torch.where(alone[:, None], torch.stack([begin, stop], -1), 0)
@@ -136,8 +145,9 @@ def _block(at: Place) -> Extent:
 
 def _block_and_waiting(at: Place) -> Extent:
     """The block, or the pipeline's blocks, and the finished ones before that wait for their final keys."""
-    begin = at.start if at.waiting is None else at.waiting
-    return Extent(begin, at.end, begin)
+    if at.waiting is None:
+        return Extent(at.start, at.end, at.start, begins="block")
+    return Extent(at.waiting, at.end, at.waiting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +329,7 @@ CACHES: dict[str, CacheOperation] = {
         "fused", _block_and_waiting,
         lambda sizes: sizes.rest if sizes.pipeline else min(sizes.rest, sizes.block + sizes.waiting),
         Refresh(lambda at: at.end, lambda sizes: sizes.opened, opens="prompt", repeats=False),
-        schedules=("block", "pipeline"), frozen_around=True,
+        schedules=("block", "pipeline"),
     ),
     "delayed": CacheOperation(
         "the keys of blocks that several forwards have found finished, appended one by one (d3LLM)",

@@ -232,6 +232,13 @@ class Preset:
         return any(policy.remask == "wino" for policy in self.policies)
 
     @property
+    def lane_fields(self) -> set[str]:
+        """The fields of `Lanes` that somebody reads, of those that are made only then."""
+        needed = {"row": "masked", "region": "written"}
+        fields = {name for policy in self.policies for name in policy.lane_fields}
+        return fields | {needed[policy.reads] for policy in self.policies if policy.reads in needed}
+
+    @property
     def families(self) -> set[str]:
         """What its policies replace (`Policy.family`)."""
         return {policy.family for policy in self.policies}

@@ -458,7 +458,7 @@ _ROWS = (
         _FREEDAVE,
         "exact: same tokens as one token per step",
         "block",
-        "fused",
+        "commit",
         last_block="whole",
         rule="quota",
         drafts=8,

@@ -20,8 +20,8 @@ class RowState:
     """Where every row of the batch stands. No field is read by the host inside a step.
 
     A state is written in three places: where a decode is opened, by `unmask`, and by `amend`, through which goes
-    whatever else a decoder does to a row. A step of some rows works on a copy of them (`of_rows`), and `put_rows` writes
-    that back.
+    whatever else a decoder does to a row. A step of some rows works on a copy of them (`of_rows`), which `put_rows`
+    writes back.
 
     `L` is the width of the canvas buffer; row `b` uses positions [0, canvas_len[b]). The current region of row `b` is
     [block_start[b], block_end[b]): its current block or, in a pipeline, the blocks that were appended and are not yet
@@ -125,7 +125,11 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
             raise TypeError(f"amend: {name} must be {field.dtype}, got {value.dtype}")
         if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"amend: {name} must be a tensor or a whole number, got {value!r}")
-        field.copy_(torch.where(rows.view(-1, *[1] * (field.dim() - 1)), value, field))
+        changes = rows.view(-1, *[1] * (field.dim() - 1))
+        if isinstance(value, Tensor):
+            field.copy_(torch.where(changes, value, field))
+        else:
+            field.masked_fill_(changes, value)
 
 
 CANVAS_FIELDS = ("tokens", "unmask_step", "unmask_confidence")

@@ -50,7 +50,8 @@ TENSOR_MEMORY_LIMIT = 512
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # The module of each op, whose `compile_cases(capability)` lists what the op's launcher may launch.
-KERNEL_MODULES = {name: f"{__package__}.{name}.cases" for name in ("attention", "confidence", "unmask", "drafts")}
+ROOMS = ("attention", "confidence", "unmask", "drafts", "noise")
+KERNEL_MODULES = {name: f"{__package__}.{name}.cases" for name in ROOMS}
 
 
 @dataclasses.dataclass(frozen=True)

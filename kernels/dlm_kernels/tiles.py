@@ -236,3 +236,7 @@ DRAFTS_TILES = ((32, 1), (256, 4), (1024, 8))
 def drafts_tile(W: int) -> tuple[int, int]:
     """The tile of a call with W lanes a row."""
     return next((tile for tile in DRAFTS_TILES if W <= tile[0]), DRAFTS_TILES[-1])
+
+
+# (counters of a program, num_warps) of `uniform_scores`: a counter costs ten rounds of Philox and 16 bytes.
+NOISE_TILE = (128, 4)

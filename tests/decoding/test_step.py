@@ -20,8 +20,10 @@ import dlm_fast
 from dlm_fast import presets
 from dlm_fast.decoding.progress import run_steps
 from dlm_fast.decoding.step import denoise_step, open_decode
+from dlm_fast.models import adapter_for
 from dlm_fast.ops import REFERENCE
 from dlm_fast.patching import attach
+from dlm_fast.policies.constants import Constants
 from dlm_fast.presets import PRESETS, caches, resolve
 from dlm_kernels import RowState, Window
 from dlm_kernels.state import DENOISE, DONE, REFRESH, amend
@@ -47,6 +49,7 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
     # A class of models is tried once, and on real tensors.
     attach(native_model(), backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
     model = native_model().requires_grad_(False)
+    adapter_for(model).probe(type(model))  # which runs a model once, with values
     with FakeTensorMode() as fake:
         for module in model.modules():
             for values in (module._parameters, module._buffers):
@@ -54,9 +57,9 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
 
         def to_fake(values):
             fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
-            return dataclasses.replace(
-                values, **{n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)}
-            )
+            fakes = {n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)}
+            fakes |= {n: to_fake(v) for n, v in fields.items() if isinstance(v, Constants)}
+            return dataclasses.replace(values, **fakes)
 
         handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
         decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
@@ -74,7 +77,7 @@ class Launches(TorchDispatchMode):
         self.outside, self.ops, self.inside = 0, [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not self.inside and not function.is_view:
+        if not self.inside and not function.is_view and not function.overloadpacket.__name__.startswith("empty"):
             self.outside += 1
         return function(*args, **(kwargs or {}))
 
@@ -91,9 +94,9 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preset", ["llada", "fast-dllm-dual", "sdar", "d2f"])
-def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_launches(preset):
-    """In a captured graph a small launch costs a microsecond or two, so a hundred of them cost a few percent of an 8B
-    model's step."""
+def test_a_denoise_step_is_the_model_three_ops_and_at_most_thirty_small_launches(preset):
+    """In a captured graph a small launch costs a microsecond or two, so thirty of them cost a percent of an 8B model's
+    step. docs/launches.md counts those of every preset."""
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
     diffusion, plan, state, sampling = opened(chosen)
     counter = Launches()
@@ -110,7 +113,7 @@ def test_a_denoise_step_is_the_model_three_ops_and_less_than_a_hundred_small_lau
     with torch.no_grad(), counter:
         denoise_step(decode, plan.bucket("denoise"))
     assert counter.ops == ["block_attention"] * model.config.num_hidden_layers + ["confidence", "unmask"]
-    assert counter.outside < 100
+    assert counter.outside <= 30
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ launches = record(90)
 
 import torch
 from dlm_kernels import (
-    RowState, UnmaskInputs, UnmaskRule, Window, attention, confidence, device, drafts, reference, static, unmask,
+    RowState, UnmaskInputs, UnmaskRule, Window, attention, confidence, device, drafts, noise, reference, static, unmask,
 )
 device.capability_of = lambda op, tensor, kernel: 90
 
@@ -88,6 +88,10 @@ def draft(B, D, W):
     )
 
 
+def draw(N):
+    noise.uniform_scores(torch.tensor([7]), torch.zeros(N, 3, dtype=torch.int32))
+
+
 def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="denoise"):
     rows = int32([1] * B)
     inputs = UnmaskInputs(
@@ -135,6 +139,7 @@ for V in (126464, 152064, 151936, 157184, 262144):
 for W in (32, 64, 256, 2000):
     write(4, 4096, W)
     draft(4, 3, W)
+    draw(4 * W)
 """
 
 
@@ -142,7 +147,7 @@ def test_what_the_models_decoders_launch_is_what_the_static_report_compiles(tmp_
     found = variants(MODELS, tmp_path)
     assert [function for function, shipped, _ in found if shipped is None] == []
     assert {shipped.split()[0] for _, shipped, _ in found} == {
-        "attention", "confidence", "unmask", "draft_build", "verify"
+        "attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores"
     }  # fmt: skip
 
 
@@ -156,6 +161,7 @@ for N in (1, 16, 40, 300):
 for B, L, W in ((1, 40, 4), (3, 1000, 32), (16, 33, 32)):
     write(B, L, W)
     draft(B, 2, W)
+    draw(B * W)
 """
 
 
@@ -185,7 +191,7 @@ def front_end(strength: int) -> dict:
 
 KERNELS = {
     "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel",
-    "unmask_kernel", "unmask_memory_kernel", "draft_build_kernel", "verify_kernel",
+    "unmask_kernel", "unmask_memory_kernel", "draft_build_kernel", "verify_kernel", "uniform_scores_kernel",
 }  # fmt: skip
 
 
@@ -269,6 +275,7 @@ ONE_CALL = {
     "confidence, split and merged": dict(dtype="float32", banned="shared"),
     "block_attention": dict(dtype="float32", D=16, G=1, mode="full", cache="plain", page=0),
     "drafts": dict(W=20),
+    "uniform_scores": dict(N=20),
 }
 
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="the operators run Triton kernels")
 # Importing a launcher registers its operator.
 from helpers import toy
 
-import dlm_kernels.drafts.launch  # noqa: F401
+import dlm_kernels.drafts.launch
+import dlm_kernels.noise.launch  # noqa: F401
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, Window, reference
 from dlm_kernels.attention import block_attention
 from dlm_kernels.confidence import confidence
@@ -93,7 +94,7 @@ def mutated(op) -> list[str]:
 
 def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
     assert mutated(OPS.block_attention) == ["k_cache", "v_cache"]
-    assert mutated(OPS.confidence) == mutated(OPS.draft_build) == []
+    assert mutated(OPS.confidence) == mutated(OPS.draft_build) == mutated(OPS.uniform_scores) == []
     assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
     assert mutated(OPS.verify) == [f"source_{field.name}" for field in dataclasses.fields(reference.DraftSource)]
 
@@ -142,6 +143,11 @@ def test_opcheck_of_drafts(device):
     held = torch.randint(0, 9, (B, D, W), device=device)
     scores = [torch.rand(B, D, W, device=device) for _ in range(2)]
     torch.library.opcheck(OPS.verify.default, (*flat(source), held, held + 1, *scores, eligible, rows, rows, rows, 0))
+
+
+def test_opcheck_of_uniform_scores(device):
+    counters = torch.randint(0, 9, (5, 3), dtype=torch.int32, device=device)
+    torch.library.opcheck(OPS.uniform_scores.default, (torch.tensor([7], device=device), counters))
 
 
 def test_opcheck_of_unmask(device):

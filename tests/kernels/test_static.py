@@ -304,7 +304,8 @@ def shipped() -> list[CompileResult]:
 def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spills(shipped):
     assert violations(shipped) == []
     targets = {f"sm_{capability}" for capability in TARGETS}
-    for op in ("attention", "prefill", "combine", "confidence", "unmask", "draft_build", "verify"):
+    ops = ("attention", "prefill", "combine", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
+    for op in ops:
         assert {result.target for result in shipped if op in result.kernel} == targets, op
     streams = ("attention", "attention prefill", "attention combine", "confidence")
     assert {result.widest_load for result in shipped if result.kernel in streams} == {128}

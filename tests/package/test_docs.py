@@ -202,6 +202,21 @@ def test_the_readme_counts_the_presets_and_shows_measured_numbers():
         assert dlm_fast.PRESETS[name].visibility == visibility
 
 
+def test_the_page_of_launches_is_the_one_that_is_counted():
+    from bench import launches
+
+    assert launches.markdown() == text_of("docs/launches.md"), "python -m bench launches > docs/launches.md"
+
+
+def test_a_step_takes_few_launches():
+    from bench import launches
+
+    rows = re.findall(r"^\| `([\w.-]+)` \| \w+ \| (\d+) \| (\d*) \|", text_of("docs/launches.md"), re.MULTILINE)
+    assert {name for name, *_ in rows} == {n for n, p in dlm_fast.PRESETS.items() if launches.on_the_device(p)}
+    beyond = {name for name, greedy, sampled in rows if max(int(greedy), int(sampled or 0)) > launches.LIMIT}
+    assert beyond == set(launches.BEYOND)
+
+
 def test_the_citation_is_of_this_version_and_license():
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))

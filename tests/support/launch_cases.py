@@ -231,6 +231,14 @@ def call_drafts(choice: dict[str, Any]) -> None:
     )
 
 
+def call_noise(choice: dict[str, Any]) -> None:
+    import torch
+
+    from dlm_kernels.noise import launch as noise
+
+    noise.uniform_scores(torch.zeros(1, dtype=torch.int64), torch.zeros(choice["N"], 3, dtype=torch.int32))
+
+
 # Name: (options, which choices are calls, the call). One for every kernel that has code of its own for an option.
 CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], None]]] = {
     "unmask in registers": (UNMASK, unmask_allowed, lambda choice: call_unmask(choice, W=20)),
@@ -243,6 +251,7 @@ CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict
     ),
     "block_attention": (ATTENTION, attention_allowed, call_attention),
     "drafts": ({"W": (20, 200, 3000)}, lambda choice: True, call_drafts),
+    "uniform_scores": ({"N": (20, 200)}, lambda choice: True, call_noise),
 }
 
 

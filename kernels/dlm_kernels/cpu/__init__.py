@@ -5,8 +5,8 @@ are computed, and only slots that are seen are read. `unmask`, `draft_build` and
 a step of a tiny model they are a tenth, and of any other model's less. Imports torch and numpy only.
 """
 
-from ..reference import draft_build, unmask, verify
+from ..reference import draft_build, uniform_scores, unmask, verify
 from .attention import block_attention
 from .confidence import confidence
 
-__all__ = ["block_attention", "confidence", "draft_build", "unmask", "verify"]
+__all__ = ["block_attention", "confidence", "draft_build", "uniform_scores", "unmask", "verify"]

@@ -5,6 +5,17 @@ from ..state import DraftSource
 from .attention import block_attention
 from .confidence import Confidence, confidence
 from .drafts import Verified, draft_build, verify
+from .noise import uniform_scores
 from .unmask import unmask
 
-__all__ = ["Confidence", "DraftSource", "Verified", "block_attention", "confidence", "draft_build", "unmask", "verify"]
+__all__ = [
+    "Confidence",
+    "DraftSource",
+    "Verified",
+    "block_attention",
+    "confidence",
+    "draft_build",
+    "uniform_scores",
+    "unmask",
+    "verify",
+]

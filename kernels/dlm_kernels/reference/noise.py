@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks.noise import check_noise
+
 # The fourth word of the Philox counter says what the numbers are for, so that two streams never share a counter.
 TOKEN_STREAM, ORDER_STREAM = 0, 1
 
@@ -61,7 +63,15 @@ def gumbel(key: Tensor, vocab_ids: Tensor, dtype: torch.dtype = torch.float32) -
 
 
 def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
-    """[N] fp32 in (0, 1): one number per row, for unmasking in random order. Independent of the row's token noise."""
+    """[N] fp32 in (0, 1): one number per row, for unmasking in random order. Independent of the row's token noise.
+
+    Args:
+        seed: [1] int64.
+        noise: [N, 3] int32 as for `row_key`, contiguous.
+    Raises:
+        TypeError: dtype.  ValueError: shape, device, noise that is not contiguous.
+    """
+    check_noise("uniform_scores", seed, noise)
     return _to_unit_interval(_row_words(seed, noise, ORDER_STREAM)[:, 0], torch.float32)
 
 
