@@ -336,7 +336,7 @@ class Guided(Forward):
     def hidden(self, step: Step) -> Tensor:
         """Last hidden states [2 * B, W, d]: of the rows, and of their copies, which have cache rows of their own."""
         state, window = self.state, step.window
-        in_canvas = self.plan.constants.places[: state.tokens.shape[1]] < state.canvas_len[:, None]
+        in_canvas = self.plan.constants.places(state.tokens.shape[1]) < state.canvas_len[:, None]
         given = (state.unmask_step < 0) & in_canvas
         blank = torch.where(given, self.plan.mask_id, state.tokens)
         input_ids = torch.cat([step.input_ids, input_ids_of(step.layout, blank, step.bucket.width, self.plan.mask_id)])
@@ -360,11 +360,11 @@ class Shadowed(Forward):
         """[B, W] fp32 probability of the token that a written lane holds, predicted by the shadow of its position."""
         # The shadow of the block's j-th position lies j behind the canvas; block lanes begin at the block.
         lanes, constants = step.lanes, self.plan.constants
-        place = self.state.canvas_len[:, None] + constants.counted[: step.bucket.lanes]
+        place = self.state.canvas_len[:, None] + constants.counted(step.bucket.lanes)
         place = place.clamp(max=hidden.shape[1] - 1)  # of rows that the window is too narrow for
         logits = self.predicting(self.head(gathered(hidden, place)))
         written = (lanes.written & needed).flatten()
-        rows = torch.where(written, constants.places[: written.shape[0]], constants.nothing(1))
+        rows = torch.where(written, constants.places(written.shape[0]), constants.nothing(1))
         tokens, banned = lanes.tokens.flatten(), self.sampling.banned
         stats = stats_of(self.handle.ops, logits, rows=rows, outputs=("query",), banned=banned, query=tokens)
         return stats.query_confidence.view(lanes.position.shape)
@@ -401,7 +401,7 @@ class Opening(Forward):
         logits = self.predicting(self.head(behind))
         # Rows that take part and choose no tokens fill the cache, or commit their block.
         opens = step.takes_part ^ step.selects
-        rows = torch.where(opens, constants.places[: opens.shape[0]], constants.nothing(1))
+        rows = torch.where(opens, constants.places(opens.shape[0]), constants.nothing(1))
         position = window.q_pos[:, 0] + window.q_len
         banned = self.banned.at(position, sampling.no_eos_before)
         token, confidence = self._first_tokens(logits, rows, opens, banned, position)
@@ -565,12 +565,12 @@ def rule_choice(plan: Plan, wanted: Wanted, view: View) -> Choice:
 
 def in_sub_block(plan: Plan, state: RowState, lanes: Lanes) -> Tensor:
     """[B, W] bool (or [W]): the lanes of the leftmost sub-block with masks of every row's block."""
-    offset = plan.constants.places[: lanes.position.shape[1]]
+    offset = plan.constants.places(lanes.position.shape[1])
     if plan.whole_row:
         offset = lanes.position - state.block_start[:, None]
     number = torch.div(offset, plan.preset.sub_block_length, rounding_mode="floor")
-    first = torch.where(lanes.eligible, number, plan.constants.places[-1:]).amin(1, keepdim=True)
-    return number == first
+    none = plan.constants.places(1, lanes.position.shape[1])
+    return number == torch.where(lanes.eligible, number, none).amin(1, keepdim=True)
 
 
 def with_last_rank(view: View, choice: Choice) -> Choice:
@@ -593,7 +593,7 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
     row = PredictingRow(L)
     if plan.previous:
         last_hidden = torch.zeros(B, model.config.hidden_size, dtype=dtype, device=device)
-        row = RowBefore(L, last_hidden, plan.constants.counted[:L])
+        row = RowBefore(L, last_hidden, plan.constants.counted(L))
     wanted, history = wanted_of(preset, sampling), None
     if wanted.divergence:
         logits = torch.zeros(B * plan.lanes, model.config.vocab_size, dtype=dtype, device=device)

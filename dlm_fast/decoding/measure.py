@@ -174,7 +174,7 @@ def question_of(
         }
         if wanted.tempered:
             draws["temperature"] = softmax_temperature(temperature)
-    rows = torch.where(needed, constants.places[: needed.shape[0]], constants.nothing(1))
+    rows = torch.where(needed, constants.places(needed.shape[0]), constants.nothing(1))
     return Question(needed, rows, banned_ids, draws)
 
 

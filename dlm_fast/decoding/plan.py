@@ -204,7 +204,7 @@ def open_rows(
         # The rows of a step may be rounded up to a power of two, and drafts are rows of a block each.
         constants=Constants.of(
             rows=1 << max(0, B - 1).bit_length(),
-            length=max(L + max([block, *(policy.reach for policy in preset.policies)]), preset.drafts * block),
+            length=max(L + block, preset.drafts * block),
             horizon=preset.horizon if preset.scatter_suffix else None,
             device=device,
         ),

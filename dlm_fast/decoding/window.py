@@ -116,8 +116,8 @@ def lanes_of(plan: Plan, state: RowState, count: int, window: tuple[Layout, Tens
         position, place, tokens = (x[:, :count] for x in (layout.position, layout.place, tokens))
     else:
         start = (plan.first if plan.whole_row else state.block_start)[:, None]
-        position = start + plan.constants.places[:count]
-        place = (start + plan.constants.counted[:count]).clamp(max=state.tokens.shape[1] - 1)
+        position = start + plan.constants.places(count)
+        place = (start + plan.constants.counted(count)).clamp(max=state.tokens.shape[1] - 1)
         tokens = state.tokens.gather(1, place)
     holds_mask = tokens == plan.mask_id
     in_region = position < state.block_end[:, None]
@@ -151,7 +151,7 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
     # 1. Which positions: a range, or those that are flagged, in order.
     (B, L), W, constants = state.tokens.shape, bucket.width, plan.constants
     extent = extent_of(plan, state, bucket.kind)
-    index = constants.places[:W]
+    index = constants.places(W)
     position = place = flags = order = kept = is_shadow = None
     # A refresh of what is reused later computes the whole extent, and one position behind a range is written beside it.
     refreshes_reused = plan.cache.reused is not None and bucket.kind == "refresh"
@@ -163,8 +163,8 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
         count = flags.cumsum(1)
         q_len, order = count[:, -1], count - 1
         # Positions that are not computed meet in a column behind the others.
-        column = torch.where(flags, order, constants.counted[L : L + 1])
-        found = constants.zeros(B, L + 1, dtype=torch.int64).scatter(1, column, constants.counted[:L].expand(B, L))
+        column = torch.where(flags, order, constants.counted(1, L))
+        found = constants.zeros(B, L + 1, dtype=torch.int64).scatter(1, column, constants.counted(L).expand(B, L))
         place = found[:, :W]
         q_pos = place.int()
         if plan.cache.reused is not None:
@@ -214,7 +214,7 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
         kv_slot=kv_slot,
         kv_len=kv_len,
         replaced=constants.zeros(B, 2) if extent.replaced is None else extent.replaced,
-        cache_row=constants.places[:B],
+        cache_row=constants.places(B),
         mode=mode,
         kept=kept,
     )
@@ -298,7 +298,7 @@ def stop_of(plan: Plan, state: RowState, kind: Kind, extent: Extent) -> Tensor:
 def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent: Extent) -> Tensor:
     """[B, L] bool: the positions of the extent that a step computes, where they are no range."""
     (B, L), preset, constants = state.tokens.shape, plan.preset, plan.constants
-    position = constants.places[:L]
+    position = constants.places(L)
     flags = position < stop_of(plan, state, kind, extent)[:, None]
     if extent.begins != "canvas":
         flags = flags & (position >= extent.begin[:, None])
@@ -306,7 +306,7 @@ def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent:
         # "Greater" says "and not" in one launch.
         return flags if kind == "refresh" else flags > plan.cache.reused(canvas_of(plan, state))
     if preset.scatter_suffix:
-        number = (constants.counted[1 : L + 1] - state.block_end[:, None]).clamp(min=0)
+        number = (constants.counted(L, 1) - state.block_end[:, None]).clamp(min=0)
         counters = (x.expand(B, L) for x in (sampling.request[:, None], position, state.block_start[:, None]))
         counters = torch.stack(list(counters), -1).flatten(0, 1)
         noise = sampling.uniform_scores(sampling.seed, counters).view(B, L)
@@ -326,7 +326,7 @@ def waiting_from(plan: Plan, state: RowState) -> Tensor:
 
     Those of a finished block are final once the next block's first step has computed them again.
     """
-    position = plan.constants.places[: state.tokens.shape[1]]
+    position = plan.constants.places(state.tokens.shape[1])
     written = (state.unmask_step >= 0) & (position < state.block_start[:, None])
     last = torch.where(written, position, plan.constants.nothing(1)).amax(1)
     block = plan.first + (last - plan.first) // plan.block_length * plan.block_length

@@ -34,7 +34,6 @@ class Policy:
         family: what the policy replaces, one of "select", "exit", "revise", "edit" and "refresh"; policies that make no
             sense together are refused by their families.
         remask: how a policy of family "revise" masks tokens again (`UnmaskRule.remask`).
-        reach: positions behind the canvas that the policy counts (`Constants.counted`).
         greedy_only: whether the policy makes its own predictions, so that a temperature, top_k and top_p are refused.
     """
 
@@ -43,7 +42,6 @@ class Policy:
     lane_fields: ClassVar[tuple[str, ...]] = ("masked", "written")
     family: ClassVar[str] = "select"
     remask: ClassVar[str] = "none"
-    reach: ClassVar[int] = 0
     greedy_only: ClassVar[bool] = False
 
     def needed(self, setting: Setting, lanes: Lanes, state: RowState) -> Tensor:

@@ -9,24 +9,27 @@ import math
 import torch
 from torch import Tensor
 
+# A policy may count so far whatever the canvas is: positions of a block, slots of a position.
+LEAST = 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """Numbers of which a step takes views, since a view costs no launch. Nobody may write them.
 
     Attributes:
-        counted: [length] int64: 0, 1, 2, ...
-        places: [size] int32: the same numbers.
+        integers: [length] int64: 0, 1, 2, ...
+        indices: [size] int32: the same numbers.
         zero: [size] int64: zeros, whose bytes are zeros of any dtype.
-        none: [size] int32: -1, which stands for no cache slot and no row of logits.
+        none: [size] int32: -1.
         lowest: [1] fp32: -inf.
         kept_share: [length] fp64 of a preset that drops positions behind the block at random (`scatter_suffix`): the
             probability with which the n-th of them is kept; 2 at n = 0, for the positions that are always kept. None of
             other presets.
     """
 
-    counted: Tensor
-    places: Tensor
+    integers: Tensor
+    indices: Tensor
     zero: Tensor
     none: Tensor
     lowest: Tensor
@@ -42,22 +45,41 @@ class Constants:
             horizon: positions behind the block that are seen, if they are dropped at random; else None.
             device: where the tensors lie.
         """
-        size = max(1, rows) * length
-        places = torch.arange(size, dtype=torch.int32, device=device)
-        zero = torch.zeros(size, dtype=torch.int64, device=device)
-        counted, kept_share = places[:length].long(), None
+        size, length = max(rows * length, LEAST), max(length, LEAST)
+        indices = torch.arange(size, dtype=torch.int32, device=device)
+        integers, kept_share = indices[:length].long(), None
         if horizon is not None:
             # A Gaussian of a quarter of the horizon. DPad, arXiv:2508.14148.
-            z = 4 * (counted - 1).double() / max(1, horizon - 1)
+            z = 4 * (integers - 1).double() / max(1, horizon - 1)
             kept_share = (1.6 * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)).clamp(max=1)
             kept_share[0] = 2
-        lowest = torch.full((1,), -torch.inf, dtype=torch.float32, device=device)
-        return cls(counted, places, zero, torch.full_like(places, -1), lowest, kept_share)
+        return cls(
+            integers=integers,
+            indices=indices,
+            zero=torch.zeros(size, dtype=torch.int64, device=device),
+            none=torch.full_like(indices, -1),
+            lowest=torch.full((1,), -torch.inf, dtype=torch.float32, device=device),
+            kept_share=kept_share,
+        )
+
+    def counted(self, count: int, begin: int = 0) -> Tensor:
+        """[count] int64: begin, begin + 1, ..."""
+        return _part(self.integers, begin, count)
+
+    def places(self, count: int, begin: int = 0) -> Tensor:
+        """[count] int32: begin, begin + 1, ..."""
+        return _part(self.indices, begin, count)
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Zeros of a shape."""
-        return self.zero.view(dtype)[: math.prod(shape)].view(shape)
+        return _part(self.zero.view(dtype), 0, math.prod(shape)).view(shape)
 
     def nothing(self, *shape: int) -> Tensor:
-        """-1 in int32, of a shape."""
-        return self.none[: math.prod(shape)].view(shape)
+        """-1 in int32, of a shape: no cache slot, no row of logits, no id."""
+        return _part(self.none, 0, math.prod(shape)).view(shape)
+
+
+def _part(values: Tensor, begin: int, count: int) -> Tensor:
+    # A slice that is too long would be cut without a word.
+    assert begin + count <= values.shape[0], (begin, count, values.shape)
+    return values[begin : begin + count]

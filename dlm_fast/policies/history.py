@@ -85,7 +85,7 @@ class ConsistentTrajectory(Policy):
         # 2. How many positions the schedule writes, and how long the list is: 1 in the first steps, 2 near the end.
         step, masks, steps = view.block_step, view.state.block_masks, view.setting.sampling.steps
         masks_left, share = rank[:, -1], (masks // steps).clamp(min=1)
-        two = view.setting.constants.places[2:3]
+        two = view.setting.constants.places(1, 2)
         longest = torch.where(10 * masks_left <= masks, two, self.longest * share)
         length = torch.minimum(step - (self.warmup - 2), longest).clamp(min=1)[:, None]
         goes_on = step < steps - 1
@@ -154,7 +154,7 @@ class Credit(Policy):
         constants = view.setting.constants
         ids = torch.where(first_step, constants.nothing(1), view.memory["ids"])
         credit = torch.where(first_step, view.zero, view.memory["credit"]) * self.credit_decay
-        slots = constants.places[: ids.shape[2]]
+        slots = constants.places(ids.shape[2])
         has_slot = ids == view.greedy[:, :, None]
         # A token that leads for the first time takes the slot of this step.
         credited = (

@@ -87,7 +87,7 @@ def of_block(view: View, values: Tensor) -> Tensor:
     W, length = values.shape[1], view.setting.block_length
     if not view.setting.whole_row:
         return F.pad(values, (0, length - W)) if W < length else values
-    lane = (view.state.block_start - view.position[:, 0])[:, None] + view.setting.constants.places[:length]
+    lane = (view.state.block_start - view.position[:, 0])[:, None] + view.setting.constants.places(length)
     inside = (lane >= 0) & (lane < W)
     return torch.where(inside, values.gather(1, lane.clamp(0, W - 1).long()), torch.zeros_like(values[:, :1]))
 
@@ -132,7 +132,7 @@ class LearnedFilter(_Learned):
         if self.eotp:
             ends = view.is_eos()
             W = ends.shape[1]
-            lane = view.setting.constants.counted[:W]
+            lane = view.setting.constants.counted(W)
             first_accepted = torch.where(accepted & ends, lane, W).amin(1)
             most_confident = torch.where(view.eligible & ends, view.confidence, -1.0)
             most_confident = torch.where((view.eligible & ends).any(1), most_confident.argmax(1), W)

@@ -70,7 +70,7 @@ class Backtrack(Policy):
 
     def after(self, view: View, choice: Choice, written: torch.Tensor) -> None:
         final = view.memory["final"]
-        nobody = view.setting.constants.counted[final.shape[1] - 1 : final.shape[1]]
+        nobody = view.setting.constants.counted(1, final.shape[1] - 1)
         final.scatter_(1, torch.where(written, view.lanes.place, nobody), view.confidence)
 
 

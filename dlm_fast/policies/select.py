@@ -119,9 +119,10 @@ class CertaintyPrior(Policy):
 
     def choose(self, view: View, choice: Choice) -> Choice:
         state, counted = view.state, view.setting.constants.counted
-        # The tokens, and behind the canvas its last one as often as the last position has neighbours there.
-        last = state.canvas_len[:, None] - counted[1:2]
-        tokens = state.tokens.gather(1, torch.minimum(counted[: state.tokens.shape[1] + self.reach], last))
-        decoded = F.pad((tokens != view.setting.mask_id).double(), (self.reach, 0), value=1.0)
-        prior = view.memory["smoothed"](decoded[:, None])[:, 0].gather(1, view.lanes.place).float()
+        # Behind the canvas stands its last token.
+        last = state.canvas_len[:, None] - counted(1, 1)
+        tokens = state.tokens.gather(1, torch.minimum(counted(state.tokens.shape[1]), last))
+        decoded = (tokens != view.setting.mask_id).double()[:, None]
+        padded = F.pad(F.pad(decoded, (0, self.reach), mode="replicate"), (self.reach, 0), value=1.0)
+        prior = view.memory["smoothed"](padded)[:, 0].gather(1, view.lanes.place).float()
         return dataclasses.replace(choice, score=choice.score * prior)

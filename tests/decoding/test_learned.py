@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from head_cases import BLOCK, KINDS, PRESET_OF, inputs_of, random_head, toy_with_a_tokenizer
 from helpers import MASK, VOCAB, native_model, random_prompts, save_toy_checkpoint, toy
-from opened import opened
+from opened import faked, opened
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlm_fast
@@ -262,12 +261,8 @@ def test_a_step_with_a_head_reads_nothing_on_the_host(kind):
             for values in (module._parameters, module._buffers):
                 values.update({name: fake.from_tensor(tensor) for name, tensor in values.items() if tensor is not None})
 
-        def to_fake(values):
-            tensors = {name: value for name, value in vars(values).items() if isinstance(value, torch.Tensor)}
-            return dataclasses.replace(values, **{name: fake.from_tensor(tensor) for name, tensor in tensors.items()})
-
         handle = attach(model, backend="reference", diffusion=diffusion, plain_mode="full")
-        decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
+        decode = open_decode(handle, *(faked(values, fake) for values in (plan, state, sampling)))
         denoise_step(decode, plan.bucket("denoise"))
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
             decode.state.phase.tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import HOST_SIDE, RUNNABLE, VOCAB, model_for, native_model, options_of, random_prompts, toy
-from opened import opened
+from opened import faked, opened
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,14 +55,8 @@ def test_a_denoise_step_reads_nothing_on_the_host(preset, temperature, backend):
             for values in (module._parameters, module._buffers):
                 values.update({name: fake.from_tensor(tensor) for name, tensor in values.items() if tensor is not None})
 
-        def to_fake(values):
-            fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values)}
-            fakes = {n: fake.from_tensor(v) for n, v in fields.items() if isinstance(v, torch.Tensor)}
-            fakes |= {n: to_fake(v) for n, v in fields.items() if isinstance(v, Constants)}
-            return dataclasses.replace(values, **fakes)
-
         handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=chosen.visibility)
-        decode = open_decode(handle, *map(to_fake, (plan, state, sampling)))
+        decode = open_decode(handle, *(faked(values, fake) for values in (plan, state, sampling)))
         for kind in ("refresh", "denoise") if plan.refresh_width else ("denoise",):
             denoise_step(decode, plan.bucket(kind, drafts=chosen.drafts if kind == "denoise" else 1))
         with pytest.raises(Exception, match="_local_scalar_dense|(?i:data.dependent)"):
@@ -187,6 +181,7 @@ def test_a_state_is_written_by_unmask_and_by_amend(preset):
         native_model().requires_grad_(False), backend="reference", diffusion=diffusion, plain_mode=chosen.visibility
     )
     decode = open_decode(handle, plan, state, sampling)
+    constants = {name: x.clone() for name, x in vars(plan.constants).items() if x is not None}
     # A step of some rows is written back as a whole.
     known = {amend: "amend", REFERENCE.unmask: "unmask", RowState.put_rows: "put_rows"}
     with Writes(state, {function.__code__: name for function, name in known.items()}) as writes:
@@ -194,6 +189,21 @@ def test_a_state_is_written_by_unmask_and_by_amend(preset):
     amends = chosen.refresh_interval or chosen.warmup_steps or preset in ("entropy-cache", "learn2pd", "llada2.2")
     assert writes.found - {"put_rows"} == ({"unmask", "amend"} if amends else {"unmask"})
     assert (state.phase == DONE).all()
+    for name, before in constants.items():
+        assert torch.equal(getattr(plan.constants, name), before), f"a step wrote the constants {name}"
+
+
+def test_constants_are_views_and_a_part_that_is_too_long_is_refused():
+    constants = Constants.of(rows=4, length=2000, horizon=None, device=torch.device("cpu"))
+    assert constants.places(3, 5).tolist() == constants.counted(3, 5).tolist() == [5, 6, 7]
+    assert constants.zeros(2, 3, dtype=torch.float32).tolist() == [[0.0] * 3] * 2
+    assert constants.nothing(2).tolist() == [-1, -1]
+    storages = {x.untyped_storage().data_ptr() for x in (constants.places(9), constants.indices)}
+    assert len(storages) == 1
+    for part in (constants.places, constants.nothing, constants.zeros):
+        assert part(4 * 2000).shape == (8000,)
+        with pytest.raises(AssertionError):
+            part(4 * 2000 * 2 + 1)
 
 
 @pytest.mark.parametrize("preset", RUNNABLE)

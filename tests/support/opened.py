@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from helpers import EOS, MASK, VOCAB, facts_of, random_prompts
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlm_fast
 from dlm_fast.decoding.plan import open_rows
 from dlm_fast.generate import sampling_of
+from dlm_fast.policies.constants import Constants
 from dlm_fast.presets import Preset
 from dlm_fast.requests import read
+
+
+def faked(values: Any, fake: FakeTensorMode) -> Any:
+    """A plan, a state or a sampling with fake tensors."""
+    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    fakes = {name: fake.from_tensor(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    fakes |= {name: faked(value, fake) for name, value in fields.items() if isinstance(value, Constants)}
+    return dataclasses.replace(values, **fakes)
 
 
 def opened(chosen: Preset, temperature: float = 0.0):
