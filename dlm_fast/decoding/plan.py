@@ -64,6 +64,7 @@ class Plan:
             isolated.
         scattered: whether windows are scattered positions, not a range.
         defers: whether a finished block waits for the next block's first step, which computes its final keys.
+        skips: whether blocks without masks lie between blocks with masks.
         opens_at_row_before: whether a block's first step writes its first mask alone, since later ones do not compute
             the row that predicts it.
         quota_of_view: whether the smallest number of positions that a step writes is `View.quota`, of a schedule that
@@ -91,6 +92,7 @@ class Plan:
     shadow_block: int
     scattered: bool
     defers: bool
+    skips: bool
     opens_at_row_before: bool
     quota_of_view: bool
     unmask_rule: UnmaskRule
@@ -196,6 +198,7 @@ def open_rows(
         shadow_block=1 + int(diffusion.prompt_isolated),
         scattered=cache.reused is not None or preset.keep_last or preset.scatter_suffix,
         defers=cache.defers(preset.pipeline),
+        skips=sizes.waiting > block_length,
         opens_at_row_before=previous and cache.opens_at_row_before and preset.drafts == 1,
         quota_of_view=preset.quota and not preset.quota_in_op,
         unmask_rule=preset.unmask_rule(),

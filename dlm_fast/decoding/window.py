@@ -276,7 +276,7 @@ def visibility(
         return torch.where(opened, start, q_pos), "block"
     if plan.block_causal and extent.begins == "block" and q_pos.shape[1] <= plan.block_length:
         return plan.constants.zeros(*q_pos.shape), "block"  # all of one block
-    if plan.block_causal and extent.begins == "block":
+    if plan.block_causal and (extent.begins == "block" or (plan.defers and kind == "denoise")):
         # From the first block on, whatever their alignment, blocks may be counted from there.
         return torch.div(q_pos - plan.first[:, None], plan.block_length, rounding_mode="floor"), "block"
     if plan.block_causal:
@@ -326,11 +326,15 @@ def waiting_from(plan: Plan, state: RowState) -> Tensor:
 
     Those of a finished block are final once the next block's first step has computed them again.
     """
+    opens = state.block_step == 0
+    if not plan.skips:
+        return torch.add(state.block_start, opens & (state.block_start > plan.first), alpha=-plan.block_length)
+    # Blocks without masks were passed over: all from the last block in which a token was written.
     position = plan.constants.places(state.tokens.shape[1])
     written = (state.unmask_step >= 0) & (position < state.block_start[:, None])
     last = torch.where(written, position, plan.constants.nothing(1)).amax(1)
     block = plan.first + (last - plan.first) // plan.block_length * plan.block_length
-    return torch.where((last >= 0) & (state.block_step == 0), block, state.block_start)
+    return torch.where((last >= 0) & opens, block, state.block_start)
 
 
 def block_of(plan: Plan, position: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def test_drafts_that_are_rarely_accepted_are_given_up():
 def test_a_row_without_drafts_computes_its_window_once(monkeypatch):
     monkeypatch.setattr(Drafts, "suspended", lambda self: torch.ones_like(self.tried, dtype=torch.bool))
     model, prompts = toy("block", eos=()), random_prompts([4, 2])
-    out, static = same_text(model, prompts, ("freedave-block", {}, "sdar", {}), max_new_tokens=9)
+    published = ("freedave-block", {}, "sdar", {"cache": "commit"})
+    out, static = same_text(model, prompts, published, max_new_tokens=9)
     # One canvas a step: a block's first forward writes nothing, and its last mask needs none.
     assert (out.nfe, out.query_tokens) == (static.nfe, static.query_tokens)
 

@@ -138,7 +138,7 @@ def test_an_exit_ends_the_row_where_its_masks_are_computed_and_the_block_elsewhe
 # What makes no sense is refused, with its reason
 
 NONSENSE = [
-    ("llada", {"cache": "fused"}, "schedule='pipeline' goes with cache"),
+    ("llada", {"cache": "fused"}, "cache='fused' of one block at a time needs a block-causal model"),
     ("d2f", {"cache": "commit"}, "schedule='pipeline' goes with cache"),
     ("d2f", {"rule": "quota"}, "needs a flat test"),
     ("d2f", {"stop": "all_stop"}, "which a pipeline does not wait for"),

@@ -88,8 +88,8 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("preset", ["llada", "fast-dllm-dual", "sdar", "d2f"])
-def test_a_denoise_step_is_the_model_three_ops_and_at_most_thirty_small_launches(preset):
-    """In a captured graph a small launch costs a microsecond or two, so thirty of them cost a percent of an 8B model's
+def test_a_denoise_step_is_the_model_three_ops_and_at_most_forty_small_launches(preset):
+    """In a captured graph a small launch costs a microsecond or two, so forty of them cost a percent of an 8B model's
     step. docs/launches.md counts those of every preset."""
     chosen = resolve(preset, PRESETS[preset].visibility, options_of(preset))
     diffusion, plan, state, sampling = opened(chosen)
@@ -107,7 +107,7 @@ def test_a_denoise_step_is_the_model_three_ops_and_at_most_thirty_small_launches
     with torch.no_grad(), counter:
         denoise_step(decode, plan.bucket("denoise"))
     assert counter.ops == ["block_attention"] * model.config.num_hidden_layers + ["confidence", "unmask"]
-    assert counter.outside <= 30
+    assert counter.outside <= (40 if plan.defers else 30)
 
 
 @pytest.mark.parametrize(
