@@ -242,10 +242,12 @@ def run(
         requests, cut = mix(subject, max(work.requests, work.timed_requests), work.seed)
         decode = Decoder(preset, subject, subject.ours(work.backend))
         say(f"{preset} on {subject.name}, {described(requests, cut)}")
-        counted = list(_counted(decode, requests[: work.requests], work.rows, budget))
-        document["counts"] += counted
-        for line in batch_report.count_lines(counted):
-            say(line)
+        if work.requests:
+            say(batch_report.count_header())
+        for row in counted(decode, requests[: work.requests], work.rows, budget):
+            document["counts"].append(row)
+            for line in batch_report.count_lines(row):
+                say(line)
         if work.timed_requests:
             ways = calls(work.timed_requests)
             times = timed(decode, requests[: work.timed_requests], clock, budget, work.turns, ways)
@@ -265,7 +267,7 @@ def described(requests: Sequence[Request], cut: int) -> str:
     return f"{len(requests)} requests: prompts of {shown[0]}, {shown[1]} new tokens{clipped}"
 
 
-def _counted(
+def counted(
     decode: Decoder, requests: Sequence[Request], rows: Sequence[int], budget: Budget
 ) -> Iterator[dict[str, Any]]:
     """A row for each batch size."""

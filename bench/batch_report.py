@@ -13,28 +13,31 @@ NAME = 22  # width of the first column
 WASTE_TICKS = (1, 1.5, 2, 3, 5, 10, 20)
 
 
-def count_lines(rows: Sequence[Row]) -> list[str]:
-    """A table of the batch sizes of one preset."""
-    titles = ("computed", "needed", "ratio", "forwards", "NFE", "shapes")
-    lines = ["    " + f"{'rows a call':{NAME}}" + "".join(f"{title:>11}" for title in titles)]
-    for row in rows:
-        name = f"    {'alone' if row['rows'] == 1 else str(row['rows']):{NAME}}"
-        if row["status"] != "ok":
-            lines.append(f"{name}{row['status']}: {row['reason']}")
-            continue
-        values = (f"{row[column]:.2f}" if column == "ratio" else f"{row[column]}" for column in COUNT_COLUMNS)
-        lines.append(name + "".join(f"{value:>11}" for value in values))
-        if row["differing"]:
-            lines.append(
-                f"        {row['differing']} requests got other tokens, NFE or query tokens than in the first line"
-            )
-    return lines if rows else []
+def header(*titles: str) -> str:
+    return "    " + f"{'rows a call':{NAME}}" + "".join(f"{title:>11}" for title in titles)
+
+
+def count_header() -> str:
+    return header("computed", "needed", "ratio", "forwards", "NFE", "shapes")
+
+
+def count_lines(row: Row) -> list[str]:
+    """The line of a batch size, and one that says if its requests differ."""
+    name = f"    {'alone' if row['rows'] == 1 else str(row['rows']):{NAME}}"
+    if row["status"] != "ok":
+        return [f"{name}{row['status']}: {row['reason']}"]
+    values = (f"{row[column]:.2f}" if column == "ratio" else f"{row[column]}" for column in COUNT_COLUMNS)
+    lines = [name + "".join(f"{value:>11}" for value in values)]
+    if row["differing"]:
+        lines.append(
+            f"        {row['differing']} requests got other tokens, NFE or query tokens than in the first line"
+        )
+    return lines
 
 
 def time_lines(rows: Sequence[Row]) -> list[str]:
     """A table of the ways to cut the requests into calls."""
-    titles = ("tokens/s", "seconds", "over alone")
-    lines = ["    " + f"{'rows a call':{NAME}}" + "".join(f"{title:>11}" for title in titles)]
+    lines = [header("tokens/s", "seconds", "over alone")]
     for row in rows:
         way = f"{row['rows']}, {row['order']} order"
         name = f"    {way:{NAME}}"

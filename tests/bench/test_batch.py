@@ -55,7 +55,7 @@ def test_requests_are_cut_to_what_a_model_holds(monkeypatch):
 @pytest.mark.parametrize("preset", ["fast-dllm-dual", "llada2"])
 def test_a_batch_gives_every_request_what_it_gets_alone_and_counts_what_it_costs(made, preset):
     requests, _ = batch.mix(made("full"), 6, seed=0)
-    rows = list(batch._counted(decoder(made, preset), requests, [1, 4, 6], timing.Budget(1000, 0)))
+    rows = list(batch.counted(decoder(made, preset), requests, [1, 4, 6], timing.Budget(1000, 0)))
     alone, together = rows[0], rows[-1]
     for row in rows:
         assert row["status"] == "ok" and row["differing"] == 0 and row["shapes"] >= 1
@@ -154,8 +154,8 @@ def test_what_fails_and_what_there_is_no_time_for_is_said(capsys, monkeypatch):
 
 def test_requests_that_differ_are_named_below_their_line():
     row = {"rows": 8, "status": "ok", "computed": 9, "needed": 6, "ratio": 1.5, "forwards": 3, "nfe": 4, "shapes": 2}
-    lines = batch_report.count_lines([row | {"differing": 2}])
-    assert lines[1].split() == ["8", "9", "6", "1.50", "3", "4", "2"] and "2 requests got other tokens" in lines[2]
+    line, note = batch_report.count_lines(row | {"differing": 2})
+    assert line.split() == ["8", "9", "6", "1.50", "3", "4", "2"] and "2 requests got other tokens" in note
 
 
 def test_every_preset_shown_can_be_run_and_those_of_other_models_are_refused(capsys):
