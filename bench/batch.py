@@ -167,7 +167,7 @@ def calls(count: int) -> list[Call]:
     one call. What is alone or all together has no order."""
     between = [rows for rows in dict.fromkeys((count // 8, count // 4, count // 2)) if rows > 1]
     ways = [Call(rows, order) for rows in between for order in ("given", "sorted")]
-    return [Call(1, "given"), *ways, Call(count, "given")]
+    return list(dict.fromkeys([Call(1, "given"), *ways, Call(count, "given")]))
 
 
 def warm(decode: Decoder, requests: Sequence[Request]) -> None:
