@@ -1,5 +1,4 @@
-"""What `block_attention` computes, in plain torch: the specification of the kernel, and what runs where there is no
-GPU."""
+"""What `block_attention` computes, in plain torch: the specification of the kernel and of the op for a CPU."""
 
 from __future__ import annotations
 
