@@ -241,6 +241,18 @@ def test_confidence_equals_the_reference_on_random_calls(part: int) -> None:
         check_confidence(logits, **arguments)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_a_divergence_from_what_holds_no_distribution_is_infinite(soft_cap: float | None) -> None:
+    logits = torch.randn(5, 50)
+    previous = logits + 0.1
+    previous[1, :20], previous[2, 3], previous[3, 4] = torch.finfo(torch.float32).min, 3e38, math.nan
+    logsumexp = torch.full((5,), 4.0)
+    logsumexp[4] = math.inf
+    arguments = {"soft_cap": soft_cap, "previous": previous, "previous_logsumexp": logsumexp}
+    found = check_confidence(logits, outputs=("kl",), **arguments)
+    assert found.kl.isinf().tolist() == [False, False, True, True, True]
+
+
 @pytest.mark.parametrize("chunk", [1, 300, 1000])
 def test_rows_may_be_cut_into_chunks_anywhere(chunk: int, monkeypatch) -> None:
     for seed in range(40):
@@ -277,6 +289,19 @@ def test_the_32_largest_banned_leave_the_33rd_and_34th() -> None:
     assert torch.equal(torch.stack([result.token, result.second_token], 1), order[:, 32:])
     everything_banned = cpu.confidence(torch.zeros(1, 5), banned=torch.arange(5))
     assert everything_banned.error.item() == 1 and everything_banned.confidence.item() == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[math.nan, 1.0, 2.0], [1.0, math.inf, 2.0], [-math.inf] * 3, [1.0, 2.0, math.nan], [-3e38] * 3, [1.0, 3e38, 2.0]],
+    ids=["nan first", "+inf", "all -inf", "nan last", "all finfo.min", "finite but too large"],
+)
+def test_a_row_without_a_meaning_is_zeros_and_an_error(row: list[float]) -> None:
+    result = cpu.confidence(torch.tensor([row, [0.0, 1.0, 0.0]]), **everything(2, 3, "cpu"))
+    assert result.error.tolist() == [1, 0]
+    assert result.token[0] == result.sampled_token[0] == 0 and result.second_token[0] == -1
+    assert all(getattr(result, name)[0] == 0 for name in FLOATS)
+    assert result.token[1] == 1
 
 
 def test_a_row_that_is_not_needed_is_not_read() -> None:
@@ -325,6 +350,21 @@ def test_a_draw_is_the_references_even_where_rounding_makes_ties(size: float) ->
     assert (ours.sampled_token != ours.token).any() == (size < 2**40)
 
 
+@pytest.mark.parametrize("logits", [[-19.0, 0.0], [2.0**28 + 32, 2.0**28 + 64], [2.0**20 - 19, 2.0**20]])
+def test_an_id_far_below_the_best_is_drawn_where_the_noise_is_extreme(logits: list[float], monkeypatch) -> None:
+    """The largest noise for id 0 and the smallest for id 1: 16.6 and -2.8. At 2^28 both scores round to one number."""
+
+    def extreme(ids: Tensor) -> Tensor:
+        return torch.where(ids == 0, 16.6, -2.8)
+
+    monkeypatch.setattr(noise, "gumbel", lambda k0, k1, ids, dtype: extreme(torch.from_numpy(ids)))
+    monkeypatch.setattr(random_numbers, "gumbel", lambda key, ids, dtype: extreme(ids))
+    counters = {"seed": torch.tensor([0]), "noise": torch.zeros(1, 3, dtype=torch.int32)}
+    arguments = {"outputs": ("sampled",), "sample_temperature": torch.ones(1), **counters}
+    for op in (cpu, reference):
+        assert op.confidence(torch.tensor([logits]), **arguments).sampled_token.item() == 0
+
+
 def test_the_noise_is_the_references_bit_for_bit() -> None:
     seeds = (0, -1, 2**62 + 12345, -(2**62) + 7)
     counters = torch.randint(-(2**31), 2**31 - 1, (50, 3)).to(torch.int32)
@@ -354,6 +394,10 @@ def test_the_other_ops_are_the_references() -> None:
 def test_tensors_on_another_device_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="confidence: backend 'cpu' takes tensors on a CPU, got tensors on meta; .*"):
         cpu.confidence(torch.zeros(2, 5, device="meta"))
+
+
+def test_every_argument_may_be_given_by_its_name() -> None:
+    assert_identical(cpu.confidence(logits=torch.eye(3)), cpu.confidence(torch.eye(3)))
 
 
 def test_errors_are_those_of_the_reference() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,14 +20,14 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
     """
 
     def decorate(op: Callable) -> Callable:
+        name = next(iter(inspect.signature(op).parameters))
+
         @functools.wraps(op)
         def called(*arguments: Any, **options: Any) -> Any:
             if torch.compiler.is_compiling():
                 return specification(*arguments, **options)
-            first = arguments[0]
-            if dataclasses.is_dataclass(first):
-                first = getattr(first, dataclasses.fields(first)[0].name)
-            if type(first) not in (Tensor, torch.nn.Parameter) or _has_gradient(arguments):
+            first = arguments[0] if arguments else options[name]
+            if type(first) not in (Tensor, torch.nn.Parameter) or _has_gradient(*arguments, *options.values()):
                 return specification(*arguments, **options)
             if first.device.type != "cpu":
                 raise ValueError(
@@ -41,5 +41,5 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _has_gradient(arguments: tuple[Any, ...]) -> bool:
+def _has_gradient(*arguments: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)

@@ -26,7 +26,8 @@ from .calls import on_cpu
 
 # Numbers of a chunk of rows for each thread: 1 MiB in fp32, what the second-level cache of a core holds.
 CHUNK = 1 << 18
-# Gumbel noise lies in (-2.82, 16.64), so no id whose score is this far below another's can be drawn.
+# Gumbel noise lies in (-2.82, 16.64), so no id whose score is more than this below another's can be drawn. The difference
+# is rounded as the scores with their noise are: where rounding makes a tie of two, it lets both through.
 NOISE_SPAN = 20.0
 # Below this a weight exp(x) is zero in fp32 and in float64.
 NO_WEIGHT = -1e4
@@ -254,7 +255,7 @@ def _drawn(
     """
     rows = draws.nonzero()[:, 0]
     if not len(rows):
-        return token
+        return token.clone()
     # 1. The scores without noise, and who may win.
     scores = capped[rows]
     if banned is not None:
@@ -262,9 +263,7 @@ def _drawn(
     allowed = scores > -LIMIT
     scores.mul_((1 / temperature[rows].to(scores.dtype))[:, None])
     best = _at(scores, token[rows])
-    # Rounding to a float as large as the best score can make a tie of scores that are two of its spacings apart.
-    bound = best - NOISE_SPAN - best.abs() * 2**-22
-    may_win = allowed & (scores >= bound[:, None])
+    may_win = allowed & (scores >= best[:, None] - NOISE_SPAN)
 
     # 2. Their noise, row after row, and the lowest id of the highest score.
     place = np.flatnonzero(may_win.numpy())

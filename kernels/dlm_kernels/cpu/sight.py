@@ -249,7 +249,8 @@ def _together(window: Window, sizes: Sizes, group: list[_Row]) -> Product:
     allowed = _allowed(window, [row.row for row in group], slice(queries))
     if allowed is not None:
         sees[:, :, slots:] &= allowed
-    sees[~live] = True  # so that no row of the mask hides all; the result of a dead query is replaced
+    # The result of a dead query is replaced. Of a query that sees nothing it would be zero, which is looked into.
+    sees[~live] = True
     dead_keys = None
     if not readable.all():
         dead = np.broadcast_to(~readable[:, None], (len(group), sizes.H_kv, slots + queries))
