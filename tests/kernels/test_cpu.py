@@ -187,6 +187,9 @@ def test_a_query_whose_scores_are_all_minus_infinity_gets_nan_and_not_zeros() ->
         out = attend(case.to(torch.float32))
         assert out[0, 0, :, 0].isnan().tolist() == [False, False, True, False]
         assert (out[0, 0, [0, 1, 3]] == 1).all()
+        case.v[..., 0] = math.nan
+        out = attend(case.to(torch.float32))
+        assert out[0, 0, 2].isnan().all() and (out[0, 0, [0, 1, 3], 1:] == 1).all()
 
 
 def test_values_of_zero_are_zeros_and_not_nan() -> None:

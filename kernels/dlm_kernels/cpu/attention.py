@@ -84,9 +84,9 @@ def _attended(
     keys, values = _joined(product, k_cache, k, precision), _joined(product, v_cache, v, precision)
     options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": keys.shape[1] != queries.shape[1]}
     attended = F.scaled_dot_product_attention(queries, keys, values, **options)
-    if not attended[..., 0].all():
+    if not attended.all():
         # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen. The sum of the weights, which
-        # is 1 otherwise, tells such a result from one that happens to be zero.
+        # is 1 otherwise, tells such a result from one that happens to hold a zero.
         weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values), **options)
         attended = attended.masked_fill(weights == 0, math.nan)
     return attended if product.dead_queries is None else attended.masked_fill(product.dead_queries, 0.0)

@@ -26,8 +26,8 @@ from .calls import on_cpu
 
 # Numbers of a chunk of rows for each thread: 1 MiB in fp32, what the second-level cache of a core holds.
 CHUNK = 1 << 18
-# Gumbel noise lies in (-2.82, 16.64), so no id whose score is more than this below another's can be drawn. The difference
-# is rounded as the scores with their noise are: where rounding makes a tie of two, it lets both through.
+# Gumbel noise lies in (-2.82, 16.64), so no id whose score is more than this below another's can be drawn. Where
+# rounding makes a tie of two scores with their noise, it rounds the difference too, and both may win.
 NOISE_SPAN = 20.0
 # Below this a weight exp(x) is zero in fp32 and in float64.
 NO_WEIGHT = -1e4
