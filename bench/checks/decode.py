@@ -189,7 +189,8 @@ class Watch:
     def _unmask(self, state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: str) -> Tensor:
         score, value = inputs.score, inputs.value
         B, W = score.shape
-        lane = inputs.lane_start[:, None] + torch.arange(W, device=score.device)
+        lane_start = state.block_start if inputs.lane_start is None else inputs.lane_start
+        lane = lane_start[:, None] + torch.arange(W, device=score.device)
         inside = (
             (lane < state.block_end[:, None]) & (lane >= state.block_start[:, None]) & (inputs.query_len > 0)[:, None]
         )
