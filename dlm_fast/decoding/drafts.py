@@ -106,5 +106,6 @@ class Drafts(DraftSource):
             confidence=verified.confidence,
             value=torch.full_like(chosen[:, 0], 0.5),
             min_unmask=plan.constants.zeros(selects.shape[0]),
+            rank=chosen,
             exact=True,
         )

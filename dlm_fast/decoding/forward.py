@@ -500,8 +500,7 @@ class Drafted(Forward):
             return window
         (B, W), constants = window.shape, self.plan.constants
         slots = torch.cat([window.kv_slot[:, None], constants.nothing(B, count - 1, W)], 1).flatten(0, 1)
-        rows = torch.stack([window.q_len, window.kv_len, window.cache_row]).repeat_interleave(count, 1)
-        fields = dict(zip(("q_len", "kv_len", "cache_row"), rows.unbind(0)), kv_slot=slots)
+        fields = {"kv_slot": slots}
         if not self.plan.diffusion.causal_prefix:
             fields["q_block"] = constants.zeros(B * count, W)  # all of one block
         return repeat_rows(window, lambda x: x.repeat_interleave(count, 0), **fields)

@@ -263,7 +263,7 @@ def rule_fields_of(
         if name == "position":
             # With drafts, there are statistics for each copy of a row.
             copies = statistics["token"].shape[0] // max(1, lanes.position.shape[0])
-            score = lanes.position * -1.0
+            score = -lanes.position.float()
             return score if copies == 1 else score.repeat_interleave(copies, 0)
         return statistics[name]
 

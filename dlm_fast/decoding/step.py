@@ -161,9 +161,11 @@ def write(
 ) -> Tensor:
     """Hands the choice to the `unmask` op, which writes the state; [B, W] bool lanes that were written."""
     fields = {name: value for name, value in vars(choice).items() if name != "exact"}
+    # The state's own tensor means what None means, and is one kernel with the lanes that begin elsewhere.
+    lane_start = decode.plan.first if decode.plan.whole_row else decode.state.block_start
     inputs = UnmaskInputs(
         query_len=result.query_len,
-        lane_start=decode.plan.first if decode.plan.whole_row else None,
+        lane_start=lane_start,
         stat_error=error,
         **decode.constants,
         **fields,

@@ -153,7 +153,7 @@ def window_of(plan: Plan, state: RowState, sampling: Sampling, bucket: Bucket) -
     extent = extent_of(plan, state, bucket.kind)
     index = constants.places(W)
     position = place = flags = order = kept = is_shadow = None
-    # A refresh of what is reused later computes the whole extent, and one position behind a range is written beside it.
+    # A refresh of what is reused later is of the whole extent, and the canvas's last position is added to a range.
     refreshes_reused = plan.cache.reused is not None and bucket.kind == "refresh"
     adds_last = plan.preset.keep_last and not plan.preset.scatter_suffix
     scattered = plan.scattered and not (refreshes_reused or adds_last)

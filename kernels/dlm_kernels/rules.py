@@ -153,8 +153,9 @@ class UnmaskInputs:
         block_length: [B] int32: length of the blocks to come; a number below 1 counts as 1.
         mask_id: the token that a masked position holds.
         stop_ids: [K] int64: the stop tokens, K from 0 to 16.
-        lane_start: [B] int32: position of lane 0; None = block_start, which a pipeline needs. Lanes before the canvas
-            are nothing. A row whose region does not lie in its lanes sits the step out.
+        lane_start: [B] int32: position of lane 0; None = block_start, which a pipeline needs and which may be given as
+            the state's own tensor. Lanes before the canvas are nothing. A row whose region does not lie in its lanes
+            sits the step out.
         rank: [B, W] fp32: the order of the positions; None = score.
         entropy: [B, W] fp32, nats: for passes "entropy".
         stat_error: [B, W] int32: not 0 where the statistics of the lane are unusable; None = all are usable.
