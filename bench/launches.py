@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlm_fast
 from dlm_fast.decoding.plan import Bucket, open_rows
 from dlm_fast.decoding.progress import Progress
+from dlm_fast.decoding.shapes import grid_of
 from dlm_fast.decoding.step import Decode, denoise_step, open_decode
 from dlm_fast.generate import sampling_of
 from dlm_fast.ops import OP_NAMES, REFERENCE
@@ -48,6 +49,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 # functions that have none.
 PLACES = ("window", "lanes", "forward", "measure", "rule", "policies", "after")
 COUNT = "count"
+GATHERED = "of rows"
 _PLACE_OF = {
     "decoding/window.py": "window",
     "decoding/window.py lanes_of": "lanes",
@@ -61,6 +63,9 @@ _PLACE_OF = {
     "decoding/step.py only_first_mask": "rule",
     "decoding/step.py request_refresh": "after",
     "decoding/step.py after": "after",
+    "decoding/step.py of_rows": GATHERED,
+    "decoding/step.py put_rows": GATHERED,
+    "policies/setting.py": GATHERED,
     "policies/select.py": "policies",
     "policies/exits.py": "policies",
     "policies/history.py": "policies",
@@ -140,7 +145,11 @@ def launches(preset: Preset, temperature: float = 0.0) -> dict[str, Counter[str]
     buckets["denoise"] = plan.bucket("denoise")
     if preset.drafts > 1:
         buckets["drafts"] = plan.bucket("denoise", drafts=preset.drafts)
-    progress = Progress(decode, 0)
+    progress = Progress(decode, grid_of(plan, decode.state, fixed=0), 0)
+    rows = torch.tensor([2, 0])
+    with torch.no_grad(), counter:
+        decode.put_rows(rows, decode.of_rows(rows))
+    gathered = counter.found.total()
     for name, bucket in buckets.items():
         counter.found = Counter()
         with torch.no_grad(), counter:
@@ -149,6 +158,7 @@ def launches(preset: Preset, temperature: float = 0.0) -> dict[str, Counter[str]
         with torch.no_grad(), counter:
             progress.record(bucket.kind)
         found[name][COUNT] = counter.found.total()
+        found[name][GATHERED] = gathered
     return found
 
 
@@ -181,8 +191,8 @@ def _opened(preset: Preset, temperature: float, counter: Launches) -> Decode:
 
 
 def rows() -> list[dict[str, Any]]:
-    """One row a preset and kind of step: its launches, those of a step with a temperature, those by place, and those of
-    the count after it."""
+    """One row a preset and kind of step: its launches, those of a step with a temperature, those by place, those of the
+    count after it, and those that a step of some rows costs besides."""
     found = []
     for name, preset in PRESETS.items():
         if not on_the_device(preset):
@@ -190,10 +200,10 @@ def rows() -> list[dict[str, Any]]:
         draws = preset.drafts == 1 and not any(policy.greedy_only for policy in preset.policies)
         greedy, drawn = launches(preset), launches(preset, 1.0) if draws else {}
         for kind, places in greedy.items():
-            count = places.pop(COUNT)
-            sampled = drawn[kind].total() - drawn[kind][COUNT] if draws else None
+            apart = {what: places.pop(what) for what in (COUNT, GATHERED)}
+            sampled = drawn[kind].total() - sum(drawn[kind][what] for what in apart) if draws else None
             row = {"preset": name, "step": kind, "launches": places.total(), "sampled": sampled}
-            found.append(row | {"places": places, COUNT: count})
+            found.append(row | {"places": places} | apart)
     return found
 
 
@@ -219,7 +229,9 @@ take more:
 - The next columns say where the greedy launches are: what the step computes (**window**) and looks at (**lanes**), the
   model's inputs and outputs (**forward**), the call of `confidence` (**measure**), the preset's **rule** and
   **policies**, and what follows the write (**after**).
-- **count** are those by which the host learns how many rows need another step, after the step.
+- **count** are those by which the host learns what every row needs next, after the step.
+- **of rows** are those that a step of some of the rows costs besides: it copies what it reads of them, and writes back
+  what it has changed.
 
 `llada2.2` moves tokens between positions on the host and is not in the table.
 """
@@ -228,10 +240,10 @@ take more:
 def markdown() -> str:
     """The page."""
     beyond = "\n".join(f"- `{name}`: {reason}." for name, reason in BEYOND.items())
-    header = ("preset", "step", "launches", "sampled", *PLACES, COUNT)
+    header = ("preset", "step", "launches", "sampled", *PLACES, COUNT, GATHERED)
     lines = [INTRODUCTION.format(beyond=beyond), f"| {' | '.join(header)} |", "|" + " - |" * len(header)]
     for row in rows():
         cells = [f"`{row['preset']}`", row["step"], row["launches"], "" if row["sampled"] is None else row["sampled"]]
         cells += [row["places"][place] or "" for place in PLACES]
-        lines.append(f"| {' | '.join(map(str, [*cells, row[COUNT]]))} |")
+        lines.append(f"| {' | '.join(map(str, [*cells, row[COUNT], row[GATHERED]]))} |")
     return "\n".join(lines) + "\n"

@@ -361,7 +361,8 @@ class Shadowed(Forward):
         # The shadow of the block's j-th position lies j behind the canvas; block lanes begin at the block.
         lanes, constants = step.lanes, self.plan.constants
         place = self.state.canvas_len[:, None] + constants.counted(step.bucket.lanes)
-        place = place.clamp(max=hidden.shape[1] - 1)  # of rows that the window is too narrow for
+        if step.bucket.width < self.plan.denoise_width:
+            place = place.clamp(max=hidden.shape[1] - 1)  # of rows that the window is too narrow for
         logits = self.predicting(self.head(gathered(hidden, place)))
         written = (lanes.written & needed).flatten()
         rows = torch.where(written, constants.places(written.shape[0]), constants.nothing(1))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from dlm_kernels import reference
+from dlm_kernels.state import columns_of
 
 from .constants import Constants
 
@@ -66,26 +68,19 @@ class Sampling:
 
     def of_rows(self, rows: Tensor) -> Sampling:
         """The numbers of some rows [n] int64, in their order."""
-        fields = {name: getattr(self, name) for name in _PER_ROW}
-        return dataclasses.replace(
-            self, **{name: None if field is None else field.index_select(0, rows) for name, field in fields.items()}
-        )
+        whole = {name: field for name in _WHOLE_NUMBERS if (field := getattr(self, name)) is not None}
+        columns = columns_of(torch.stack(list(whole.values())), rows)
+        others = {name: field for name in _OTHERS if (field := getattr(self, name)) is not None}
+        fields = {name: field.index_select(0, rows) for name, field in others.items()}
+        return dataclasses.replace(self, **fields, **dict(zip(whole, columns)))
 
 
-_PER_ROW = (
-    "temperature",
-    "request",
-    "no_eos_before",
-    "value",
-    "min_unmask",
-    "steps",
-    "block_length",
-    "max_steps",
-    "transfer",
-    "append_masks",
-    "activate_masks",
+# The fields of a `Sampling` that have an entry per row.
+_WHOLE_NUMBERS = (
+    "request", "no_eos_before", "min_unmask", "steps", "block_length", "max_steps", "append_masks", "activate_masks",
     "delay",
-)
+)  # fmt: skip
+_OTHERS = ("temperature", "value", "transfer")
 
 
 @dataclasses.dataclass(frozen=True)

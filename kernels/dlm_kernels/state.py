@@ -75,13 +75,10 @@ class RowState:
     def of_rows(self, rows: Tensor) -> RowState:
         """A copy of some rows [n] int64, in their order."""
         buffer = self._buffer()
-        canvases = {name: getattr(self, name).index_select(0, rows) for name in CANVAS_FIELDS}
         if buffer is None:
-            return RowState(**canvases, **{name: getattr(self, name).index_select(0, rows) for name in ROW_FIELDS})
-        part = torch.zeros(buffer.shape[0], -(-rows.shape[0] // 4) * 4, dtype=buffer.dtype, device=buffer.device)
-        part = part[:, : rows.shape[0]]
-        part.copy_(buffer.index_select(1, rows))
-        return RowState(**canvases, **dict(zip(ROW_FIELDS, part)))
+            buffer = torch.stack([getattr(self, name) for name in ROW_FIELDS])
+        canvases = {name: getattr(self, name).index_select(0, rows) for name in CANVAS_FIELDS}
+        return RowState(**canvases, **dict(zip(ROW_FIELDS, columns_of(buffer, rows))))
 
     def put_rows(self, rows: Tensor, part: RowState) -> None:
         """Writes `part`, a state of n rows, over the rows [n] int64, which are n different ones."""
@@ -102,6 +99,14 @@ class RowState:
         fields = [getattr(self, name) for name in ROW_FIELDS]
         in_order = all(field.data_ptr() == row.data_ptr() for field, row in zip(fields, buffer))
         return buffer[:, :B] if in_order and all(field.shape == (B,) for field in fields) else None
+
+
+def columns_of(buffer: Tensor, columns: Tensor) -> Tensor:
+    """[F, n] a copy of some columns [n] int64 of a buffer [F, B]. Each row of the copy begins at a multiple of 16 bytes,
+    as a tensor of its own would: no kernel is compiled again for it."""
+    n = columns.shape[0]
+    part = buffer.new_empty(buffer.shape[0], -(-n // 4) * 4)[:, :n]
+    return part.copy_(buffer.index_select(1, columns))
 
 
 def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
