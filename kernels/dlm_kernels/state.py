@@ -102,7 +102,7 @@ class RowState:
 
 
 def columns_of(buffer: Tensor, columns: Tensor) -> Tensor:
-    """[F, n] a copy of some columns [n] int64 of a buffer [F, B]. Each row of the copy begins at a multiple of 16 bytes,
+    """[F, n] a copy of some columns [n] int64 of a buffer [F, B]. Each of its rows begins at a multiple of 16 bytes,
     as a tensor of its own would: no kernel is compiled again for it."""
     n = columns.shape[0]
     part = buffer.new_empty(buffer.shape[0], -(-n // 4) * 4)[:, :n]
