@@ -50,14 +50,15 @@ class Grid:
     Attributes:
         counts: for each kind of step and each width, in ascending order, the row counts, in ascending order. The last
             width of a kind holds every row.
-        lanes: how many positions of a row are looked at, in ascending order; the last number holds every row.
+        lanes: for each kind of step, how many positions of a row are looked at, in ascending order; the last number
+            holds every row.
         drafts: canvases per row of a step that verifies drafts.
         narrow: whether the lanes lie in the window, so that none are looked at beyond the width.
         fixed: what a step costs besides its positions, in positions.
     """
 
     counts: dict[Kind, dict[int, tuple[int, ...]]]
-    lanes: tuple[int, ...]
+    lanes: dict[Kind, tuple[int, ...]]
     drafts: int
     narrow: bool
     fixed: int
@@ -79,7 +80,8 @@ class Grid:
             begin = 0
             for count, width in self._division(kind, drafts, tuple(classes)):
                 served = asking[begin : begin + count]
-                lanes = next((n for n in self.lanes if n >= max(need[2] for need in served)), self.lanes[-1])
+                known, wanted = self.lanes[kind], max(need[2] for need in served)
+                lanes = next((n for n in known if n >= wanted), known[-1])
                 if self.narrow and kind == "denoise":
                     lanes = min(lanes, width)
                 steps.append((Bucket(kind, count, width, lanes, drafts), [need[1] for need in served]))
@@ -126,11 +128,14 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
     if plan.preset.drafts > 1:
         expected["denoise"] = [plan.denoise_width] * len(expected["denoise"])  # the drafts are of whole blocks
-    lanes = (plan.lanes,)
-    if plan.preset.pipeline:
-        lanes = tuple(sorted({min(PIPELINE_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
+    lanes: dict[Kind, tuple[int, ...]] = {"refresh": (plan.lanes,), "denoise": (plan.lanes,)}
     narrow = plan.preset.pipeline and plan.cache.op(True) == "fused"
-    budget = MOST_SHAPES // (len(lanes) * (2 if plan.preset.drafts > 1 else 1))
+    if narrow:
+        lanes["refresh"] = (min(plan.block_length, plan.lanes),)  # it opens the first block
+    elif plan.preset.pipeline:
+        some = tuple(sorted({min(PIPELINE_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
+        lanes = {"refresh": some, "denoise": some}
+    budget = MOST_SHAPES // (len(lanes["denoise"]) * (2 if plan.preset.drafts > 1 else 1))
     return Grid(_counts(expected, B, budget, fixed), lanes, plan.preset.drafts, narrow, fixed)
 
 

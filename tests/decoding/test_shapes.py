@@ -104,7 +104,7 @@ def test_a_decode_has_few_shapes_and_one_shape_less_waste_than_one_for_all(prese
     assert out.computed_tokens >= sum(out.query_tokens)
     one_for_all = lambda plan, state, fixed: Grid(  # noqa: E731
         {"refresh": {plan.refresh_width: (rows,)}, "denoise": {plan.denoise_width: (rows,)}},
-        (plan.lanes,), plan.preset.drafts, False, fixed,
+        dict.fromkeys(("refresh", "denoise"), (plan.lanes,)), plan.preset.drafts, False, fixed,
     )  # fmt: skip
     monkeypatch.setattr(progress, "grid_of", one_for_all)
     before = dlm_fast.generate(model, prompts, **options)
@@ -122,7 +122,7 @@ def needs_of(widths: list[int]) -> list[tuple[int, int, int, bool]]:
 def test_rows_are_divided_among_the_shapes_at_the_least_cost(seed):
     rng = random.Random(seed)
     widths = {w: tuple(sorted(set(rng.choices((1, 2, 4, 6), k=3)))) for w in sorted(rng.sample(range(1, 60), 3))}
-    grid = Grid({"denoise": widths}, (64,), 1, False, fixed=rng.choice((0, 10, 100)))
+    grid = Grid({"denoise": widths}, {"denoise": (64,)}, 1, False, fixed=rng.choice((0, 10, 100)))
     needs = needs_of([rng.randint(1, max(widths)) for _ in range(rng.randint(1, 7))])
     steps = grid.steps("denoise", needs)
     assert sorted(row for _, rows in steps for row in rows) == list(range(len(needs)))
@@ -142,7 +142,7 @@ def test_rows_are_divided_among_the_shapes_at_the_least_cost(seed):
 
 
 def test_thousands_of_rows_are_divided():
-    grid = Grid({"denoise": {32: (1, 2, 4, 8)}}, (32,), 1, False, fixed=64)
+    grid = Grid({"denoise": {32: (1, 2, 4, 8)}}, {"denoise": (32,)}, 1, False, fixed=64)
     steps = grid.steps("denoise", needs_of([32] * 5000))
     assert sum(len(rows) for _, rows in steps) == 5000
 
