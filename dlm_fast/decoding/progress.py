@@ -25,14 +25,16 @@ class Progress:
     The loop goes in rounds: in a round of refreshes every row that needs one takes part in one step, in a round of
     denoise steps every other row that is not done. Rounds of the two kinds alternate where rows need both, so that no
     row waits for more than one round. A row that a late copy has in the wrong step finds that out on the device and
-    sits the step out. A pipeline appends one block a step at most, so a late width is that much too small.
+    sits the step out. A pipeline appends one block a step at most, and a block's first step computes the block before
+    too where commits are fused, so a late width is that much too small.
     """
 
     def __init__(self, decode: Decode, grid: Grid, rounds_behind: int) -> None:
         self.decode, self.grid, self.rounds_behind = decode, grid, rounds_behind
         self.pending: list[tuple[Tensor, Any]] = []
         self.last: Kind | None = None
-        self.margin = decode.plan.block_length * rounds_behind if decode.plan.preset.pipeline else 0
+        grows = decode.plan.preset.pipeline or decode.plan.defers
+        self.margin = decode.plan.block_length * rounds_behind if grows else 0
         self.needs = self._count().tolist()
 
     def _count(self) -> Tensor:

@@ -101,10 +101,13 @@ def test_a_row_without_drafts_computes_its_window_once(monkeypatch):
     assert (out.nfe, out.query_tokens) == (static.nfe, static.query_tokens)
 
 
-def test_a_width_that_is_a_step_behind_still_holds_every_row_of_a_pipeline(monkeypatch):
+@pytest.mark.parametrize(
+    "decoder", [{"preset": "d2f", "append_threshold": 0.1, "threshold": 0.2}, {"preset": "sdar"}, {"preset": "llada2"}]
+)
+def test_a_width_that_is_a_step_behind_still_holds_every_row(decoder, monkeypatch):
     """On a GPU the host reads widths one step late and adds a block; the tokens are the same in the wider bucket."""
     model, prompts = toy("block", eos=()), random_prompts([3, 6, 1])
-    options = {"preset": "d2f", "append_threshold": 0.1, "threshold": 0.2, "max_new_tokens": [9, 14, 5]}
+    options = {**decoder, "max_new_tokens": [9, 14, 5]}
     handle = dlm_fast.handle_of(model)
     exact = dlm_fast.generate(model, prompts, **options)
     calls = handle.attention_calls
