@@ -55,7 +55,7 @@ class Progress:
         host = torch.empty(counts.shape, dtype=torch.int32, pin_memory=True)
         host.copy_(counts, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(counts.device))
         self.pending.append((host, event))
 
     def next_round(self) -> tuple[Kind, list[tuple[Bucket, list[int]]]] | None:
@@ -69,7 +69,7 @@ class Progress:
         waiting: dict[Kind, list[tuple[int, int, int, bool]]] = {"refresh": [], "denoise": []}
         for row, phase in enumerate(phases):
             if phase == REFRESH:
-                waiting["refresh"].append((refresh[row] + self.margin, row, lanes[row] + self.margin, False))
+                waiting["refresh"].append((refresh[row], row, lanes[row], False))
             elif phase in (DENOISE, COMMIT):
                 waiting["denoise"].append(
                     (denoise[row] + self.margin, row, lanes[row] + self.margin, bool(drafting[row]))
@@ -106,9 +106,11 @@ def run_steps(
     # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
     # behind.
     repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
-    rounds_behind = int(decode.state.tokens.is_cuda and not repeats and after_step is None)
     parameters = sum(p.numel() for p in decode.forward.handle.model.parameters())
     fixed = fixed_positions(decode.state.tokens.device.type, parameters)
+    # Where a block waits, a late host computes two blocks in every step: worth it while a step's positions are few.
+    many = plan.defers and decode.state.tokens.shape[0] * plan.block_length > fixed
+    rounds_behind = int(decode.state.tokens.is_cuda and not repeats and not many and after_step is None)
     progress = Progress(decode, grid_of(plan, decode.state, fixed), rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
     ran = Counter() if ran is None else ran

@@ -140,7 +140,7 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
 
 
 def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) -> dict[Kind, dict[int, tuple[int, ...]]]:
-    """The row counts of every width of every kind: at most `budget` shapes, unless the least grid has more."""
+    """The row counts of every width of every kind: at most `budget` shapes, of which four always fit."""
     divided = {kind: _classes(Counter(widths), MOST_WIDTHS) for kind, widths in expected.items()}
     chosen = dict.fromkeys(expected, 1)
 
@@ -165,6 +165,12 @@ def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) ->
             break
         chosen[max(better)[1]] += 1
     grid = {kind: shapes(kind, number) for kind, number in chosen.items()}
+    while sum(map(size, grid.values())) > budget:
+        # Even one width of each kind has too many row counts: fewer of those between one row and the most.
+        longest = max((counts for widths in grid.values() for counts in widths.values()), key=len)
+        if len(longest) <= 2:
+            break
+        del longest[len(longest) // 2]
 
     # 2. What is left: row counts between the powers of two, where these are far apart.
     between = [

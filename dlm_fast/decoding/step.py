@@ -60,9 +60,13 @@ class Decode:
         """Takes over what a step of `part`, the decode of the rows [n], has changed."""
         self.forward.put_rows(rows, part.forward)
         for mine, its in zip(self.memory, part.memory):
-            for name, kept in mine.items():
-                if _per_row(kept):
-                    kept.index_copy_(0, rows, its[name])
+            for name, kept in its.items():
+                if not _per_row(kept):
+                    mine[name] = kept
+                elif name in mine:
+                    mine[name].index_copy_(0, rows, kept)
+                else:
+                    raise ValueError(f"generate: a policy must open memory[{name!r}] in `memory`, not in a step")
 
 
 def _per_row(kept: Any) -> bool:
@@ -86,13 +90,18 @@ def _constants(plan: Plan, sampling: Sampling) -> dict[str, Any]:
 def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
     """Allocates what a decode keeps between steps.
 
-    Raises ValueError where a policy's memory holds a tensor that has not one entry per row.
+    Raises ValueError where a policy's memory holds a tensor that has not one entry per row, or lies elsewhere.
     """
     sampling = dataclasses.replace(sampling, uniform_scores=handle.ops.uniform_scores)
     forward, B = forward_of(handle, plan, state, sampling), state.tokens.shape[0]
     memory = tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies)
     for policy, kept_by in zip(plan.preset.policies, memory):
         for name, kept in kept_by.items():
+            if _per_row(kept) and kept.device != state.tokens.device:
+                raise ValueError(
+                    f"generate: policy {type(policy).__name__} must keep memory[{name!r}] on the rows' device, "
+                    f"{state.tokens.device}, got {kept.device}"
+                )
             if _per_row(kept) and kept.shape[0] != B:
                 raise ValueError(
                     f"generate: policy {type(policy).__name__} must keep one entry per row in the first dimension of "

@@ -452,6 +452,9 @@ def _check_policies(p: Preset, fail: Any) -> None:
             fail(f"policy {name} goes with rule {' or '.join(map(repr, part.rules))}, got rule={p.rule!r}")
         if part.caches is not None and not part.caches(p.operation):
             fail(f"policy {name} goes with cache {names(part.caches)}, got cache={p.cache!r}")
+        if type(policy).refreshes is not Policy.refreshes and not p.operation.grows_stale:
+            stale = names(lambda cache: cache.grows_stale)
+            fail(f"policy {name} asks for refreshes, which go with cache {stale}, got cache={p.cache!r}")
         if p.sub_block_length is not None and not part.sub_blocks:
             fail(f"policy {name} chooses in the whole block, got sub_block_length={p.sub_block_length}")
     families = [policy.family for policy in p.policies]

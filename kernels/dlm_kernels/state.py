@@ -69,7 +69,7 @@ class RowState:
             tokens=torch.zeros(B, L, dtype=torch.int64, device=device),
             unmask_step=torch.full((B, L), -1, dtype=torch.int32, device=device),
             unmask_confidence=torch.zeros(B, L, dtype=torch.float32, device=device),
-            **dict(zip(ROW_FIELDS, buffer[:, :B])),
+            **dict(zip(ROW_FIELDS, buffer.narrow(1, 0, B).unbind())),
         )
 
     def of_rows(self, rows: Tensor) -> RowState:

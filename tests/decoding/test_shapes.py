@@ -3,6 +3,7 @@ it is alone."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -250,6 +251,44 @@ def test_a_memory_without_one_entry_per_row_is_refused():
         dlm_fast.generate(model, random_prompts([3, 4]), policy=Forgetful(), max_new_tokens=4)
 
 
+def test_a_policy_may_count_in_what_no_row_owns():
+    class Counts(Policy):
+        def memory(self, setting, state):
+            return {"steps": 0}
+
+        def after(self, view, choice, written):
+            view.memory["steps"] += 1
+            counted.append(view.memory["steps"])
+
+    model, counted = toy("full", eos=()), []
+    options = {"max_new_tokens": [3, 9, 30], "preset": "llada", "block_length": 4}
+    out = dlm_fast.generate(model, random_prompts([3, 30, 5]), policy=Counts(), **options)
+    assert counted == list(range(1, sum(out.shapes.values()) + 1))
+
+
+@pytest.mark.parametrize(
+    "preset, cache", [("sdar", "fused"), ("sdar", "commit"), ("llada", "none"), ("freecache", "once")]
+)
+def test_a_policy_asks_for_refreshes_only_where_keys_grow_stale(preset, cache):
+    class Refreshes(Policy):
+        def refreshes(self, view, choice, written):
+            return view.block_step >= 0
+
+    model = model_for(preset)
+    with pytest.raises(
+        ValueError, match="policy Refreshes asks for refreshes, which go with cache 'prefix'.*got cache="
+    ):
+        dlm_fast.generate(
+            model,
+            random_prompts([3]),
+            preset=preset,
+            policy=Refreshes(),
+            cache=cache,
+            max_new_tokens=8,
+            **options_of(preset),
+        )
+
+
 def test_a_policy_sees_which_rows_a_step_computes_and_its_memory_follows_them():
     class Counted(Policy):
         def memory(self, setting, state):
@@ -284,10 +323,11 @@ def test_grids_of_models_of_any_size_are_few_shapes():
         for device in ("cpu", "cuda", "mps"):
             fixed = shapes.fixed_positions(device, parameters)
             assert 8 <= fixed <= 4096
-            for B in (1, 3, 64, 1000):
-                grid = shapes._counts({"refresh": [40, 900, 900], "denoise": [32] * 9}, B, MOST_SHAPES, fixed)
-                assert sum(len(counts) for widths in grid.values() for counts in widths.values()) <= MOST_SHAPES
-                assert max(grid["refresh"]) == 900 and max(grid["denoise"]) == 32
+            for B, refresh, budget in itertools.product((1, 3, 64, 1000), (40, 900), (MOST_SHAPES, 8, 4)):
+                grid = shapes._counts({"refresh": [30, refresh, refresh], "denoise": [32] * 9}, B, budget, fixed)
+                assert sum(len(counts) for widths in grid.values() for counts in widths.values()) <= budget
+                assert max(grid["refresh"]) == refresh and max(grid["denoise"]) == 32
+                assert all(counts[0] == 1 for widths in grid.values() for counts in widths.values())
 
 
 def test_the_result_says_which_shapes_ran():

@@ -88,7 +88,8 @@ def test_an_isolated_prompt_makes_stale_caches_harmless():
 
 
 def test_the_pipeline_needs_fewer_forwards_than_one_block_at_a_time():
-    pipelined, single = decode("tiny-block", "d2f"), decode("tiny-block", "llada2", (("threshold", 0.9),))
+    published = (("threshold", 0.9), ("cache", "commit"))
+    pipelined, single = decode("tiny-block", "d2f"), decode("tiny-block", "llada2", published)
     assert sum(pipelined.nfe) < 0.8 * sum(single.nfe)
     assert exact_match(pipelined) >= exact_match(single) - 0.1
 
