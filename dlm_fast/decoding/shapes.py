@@ -39,8 +39,9 @@ WORTH = 4
 MOST_WIDTHS = 8
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
-# The regions of a pipeline that its grid is planned for, in blocks.
-PIPELINE_BLOCKS = 4
+# The regions of a pipeline that its grid is planned for, in blocks, and the fewest lanes of its steps.
+PIPELINE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
+FEW_BLOCKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
     if narrow:
         lanes["refresh"] = (min(plan.block_length, plan.lanes),)  # it opens the first block
     elif plan.preset.pipeline:
-        some = tuple(sorted({min(PIPELINE_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
+        some = tuple(sorted({min(FEW_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
         lanes = {"refresh": some, "denoise": some}
     budget = MOST_SHAPES // (len(lanes["denoise"]) * (2 if plan.preset.drafts > 1 else 1))
     return Grid(_counts(expected, B, budget, fixed), lanes, plan.preset.drafts, narrow, fixed)
@@ -242,7 +243,7 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
         return found
     for block in range(-(-int((start.canvas_len - start.block_start).clamp(min=1).amax()) // plan.block_length)):
         begin = start.block_start + block * plan.block_length
-        for blocks in range(1, PIPELINE_BLOCKS + 1) if plan.preset.pipeline else (1,):
+        for blocks in PIPELINE_BLOCKS if plan.preset.pipeline else (1,):
             rows = begin < start.canvas_len
             end = torch.minimum(begin + blocks * plan.block_length, start.canvas_len)
             there = dataclasses.replace(
