@@ -141,7 +141,7 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
 
 
 def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) -> dict[Kind, dict[int, tuple[int, ...]]]:
-    """The row counts of every width of every kind: at most `budget` shapes, of which four always fit."""
+    """The row counts of every width of every kind: at most `budget` shapes, if that is 4 or more."""
     divided = {kind: _classes(Counter(widths), MOST_WIDTHS) for kind, widths in expected.items()}
     chosen = dict.fromkeys(expected, 1)
 

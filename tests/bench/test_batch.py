@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from batch_counts import generate_with_counts
 
 from bench import __main__ as command
 from bench import batch, batch_report, models, timing, turns
@@ -16,9 +15,8 @@ SMALL = ["--layers", "1", "--hidden", "64", "--vocab", "64", "--turns", "1"]
 
 
 @pytest.fixture(autouse=True)
-def counts_and_short_lengths(monkeypatch):
+def short_lengths(monkeypatch):
     monkeypatch.setattr(batch, "MEDIAN", 12)
-    monkeypatch.setattr(batch, "generate", generate_with_counts)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from batch_counts import generate_with_counts
 
 from bench import __main__ as command
 from bench import batch, decoders, e2e, e2e_report, timing, turns
@@ -30,7 +29,6 @@ def short_runs(monkeypatch):
     """Few bare forwards, and short requests of mixed lengths."""
     monkeypatch.setattr(decoders, "BARE_SECONDS", 0.0)
     monkeypatch.setattr(batch, "MEDIAN", 12)
-    monkeypatch.setattr(batch, "generate", generate_with_counts)
 
 
 def run(capsys, *options: str) -> tuple[int, list[str]]:
