@@ -34,7 +34,7 @@ NO_WEIGHT = -1e4
 
 # What a field holds in a row that failed and in one that is not needed, if not zero.
 _ABSENT = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
-_INTEGERS = {"token": torch.int64, "sampled_token": torch.int64, "second_token": torch.int64, "error": torch.int32}
+_INTEGERS = {"token": np.int64, "sampled_token": np.int64, "second_token": np.int64, "error": np.int32}
 
 
 @on_cpu(reference.confidence)
@@ -66,10 +66,9 @@ def confidence(
     )  # fmt: skip
     R, V = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    row = list(range(R)) if rows is None else rows.tolist()
-    present = [n for n, r in enumerate(row) if 0 <= r < R]
+    row = np.arange(R) if rows is None else rows.numpy()
+    present = np.flatnonzero((row >= 0) & (row < R))
     by_output = {
-        "banned": None if banned is None or not banned.shape[-1] else banned.expand(N, -1),
         "temperature": temperature,
         "sample_temperature": sample_temperature,
         "noise": noise,
@@ -77,14 +76,17 @@ def confidence(
         "bias_ids": bias_ids,
         "bias": bias,
     }
+    by_output = {name: x for name, x in by_output.items() if x is not None}
+    ids = None if banned is None else banned.numpy()
 
     # 1. The rows that are there, chunk by chunk.
     size = max(1, CHUNK * torch.get_num_threads() // V)
     chunks = []
     for begin in range(0, len(present), size):
-        at = _places(present[begin : begin + size])
-        places = _places([row[n] for n in present[begin : begin + size]])
-        arguments = {name: x[at] for name, x in by_output.items() if x is not None}
+        numbers = present[begin : begin + size]
+        at, places = _places(numbers), _places(row[numbers])
+        arguments = {name: x[at] for name, x in by_output.items()}
+        arguments["banned"] = ids if ids is None or ids.ndim == 1 else ids[at]
         if previous is not None:
             arguments["previous"] = _copied(previous, places, dtype)
             arguments["previous_logsumexp"] = previous_logsumexp[places]
@@ -92,23 +94,27 @@ def confidence(
         chunks.append(_statistics(x, outputs, soft_cap=soft_cap, seed=seed, **arguments))
 
     # 2. Every output: what its chunk says, or what stands for a row that is not needed or not there.
-    place = torch.tensor(present)
-    failures = [n for n, r in enumerate(row) if r != -1] if len(present) + row.count(-1) < N else []
-    fields = {}
-    for name in Confidence._fields:
+    unneeded = row == -1
+    is_whole = len(present) + np.count_nonzero(unneeded) == N
+    failures = None if is_whole else ~unneeded
+    real = np.float64 if dtype == torch.float64 else np.float32
+    fields = dict.fromkeys(Confidence._fields)
+    for name in fields:
         if not requested(name, outputs):
-            fields[name] = None
             continue
-        values = None
+        if len(present) == N and len(chunks) == 1:
+            fields[name] = torch.from_numpy(chunks[0][name])
+            continue
+        everywhere = np.zeros(N, _INTEGERS.get(name, real))
+        if_failed, if_unneeded = _ABSENT.get(name, (0, 0))
+        if if_unneeded:
+            everywhere[unneeded] = if_unneeded
+        if failures is not None:
+            everywhere[failures] = if_failed
         if chunks:
-            values = chunks[0][name] if len(chunks) == 1 else torch.cat([chunk[name] for chunk in chunks])
-        if len(present) < N or values is None:
-            failed, unneeded = _ABSENT.get(name, (0, 0))
-            everywhere = torch.full((N,), unneeded, dtype=_INTEGERS.get(name, dtype))
-            if failures:
-                everywhere[failures] = failed
-            values = everywhere if values is None else everywhere.index_copy_(0, place, values)
-        fields[name] = values
+            values = [chunk[name] for chunk in chunks]
+            everywhere[present] = values[0] if len(values) == 1 else np.concatenate(values)
+        fields[name] = torch.from_numpy(everywhere)
     return Confidence(**fields)
 
 
@@ -118,7 +124,7 @@ def _statistics(
     *,
     soft_cap: float | None,
     seed: Tensor | None,
-    banned: Tensor | None = None,
+    banned: np.ndarray | None,
     temperature: Tensor | None = None,
     sample_temperature: Tensor | None = None,
     noise: Tensor | None = None,
@@ -127,143 +133,155 @@ def _statistics(
     bias: Tensor | None = None,
     previous: Tensor | None = None,
     previous_logsumexp: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The requested fields of rows of logits [n, V], which are overwritten; every argument has n rows."""
-    V, dtype = x.shape[1], x.dtype
+) -> dict[str, np.ndarray]:
+    """The requested fields of rows of logits [n, V], which are overwritten; every other argument has n rows, or `banned`
+    one for all.
+
+    Torch computes what has V columns, and numpy what has a number a row: there an op costs a few hundred nanoseconds,
+    and one of torch some microseconds.
+    """
+    numbers = x.numpy()
+    each = np.arange(len(numbers))
     if bias is not None:
         _add_bias(x, bias_ids, bias)
 
     # 1. Errors and choices. The largest number of a row tells whether the row holds NaN or +inf too.
-    top = _first_largest(x)
-    peak = _at(x, top)
-    error = ~(peak < LIMIT)
-    token, logit, second_token, second_logit = _best_allowed(x, top, banned, "second" in outputs)
-    error |= ~(logit > -LIMIT)
+    top = numbers.argmax(1)
+    peak = numbers[each, top]
+    token, logit, second_token, second_logit = _best_allowed(numbers, top, peak, banned, "second" in outputs)
+    usable = (peak < LIMIT) & (logit > -LIMIT)
     if temperature is not None:
-        error |= ~_is_temperature(temperature)
+        usable &= _is_temperature(temperature.numpy())
     if "sampled" in outputs:
-        error |= ~(_is_temperature(sample_temperature) | (sample_temperature == 0))
+        usable &= _is_temperature(sample_temperature.numpy()) | (sample_temperature.numpy() == 0)
     if "query" in outputs:
-        in_vocabulary = (query >= 0) & (query < V)
-        error |= ~in_vocabulary
-        query = torch.where(in_vocabulary, query, 0)
-    fields = {"token": token, "error": error.to(torch.int32) * ERROR_LOGITS}
+        query = query.numpy()
+        in_vocabulary = (query >= 0) & (query < numbers.shape[1])
+        usable &= in_vocabulary
+        query = np.where(in_vocabulary, query, 0)
+    fields = {"token": token, "error": np.where(usable, np.int32(0), np.int32(ERROR_LOGITS))}
     if second_token is not None:
         absent = second_logit <= -LIMIT
-        fields["second_token"] = torch.where(absent, -1, second_token)
+        fields["second_token"] = np.where(absent, -1, second_token)
 
     # 2. The cap, and the draw, which has a temperature of its own.
     if soft_cap is not None:
         dead = x <= -LIMIT
         x.div_(soft_cap).tanh_().mul_(soft_cap).masked_fill_(dead, -math.inf)
-        logit = _at(x, token)
-        second_logit = None if second_token is None else _at(x, second_token)
+        logit = numbers[each, token]
+        second_logit = None if second_token is None else numbers[each, second_token]
     fields["logit"] = logit
     if second_token is not None:
-        fields["second_logit"] = torch.where(absent, -math.inf, second_logit)
+        fields["second_logit"] = np.where(absent, -np.inf, second_logit)
     if "sampled" in outputs:
-        draws = ~error & (sample_temperature != 0)
+        draws = usable & (sample_temperature.numpy() != 0)
         fields["sampled_token"] = _drawn(x, token, draws, sample_temperature, seed, noise, banned)
 
     # 3. The softmax.
     pivot = peak
     if temperature is not None:
-        x.div_(temperature.to(dtype)[:, None])
+        x.div_(temperature.to(x.dtype)[:, None])
     if temperature is not None or soft_cap is not None:
-        pivot = x.amax(1)
-    shifted = x.sub_(pivot[:, None])
+        pivot = x.amax(1).numpy()
+    shifted = x.sub_(torch.from_numpy(pivot)[:, None])
     keeps_shifted = "entropy" in outputs or "kl" in outputs
     weight = shifted.exp() if keeps_shifted else shifted.exp_()
-    total = weight.sum(1)
-    fields["confidence"] = _at(weight, token) / total
+    weights, total = weight.numpy(), weight.sum(1)
+    sums = total.numpy()
+    fields["confidence"] = weights[each, token] / sums
     if second_token is not None:
-        second = torch.where(absent, 0.0, _at(weight, second_token))
-        fields["margin"] = fields["confidence"] - second / total
+        second = np.where(absent, np.zeros_like(sums), weights[each, second_token])
+        fields["margin"] = fields["confidence"] - second / sums
     if "sampled" in outputs:
-        fields["sampled_confidence"] = _at(weight, fields["sampled_token"]) / total
+        fields["sampled_confidence"] = weights[each, fields["sampled_token"]] / sums
     if "query" in outputs:
-        fields["query_confidence"] = _at(weight, query) / total
+        fields["query_confidence"] = weights[each, query] / sums
     if "logsumexp" in outputs:
-        fields["logsumexp"] = pivot + total.log()
+        fields["logsumexp"] = pivot + total.log().numpy()
     if keeps_shifted:
         # An id of weight 0 may have shifted = -inf, and -inf * 0 is NaN: such an id adds nothing.
         shifted.clamp_(min=NO_WEIGHT)
     if "kl" in outputs:
         fields["kl"] = _divergence(
             shifted, weight, total, previous, previous_logsumexp, soft_cap=soft_cap, temperature=temperature
-        )
+        ).numpy()
     if "entropy" in outputs:
-        fields["entropy"] = total.log() - shifted.mul_(weight).sum(1) / total
+        fields["entropy"] = (total.log() - shifted.mul_(weight).sum(1) / total).numpy()
 
     # 4. Rows that failed.
-    if error.any():
+    if not usable.all():
         for name in fields.keys() - {"error"}:
-            fields[name] = torch.where(error, _ABSENT.get(name, (0, 0))[0], fields[name])
+            fields[name] = np.where(usable, fields[name], fields[name].dtype.type(_ABSENT.get(name, (0, 0))[0]))
     return fields
 
 
 def _best_allowed(
-    x: Tensor, top: Tensor, banned: Tensor | None, wants_second: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    x: np.ndarray, top: np.ndarray, peak: np.ndarray, banned: np.ndarray | None, wants_second: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """The best id of each row of x that is not banned and its logit, and those of the next one if that is wanted.
 
-    Ids are taken out of x for a while, and put back.
+    Ids are taken out of x for a while, and put back. `top` and `peak` are the best id and its logit where nothing is
+    banned.
     """
-    best = _best(x, top, wants_second)
+    best = _best(x, top, peak, wants_second)
     # Ids are banned so that they do not win where they would; mostly they would not.
     if banned is None or not any((banned == ids[:, None]).any() for ids in best[::2] if ids is not None):
         return best
-    places, held = _ban(x, banned)
-    best = _best(x, _first_largest(x), wants_second)
-    x.scatter_(1, places, held)
+    place, held = _ban(x, banned)
+    top = x.argmax(1)
+    best = _best(x, top, x[np.arange(len(x)), top], wants_second)
+    x[place] = held
     return best
 
 
-def _best(x: Tensor, top: Tensor, wants_second: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`_best_allowed` where nothing is banned; `top` is the best id."""
-    logit, second_token, second_logit = _at(x, top), None, None
-    if wants_second:
-        x.scatter_(1, top[:, None], -math.inf)
-        second_token = _first_largest(x)
-        second_logit = _at(x, second_token)
-        x.scatter_(1, top[:, None], logit[:, None])
-    return top, logit, second_token, second_logit
+def _best(
+    x: np.ndarray, top: np.ndarray, peak: np.ndarray, wants_second: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """`_best_allowed` where nothing is banned."""
+    if not wants_second:
+        return top, peak, None, None
+    each = np.arange(len(x))
+    x[each, top] = -np.inf
+    second_token = x.argmax(1)
+    second_logit = x[each, second_token]
+    x[each, top] = peak
+    return top, peak, second_token, second_logit
 
 
-def _ban(x: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes the banned logits -inf in place. Returns places [n, K] and what x held there."""
-    inside = (banned >= 0) & (banned < x.shape[1])
-    # An id outside of the vocabulary puts back what place 0 holds, unless 0 is banned too.
-    places = torch.where(inside, banned, 0)
-    held = x.gather(1, places)
-    x.scatter_reduce_(1, places, torch.where(inside, -math.inf, held), "amin")
-    return places, held
+def _ban(x: np.ndarray, banned: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Makes the logits of banned ids [K] or [n, K] -inf in place. Returns their places and what x held there."""
+    banned = np.broadcast_to(banned, (len(x), banned.shape[-1]))
+    row, column = np.nonzero((banned >= 0) & (banned < x.shape[1]))
+    place = row, banned[row, column]
+    held = x[place]
+    x[place] = -np.inf
+    return place, held
 
 
 def _drawn(
     capped: Tensor,
-    token: Tensor,
-    draws: Tensor,
+    token: np.ndarray,
+    draws: np.ndarray,
     temperature: Tensor,
     seed: Tensor,
     noise: Tensor,
-    banned: Tensor | None,
-) -> Tensor:
+    banned: np.ndarray | None,
+) -> np.ndarray:
     """[n] sampled ids: of rows that draw, the id of highest score; of the others the token.
 
     Only ids that some noise could make the best one get noise: few, unless the row is flat.
     """
-    rows = draws.nonzero()[:, 0]
+    sampled, rows = token.copy(), np.flatnonzero(draws)
     if not len(rows):
-        return token.clone()
+        return sampled
     # 1. The scores without noise, and who may win.
-    scores = capped[rows]
+    scores = capped[torch.from_numpy(rows)]
     if banned is not None:
-        _ban(scores, banned[rows])
+        _ban(scores.numpy(), banned if banned.ndim == 1 else banned[rows])
     allowed = scores > -LIMIT
     scores.mul_((1 / temperature[rows].to(scores.dtype))[:, None])
-    best = _at(scores, token[rows])
-    may_win = allowed & (scores >= best[:, None] - NOISE_SPAN)
+    best = scores.numpy()[np.arange(len(rows)), token[rows]]
+    may_win = allowed & (scores >= torch.from_numpy(best)[:, None] - NOISE_SPAN)
 
     # 2. Their noise, row after row, and the lowest id of the highest score.
     place = np.flatnonzero(may_win.numpy())
@@ -274,8 +292,8 @@ def _drawn(
     drawn = scores.flatten()[place].add_(random_numbers.gumbel(k0[row], k1[row], ids, scores.dtype)).numpy()
     largest = np.maximum.reduceat(drawn, np.cumsum(count) - count)
     wins = np.flatnonzero(drawn == largest[row])
-    first = wins[np.searchsorted(row[wins], np.arange(len(rows)))]
-    return token.index_copy(0, rows, torch.from_numpy(ids[first]))
+    sampled[rows] = ids[wins[np.searchsorted(row[wins], np.arange(len(rows)))]]
+    return sampled
 
 
 def _divergence(
@@ -309,26 +327,18 @@ def _add_bias(x: Tensor, bias_ids: Tensor, bias: Tensor) -> None:
         x.scatter_add_(1, places[:, k, None], added[:, k, None])
 
 
-def _first_largest(x: Tensor) -> Tensor:
-    """[n] lowest id among the largest of each row; that of a NaN if there is one. Numpy searches ten times as fast as
-    torch."""
-    return torch.from_numpy(np.argmax(x.numpy(), axis=1))
-
-
-def _at(x: Tensor, ids: Tensor) -> Tensor:
-    return x.gather(1, ids[:, None])[:, 0]
-
-
-def _is_temperature(values: Tensor) -> Tensor:
+def _is_temperature(values: np.ndarray) -> np.ndarray:
     return (values >= MIN_TEMPERATURE) & (values <= MAX_TEMPERATURE)
 
 
-def _places(numbers: list[int]) -> slice | Tensor:
-    """Ascending numbers without a gap as a slice, whose rows are a view."""
-    first, end = numbers[0], numbers[-1] + 1
-    return slice(first, end) if numbers == list(range(first, end)) else torch.tensor(numbers)
+def _places(numbers: np.ndarray) -> slice | np.ndarray:
+    """Numbers as a slice if they ascend without a gap: its rows are a view."""
+    first, count = int(numbers[0]), len(numbers)
+    if int(numbers[-1]) - first == count - 1 and (numbers[1:] > numbers[:-1]).all():
+        return slice(first, first + count)
+    return numbers.astype(np.int64)
 
 
-def _copied(x: Tensor, places: slice | Tensor, dtype: torch.dtype) -> Tensor:
+def _copied(x: Tensor, places: slice | np.ndarray, dtype: torch.dtype) -> Tensor:
     """The rows of a tensor in `dtype`, copied once."""
     return x[places].to(dtype, copy=isinstance(places, slice))
