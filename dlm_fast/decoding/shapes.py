@@ -39,6 +39,9 @@ WORTH = 4
 MOST_WIDTHS = 8
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
+# A block takes so many denoise steps of one width, when a grid is planned: fewer than most decoders take, which know that
+# only when they are done.
+STEPS = 4
 # The regions of a pipeline that its grid is planned for, in blocks, and the fewest lanes of its steps.
 PIPELINE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 FEW_BLOCKS = 4
@@ -228,8 +231,8 @@ def _classes(widths: Counter[int], most: int) -> list[tuple[list[int], int]]:
 
 
 def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
-    """The widths of the windows that the rows will need, one for every block of every row and each kind of step, and
-    the largest that any row may need."""
+    """The widths of the windows that the rows will need, of every block of every row and each kind of step, and the
+    largest that any row may need."""
     start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
     constants = Constants.of(
         start.tokens.shape[0], start.tokens.shape[1] + plan.block_length, None, torch.device("cpu")
@@ -251,7 +254,7 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
                 block_step=torch.ones_like(start.block_step), step=torch.full_like(start.step, block),
             )  # fmt: skip
             for kind in _kinds(plan, block):
-                found[kind] += _positions(here, there, kind, rows)
+                found[kind] += _positions(here, there, kind, rows) * (STEPS if kind == "denoise" else 1)
             if plan.defers and block:
                 # A block's first step computes the block before too.
                 found["denoise"] += [width + plan.block_length for width in _positions(here, there, "denoise", rows)]
