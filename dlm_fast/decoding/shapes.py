@@ -39,8 +39,8 @@ WORTH = 4
 MOST_WIDTHS = 8
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
-# A block takes so many denoise steps of one width, when a grid is planned: fewer than most decoders take, which know that
-# only when they are done.
+# A block takes so many denoise steps of one width, when a grid is planned: fewer than most decoders take, and how many
+# they take is known only afterwards.
 STEPS = 4
 # The regions of a pipeline that its grid is planned for, in blocks, and the fewest lanes of its steps.
 PIPELINE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -115,6 +115,27 @@ def test_a_decode_has_few_shapes_and_one_shape_less_waste_than_one_for_all(prese
         assert out.computed_tokens < 0.8 * before.computed_tokens
 
 
+# An eighth of the lengths that `bench batch` measures, of published blocks, and of what a step costs a GPU besides its
+# positions: what these may waste.
+WASTE = {"fast-dllm-dual": 2.0, "fast-dllm-prefix": 2.5, "fast-dllm": 1.5, "sdar": 1.4, "llada2": 1.4, "d2f": 2.0}
+
+
+@pytest.mark.parametrize("preset", WASTE)
+def test_a_batch_of_mixed_lengths_computes_little_more_than_its_rows_need(preset, monkeypatch):
+    monkeypatch.setattr(progress, "fixed_positions", lambda *of: shapes.WEIGHTS_READ["cuda"] // 8)
+    draws = torch.Generator().manual_seed(0)
+    prompts, new = (
+        (15 * torch.exp(sigma * torch.randn(16, generator=draws))).round().int().clamp(min=1).tolist()
+        for sigma in (0.6, 0.8)
+    )
+    options = {"preset": preset, "max_new_tokens": new, "stop": "never", **options_of(preset)}
+    # The region of a pipeline grows to all of its row where a random model passes no threshold.
+    options |= bolder(preset) if preset == "d2f" else {}
+    out = dlm_fast.generate(model_for(preset), random_prompts(prompts), **options)
+    assert out.computed_tokens <= WASTE[preset] * sum(out.query_tokens)
+    assert len(out.shapes) <= MOST_SHAPES
+
+
 def needs_of(widths: list[int]) -> list[tuple[int, int, int, bool]]:
     return [(width, row, 1, False) for row, width in enumerate(widths)]
 

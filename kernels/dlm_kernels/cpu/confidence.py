@@ -134,11 +134,11 @@ def _statistics(
     previous: Tensor | None = None,
     previous_logsumexp: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """The requested fields of rows of logits [n, V], which are overwritten; every other argument has n rows, or `banned`
-    one for all.
+    """The requested fields of rows of logits [n, V], which are overwritten; every argument has n rows, and `banned` may
+    have one for all.
 
-    Torch computes what has V columns, and numpy what has a number a row: there an op costs a few hundred nanoseconds,
-    and one of torch some microseconds.
+    Torch computes what has V columns, and numpy what has a number a row: an op of numpy costs some hundred nanoseconds
+    there, and one of torch some microseconds.
     """
     numbers = x.numpy()
     each = np.arange(len(numbers))
