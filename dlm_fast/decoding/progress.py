@@ -93,7 +93,7 @@ class StepTooLarge(RuntimeError):
         self.bucket = bucket
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run_steps(
     decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket] | None = None
 ) -> None:
