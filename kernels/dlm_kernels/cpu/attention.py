@@ -12,7 +12,7 @@ from .. import reference
 from ..checks.attention import check_arguments
 from ..window import Window, capacity
 from .calls import on_cpu
-from .sight import Places, Product, Sizes, sight_of
+from .sight import Places, Product, Sizes, kept_sight, new_sight
 
 
 @on_cpu(reference.block_attention)
@@ -40,33 +40,67 @@ def block_attention(
             q, k, v, k_cache, v_cache, window,
             scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
         )  # fmt: skip
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    check_arguments(
-        q, k, v, k_cache, v_cache, window,
-        scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes,
-    )  # fmt: skip
-    B, H, W, D = q.shape
-    if q.numel() == 0:
-        return q.new_empty(B, W, H, D).transpose(1, 2)
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    R, S_max = (None, None) if k_cache is None else (k_cache.shape[0], capacity(k_cache, window))
-    sizes = Sizes(k.shape[1], 2 * H * D, precision, R, S_max, sliding_window)
-    sight = sight_of(window, sizes)
+    # 1. A call of the same form as one that was accepted with this window, whose numbers are as they were, needs no
+    # second look: whatever `check_arguments` reads is in the form, or in the window, whose fields cannot be set.
+    form = _form(q, k, v, k_cache, v_cache, scale, k_scale, v_scale, sliding_window)
+    sight = None if form is None else kept_sight(window, form)
+    if sight is None:
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        check_arguments(
+            q, k, v, k_cache, v_cache, window,
+            scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes,
+        )  # fmt: skip
+        B, H, W, D = q.shape
+        if q.numel() == 0:
+            return q.new_empty(B, W, H, D).transpose(1, 2)
+        precision = torch.float64 if q.dtype == torch.float64 else torch.float32
+        R, S_max = (None, None) if k_cache is None else (k_cache.shape[0], capacity(k_cache, window))
+        sight = new_sight(window, form, Sizes(k.shape[1], 2 * H * D, precision, R, S_max, sliding_window))
 
-    # 1. The window's keys are stored.
+    # 2. The window's keys are stored.
     for store in sight.stores:
-        k_cache[store.cache_rows, :, store.slots] = k[store.rows, :, store.positions]
-        v_cache[store.cache_rows, :, store.slots] = v[store.rows, :, store.positions]
+        to, of = (store.cache_rows, slice(None), store.slots), (store.rows, slice(None), store.positions)
+        k_cache[to] = k if store.is_whole else k[of]
+        v_cache[to] = v if store.is_whole else v[of]
 
-    # 2. The products. What torch returns is a transposed view of [rows, queries, H, D], as the result is.
-    out = None if sight.is_whole else q.new_zeros(B, W, H, D)
+    # 3. The products. What torch returns is a transposed view of [rows, queries, H, D], as the result is.
+    if sight.is_whole:
+        attended = _attended(sight.products[0], q, k, v, k_cache, v_cache, scale, sight.precision)
+        attended = _cast(attended, q.dtype)
+        laid_out = attended.transpose(1, 2)
+        return attended if laid_out.is_contiguous() else laid_out.contiguous().transpose(1, 2)
+    B, H, W, D = q.shape
+    out = q.new_zeros(B, W, H, D)
     for product in sight.products:
-        attended = _attended(product, q, k, v, k_cache, v_cache, scale, precision).to(q.dtype).transpose(1, 2)
-        if out is None:
-            return attended.contiguous().transpose(1, 2)
+        attended = _attended(product, q, k, v, k_cache, v_cache, scale, sight.precision).to(q.dtype).transpose(1, 2)
         rows, queries = (slice(None) if places is None else places for places in (product.rows, product.queries))
         out[rows, queries] = attended
     return out.transpose(1, 2)
+
+
+def _form(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    sliding_window: int | None,
+) -> tuple | None:
+    """What a sight and `check_arguments` read of a call, but for its window; None where they must look at the memory.
+
+    Where both caches begin at one address, they may share memory. Gradients are not for this op (`on_cpu`).
+    """
+    tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]
+    if k_cache is not None or v_cache is not None:
+        if k_cache is None or v_cache is None or k_cache.data_ptr() == v_cache.data_ptr():
+            return None
+        tensors += [(x.shape, x.stride(), x.dtype, x.device) for x in (k_cache, v_cache)]
+    # True equals 1 and is refused.
+    numbers = type(scale), scale, type(sliding_window), sliding_window
+    return *tensors, *numbers, k_scale is None, v_scale is None
 
 
 def _attended(
@@ -80,13 +114,14 @@ def _attended(
     precision: torch.dtype,
 ) -> Tensor:
     """[rows, H, queries, D] of one product, in `precision`; zeros where a query is dead."""
-    queries = _at(_at(q, 0, product.rows), 2, product.queries).to(precision)
+    queries = _cast(_at(_at(q, 0, product.rows), 2, product.queries), precision)
     keys, values = _joined(product, k_cache, k, precision), _joined(product, v_cache, v, precision)
-    options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": keys.shape[1] != queries.shape[1]}
+    options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     attended = F.scaled_dot_product_attention(queries, keys, values, **options)
-    if not attended.all():
-        # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen. The sum of the weights, which
-        # is 1 otherwise, tells such a result from one that happens to hold a zero.
+    # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen: then the first column is zero
+    # too, or NaN where a value is not finite.
+    if not attended.select(3, 0).abs().amin().item() > 0 and not attended.all():
+        # The sum of the weights, which is 1 otherwise, tells such a result from one that happens to hold a zero.
         weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values), **options)
         attended = attended.masked_fill(weights == 0, math.nan)
     return attended if product.dead_queries is None else attended.masked_fill(product.dead_queries, 0.0)
@@ -95,12 +130,12 @@ def _attended(
 def _joined(product: Product, cache: Tensor | None, new: Tensor, precision: torch.dtype) -> Tensor:
     """[rows, H_kv, keys, D]: the keys or values of a product; a view of the cache or of the window's where those are
     all."""
-    parts = [_at(_at(cache, 2, places), 0, product.cache_rows) for places in product.slots]
+    parts = [_cast(_at(_at(cache, 2, places), 0, product.cache_rows), precision) for places in product.slots]
     if product.joins:
-        parts.append(_at(_at(new, 0, product.rows), 2, product.positions))
+        parts.append(_cast(_at(_at(new, 0, product.rows), 2, product.positions), precision))
     if len(parts) == 1 and product.dead_keys is None:
-        return parts[0].to(precision)
-    joined = torch.cat([part.to(precision) for part in parts], 2)
+        return parts[0]
+    joined = torch.cat(parts, 2)
     if product.dead_keys is not None:
         # What nobody may read can be NaN, which neither a weight of zero nor a score of -inf would silence.
         joined.view(-1, joined.shape[3]).index_fill_(0, product.dead_keys, 0.0)
@@ -114,3 +149,8 @@ def _at(tensor: Tensor, dim: int, places: Places) -> Tensor:
     if isinstance(places, slice):
         return tensor.narrow(dim, places.start, places.stop - places.start)
     return tensor.index_select(dim, places)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`; a call of `to` that changes nothing costs as much as one that does."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
     """A decorator for an op of this backend, which computes what `specification` computes.
@@ -27,9 +29,9 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
             if torch.compiler.is_compiling():
                 return specification(*arguments, **options)
             first = arguments[0] if arguments else options[name]
-            if type(first) not in (Tensor, torch.nn.Parameter) or _has_gradient(*arguments, *options.values()):
+            if type(first) not in PLAIN or (torch.is_grad_enabled() and _has_gradient(*arguments, *options.values())):
                 return specification(*arguments, **options)
-            if first.device.type != "cpu":
+            if not first.is_cpu:
                 raise ValueError(
                     f"{op.__name__}: backend 'cpu' takes tensors on a CPU, got tensors on {first.device}; "
                     "the plain-torch reference runs anywhere (backend='reference')"
@@ -42,4 +44,4 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
 
 
 def _has_gradient(*arguments: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)

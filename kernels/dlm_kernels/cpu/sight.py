@@ -4,6 +4,9 @@ and who is hidden from whom."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,12 +27,14 @@ RANGES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Keys to store: cache[cache_rows, :, slots] = k[rows, :, positions], a range of one row or numbers [n] each."""
+    """Keys to store: cache[cache_rows, :, slots] = k[rows, :, positions], ranges or numbers [n] each; of `is_whole` all
+    of k."""
 
-    rows: int | Tensor
+    rows: int | slice | Tensor
     positions: slice | Tensor
-    cache_rows: int | Tensor
+    cache_rows: int | slice | Tensor
     slots: slice | Tensor
+    is_whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +70,30 @@ class Sight:
     """What a window stores and sees.
 
     Attributes:
-        content: what all this follows from.
+        form: what this follows from besides the window, and what else was checked of the call.
+        fields: names of the window's tensors that this follows from.
+        memory: arrays that share their memory.
+        begins: their addresses.
+        content: their bytes.
+        precision: dtype of the products.
         stores: what is stored first.
         products: every live query is in exactly one.
         is_whole: whether a single product has the shape of the result.
     """
 
-    content: tuple
+    form: tuple | None
+    fields: tuple[str, ...]
+    memory: tuple[np.ndarray, ...]
+    begins: list[int]
+    content: list[bytes]
+    precision: torch.dtype
     stores: tuple[Store, ...]
     products: tuple[Product, ...]
     is_whole: bool
+
+    def __reduce__(self) -> tuple:
+        """A deep copy and a pickle of a window have None in place of its sight, whose memory is that of the window."""
+        return type(None), ()
 
 
 class _Row(NamedTuple):
@@ -122,32 +141,116 @@ class Sizes(NamedTuple):
     sliding_window: int | None
 
 
-def sight_of(window: Window, sizes: Sizes) -> Sight:
-    """The window's sight, which stays beside the window for the layers to come.
+def kept_sight(window: Window, form: tuple) -> Sight | None:
+    """The sight that stays beside the window for the layers to come, if it is of the same form and no tensor was
+    written meanwhile."""
+    parts = vars(window)
+    sight = parts.get("_sight")
+    if sight is None or sight.form != form or [parts[name].data_ptr() for name in sight.fields] != sight.begins:
+        return None
+    # Comparing bytes finds what was written through an array or `.data` too, which no version of a tensor counts.
+    return sight if [x.tobytes() for x in sight.memory] == sight.content else None
 
-    What the sight was made from stays with it. A window whose tensors were written meanwhile gets another one.
-    """
-    fields = [window.q_pos, window.q_block, window.q_len]
+
+def new_sight(window: Window, form: tuple | None, sizes: Sizes) -> Sight:
+    """The window's sight, which replaces the one beside it."""
+    fields = ["q_block", "q_len"] if window.mode in ("full", "block") else ["q_pos", "q_block", "q_len"]
     if sizes.S_max is not None:
-        fields += [window.kv_slot, window.kv_len, window.replaced, window.cache_row]
-        fields += [] if window.kept is None else [window.kept]
-    content = (sizes, *(field.numpy().tobytes() for field in fields))
-    sight = vars(window).get("_sight")
-    if sight is None or sight.content != content:
-        sight = _made(window, sizes, content)
-        # A field of the dataclass would be an argument of every operator (`library`), and a copy would take it along.
-        vars(window)["_sight"] = sight
+        fields += ["kv_slot", "kv_len", "replaced", "cache_row"] + ([] if window.kept is None else ["kept"])
+    tensors = [getattr(window, name) for name in fields]
+    memory = tuple(x.numpy() for x in tensors)
+    begins, content = [x.data_ptr() for x in tensors], [x.tobytes() for x in memory]
+    stores, products = _alike(window, sizes) or _unlike(window, sizes)
+    is_whole = len(products) == 1 and products[0].rows is None and products[0].queries is None
+    sight = Sight(form, tuple(fields), memory, begins, content, sizes.precision, stores, products, is_whole)
+    # A field of the dataclass would be an argument of every operator (`library`), and a copy would take it along.
+    vars(window)["_sight"] = sight
     return sight
 
 
-def _made(window: Window, sizes: Sizes, content: tuple) -> Sight:
+def _alike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Product, ...]] | None:
+    """The stores and the product of rows that are all alike, worked out from where ranges begin and end; None of other
+    windows.
+
+    The live positions of every row that has some are its first ones, as many in each. All see the same slots. All store
+    every live position, in one range of slots that is the same in each, or none does.
+    """
+    (B, W), S_max = window.shape, sizes.S_max
+    lengths = window.q_len.tolist()
+    rows = [b for b, length in enumerate(lengths) if length > 0]
+    if not rows:
+        return (), ()
+    count = min(lengths[rows[0]], W)
+    of_rows = operator.itemgetter(*rows) if len(rows) > 1 else lambda numbers: (numbers[rows[0]],)
+    blocks = [numbers[:count] for numbers in of_rows(window.q_block.tolist())]
+    lowest = min(map(min, blocks))
+    is_odd = window.kept is not None or sizes.sliding_window is not None or lowest < 0
+    if is_odd or not _are_equal(of_rows(lengths)):
+        return None
+
+    # 1. The slots that are seen, and those that are stored.
+    seen, slot, cache_rows = [], -1, rows
+    if S_max is not None:
+        kv_lens, replaced, cache_rows = (
+            of_rows(x.tolist()) for x in (window.kv_len, window.replaced, window.cache_row)
+        )
+        slots = [numbers[:count] for numbers in of_rows(window.kv_slot.tolist())]
+        slot = slots[0][0]
+        expected = [-1] * count if slot < 0 else list(range(slot, slot + count))
+        if slots[0] != expected or not all(map(_are_equal, (kv_lens, replaced, slots))):
+            return None
+        end = max(0, min(kv_lens[0], S_max))
+        hidden, shown = max(0, replaced[0][0]), min(replaced[0][1], end)
+        seen = [(0, hidden), (shown, end)] if hidden < shown else [(0, end)]
+        seen = [(begin, end) for begin, end in seen if begin < end]
+    stores = ()
+    if slot >= 0:
+        to, of = (_places(x) for x in (cache_rows, rows))
+        stores = (Store(of, slice(0, count), to, slice(slot, slot + count), is_whole=(len(rows), count) == (B, W)),)
+
+    # 2. Once the window is stored, all that is seen lies in the cache. If that is a range, nothing is copied.
+    before, joins = sum(end - begin for begin, end in seen), True
+    keys = before + count
+    if seen and slot >= 0:
+        pieces = sorted([*seen, (slot, slot + count)])
+        if all(piece[1] == following[0] for piece, following in itertools.pairwise(pieces)):
+            joins, before = False, sum(end - begin for begin, end in seen if end <= slot)
+            seen = [(pieces[0][0], pieces[-1][1])]
+
+    # 3. Who looks at whom. In mode "full", and within one block, all do.
+    mask = None
+    if window.mode == "causal" or (window.mode != "full" and max(map(max, blocks)) > lowest):
+        # Rows of the same blocks have one mask, but for a shadow, which looks at positions too.
+        allowed = _allowed(window, rows[:1] if window.mode == "block" and _are_equal(blocks) else rows, slice(count))
+        if allowed is not None:
+            sees = np.ones((len(allowed), count, keys), dtype=bool)
+            sees[:, :, before : before + count] = allowed
+            mask = _mask(sees, sizes.precision)[:, None]
+    live = None if count == W else slice(0, count)
+    product = Product(
+        rows=_places(rows, B),
+        queries=live,
+        cache_rows=_places(cache_rows, sizes.R),
+        slots=tuple(None if (begin, end) == (0, S_max) else slice(begin, end) for begin, end in seen),
+        positions=live,
+        joins=joins,
+        mask=mask,
+    )
+    return stores, (product,)
+
+
+def _are_equal(numbers: Sequence) -> bool:
+    return numbers.count(numbers[0]) == len(numbers)
+
+
+def _unlike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Product, ...]]:
+    """The stores and the products of any window."""
     rows = _rows(window, sizes)
     groups = _groups(rows, sizes.work)
     products = tuple(
         _alone(window, sizes, group[0]) if len(group) == 1 else _together(window, sizes, group) for group in groups
     )
-    is_whole = len(products) == 1 and products[0].rows is None and products[0].queries is None
-    return Sight(content, _stores(rows), products, is_whole)
+    return _stores(rows), products
 
 
 def _rows(window: Window, sizes: Sizes) -> list[_Row]:
@@ -273,12 +376,12 @@ def _allowed(window: Window, rows: int | list[int], positions: np.ndarray | slic
     all."""
     if window.mode == "full":
         return None
-    position, block = (x.numpy()[rows][..., positions] for x in (window.q_pos, window.q_block))
-    order = position if window.mode == "causal" else block
+    order = (window.q_pos if window.mode == "causal" else window.q_block).numpy()[rows][..., positions]
     allowed = order[..., None, :] <= order[..., :, None]
     if window.mode == "shadow":
+        position = window.q_pos.numpy()[rows][..., positions]
         is_twin = position[..., None, :] == position[..., :, None]
-        allowed &= ~(is_twin & (block[..., None, :] < block[..., :, None]))
+        allowed &= ~(is_twin & (order[..., None, :] < order[..., :, None]))
     return None if allowed.all() else allowed
 
 
@@ -286,12 +389,13 @@ def _mask(sees: np.ndarray, precision: torch.dtype) -> Tensor:
     return torch.zeros(sees.shape, dtype=precision).masked_fill_(torch.from_numpy(~sees), -torch.inf)
 
 
-def _places(numbers: np.ndarray, size: int | None = None) -> Places:
-    """The places of ascending or any numbers: a range where they are one, None where they are all of `size`."""
-    begin, count = int(numbers[0]), len(numbers)
-    if (np.diff(numbers) == 1).all():
+def _places(numbers: Sequence[int] | np.ndarray, size: int | None = None) -> Places:
+    """The places of numbers in any order: a range where they are one, None where they are all of `size`."""
+    numbers = list(numbers) if not isinstance(numbers, np.ndarray) else numbers.tolist()
+    begin, count = numbers[0], len(numbers)
+    if numbers == list(range(begin, begin + count)):
         return None if count == size else slice(begin, begin + count)
-    return _numbers(numbers)
+    return torch.tensor(numbers)
 
 
 def _ranges(numbers: np.ndarray, size: int | None) -> tuple[Places, ...]:
