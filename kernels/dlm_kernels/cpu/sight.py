@@ -221,11 +221,10 @@ def _alike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Produ
     mask = None
     if window.mode == "causal" or (window.mode != "full" and max(map(max, blocks)) > lowest):
         # Rows of the same blocks have one mask, but for a shadow, which looks at positions too.
-        allowed = _allowed(window, rows[:1] if window.mode == "block" and _are_equal(blocks) else rows, slice(count))
-        if allowed is not None:
-            sees = np.ones((len(allowed), count, keys), dtype=bool)
-            sees[:, :, before : before + count] = allowed
-            mask = _mask(sees, sizes.precision)[:, None]
+        looking = rows[:1] if window.mode == "block" and _are_equal(blocks) else rows
+        hidden = _hidden(window, _places(looking), slice(0, count))
+        mask = torch.zeros(len(looking), 1, count, keys, dtype=sizes.precision)
+        mask.narrow(3, before, count).masked_fill_(hidden.unsqueeze(1), -torch.inf)
     live = None if count == W else slice(0, count)
     product = Product(
         rows=_places(rows, B),
@@ -313,8 +312,7 @@ def _groups(rows: list[_Row], work: int) -> list[list[_Row]]:
 def _alone(window: Window, sizes: Sizes, row: _Row) -> Product:
     """The product of a single row: of exactly what is live and seen."""
     (B, W), S_max = window.shape, sizes.S_max
-    allowed = _allowed(window, row.row, row.live)
-    order, joins = None, True
+    order, joins, mask = None, True, None
     slots = _ranges(row.seen, S_max)
     if len(row.seen) and (row.stored >= 0).all():
         # Once the window is stored, all that is seen lies in the cache. If that is a range, nothing is copied.
@@ -322,10 +320,10 @@ def _alone(window: Window, sizes: Sizes, row: _Row) -> Product:
         begin, end = int(every.min()), int(every.max()) + 1
         if end - begin == len(every):
             order, joins, slots = np.argsort(every), False, (_places(np.arange(begin, end), S_max),)
-    mask = None
-    if allowed is not None:
-        mask = np.concatenate([np.ones((len(row.live), len(row.seen)), dtype=bool), allowed], 1)
-        mask = _mask(mask if order is None else mask[:, order], sizes.precision)[None, None]
+    if window.mode != "full":
+        hidden = _hidden(window, slice(row.row, row.row + 1), _numbers(row.live))[0].numpy()
+        sees = np.concatenate([np.ones((len(row.live), len(row.seen)), dtype=bool), ~hidden], 1)
+        mask = _mask(sees if order is None else sees[:, order], sizes.precision)[None, None] if hidden.any() else None
     live = _places(row.live, W)
     return Product(
         rows=_places(np.array([row.row]), B),
@@ -349,9 +347,8 @@ def _together(window: Window, sizes: Sizes, group: list[_Row]) -> Product:
         readable[i, row.seen] = True
     readable[:, slots:] = live
     sees = np.repeat(readable[:, None], queries, 1)
-    allowed = _allowed(window, [row.row for row in group], slice(queries))
-    if allowed is not None:
-        sees[:, :, slots:] &= allowed
+    if window.mode != "full":
+        sees[:, :, slots:] &= ~_hidden(window, _places([row.row for row in group]), slice(0, queries)).numpy()
     # The result of a dead query is replaced. Of a query that sees nothing it would be zero, which is looked into.
     sees[~live] = True
     dead_keys = None
@@ -371,18 +368,16 @@ def _together(window: Window, sizes: Sizes, group: list[_Row]) -> Product:
     )
 
 
-def _allowed(window: Window, rows: int | list[int], positions: np.ndarray | slice) -> np.ndarray | None:
-    """[..., queries, positions] bool: whether a window position looks at another if both are live; None = all look at
-    all."""
-    if window.mode == "full":
-        return None
-    order = (window.q_pos if window.mode == "causal" else window.q_block).numpy()[rows][..., positions]
-    allowed = order[..., None, :] <= order[..., :, None]
+def _hidden(window: Window, rows: slice | Tensor, positions: slice | Tensor) -> Tensor:
+    """[rows, queries, positions] bool: whether a query does not look at a window position though both are live; of
+    modes other than "full"."""
+    order = (window.q_pos if window.mode == "causal" else window.q_block)[rows][:, positions]
+    hidden = order.unsqueeze(1) > order.unsqueeze(2)
     if window.mode == "shadow":
-        position = window.q_pos.numpy()[rows][..., positions]
-        is_twin = position[..., None, :] == position[..., :, None]
-        allowed &= ~(is_twin & (order[..., None, :] < order[..., :, None]))
-    return None if allowed.all() else allowed
+        position = window.q_pos[rows][:, positions]
+        is_twin = position.unsqueeze(1) == position.unsqueeze(2)
+        hidden |= is_twin & (order.unsqueeze(1) < order.unsqueeze(2))
+    return hidden
 
 
 def _mask(sees: np.ndarray, precision: torch.dtype) -> Tensor:
