@@ -12,7 +12,7 @@ from .. import reference
 from ..checks.attention import check_arguments
 from ..window import Window, capacity
 from .calls import on_cpu
-from .sight import Places, Product, Sizes, kept_sight, new_sight
+from .sight import Places, Product, Sizes, known_sight, new_sight
 
 
 @on_cpu(reference.block_attention)
@@ -43,7 +43,7 @@ def block_attention(
     # 1. A call of the same form as one that was accepted with this window, whose numbers are as they were, needs no
     # second look: whatever `check_arguments` reads is in the form, or in the window, whose fields cannot be set.
     form = _form(q, k, v, k_cache, v_cache, scale, k_scale, v_scale, sliding_window)
-    sight = None if form is None else kept_sight(window, form)
+    sight = None if form is None else known_sight(window, form)
     if sight is None:
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         check_arguments(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..window import Window
+from ..window import Mode, Window
 
 # Where slots or positions are read: a range, their numbers, or None for all.
 Places = slice | Tensor | None
@@ -23,6 +23,8 @@ Places = slice | Tensor | None
 CALL = 1 << 19
 # Slots that lie in more ranges than these are read by their numbers.
 RANGES = 4
+# A sight of more numbers is not kept beyond its window.
+KEPT = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +66,23 @@ class Product:
     dead_keys: Tensor | None = None
     dead_queries: Tensor | None = None
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers its large tensors hold."""
+        return sum(0 if x is None else x.numel() for x in (self.mask, self.dead_keys))
 
-@dataclasses.dataclass(frozen=True)
-class Sight:
+
+class Sight(NamedTuple):
     """What a window stores and sees.
 
     Attributes:
-        form: what this follows from besides the window, and what else was checked of the call.
-        fields: names of the window's tensors that this follows from.
+        form: what was checked of the call besides its window: what this follows from is part of that.
+        mode: mode of the window.
+        layout: shape, strides and device of each of its tensors.
+        fields: names of the tensors whose numbers this follows from.
+        content: their bytes.
         memory: arrays that share their memory.
         begins: their addresses.
-        content: their bytes.
         precision: dtype of the products.
         stores: what is stored first.
         products: every live query is in exactly one.
@@ -82,10 +90,12 @@ class Sight:
     """
 
     form: tuple | None
+    mode: Mode
+    layout: dict[str, tuple]
     fields: tuple[str, ...]
-    memory: tuple[np.ndarray, ...]
-    begins: list[int]
     content: list[bytes]
+    memory: list[np.ndarray]
+    begins: list[int]
     precision: torch.dtype
     stores: tuple[Store, ...]
     products: tuple[Product, ...]
@@ -141,31 +151,54 @@ class Sizes(NamedTuple):
     sliding_window: int | None
 
 
-def kept_sight(window: Window, form: tuple) -> Sight | None:
-    """The sight that stays beside the window for the layers to come, if it is of the same form and no tensor was
-    written meanwhile."""
+# The sight that was made last, without its memory: most steps of a decoder see what the step before saw.
+_latest: Sight | None = None
+
+
+def known_sight(window: Window, form: tuple) -> Sight | None:
+    """The sight that stays beside the window for the layers to come, or the one made last, if it is of the same form
+    and of the same numbers; None if there is none."""
     parts = vars(window)
-    sight = parts.get("_sight")
-    if sight is None or sight.form != form or [parts[name].data_ptr() for name in sight.fields] != sight.begins:
-        return None
+    sight, latest = parts.get("_sight"), _latest
     # Comparing bytes finds what was written through an array or `.data` too, which no version of a tensor counts.
-    return sight if [x.tobytes() for x in sight.memory] == sight.content else None
+    if sight is not None and sight.form == form and [parts[name].data_ptr() for name in sight.fields] == sight.begins:
+        if [x.tobytes() for x in sight.memory] == sight.content:
+            return sight
+    if latest is None or (latest.form, latest.mode, latest.layout) != (form, window.mode, _layout(window)):
+        return None
+    memory = [parts[name].numpy() for name in latest.fields]
+    return _kept(window, latest, memory) if [x.tobytes() for x in memory] == latest.content else None
 
 
 def new_sight(window: Window, form: tuple | None, sizes: Sizes) -> Sight:
-    """The window's sight, which replaces the one beside it."""
+    """The window's sight, which stays beside the window in place of an earlier one."""
+    global _latest
     fields = ["q_block", "q_len"] if window.mode in ("full", "block") else ["q_pos", "q_block", "q_len"]
     if sizes.S_max is not None:
         fields += ["kv_slot", "kv_len", "replaced", "cache_row"] + ([] if window.kept is None else ["kept"])
-    tensors = [getattr(window, name) for name in fields]
-    memory = tuple(x.numpy() for x in tensors)
-    begins, content = [x.data_ptr() for x in tensors], [x.tobytes() for x in memory]
+    memory = [getattr(window, name).numpy() for name in fields]
+    content = [x.tobytes() for x in memory]
     stores, products = _alike(window, sizes) or _unlike(window, sizes)
     is_whole = len(products) == 1 and products[0].rows is None and products[0].queries is None
-    sight = Sight(form, tuple(fields), memory, begins, content, sizes.precision, stores, products, is_whole)
+    sight = Sight(
+        form, window.mode, _layout(window), tuple(fields), content, [], [], sizes.precision, stores, products, is_whole
+    )
+    if form is not None and sum(product.numbers for product in products) <= KEPT:
+        _latest = sight
+    return _kept(window, sight, memory)
+
+
+def _kept(window: Window, sight: Sight, memory: list[np.ndarray]) -> Sight:
+    """The sight of the window's own memory, which stays beside the window."""
+    parts = vars(window)
+    sight = sight._replace(memory=memory, begins=[parts[name].data_ptr() for name in sight.fields])
     # A field of the dataclass would be an argument of every operator (`library`), and a copy would take it along.
-    vars(window)["_sight"] = sight
+    parts["_sight"] = sight
     return sight
+
+
+def _layout(window: Window) -> dict[str, tuple]:
+    return {name: (x.shape, x.stride(), x.device) for name, x in window.tensors().items()}
 
 
 def _alike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Product, ...]] | None:
