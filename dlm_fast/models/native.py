@@ -99,9 +99,9 @@ def attention(
         raise RuntimeError(
             "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
         )
-    for name, argument in (("attention_mask with 4 dimensions", attention_mask), ("sliding_window", sliding_window)):
-        if argument is not None:
-            raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
+    if attention_mask is not None or sliding_window is not None:
+        name = "sliding_window" if attention_mask is None else "attention_mask with 4 dimensions"
+        raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
     if dropout:
         raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
     if query.requires_grad and torch.is_grad_enabled() and dlm_call.ops.name == "triton":

@@ -119,8 +119,8 @@ def _attended(
     options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     attended = F.scaled_dot_product_attention(queries, keys, values, **options)
     # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen: then the first column is zero
-    # too, or NaN where a value is not finite.
-    if not attended.select(3, 0).abs().amin().item() > 0 and not attended.all():
+    # too, or NaN where a value is not finite. The norm is the smallest size in that column, or NaN.
+    if not torch.linalg.vector_norm(attended.select(3, 0), -math.inf).item() > 0 and not attended.all():
         # The sum of the weights, which is 1 otherwise, tells such a result from one that happens to hold a zero.
         weights = F.scaled_dot_product_attention(queries, keys, torch.ones_like(values), **options)
         attended = attended.masked_fill(weights == 0, math.nan)
