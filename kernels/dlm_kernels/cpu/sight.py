@@ -114,22 +114,14 @@ class _Row(NamedTuple):
         queries: the position behind its last live one.
         row: its number in the batch.
         cache_row: its number in the cache.
-        live: [live] its live positions, in order.
-        seen: the cached slots that it sees, in order.
-        stored: [live] the slot of each live position, -1 = none.
+        pairs: how many keys its queries look at, all together.
     """
 
     slots: int
     queries: int
     row: int
     cache_row: int
-    live: np.ndarray
-    seen: np.ndarray
-    stored: np.ndarray
-
-    @property
-    def pairs(self) -> int:
-        return len(self.live) * (len(self.live) + len(self.seen))
+    pairs: int
 
 
 class Sizes(NamedTuple):
@@ -277,52 +269,49 @@ def _are_equal(numbers: Sequence) -> bool:
 
 def _unlike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Product, ...]]:
     """The stores and the products of any window."""
-    rows = _rows(window, sizes)
+    # 1. What is live [B, W], and what is seen of the cache [B, slots].
+    q_block, q_len = window.q_block.numpy(), window.q_len.numpy()
+    B, W = q_block.shape
+    live = (np.arange(W) < q_len[:, None]) & (q_block >= 0)
+    seen, stores, cache_row = np.zeros((B, 0), dtype=bool), (), q_len
+    if sizes.S_max is not None:
+        cache_row, kv_len, replaced = (x.numpy() for x in (window.cache_row, window.kv_len, window.replaced))
+        slot = np.arange(max(0, min(int(kv_len.max()), sizes.S_max)))
+        seen = (slot < kv_len[:, None]) & ((slot < replaced[:, :1]) | (slot >= replaced[:, 1:]))
+        if sizes.sliding_window is not None:
+            seen &= slot > kv_len[:, None] - sizes.sliding_window
+        if window.kept is not None:
+            seen &= window.kept.numpy()[:, : len(slot)]
+        stores = _stores(live & (window.kv_slot.numpy() >= 0), window.kv_slot.numpy(), cache_row)
+
+    # 2. Which rows are attended together.
+    lives, sees = live.sum(1).tolist(), seen.sum(1).tolist()
+    rows = [
+        _Row(slots, queries, row, to, lives[row] * (lives[row] + sees[row]))
+        for row, (slots, queries, to) in enumerate(zip(_ends(seen), _ends(live), cache_row.tolist()))
+        if lives[row]
+    ]
     groups = _groups(rows, sizes.work)
-    products = tuple(
-        _alone(window, sizes, group[0]) if len(group) == 1 else _together(window, sizes, group) for group in groups
+    return stores, tuple(
+        _alone(window, sizes, group[0], live, seen) if len(group) == 1 else _together(window, sizes, group, live, seen)
+        for group in groups
     )
-    return _stores(rows), products
 
 
-def _rows(window: Window, sizes: Sizes) -> list[_Row]:
-    """The rows that have live positions."""
-    q_block, kv_slot, kept = (None if x is None else x.numpy() for x in (window.q_block, window.kv_slot, window.kept))
-    W, S_max, rows = q_block.shape[1], sizes.S_max, []
-    numbers = zip(window.q_len.tolist(), window.kv_len.tolist(), window.replaced.tolist(), window.cache_row.tolist())
-    for b, (q_len, kv_len, (start, end), cache_row) in enumerate(numbers):
-        live = np.flatnonzero(q_block[b, : max(0, min(q_len, W))] >= 0)
-        if not len(live):
-            continue
-        seen, stored = live[:0], np.full(len(live), -1)
-        if S_max is not None:
-            visible = np.ones(max(0, min(kv_len, S_max)), dtype=bool)
-            visible[max(0, start) : max(0, end)] = False
-            if sizes.sliding_window is not None:
-                visible[: max(0, kv_len - sizes.sliding_window + 1)] = False
-            if kept is not None:
-                visible &= kept[b, : len(visible)]
-            seen, stored = np.flatnonzero(visible), kv_slot[b, live]
-        slots = int(seen[-1]) + 1 if len(seen) else 0
-        rows.append(_Row(slots, int(live[-1]) + 1, b, cache_row, live, seen, stored))
-    return rows
+def _ends(flags: np.ndarray) -> list[int]:
+    """The place behind the last flag of each row [B, N]; 0 = none."""
+    return (np.arange(1, flags.shape[1] + 1) * flags).max(1, initial=0).tolist()
 
 
-def _stores(rows: list[_Row]) -> tuple[Store, ...]:
-    """What is stored: ranges where one row stores, and else numbers, for one write of all."""
-    storing = [row for row in rows if (row.stored >= 0).any()]
-    if not storing:
+def _stores(stored: np.ndarray, slots: np.ndarray, cache_row: np.ndarray) -> tuple[Store, ...]:
+    """What is stored [B, W]: ranges where one row stores, and else numbers, for one write of all."""
+    rows, positions = stored.nonzero()
+    if not len(rows):
         return ()
-    positions = [row.live[row.stored >= 0] for row in storing]
-    slots = [row.stored[row.stored >= 0] for row in storing]
-    if len(storing) == 1:
-        (row,) = storing
-        return (Store(row.row, _places(positions[0]), row.cache_row, _places(slots[0])),)
-    counts = [len(x) for x in positions]
-    from_row, to_row = (
-        _numbers(np.repeat([getattr(row, name) for row in storing], counts)) for name in ("row", "cache_row")
-    )
-    return (Store(from_row, _numbers(np.concatenate(positions)), to_row, _numbers(np.concatenate(slots))),)
+    slots = slots[rows, positions]
+    if rows[0] == rows[-1]:
+        return (Store(int(rows[0]), _places(positions), int(cache_row[rows[0]]), _places(slots)),)
+    return (Store(*map(_numbers, (rows, positions, cache_row[rows], slots))),)
 
 
 def _groups(rows: list[_Row], work: int) -> list[list[_Row]]:
@@ -342,62 +331,65 @@ def _groups(rows: list[_Row], work: int) -> list[list[_Row]]:
     return [sorted(group, key=lambda row: row.row) for group in groups]
 
 
-def _alone(window: Window, sizes: Sizes, row: _Row) -> Product:
+def _alone(window: Window, sizes: Sizes, row: _Row, live: np.ndarray, seen: np.ndarray) -> Product:
     """The product of a single row: of exactly what is live and seen."""
     (B, W), S_max = window.shape, sizes.S_max
+    live, seen = live[row.row].nonzero()[0], seen[row.row].nonzero()[0]
     order, joins, mask = None, True, None
-    slots = _ranges(row.seen, S_max)
-    if len(row.seen) and (row.stored >= 0).all():
+    slots = _ranges(seen, S_max)
+    stored = window.kv_slot[row.row].numpy()[live]
+    if len(seen) and (stored >= 0).all():
         # Once the window is stored, all that is seen lies in the cache. If that is a range, nothing is copied.
-        every = np.concatenate([row.seen, row.stored])
+        every = np.concatenate([seen, stored])
         begin, end = int(every.min()), int(every.max()) + 1
         if end - begin == len(every):
-            order, joins, slots = np.argsort(every), False, (_places(np.arange(begin, end), S_max),)
+            order, joins, slots = np.argsort(every), False, (_places(range(begin, end), S_max),)
     if window.mode != "full":
-        hidden = _hidden(window, slice(row.row, row.row + 1), _numbers(row.live))[0].numpy()
-        sees = np.concatenate([np.ones((len(row.live), len(row.seen)), dtype=bool), ~hidden], 1)
+        hidden = _hidden(window, slice(row.row, row.row + 1), _numbers(live))[0].numpy()
+        sees = np.concatenate([np.ones((len(live), len(seen)), dtype=bool), ~hidden], 1)
         mask = _mask(sees if order is None else sees[:, order], sizes.precision)[None, None] if hidden.any() else None
-    live = _places(row.live, W)
+    places = _places(live, W)
     return Product(
-        rows=_places(np.array([row.row]), B),
-        queries=live,
-        cache_rows=_places(np.array([row.cache_row]), sizes.R),
+        rows=_places([row.row], B),
+        queries=places,
+        cache_rows=_places([row.cache_row], sizes.R),
         slots=slots,
-        positions=live,
+        positions=places,
         joins=joins,
         mask=mask,
     )
 
 
-def _together(window: Window, sizes: Sizes, group: list[_Row]) -> Product:
+def _together(window: Window, sizes: Sizes, group: list[_Row], live: np.ndarray, seen: np.ndarray) -> Product:
     """The product of several rows: of the first slots and the first positions, as many as any row has."""
     B, W = window.shape
+    numbers = [row.row for row in group]
     queries, slots = max(row.queries for row in group), max(row.slots for row in group)
-    live = np.zeros((len(group), queries), dtype=bool)
-    readable = np.zeros((len(group), slots + queries), dtype=bool)
-    for i, row in enumerate(group):
-        live[i, row.live] = True
-        readable[i, row.seen] = True
-    readable[:, slots:] = live
-    sees = np.repeat(readable[:, None], queries, 1)
-    if window.mode != "full":
-        sees[:, :, slots:] &= ~_hidden(window, _places([row.row for row in group]), slice(0, queries)).numpy()
-    # The result of a dead query is replaced. Of a query that sees nothing it would be zero, which is looked into.
-    sees[~live] = True
-    dead_keys = None
+    live = live[numbers, :queries]
+    readable = np.concatenate([seen[numbers, :slots], live], 1)
+    dead_keys, dead_queries, places = None, None, _places(numbers)
+    mask = torch.zeros(len(group), 1, queries, slots + queries, dtype=sizes.precision)
     if not readable.all():
-        dead = np.broadcast_to(~readable[:, None], (len(group), sizes.H_kv, slots + queries))
-        dead_keys = _numbers(np.flatnonzero(dead))
+        unreadable = torch.from_numpy(~readable)[:, None]
+        mask.masked_fill_(unreadable.unsqueeze(1), -torch.inf)
+        dead_keys = unreadable.expand(-1, sizes.H_kv, -1).flatten().nonzero()[:, 0]
+    if window.mode != "full":
+        hidden = _hidden(window, places, slice(0, queries))
+        mask.narrow(3, slots, queries).masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    if not live.all():
+        # The result of a dead query is replaced. Of a query that sees nothing it would be zero, which is looked into.
+        dead_queries = torch.from_numpy(~live)[:, None, :, None]
+        mask.masked_fill_(dead_queries, 0.0)
     return Product(
-        rows=_places(np.array([row.row for row in group]), B),
-        queries=_places(np.arange(queries), W),
-        cache_rows=_places(np.array([row.cache_row for row in group]), sizes.R),
-        slots=_ranges(np.arange(slots), sizes.S_max),
-        positions=_places(np.arange(queries), W),
+        rows=None if len(group) == B else places,
+        queries=_places(range(queries), W),
+        cache_rows=_places([row.cache_row for row in group], sizes.R),
+        slots=(_places(range(slots), sizes.S_max),) if slots else (),
+        positions=_places(range(queries), W),
         joins=True,
-        mask=None if sees.all() else _mask(sees, sizes.precision)[:, None],
+        mask=mask if mask.any() else None,
         dead_keys=dead_keys,
-        dead_queries=None if live.all() else torch.from_numpy(~live)[:, None, :, None],
+        dead_queries=dead_queries,
     )
 
 
