@@ -5,9 +5,12 @@ Whole decodes are in tests/decoding/test_cpu_decodes.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
+import itertools
 import math
+import pickle
 import random
 
 import pytest
@@ -163,6 +166,184 @@ def test_a_window_that_was_written_between_two_calls_is_looked_at_again() -> Non
         torch.testing.assert_close(attend(case), case.reference())
         assert vars(case.window)["_sight"] is not seen
     assert "_sight" not in vars(dataclasses.replace(case.window))
+
+
+def rows_case(
+    mode: str, q_lens: tuple[int, ...], kv_len: int, replaced: tuple[int, int], slot: int | None, capacity: int = 40
+) -> Case:
+    """Rows of the first `q_lens` of eight positions in three blocks, stored from `slot` on (None: not), over the same
+    slots; what is neither live nor seen is not finite."""
+    B = len(q_lens)
+    case = attention_case(
+        7, B=B, W=8, G=2, H_kv=2, mode=mode, cache=True, capacity=capacity, q_lens=q_lens, kv_lens=(kv_len,) * B,
+        replaced=(replaced,) * B,
+    )  # fmt: skip
+    w = case.window
+    w.q_pos.copy_(torch.arange(8) % 5 + 3), w.q_block.copy_(torch.tensor([1, 1, 1, 2, 2, 2, 4, 4]))
+    w.kv_slot.copy_(torch.full((8,), -1) if slot is None else torch.arange(8) + slot)
+    for new, dead in ((case.q, math.nan), (case.k, math.inf), (case.v, math.inf)):
+        new.copy_(torch.randn_like(new).half())
+        new.masked_fill_(~case.live[:, None, :, None], dead)
+    return case
+
+
+RANGES = {
+    "an empty cache": (0, (0, 0), 0, 40),
+    "an empty cache and no store": (0, (0, 0), None, 40),
+    "appended": (20, (0, 0), 20, 40),
+    "not stored": (20, (0, 0), None, 40),
+    "a gap": (20, (9, 3), 22, 40),
+    "replaced at the start": (20, (0, 5), 0, 40),
+    "replaced in the middle": (20, (8, 13), 8, 40),
+    "replaced at the end": (20, (15, 20), 15, 40),
+    "more replaced than stored": (20, (6, 17), 9, 40),
+    "replaced beyond the prefix": (20, (15, 40), 20, 40),
+    "replaced behind the prefix": (20, (30, 40), 20, 40),
+    "all replaced": (20, (0, 30), 12, 40),
+    "replaced and not stored": (20, (8, 13), None, 40),
+    "the whole cache": (28, (20, 28), 20, 28),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RANGES)
+def test_rows_that_are_alike_are_one_product_of_exactly_what_they_see(name: str, mode: str, monkeypatch) -> None:
+    kv_len, replaced, slot, capacity = RANGES[name]
+    monkeypatch.setattr(sight, "_unlike", None)
+    for q_lens in ((8, 8, 8), (5, 5, 5), (0, 5, 5), (5, 0, 5), (0, 0, 5), (0, 0, 0), (1,)):
+        case = rows_case(mode, q_lens, kv_len, replaced, slot, capacity)
+        check_attention(case, torch.float32)
+        attend(run := case.to(torch.bfloat16))
+        products = vars(run.window)["_sight"].products
+        assert len(products) == any(q_lens)
+        assert all(product.dead_keys is None and product.dead_queries is None for product in products)
+        if q_lens == (5, 5, 5) and name in ("appended", *(x for x in RANGES if x.startswith("replaced at"))):
+            assert not products[0].joins
+
+
+def test_rows_of_which_one_is_odd_are_looked_at_one_by_one(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(sight, "_unlike", lambda *arguments, f=sight._unlike: calls.append(1) or f(*arguments))
+
+    def dead(place: int):
+        return lambda case: case.window.q_block[1].__setitem__(place, -1)
+
+    def written(name: str, value: int | list[int]):
+        return lambda case: getattr(case.window, name).__setitem__(1, torch.tensor(value))
+
+    changes = {
+        "first position dead": dead(0),
+        "a position dead": dead(3),
+        "last position dead": dead(7),
+        "fewer positions": written("q_len", 4),
+        "a shorter prefix": written("kv_len", 19),
+        "replaced": written("replaced", [2, 4]),
+        "stored elsewhere": written("kv_slot", list(range(21, 29))),
+        "not stored": written("kv_slot", -1),
+        "stored in part": written("kv_slot", [20, 21, -1, 23, -1, -1, 26, 27]),
+        "scattered": written("kv_slot", [20, 22, 21, 23, 24, 25, 26, 27]),
+        "a sliding window": lambda case: setattr(case, "sliding_window", 6),
+        "kept": lambda case: setattr(
+            case, "window", dataclasses.replace(case.window, kept=torch.arange(40).expand(3, 40).contiguous() % 3 > 0)
+        ),
+    }
+    for mode, call in itertools.product(MODES, (0, sight.CALL)):
+        monkeypatch.setattr(sight, "CALL", call)
+        for name, change in changes.items():
+            case = rows_case(mode, (8, 8, 8), 20, (0, 0), 20)
+            change(case)
+            for new, value in ((case.q, math.nan), (case.k, math.inf), (case.v, math.inf)):
+                new.masked_fill_(~case.live[:, None, :, None], value)
+            calls.clear()
+            check_attention(case, torch.float32)
+            assert calls, name
+
+
+def test_rows_of_a_batch_may_have_other_blocks() -> None:
+    for mode in MODES:
+        case = rows_case(mode, (8, 8), 20, (0, 0), 20)
+        case.window.q_block[1] = torch.tensor([0, 5, 5, 5, 5, 3, 3, 9])
+        case.window.q_pos[1] = torch.tensor([4, 4, 3, 1, 0, 9, 9, 9])
+        check_attention(case, torch.float32)
+
+
+def changed(case: Case, **changes) -> tuple[tuple, dict]:
+    """The arguments of the call, some of them changed."""
+    names = ("q", "k", "v", "k_cache", "v_cache", "window")
+    arguments = dict(zip(names, case.arguments, strict=True)) | case.options | changes
+    return tuple(arguments.pop(name) for name in names), arguments
+
+
+def test_a_call_that_differs_from_an_accepted_one_is_checked() -> None:
+    """With the same window, and with another one of the same numbers."""
+    case = dataclasses.replace(rows_case("block", (8, 8), 20, (0, 0), 20).to(torch.float32), scale=1.0)
+    w, (k_cache, v_cache) = case.window, case.caches
+    other = dataclasses.replace(w)
+    strided = torch.empty(2, 16, dtype=torch.int32)[:, ::2].copy_(w.q_pos)
+    refused = {
+        "q": [case.q.half(), case.q.to("meta"), case.q[..., :8], case.q[:1]],
+        "k": [case.k.half(), case.k[:, :1], case.k[:, :, :7], case.k.to("meta"), case.k.mT.contiguous().mT],
+        "v": [case.v.half(), case.v[:, :1], case.v.to("meta"), case.v.mT.contiguous().mT],
+        "k_cache": [
+            None,
+            v_cache,
+            k_cache.half(),
+            k_cache[:, :1],
+            k_cache[:, :, :0],
+            k_cache[:1].expand(4, -1, -1, -1),
+        ],
+        "v_cache": [None, k_cache, v_cache.half(), v_cache[:, :, 1:], v_cache.to("meta")],
+        "scale": [True, math.nan, math.inf, "1"],
+        "sliding_window": [True, 0, 1.0],
+        "v_scale": [torch.ones(2)],
+        "window": [
+            dataclasses.replace(w, q_pos=strided),
+            dataclasses.replace(w, kept=torch.ones(2, 39, dtype=torch.bool)),
+            dataclasses.replace(w, **{name: x[:1] for name, x in w.tensors().items()}),
+        ],
+    }
+    for name, values in refused.items():
+        for value in values:
+            for window in (w, other):
+                # True equals 1, and is refused all the same.
+                accepted = dataclasses.replace(case, sliding_window=1 if name == "sliding_window" else None)
+                attend(accepted)
+                arguments, options = changed(accepted, **({"window": window} | {name: value}))
+                with pytest.raises((ValueError, TypeError)) as expected:
+                    reference.block_attention(*arguments, **options)
+                with pytest.raises(expected.type) as found:
+                    cpu.block_attention(*arguments, **options)
+                assert str(found.value) == str(expected.value) or arguments[0].is_meta
+
+
+def test_a_window_of_the_same_numbers_sees_the_same(monkeypatch) -> None:
+    case = rows_case("block", (8, 8), 20, (0, 0), 20).to(torch.float32)
+    attend(case)
+    again, mode = (case.to(torch.float32) for _ in range(2))
+    attend(again)
+    (first,), (second,) = (vars(x.window)["_sight"].products for x in (case, again))
+    assert first is second and vars(case.window)["_sight"].memory is not vars(again.window)["_sight"].memory
+    mode.window = dataclasses.replace(mode.window, mode="causal")
+    torch.testing.assert_close(attend(mode), mode.reference())
+    monkeypatch.setattr(sight, "KEPT", -1)
+    for x in (again, case):
+        x.window = dataclasses.replace(x.window, kv_len=x.window.kv_len - 1)
+        attend(x)
+    assert vars(case.window)["_sight"].products[0] is not vars(again.window)["_sight"].products[0]
+
+
+@pytest.mark.parametrize(
+    "copied", [dataclasses.replace, copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_what_is_written_past_torch_is_seen(copied) -> None:
+    """Through an array and through `.data`, in a window and in a copy of one."""
+    for write in (lambda x: x.numpy().__setitem__(0, 3), lambda x: x.data.__setitem__(0, 3)):
+        case = rows_case("full", (8, 8), 20, (0, 0), 20).to(torch.float32)
+        attend(case)
+        case.window = copied(case.window)
+        attend(case)
+        write(case.window.kv_len)
+        torch.testing.assert_close(attend(case), case.reference())
 
 
 @pytest.mark.parametrize("cache", [True, False])
