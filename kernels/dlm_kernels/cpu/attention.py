@@ -40,8 +40,9 @@ def block_attention(
             q, k, v, k_cache, v_cache, window,
             scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
         )  # fmt: skip
-    # 1. A call of the same form as one that was accepted with this window, whose numbers are as they were, needs no
-    # second look: whatever `check_arguments` reads is in the form, or in the window, whose fields cannot be set.
+    # 1. What `check_arguments` reads of a call is in its form, and what it reads of a window are attributes of tensors,
+    # which are compared for every window but that of the layer before. So a call of the form of one that was accepted,
+    # with that window or with one of equal tensors, needs no second check.
     form = _form(q, k, v, k_cache, v_cache, scale, k_scale, v_scale, sliding_window)
     sight = None if form is None else known_sight(window, form)
     if sight is None:
@@ -89,9 +90,10 @@ def _form(
     v_scale: Tensor | None,
     sliding_window: int | None,
 ) -> tuple | None:
-    """What a sight and `check_arguments` read of a call, but for its window; None where they must look at the memory.
+    """What a sight and `check_arguments` read of a call, but for its window; None of a call that is always checked.
 
-    Where both caches begin at one address, they may share memory. Gradients are not for this op (`on_cpu`).
+    Caches that begin at one address may share memory, which no shape tells. A tensor with a gradient never comes here
+    (`on_cpu`).
     """
     tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]
     if k_cache is not None or v_cache is not None:
