@@ -259,12 +259,13 @@ def test_rows_of_which_one_is_odd_are_looked_at_one_by_one(monkeypatch) -> None:
             assert calls, name
 
 
-def test_rows_of_a_batch_may_have_other_blocks() -> None:
+def test_rows_of_a_batch_may_have_other_blocks_and_other_positions() -> None:
+    blocks, positions = torch.tensor([0, 5, 5, 5, 5, 3, 3, 9]), torch.tensor([4, 4, 3, 1, 0, 9, 9, 9])
     for mode in MODES:
-        case = rows_case(mode, (8, 8), 20, (0, 0), 20)
-        case.window.q_block[1] = torch.tensor([0, 5, 5, 5, 5, 3, 3, 9])
-        case.window.q_pos[1] = torch.tensor([4, 4, 3, 1, 0, 9, 9, 9])
-        check_attention(case, torch.float32)
+        for name, value in (("q_block", blocks), ("q_pos", positions)):
+            case = rows_case(mode, (8, 8), 20, (0, 0), 20)
+            getattr(case.window, name)[1] = value
+            check_attention(case, torch.float32)
 
 
 def changed(case: Case, **changes) -> tuple[tuple, dict]:
@@ -336,8 +337,14 @@ def test_a_window_of_the_same_numbers_sees_the_same(monkeypatch) -> None:
     "copied", [dataclasses.replace, copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
 def test_what_is_written_past_torch_is_seen(copied) -> None:
-    """Through an array and through `.data`, in a window and in a copy of one."""
-    for write in (lambda x: x.numpy().__setitem__(0, 3), lambda x: x.data.__setitem__(0, 3)):
+    """Through an array, through `.data` and by other memory, in a window and in a copy of one."""
+    elsewhere = torch.tensor([3, 20], dtype=torch.int32)
+    for write in (
+        lambda x: x.numpy().__setitem__(0, 3),
+        lambda x: x.data.__setitem__(0, 3),
+        lambda x: setattr(x, "data", elsewhere),
+        lambda x: x.set_(elsewhere),
+    ):
         case = rows_case("full", (8, 8), 20, (0, 0), 20).to(torch.float32)
         attend(case)
         case.window = copied(case.window)
