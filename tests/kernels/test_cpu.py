@@ -166,6 +166,11 @@ def test_a_window_that_was_written_between_two_calls_is_looked_at_again() -> Non
         torch.testing.assert_close(attend(case), case.reference())
         assert vars(case.window)["_sight"] is not seen
     assert "_sight" not in vars(dataclasses.replace(case.window))
+    for mode in ("causal", "shadow"):
+        case = rows_case(mode, (8, 8), 20, (0, 0), 20).to(torch.float32)
+        attend(case)
+        case.window.q_pos[0] = torch.tensor([3, 3, 4, 4, 1, 1, 2, 9])
+        torch.testing.assert_close(attend(case), case.reference())
 
 
 def rows_case(
@@ -202,6 +207,7 @@ RANGES = {
     "all replaced": (20, (0, 30), 12, 40),
     "replaced and not stored": (20, (8, 13), None, 40),
     "the whole cache": (28, (20, 28), 20, 28),
+    "the whole cache in two pieces": (28, (8, 13), None, 28),
 }
 
 
@@ -210,7 +216,7 @@ RANGES = {
 def test_rows_that_are_alike_are_one_product_of_exactly_what_they_see(name: str, mode: str, monkeypatch) -> None:
     kv_len, replaced, slot, capacity = RANGES[name]
     monkeypatch.setattr(sight, "_unlike", None)
-    for q_lens in ((8, 8, 8), (5, 5, 5), (0, 5, 5), (5, 0, 5), (0, 0, 5), (0, 0, 0), (1,)):
+    for q_lens in ((8, 8, 8), (5, 5, 5), (0, 8, 8), (5, 0, 5), (0, 0, 5), (0, 0, 0), (1,)):
         case = rows_case(mode, q_lens, kv_len, replaced, slot, capacity)
         check_attention(case, torch.float32)
         attend(run := case.to(torch.bfloat16))
@@ -242,6 +248,7 @@ def test_rows_of_which_one_is_odd_are_looked_at_one_by_one(monkeypatch) -> None:
         "not stored": written("kv_slot", -1),
         "stored in part": written("kv_slot", [20, 21, -1, 23, -1, -1, 26, 27]),
         "scattered": written("kv_slot", [20, 22, 21, 23, 24, 25, 26, 27]),
+        "first position not stored": lambda case: case.window.kv_slot.__setitem__((slice(None), 0), -1),
         "a sliding window": lambda case: setattr(case, "sliding_window", 6),
         "kept": lambda case: setattr(
             case, "window", dataclasses.replace(case.window, kept=torch.arange(40).expand(3, 40).contiguous() % 3 > 0)
@@ -347,7 +354,8 @@ def test_what_is_written_past_torch_is_seen(copied) -> None:
     ):
         case = rows_case("full", (8, 8), 20, (0, 0), 20).to(torch.float32)
         attend(case)
-        case.window = copied(case.window)
+        window, case.window = case.window, copied(case.window)
+        assert vars(case.window).get("_sight") is None or case.window.kv_len is window.kv_len
         attend(case)
         write(case.window.kv_len)
         torch.testing.assert_close(attend(case), case.reference())
