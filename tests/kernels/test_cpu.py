@@ -33,13 +33,15 @@ from attention_oracle import by_the_loop, may_be_nan
 from confidence_cases import FLOATS, STATISTICS, assert_equals_reference, assert_identical, everything, rows_of
 from confidence_cases import random_case as confidence_case
 from drafts_cases import random_case as drafts_case
-from unmask_cases import assert_same
+from unmask_cases import STATE_FIELDS, assert_same
+from unmask_cases import Case as UnmaskCase
 from unmask_cases import random_case as unmask_case
 
 from dlm_kernels import cpu, reference
 from dlm_kernels.cpu import noise, sight
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.confidence import Confidence
+from dlm_kernels.rules import UnmaskRule
 from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned
 from dlm_kernels.testing.attention_calls import score_floor
 
@@ -582,8 +584,7 @@ def test_the_noise_is_the_references_bit_for_bit() -> None:
 
 def test_the_other_ops_are_the_references() -> None:
     for seed in range(10):
-        case, drafts = unmask_case(seed), drafts_case(seed)
-        assert_same(case.copy().run(cpu.unmask), case.copy().run())
+        drafts = drafts_case(seed)
         assert torch.equal(drafts.build(cpu.draft_build), drafts.build())
         ours, theirs = drafts.copy().verify(cpu.verify), drafts.copy().verify()
         for mine, expected in zip(ours, theirs, strict=True):
@@ -612,3 +613,90 @@ def test_what_is_traced_gets_the_shapes_of_the_reference() -> None:
     with FakeTensorMode() as mode:
         stats = cpu.confidence(mode.from_tensor(torch.randn(3, 70)), outputs=("second",))
     assert stats.token.shape == (3,) and stats.token.dtype == torch.int64 and stats.margin.dtype == torch.float32
+
+
+# unmask
+
+USUAL_RULES = {
+    "llada": UnmaskRule("none", quota=True),
+    "fast-dllm": UnmaskRule("threshold", inclusive=True, cache="refresh"),
+    "fast-dllm-factor": UnmaskRule("factor", cache="once", stop="after_block"),
+    "fast-dllm-v2": UnmaskRule("threshold", cache="commit", first_token=True, stop="all_stop"),
+    "sdar": UnmaskRule("none", quota=True, cache="once", stop="never"),
+    "sdar-entropy": UnmaskRule("entropy", inclusive=True, cache="commit"),
+    "entropy": UnmaskRule("entropy", runs=True),
+    "llada2.1": UnmaskRule("threshold", edit=True, cache="commit", stop="after_block"),
+    "d2f": UnmaskRule("threshold", pipeline=True, scope="each", cache="fused", stop="appends"),
+    "pipeline": UnmaskRule("factor", pipeline=True, scope="first", stop="after_block"),
+}
+
+
+def check_unmask(case: UnmaskCase, note: object) -> None:
+    """The bits of the reference, in guarded memory with strided rows, with the inputs as they were."""
+    expected, memory = case.copy().run(), GuardedMemory()
+    ours = case.map(lambda _, tensor: memory.spread(tensor, shift=2))
+    with poisoned(memory):
+        result = ours.run(cpu.unmask)
+    memory.check()
+    assert_same(result, expected, f"{note} {case.rule} {case.args['kind']}")
+    for name in STATE_FIELDS:
+        assert_same_bits(getattr(result[0], name), getattr(expected[0], name))
+    for name, x in ours.args.items():
+        if isinstance(x, Tensor):
+            assert_same_bits(x, case.args[name])
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_unmask_equals_the_reference_on_random_calls(part: int) -> None:
+    """Every rule, phase and stop; ties, NaN, broken statistics, rows that sit out, lanes outside the canvas."""
+    for seed in range(200 * part, 200 * part + 200):
+        rng = random.Random(seed)
+        check_unmask(unmask_case(seed, B=rng.choice((1, 3, 6)), long=rng.random() < 0.1), f"seed {seed}")
+
+
+@pytest.mark.parametrize("rule", USUAL_RULES.values(), ids=USUAL_RULES)
+def test_the_rules_of_most_decoders_are_this_backends_own(rule: UnmaskRule, monkeypatch) -> None:
+    """Equal to the reference, which is not what computes them."""
+    module = importlib.import_module("dlm_kernels.cpu.unmask")
+    monkeypatch.setattr(module, "reference", None)
+    for seed in range(40):
+        check_unmask(unmask_case(seed, B=1 + seed % 3, rule=rule, long=seed % 8 == 0), f"seed {seed}")
+    check_unmask(unmask_case(1, B=module.MOST_ROWS, rule=rule), "as many rows as there may be")
+    with pytest.raises(AttributeError, match="unmask"):
+        unmask_case(1, B=module.MOST_ROWS + 1, rule=rule).run(cpu.unmask)
+
+
+def test_unmask_of_many_rows_and_of_none() -> None:
+    for B in (0, 65, 150):
+        check_unmask(unmask_case(3, B=B or 1).map(lambda name, x, B=B: x if B or name == "stop_ids" else x[:0]), B)
+
+
+def test_what_unmask_writes_is_counted_as_a_change() -> None:
+    case = unmask_case(0, rule=USUAL_RULES["sdar"])
+    before = {name: x._version for name, x in vars(case.state).items()}
+    case.run(cpu.unmask)
+    assert all(x._version > before[name] for name, x in vars(case.state).items())
+
+
+def test_unmask_refuses_what_the_reference_refuses_and_writes_nothing() -> None:
+    case = unmask_case(0, rule=USUAL_RULES["sdar"])
+    before, wrong = case.copy(), dataclasses.replace(case, args=case.args | {"pred": case.args["pred"].int()})
+    for op in (cpu.unmask, reference.unmask):
+        with pytest.raises(TypeError, match="unmask: pred must be torch.int64, got torch.int32"):
+            wrong.run(op)
+    assert_same((case.state, torch.ones(1)), (before.state, torch.ones(1)))
+
+
+def test_a_gradient_of_what_unmask_records_is_the_references() -> None:
+    case = unmask_case(0, rule=USUAL_RULES["sdar"]).copy()
+    case.args["confidence"].nan_to_num_(0.5, 0.5, 0.5).requires_grad_()
+    state, written = case.run(cpu.unmask)
+    state.unmask_confidence.sum().backward()
+    assert written.any() and torch.equal(case.args["confidence"].grad, written.float())
+
+
+def test_what_is_traced_gets_the_lanes_of_the_reference() -> None:
+    case = unmask_case(0, rule=USUAL_RULES["sdar"])
+    with FakeTensorMode() as mode:
+        _, written = case.map(lambda _, x: mode.from_tensor(x)).run(cpu.unmask)
+    assert written.shape == case.args["score"].shape and written.dtype == torch.bool

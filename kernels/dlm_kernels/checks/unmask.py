@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from ..rules import KINDS, Kind, UnmaskInputs, UnmaskRule
-from ..state import ROW_FIELDS, RowState
+from ..state import CANVAS_FIELDS, ROW_FIELDS, RowState
 from .written import check_written
 
 MAX_STOP_IDS = 16
@@ -49,6 +49,14 @@ ROWS = {
 }
 # Inputs that may be None.
 OPTIONAL = tuple(field.name for field in dataclasses.fields(UnmaskInputs) if field.default is None)
+# Every tensor of a call in the order of the checks: its name, its dtype, and what its shape depends on.
+TENSORS = (
+    *zip(CANVAS_FIELDS, (torch.int64, torch.int32, torch.float32), ("canvas",) * 3, strict=True),
+    *((name, torch.int32, "row") for name in ROW_FIELDS),
+    *((name, dtype, "value" if name == "value" else "row") for name, dtype in ROWS.items()),
+    *((name, dtype, "lane") for name, dtype in LANES.items()),
+    ("stop_ids", torch.int64, "stop_ids"),
+)
 
 
 def wanted_inputs(rule: UnmaskRule) -> dict[str, bool]:
@@ -85,8 +93,9 @@ def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kin
         raise ValueError(f"unmask: mask_id must be in [0, 2^31), got mask_id={mask_id}")
     if rule.passes == "entropy" and inputs.entropy is None:
         raise ValueError("unmask: entropy must be given for rule.passes 'entropy', got entropy=None")
+    given = vars(state) | vars(inputs)
     for name, wanted in wanted_inputs(rule).items():
-        tensor = getattr(inputs, name)
+        tensor = given[name]
         if (tensor is not None) != wanted:
             must = "must be given for" if wanted else "must be None for"
             raise ValueError(f"unmask: {name} {must} {rule}, got {name}={'None' if tensor is None else 'a tensor'}")
@@ -103,29 +112,21 @@ def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kin
         raise ValueError(f"unmask: stop_ids must be [K] with K <= {MAX_STOP_IDS}, got shape {tuple(stop_ids.shape)}")
 
     # 3. Every tensor.
-    (B, L), W = state.tokens.shape, inputs.score.shape[1]
-    expected = {
-        "tokens": (torch.int64, (B, L)),
-        "unmask_step": (torch.int32, (B, L)),
-        "unmask_confidence": (torch.float32, (B, L)),
-        **dict.fromkeys(ROW_FIELDS, (torch.int32, (B,))),
-        **{name: (dtype, (B,)) for name, dtype in ROWS.items()},
-        **{name: (dtype, (B, W)) for name, dtype in LANES.items()},
-        "stop_ids": (torch.int64, tuple(stop_ids.shape)),
-    }
+    (B, L), W, device = state.tokens.shape, inputs.score.shape[1], state.tokens.device
+    shapes = {"canvas": (B, L), "row": (B,), "lane": (B, W), "value": (B,), "stop_ids": tuple(stop_ids.shape)}
     if rule.passes == "threshold" and inputs.value.dim() == 2:
-        expected["value"] = (torch.float32, (B, W))
-    given = vars(state) | vars(inputs)
-    for name, (dtype, shape) in expected.items():
-        tensor = given[name]
+        shapes["value"] = (B, W)
+    for name, dtype, form in TENSORS:
+        tensor, shape = given[name], shapes[form]
         if tensor is None and name in OPTIONAL:
             continue
         if tensor.dtype != dtype:
             raise TypeError(f"unmask: {name} must be {dtype}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"unmask: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != state.tokens.device:
-            raise ValueError(f"unmask: {name} must be on {state.tokens.device} like tokens, got {tensor.device}")
-        if shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.device != device:
+            raise ValueError(f"unmask: {name} must be on {device} like tokens, got {tensor.device}")
+        # Most tensors are contiguous, which is quicker to tell than a stride.
+        if not tensor.is_contiguous() and shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"unmask: the last dimension of {name} must have stride 1, got strides {tensor.stride()}")
     check_written("unmask", vars(state))

@@ -6,8 +6,9 @@ sixth of a step of the smallest model is `unmask`; in numpy that step took 6% le
 is not worth. Imports torch and numpy only.
 """
 
-from ..reference import draft_build, uniform_scores, unmask, verify
+from ..reference import draft_build, uniform_scores, verify
 from .attention import block_attention
 from .confidence import confidence
+from .unmask import unmask
 
 __all__ = ["block_attention", "confidence", "draft_build", "uniform_scores", "unmask", "verify"]

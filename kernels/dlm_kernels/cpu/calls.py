@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..state import RowState
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -29,6 +32,8 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
             if torch.compiler.is_compiling():
                 return specification(*arguments, **options)
             first = arguments[0] if arguments else options[name]
+            if isinstance(first, RowState):
+                first = first.tokens
             if type(first) not in PLAIN or (torch.is_grad_enabled() and _has_gradient(*arguments, *options.values())):
                 return specification(*arguments, **options)
             if not first.is_cpu:
@@ -44,4 +49,5 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
 
 
 def _has_gradient(*arguments: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+    fields = (x for each in arguments if dataclasses.is_dataclass(each) for x in vars(each).values())
+    return any(isinstance(x, Tensor) and x.requires_grad for x in (*arguments, *fields))
