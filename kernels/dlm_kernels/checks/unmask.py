@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from ..rules import KINDS, Kind, UnmaskInputs, UnmaskRule
-from ..state import CANVAS_FIELDS, ROW_FIELDS, RowState
+from ..state import ROW_FIELDS, RowState
 from .written import check_written
 
 MAX_STOP_IDS = 16
@@ -49,13 +49,15 @@ ROWS = {
 }
 # Inputs that may be None.
 OPTIONAL = tuple(field.name for field in dataclasses.fields(UnmaskInputs) if field.default is None)
-# Every tensor of a call in the order of the checks: its name, its dtype, and what its shape depends on.
+# Every tensor of a call in the order of the checks: its name, its dtype, what its shape depends on, may it be None.
 TENSORS = (
-    *zip(CANVAS_FIELDS, (torch.int64, torch.int32, torch.float32), ("canvas",) * 3, strict=True),
-    *((name, torch.int32, "row") for name in ROW_FIELDS),
-    *((name, dtype, "value" if name == "value" else "row") for name, dtype in ROWS.items()),
-    *((name, dtype, "lane") for name, dtype in LANES.items()),
-    ("stop_ids", torch.int64, "stop_ids"),
+    ("tokens", torch.int64, "canvas", False),
+    ("unmask_step", torch.int32, "canvas", False),
+    ("unmask_confidence", torch.float32, "canvas", False),
+    *((name, torch.int32, "row", False) for name in ROW_FIELDS),
+    *((name, dtype, "value" if name == "value" else "row", name in OPTIONAL) for name, dtype in ROWS.items()),
+    *((name, dtype, "lane", name in OPTIONAL) for name, dtype in LANES.items()),
+    ("stop_ids", torch.int64, "stop_ids", False),
 )
 
 
@@ -116,10 +118,11 @@ def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kin
     shapes = {"canvas": (B, L), "row": (B,), "lane": (B, W), "value": (B,), "stop_ids": tuple(stop_ids.shape)}
     if rule.passes == "threshold" and inputs.value.dim() == 2:
         shapes["value"] = (B, W)
-    for name, dtype, form in TENSORS:
-        tensor, shape = given[name], shapes[form]
-        if tensor is None and name in OPTIONAL:
+    for name, dtype, form, is_optional in TENSORS:
+        tensor = given[name]
+        if tensor is None and is_optional:
             continue
+        shape = shapes[form]
         if tensor.dtype != dtype:
             raise TypeError(f"unmask: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.shape != shape:

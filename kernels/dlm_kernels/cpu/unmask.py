@@ -6,18 +6,23 @@ phase asks for. The reference computes every case of every row in about 110 call
 
 from __future__ import annotations
 
+from operator import attrgetter
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..checks.unmask import check_arguments
 from ..rules import Kind, UnmaskInputs, UnmaskRule
-from ..state import CANVAS_FIELDS, ROW_FIELDS, RowState
+from ..state import ROW_FIELDS, RowState
 from .calls import on_cpu
 from .row import Call, Row
 
 # Above so many rows the reference, whose time hardly grows with the rows, takes less time than the loop.
 MOST_ROWS = 64
+
+_numbers = attrgetter(*ROW_FIELDS)
 
 
 @on_cpu(reference.unmask)
@@ -28,18 +33,17 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
         # The same function by contract. Few decoders have a rare rule, and their policies cost more than the op.
         return reference.unmask(state, rule, inputs, kind=kind)
     check_arguments(state, rule, inputs, kind)
-    written = torch.zeros(inputs.score.shape, dtype=torch.bool)
-    canvases = [getattr(state, name).detach().numpy() for name in CANVAS_FIELDS]
+    written = np.zeros(inputs.score.shape, dtype=bool)
+    canvases = state.tokens.numpy(), state.unmask_step.numpy(), state.unmask_confidence.detach().numpy()
     fields = [getattr(state, name).tolist() for name in ROW_FIELDS]
-    given = {name: x.tolist() for name, x in vars(inputs).items() if isinstance(x, Tensor)}
+    given = {name: x.tolist() for name, x in vars(inputs).items() if x is not None and name != "mask_id"}
     call = Call(rule, kind, inputs.mask_id, frozenset(given.pop("stop_ids")))
-    rows = [Row(*numbers) for numbers in zip(*fields, *canvases, written.numpy(), strict=True)]
-    for b, row in enumerate(rows):
-        row.step_on(call, {name: numbers[b] for name, numbers in given.items()})
-    for name, before in zip(ROW_FIELDS, fields, strict=True):
-        after = [getattr(row, name) for row in rows]
-        if after != before:
+    rows = [Row(*numbers) for numbers in zip(*fields, *canvases, written)]
+    for row, numbers in zip(rows, zip(*given.values())):
+        row.step_on(call, dict(zip(given, numbers)))
+    for name, before, after in zip(ROW_FIELDS, fields, zip(*map(_numbers, rows))):
+        if list(after) != before:
             getattr(state, name).numpy()[:] = after
     # torch does not see what is written through numpy.
     torch.autograd.graph.increment_version(vars(state).values())
-    return written
+    return torch.from_numpy(written)
