@@ -33,7 +33,7 @@ from attention_oracle import by_the_loop, may_be_nan
 from confidence_cases import FLOATS, STATISTICS, assert_equals_reference, assert_identical, everything, rows_of
 from confidence_cases import random_case as confidence_case
 from drafts_cases import random_case as drafts_case
-from unmask_cases import STATE_FIELDS, assert_same
+from unmask_cases import STATE_FIELDS, assert_same, one_row
 from unmask_cases import Case as UnmaskCase
 from unmask_cases import random_case as unmask_case
 
@@ -42,6 +42,7 @@ from dlm_kernels.cpu import noise, sight
 from dlm_kernels.reference import noise as random_numbers
 from dlm_kernels.reference.confidence import Confidence
 from dlm_kernels.rules import UnmaskRule
+from dlm_kernels.state import DENOISE
 from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned
 from dlm_kernels.testing.attention_calls import score_floor
 
@@ -700,3 +701,43 @@ def test_what_is_traced_gets_the_lanes_of_the_reference() -> None:
     with FakeTensorMode() as mode:
         _, written = case.map(lambda _, x: mode.from_tensor(x)).run(cpu.unmask)
     assert written.shape == case.args["score"].shape and written.dtype == torch.bool
+
+
+@pytest.mark.parametrize("inclusive", [False, True])
+def test_a_score_at_its_limit_is_the_references(inclusive: bool) -> None:
+    """Every lane's score is its threshold, the limit of its run and of its edit; a factor's limit is one of fp32."""
+    rules = (UnmaskRule("threshold", inclusive=inclusive, runs=True), UnmaskRule("none", runs=True))
+    rules += (dataclasses.replace(USUAL_RULES["llada2.1"], inclusive=inclusive),)
+    for seed in range(30):
+        for rule in rules:
+            case = unmask_case(seed, rule=rule)
+            case.args["score"] = torch.full_like(case.args["score"], 0.5)
+            for name in ("value", "run_value", "edit_value"):
+                if case.args[name] is not None:
+                    case.args[name] = torch.full_like(case.args[name], 0.5)
+            check_unmask(case, f"seed {seed}")
+        factor = torch.rand(1)
+        scores = 1 - factor / torch.arange(2, 10)
+        options = {"kmin": 0, "value": factor, "score": scores[None], "rank": -torch.arange(8.0)[None]}
+        case = one_row("########", (0, 8), DENOISE, UnmaskRule("factor"), "w" * 8, **options)
+        assert case.copy().run(cpu.unmask)[1].all()
+        check_unmask(case, f"factor {factor.item()}")
+
+
+@pytest.mark.parametrize("rule", ["d2f", "pipeline"])
+def test_a_pipelines_empty_region_and_its_least_numbers_are_the_references(rule: str) -> None:
+    for seed in range(40):
+        case = unmask_case(seed, rule=USUAL_RULES[rule])
+        if seed % 2:
+            case.state.block_end.copy_(case.state.block_start)
+        else:
+            case.args["activate_masks"].fill_(-1)
+        check_unmask(case, f"seed {seed}")
+
+
+def test_a_state_that_asks_for_a_gradient_is_written_where_none_is_taken() -> None:
+    case = unmask_case(0, rule=USUAL_RULES["sdar"])
+    expected = case.copy().run()
+    case.state.unmask_confidence.requires_grad_()
+    with torch.no_grad():
+        assert_same(case.run(cpu.unmask), expected)

@@ -16,7 +16,7 @@ Inputs = Mapping[str, Any]
 
 
 def chosen_lanes(rule: UnmaskRule, given: Inputs, eligible: list[int], masks: list[int], least: int) -> list[int]:
-    """The lanes that the rule's test, its least number and its additions choose; some may be named twice.
+    """The lanes that the rule's test, its least number and its additions choose; a lane may be named twice.
 
     Args:
         eligible: lanes that may be chosen, in ascending order.
@@ -74,9 +74,9 @@ def _passing(rule: UnmaskRule, given: Inputs, score: list[float], best_first: li
 
 def _by_factor(rule: UnmaskRule, given: Inputs, score: list[float], best_first: list[int]) -> Iterator[bool]:
     """Whether each score reaches the factor's limit at its place, in fp32."""
-    factor = np.float32(given["value"])
+    one, factor = np.float32(1), np.float32(given["value"])
     for place, j in enumerate(best_first):
-        yield score[j] >= 1 - factor / np.float32(place + 2)
+        yield score[j] >= one - factor / np.float32(place + 2)
 
 
 def _within_budget(rule: UnmaskRule, given: Inputs, score: list[float], best_first: list[int]) -> Iterator[bool]:
