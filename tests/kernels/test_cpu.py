@@ -729,7 +729,10 @@ def test_a_pipelines_empty_region_and_its_least_numbers_are_the_references(rule:
     for seed in range(40):
         case = unmask_case(seed, rule=USUAL_RULES[rule])
         if seed % 2:
+            # The block before the region would begin before the canvas, and holds a mask.
+            case.state.block_start.clamp_(max=1)
             case.state.block_end.copy_(case.state.block_start)
+            case.state.tokens[:, 0], case.args["append_masks"] = 7, torch.zeros_like(case.args["append_masks"])
         else:
             case.args["activate_masks"].fill_(-1)
         check_unmask(case, f"seed {seed}")

@@ -34,7 +34,7 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
         return reference.unmask(state, rule, inputs, kind=kind)
     check_arguments(state, rule, inputs, kind)
     written = np.zeros(inputs.score.shape, dtype=bool)
-    canvases = state.tokens.numpy(), state.unmask_step.numpy(), state.unmask_confidence.detach().numpy()
+    canvases = state.tokens.numpy(), state.unmask_step.numpy(), state.unmask_confidence.numpy()
     fields = [getattr(state, name).tolist() for name in ROW_FIELDS]
     given = {name: x.tolist() for name, x in vars(inputs).items() if x is not None and name != "mask_id"}
     call = Call(rule, kind, inputs.mask_id, frozenset(given.pop("stop_ids")))
