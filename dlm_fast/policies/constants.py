@@ -34,6 +34,7 @@ class Constants:
     none: Tensor
     lowest: Tensor
     kept_share: Tensor | None
+    _parts: dict[tuple, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, rows: int, length: int, horizon: int | None, device: torch.device) -> Constants:
@@ -64,22 +65,27 @@ class Constants:
 
     def counted(self, count: int, begin: int = 0) -> Tensor:
         """[count] int64: begin, begin + 1, ..."""
-        return _part(self.integers, begin, count)
+        return self._part("integers", begin, (count,))
 
     def places(self, count: int, begin: int = 0) -> Tensor:
         """[count] int32: begin, begin + 1, ..."""
-        return _part(self.indices, begin, count)
+        return self._part("indices", begin, (count,))
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Zeros of a shape."""
-        return _part(self.zero.view(dtype), 0, math.prod(shape)).view(shape)
+        return self._part("zero", 0, shape, dtype)
 
     def nothing(self, *shape: int) -> Tensor:
         """-1 in int32, of a shape: no cache slot, no row of logits, no id."""
-        return _part(self.none, 0, math.prod(shape)).view(shape)
+        return self._part("none", 0, shape)
 
-
-def _part(values: Tensor, begin: int, count: int) -> Tensor:
-    # A slice that is too long would be cut without a word.
-    assert begin + count <= values.shape[0], (begin, count, values.shape)
-    return values[begin : begin + count]
+    def _part(self, name: str, begin: int, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """A view of a field, which is kept: a decode asks for the same few at every step."""
+        key = name, begin, shape, dtype
+        if key not in self._parts:
+            values, count = getattr(self, name), math.prod(shape)
+            values = values if dtype is None else values.view(dtype)
+            # A slice that is too long would be cut without a word.
+            assert begin + count <= values.shape[0], (begin, count, values.shape)
+            self._parts[key] = values[begin : begin + count].view(shape)
+        return self._parts[key]

@@ -3,6 +3,7 @@ one finds there."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -36,6 +37,15 @@ NO_WEIGHT = -1e4
 _ABSENT = {"token": (0, -1), "sampled_token": (0, -1), "second_token": (-1, -1), "error": (ERROR_LOGITS, 0)}
 _INTEGERS = {"token": np.int64, "sampled_token": np.int64, "second_token": np.int64, "error": np.int32}
 
+# Arguments that have a row for every row of the result.
+_PER_OUTPUT = ("temperature", "sample_temperature", "noise", "query", "bias_ids", "bias")
+
+
+@functools.cache
+def _names(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """The fields of `Confidence` that a call with these outputs fills."""
+    return tuple(name for name in Confidence._fields if requested(name, outputs))
+
 
 @on_cpu(reference.confidence)
 def confidence(
@@ -68,15 +78,8 @@ def confidence(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = np.arange(R) if rows is None else rows.numpy()
     present = np.flatnonzero((row >= 0) & (row < R))
-    by_output = {
-        "temperature": temperature,
-        "sample_temperature": sample_temperature,
-        "noise": noise,
-        "query": query,
-        "bias_ids": bias_ids,
-        "bias": bias,
-    }
-    by_output = {name: x for name, x in by_output.items() if x is not None}
+    per_output = (temperature, sample_temperature, noise, query, bias_ids, bias)
+    given = [(name, x) for name, x in zip(_PER_OUTPUT, per_output) if x is not None]
     ids = None if banned is None else banned.numpy()
 
     # 1. The rows that are there, chunk by chunk.
@@ -85,7 +88,7 @@ def confidence(
     for begin in range(0, len(present), size):
         numbers = present[begin : begin + size]
         at, places = _places(numbers), _places(row[numbers])
-        arguments = {name: x[at] for name, x in by_output.items()}
+        arguments = {name: x[at] for name, x in given}
         arguments["banned"] = ids if ids is None or ids.ndim == 1 else ids[at]
         if previous is not None:
             arguments["previous"] = _copied(previous, places, dtype)
@@ -99,9 +102,7 @@ def confidence(
     failures = None if is_whole else ~unneeded
     real = np.float64 if dtype == torch.float64 else np.float32
     fields = dict.fromkeys(Confidence._fields)
-    for name in fields:
-        if not requested(name, outputs):
-            continue
+    for name in _names(tuple(outputs)):
         if len(present) == N and len(chunks) == 1:
             fields[name] = torch.from_numpy(chunks[0][name])
             continue
@@ -159,7 +160,7 @@ def _statistics(
         in_vocabulary = (query >= 0) & (query < numbers.shape[1])
         usable &= in_vocabulary
         query = np.where(in_vocabulary, query, 0)
-    fields = {"token": token, "error": np.where(usable, np.int32(0), np.int32(ERROR_LOGITS))}
+    fields = {"token": token, "error": ~usable * np.int32(ERROR_LOGITS)}
     if second_token is not None:
         absent = second_logit <= -LIMIT
         fields["second_token"] = np.where(absent, -1, second_token)
@@ -225,7 +226,7 @@ def _best_allowed(
     """
     best = _best(x, top, peak, wants_second)
     # Ids are banned so that they do not win where they would; mostly they would not.
-    if banned is None or not any((banned == ids[:, None]).any() for ids in best[::2] if ids is not None):
+    if banned is None or not (_is_among(best[0], banned) or (wants_second and _is_among(best[2], banned))):
         return best
     place, held = _ban(x, banned)
     top = x.argmax(1)
@@ -248,11 +249,15 @@ def _best(
     return top, peak, second_token, second_logit
 
 
-def _ban(x: np.ndarray, banned: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+def _is_among(ids: np.ndarray, banned: np.ndarray) -> bool:
+    """Whether any of the ids [n] is banned by [K] or by its row of [n, K]."""
+    return bool((banned == ids[:, None]).any())
+
+
+def _ban(x: np.ndarray, banned: np.ndarray) -> tuple[tuple[slice | np.ndarray, np.ndarray], np.ndarray]:
     """Makes the logits of banned ids [K] or [n, K] -inf in place. Returns their places and what x held there."""
-    banned = np.broadcast_to(banned, (len(x), banned.shape[-1]))
-    row, column = np.nonzero((banned >= 0) & (banned < x.shape[1]))
-    place = row, banned[row, column]
+    inside = (banned >= 0) & (banned < x.shape[1])
+    place = (inside.nonzero()[0] if banned.ndim == 2 else slice(None)), banned[inside]
     held = x[place]
     x[place] = -np.inf
     return place, held
