@@ -376,8 +376,8 @@ def needs_of(plan: Plan, state: RowState, sampling: Sampling, drafting: Tensor) 
         extent = extent_of(plan, state, kind)
         if plan.scattered:
             return flagged(plan, state, sampling, kind, extent).sum(1)
-        shadow = state.block_end - state.block_start if plan.shadow and kind == "denoise" else 0
-        return extent.stop - extent.begin + shadow
+        count = extent.stop if extent.begins == "canvas" else extent.stop - extent.begin
+        return count + lanes if plan.shadow and kind == "denoise" else count
 
     lanes = state.block_end - state.block_start
     return torch.stack([state.phase, width("refresh"), width("denoise"), lanes, drafting]).int()

@@ -77,7 +77,7 @@ def confidence(
     R, V = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     row = np.arange(R) if rows is None else rows.numpy()
-    present = np.flatnonzero((row >= 0) & (row < R))
+    present = ((row >= 0) & (row < R)).nonzero()[0]
     per_output = (temperature, sample_temperature, noise, query, bias_ids, bias)
     given = [(name, x) for name, x in zip(_PER_OUTPUT, per_output) if x is not None]
     ids = None if banned is None else banned.numpy()
@@ -86,8 +86,8 @@ def confidence(
     size = max(1, CHUNK * torch.get_num_threads() // V)
     chunks = []
     for begin in range(0, len(present), size):
-        numbers = present[begin : begin + size]
-        at, places = _places(numbers), _places(row[numbers])
+        at = present[begin : begin + size]
+        places = row[at]
         arguments = {name: x[at] for name, x in given}
         arguments["banned"] = ids if ids is None or ids.ndim == 1 else ids[at]
         if previous is not None:
@@ -97,21 +97,20 @@ def confidence(
         chunks.append(_statistics(x, outputs, soft_cap=soft_cap, seed=seed, **arguments))
 
     # 2. Every output: what its chunk says, or what stands for a row that is not needed or not there.
+    fields, names = dict.fromkeys(Confidence._fields), _names(tuple(outputs))
+    if len(present) == N and len(chunks) == 1:
+        fields |= {name: torch.from_numpy(chunks[0][name]) for name in names}
+        return Confidence(**fields)
     unneeded = row == -1
-    is_whole = len(present) + np.count_nonzero(unneeded) == N
-    failures = None if is_whole else ~unneeded
+    fails = ~unneeded if len(present) + np.count_nonzero(unneeded) < N else None
     real = np.float64 if dtype == torch.float64 else np.float32
-    fields = dict.fromkeys(Confidence._fields)
-    for name in _names(tuple(outputs)):
-        if len(present) == N and len(chunks) == 1:
-            fields[name] = torch.from_numpy(chunks[0][name])
-            continue
+    for name in names:
         everywhere = np.zeros(N, _INTEGERS.get(name, real))
         if_failed, if_unneeded = _ABSENT.get(name, (0, 0))
         if if_unneeded:
             everywhere[unneeded] = if_unneeded
-        if failures is not None:
-            everywhere[failures] = if_failed
+        if fails is not None:
+            everywhere[fails] = if_failed
         if chunks:
             values = [chunk[name] for chunk in chunks]
             everywhere[present] = values[0] if len(values) == 1 else np.concatenate(values)
@@ -336,14 +335,8 @@ def _is_temperature(values: np.ndarray) -> np.ndarray:
     return (values >= MIN_TEMPERATURE) & (values <= MAX_TEMPERATURE)
 
 
-def _places(numbers: np.ndarray) -> slice | np.ndarray:
-    """Numbers as a slice if they ascend without a gap: its rows are a view."""
-    first, count = int(numbers[0]), len(numbers)
-    if int(numbers[-1]) - first == count - 1 and (numbers[1:] > numbers[:-1]).all():
-        return slice(first, first + count)
-    return numbers.astype(np.int64)
-
-
-def _copied(x: Tensor, places: slice | np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The rows of a tensor in `dtype`, copied once."""
-    return x[places].to(dtype, copy=isinstance(places, slice))
+def _copied(x: Tensor, places: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The rows of a tensor in `dtype`, in memory of their own."""
+    if x.dtype == dtype:
+        return torch.from_numpy(x.detach().numpy()[places])
+    return x[places].to(dtype)
