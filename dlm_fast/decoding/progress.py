@@ -93,7 +93,7 @@ class StepTooLarge(RuntimeError):
         self.bucket = bucket
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_steps(
     decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket] | None = None
 ) -> None:

@@ -42,6 +42,8 @@ TOLD_APART = 24
 # A block takes so many denoise steps of one width, when a grid is planned: fewer than most decoders take, and how many
 # they take is known only afterwards.
 STEPS = 4
+# A grid is planned for so many blocks of a row, evenly spaced, if it has more.
+PLANNED_BLOCKS = 16
 # The regions of a pipeline that its grid is planned for, in blocks, and the fewest lanes of its steps.
 PIPELINE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16)
 FEW_BLOCKS = 4
@@ -131,7 +133,7 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
     B = state.tokens.shape[0]
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
     if plan.preset.drafts > 1:
-        expected["denoise"] = [plan.denoise_width] * len(expected["denoise"])  # the drafts are of whole blocks
+        expected["denoise"] = Counter({plan.denoise_width: expected["denoise"].total()})  # drafts are of whole blocks
     lanes: dict[Kind, tuple[int, ...]] = {"refresh": (plan.lanes,), "denoise": (plan.lanes,)}
     narrow = plan.preset.pipeline and plan.cache.op(True) == "fused"
     if narrow:
@@ -143,7 +145,9 @@ def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
     return Grid(_counts(expected, B, budget, fixed), lanes, plan.preset.drafts, narrow, fixed)
 
 
-def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) -> dict[Kind, dict[int, tuple[int, ...]]]:
+def _counts(
+    expected: dict[Kind, Counter[int]], B: int, budget: int, fixed: int
+) -> dict[Kind, dict[int, tuple[int, ...]]]:
     """The row counts of every width of every kind: at most `budget` shapes, if that is 4 or more."""
     divided = {kind: _classes(Counter(widths), MOST_WIDTHS) for kind, widths in expected.items()}
     chosen = dict.fromkeys(expected, 1)
@@ -178,7 +182,7 @@ def _counts(expected: dict[Kind, list[int]], B: int, budget: int, fixed: int) ->
 
     # 2. What is left: row counts between the powers of two, where these are far apart.
     between = [
-        ((high - low) * width * len(expected[kind]), kind, width, (low + high) // 2)
+        ((high - low) * width * expected[kind].total(), kind, width, (low + high) // 2)
         for kind, widths in grid.items()
         for width, counts in widths.items()
         for low, high in zip(counts, counts[1:])
@@ -230,43 +234,49 @@ def _classes(widths: Counter[int], most: int) -> list[tuple[list[int], int]]:
     return found
 
 
-def _expected(plan: Plan, state: RowState) -> dict[Kind, list[int]]:
-    """The widths of the windows that the rows will need, of every block of every row and each kind of step, and the
-    largest that any row may need."""
+def _expected(plan: Plan, state: RowState) -> dict[Kind, Counter[int]]:
+    """The widths of the windows that the rows will need for each kind of step and how often, and the largest that any
+    row may need."""
     start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
     constants = Constants.of(
         start.tokens.shape[0], start.tokens.shape[1] + plan.block_length, None, torch.device("cpu")
     )
     here = dataclasses.replace(plan, first=plan.first.cpu(), constants=constants)
-    found: dict[Kind, list[int]] = {"refresh": [], "denoise": []}
+    found: dict[Kind, Counter[int]] = {"refresh": Counter(), "denoise": Counter()}
+    full: dict[Kind, int] = {"refresh": plan.refresh_width, "denoise": plan.denoise_width}
     if plan.scattered:
         # How many positions are computed one by one is not known ahead: every share of the canvas.
-        for kind, full in (("refresh", plan.refresh_width), ("denoise", plan.denoise_width)):
-            found[kind] = [-(-full * share // 8) for share in range(1, 9)] if full else []
-        return found
-    for block in range(-(-int((start.canvas_len - start.block_start).clamp(min=1).amax()) // plan.block_length)):
+        return {kind: Counter(-(-width * share // 8) for share in range(1, 9) if width) for kind, width in full.items()}
+
+    def note(kind: Kind, widths: Iterable[int], times: Iterable[int]) -> None:
+        for width, number in zip(widths, times):
+            if width > 0:
+                found[kind][min(width, full[kind])] += number
+
+    count = -(-int((start.canvas_len - start.block_start).clamp(min=1).amax()) // plan.block_length)
+    stride = -(-count // PLANNED_BLOCKS)
+    for block in range(0, count, stride):
         begin = start.block_start + block * plan.block_length
         for blocks in PIPELINE_BLOCKS if plan.preset.pipeline else (1,):
             rows = begin < start.canvas_len
+            # Blocks of each row for which this one stands.
+            stands = (-torch.div(begin - start.canvas_len, plan.block_length, rounding_mode="floor")).clamp(max=stride)
+            blocks_of = stands[rows].tolist()
             end = torch.minimum(begin + blocks * plan.block_length, start.canvas_len)
             there = dataclasses.replace(
                 start, block_start=begin, block_end=end, phase=torch.full_like(start.phase, DENOISE),
                 block_step=torch.ones_like(start.block_step), step=torch.full_like(start.step, block),
             )  # fmt: skip
-            for kind in _kinds(plan, block):
-                found[kind] += _positions(here, there, kind, rows) * (STEPS if kind == "denoise" else 1)
+            widths = _positions(here, there, "denoise", rows)
+            note("denoise", widths, [STEPS * number for number in blocks_of])
             if plan.defers and block:
                 # A block's first step computes the block before too.
-                found["denoise"] += [width + plan.block_length for width in _positions(here, there, "denoise", rows)]
-    for kind, full in (("refresh", plan.refresh_width), ("denoise", plan.denoise_width)):
-        if full:
-            found[kind] = [min(width, full) for width in found[kind] if width > 0] + [full]
-    return found
-
-
-def _kinds(plan: Plan, block: int) -> Iterable[Kind]:
-    refreshes = plan.cache.refresh is not None and (block == 0 or plan.cache.refresh.repeats)
-    return ("refresh", "denoise") if refreshes else ("denoise",)
+                note("denoise", [width + plan.block_length for width in widths], blocks_of)
+            refresh = plan.cache.refresh
+            if refresh is not None and (block == 0 or refresh.repeats):
+                widths = _positions(here, there, "refresh", rows)
+                note("refresh", widths, blocks_of if refresh.repeats else [1] * len(widths))
+    return {kind: widths + Counter({full[kind]: 1}) if full[kind] else widths for kind, widths in found.items()}
 
 
 def _positions(plan: Plan, state: RowState, kind: Kind, rows: Tensor) -> list[int]:

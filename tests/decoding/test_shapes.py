@@ -15,7 +15,8 @@ from helpers import RUNNABLE, bolder, model_for, options_of, random_prompts, toy
 import dlm_fast
 from dlm_fast import DecodeInterrupted, DecodeOutOfMemory
 from dlm_fast.decoding import progress, shapes
-from dlm_fast.decoding.shapes import MOST_SHAPES, Grid
+from dlm_fast.decoding.plan import open_rows
+from dlm_fast.decoding.shapes import MOST_SHAPES, Grid, grid_of
 from dlm_fast.policies import Policy
 from dlm_kernels.state import DONE
 
@@ -345,10 +346,26 @@ def test_grids_of_models_of_any_size_are_few_shapes():
             fixed = shapes.fixed_positions(device, parameters)
             assert 8 <= fixed <= 4096
             for B, refresh, budget in itertools.product((1, 3, 64, 1000), (40, 900), (MOST_SHAPES, 8, 4)):
-                grid = shapes._counts({"refresh": [30, refresh, refresh], "denoise": [32] * 9}, B, budget, fixed)
+                expected = {"refresh": Counter({30: 1, refresh: 2}), "denoise": Counter({32: 9})}
+                grid = shapes._counts(expected, B, budget, fixed)
                 assert sum(len(counts) for widths in grid.values() for counts in widths.values()) <= budget
                 assert max(grid["refresh"]) == refresh and max(grid["denoise"]) == 32
                 assert all(counts[0] == 1 for widths in grid.values() for counts in widths.values())
+
+
+def test_the_grid_of_a_long_canvas_is_planned_from_few_of_its_blocks(monkeypatch):
+    counted = Counter()
+    positions = shapes._positions
+    monkeypatch.setattr(shapes, "_positions", lambda *given: (counted.update(["calls"]), positions(*given))[1])
+    model = toy("block")
+    handle = dlm_fast.patching.handle_of(model)
+    mask = handle.diffusion.mask_token_id
+    for length in (16, 6000):
+        canvases = [torch.full((length,), mask), torch.full((4,), mask)]
+        plan, state = open_rows(canvases, dlm_fast.PRESETS["d2f"], handle.diffusion, torch.device("cpu"))
+        grid = grid_of(plan, state, 256)
+        assert all(max(widths) >= plan.bucket(kind).width for kind, widths in grid.counts.items())
+    assert counted["calls"] <= 2 * 2 * len(shapes.PIPELINE_BLOCKS) * shapes.PLANNED_BLOCKS
 
 
 def test_the_result_says_which_shapes_ran():

@@ -92,7 +92,7 @@ def _form(
 ) -> tuple | None:
     """What a sight and `check_arguments` read of a call, but for its window; None of a call that is always checked.
 
-    Caches that begin at one address may share memory, which no shape tells. A tensor with a gradient never comes here
+    Caches that begin at one address may share memory, which no shape tells. No tensor takes part in a gradient here
     (`on_cpu`).
     """
     tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]

@@ -94,7 +94,8 @@ def confidence(
             arguments["previous"] = _copied(previous, places, dtype)
             arguments["previous_logsumexp"] = previous_logsumexp[places]
         x = _copied(logits, places, dtype)
-        chunks.append(_statistics(x, outputs, soft_cap=soft_cap, seed=seed, **arguments))
+        with np.errstate(all="ignore"):  # weights may underflow, whatever the caller made of that
+            chunks.append(_statistics(x, outputs, soft_cap=soft_cap, seed=seed, **arguments))
 
     # 2. Every output: what its chunk says, or what stands for a row that is not needed or not there.
     fields, names = dict.fromkeys(Confidence._fields), _names(tuple(outputs))

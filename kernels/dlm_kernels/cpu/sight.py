@@ -23,8 +23,8 @@ Places = slice | Tensor | None
 CALL = 1 << 19
 # Slots that lie in more ranges than these are read by their numbers.
 RANGES = 4
-# A sight of more numbers is not kept beyond its window.
-KEPT = 1 << 18
+# A sight of more bytes is not kept beyond its window.
+KEPT = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Product:
     dead_queries: Tensor | None = None
 
     @property
-    def numbers(self) -> int:
-        """How many numbers its large tensors hold."""
-        return sum(0 if x is None else x.numel() for x in (self.mask, self.dead_keys))
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        tensors = (*self.slots, self.rows, self.queries, self.mask, self.dead_keys, self.dead_queries)
+        return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 class Sight(NamedTuple):
@@ -175,7 +176,7 @@ def new_sight(window: Window, form: tuple | None, sizes: Sizes) -> Sight:
     sight = Sight(
         form, window.mode, _layout(window), tuple(fields), content, [], [], sizes.precision, stores, products, is_whole
     )
-    if form is not None and sum(product.numbers for product in products) <= KEPT:
+    if form is not None and sum(product.nbytes for product in products) + sum(map(len, content)) <= KEPT:
         _latest = sight
     return _kept(window, sight, memory)
 

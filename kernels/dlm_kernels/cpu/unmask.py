@@ -19,8 +19,8 @@ from ..state import ROW_FIELDS, RowState
 from .calls import on_cpu
 from .row import Call, Row
 
-# Above so many rows the reference, whose time hardly grows with the rows, takes less time than the loop.
-MOST_ROWS = 64
+# Above so many rows or lanes of all rows the reference, whose time hardly grows with them, takes less than the loop.
+MOST_ROWS, MOST_LANES = 64, 2048
 
 _numbers = attrgetter(*ROW_FIELDS)
 
@@ -29,7 +29,7 @@ _numbers = attrgetter(*ROW_FIELDS)
 def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kind) -> Tensor:
     """`reference.unmask`, which says what is written, and of what arguments. Every number is the same bit for bit."""
     is_rare = rule.renoise or rule.remask != "none" or rule.cache == "delayed" or rule.stop == "fill"
-    if is_rare or state.tokens.shape[0] > MOST_ROWS:
+    if is_rare or state.tokens.shape[0] > MOST_ROWS or inputs.score.numel() > MOST_LANES:
         # The same function by contract. Few decoders have a rare rule, and their policies cost more than the op.
         return reference.unmask(state, rule, inputs, kind=kind)
     check_arguments(state, rule, inputs, kind)

@@ -124,11 +124,12 @@ def confidence(
     raw = _add_bias(rows_of(logits), bias_ids, bias)
     raw = torch.where(raw <= -LIMIT, -math.inf, raw)
     scale = torch.ones(N, dtype=dtype, device=logits.device) if temperature is None else temperature.to(dtype)
+    is_tempered = _is_temperature(scale if temperature is None else temperature)
 
     # 2. Errors and choices. Tokens are chosen by x: the cap is increasing, and its rounding must not make a tie.
     ids = torch.arange(V, device=logits.device)
     allowed = ~_is_banned(ids, banned, N) & (raw > -math.inf)
-    error = ~present | torch.isnan(raw).any(1) | (raw >= LIMIT).any(1) | ~allowed.any(1) | ~_is_temperature(scale)
+    error = ~present | torch.isnan(raw).any(1) | (raw >= LIMIT).any(1) | ~allowed.any(1) | ~is_tempered
     if "sampled" in outputs:
         error |= ~(_is_temperature(sample_temperature) | (sample_temperature == 0))
     if "query" in outputs:

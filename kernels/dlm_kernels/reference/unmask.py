@@ -1,7 +1,7 @@
 """`unmask` in plain torch: which positions are written or masked again, and what the row does next.
 
-This is the specification of the kernels and what runs on CPU. Every shape is fixed and no value is read by the host, so
-the function also runs under FakeTensorMode. A row's result depends on nothing but that row.
+This is the specification of the kernels and of the form for a CPU. Every shape is fixed and no value is read by the
+host, so the function also runs under FakeTensorMode. A row's result depends on nothing but that row.
 """
 
 from __future__ import annotations
