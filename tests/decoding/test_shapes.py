@@ -38,7 +38,9 @@ def random_grid(rng: random.Random, planned: Grid, B: int) -> Grid:
     counts = {}
     for kind, widths in planned.counts.items():
         most = max(widths)
-        chosen = sorted({*(rng.randint(1, most) for _ in range(rng.randint(0, 3))), most})
+        # The drafts are of whole blocks, and so is a window of them.
+        fewer = 0 if planned.drafts > 1 and kind == "denoise" else rng.randint(0, 3)
+        chosen = sorted({*(rng.randint(1, most) for _ in range(fewer)), most})
         counts[kind] = {
             width: tuple(sorted(set(rng.choices(range(1, B + 1), k=rng.randint(1, 3))))) for width in chosen
         }
