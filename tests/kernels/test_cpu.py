@@ -74,6 +74,7 @@ def check_attention(case: Case, dtype: torch.dtype, floor: float = 1e-6) -> None
         assert_same_bits(mine, theirs)
 
 
+CAMPAIGN = 5000  # random calls of each op
 FEATURES = [(), ("kept",), ("sliding",), ("shared",), ("kept", "sliding", "shared"), ("fp8",), ("page_size",)]
 
 
@@ -86,20 +87,33 @@ def test_attention_is_a_softmax_over_the_visible_keys(
     """Hidden slots and dead positions hold NaN; one call in four has a NaN or an infinity in a live place too."""
     monkeypatch.setattr(sight, "CALL", call)
     for seed in range(10):
-        rng = random.Random(f"{mode} {features} {seed}")
-        case = attention_case(
-            rng.randrange(2**31),
-            B=rng.choice((1, 2, 3, 6)),
-            W=rng.choice((1, 5, 16, 33)),
-            D=rng.choice((1, 16, 24)),
-            mode=mode,
-            capacity=rng.choice((17, 40, 80)),
-            full_rows=rng.random() < 0.3,
-            **{name: 16 if name == "page_size" else True for name in features},
-        )
-        case = not_finite(case, rng) if seed % 4 == 3 else case
-        dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-        check_attention(case, dtype, score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale))
+        check_random_attention(mode, features, seed)
+
+
+def check_random_attention(mode: str, features: tuple[str, ...], seed: int) -> None:
+    rng = random.Random(f"{mode} {features} {seed}")
+    case = attention_case(
+        rng.randrange(2**31),
+        B=rng.choice((1, 2, 3, 6)),
+        W=rng.choice((1, 5, 16, 33)),
+        D=rng.choice((1, 16, 24)),
+        mode=mode,
+        capacity=rng.choice((17, 40, 80)),
+        full_rows=rng.random() < 0.3,
+        **{name: 16 if name == "page_size" else True for name in features},
+    )
+    case = not_finite(case, rng) if seed % 4 == 3 else case
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+    check_attention(case, dtype, score_floor(case.q, case.k, case.k_buffer, case.k_scale, case.scale))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("call", [0, sight.CALL], ids=["rows alone", "rows together"])
+def test_attention_is_that_on_thousands_of_random_calls(call: int, monkeypatch) -> None:
+    monkeypatch.setattr(sight, "CALL", call)
+    for seed in range(CAMPAIGN // 2):
+        rng = random.Random(seed)
+        check_random_attention(rng.choice(MODES), rng.choice(FEATURES), 1000 + seed)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -443,6 +457,13 @@ def test_confidence_equals_the_reference_on_random_calls(part: int) -> None:
         check_confidence(logits, **arguments)
 
 
+@pytest.mark.campaign
+def test_confidence_equals_the_reference_on_thousands_of_random_calls() -> None:
+    for seed in range(1000, 1000 + CAMPAIGN):
+        logits, arguments = confidence_case(seed, most_rows=8)
+        check_confidence(logits, **arguments)
+
+
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_a_divergence_from_what_holds_no_distribution_is_infinite(soft_cap: float | None) -> None:
     logits = torch.randn(5, 50)
@@ -650,9 +671,18 @@ def check_unmask(case: UnmaskCase, note: object) -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_unmask_equals_the_reference_on_random_calls(part: int) -> None:
     """Every rule, phase and stop; ties, NaN, broken statistics, rows that sit out, lanes outside the canvas."""
-    for seed in range(200 * part, 200 * part + 200):
+    check_random_unmask(range(200 * part, 200 * part + 200))
+
+
+def check_random_unmask(seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         check_unmask(unmask_case(seed, B=rng.choice((1, 3, 6)), long=rng.random() < 0.1), f"seed {seed}")
+
+
+@pytest.mark.campaign
+def test_unmask_equals_the_reference_on_thousands_of_random_calls() -> None:
+    check_random_unmask(range(1000, 1000 + CAMPAIGN))
 
 
 @pytest.mark.parametrize("rule", USUAL_RULES.values(), ids=USUAL_RULES)
@@ -665,6 +695,9 @@ def test_the_rules_of_most_decoders_are_this_backends_own(rule: UnmaskRule, monk
     check_unmask(unmask_case(1, B=module.MOST_ROWS, rule=rule), "as many rows as there may be")
     with pytest.raises(AttributeError, match="unmask"):
         unmask_case(1, B=module.MOST_ROWS + 1, rule=rule).run(cpu.unmask)
+    monkeypatch.setattr(module, "MOST_LANES", 1)
+    with pytest.raises(AttributeError, match="unmask"):
+        unmask_case(1, B=2, rule=rule).run(cpu.unmask)
 
 
 def test_unmask_of_many_rows_and_of_none() -> None:
