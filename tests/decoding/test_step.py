@@ -181,7 +181,7 @@ def test_a_state_is_written_by_unmask_and_by_amend(preset):
         native_model().requires_grad_(False), backend="reference", diffusion=diffusion, plain_mode=chosen.visibility
     )
     decode = open_decode(handle, plan, state, sampling)
-    constants = {name: x.clone() for name, x in vars(plan.constants).items() if x is not None}
+    constants = {name: x.clone() for name, x in vars(plan.constants).items() if isinstance(x, torch.Tensor)}
     # A step of some rows is written back as a whole.
     known = {amend: "amend", REFERENCE.unmask: "unmask", RowState.put_rows: "put_rows"}
     with Writes(state, {function.__code__: name for function, name in known.items()}) as writes:

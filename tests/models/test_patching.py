@@ -296,7 +296,7 @@ def test_explain_says_which_op_runs_and_why():
     assert facts["model"] == "LlamaForCausalLM" and facts["visibility"] == facts["plain_forward"] == "block"
     assert facts["backend"] == "cpu" and "Triton kernels need a CUDA device" in facts["reason"]
     assert facts["ops"]["block_attention"] == "dlm_kernels.cpu.attention.block_attention"
-    assert facts["ops"]["unmask"] == "dlm_kernels.reference.unmask.unmask"
+    assert facts["ops"]["unmask"] == "dlm_kernels.cpu.unmask.unmask"
     with pytest.raises(ValueError, match="not patched"):
         dlm_fast.explain(native_model())
 
