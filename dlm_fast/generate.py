@@ -146,9 +146,8 @@ def generate(
     width of every step that the row takes part in) a row's bits are the same whatever the other rows hold. The shapes
     follow from the lengths of all rows and from how many steps each of them has taken.
 
-    A decode makes no gradients (`torch.no_grad`). Inside `torch.inference_mode()` its tokens are the same and each op
-    costs less Python, 7% of a step of the smallest model on a CPU; but what a hook, a policy or `on_step` then keeps
-    cannot be trained on.
+    A decode takes no gradients (`torch.no_grad`). Inside `torch.inference_mode()` the tokens are the same and every op
+    costs the host less, but nothing that a hook, a policy or `on_step` keeps there can be trained on.
 
     A step computes the rows that take part in it, in windows about as wide as they need. A batch has at most 16 shapes
     of steps, which are planned for its rows (`dlm_fast.decoding.shapes`); prompts need not be sorted by length.
