@@ -36,6 +36,9 @@ WEIGHTS_READ = {"cuda": 256, "cpu": 8}
 # A row count is worth a shape as long as the step costs less than so many fixed parts: beyond, two steps of half the
 # rows cost hardly more.
 WORTH = 4
+# Shapes that are left go to more rows as long as the step costs less than so many fixed parts: beyond, hardly any time
+# is left to share, and what a step holds in memory grows.
+SHARED = 16
 MOST_WIDTHS = 8
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
@@ -180,7 +183,21 @@ def _counts(
             break
         del longest[len(longest) // 2]
 
-    # 2. What is left: row counts between the powers of two, where these are far apart.
+    # 2. What is left: more rows, which share the fixed cost of a step; then row counts between the powers of two, where
+    # these are far apart.
+    left = budget - sum(map(size, grid.values()))
+    for _ in range(left):
+        short = [
+            (expected[kind].total() / counts[-1], kind, width)
+            for kind, widths in grid.items()
+            for width, counts in widths.items()
+            if counts[-1] < B and counts[-1] * width < SHARED * fixed
+        ]
+        if not short:
+            break
+        _, kind, width = max(short)
+        counts = grid[kind][width]
+        counts.append(min(2 * counts[-1], B))
     between = [
         ((high - low) * width * expected[kind].total(), kind, width, (low + high) // 2)
         for kind, widths in grid.items()
