@@ -370,6 +370,32 @@ def test_the_grid_of_a_long_canvas_is_planned_from_few_of_its_blocks(monkeypatch
     assert counted["calls"] <= 2 * 2 * len(shapes.PIPELINE_BLOCKS) * shapes.PLANNED_BLOCKS
 
 
+@pytest.mark.parametrize("preset", ["llada", "fast-dllm-dual", "klass", "sdar", "d2f", "freedave"])
+def test_a_decode_in_inference_mode_is_the_same(preset):
+    options = {"preset": preset, "max_new_tokens": [9, 4, 13], **options_of(preset)}
+    model, prompts = model_for(preset), random_prompts([5, 1, 8])
+    with torch.inference_mode():
+        inside = dlm_fast.generate(model, prompts, **options)
+    outside = dlm_fast.generate(model, prompts, **options)
+    assert [of_row(inside, row) for row in range(3)] == [of_row(outside, row) for row in range(3)]
+
+
+def test_what_a_step_shows_can_be_kept_written_and_trained_on():
+    kept = []
+    model = toy("full", eos=())
+    hook = model.model.register_forward_hook(lambda module, args, out: kept.append(out.last_hidden_state.clone()))
+    out = dlm_fast.generate(
+        model, random_prompts([3]), max_new_tokens=4, preset="llada", block_length=4,
+        on_step=lambda state: kept.append(state.unmask_confidence.clone()),
+    )  # fmt: skip
+    hook.remove()
+    weights = [torch.ones_like(x, requires_grad=True) for x in kept]
+    sum((weight * x).sum() for weight, x in zip(weights, kept)).backward()
+    assert len(kept) == 2 * out.nfe[0] and all(torch.equal(w.grad, x) for w, x in zip(weights, kept))
+    for x in kept:
+        x.zero_()
+
+
 def test_the_result_says_which_shapes_ran():
     out = dlm_fast.generate(toy("full", eos=()), random_prompts([3]), max_new_tokens=4, preset="llada", block_length=4)
     ((shape, steps),) = out.shapes.items()
