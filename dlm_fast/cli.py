@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -10,7 +11,10 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +179,16 @@ def _parser() -> Parser:
         "--input",
         type=Path,
         help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result '
-        'repeats, and "max_new_tokens", "min_new_tokens" and "temperature" of the line',
+        'repeats, and "max_new_tokens", "min_new_tokens" and "temperature" of the line; a line that cannot be decoded '
+        'gets finish "error"',
     )
     prompts.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     prompts.add_argument("--restart", action="store_true", help="discard what a broken run left, and do not resume it")
     prompts.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    prompts.add_argument(
+        "--strict", action="store_true", help="decode nothing if a line cannot be decoded (default: it says so itself)"
+    )
+    prompts.add_argument("--keep-keys", action="store_true", help="repeat the other keys of a line in its result")
     prompts.add_argument(
         "--shapes", action="store_true", help="print which shapes the steps had, and what they wasted; without --output"
     )
@@ -290,6 +299,9 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--input needs --output")
     if args.shapes and args.output is not None:
         raise ValueError("--shapes goes with --prompt, and without --output")
+    of_jobs = [flag for flag in ("restart", "overwrite", "strict", "keep_keys") if getattr(args, flag)]
+    if of_jobs and args.output is None:
+        raise ValueError(f"--{of_jobs[0].replace('_', '-')} goes with --output")
     opening = _opening(args)
     settings = {
         "preset": args.preset,
@@ -303,7 +315,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in FIELDS if hasattr(args, name)},
         **dict(args.set),
     }
-    records = [{"prompt": p} for p in args.prompt] if args.prompt else jobs.read_prompts(args.input, settings)
+    if args.output is not None:
+        jobs.check_places(args.output, source=args.input, overwrite=args.overwrite)
+    if args.prompt:
+        lines = jobs.lines_of([{"prompt": prompt} for prompt in args.prompt], settings, name="--prompt")
+    else:
+        lines = jobs.read_lines(args.input, settings, keep_keys=args.keep_keys)
 
     # 2. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
     model = load(args.model, backend=args.backend, device=args.device, **opening)
@@ -313,52 +330,68 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     def wrap(prompt: Any) -> Any:
         return [{"role": "user", "content": prompt}] if chats and isinstance(prompt, str) else prompt
 
-    # 3. Without an output file: decode one batch, and print the texts.
     if args.output is None:
-        from .generate import generate
+        return _print_texts(args, model, lines, wrap, settings)
 
-        out = generate(model, [wrap(r["prompt"]) for r in records], **settings)
-        results = list(jobs.result_lines(out, 0, records))
-        if not args.json:
-            for result in results:
-                print(result["text"] if result["text"] is not None else result["ids"])
-        if args.shapes and not args.json:
-            for shape, steps in sorted(out.shapes.items()):
-                drafts = f" x {shape.drafts} drafts" if shape.drafts > 1 else ""
-                print(f"{steps:6} {shape.kind} steps of {shape.rows} rows x {shape.width} positions{drafts}")
-            print(f"{out.computed_tokens} positions computed, {sum(out.query_tokens)} needed")
-        shapes = [{**shape._asdict(), "steps": steps} for shape, steps in sorted(out.shapes.items())]
-        computed = {"computed_tokens": out.computed_tokens, "query_tokens": sum(out.query_tokens)}
-        return {"results": results, "preset": out.preset.name, "wall_time": out.wall_time, "shapes": shapes, **computed}
-
-    # 4. With an output file: run a job, with a bar of its progress on stderr.
+    # 3. With an output file: run a job, with a bar of its progress on stderr.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    source = {"adapter": args.adapter, "revision": args.revision, "diffusion": opening["diffusion"]}
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("decoding", total=len(records))
+        task = bar.add_task("decoding", total=len(lines))
         resumed = jobs.run(
             model,
-            records,
+            lines,
             args.output,
             settings=settings,
             batch_size=args.batch_size,
-            source={
-                "model": args.model,
-                "dtype": args.dtype,
-                "raw": args.raw,
-                **{name: value for name, value in source.items() if value},
-            },
+            source={"raw": args.raw},
+            strict=args.strict,
             restart=args.restart,
             overwrite=args.overwrite,
             wrap_prompt=wrap,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            warn=lambda message: bar.console.print(message, markup=False, highlight=False, soft_wrap=True),
         )
     if not args.json:
-        print(f"{len(records)} results in {args.output}" + (f" ({resumed} from the broken run)" if resumed else ""))
-    return {"output": str(args.output), "records": len(records), "resumed": resumed}
+        print(f"{len(lines)} results in {args.output}" + (f" ({resumed} from the broken run)" if resumed else ""))
+    return {"output": str(args.output), "records": len(lines), "resumed": resumed}
+
+
+def _print_texts(
+    args: argparse.Namespace, model: Any, lines: list[Any], wrap: Callable[[Any], Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Decodes prompts as one batch, and prints the texts; returns the report of --json."""
+    from . import jobs
+    from .generate import DecodeError, generate
+
+    # 1. Decode. If a row failed, the others are good all the same.
+    failed: list[str] = []
+    try:
+        out = generate(model, [wrap(line.record["prompt"]) for line in lines], **settings)
+    except DecodeError as error:
+        if len(error.rows) == len(lines):
+            raise
+        failed, out = [str(error)], error.output
+    results = [jobs.result_line(out, index, index, line) for index, line in enumerate(lines)]
+
+    # 2. Print.
+    if not args.json:
+        for result in results:
+            text = result["text"] if result["text"] is not None else result["ids"]
+            print("" if result["finish"] in ("error", "unfinished") else text)
+    if args.shapes and not args.json:
+        for shape, steps in sorted(out.shapes.items()):
+            drafts = f" x {shape.drafts} drafts" if shape.drafts > 1 else ""
+            print(f"{steps:6} {shape.kind} steps of {shape.rows} rows x {shape.width} positions{drafts}")
+        print(f"{out.computed_tokens} positions computed, {sum(out.query_tokens)} needed")
+    for message in failed:
+        print(f"dlm-fast generate: {message}", file=sys.stderr)
+    shapes = [{**shape._asdict(), "steps": steps} for shape, steps in sorted(out.shapes.items())]
+    computed = {"computed_tokens": out.computed_tokens, "query_tokens": sum(out.query_tokens)}
+    report = {"results": results, "preset": out.preset.name, "wall_time": out.wall_time, "shapes": shapes, **computed}
+    return {**report, "failed": failed} if failed else report
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:
@@ -513,27 +546,67 @@ COMMANDS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was told to end, by the signal of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_end_as_an_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, and not in the middle of a step. A signal that is ignored, as
+    under nohup, stays ignored."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors are one line on stderr unless --debug is given."""
     args = _parser().parse_args(argv)
     try:
-        import transformers
+        with _signals_end_as_an_interrupt():
+            import transformers
 
-        # The bar that transformers shows for loading weights would run through our bar.
-        transformers.utils.logging.disable_progress_bar()
-        report = COMMANDS[args.command](args)
-    except KeyboardInterrupt:
-        print("dlm-fast: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+            # The bar that transformers shows for loading weights would run through our bar.
+            transformers.utils.logging.disable_progress_bar()
+            report = COMMANDS[args.command](args)
+        if args.json:
+            print(json.dumps(report))
+        sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        # A decode that is interrupted raises an error of its own, whose cause is the signal's.
+        number = getattr(error.__cause__ or error, "number", int(signal.SIGINT))
+        how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+        print(f"dlm-fast: {how}; what was finished is kept", file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:
+        # Who read our output has enough of it. Python would complain again when it flushes the stream at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + int(signal.SIGPIPE)
     except Exception as error:
         if args.debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"dlm-fast {args.command}: {text}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": text}}))
         return 1
-    if args.json:
-        print(json.dumps(report))
-    return 1 if report.get("violations") or report.get("refused") else 0
+    return 1 if any(report.get(name) for name in ("violations", "refused", "failed")) else 0
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_an_adapter_beside_the_weights_needs_a_word(tmp_path, capsys):
         (["--preset", "nope"], "preset must be one of llada"),
         (["--block-length", "0"], "block_length must be a whole number >= 1 or None, got block_length=0"),
         (["--temperature", "-1"], "temperature must be a finite number >= 0, got temperature=-1.0"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be a finite number >= 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be a whole number >= 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--dtype", "int8"], "--dtype must be bfloat16, float16 or float32, got 'int8'"),
         (["--backend", "cuda"], "backend must be one of auto, triton, cpu, reference or an Ops, got backend='cuda'"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The floors from low to high; each entry is a file or a package of dlm_fast, by its first name.
 FLOORS = (
     ("dlm_kernels",),
-    ("version", "limits", "fingerprint", "files", "diffusion", "ops", "models", "patching"),
+    ("version", "limits", "fingerprint", "disk", "files", "diffusion", "ops", "models", "patching"),
     ("policies",),
     ("presets",),
     ("decoding",),

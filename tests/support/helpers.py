@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,30 +180,40 @@ def save_toy_checkpoint(path: Path, visibility: str = "full", *, tokenizer: bool
 
 class Synced:
     """What files held when they were last synced to the disk (`os.fsync`), and a check of every file that gets its name
-    by `os.replace`.
+    by `os.replace` or `os.link`.
 
     Attributes:
         named: the names given so far.
+        kept: those of them whose folder was synced since.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.named: list[str] = []
+        self.kept: list[str] = []
         self._sizes: dict[int, int] = {}
-        sync, replace = os.fsync, os.replace
+        self._waiting: list[tuple[int, str]] = []
+        sync = os.fsync
 
         def recorded(descriptor: int) -> None:
             sync(descriptor)
             found = os.fstat(descriptor)
             self._sizes[found.st_ino] = found.st_size
+            self.kept += [name for folder, name in self._waiting if folder == found.st_ino]
+            self._waiting = [(folder, name) for folder, name in self._waiting if folder != found.st_ino]
 
-        def checked(source: str | Path, target: str | Path) -> None:
-            files = [p for p in Path(source).rglob("*") if p.is_file()] if Path(source).is_dir() else [Path(source)]
-            assert all(map(self.holds, files)), f"{source} gets the name {target} before it is on the disk"
-            replace(source, target)
-            self.named.append(Path(target).name)
+        def checked(give_name: Callable) -> Callable:
+            def named(source: str | Path, target: str | Path) -> None:
+                files = [p for p in Path(source).rglob("*") if p.is_file()] if Path(source).is_dir() else [Path(source)]
+                assert all(map(self.holds, files)), f"{source} gets the name {target} before it is on the disk"
+                give_name(source, target)
+                self.named.append(Path(target).name)
+                self._waiting.append((Path(target).parent.stat().st_ino, Path(target).name))
+
+            return named
 
         monkeypatch.setattr(os, "fsync", recorded)
-        monkeypatch.setattr(os, "replace", checked)
+        monkeypatch.setattr(os, "replace", checked(os.replace))
+        monkeypatch.setattr(os, "link", checked(os.link))
 
     def holds(self, path: Path) -> bool:
         """Whether all of a file was synced."""

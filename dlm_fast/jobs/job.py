@@ -1,0 +1,304 @@
+"""The run of a job: which lines are there already, and the decode of the others, batch after batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import fingerprint
+from ..generate import DecodeError, DecodeOutOfMemory, GenerateOutput, generate, settled
+from ..patching import PatchHandle, handle_of
+from ..version import __version__
+from .lines import LINE_SETTINGS, Line, check_settings, named
+from .partial import JobError, Partial, check_places
+
+# The arguments of `generate`; every other setting of a job is an option of the preset.
+ARGUMENTS = frozenset(inspect.signature(generate).parameters)
+# What a job gives `generate` itself, so that no setting may be called like it.
+OWN_ARGUMENTS = ("model", "prompts", "canvas", "attention_mask", "request_ids", "on_step", "tokenizer", "options")
+# How many lines are read at a time, and what an error calls the only row.
+_READ_TOGETHER = 256
+_ROW = re.compile(r"\b(prompts|canvas)\[0\]")
+FAILED = "the model's logits were no numbers to draw from, or the decode made no progress"
+
+
+def run(
+    model: nn.Module,
+    lines: Sequence[Line],
+    output: Path,
+    *,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    source: Mapping[str, Any] | None = None,
+    strict: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    wrap_prompt: Callable[[Any], Any] = lambda prompt: prompt,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Decodes lines in batches into the file `output`; returns how many results came from a broken run.
+
+    The file has one JSON line per line of the job, in order. Until all of them are there, results go to
+    `<output>.partial`, which is synced after every batch; one rename gives the output its name. A result depends only
+    on the line, the line's index, which keys the noise, and what the header of the partial file holds: settings,
+    weights, configuration, tokenizer, backend, device and versions. A run resumes what a broken run with the same
+    header left, line by line: a line that was changed or added since is decoded, and all others are taken as they are.
+
+    All lines are checked before the first forward. One that cannot be decoded has finish "error" and its "error" in
+    the output, beside those that can, unless the job is `strict`.
+
+    Args:
+        model: as for `generate`.
+        lines: what `read_lines` or `lines_of` returned.
+        output: the file to write.
+        settings: keyword arguments of `generate`, as plain data. What they leave to the model is settled first, so that
+            the header holds what the run was decoded with.
+        batch_size: how many lines are decoded together.
+        source: what else the results depend on, as plain data.
+        strict: whether a line that cannot be decoded keeps the job from starting.
+        restart: whether the results of a broken run are discarded.
+        overwrite: whether an existing output is replaced.
+        wrap_prompt: a function that is applied to every "prompt", as a chat template needs.
+        progress: a function that is called with the number of finished lines and the number of all lines.
+        warn: a function that is called with what is wrong with some of the lines, before anything is decoded.
+    Raises:
+        JobError: the output exists; or the partial file is of another run, of another process or no such file; or no
+            line can be decoded, or with `strict` one cannot; or, once the output is complete, some lines have finish
+            "error".
+        OSError: the disk refuses.
+    """
+    # 1. Check the job, and every line, before anything is written.
+    check_places(output, overwrite=overwrite)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise JobError(f"--batch-size must be at least 1, got {batch_size}")
+    handle = handle_of(model)
+    settings = _settings(handle, settings)
+    lines, rows = _checked(model, lines, settings, wrap_prompt)
+    bad = [line for line in lines if line.problem is not None]
+    if bad and (strict or len(bad) == len(lines)):
+        raise JobError(f"{len(bad)} of {len(lines)} lines cannot be decoded: {named(bad)}")
+    if bad:
+        warn(f"{len(bad)} of {len(lines)} lines cannot be decoded and get finish 'error': {named(bad)}")
+    header = {**_header(model, handle), "settings": settings, **(source or {})}
+    keys = [_key(index, line) for index, line in enumerate(lines)]
+
+    with Partial(output) as partial:
+        # 2. Find what a broken run left. Under the lock the output is looked for again.
+        check_places(output, overwrite=overwrite)
+        partial.begin(json.loads(json.dumps(header)), restart=restart)
+        done = [line.problem is not None or key in partial.places for line, key in zip(lines, keys)]
+        resumed = sum(key in partial.places for line, key in zip(lines, keys) if line.problem is None)
+        progress(sum(done), len(lines))
+
+        # 3. Decode the other lines. A batch holds prompts only or canvases only.
+        for batch in _batches(lines, done, batch_size):
+            results = _decode(model, batch, lines, rows, settings)
+            partial.append((keys[index], result) for index, result in zip(batch, results))
+            for index in batch:
+                done[index] = True
+            progress(sum(done), len(lines))
+
+        # 4. All results in order, under the output's name.
+        failed: list[Line] = []
+
+        def results_in_order() -> Iterator[dict[str, Any]]:
+            failed.clear()
+            for index, (line, key) in enumerate(zip(lines, keys)):
+                result = _refused(index, line) if line.problem is not None else partial.line(key)
+                if result["finish"] == "error":
+                    failed.append(dataclasses.replace(line, problem=result["error"]))
+                yield result
+
+        partial.finish(results_in_order, overwrite=overwrite)
+
+    # 5. Say so if a line failed.
+    if failed:
+        raise JobError(
+            f"{output} is complete, but {len(failed)} of {len(lines)} lines have finish 'error': {named(failed)}"
+        )
+    return resumed
+
+
+def result_line(output: GenerateOutput, b: int, index: int, line: Line) -> dict[str, Any]:
+    """The result of row `b` as plain data, for the line of this index."""
+    result = {
+        "index": index,
+        **line.repeated(),
+        "text": output.text[b] if output.text is not None else None,
+        "ids": output.sequences[b].tolist(),
+        "finish": output.finish[b],
+        "nfe": output.nfe[b],
+        "query_tokens": output.query_tokens[b],
+        "tpf": round(output.tpf[b], 6),
+    }
+    return {**result, "error": FAILED} if output.finish[b] == "error" else result
+
+
+def _refused(index: int, line: Line) -> dict[str, Any]:
+    """The result of a line that cannot be decoded."""
+    repeated = {}
+    for name, value in line.repeated().items():
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError):
+            continue  # the problem of the line, or another one
+        repeated[name] = value
+    nothing = {"text": None, "ids": [], "finish": "error", "nfe": 0, "query_tokens": 0, "tpf": 0.0}
+    problem = str(line.problem).encode("utf-8", "backslashreplace").decode()
+    return {"index": index, **repeated, **nothing, "error": problem}
+
+
+def _settings(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's settings, settled, which must be plain data. Raises JobError."""
+    taken = sorted(set(settings) & set(OWN_ARGUMENTS))
+    if taken:
+        raise JobError(f"settings must leave {', '.join(OWN_ARGUMENTS)} to the job, got {', '.join(taken)}")
+    found = settled(handle, settings)
+    check_settings("generate", found)
+    for name, value in found.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise JobError(
+                f"settings must be plain data, by which a resumed run is compared, got {name}={value!r}: {error}"
+            ) from None
+    return found
+
+
+def _header(model: nn.Module, handle: PatchHandle) -> dict[str, Any]:
+    """What results depend on beside lines and settings."""
+    packages = ["torch", "transformers", *(["triton"] if handle.ops.name == "triton" else [])]
+    return {
+        "weights": fingerprint.of_model(model),
+        "diffusion": None if handle.diffusion is None else dataclasses.asdict(handle.diffusion),
+        "tokenizer": fingerprint.of_tokenizer(handle.tokenizer),
+        "backend": handle.ops.name,
+        "device": next(model.parameters()).device.type,
+        "version": __version__,
+        **{f"version of {name}": importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _key(index: int, line: Line) -> str:
+    """What tells the result of a line from all others: the line's place and its content."""
+    content = json.dumps([index, line.record], sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _batches(lines: Sequence[Line], done: Sequence[bool], batch_size: int) -> Iterator[list[int]]:
+    """The indices of the lines that are decoded together, in order."""
+    batch: list[int] = []
+    for index, line in enumerate(lines):
+        if done[index]:
+            continue
+        if batch and (len(batch) == batch_size or lines[batch[0]].kind != line.kind):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _arguments(lines: Sequence[Line], settings: Mapping[str, Any], rows: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of `generate` for lines of one kind, whose prompts or canvases are `rows`."""
+    own = [name for name in LINE_SETTINGS if any(name in line.record for line in lines)]
+    arguments = {**settings, **{name: [line.setting(settings, name) for line in lines] for name in own}}
+    if lines[0].kind == "prompt":
+        return {**arguments, "prompts": rows}
+    # What becomes of a last block is a matter of the job's prompts; a canvas has its own end.
+    arguments.pop("last_block", None)
+    return {**arguments, "canvas": rows, "max_new_tokens": None}
+
+
+def _decode(
+    model: nn.Module, batch: list[int], lines: Sequence[Line], rows: Sequence[Any], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The results of a batch, in its order."""
+    arguments = _arguments([lines[index] for index in batch], settings, [rows[index] for index in batch])
+    try:
+        output = generate(model, **arguments, request_ids=batch)
+    except DecodeOutOfMemory:
+        raise
+    except DecodeError as error:
+        # The rows beside a failed row are good. A failed row's line says finish "error".
+        output = error.output
+    return [result_line(output, b, index, lines[index]) for b, index in enumerate(batch)]
+
+
+def _checked(
+    model: nn.Module, lines: Sequence[Line], settings: Mapping[str, Any], wrap_prompt: Callable[[Any], Any]
+) -> tuple[list[Line], list[Any]]:
+    """The lines with all problems that `generate` would find, and their token ids; no forward is made.
+
+    Many lines are read at a time, and one by one only where one of them has a problem.
+    """
+    checked, rows = list(lines), [None] * len(lines)
+
+    def read(indices: list[int]) -> None:
+        inputs = [lines[index].record[lines[index].kind] for index in indices]
+        if lines[indices[0]].kind == "prompt":
+            inputs = [wrap_prompt(prompt) for prompt in inputs]
+        arguments = _arguments([lines[index] for index in indices], settings, inputs)
+        for index, ids in zip(indices, _read(model, arguments)):
+            rows[index] = ids
+
+    _read(model, {**settings, "prompts": []})  # what is wrong with the settings is no line's problem
+
+    for batch in _batches(lines, [line.problem is not None for line in lines], _READ_TOGETHER):
+        try:
+            read(batch)
+        except (ValueError, TypeError):
+            for index in batch:
+                try:
+                    read([index])
+                except (ValueError, TypeError) as error:
+                    problem = _ROW.sub(lines[index].kind, str(error)).removeprefix("generate: ")
+                    checked[index] = dataclasses.replace(lines[index], problem=problem)
+    return checked, rows
+
+
+def _read(model: nn.Module, arguments: dict[str, Any]) -> list[Any]:
+    from .. import requests
+    from ..generate import check_greedy
+    from ..presets import resolve
+
+    handle = handle_of(model)
+    arguments = dict(arguments)
+    options = {name: arguments.pop(name) for name in list(arguments) if name not in ARGUMENTS}
+    chosen = resolve(arguments.pop("preset", None), handle.diffusion.visibility, options, arguments.pop("policy", None))
+    defaults = {
+        "prompts": None,
+        "canvas": None,
+        "max_new_tokens": None,
+        "min_new_tokens": 0,
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": 0,
+        "request_ids": None,
+        "stop_strings": (),
+        "banned_token_ids": (),
+        "eos_token_ids": None,
+    }
+    batch = requests.read(
+        handle.diffusion,
+        vocab_size=model.config.vocab_size,
+        max_positions=model.config.max_position_embeddings,
+        tokenizer=handle.tokenizer,
+        **{**defaults, **arguments},
+    )
+    check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
+    if arguments.get("canvas") is None:
+        requests.with_last_blocks(batch, chosen, handle.diffusion, model.config.max_position_embeddings)
+        return [canvas[:n].numpy().astype("int32") for canvas, n in zip(batch.canvases, batch.prompt_lengths)]
+    return [canvas.numpy().astype("int32") for canvas in batch.canvases]
