@@ -32,14 +32,22 @@ def of_model(model: nn.Module) -> str:
 
 
 def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
-    """Fingerprint of named tensors: names, dtypes, shapes and bits. What is no tensor counts by its text."""
-    entries = []
-    for name, value in sorted(named, key=lambda pair: pair[0]):
-        if isinstance(value, Tensor):
-            entries.append([name, str(value.dtype), list(value.shape), _bits(value)])
-        else:
-            entries.append([name, repr(value)])
-    return of_json(entries)
+    """Fingerprint of named tensors: names, dtypes, shapes and bits.
+
+    What is plain data counts by its value, and any other object by its class. A tensor that is made of others, as those
+    of some quantisations are, counts by these.
+    """
+    return of_json([[name, _entry(value)] for name, value in sorted(named, key=lambda pair: pair[0])])
+
+
+def _entry(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value) if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
+    described = [type(value).__name__, str(value.dtype), list(value.shape)]
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return [*described, *(_entry(getattr(value, name)) for name in names)]
+    return [*described[1:], _bits(value)]
 
 
 def of_tokenizer(tokenizer: Any) -> str | None:

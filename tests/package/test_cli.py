@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,59 @@ def test_a_flag_of_another_name_says_which_one_is_meant(command, capsys, flag, h
 def test_an_option_that_the_decoder_does_not_read_is_refused(command, capsys):
     message = error_of([*command, "--threshold", "0.3"], capsys)
     assert "threshold has no effect with rule='quota' (preset llada): it is read by rule='threshold'" in message
+
+
+def test_an_error_is_an_object_on_stdout_too_with_json(checkpoint, capsys):
+    status, out, err = run(
+        ["generate", "--model", str(checkpoint), "--prompt", "a", "--preset", "lada", "--json"], capsys
+    )
+    assert status == 1 and "preset must be one of" in err
+    assert (
+        json.loads(out)["error"]["type"] == "ValueError" and "got preset='lada'" in json.loads(out)["error"]["message"]
+    )
+
+
+def test_prompts_beside_a_failed_one_are_printed(checkpoint, capsys, monkeypatch):
+    def poisoned(*args, **kwargs):
+        model = load(*args, **kwargs)
+        model.model.embed_tokens.weight.data[45] = float("nan")
+        return model
+
+    load = loading.load
+    monkeypatch.setattr(loading, "load", poisoned)
+    argv = ["generate", "--model", str(checkpoint), "--raw", "--device", "cpu", "--max-new-tokens", "4"]
+    argv += ["--set", "banned_token_ids=[45]"]
+    good = [text for text in "abcdef" if run([*argv, "--prompt", text], capsys)[0] == 0]
+    bad = next(chr(code) for code in range(33, 127) if run([*argv, "--prompt", chr(code)], capsys)[0])
+    alone = run([*argv, "--prompt", good[0]], capsys)[1]
+    status, out, err = run([*argv, "--prompt", bad, "--prompt", good[0]], capsys)
+    assert status == 1 and out == "\n" + alone and "got NaN, +inf or no candidate in rows [0]" in err
+    status, out, _ = run([*argv, "--prompt", bad, "--prompt", good[0], "--json"], capsys)
+    report = json.loads(out)
+    assert status == 1 and [result["finish"] == "error" for result in report["results"]] == [True, False]
+    assert "in rows [0]" in report["failed"][0]
+
+
+@pytest.mark.parametrize("flag", ["--strict", "--keep-keys", "--restart", "--overwrite"])
+def test_a_flag_of_jobs_goes_with_an_output(checkpoint, capsys, flag):
+    assert f"{flag} goes with --output" in error_of(
+        ["generate", "--model", str(checkpoint), "--prompt", "a", flag], capsys
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=" ".join)
+def test_who_stops_reading_is_no_error(flags):
+    """As in `dlm-fast presets | head -1`."""
+    argv = [sys.executable, "-c", "from dlm_fast.cli import main; raise SystemExit(main())", "presets", *flags]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    os.close(write)
+    assert ended.stderr == b"" and ended.returncode == 141
+
+
+def test_the_handlers_of_signals_are_the_callers_again_after_a_command(capsys):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    run(["presets"], capsys)
+    assert [signal.getsignal(number) for number in numbers] == before

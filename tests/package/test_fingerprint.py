@@ -43,6 +43,16 @@ def test_chunks_do_not_change_the_fingerprint(monkeypatch):
     assert fingerprint.of_tensors([("w", values)]) == whole
 
 
+def test_a_tensor_that_is_made_of_others_counts_by_these():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    a, b = torch.randn(6), torch.randn(6)
+    print_of = fingerprint.of_tensors
+    assert print_of([("x", TwoTensor(a, b))]) == print_of([("x", TwoTensor(a.clone(), b.clone()))])
+    assert print_of([("x", TwoTensor(a, b))]) != print_of([("x", TwoTensor(a, b + 1))]) != print_of([("x", a)])
+    assert print_of([("x", object())]) == print_of([("x", object())]) != print_of([("x", 3)]) != print_of([("x", 4)])
+
+
 def test_a_model_counts_by_weights_and_configuration():
     one, same, other = toy("full"), toy("full"), toy("full", seed=1)
     assert fingerprint.of_model(one) == fingerprint.of_model(same) != fingerprint.of_model(other)

@@ -19,7 +19,7 @@ from typing import Any
 
 from dlm_fast import cli
 
-LINES = 24
+LINES = 60
 
 
 class Process:
