@@ -90,6 +90,8 @@ def _bits(tensor: Tensor) -> int:
     Every single bit that differs changes the sum. Whole-number arithmetic makes the sum the same on every device.
     """
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()  # torch views whole words only where the storage has a word's begin
     whole = flat.numel() // 8 * 8
     words = flat[:whole].view(torch.int64)
     total = sum(byte << 8 * place for place, byte in enumerate(flat[whole:].tolist()))  # less than a word

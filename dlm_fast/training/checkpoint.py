@@ -1,17 +1,31 @@
-"""Checkpoints that survive an interrupted save: one safetensors file, which is replaced as a whole or not at all."""
+"""Checkpoints that survive an interrupted save: one safetensors file, which is replaced as a whole or not at all.
+
+A run resumes only from what it left. What is read of a checkpoint is compared with a checksum, and all of it with what
+the run trains, before anything of the run is changed.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from .. import fingerprint
+from ..files import CheckpointError
+from ..limits import number, whole
+from . import storage
+from .optimization import STATES
+
+# The metadata that `save` adds: a checksum of all else, and the trained tensors that no optimizer has changed so far.
+CHECKSUM, UNSTEPPED = "checksum", "unstepped"
 
 
 class CheckpointWriteError(OSError):
@@ -20,80 +34,221 @@ class CheckpointWriteError(OSError):
 
 def save(
     path: Path,
-    model: nn.Module | Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Writes weights, the state of optimizers, and text metadata to one file.
+    """Writes trained tensors, the state of optimizers, and text metadata to one file.
 
     Args:
         path: the file.
-        model: a module, or named tensors of a module (in a LoRA run, the trained tensors).
+        trained: the trained tensors, by name.
         optimizers: the optimizers, by name.
         metadata: text by name.
     Raises:
         CheckpointWriteError: the disk refuses. `path` still holds the checkpoint before, and no other file is left.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in state.items()}
+    tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in trained.items()}
+    unstepped = []
     for optimizer_name, optimizer in optimizers.items():
-        for index, values in optimizer.state_dict()["state"].items():
-            for key, value in values.items():
+        states = optimizer.state_dict()["state"]
+        for index in range(len(_parameters(optimizer))):
+            if index not in states:
+                unstepped.append(f"{optimizer_name}.{index}")
+            for key, value in states.get(index, {}).items():
                 tensors[f"{optimizer_name}.{index}.{key}"] = value.detach().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
+    written = {**metadata, UNSTEPPED: json.dumps(unstepped)}
+    written[CHECKSUM] = _checksum(written, tensors)
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with storage.replacing(path) as partial:
+            save_file(tensors, partial, metadata=written)
     except (OSError, SafetensorError) as error:
         remainder = "the checkpoint before is intact" if path.exists() else "there is none before it"
         raise CheckpointWriteError(f"checkpoint: {path} could not be written, {remainder}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read; nothing of it is in use yet.
+
+    Attributes:
+        path: the file.
+        metadata: text by name, less the checksum.
+        tensors: the tensors, by the names that `save` gives them.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def owner(self) -> str:
+        """Who speaks in errors about a value of the metadata."""
+        return f"checkpoint: {self.path}"
+
+    def check_kind(self, owner: str, kind: str, fields: set[str]) -> None:
+        """Raises CheckpointError unless this is a checkpoint of a kind of run, with the metadata of that kind."""
+        if self.metadata.get("kind") != kind:
+            raise CheckpointError(
+                f"{owner}: out must hold a checkpoint of a {kind} to resume, got another one at {self.path}, of kind "
+                f"{self.metadata.get('kind')!r}"
+            )
+        wanted = fields | {UNSTEPPED}
+        if set(self.metadata) != wanted:
+            raise CheckpointError(f"{self.owner}: metadata must be {sorted(wanted)}, got {sorted(self.metadata)}")
+
+    def value(self, name: str) -> Any:
+        """A value of the metadata, which is JSON of finite numbers."""
+        text = self.metadata[name]
+        try:
+            return json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.owner}: {name} must be JSON, got {name}={text[:80]!r}: {error}") from error
+
+    def whole(self, name: str, high: int) -> int:
+        """A whole number of the metadata, which must be in [0, high]."""
+        value = self.value(name)
+        whole(self.owner, name, value, 0, high)
+        return value
+
+    def number(self, name: str) -> float:
+        """A finite number of the metadata, which must be at least 0."""
+        value = self.value(name)
+        number(self.owner, name, value, 0)
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A JSON object of the metadata."""
+        value = self.value(name)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.owner}: {name} must be a JSON object, got a {type(value).__name__}")
+        return value
+
+    def refuse(self, name: str, rule: str, value: Any) -> None:
+        """Raises CheckpointError for a value of the metadata."""
+        raise CheckpointError(f"{self.owner}: {name} must be {rule}, got {name}={str(value)[:200]}")
+
+
+def compare(owner: str, saved: Mapping[str, Any], current: Mapping[str, Any], *, what: str = "") -> None:
+    """Raises CheckpointError unless the values of the run are those that the checkpoint was made with.
+
+    `what` stands before the names in the error, as in "content of ".
+    """
+    for name in sorted(saved.keys() | current.keys()):
+        if name not in saved or name not in current or saved[name] != current[name]:
+            raise CheckpointError(
+                f"{owner}: {what}{name} must be the checkpoint's, {saved.get(name)!r}, got {name}={current.get(name)!r}"
+            )
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint once, so that metadata and tensors are those of one file.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        CheckpointError: the file is no regular file, or not what `save` wrote, down to the last bit.
+    """
+    try:
+        content = storage.read(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read: {error}") from error
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise CheckpointError(
+            f"checkpoint: {path} must be a whole safetensors file, got {len(content)} bytes, and a header of {length}"
+        )
+    try:
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint: {path} must be a safetensors file, got another one: {error!r}") from error
+    checksum = metadata.pop(CHECKSUM, None)
+    if checksum != _checksum(metadata, tensors):
+        raise CheckpointError(
+            f"checkpoint: {path} must have the content that was written, got a file with another checksum than "
+            f"{checksum!r}"
+        )
+    return Checkpoint(path, metadata, tensors)
+
+
+def check(
+    found: Checkpoint, trained: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], step: int
+) -> None:
+    """Raises CheckpointError unless a checkpoint's tensors are what a run has trained after so many steps.
+
+    Compared are names, dtypes, shapes, and that all numbers are finite: of the trained tensors, and of every state of
+    every optimizer.
+    """
+    # 1. The names: all trained tensors, and all states of the parameters that an optimizer has changed.
+    expected = {f"model.{name}": tensor for name, tensor in trained.items()}
+    places = {
+        f"{name}.{index}": (name, parameter)
+        for name, optimizer in optimizers.items()
+        for index, parameter in enumerate(_parameters(optimizer))
+    }
+    unstepped = found.value(UNSTEPPED)
+    if not isinstance(unstepped, list) or not all(isinstance(name, str) and name in places for name in unstepped):
+        found.refuse(UNSTEPPED, "a list of parameters of the optimizers", unstepped)
+    for name in optimizers:
+        stepped = any(owner == name for place, (owner, _) in places.items() if place not in unstepped)
+        if stepped != (step > 0):
+            found.refuse(
+                UNSTEPPED, f"no parameter of {name} after step {step}" if step else "all parameters", unstepped
+            )
+    for place, (name, parameter) in places.items():
+        if place not in unstepped:
+            expected |= {f"{place}.{key}": like(parameter) for key, like in STATES[name].items()}
+    missing, unexpected = sorted(expected.keys() - found.tensors.keys()), sorted(found.tensors.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{found.owner}: tensors must be those of this run, got none for {len(missing)} ({missing[:4]}), and "
+            f"{len(unexpected)} besides ({unexpected[:4]})"
+        )
+
+    # 2. Every tensor.
+    for name, tensor in found.tensors.items():
+        wanted = expected[name]
+        if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
+            rule, got = (f"{tuple(t.shape)} {t.dtype}" for t in (wanted, tensor))
+            raise CheckpointError(f"{found.owner}: tensor {name} must be {rule}, got {got}")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{found.owner}: tensor {name} must be finite, got NaN or inf")
+        key = name.rpartition(".")[2] if not name.startswith("model.") else ""
+        if key == "step" and tensor.item() not in range(1, step + 1):
+            raise CheckpointError(f"{found.owner}: tensor {name} must be a step in [1, {step}], got {tensor.item()}")
+        if key == "exp_avg_sq" and not (tensor >= 0).all():
+            raise CheckpointError(f"{found.owner}: tensor {name} must be at least 0, got {tensor.min().item()}")
 
 
 def load(
-    path: Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], *, partial: bool = False
-) -> dict[str, str]:
-    """Loads what `save` wrote into the model and the optimizers, in place; returns the metadata.
-
-    With `partial` the file may hold only some of the model's tensors, namely the trained ones. The file must never hold
-    a tensor that the model does not have.
-    """
-    metadata, tensors = _read(path)
-    result = model.load_state_dict(_below(tensors, "model."), strict=not partial)
-    if result.unexpected_keys:
-        raise ValueError(
-            f"checkpoint: {path} must hold tensors of this model only, got {sorted(result.unexpected_keys)[:4]}"
-        )
+    found: Checkpoint, trained: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], step: int
+) -> None:
+    """Loads a checkpoint into the trained tensors and the optimizers, in place, once `check` has nothing against it."""
+    check(found, trained, optimizers, step)
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            tensor.copy_(found.tensors[f"model.{name}"])
     for optimizer_name, optimizer in optimizers.items():
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below(tensors, f"{optimizer_name}.").items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in found.tensors.items():
+            owner, place, *key = name.split(".")
+            if owner == optimizer_name:
+                states.setdefault(int(place), {})[key[0]] = tensor
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return metadata
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The text metadata alone, so that they can be checked before anything is changed."""
-    with open(path, "rb") as handle:
-        header_length = int.from_bytes(handle.read(8), "little")
-        return json.loads(handle.read(header_length)).get("__metadata__", {})
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in the order by which its state numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a checkpoint."""
-    # The file is read once. safe_open would open the file again for the tensors, and if a run replaced the file in
-    # between, an old header would meet new data.
-    content = path.read_bytes()
-    header_length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + header_length]).get("__metadata__", {}), safetensors.torch.load(content)
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Fingerprint of all that a checkpoint holds."""
+    return fingerprint.of_json({"metadata": dict(metadata), "tensors": fingerprint.of_tensors(tensors.items())})
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no finite number")

@@ -6,29 +6,38 @@ The picture is drawn by `python -m dlm_fast.training curves runs/full/log.jsonl 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import runlog, storage
+from .bounds import place
 from .networks import require
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a log.jsonl. Raises ValueError for a file that is no log, naming file and line."""
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            missing = {"step", "loss"} - record.keys()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"curves: {path}, line {number}: must be a JSON object: {error}") from error
-        if missing:
-            raise ValueError(f"curves: {path}, line {number}: has no {sorted(missing)}")
-        records.append(record)
+    """The records of a log.jsonl, less a last line that was cut off.
+
+    Raises ValueError for a file that is no log. The message names the file and the line.
+    """
+    try:
+        records = runlog.read_log(Path(path), "curves", follow=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"curves: logs must be files that can be read, got {str(path)!r}: {error}") from error
+    for number, record in enumerate(records, 1):
+        where, accuracy = f"curves: {path}, line {number}", record.get("accuracy", 0.0)
+        if not _is_number(record.get("loss")):
+            raise ValueError(f"{where}: loss must be a number, got loss={record.get('loss')!r}")
+        if not all(map(_is_number, accuracy.values() if isinstance(accuracy, dict) else [accuracy])):
+            raise ValueError(f"{where}: accuracy must be a number, or one for each task, got accuracy={accuracy!r}")
     if not records:
-        raise ValueError(f"curves: {path} has no lines")
+        raise ValueError(f"curves: {path} must have a line, got none")
     return records
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf
 
 
 def series(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -50,12 +59,19 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
     for several runs that part shows one curve per run, the accuracy over all tasks or else the mean over the tasks.
     """
     # 1. Read the logs.
-    if not logs:
-        raise ValueError("curves: at least one log must be given")
+    if not isinstance(logs, (list, tuple)) or not logs:
+        raise ValueError(f"curves: logs must be a list of at least one log, got logs={logs!r}")
+    for name, value in (("out", out), *(("logs", path) for path in logs)):
+        place("curves", name, value)
+    storage.check_output("curves", "out", Path(out), *map(Path, logs))
     runs = {_name(path, logs): read_log(path) for path in logs}
     require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if Path(out).suffix[1:].lower() not in kinds:
+        raise ValueError(f"curves: out must end in one of {', '.join(sorted(kinds))}, got out={str(out)!r}")
 
     # 2. Draw.
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -81,7 +97,8 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(out, dpi=150)
+    with storage.replacing(Path(out)) as partial:
+        figure.savefig(partial, dpi=150, format=Path(out).suffix[1:].lower())
 
 
 def _name(path: str | Path, logs: Sequence[str | Path]) -> str:

@@ -379,6 +379,20 @@ class Steps:
         chosen = torch.arange(begin, end)[self._lengths[begin:end].argsort(stable=True)]
         return [self._canvases(part) for part in self._cut(chosen)]
 
+    def after(self, steps: int, processes: int) -> tuple[tuple[int, int], int]:
+        """Where a run of some processes stands after some steps: the position, and the canvas positions so far.
+
+        The canvas positions are counted as a run counts them, by the canvases of its first process.
+        """
+        before, self.position = self.position, (0, 0)
+        tokens = 0
+        for number in range(steps * processes):
+            begin, end = self._advance()
+            if number % processes == 0:
+                tokens += processes * int(self._lengths[begin:end].sum())
+        position, self.position = self.position, before
+        return position, tokens
+
     def skip(self) -> None:
         """Leaves the next step to another process."""
         self._advance()
@@ -395,7 +409,7 @@ class Steps:
         """Splits samples that are sorted by length into micro-batches of about equal area."""
         area = self._lengths[chosen].cumsum(0)
         number = (area - 1) * self.micro_batches // int(area[-1])
-        return [part for n in range(self.micro_batches) if len(part := chosen[number == n])]
+        return [chosen[number == n] for n in number.unique().tolist()]
 
     def _canvases(self, chosen: Tensor) -> Canvases:
         """The canvases of the samples at some places of the epoch's order."""

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..diffusion import DiffusionConfig
+from ..limits import whole
 from ..models import adapter_for
-from . import checkpoint
+from . import bounds, checkpoint, runlog
 from .dataset import CanvasShape, Steps, read_dataset
 from .distill_settings import DistillSettings, add_arguments, settings_of
 from .export import write_student
@@ -32,18 +33,21 @@ from .forcing import certainty_loss, forcing_loss
 from .masking import Masked, Masking
 from .networks import (
     RowLogits,
+    check_targets,
     check_vocabularies,
     checkpoint_activations,
+    digests_of,
     open_model,
     require,
     stored_dtype,
-    weights_digest,
 )
 from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
 from .runlog import RunLog
 from .visibility import attention_mask, block_labels
 
-KIND = "distillation"  # what the metadata of a checkpoint say, unlike those of a pretraining
+KIND = "distillation"
+# The metadata of a checkpoint of this kind.
+FIELDS = {"kind", "settings", "digests", "processes", "step", "position", "seconds", "tokens", "scaler"}
 
 __all__ = ["DistillSettings", "Distiller", "add_arguments", "run"]
 
@@ -70,7 +74,10 @@ class Distiller:
         if self.attention == "flex_attention" and self.device.type == "cpu":
             raise ValueError("distill: attention 'flex_attention' has no backward on a CPU; use sdpa")
         self.checkpoint_path = Path(settings.out) / CHECKPOINT_NAME
-        if not settings.resume and self.checkpoint_path.exists():
+        has_checkpoint = os.path.lexists(self.checkpoint_path)
+        if settings.resume and not has_checkpoint:
+            raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
+        if not settings.resume and has_checkpoint:
             raise FileExistsError(f"distill: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
 
         # 2. Student and teacher.
@@ -83,6 +90,8 @@ class Distiller:
             settings.model, self.device, dtype, self.attention
         )
         self.export_dtype = stored_dtype(settings.model) or self.model.dtype
+        self.digests: dict[str, str | None] = {"stored dtype": str(self.export_dtype)}
+        self.digests |= digests_of(self.model, self.teacher_diffusion, self.tokenizer)
         self.diffusion = self._student_diffusion(self.teacher_diffusion)
         self._teacher, self.peft = None, None
         self._prepare_networks()
@@ -125,11 +134,9 @@ class Distiller:
             first_block_length=settings.first_block_length,
         )
 
-        # 4. Counters, and digests of the files that the run reads: a teacher that was trained again is another teacher.
+        # 4. Counters.
         self.step_number, self.seconds, self.tokens = 0, 0.0, 0
-        models = {"model": settings.model, "teacher": settings.teacher}
-        self.digests = {f"{name}_digest": weights_digest(path) for name, path in models.items() if path is not None}
-        self.digests["data_digest"] = self.dataset.digest
+        self.digests["data"] = self.dataset.digest
 
         # 5. Optimizers, the log, and the state of the run that is resumed.
         self.optimizers = self._build_optimizers()
@@ -142,7 +149,8 @@ class Distiller:
         if settings.resume:
             self._load()
         elif self.rank == 0:
-            self.log.forget_after(0)  # a run that broke off before its first checkpoint has left lines
+            # A run that broke off before its first checkpoint has left lines.
+            runlog.rewrite(self.log.path, runlog.records_until(self.log.path, 0))
 
     def _start_accelerator(self) -> Any:
         """The accelerator of mixed precision and of several processes; None where neither is wanted."""
@@ -164,7 +172,14 @@ class Distiller:
         return accelerator
 
     def _choose_device(self) -> torch.device:
-        return torch.device(self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        name = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"distill: device must be a device that torch can use, got device={name!r}: {reason}"
+            ) from error
 
     def _student_diffusion(self, teacher: DiffusionConfig) -> DiffusionConfig:
         """The student's diffusion configuration: the teacher's, with what settings and objective change."""
@@ -195,6 +210,7 @@ class Distiller:
         if settings.teacher is not None:
             dtype = None if settings.dtype == "stored" else getattr(torch, settings.dtype)
             teacher = open_model(settings.teacher, self.device, dtype, self.attention)
+            self.digests |= {f"teacher's {name}": digest for name, digest in digests_of(*teacher).items()}
             check_vocabularies(
                 (self.model, self.diffusion, self.tokenizer), teacher, (settings.model, settings.teacher)
             )
@@ -209,6 +225,7 @@ class Distiller:
         # 2. The student, with LoRA layers unless all weights are trained.
         if not settings.full_finetune:
             peft = require("peft", "LoRA (anything but --full-finetune)")
+            check_targets(self.model, settings.lora_targets)
             torch.manual_seed(settings.seed)
             lora = peft.LoraConfig(
                 r=settings.lora_rank,
@@ -371,44 +388,42 @@ class Distiller:
             "tokens": json.dumps(self.tokens),
             "scaler": json.dumps(scaler.state_dict() if scaler else None),
         }
-        # The parameters are saved instead of the module's state, since tied weights are one parameter and the folder of
-        # the model has the frozen weights.
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        checkpoint.save(self.checkpoint_path, trained, self.optimizers, metadata)
+        checkpoint.save(self.checkpoint_path, self._trained(), self.optimizers, metadata)
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The trained parameters, by name.
+
+        A checkpoint holds these instead of the module's state, since tied weights are one parameter and the folder of
+        the model has the frozen weights.
+        """
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _load(self) -> None:
-        """Continues from the checkpoint, whose settings, files and number of processes must be those of this run."""
-        # 1. Check the checkpoint.
-        if not self.checkpoint_path.is_file():
-            raise FileNotFoundError(f"distill: resume needs a checkpoint, got none at {self.checkpoint_path}")
-        metadata = checkpoint.read_metadata(self.checkpoint_path)
-        if metadata.get("kind") != KIND:
-            raise ValueError(
-                "distill: out must hold a checkpoint of a distillation to resume, got another one at "
-                f"{self.checkpoint_path}"
-            )
-        saved = (
-            json.loads(metadata["settings"])
-            | json.loads(metadata["digests"])
-            | {"processes": int(metadata["processes"])}
-        )
-        current = self.settings.fixed() | self.digests | {"processes": self.processes}
-        for name in sorted(saved.keys() | current.keys()):
-            if saved.get(name) != current.get(name):
-                what = name.replace("_digest", "'s content")
-                got = f"{saved.get(name)!r}, got {current.get(name)!r}"
-                raise ValueError(f"distill: {what} must be the checkpoint's to resume, {got}")
+        """Continues from the checkpoint, once all of it is compared with what this run trains, and by what."""
+        # 1. Compare.
+        settings = self.settings
+        found = checkpoint.read(self.checkpoint_path)
+        found.check_kind("distill", KIND, FIELDS)
+        checkpoint.compare("distill", found.mapping("settings"), settings.fixed())
+        checkpoint.compare("distill", found.mapping("digests"), self.digests, what="content of ")
+        checkpoint.compare("distill", {"processes": found.value("processes")}, {"processes": self.processes})
+        step, seconds = found.whole("step", settings.steps), found.number("seconds")
+        position, tokens = self.steps.after(step, self.processes)
+        for name, value in (("position", list(position)), ("tokens", tokens)):
+            if found.value(name) != value:
+                found.refuse(name, f"{value} after step {step}", found.value(name))
+        scaler, saved_scaler = getattr(self._accelerator, "scaler", None), found.value("scaler")
+        check_scaler(found, saved_scaler, scaler.state_dict() if scaler else None)
+        records = runlog.records_until(self.log.path, step) if self.rank == 0 else []
 
-        # 2. Load the checkpoint.
-        checkpoint.load(self.checkpoint_path, self.model, self.optimizers, partial=True)
-        self.step_number = int(metadata["step"])
-        self.steps.position = tuple(json.loads(metadata["position"]))
-        self.seconds = self._seconds_before = json.loads(metadata["seconds"])
-        self.tokens = json.loads(metadata["tokens"])
-        if json.loads(metadata["scaler"]):
-            self._accelerator.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        # 2. Load.
+        checkpoint.load(found, self._trained(), self.optimizers, step)
+        self.step_number, self.tokens, self.steps.position = step, tokens, position
+        self.seconds = self._seconds_before = seconds
+        if saved_scaler:
+            scaler.load_state_dict(saved_scaler)
         if self.rank == 0:
-            self.log.forget_after(self.step_number)
+            runlog.rewrite(self.log.path, records)
 
     def export(self) -> None:
         """Writes the student, with LoRA merged, as a checkpoint folder that `dlm_fast.load` opens."""
@@ -467,6 +482,19 @@ class Distiller:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([stop])[0]
+
+
+def check_scaler(found: checkpoint.Checkpoint, saved: Any, current: dict[str, Any] | None) -> None:
+    """Raises CheckpointError unless a checkpoint has the state of this run's scaler of losses, or none like the run."""
+    if not saved and not current:
+        return
+    if not isinstance(saved, dict) or current is None or saved.keys() != current.keys():
+        found.refuse("scaler", f"numbers for {', '.join(current)}" if current else "null", saved)
+    for name, value in saved.items():
+        if isinstance(current[name], int):
+            whole(found.owner, f"scaler[{name!r}]", value)
+        else:
+            bounds.positive(found.owner, f"scaler[{name!r}]", value)
 
 
 def run(values: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..limits import flag, number, whole
+from . import bounds
 from .forcing import OBJECTIVES, Noise
 from .visibility import IMPLEMENTATIONS
 
@@ -15,8 +17,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("stored", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
 # The settings that a resumed run may change: where the run computes (which may change the rounding), how often the run
-# reports, and when the run stops.
-FREE = {"out", "data", "resume", "minutes", "checkpoint_minutes", "log_every", "threads", "device", "save_adapter"}
+# reports, and when the run stops. The names of folders and files are free too: their content is compared.
+FREE = {"model", "teacher", "data", "out", "resume", "minutes", "checkpoint_minutes", "log_every", "threads"}
+FREE |= {"device", "save_adapter"}
 
 
 @dataclass
@@ -139,6 +142,8 @@ class DistillSettings:
         def fail(rule: str) -> None:
             raise ValueError(f"distill: {rule}")
 
+        for name in ("model", "data", "out", "teacher"):
+            bounds.place("distill", name, getattr(self, name), none=name == "teacher")
         for name, allowed in (
             ("objective", OBJECTIVES),
             ("visibility", ("full", "block", None)),
@@ -149,21 +154,38 @@ class DistillSettings:
             ("attention", (*IMPLEMENTATIONS, None)),
             ("too_long", ("raise", "drop")),
         ):
-            if getattr(self, name) not in allowed:
-                fail(f"{name} must be one of {', '.join(a for a in allowed if a)}, got {name}={getattr(self, name)!r}")
-        for name in ("steps", "warmup", "tokens_per_step", "micro_batches", "max_length", "log_every", "lora_rank"):
-            if getattr(self, name) < 1:
-                fail(f"{name} must be at least 1, got {name}={getattr(self, name)}")
+            bounds.choice("distill", name, getattr(self, name), allowed)
+        for name in ("steps", "warmup", "tokens_per_step", "micro_batches", "max_length", "log_every"):
+            whole("distill", name, getattr(self, name), 1)
+        for name in ("block_length", "first_block_length"):
+            whole("distill", name, getattr(self, name), 1, none=True)
+        whole("distill", "lora_rank", self.lora_rank, 1, bounds.MAX_RANK)
+        whole("distill", "threads", self.threads, 1, bounds.MAX_THREADS, none=True)
+        whole("distill", "seed", self.seed, 0, bounds.MAX_SEED)
         for name in ("lr", "muon_lr", "clip", "temperature", "entropy_temperature", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                fail(f"{name} must be positive, got {name}={getattr(self, name)}")
-        for name in ("decay", "extra_blocks", "filler_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                fail(f"{name} must be in [0, 1], got {name}={getattr(self, name)}")
-        if self.seed < 0:
-            fail(f"seed must be at least 0, got seed={self.seed}")
-        if not 0 <= self.lora_dropout < 1:
-            fail(f"lora_dropout must be in [0, 1), got lora_dropout={self.lora_dropout}")
+            bounds.positive("distill", name, getattr(self, name))
+        for name in ("entropy_weight", "weight_decay", "checkpoint_minutes"):
+            number("distill", name, getattr(self, name), 0)
+        number("distill", "minutes", self.minutes, 0, none=True)
+        for name in ("decay", "extra_blocks", "filler_weight", "low", "high", "settled", "fresh", "mask_rate"):
+            number("distill", name, getattr(self, name), 0, 1)
+        number("distill", "lora_dropout", self.lora_dropout, 0, 1)
+        if self.lora_dropout == 1:
+            fail(f"lora_dropout must be below 1, got lora_dropout={self.lora_dropout}")
+        if self.mask_rate in (0, 1):
+            fail(f"mask_rate must be above 0 and below 1, got mask_rate={self.mask_rate}")
+        if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
+            fail(f"betas must be two numbers, got betas={self.betas!r}")
+        for beta in self.betas:
+            number("distill", "betas", beta, 0, 1)
+        if 1 in self.betas:
+            fail(f"betas must be below 1, got betas={self.betas!r}")
+        bounds.names("distill", "lora_targets", self.lora_targets)
+        for field in dataclasses.fields(self):
+            if field.type == "bool":
+                flag("distill", field.name, getattr(self, field.name))
+        if self.device is not None and not isinstance(self.device, str):
+            fail(f"device must be the name of a device or None, got device={self.device!r}")
         if self.optimizer == "muon" and not self.full_finetune:
             fail("optimizer 'muon' trains whole matrices and goes with full_finetune, got LoRA")
         if self.optimizer == "muon" and self.precision == "fp16":
@@ -174,9 +196,9 @@ class DistillSettings:
             fail("save_adapter goes with LoRA, got full_finetune")
         if self.full_finetune and self.dtype not in ("stored", "float32"):
             fail(f"full_finetune trains float32 weights (a small step would be rounded away), got dtype={self.dtype}")
-        if self.first_block_length is not None and (self.objective != "trajectory" or self.first_block_length < 1):
+        if self.first_block_length is not None and self.objective != "trajectory":
             fail(
-                "first_block_length must be at least 1 and goes with objective 'trajectory', "
+                "first_block_length goes with objective 'trajectory', "
                 f"got first_block_length={self.first_block_length}, objective={self.objective!r}"
             )
         if self.teacher is not None and (self.objective != "forcing" or self.hard_targets):
@@ -184,7 +206,6 @@ class DistillSettings:
                 "teacher is read by objective 'forcing' with soft targets only, "
                 f"got objective={self.objective!r}, hard_targets={self.hard_targets}"
             )
-        # Paths are kept as text, which is what a checkpoint's metadata holds.
         self.model, self.teacher = str(self.model), None if self.teacher is None else str(self.teacher)
         for name in ("model", "teacher"):
             value = getattr(self, name)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..diffusion import DiffusionConfig
+from . import storage
 from .checkpoint import CheckpointWriteError
 
 
@@ -55,8 +57,6 @@ def write_student(
 ) -> None:
     """Writes the student's config with its `dlm` section, its weights as safetensors, and its tokenizer.
 
-    Files in the folder are replaced one by one, once all new files are written and synced.
-
     Args:
         model: a transformers model, with or without LoRA layers; the model is not changed.
         folder: the folder.
@@ -78,26 +78,46 @@ def write_student(
     student.tie_weights()
     student.generation_config = model.generation_config
 
-    # 2. All files in a partial folder, then each one in its place.
-    partial = folder / "student.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    # 2. Its files.
+    def write(partial: Path) -> None:
         student.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if adapter is not None:
             # Without this argument, peft asks the Hub whether the vocabulary is the base model's.
             adapter.save_pretrained(partial / "adapter", save_embedding_layers=False)
+
+    replace_files(folder, write)
+
+
+def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
+    """Replaces files of a folder one by one, once all new files are written and synced.
+
+    No link is followed: a link that has the name of a new file or folder is replaced, and what the link leads to stays.
+
+    Args:
+        folder: the folder.
+        write: a function that writes the new files to the empty folder that it is given.
+    Raises:
+        CheckpointWriteError: the disk refuses, or the partial folder's name is taken by something that is no folder.
+    """
+    partial = folder / "student.partial"
+    if partial.is_symlink() or partial.exists() and not partial.is_dir():
+        raise CheckpointWriteError(f"export: {partial} must be a folder or a new name, got another thing of that name")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
         for path in partial.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
+            storage.sync(path)
         for path in sorted(partial.iterdir()):
             target = folder / path.name
-            if target.is_dir():
+            if target.is_symlink():
+                target.unlink()
+            elif target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
+        storage.sync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(f"export: {folder} could not be written: {error}") from error
     finally:

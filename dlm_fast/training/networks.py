@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import patching
+from .. import fingerprint, patching
 from ..diffusion import DiffusionConfig
 from ..files import checkpoint_path, stored_dtypes, weight_files
 from ..loading import FLOATS, float_kinds, load
@@ -108,15 +109,29 @@ def stored_dtype(path: str) -> torch.dtype | None:
     return FLOATS[kinds[0]] if len(kinds) == 1 else None
 
 
-def weights_digest(path: str) -> str:
-    """SHA-256 of the names and contents of a checkpoint folder's safetensors files, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in sorted(checkpoint_path(path).glob("*.safetensors")):
-        digest.update(file.name.encode())
-        with open(file, "rb") as handle:
-            while chunk := handle.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+def digests_of(model: nn.Module, diffusion: DiffusionConfig, tokenizer: Any) -> dict[str, str | None]:
+    """What a run reads of an opened checkpoint, as fingerprints: "model" and "tokenizer".
+
+    The fingerprints are of what was opened and not of files, so that a folder with other names or another cut of its
+    shards is the same checkpoint, while no file that changes the run can change unseen. "model" is weights,
+    configuration, the way in which the model is decoded, and the generation configuration, which a student inherits;
+    "tokenizer" includes the chat template.
+    """
+    generation = model.generation_config.to_dict()
+    generation.pop("transformers_version", None)
+    described = [fingerprint.of_model(model), dataclasses.asdict(diffusion), generation]
+    return {"model": fingerprint.of_json(described), "tokenizer": fingerprint.of_tokenizer(tokenizer)}
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises ValueError unless every one of `targets` names linear layers of the model; peft looks for any only."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ValueError(
+                f"distill: lora_targets must name linear layers of the model, {', '.join(known)}, got {target!r}"
+            )
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..tiny.data import Encoded, SampleStream
-from ..tiny.tokenizer import EOS_ID, MASK_ID, PAD_ID
+from ..tiny.data import TASK_NAMES, Encoded, SampleStream
+from ..tiny.tokenizer import EOS_ID, MASK_ID, PAD_ID, VOCAB_SIZE
 
 FILLER_WEIGHT = 0.1  # weight of an <eos> after the first one
 LATER_WEIGHT = 0.25  # weight of masked tokens after the block that is denoised
@@ -47,8 +47,19 @@ def _dump(samples: list[Encoded]) -> list[dict]:
     return [dataclasses.asdict(sample) for sample in samples]
 
 
-def _load(samples: list[dict]) -> list[Encoded]:
-    return [Encoded(**sample) for sample in samples]
+def _load(samples: list[dict], limit: int) -> list[Encoded]:
+    """Samples of at most `limit` tokens. Raises ValueError or TypeError for anything else."""
+    loaded = [Encoded(**sample) for sample in samples]
+    for sample in loaded:
+        numbers = [sample.task, *sample.prompt, *sample.answer]
+        if not all(type(value) is int for value in numbers) or not 0 <= sample.task < len(TASK_NAMES):
+            raise ValueError(f"a sample must be of one of {len(TASK_NAMES)} tasks, got {numbers}")
+        ids = sample.prompt + sample.answer
+        if not sample.prompt or not sample.answer or not all(0 <= token < VOCAB_SIZE for token in ids):
+            raise ValueError(f"prompt and answer must be ids in [0, {VOCAB_SIZE}), got {ids}")
+        if len(ids) > limit:
+            raise ValueError(f"prompt and answer must be at most {limit} tokens, got {len(ids)}")
+    return loaded
 
 
 class FullBatches:
@@ -97,9 +108,19 @@ class FullBatches:
         """The samples that wait for a full batch of their canvas length, as JSON."""
         return json.dumps({length: _dump(samples) for length, samples in self._waiting.items()})
 
+    def read_state(self, text: str) -> dict[int, list[Encoded]]:
+        """What a state says. Raises an error for text that is no state of this object."""
+        waiting = {int(length): _load(samples, int(length)) for length, samples in json.loads(text).items()}
+        if tuple(sorted(waiting)) != self.canvas_lengths:
+            raise ValueError(f"canvas lengths must be {self.canvas_lengths}, got {sorted(waiting)}")
+        for length, samples in waiting.items():
+            if len(samples) >= self._tokens_per_step // length:
+                raise ValueError(f"samples of length {length} must be fewer than a batch, got {len(samples)}")
+        return waiting
+
     def load_state(self, text: str) -> None:
         """Continues where the object stood that returned `text` as its state."""
-        self._waiting = {int(length): _load(samples) for length, samples in json.loads(text).items()}
+        self._waiting = self.read_state(text)
 
 
 def full_batch(
@@ -201,9 +222,17 @@ class BlockCausalBatches:
         """The sample that opens the next batch, as JSON."""
         return json.dumps([(dataclasses.asdict(sample), length) for sample, length in self._left_over])
 
+    def read_state(self, text: str) -> list[tuple[Encoded, int]]:
+        """What a state says. Raises an error for text that is no state of this object."""
+        pairs = [(sample, length) for sample, length in json.loads(text)]
+        samples = _load([sample for sample, _ in pairs], self.row_length)
+        if len(pairs) > 1 or any(length not in self.block_lengths for _, length in pairs):
+            raise ValueError(f"at most one sample must wait, in blocks of {self.block_lengths}, got {len(pairs)}")
+        return [(sample, length) for sample, (_, length) in zip(samples, pairs)]
+
     def load_state(self, text: str) -> None:
         """Continues where the object stood that returned `text` as its state."""
-        self._left_over = [(Encoded(**sample), length) for sample, length in json.loads(text)]
+        self._left_over = self.read_state(text)
 
 
 def block_causal_length(sample: Encoded, block_length: int, noisy_copies: int) -> int:

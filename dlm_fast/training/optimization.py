@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOG_NAME = "log.jsonl"
 # seed * SEED_STRIDE + step seeds the masks and the dropout of a step, so that a resumed run needs no generator's state.
 SEED_STRIDE = 1_000_003
+# What each optimizer keeps of a parameter once it has changed the parameter, with a tensor of the dtype and the shape.
+STATES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "adamw": {
+        "step": lambda parameter: torch.empty((), dtype=torch.float32, device="meta"),
+        "exp_avg": lambda parameter: parameter,
+        "exp_avg_sq": lambda parameter: parameter,
+    },
+    "muon": {"momentum_buffer": lambda parameter: parameter},
+}
 
 
 def learning_rate_scale(step: int, *, steps: int, warmup: int, decay: float) -> float:

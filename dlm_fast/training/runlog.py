@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import storage
 from .masking import Masked
 
 
@@ -74,21 +76,58 @@ class RunLog:
             record["agreement"] = round(self._agreed / self._masked, 4)
         self._reset()
         if to_disk:
-            with open(self.path, "a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
+            append(self.path, record)
         return record
 
-    def forget_after(self, step: int) -> None:
-        """Drops the lines of later steps, since a run that goes on from a checkpoint writes these lines again."""
-        forget_after(self.path, step)
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Appends a record to a log as one line. Raises OSError."""
+    storage.append(path, json.dumps(record) + "\n")
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drops a log's lines of steps later than `step`, and a last line that was cut off."""
-    if not path.exists():
+def read_log(path: Path, owner: str = "log", *, follow: bool = False) -> list[dict[str, Any]]:
+    """The records of a log, whose lines end at \\n and nowhere else; a last line that was cut off is left out.
+
+    Args:
+        path: the file.
+        owner: who speaks in errors.
+        follow: whether the file may be a link.
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is no regular file, or a line is no record of a step. The message names file and line.
+    """
+    try:
+        *lines, _ = storage.read(path, follow=follow).split(b"\n")  # behind the last line's end stands what was cut off
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{owner}: {path} must be a log that can be read, got {error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(
+                f"{owner}: {path}, line {number}: must be a JSON object with a whole number step, got {line[:80]!r}"
+            )
+        records.append(record)
+    return records
+
+
+def records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records of steps up to `step`; none where there is no log. Raises ValueError as `read_log` does."""
+    try:
+        return [record for record in read_log(path) if record["step"] <= step]
+    except FileNotFoundError:
+        return []
+
+
+def rewrite(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Makes these records the log. A run that goes on from a checkpoint writes the lines of later steps again."""
+    if not records and not path.exists():
         return
-    *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
-    del unfinished  # what follows the end of the last line: nothing, or a line that was cut off
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
-    partial.replace(path)
+    with storage.replacing(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

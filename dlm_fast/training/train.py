@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,15 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import fingerprint
+from ..limits import flag, number, whole
 from ..tiny.data import TASK_NAMES, SampleStream, add_weights
 from ..tiny.model import build_model, export
-from . import checkpoint
+from ..tiny.tasks import TASKS
+from ..tiny.tokenizer import build_tokenizer
+from . import bounds, checkpoint, runlog
+from .export import replace_files
 from .objectives import Batch, BlockCausalBatches, FullBatches
 from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
-from .runlog import forget_after
 
 # The settings that a resumed run may change.
 FREE = {"out", "threads", "minutes", "checkpoint_minutes", "log_every", "resume"}
+KIND = "pretraining"
+# The metadata of a checkpoint of this kind.
+FIELDS = {"kind", "settings", "digests", "step", "loss_average", "stream", "batches"}
 
 
 @dataclass
@@ -82,17 +91,27 @@ class Settings:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "threads", "log_every", "warmup"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training: {name} must be positive, got {name}={getattr(self, name)}")
-        if self.tokens_per_step < 256:
-            raise ValueError(
-                f"training: tokens_per_step must be at least one row of 256, got tokens_per_step={self.tokens_per_step}"
-            )
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"training: decay must be in (0, 1], got decay={self.decay}")
-        if not 0 <= self.block_causal <= 1:
-            raise ValueError(f"training: block_causal must be in [0, 1], got block_causal={self.block_causal}")
+        bounds.place("training", "out", self.out)
+        self.out = Path(self.out)
+        for name in ("steps", "log_every", "warmup"):
+            whole("training", name, getattr(self, name), 1)
+        whole("training", "threads", self.threads, 1, bounds.MAX_THREADS)
+        whole("training", "seed", self.seed, 0, bounds.MAX_SEED)
+        # A step has at least one row of the block-causal objective.
+        whole("training", "tokens_per_step", self.tokens_per_step, BlockCausalBatches.row_length, bounds.MAX_TOKENS)
+        for name in ("muon_lr", "adam_lr"):
+            bounds.positive("training", name, getattr(self, name))
+        bounds.positive("training", "decay", self.decay, 1)
+        for name in ("block_causal", "easy"):
+            number("training", name, getattr(self, name), 0, 1)
+        number("training", "minutes", self.minutes, 0, none=True)
+        number("training", "checkpoint_minutes", self.checkpoint_minutes, 0)
+        for name in ("prompt_isolated", "bf16", "compile", "resume"):
+            flag("training", name, getattr(self, name))
+        if not isinstance(self.weights, dict):
+            raise ValueError(f"training: weights must be a share for each task's name, got weights={self.weights!r}")
+        for name, value in self.weights.items():
+            number("training", f"weights[{name!r}]", value, 0)
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that it continues.
@@ -136,6 +155,12 @@ class Trainer:
         self.settings = settings
         self.step = 0
         self.loss_average: float | None = None
+        # A run may fork into both visibilities, so the model that a resume compares has the visibility of the trunk.
+        self.digests = {
+            "model": fingerprint.of_model(build_model(seed=settings.seed)),
+            "tokenizer": fingerprint.of_tokenizer(build_tokenizer()),
+            "tasks": fingerprint.of_json({name: task.weight for name, task in TASKS.items()}),
+        }
         self.model = build_model(seed=settings.seed, prompt_isolated=settings.prompt_isolated)
         self.optimizers = build_optimizers(
             self.model.parameters(),
@@ -155,8 +180,11 @@ class Trainer:
         self.checkpoint_path = settings.out / CHECKPOINT_NAME
         if settings.resume:
             self._load()
-        elif self.checkpoint_path.exists():
+        elif os.path.lexists(self.checkpoint_path):
             raise FileExistsError(f"training: out must hold no checkpoint unless resuming, got {self.checkpoint_path}")
+        else:
+            # A run that broke off before its first checkpoint has left lines.
+            runlog.rewrite(settings.out / LOG_NAME, runlog.records_until(settings.out / LOG_NAME, 0))
 
         # 4. The loss, and its sums for the log.
         self._losses: Callable = token_losses
@@ -167,37 +195,56 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint: weights, optimizers, step and data stream."""
         metadata = {
+            "kind": KIND,
             "settings": json.dumps(self.settings.fixed()),
+            "digests": json.dumps(self.digests),
             "step": str(self.step),
             "loss_average": json.dumps(self.loss_average),
             "stream": self.stream.state(),
             "batches": json.dumps({name: batches.state() for name, batches in self.batches.items()}),
         }
-        checkpoint.save(self.checkpoint_path, self.model, self.optimizers, metadata)
+        checkpoint.save(self.checkpoint_path, self.model.state_dict(), self.optimizers, metadata)
 
     def _load(self) -> None:
-        if not self.checkpoint_path.is_file():
-            raise FileNotFoundError(f"training: resume needs a checkpoint, got none at {self.checkpoint_path}")
-        metadata = checkpoint.read_metadata(self.checkpoint_path)
-        if "batches" not in metadata:
-            raise ValueError(
-                "training: out must hold a checkpoint of a pretraining to resume, got another one at "
-                f"{self.checkpoint_path}"
-            )
-        saved = json.loads(metadata["settings"])
+        """Continues from the checkpoint, once all of it is compared with what this run trains, and by what."""
+        # 1. Compare.
+        settings, log_path = self.settings, self.settings.out / LOG_NAME
+        try:
+            found = checkpoint.read(self.checkpoint_path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"training: resume needs a checkpoint, got none at {self.checkpoint_path}"
+            ) from None
+        found.check_kind("training", KIND, FIELDS)
+        step = found.whole("step", settings.steps)
+        saved, current = found.mapping("settings"), settings.fixed()
         # In the block-causal objective every prompt is isolated, so at the end of that objective a run may fork: one
         # ending has an isolated prompt, and the other has not.
-        may_fork = int(metadata["step"]) <= self.settings.block_causal_steps
-        for name, value in self.settings.fixed().items():
-            if saved.get(name) != value and not (may_fork and name == "prompt_isolated"):
-                raise ValueError(f"training: {name} must be the checkpoint's, {saved.get(name)}, got {name}={value}")
-        checkpoint.load(self.checkpoint_path, self.model, self.optimizers)
-        forget_after(self.settings.out / LOG_NAME, int(metadata["step"]))
-        self.step = int(metadata["step"])
-        self.loss_average = json.loads(metadata["loss_average"])
-        self.stream.load_state(metadata["stream"])
-        for name, state in json.loads(metadata["batches"]).items():
-            self.batches[name].load_state(state)
+        if step <= settings.block_causal_steps and isinstance(saved.get("prompt_isolated"), bool):
+            saved["prompt_isolated"] = current["prompt_isolated"]
+        checkpoint.compare("training", saved, current)
+        checkpoint.compare("training", found.mapping("digests"), self.digests, what="content of ")
+        loss_average = found.number("loss_average") if step else found.value("loss_average")
+        if not step and loss_average is not None:
+            found.refuse("loss_average", "null before the first step", loss_average)
+        stream, batches = found.metadata["stream"], found.mapping("batches")
+        _check_stream(found)
+        if batches.keys() != self.batches.keys():
+            found.refuse("batches", f"of {', '.join(self.batches)}", sorted(batches))
+        for name, text in batches.items():
+            try:
+                self.batches[name].read_state(text)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                found.refuse("batches", f"samples that wait for a batch ({error})", text)
+        records = runlog.records_until(log_path, step)
+
+        # 2. Load.
+        checkpoint.load(found, self.model.state_dict(), self.optimizers, step)
+        runlog.rewrite(log_path, records)
+        self.step, self.loss_average = step, loss_average
+        self.stream.load_state(stream)
+        for name, text in batches.items():
+            self.batches[name].load_state(text)
 
     def train_step(self) -> float:
         """Makes one optimizer step; returns the loss of the step."""
@@ -251,8 +298,7 @@ class Trainer:
             },
         }
         self._task_sums.zero_()
-        with open(self.settings.out / LOG_NAME, "a") as log:
-            log.write(json.dumps(record) + "\n")
+        runlog.append(self.settings.out / LOG_NAME, record)
 
     def run(self) -> None:
         """Trains to `steps` or for `minutes` with checkpoints, and exports the model after the last step."""
@@ -277,7 +323,18 @@ class Trainer:
         # 2. Write the last checkpoint, and the model once it is trained.
         self.save()
         if self.step >= settings.steps:
-            export(self.model, settings.out)
+            replace_files(settings.out, lambda partial: export(self.model, partial))
+
+
+def _check_stream(found: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError unless a checkpoint has the state of a stream's generator."""
+    value = found.value("stream")
+    try:
+        version, internal, gauss = value
+        number("training", "stream", gauss, none=True)
+        random.Random().setstate((version, tuple(internal), gauss))
+    except (ValueError, TypeError, OverflowError) as error:
+        found.refuse("stream", f"the state of a generator ({error})", value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

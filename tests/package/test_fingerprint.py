@@ -36,6 +36,11 @@ def test_the_order_of_numbers_and_the_place_of_a_tensor_count():
     assert print_of([("x", strided)]) == print_of([("x", a)])
 
 
+def test_a_part_of_a_storage_counts_by_its_numbers():
+    values = torch.randn(9)
+    assert fingerprint.of_tensors([("x", values[1:])]) == fingerprint.of_tensors([("x", values[1:].clone())])
+
+
 def test_chunks_do_not_change_the_fingerprint(monkeypatch):
     values = torch.randn(1001)
     whole = fingerprint.of_tensors([("w", values)])

@@ -421,14 +421,14 @@ def test_masking_of_a_trajectory_grows_with_the_training(settings):
     [
         (dict(objective="sft"), "objective must be one of forcing, certainty, trajectory, got objective='sft'"),
         (dict(low=0.8), "noise must have 0 < low <= high <= 1, got low=0.8, high=0.7"),
-        (dict(settled=2.0), "settled must be in .0, 1., got settled=2.0"),
-        (dict(steps=0), "steps must be at least 1, got steps=0"),
+        (dict(settled=2.0), "settled must be a number in .0, 1., got settled=2.0"),
+        (dict(steps=0), "steps must be a whole number >= 1, got steps=0"),
         (
             dict(optimizer="muon", full_finetune=False),
             "'muon' trains whole matrices and goes with full_finetune, got LoRA",
         ),
         (dict(optimizer="muon", precision="fp16"), "'muon' goes with precision fp32 or bf16, got precision=fp16"),
-        (dict(seed=-1), "seed must be at least 0, got seed=-1"),
+        (dict(seed=-1), "seed must be a whole number >= 0, got seed=-1"),
         (dict(dtype="bfloat16"), "full_finetune trains float32 weights .* got dtype=bfloat16"),
         (dict(tokens_per_step=39), "tokens_per_step must hold a canvas of max_length=40, got tokens_per_step=39"),
         (
@@ -479,11 +479,11 @@ def test_a_run_does_not_overwrite_another_and_resumes_with_its_own_settings_only
 
     with pytest.raises(FileExistsError, match="must hold no checkpoint unless resuming"):
         Distiller(settings())
-    with pytest.raises(ValueError, match="distill: high must be the checkpoint's to resume, 0.7, got 0.9"):
+    with pytest.raises(ValueError, match="distill: high must be the checkpoint's, 0.7, got high=0.9"):
         Distiller(settings(resume=True, high=0.9))
     longer_data = tmp_path / "other.jsonl"
     longer_data.write_text(data_file.read_text() + data_file.read_text())
-    with pytest.raises(ValueError, match="data's content must be the checkpoint's to resume"):
+    with pytest.raises(ValueError, match="distill: content of data must be the checkpoint's, '.*', got data='"):
         Distiller(settings(resume=True, data=longer_data))
 
 
@@ -503,7 +503,7 @@ def test_a_checkpoint_of_another_kind_is_not_resumed(settings, kind):
     """All else in the checkpoint fits, so that nothing but its kind can refuse it."""
     distiller = Distiller(settings())
     distiller.save()
-    metadata = checkpoint.read_metadata(distiller.checkpoint_path)
+    metadata = checkpoint.read(distiller.checkpoint_path).metadata
     assert metadata.pop("kind") == "distillation"
     if kind is not None:
         metadata["kind"] = kind

@@ -302,9 +302,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypat
 def test_a_checkpoint_of_another_kind_is_not_resumed(tmp_path):
     trainer = Trainer(run_settings(tmp_path))
     trainer.save()
-    metadata = checkpoint.read_metadata(trainer.checkpoint_path)
+    metadata = checkpoint.read(trainer.checkpoint_path).metadata
     foreign = {name: value for name, value in metadata.items() if name != "batches"} | {"kind": "distillation"}
-    checkpoint.save(trainer.checkpoint_path, trainer.model, trainer.optimizers, foreign)
+    checkpoint.save(trainer.checkpoint_path, trainer.model.state_dict(), trainer.optimizers, foreign)
 
     with pytest.raises(ValueError, match="out must hold a checkpoint of a pretraining to resume, got another one at"):
         Trainer(run_settings(tmp_path, resume=True))
@@ -382,11 +382,12 @@ def test_no_sample_is_dropped(batches):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(steps=0), "training: steps must be positive, got steps=0"),
-        (dict(threads=0), "training: threads must be positive, got threads=0"),
-        (dict(decay=0.0), "training: decay must be in .0, 1., got decay=0.0"),
-        (dict(block_causal=1.5), "block_causal must be in .0, 1., got block_causal=1.5"),
-        (dict(tokens_per_step=64), "tokens_per_step must be at least one row of 256, got tokens_per_step=64"),
+        (dict(steps=0), "training: steps must be a whole number >= 1, got steps=0"),
+        (dict(threads=0), "training: threads must be a whole number >= 1, got threads=0"),
+        (dict(decay=0.0), "training: decay must be positive, got decay=0.0"),
+        (dict(decay=1.5), "training: decay must be a number in .0, 1., got decay=1.5"),
+        (dict(block_causal=1.5), "block_causal must be a number in .0, 1., got block_causal=1.5"),
+        (dict(tokens_per_step=64), "tokens_per_step must be a whole number >= 256, got tokens_per_step=64"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, changes, message):
