@@ -8,6 +8,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..limits import number, whole
+from ..training.bounds import MAX_SEED, place
+from ..training.storage import check_output, replacing
 from .tasks import TASKS, Sample, generate_sample
 from .tokenizer import answer_text, build_tokenizer, prompt_text
 
@@ -46,10 +49,11 @@ class SampleStream:
         unknown = sorted(set(shares) - set(TASKS))
         if unknown:
             raise ValueError(f"training: weight must name one of {', '.join(TASKS)}, got {unknown}")
-        if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        for name, share in shares.items():
+            number("training", f"weight of {name}", share, 0)
+        if sum(shares.values()) <= 0:
             raise ValueError(f"training: weights must be at least 0 and not all 0, got {shares}")
-        if not 0 <= easy <= 1:
-            raise ValueError(f"training: easy must be in [0, 1], got easy={easy}")
+        number("training", "easy", easy, 0, 1)
         self._easy = easy
         self._shares = [shares[name] for name in TASK_NAMES]
         self._encode = build_tokenizer().backend_tokenizer.encode
@@ -118,15 +122,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def write_samples(path: Path, n: int, *, seed: int, easy: float = 0.0, weights: dict[str, float] | None = None) -> None:
     """Writes the first `n` samples of a stream as JSON lines {task, prompt, answer}."""
-    if n < 1:
-        raise ValueError(f"samples: n must be positive, got n={n}")
+    place("samples", "out", path)
+    path = Path(path)
+    whole("samples", "n", n, 1)
+    whole("samples", "seed", seed, 0, MAX_SEED)
+    check_output("samples", "out", path)
     stream = SampleStream(seed, weights, easy=easy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for _ in range(n):
             file.write(json.dumps(vars(stream.next_sample())) + "\n")
-    partial.replace(path)
 
 
 def run(values: argparse.Namespace) -> None:

@@ -24,9 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..diffusion import DiffusionConfig
+from ..limits import MAX_WHOLE, shown
+from . import storage
+from .bounds import choice
 
 KEYS = {"prompt", "answer", "prompt_ids", "answer_ids", "task", "order"}
 CHUNK = 1000  # number of lines that are tokenised in one call
+BLANK = " \t\r"  # the characters of a blank line, as JSON has blanks
 
 
 class DatasetError(ValueError):
@@ -110,19 +114,21 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
     # 1. An object with known keys, of one form.
     try:
         record = json.loads(text)
-    except ValueError as error:
-        _fail(path, number, f"is not JSON: {error}")
+        # An escape may stand for half of a character, which no tokenizer can encode.
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        _fail(path, number, f"must be JSON of whole characters, got {text[:80]!r}: {error}")
     if not isinstance(record, dict):
         _fail(path, number, f"must be a JSON object, got {type(record).__name__}")
     unknown = sorted(set(record) - KEYS)
     if unknown:
-        _fail(path, number, f"has unknown keys {unknown}; known are {sorted(KEYS)}")
+        _fail(path, number, f"must have no unknown keys, got {unknown}; known are {sorted(KEYS)}")
     as_text, as_ids = {"prompt", "answer"} & set(record), {"prompt_ids", "answer_ids"} & set(record)
     if as_text and as_ids:
         _fail(path, number, f"must be text or token ids, got both: {sorted(as_text | as_ids)}")
     for name in ("prompt_ids", "answer_ids") if as_ids else ("prompt", "answer"):
         if name not in record:
-            _fail(path, number, f"has no {name!r}; it has {sorted(record)}")
+            _fail(path, number, f"must have {name!r}, got {sorted(record)}")
         if not record[name] or (isinstance(record[name], str) and not record[name].strip()):
             _fail(path, number, f"{name} must not be empty, got {record[name]!r}")
 
@@ -130,15 +136,21 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
     if not as_ids and not isinstance(record["answer"], str):
         _fail(path, number, f"answer must be text, got {type(record['answer']).__name__}")
     prompt = record.get("prompt")
-    is_chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    is_chat = isinstance(prompt, list) and all(
+        isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in prompt
+    )
     if not as_ids and not isinstance(prompt, str) and not is_chat:
-        _fail(path, number, "prompt must be text or a list of messages with role and content")
+        _fail(
+            path, number, f"prompt must be text or a list of messages with role and content, got {str(prompt)[:80]!r}"
+        )
     for name in ("prompt_ids", "answer_ids", "order"):
         values = record.get(name, [])
         if not isinstance(values, list) or any(
             isinstance(v, bool) or not isinstance(v, numbers.Integral) for v in values
         ):
-            _fail(path, number, f"{name} must be a list of whole numbers")
+            _fail(path, number, f"{name} must be a list of whole numbers, got {str(values)[:80]}")
+    if any(not 0 <= step <= MAX_WHOLE for step in record.get("order", [])):
+        _fail(path, number, f"order must hold steps in [0, {MAX_WHOLE}], got {str(record['order'])[:80]}")
     if not isinstance(record.get("task", ""), str):
         _fail(path, number, f"task must be a name, got {record['task']!r}")
     return record
@@ -149,18 +161,21 @@ def _render(path: Path, number: int, record: dict[str, Any], tokenizer: Any) -> 
     prompt, answer = record["prompt"], record["answer"]
     if getattr(tokenizer, "chat_template", None) is None:
         if not isinstance(prompt, str):
-            _fail(path, number, "prompt is a chat, but the tokenizer has no chat template")
+            _fail(path, number, "prompt must be text where the tokenizer has no chat template, got a chat")
         return prompt, answer
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # `generate` renders a chat in the same way.
-    opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    closed = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    try:
+        opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        closed = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    except Exception as error:  # a template is code, and may raise anything
+        _fail(path, number, f"prompt must be what the chat template can write, got {type(error).__name__}: {error}")
     if not closed.startswith(opened):
         _fail(
             path,
             number,
-            "the chat template does not put the answer after the prompt it opens for generation; give prompt_ids and "
-            "answer_ids",
+            "answer must stand after the prompt that the chat template opens for generation, got another text; give "
+            "prompt_ids and answer_ids",
         )
     return opened, closed[len(opened) :]
 
@@ -208,15 +223,10 @@ def read_dataset(
     """
     # 1. Read the file.
     path = Path(path)
-    if too_long not in ("raise", "drop"):
-        raise ValueError(f"distill: too_long must be raise or drop, got too_long={too_long!r}")
+    choice("distill", "too_long", too_long, ("raise", "drop"))
     if not diffusion.eos_token_ids:
-        raise DatasetError("dataset: the model's dlm section has no eos_token_ids, and an answer must end")
-    try:
-        content = path.read_bytes()
-        lines = content.decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"dataset: {path} cannot be read: {error}") from error
+        raise DatasetError("dataset: eos_token_ids of the model must have an id, since an answer must end, got none")
+    lines, digest = read_lines(path)
 
     # 2. Check every sample against the model and the shape of canvases.
     names: dict[str, int] = {}
@@ -226,9 +236,11 @@ def read_dataset(
         for name, ids in (("prompt", prompt), ("answer", answer)):
             wrong = [i for i in ids if not 0 <= i < vocab_size]
             if wrong:
-                _fail(path, number, f"{name} must hold ids in [0, {vocab_size}), got {wrong[0]}")
+                _fail(path, number, f"{name} must hold ids in [0, {vocab_size}), got {shown(wrong[0])}")
+            if not ids:
+                _fail(path, number, f"{name} must become tokens, got none")
             if diffusion.mask_token_id in ids:
-                _fail(path, number, f"{name} must not contain the mask id {diffusion.mask_token_id}")
+                _fail(path, number, f"{name} must not contain the mask id {diffusion.mask_token_id}, got one that does")
         if not shape.absolute and len(prompt) + shape.block_length > shape.max_length and too_long == "raise":
             _fail(
                 path,
@@ -254,8 +266,25 @@ def read_dataset(
         task = names.setdefault(record["task"], len(names)) if "task" in record else -1
         samples.append(Sample(prompt, answer, task, order))
     if not samples:
-        raise DatasetError(f"dataset: {path} has no sample to train on ({dropped} dropped as too long)")
-    return Dataset(samples, tuple(names), hashlib.sha256(content).hexdigest(), dropped)
+        raise DatasetError(f"dataset: {path} must have a sample to train on, got none ({dropped} dropped as too long)")
+    return Dataset(samples, tuple(names), digest, dropped)
+
+
+def read_lines(path: Path) -> tuple[list[str], str]:
+    """The lines of a data file, which end at \\n and nowhere else, and the SHA-256 of the file's bytes.
+
+    A byte order mark before the first line is left out. Raises DatasetError.
+    """
+    try:
+        content = storage.read(path, follow=True)
+    except OSError as error:
+        raise DatasetError(f"dataset: data must be a file that can be read, got {str(path)!r}: {error}") from error
+    try:
+        return content.decode("utf-8-sig").split("\n"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as error:
+        # The error counts from behind a byte order mark, which holds no end of a line.
+        number = error.object[: error.start].count(b"\n") + 1
+        raise DatasetError(f"dataset: {path}, line {number}: must be UTF-8, got {error}") from error
 
 
 def _tokenised(
@@ -266,7 +295,7 @@ def _tokenised(
         records = [
             (begin + i + 1, _parse(path, begin + i + 1, text))
             for i, text in enumerate(lines[begin : begin + CHUNK])
-            if text.strip()
+            if text.strip(BLANK)
         ]
         texts = [
             (n, *_render(path, n, record, _needed(path, n, tokenizer))) for n, record in records if "prompt" in record
@@ -274,8 +303,14 @@ def _tokenised(
         ids: dict[int, tuple[list[int], list[int]]] = {}
         if texts:
             special = getattr(tokenizer, "chat_template", None) is None
-            prompts = tokenizer([prompt for _, prompt, _ in texts], add_special_tokens=special)["input_ids"]
-            answers = tokenizer([answer for _, _, answer in texts], add_special_tokens=False)["input_ids"]
+            try:
+                prompts = tokenizer([prompt for _, prompt, _ in texts], add_special_tokens=special)["input_ids"]
+                answers = tokenizer([answer for _, _, answer in texts], add_special_tokens=False)["input_ids"]
+            except Exception as error:  # whatever a tokenizer raises
+                raise DatasetError(
+                    f"dataset: {path}, lines {texts[0][0]} to {texts[-1][0]}: must be what the tokenizer can encode, "
+                    f"got {type(error).__name__}: {error}"
+                ) from error
             ids = {n: pair for (n, _, _), pair in zip(texts, zip(prompts, answers))}
         for n, record in records:
             as_ids = n not in ids
@@ -286,7 +321,7 @@ def _tokenised(
 def _needed(path: Path, number: int, tokenizer: Any) -> Any:
     """The tokenizer, which a line of text needs."""
     if tokenizer is None:
-        _fail(path, number, "text needs a tokenizer; the checkpoint has none, give prompt_ids and answer_ids")
+        _fail(path, number, "text needs a tokenizer, got a checkpoint without one; give prompt_ids and answer_ids")
     return tokenizer
 
 

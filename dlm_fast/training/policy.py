@@ -28,18 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..generate import GenerateOutput, generate
+from ..limits import MAX_WHOLE, whole
 from ..loading import load
 from ..patching import handle_of
 from ..policies import Choice, Policy, View
-from ..policies.heads import KINDS, Head, save_head
+from ..policies.heads import KINDS, MAX_SIZE, Head, save_head
 from ..policies.learned import block_time, of_block
 from ..tiny.tasks import TASKS, Sample, generate_sample
+from . import bounds, storage
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
 # The accept thresholds among which `choose_threshold` chooses.
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 EXPLORE = 0.5  # the head's threshold in the second round, so that it visits bolder states than in later decodes
 BATCH = 32  # prompts that are decoded together
+# Bounds of prompts, and of states in an optimizer step, which are held in memory; and of rounds over all prompts.
+MAX_STATES, MAX_ROUNDS = 2**20, 64
 CHECK = 0.25  # share of the prompts that is kept from training, to choose the threshold and to measure the head
 
 
@@ -296,21 +300,25 @@ def train(
         ValueError: an argument is out of range. The message names the argument.
     """
     # 1. Check the arguments.
-    if kind not in KINDS:
-        raise ValueError(f"training: kind must be one of {', '.join(KINDS)}, got kind={kind!r}")
-    if prompts < 8:
-        raise ValueError(f"training: prompts must be at least 8, got prompts={prompts}")
-    for name, value in (
-        ("rounds", rounds),
-        ("steps", steps),
-        ("batch", batch),
-        ("block_length", block_length),
-        ("width", width),
+    bounds.choice("training", "kind", kind, KINDS)
+    if tasks is not None:
+        bounds.names("training", "tasks", tasks, TASKS)
+    for name, value, low, high in (
+        ("prompts", prompts, 8, MAX_STATES),
+        ("rounds", rounds, 1, MAX_ROUNDS),
+        ("steps", steps, 1, MAX_WHOLE),
+        ("batch", batch, 1, MAX_STATES),
+        ("block_length", block_length, 1, MAX_SIZE),
+        ("width", width, 1, MAX_SIZE),
+        ("max_new_tokens", max_new_tokens, 1, MAX_WHOLE),
+        ("seed", seed, 0, bounds.MAX_SEED),
     ):
-        if value < 1:
-            raise ValueError(f"training: {name} must be at least 1, got {name}={value}")
-    if not wrong_weight > 0:
-        raise ValueError(f"training: wrong_weight must be above 0, got wrong_weight={wrong_weight}")
+        whole("training", name, value, low, high)
+    bounds.positive("training", "learning_rate", learning_rate)
+    bounds.positive("training", "wrong_weight", wrong_weight)
+    if not isinstance(trained_on, str):
+        raise ValueError(f"training: trained_on must be a name, got trained_on={trained_on!r}")
+    new_head(kind, block_length, width, trained_on, seed, steps)  # a head checks its sizes when it is made
 
     # 2. Draw prompts, and keep some from training.
     samples = draw_prompts(list(TASKS) if tasks is None else tasks, prompts, seed)
@@ -393,6 +401,8 @@ def run(args: argparse.Namespace) -> None:
     """
     # 1. Train, and write the file.
     started = time.perf_counter()
+    whole("training", "threads", args.threads, 1, bounds.MAX_THREADS)
+    storage.check_output("training", "out", args.out)
     torch.set_num_threads(args.threads)
     model = load(args.model)
     names = ("tasks", "block_length", "max_new_tokens", "prompts", "width", "rounds", "steps", "batch", "learning_rate")

@@ -108,10 +108,8 @@ class Settings:
         number("training", "checkpoint_minutes", self.checkpoint_minutes, 0)
         for name in ("prompt_isolated", "bf16", "compile", "resume"):
             flag("training", name, getattr(self, name))
-        if not isinstance(self.weights, dict):
+        if not isinstance(self.weights, dict) or not all(isinstance(name, str) for name in self.weights):
             raise ValueError(f"training: weights must be a share for each task's name, got weights={self.weights!r}")
-        for name, value in self.weights.items():
-            number("training", f"weights[{name!r}]", value, 0)
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that it continues.

@@ -16,9 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ..generate import generate
+from ..limits import whole
 from ..loading import load
 from ..patching import handle_of
-from .dataset import CanvasShape, Dataset, read_dataset
+from . import bounds, storage
+from .dataset import BLANK, CanvasShape, Dataset, DatasetError, read_dataset, read_lines
 
 
 def teacher_orders(model: nn.Module, dataset: Dataset, *, block_length: int, batch_size: int) -> list[list[int]]:
@@ -60,14 +62,31 @@ def write_orders(
     batch_size: int = 32,
     device: str | None = None,
 ) -> None:
-    """Copies the JSON lines of `data` to `out`, each with an "order". Raises DatasetError as `read_dataset` does."""
+    """Copies the JSON lines of `data` to `out`, each with an "order".
+    The output is replaced as a whole, once all orders are known. Raises DatasetError as `read_dataset` does, and
+    ValueError for an argument out of range; the message names the argument.
+    """
+    for name, value in (("data", data), ("out", out)):
+        bounds.place("trajectories", name, value)
+    data, out = Path(data), Path(out)
+    for name, value in (("block_length", block_length), ("max_length", max_length), ("batch_size", batch_size)):
+        whole("trajectories", name, value, 1)
+    storage.check_output("trajectories", "out", out, data)
     teacher = load(model, device=device)
     handle = handle_of(teacher)
+    limit = teacher.config.max_position_embeddings
+    if max_length > limit:
+        raise ValueError(
+            f"trajectories: max_length must fit the model's {limit} positions, got max_length={max_length}"
+        )
     shape = CanvasShape(block_length, False, max_length, 0.0)
     dataset = read_dataset(data, handle.tokenizer, handle.diffusion, shape, vocab_size=teacher.config.vocab_size)
     orders = teacher_orders(teacher, dataset, block_length=block_length, batch_size=batch_size)
-    records = [json.loads(line) for line in data.read_text(encoding="utf-8").split("\n") if line.strip()]
-    with open(out, "w", encoding="utf-8") as file:
+    lines, digest = read_lines(data)
+    if digest != dataset.digest:
+        raise DatasetError(f"trajectories: data must stay as it is, got other lines in {data} than at the start")
+    records = [json.loads(line) for line in lines if line.strip(BLANK)]
+    with storage.replacing(out) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(
             json.dumps(record | {"order": order}) + "\n" for record, order in zip(records, orders, strict=True)
         )

@@ -69,20 +69,20 @@ GOOD = ids(3, 4)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"prompt": "ab"}, "has no 'answer'; it has .'prompt'."),
-        ({"prompt_ids": [5]}, "has no 'answer_ids'"),
-        ({}, "has no 'prompt'"),
-        ("{", "is not JSON"),
+        ({"prompt": "ab"}, "must have 'answer', got .'prompt'."),
+        ({"prompt_ids": [5]}, "must have 'answer_ids', got .'prompt_ids'."),
+        ({}, "must have 'prompt', got .."),
+        ("{", "must be JSON of whole characters, got '{'"),
         ("[1]", "must be a JSON object, got list"),
         ({"prompt": "ab", "answer": " "}, "answer must not be empty, got ' '"),
         ({"prompt": "ab", "answer": 5}, "answer must be text, got int"),
         (
             {"prompt": [{"content": "x"}], "answer": "a"},
-            "prompt must be text or a list of messages with role and content",
+            "prompt must be text or a list of messages with role and content, got ",
         ),
-        ({"prompt": "ab", "answer": "c", "reply": "d"}, "has unknown keys .'reply'.; known are"),
+        ({"prompt": "ab", "answer": "c", "reply": "d"}, "must have no unknown keys, got .'reply'.; known are"),
         ({"prompt": "ab", "answer_ids": [5]}, "must be text or token ids, got both"),
-        ({"prompt_ids": [5.5], "answer_ids": [5]}, "prompt_ids must be a list of whole numbers"),
+        ({"prompt_ids": [5.5], "answer_ids": [5]}, "prompt_ids must be a list of whole numbers, got .5.5."),
         ({"prompt_ids": [5], "answer_ids": [VOCAB]}, f"answer must hold ids in .0, {VOCAB}., got {VOCAB}"),
         ({"prompt_ids": [5], "answer_ids": [MASK, 6]}, "answer must not contain the mask id 0"),
         (
@@ -95,7 +95,10 @@ GOOD = ids(3, 4)
             "got block_length=4, a prompt of 29 tokens and max",
         ),
         (ids(7, 26), "must fit max_length=32 in whole blocks of 4, got 7 . 26 tokens, which take 35"),
-        ({"prompt": "ab", "answer": "cd"}, "the chat template does not put the answer after the prompt it opens"),
+        (
+            {"prompt": "ab", "answer": "cd"},
+            "answer must stand after the prompt that the chat template opens for generation, got another",
+        ),
         (dict(GOOD, task=3), "task must be a name, got 3"),
     ],
 )
@@ -107,13 +110,15 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
 
 
 def test_files_that_hold_nothing_to_train_on_are_named(tmp_path):
-    with pytest.raises(DatasetError, match="has no sample to train on .0 dropped"):
+    with pytest.raises(DatasetError, match="must have a sample to train on, got none .0 dropped"):
         read(file_of(tmp_path, ""))
-    with pytest.raises(DatasetError, match="missing.jsonl cannot be read"):
+    with pytest.raises(DatasetError, match="data must be a file that can be read, got '.*missing.jsonl'"):
         read(tmp_path / "missing.jsonl")
-    with pytest.raises(DatasetError, match="no eos_token_ids, and an answer must end"):
+    with pytest.raises(
+        DatasetError, match="eos_token_ids of the model must have an id, since an answer must end, got none"
+    ):
         read_dataset("x", None, dlm_fast.DiffusionConfig(MASK, (), "full"), SHAPE, vocab_size=VOCAB)
-    with pytest.raises(DatasetError, match="line 1: text needs a tokenizer"):
+    with pytest.raises(DatasetError, match="line 1: text needs a tokenizer, got a checkpoint without one"):
         read_dataset(file_of(tmp_path, {"prompt": "a", "answer": "b"}), None, DIFFUSION, SHAPE, vocab_size=VOCAB)
 
 
@@ -211,5 +216,5 @@ def test_curves_of_one_run_and_of_several_become_pictures(tmp_path):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "both.svg").read_text()
     logs[0].write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match="line 1: has no .'loss'."):
+    with pytest.raises(ValueError, match="line 1: loss must be a number, got loss=None"):
         read_log(logs[0])

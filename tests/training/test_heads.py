@@ -145,9 +145,9 @@ def test_the_command_writes_a_head_and_prints_what_it_measured(tmp_path, capsys,
     "kind, change, message",
     [
         ("oracle", {}, "kind must be one of filter, commit, got kind='oracle'"),
-        ("filter", {"prompts": 3}, "prompts must be at least 8, got prompts=3"),
-        ("filter", {"steps": 0}, "steps must be at least 1, got steps=0"),
-        ("filter", {"wrong_weight": 0.0}, "wrong_weight must be above 0, got wrong_weight=0.0"),
+        ("filter", {"prompts": 3}, "prompts must be a whole number >= 8, got prompts=3"),
+        ("filter", {"steps": 0}, "steps must be a whole number >= 1, got steps=0"),
+        ("filter", {"wrong_weight": 0.0}, "wrong_weight must be positive, got wrong_weight=0.0"),
     ],
 )
 def test_arguments_out_of_range_are_named(model, kind, change, message):
