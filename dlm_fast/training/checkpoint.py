@@ -222,11 +222,8 @@ def check(
             raise CheckpointError(f"{found.owner}: tensor {name} must be at least 0, got {tensor.min().item()}")
 
 
-def load(
-    found: Checkpoint, trained: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], step: int
-) -> None:
-    """Loads a checkpoint into the trained tensors and the optimizers, in place, once `check` has nothing against it."""
-    check(found, trained, optimizers, step)
+def load(found: Checkpoint, trained: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Loads a checkpoint that `check` has nothing against into the trained tensors and the optimizers, in place."""
     with torch.no_grad():
         for name, tensor in trained.items():
             tensor.copy_(found.tensors[f"model.{name}"])

@@ -59,6 +59,12 @@ class Distiller:
     student. The package peft makes the LoRA layers. The package accelerate does mixed precision and several processes
     (data parallel); a run of one process in fp32 does not use accelerate, so that the result does not depend on whether
     accelerate is installed.
+
+    Raises:
+        ValueError: a setting, the data, the log or the checkpoint to resume is refused. The message names the setting,
+            or the file and what in the file is wrong.
+        FileExistsError: `out` has a checkpoint, and the run does not resume.
+        FileNotFoundError: the run resumes, and `out` has no checkpoint.
     """
 
     def __init__(self, settings: DistillSettings) -> None:
@@ -72,7 +78,10 @@ class Distiller:
         self.device = self._accelerator.device if self._accelerator else self._choose_device()
         self.attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else "sdpa")
         if self.attention == "flex_attention" and self.device.type == "cpu":
-            raise ValueError("distill: attention 'flex_attention' has no backward on a CPU; use sdpa")
+            raise ValueError(
+                "distill: attention must be sdpa on a CPU, where flex_attention has no backward, got "
+                "attention='flex_attention'"
+            )
         self.checkpoint_path = Path(settings.out) / CHECKPOINT_NAME
         has_checkpoint = os.path.lexists(self.checkpoint_path)
         if settings.resume and not has_checkpoint:
@@ -187,7 +196,9 @@ class Distiller:
         visibility = settings.visibility or ("block" if settings.objective == "forcing" else teacher.visibility)
         block_length = settings.block_length or teacher.block_length
         if block_length is None:
-            raise ValueError(f"distill: block_length must be given, {settings.model} names none")
+            raise ValueError(
+                f"distill: block_length must be given where {settings.model} names none, got block_length=None"
+            )
         changes: dict[str, Any] = {
             "visibility": visibility,
             "block_length": block_length,
@@ -414,16 +425,17 @@ class Distiller:
                 found.refuse(name, f"{value} after step {step}", found.value(name))
         scaler, saved_scaler = getattr(self._accelerator, "scaler", None), found.value("scaler")
         check_scaler(found, saved_scaler, scaler.state_dict() if scaler else None)
+        checkpoint.check(found, self._trained(), self.optimizers, step)
         records = runlog.records_until(self.log.path, step) if self.rank == 0 else []
 
         # 2. Load.
-        checkpoint.load(found, self._trained(), self.optimizers, step)
+        if self.rank == 0:
+            runlog.rewrite(self.log.path, records)
+        checkpoint.load(found, self._trained(), self.optimizers)
         self.step_number, self.tokens, self.steps.position = step, tokens, position
         self.seconds = self._seconds_before = seconds
         if saved_scaler:
             scaler.load_state_dict(saved_scaler)
-        if self.rank == 0:
-            runlog.rewrite(self.log.path, records)
 
     def export(self) -> None:
         """Writes the student, with LoRA merged, as a checkpoint folder that `dlm_fast.load` opens."""

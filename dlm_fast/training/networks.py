@@ -80,8 +80,8 @@ def check_vocabularies(student: tuple, teacher: tuple, names: tuple[str, str]) -
 
     def fail(what: str, of_student: Any, of_teacher: Any) -> None:
         raise VocabularyError(
-            f"distill: teacher and student must have the same vocabulary; {what} of the teacher {names[1]} is "
-            f"{of_teacher}, of the student {names[0]} {of_student}"
+            f"distill: teacher and student must have the same vocabulary, got another one: {what} of the teacher "
+            f"{names[1]} is {of_teacher}, of the student {names[0]} {of_student}"
         )
 
     sizes = student[0].config.vocab_size, teacher[0].config.vocab_size

@@ -18,7 +18,7 @@ _KINDS = {
 }
 
 
-class NotRegularError(OSError):
+class NotRegularError(OSError, ValueError):
     """What stands under a name is no regular file; the message names the path and what stands there."""
 
 

@@ -145,7 +145,13 @@ def token_losses(model: nn.Module, batch: Batch, *, bf16: bool) -> tuple[Tensor,
 
 
 class Trainer:
-    """One run of a pretraining, with its model, optimizers, data stream and log."""
+    """One run of a pretraining, with its model, optimizers, data stream and log.
+
+    Raises:
+        ValueError: the log or the checkpoint to resume is refused. The message names the file and what is wrong.
+        FileExistsError: `out` has a checkpoint, and the run does not resume.
+        FileNotFoundError: the run resumes, and `out` has no checkpoint.
+    """
 
     def __init__(self, settings: Settings):
         # 1. Model and optimizers.
@@ -234,11 +240,12 @@ class Trainer:
                 self.batches[name].read_state(text)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 found.refuse("batches", f"samples that wait for a batch ({error})", text)
+        checkpoint.check(found, self.model.state_dict(), self.optimizers, step)
         records = runlog.records_until(log_path, step)
 
         # 2. Load.
-        checkpoint.load(found, self.model.state_dict(), self.optimizers, step)
         runlog.rewrite(log_path, records)
+        checkpoint.load(found, self.model.state_dict(), self.optimizers)
         self.step, self.loss_average = step, loss_average
         self.stream.load_state(stream)
         for name, text in batches.items():

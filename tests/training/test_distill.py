@@ -435,12 +435,15 @@ def test_masking_of_a_trajectory_grows_with_the_training(settings):
             dict(max_length=512, tokens_per_step=512),
             "max_length must fit the model's 256 positions, got max_length=512",
         ),
-        (dict(block_length=None), "block_length must be given, .* names none"),
+        (dict(block_length=None), "block_length must be given where .* names none, got block_length=None"),
         (
             dict(block_length=37),
             "line 1: block_length must fit between the prompt and max_length, got block_length=37, a prompt of",
         ),
-        (dict(attention="flex_attention"), "'flex_attention' has no backward on a CPU; use sdpa"),
+        (
+            dict(attention="flex_attention"),
+            "attention must be sdpa on a CPU, where flex_attention has no backward, got attention=",
+        ),
         (dict(objective="trajectory"), "line 1: order must have a step for each of the answer's .* tokens, got none"),
     ],
 )

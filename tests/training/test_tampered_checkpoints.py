@@ -338,7 +338,7 @@ GROUNDS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "teacher", lambda f: edit_json(f / CONFIG, lambda v: v["dlm"].update(prompt_isolated=True)), "teacher's model"
     ),
     "generation config": (
-        "model", lambda f: edit_json(f / GENERATION, lambda v: v.update(eos_token_id=[EOS, 5])), "model"
+        "model", lambda f: edit_json(f / GENERATION, lambda v: v.update(max_length=33)), "model"
     ),
     "tokenizer": ("model", edit_tokenizer, "tokenizer"),
     "tokenizer of the teacher": ("teacher", edit_tokenizer, "teacher's tokenizer"),
