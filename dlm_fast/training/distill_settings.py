@@ -184,7 +184,7 @@ class DistillSettings:
         for field in dataclasses.fields(self):
             if field.type == "bool":
                 flag("distill", field.name, getattr(self, field.name))
-        if self.device is not None and not isinstance(self.device, str):
+        if self.device is not None and (not isinstance(self.device, str) or not self.device):
             fail(f"device must be the name of a device or None, got device={self.device!r}")
         if self.optimizer == "muon" and not self.full_finetune:
             fail("optimizer 'muon' trains whole matrices and goes with full_finetune, got LoRA")

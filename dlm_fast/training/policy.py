@@ -301,6 +301,8 @@ def train(
     """
     # 1. Check the arguments.
     bounds.choice("training", "kind", kind, KINDS)
+    handle_of(model)  # which refuses what `load` has not opened
+    positions = model.config.max_position_embeddings
     if tasks is not None:
         bounds.names("training", "tasks", tasks, TASKS)
     for name, value, low, high in (
@@ -310,7 +312,7 @@ def train(
         ("batch", batch, 1, MAX_STATES),
         ("block_length", block_length, 1, MAX_SIZE),
         ("width", width, 1, MAX_SIZE),
-        ("max_new_tokens", max_new_tokens, 1, MAX_WHOLE),
+        ("max_new_tokens", max_new_tokens, 1, positions),
         ("seed", seed, 0, bounds.MAX_SEED),
     ):
         whole("training", name, value, low, high)
