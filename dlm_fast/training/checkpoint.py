@@ -57,11 +57,11 @@ def save(
                 unstepped.append(f"{optimizer_name}.{index}")
             for key, value in states.get(index, {}).items():
                 tensors[f"{optimizer_name}.{index}.{key}"] = value.detach().contiguous()
-    written = {**metadata, UNSTEPPED: json.dumps(unstepped)}
-    written[CHECKSUM] = _checksum(written, tensors)
+    content = {**metadata, UNSTEPPED: json.dumps(unstepped)}
+    content[CHECKSUM] = _checksum(content, tensors)
     try:
         with storage.replacing(path) as partial:
-            save_file(tensors, partial, metadata=written)
+            save_file(tensors, partial, metadata=content)
     except (OSError, SafetensorError) as error:
         remainder = "the checkpoint before is intact" if path.exists() else "there is none before it"
         raise CheckpointWriteError(f"checkpoint: {path} could not be written, {remainder}: {error}") from error
@@ -93,9 +93,9 @@ class Checkpoint:
                 f"{owner}: out must hold a checkpoint of a {kind} to resume, got another one at {self.path}, of kind "
                 f"{self.metadata.get('kind')!r}"
             )
-        wanted = fields | {UNSTEPPED}
-        if set(self.metadata) != wanted:
-            raise CheckpointError(f"{self.owner}: metadata must be {sorted(wanted)}, got {sorted(self.metadata)}")
+        names = fields | {UNSTEPPED}
+        if set(self.metadata) != names:
+            raise CheckpointError(f"{self.owner}: metadata must be {sorted(names)}, got {sorted(self.metadata)}")
 
     def value(self, name: str) -> Any:
         """A value of the metadata, which is JSON of finite numbers."""
@@ -164,7 +164,11 @@ def read(path: Path) -> Checkpoint:
         tensors = safetensors.torch.load(content)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint: {path} must be a safetensors file, got another one: {error!r}") from error
-    checksum = metadata.pop(CHECKSUM, None)
+    if CHECKSUM not in metadata:
+        raise CheckpointError(
+            f"checkpoint: {path} must be a checkpoint with a checksum, got a file with the metadata {sorted(metadata)}"
+        )
+    checksum = metadata.pop(CHECKSUM)
     if checksum != _checksum(metadata, tensors):
         raise CheckpointError(
             f"checkpoint: {path} must have the content that was written, got a file with another checksum than "
@@ -199,7 +203,7 @@ def check(
             )
     for place, (name, parameter) in places.items():
         if place not in unstepped:
-            expected |= {f"{place}.{key}": like(parameter) for key, like in STATES[name].items()}
+            expected |= {f"{place}.{key}": state(parameter) for key, state in STATES[name].items()}
     missing, unexpected = sorted(expected.keys() - found.tensors.keys()), sorted(found.tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(
@@ -209,9 +213,9 @@ def check(
 
     # 2. Every tensor.
     for name, tensor in found.tensors.items():
-        wanted = expected[name]
-        if tensor.dtype != wanted.dtype or tensor.shape != wanted.shape:
-            rule, got = (f"{tuple(t.shape)} {t.dtype}" for t in (wanted, tensor))
+        like = expected[name]
+        if tensor.dtype != like.dtype or tensor.shape != like.shape:
+            rule, got = (f"{tuple(t.shape)} {t.dtype}" for t in (like, tensor))
             raise CheckpointError(f"{found.owner}: tensor {name} must be {rule}, got {got}")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{found.owner}: tensor {name} must be finite, got NaN or inf")

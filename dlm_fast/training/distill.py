@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..diffusion import DiffusionConfig
 from ..limits import whole
 from ..models import adapter_for
-from . import bounds, checkpoint, runlog
+from . import bounds, checkpoint, runlog, storage
 from .dataset import CanvasShape, Steps, read_dataset
 from .distill_settings import DistillSettings, add_arguments, settings_of
 from .export import write_student
@@ -70,6 +70,7 @@ class Distiller:
     def __init__(self, settings: DistillSettings) -> None:
         # 1. The process, its device, and the checkpoint to resume.
         self.settings = settings
+        storage.check_folder("distill", "out", Path(settings.out))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._accelerator = self._start_accelerator()

@@ -124,7 +124,7 @@ def digests_of(model: nn.Module, diffusion: DiffusionConfig, tokenizer: Any) -> 
 
 
 def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raises ValueError unless every one of `targets` names linear layers of the model; peft looks for any only."""
+    """Raises ValueError unless each of `targets` names linear layers of the model, where peft is content with one."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):

@@ -90,16 +90,24 @@ def check_output(owner: str, argument: str, path: Path, *inputs: Path) -> None:
 
     Commands that compute for minutes or hours before they write check their output first.
     """
-    given = f"got {argument}={str(path)!r}"
+    got = f"got {argument}={str(path)!r}"
     if any(path.resolve() == other.resolve() for other in inputs):
-        raise ValueError(f"{owner}: {argument} must be another file than the input, {given}")
+        raise ValueError(f"{owner}: {argument} must be another file than the input, {got}")
     try:
         refuse_other(path, follow=True)
         refuse_other(path.with_name(path.name + ".partial"))
     except OSError as error:
-        raise ValueError(f"{owner}: {argument} must be a regular file or a new name, {given}: {error}") from error
-    folder = path.absolute().parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{owner}: {argument} must be in a folder that can be written to, {given}")
+        raise ValueError(f"{owner}: {argument} must be a regular file or a new name, {got}: {error}") from error
+    check_folder(owner, argument, path.absolute().parent)
+
+
+def check_folder(owner: str, argument: str, folder: Path) -> None:
+    """Raises ValueError unless files can be written to this folder, or to a new folder of this name."""
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{owner}: {argument} must lead to a folder that can be written to, got {argument}={str(folder)!r}, where "
+            f"{nearest} is none"
+        )

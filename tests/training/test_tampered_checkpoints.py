@@ -349,37 +349,37 @@ GROUNDS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(scope="module")
-def left(ground, tmp_path_factory) -> bytes:
+def remainder(ground, tmp_path_factory) -> bytes:
     """The checkpoint of a distillation of LoRA layers from another teacher."""
-    run = Distiller(ground.settings(tmp_path_factory.mktemp("left"), lora_rank=2))
+    run = Distiller(ground.settings(tmp_path_factory.mktemp("remainder"), lora_rank=2))
     run.step()
     run.save()
     return run.checkpoint_path.read_bytes()
 
 
-def resume(ground: Ground, left: bytes, tmp_path: Path) -> Distiller:
+def resume(ground: Ground, remainder: bytes, tmp_path: Path) -> Distiller:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "checkpoint.safetensors").write_bytes(left)
+    (out / "checkpoint.safetensors").write_bytes(remainder)
     return Distiller(ground.settings(out, lora_rank=2, resume=True))
 
 
 @pytest.mark.parametrize("case", GROUNDS)
-def test_a_run_whose_models_or_data_have_changed_is_not_resumed(ground, left, tmp_path, case):
+def test_a_run_whose_models_or_data_have_changed_is_not_resumed(ground, remainder, tmp_path, case):
     name, change, named = GROUNDS[case]
     copied = ground.copy(tmp_path)
     change(getattr(copied, name))
 
     with pytest.raises(ValueError, match=f"content of .* must be the checkpoint's, .*, got {named}=") as error:
-        resume(copied, left, tmp_path)
+        resume(copied, remainder, tmp_path)
     assert unnamed(error.value, named) is None
 
 
-def test_copies_under_other_names_are_the_same_ground(ground, left, tmp_path):
-    assert resume(ground.copy(tmp_path), left, tmp_path).step_number == 1
+def test_copies_under_other_names_are_the_same_ground(ground, remainder, tmp_path):
+    assert resume(ground.copy(tmp_path), remainder, tmp_path).step_number == 1
 
 
-def test_the_same_weights_in_shards_are_the_same_ground(ground, left, tmp_path):
+def test_the_same_weights_in_shards_are_the_same_ground(ground, remainder, tmp_path):
     """What counts is what was opened, and not the names of the files."""
     copied = ground.copy(tmp_path)
     weights = load_file(copied.model / "model.safetensors")
@@ -390,13 +390,13 @@ def test_the_same_weights_in_shards_are_the_same_ground(ground, left, tmp_path):
         save_file(part, copied.model / file, {"format": "pt"})
     (copied.model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
-    assert resume(copied, left, tmp_path).step_number == 1
+    assert resume(copied, remainder, tmp_path).step_number == 1
 
 
-def test_another_teacher_than_the_checkpoints_is_refused(ground, left, tmp_path):
+def test_another_teacher_than_the_checkpoints_is_refused(ground, remainder, tmp_path):
     ground = Ground(ground.model, ground.model, ground.data)
     with pytest.raises(ValueError, match="content of teacher's model must be the checkpoint's"):
-        resume(ground, left, tmp_path)
+        resume(ground, remainder, tmp_path)
 
 
 def test_another_tokenizer_of_a_pretraining_is_refused(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from dlm_fast.training.distill import Distiller, DistillSettings
 from dlm_fast.training.networks import check_targets
 from dlm_fast.training.train import Settings, Trainer
 
-# Values that hardly any setting takes; a setting that takes one of them must say so in `FITTING`.
+# Values that hardly any setting takes, and the kinds of setting that take some of them.
 VALUES: list[Any] = [
     None, "x", "", "\0", b"x", [], {}, (), object(), torch.tensor(1.0), True, -1, 0, 1.5, -0.5, 10**9, 10**400,
     float("nan"), float("inf"), -float("inf"), [float("nan"), 0.5], (0.9, 1), {"kv": "1"}, {5: 1.0}, ["q_proj", 5],

@@ -20,6 +20,7 @@ from dlm_fast.training import runlog, storage
 from dlm_fast.training.checkpoint import CheckpointWriteError
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import DatasetError
+from dlm_fast.training.distill import Distiller, DistillSettings
 from dlm_fast.training.export import write_student
 from dlm_fast.training.train import Settings, Trainer
 from dlm_fast.training.trajectories import write_orders
@@ -121,6 +122,17 @@ def test_a_checkpoint_that_is_a_link_to_nowhere_is_no_free_name(tmp_path, victim
 
     with pytest.raises(FileExistsError, match="must hold no checkpoint unless resuming"):
         trainer(tmp_path)
+
+
+@pytest.mark.parametrize("place", [".", "run", "run/below"])
+def test_a_folder_that_cannot_be_is_named_before_a_model_is_made(tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    for settings, make in (
+        (Settings(tmp_path / "file" / place), Trainer),
+        (DistillSettings("missing", "data.jsonl", tmp_path / "file" / place), Distiller),
+    ):
+        with pytest.raises(ValueError, match="out must lead to a folder that can be written to, got out="):
+            make(settings)
 
 
 def test_a_first_run_drops_the_lines_of_a_run_without_a_checkpoint(tmp_path):
