@@ -153,7 +153,7 @@ def read(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise
     except (OSError, MemoryError) as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read: {error}") from error
+        raise CheckpointError(f"checkpoint: {path} must be a file that can be read, got {error!r}") from error
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
         raise CheckpointError(
@@ -178,12 +178,24 @@ def read(path: Path) -> Checkpoint:
 
 
 def check(
-    found: Checkpoint, trained: Mapping[str, Tensor], optimizers: Mapping[str, torch.optim.Optimizer], step: int
+    found: Checkpoint,
+    trained: Mapping[str, Tensor],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    step: int,
+    *,
+    scaled: bool = False,
 ) -> None:
     """Raises CheckpointError unless a checkpoint's tensors are what a run has trained after so many steps.
 
-    Compared are names, dtypes, shapes, and that all numbers are finite: of the trained tensors, and of every state of
-    every optimizer.
+    Names, dtypes and shapes are compared, of the trained tensors and of every state of every optimizer, and all numbers
+    must be finite.
+
+    Args:
+        found: the checkpoint.
+        trained: the run's trained tensors, by name.
+        optimizers: the run's optimizers, by name.
+        step: the checkpoint's number of steps.
+        scaled: whether a scaler of losses may have skipped steps of the optimizers.
     """
     # 1. The names: all trained tensors, and all states of the parameters that an optimizer has changed.
     expected = {f"model.{name}": tensor for name, tensor in trained.items()}
@@ -195,15 +207,14 @@ def check(
     unstepped = found.value(UNSTEPPED)
     if not isinstance(unstepped, list) or not all(isinstance(name, str) and name in places for name in unstepped):
         found.refuse(UNSTEPPED, "a list of parameters of the optimizers", unstepped)
-    for name in optimizers:
-        stepped = any(owner == name for place, (owner, _) in places.items() if place not in unstepped)
-        if stepped != (step > 0):
-            found.refuse(
-                UNSTEPPED, f"no parameter of {name} after step {step}" if step else "all parameters", unstepped
-            )
-    for place, (name, parameter) in places.items():
-        if place not in unstepped:
-            expected |= {f"{place}.{key}": state(parameter) for key, state in STATES[name].items()}
+    stepped = {place: places[place] for place in places.keys() - set(unstepped)}
+    if stepped and not step:
+        found.refuse(UNSTEPPED, "all parameters before step 1", unstepped)
+    idle = optimizers.keys() - {name for name, _ in stepped.values()}
+    if idle and step and not scaled:
+        found.refuse(UNSTEPPED, f"some parameters of {', '.join(sorted(idle))} at most after step {step}", unstepped)
+    for place, (name, parameter) in stepped.items():
+        expected |= {f"{place}.{key}": state(parameter) for key, state in STATES[name].items()}
     missing, unexpected = sorted(expected.keys() - found.tensors.keys()), sorted(found.tensors.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(

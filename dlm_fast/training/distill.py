@@ -426,7 +426,7 @@ class Distiller:
                 found.refuse(name, f"{value} after step {step}", found.value(name))
         scaler, saved_scaler = getattr(self._accelerator, "scaler", None), found.value("scaler")
         check_scaler(found, saved_scaler, scaler.state_dict() if scaler else None)
-        checkpoint.check(found, self._trained(), self.optimizers, step)
+        checkpoint.check(found, self._trained(), self.optimizers, step, scaled=bool(scaler))
         records = runlog.records_until(self.log.path, step) if self.rank == 0 else []
 
         # 2. Load.

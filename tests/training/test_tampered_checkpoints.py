@@ -283,6 +283,17 @@ def test_a_checkpoint_from_before_the_first_step_is_resumed(ground, tmp_path):
     assert Distiller(ground.settings(tmp_path, resume=True)).step_number == 0
 
 
+def test_steps_that_a_scaler_of_losses_skipped_are_resumed(ground, tmp_path):
+    """The scaler of fp16 begins with a scale that is too large, so the first steps change nothing."""
+    run = Distiller(ground.settings(tmp_path))
+    run.step_number = 2
+    run.save()
+    found = checkpoint.read(run.checkpoint_path)
+    checkpoint.check(found, run._trained(), run.optimizers, 2, scaled=True)
+    with pytest.raises(ValueError, match="unstepped must be some parameters of adamw at most after step 2, got"):
+        checkpoint.check(found, run._trained(), run.optimizers, 2)
+
+
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     broken = Trainer(pretraining(tmp_path))
     broken.save()
