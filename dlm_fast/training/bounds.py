@@ -14,9 +14,9 @@ from ..limits import number, shown
 # The largest seed: seed * SEED_STRIDE + step must be a seed of torch, which has 64 bits.
 MAX_SEED = 2**32 - 1
 MAX_THREADS = 1024
-# The largest size of a row of a weight that a training makes: the rank of LoRA.
+# The largest rank of LoRA, which is more than the sides of most layers.
 MAX_RANK = 4096
-# The largest number of positions in a step. The masks of a step take up to half a kilobyte for each position.
+# The largest number of positions in a step of pretraining. The mask of a step takes 256 bytes for each position.
 MAX_TOKENS = 2**20
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..limits import flag, number, whole
 from . import bounds
 from .forcing import OBJECTIVES, Noise
+from .optimization import CHECKPOINT_NAME, LOG_NAME
 from .visibility import IMPLEMENTATIONS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -211,6 +212,10 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and Path(value).resolve() == Path(self.out).resolve():
                 fail(f"out must be another folder than {name}, which the student would replace, got out={self.out}")
+        if Path(self.data).resolve() in (Path(self.out, name).resolve() for name in (CHECKPOINT_NAME, LOG_NAME)):
+            fail(
+                f"data must be another file than checkpoint and log, which the run writes, got data={str(self.data)!r}"
+            )
         self.noise  # noqa: B018  a Noise checks its numbers when it is made
 
     @property

@@ -135,6 +135,13 @@ def test_a_folder_that_cannot_be_is_named_before_a_model_is_made(tmp_path, place
             make(settings)
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.safetensors"])
+def test_data_are_no_file_that_the_run_writes(tmp_path, name):
+    with pytest.raises(ValueError) as error:
+        DistillSettings("model", tmp_path / "out" / ".." / "out" / name, tmp_path / "out")
+    assert unnamed(error.value, "data") is None
+
+
 def test_a_first_run_drops_the_lines_of_a_run_without_a_checkpoint(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
