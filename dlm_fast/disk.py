@@ -1,46 +1,84 @@
-"""Files that are opened as regular files only, and names that a file gets once it is complete."""
+"""Files on a disk: only regular ones are opened, and a file gets its name as a whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
-class NotRegular(OSError):
-    """A path is a link, a folder, a device or a file of somebody else, where a file of ours was to be opened."""
+
+class NotRegularError(OSError, ValueError):
+    """What stands under a name is no regular file of ours; the message names the path and what stands there."""
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of a regular file that has no other name; links are not followed, and nothing is waited for.
+def kind_of(path: Path, *, follow: bool = False) -> str | None:
+    """What stands under a name, if that is no regular file; None if it is, or if nothing stands there.
 
-    Raises NotRegular if the path is anything else, and OSError as `os.open`.
+    With `follow` a link is what it leads to. Nothing is opened.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK):
-            raise NotRegular(f"{path} must be a regular file, got {_kind(path)}") from None
-        raise
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise NotRegular(f"{path} must be a regular file, got {_kind(path)}")
-        if found.st_nlink > 1:
-            raise NotRegular(f"{path} must have one name, got a file with {found.st_nlink} (hard links)")
-    except BaseException:
+        return _KINDS.get(stat.S_IFMT(os.stat(path, follow_symlinks=follow).st_mode))
+    except FileNotFoundError:
+        return "a link to nothing" if os.path.islink(path) else None
+
+
+def refuse_other(path: Path, *, follow: bool = False) -> None:
+    """Raises NotRegularError if something that is no regular file has this name; with `follow` a link may lead to one.
+
+    A name that nothing has is no error.
+    """
+    kind = kind_of(path, follow=follow)
+    if kind is not None:
+        raise NotRegularError(f"{path} must be a regular file, got {kind}")
+
+
+def open_regular(path: Path, flags: int, *, follow: bool = False) -> int:
+    """A descriptor of a regular file. A file to write to must have no other name (no hard links).
+
+    Raises NotRegularError for anything else, and OSError as `os.open`.
+    """
+    refuse_other(path, follow=follow)
+    # A fifo or a link that takes the name after the check neither blocks the process nor leads elsewhere.
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, 0o666)
+    found = os.fstat(descriptor)
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    if not stat.S_ISREG(found.st_mode) or writes and found.st_nlink > 1:
         os.close(descriptor)
-        raise
+        got = f"one of {found.st_nlink} names (hard links)" if stat.S_ISREG(found.st_mode) else "another thing"
+        raise NotRegularError(f"{path} must be a regular file of one name, got {got}")
     return descriptor
 
 
-def create(path: Path, is_ours: Callable[[BinaryIO], bool]) -> int:
-    """A descriptor of a new file. A file that is there is replaced if `is_ours` says so of its content.
+def read(path: Path, *, follow: bool = False) -> bytes:
+    """The content of a regular file. Raises OSError."""
+    with os.fdopen(open_regular(path, os.O_RDONLY, follow=follow), "rb") as file:
+        return file.read()
 
-    Raises NotRegular if the path is something else.
+
+def append(path: Path, text: str) -> None:
+    """Adds text to a regular file, or makes the file. Raises OSError."""
+    with os.fdopen(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def create(path: Path, is_ours: Callable[[BinaryIO], bool] = lambda file: True) -> int:
+    """A descriptor of a new file. A regular file that is there is replaced if `is_ours` says so of its content.
+
+    Raises NotRegularError if anything else is there.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
@@ -48,18 +86,28 @@ def create(path: Path, is_ours: Callable[[BinaryIO], bool]) -> int:
     except FileExistsError:
         with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             if not is_ours(file):
-                raise NotRegular(f"{path} is in the way, and no run of this job has left it") from None
+                raise NotRegularError(f"{path} is in the way, got a file that no broken run has left") from None
         path.unlink()
         return open_regular(path, flags)
 
 
-def names(path: Path, descriptor: int) -> bool:
-    """Whether a path is the name of an open file, and not of another one or of none."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """An empty partial file to write to; what was written gets the name `path` once it is on the disk.
+
+    The partial file of a broken run is replaced. A link, or anything else that is no regular file, is refused under the
+    partial file's name and stays as it is. If the block raises, the file that had the name before is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    os.close(create(partial))
     try:
-        found = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(found, os.fstat(descriptor))
+        yield partial
+        sync(partial)
+        rename(partial, path, replace=True)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def rename(source: Path, target: Path, *, replace: bool) -> None:
@@ -78,32 +126,54 @@ def rename(source: Path, target: Path, *, replace: bool) -> None:
             os.rename(source, target)
         else:
             os.unlink(source)
-    sync_folder(target.parent)
+    sync(target.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def names(path: Path, descriptor: int) -> bool:
+    """Whether a path is the name of an open file, and not of another one or of none."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(descriptor))
+
+
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without such a thing
+        # Some file systems know no such thing of a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(descriptor)
 
 
-def _kind(path: Path) -> str:
+def check_output(owner: str, argument: str, path: Path, *inputs: Path) -> None:
+    """Raises ValueError unless a file can be written under this name, and the name is that of no input.
+
+    Commands that compute for minutes or hours before they write check their output first.
+    """
+    got = f"got {argument}={str(path)!r}"
+    if any(path.resolve() == other.resolve() for other in inputs):
+        raise ValueError(f"{owner}: {argument} must be another file than the input, {got}")
     try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return "nothing"
-    kinds = {
-        stat.S_IFLNK: "a link",
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a fifo",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    return kinds.get(stat.S_IFMT(mode), "a regular file")
+        refuse_other(path, follow=True)
+        refuse_other(path.with_name(path.name + ".partial"))
+    except OSError as error:
+        raise ValueError(f"{owner}: {argument} must be a regular file or a new name, {got}: {error}") from error
+    check_folder(owner, argument, path.absolute().parent)
+
+
+def check_folder(owner: str, argument: str, folder: Path) -> None:
+    """Raises ValueError unless files can be written to this folder, or to a new folder of this name."""
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{owner}: {argument} must lead to a folder that can be written to, got {argument}={str(folder)!r}, where "
+            f"{nearest} is none"
+        )

@@ -78,7 +78,7 @@ class Partial:
         while True:
             try:
                 file = os.fdopen(disk.open_regular(self.path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
-            except disk.NotRegular as error:
+            except disk.NotRegularError as error:
                 raise JobError(f"{error}; a job writes its results there, so move it away") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,7 +182,7 @@ class Partial:
                 finished.unlink()  # a run was killed when its output had both names
         try:
             target = disk.create(finished, lambda begun: _begins_with(begun, lines()))
-        except disk.NotRegular as error:
+        except disk.NotRegularError as error:
             raise JobError(f"{error}; a job writes its output there first, so move it away") from None
         try:
             with os.fdopen(target, "wb") as file:

@@ -8,9 +8,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk import check_output, replacing
 from ..limits import number, whole
 from ..training.bounds import MAX_SEED, place
-from ..training.storage import check_output, replacing
 from .tasks import TASKS, Sample, generate_sample
 from .tokenizer import answer_text, build_tokenizer, prompt_text
 

@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import fingerprint
+from .. import disk, fingerprint
 from ..files import CheckpointError
 from ..limits import number, whole
-from . import storage
 from .optimization import STATES
 
 # The metadata that `save` adds: a checksum of all else, and the trained tensors that no optimizer has changed so far.
@@ -60,7 +59,7 @@ def save(
     content = {**metadata, UNSTEPPED: json.dumps(unstepped)}
     content[CHECKSUM] = _checksum(content, tensors)
     try:
-        with storage.replacing(path) as partial:
+        with disk.replacing(path) as partial:
             save_file(tensors, partial, metadata=content)
     except (OSError, SafetensorError) as error:
         remainder = "the checkpoint before is intact" if path.exists() else "there is none before it"
@@ -149,7 +148,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: the file is no regular file, or not what `save` wrote, down to the last bit.
     """
     try:
-        content = storage.read(path)
+        content = disk.read(path)
     except FileNotFoundError:
         raise
     except (OSError, MemoryError) as error:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import runlog, storage
+from .. import disk
+from . import runlog
 from .bounds import place
 from .networks import require
 
@@ -63,7 +64,7 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
         raise ValueError(f"curves: logs must be a list of at least one log, got logs={logs!r}")
     for name, value in (("out", out), *(("logs", path) for path in logs)):
         place("curves", name, value)
-    storage.check_output("curves", "out", Path(out), *map(Path, logs))
+    disk.check_output("curves", "out", Path(out), *map(Path, logs))
     runs = {_name(path, logs): read_log(path) for path in logs}
     require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -97,7 +98,7 @@ def plot(logs: Sequence[str | Path], out: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    with storage.replacing(Path(out)) as partial:
+    with disk.replacing(Path(out)) as partial:
         figure.savefig(partial, dpi=150, format=Path(out).suffix[1:].lower())
 
 

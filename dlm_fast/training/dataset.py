@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import disk
 from ..diffusion import DiffusionConfig
 from ..limits import MAX_WHOLE, shown
-from . import storage
 from .bounds import choice
 
 KEYS = {"prompt", "answer", "prompt_ids", "answer_ids", "task", "order"}
@@ -276,7 +276,7 @@ def read_lines(path: Path) -> tuple[list[str], str]:
     A byte order mark before the first line is left out. Raises DatasetError.
     """
     try:
-        content = storage.read(path, follow=True)
+        content = disk.read(path, follow=True)
     except OSError as error:
         raise DatasetError(f"dataset: data must be a file that can be read, got {str(path)!r}: {error}") from error
     try:

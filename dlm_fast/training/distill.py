@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import disk
 from ..diffusion import DiffusionConfig
 from ..limits import whole
 from ..models import adapter_for
-from . import bounds, checkpoint, runlog, storage
+from . import bounds, checkpoint, runlog
 from .dataset import CanvasShape, Steps, read_dataset
 from .distill_settings import DistillSettings, add_arguments, settings_of
 from .export import write_student
@@ -70,7 +71,7 @@ class Distiller:
     def __init__(self, settings: DistillSettings) -> None:
         # 1. The process, its device, and the checkpoint to resume.
         self.settings = settings
-        storage.check_folder("distill", "out", Path(settings.out))
+        disk.check_folder("distill", "out", Path(settings.out))
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._accelerator = self._start_accelerator()

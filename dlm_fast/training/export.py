@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .. import disk
 from ..diffusion import DiffusionConfig
-from . import storage
 from .checkpoint import CheckpointWriteError
 
 
@@ -109,7 +109,7 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
         partial.mkdir(parents=True)
         write(partial)
         for path in partial.rglob("*"):
-            storage.sync(path)
+            disk.sync(path)
         for path in sorted(partial.iterdir()):
             target = folder / path.name
             if target.is_symlink():
@@ -117,7 +117,7 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
             elif target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
-        storage.sync(folder)
+        disk.sync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(f"export: {folder} could not be written: {error}") from error
     finally:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import disk
 from ..generate import GenerateOutput, generate
 from ..limits import MAX_WHOLE, whole
 from ..loading import load
@@ -35,7 +36,7 @@ from ..policies import Choice, Policy, View
 from ..policies.heads import KINDS, MAX_SIZE, Head, save_head
 from ..policies.learned import block_time, of_block
 from ..tiny.tasks import TASKS, Sample, generate_sample
-from . import bounds, storage
+from . import bounds
 
 PRESETS = {"filter": "learn2pd", "commit": "learned-commit"}
 # The accept thresholds among which `choose_threshold` chooses.
@@ -404,7 +405,7 @@ def run(args: argparse.Namespace) -> None:
     # 1. Train, and write the file.
     started = time.perf_counter()
     whole("training", "threads", args.threads, 1, bounds.MAX_THREADS)
-    storage.check_output("training", "out", args.out)
+    disk.check_output("training", "out", args.out)
     torch.set_num_threads(args.threads)
     model = load(args.model)
     names = ("tasks", "block_length", "max_new_tokens", "prompts", "width", "rounds", "steps", "batch", "learning_rate")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import storage
+from .. import disk
 from .masking import Masked
 
 
@@ -82,7 +82,7 @@ class RunLog:
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Appends a record to a log as one line. Raises OSError."""
-    storage.append(path, json.dumps(record) + "\n")
+    disk.append(path, json.dumps(record) + "\n")
 
 
 def read_log(path: Path, owner: str = "log", *, follow: bool = False) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def read_log(path: Path, owner: str = "log", *, follow: bool = False) -> list[di
         ValueError: the file is no regular file, or a line is no record of a step. The message names file and line.
     """
     try:
-        *lines, _ = storage.read(path, follow=follow).split(b"\n")  # behind the last line's end stands what was cut off
+        *lines, _ = disk.read(path, follow=follow).split(b"\n")  # behind the last line's end stands what was cut off
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -129,5 +129,5 @@ def rewrite(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Makes these records the log. A run that goes on from a checkpoint writes the lines of later steps again."""
     if not records and not path.exists():
         return
-    with storage.replacing(path) as partial:
+    with disk.replacing(path) as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import fingerprint
+from .. import disk, fingerprint
 from ..limits import flag, number, whole
 from ..tiny.data import TASK_NAMES, SampleStream, add_weights
 from ..tiny.model import build_model, export
 from ..tiny.tasks import TASKS
 from ..tiny.tokenizer import build_tokenizer
-from . import bounds, checkpoint, runlog, storage
+from . import bounds, checkpoint, runlog
 from .export import replace_files
 from .objectives import Batch, BlockCausalBatches, FullBatches
 from .optimization import CHECKPOINT_NAME, LOG_NAME, SEED_STRIDE, build_optimizers, learning_rate_scale
@@ -155,7 +155,7 @@ class Trainer:
 
     def __init__(self, settings: Settings):
         # 1. Model and optimizers.
-        storage.check_folder("training", "out", settings.out)
+        disk.check_folder("training", "out", settings.out)
         torch.set_num_threads(settings.threads)
         self.settings = settings
         self.step = 0

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from .. import disk
 from ..generate import generate
 from ..limits import whole
 from ..loading import load
 from ..patching import handle_of
-from . import bounds, storage
+from . import bounds
 from .dataset import BLANK, CanvasShape, Dataset, DatasetError, read_dataset, read_lines
 
 
@@ -71,7 +72,7 @@ def write_orders(
     data, out = Path(data), Path(out)
     for name, value in (("block_length", block_length), ("max_length", max_length), ("batch_size", batch_size)):
         whole("trajectories", name, value, 1)
-    storage.check_output("trajectories", "out", out, data)
+    disk.check_output("trajectories", "out", out, data)
     teacher = load(model, device=device)
     handle = handle_of(teacher)
     limit = teacher.config.max_position_embeddings
@@ -86,7 +87,7 @@ def write_orders(
     if digest != dataset.digest:
         raise DatasetError(f"trajectories: data must stay as it is, got other lines in {data} than at the start")
     records = [json.loads(line) for line in lines if line.strip(BLANK)]
-    with storage.replacing(out) as partial, open(partial, "w", encoding="utf-8") as file:
+    with disk.replacing(out) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(
             json.dumps(record | {"order": order}) + "\n" for record, order in zip(records, orders, strict=True)
         )

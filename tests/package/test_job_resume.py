@@ -239,7 +239,7 @@ def test_only_a_regular_file_is_written(command, tmp_path, capsys, name, kind):
         "folder": path.mkdir,
     }[kind]()
     message = error_of([*command, "--restart", "--overwrite"], capsys)
-    assert str(path) in message and ("regular file" in message or "one name" in message) and "move it away" in message
+    assert str(path) in message and ("regular file" in message or "in the way" in message) and "move it away" in message
     assert precious.read_text() == "precious" and not (tmp_path / "nothing").exists()
     assert not (tmp_path / "out.jsonl").exists() and os.path.lexists(path)
 
@@ -248,7 +248,7 @@ def test_a_finished_file_of_somebody_else_is_kept_and_our_own_is_replaced(comman
     finished = tmp_path / "out.jsonl.finished"
     for content in (whole + b"x", b"precious", whole[:-2] + b"x\n"):
         finished.write_bytes(content)
-        assert f"{finished} is in the way, and no run of this job has left it" in error_of(command, capsys)
+        assert f"{finished} is in the way, got a file that no broken run has left" in error_of(command, capsys)
         assert finished.read_bytes() == content
     for content in (b"", whole[:40], whole):
         finished.write_bytes(content)

@@ -15,8 +15,9 @@ from helpers import EOS, MASK, native_model, save_toy_checkpoint
 from named_errors import unnamed
 
 import dlm_fast
+from dlm_fast import disk
 from dlm_fast.tiny.data import write_samples
-from dlm_fast.training import runlog, storage
+from dlm_fast.training import runlog
 from dlm_fast.training.checkpoint import CheckpointWriteError
 from dlm_fast.training.curves import plot, read_log
 from dlm_fast.training.dataset import DatasetError
@@ -81,8 +82,8 @@ def test_a_partial_of_a_broken_run_is_replaced_and_another_name_of_its_file_keep
 
 def test_a_checkpoints_name_is_on_the_disk_after_it_was_given(tmp_path, monkeypatch):
     events = []
-    sync, replace = storage.sync, os.replace
-    monkeypatch.setattr(storage, "sync", lambda path: events.append(path.name) or sync(path))
+    sync, replace = disk.sync, os.replace
+    monkeypatch.setattr(disk, "sync", lambda path: events.append(path.name) or sync(path))
     monkeypatch.setattr(os, "replace", lambda a, b: events.append("replace") or replace(a, b))
 
     trainer(tmp_path).save()
