@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import dataclasses
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,98 +16,45 @@ import torch
 from torch import Tensor, nn
 
 from dlm_kernels import RowState
-from dlm_kernels.state import DONE, ERROR_LOGITS
 
 from . import requests
+from .decoding.memory import BatchTooLarge, open_batch
 from .decoding.plan import Bucket, Plan, open_rows
-from .decoding.progress import StepTooLarge, run_steps
+from .decoding.progress import StepsCancelled, StepTooLarge, is_out_of_memory, run_steps
 from .decoding.step import open_decode
+from .draws import sampling_of
+from .limits import whole
+from .output import (
+    DecodeCancelled,
+    DecodeError,
+    DecodeInterrupted,
+    DecodeOutOfMemory,
+    Failure,
+    GenerateOutput,
+    failure,
+    failures_of,
+    merged,
+    output_of,
+    too_large,
+)
 from .patching import PatchHandle, handle_of
-from .policies import Sampling
 from .presets import Preset, resolve
 from .requests import Requests
 from .stopper import Stopper
 
-
-class DecodeError(RuntimeError):
-    """A decode that could not be finished.
-
-    Attributes:
-        output: the result of every row; a row that failed is there as far as its decode got, with finish "error".
-        rows: indices of the rows that failed.
-    """
-
-    def __init__(self, message: str, output: GenerateOutput, rows: list[int]) -> None:
-        super().__init__(message)
-        self.output = output
-        self.rows = rows
-
-
-class DecodeOutOfMemory(DecodeError, torch.OutOfMemoryError):
-    """A decode that ran out of memory in a step; the message says in which, and which steps fit.
-
-    Attributes:
-        output: the result of every row; rows that were not done are there as far as they got, with finish "unfinished".
-        rows: indices of the rows that were not done.
-    """
-
-
-class DecodeInterrupted(KeyboardInterrupt):
-    """A decode that the user interrupted.
-
-    Attributes:
-        output: the result of every row; rows that were not done are there as far as they got, with finish "unfinished".
-        rows: indices of the rows that were not done.
-    """
-
-    def __init__(self, output: GenerateOutput, rows: list[int]) -> None:
-        super().__init__(f"generate: interrupted, with {len(rows)} of {len(output.sequences)} rows not done")
-        self.output = output
-        self.rows = rows
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOutput:
-    """What a call of `generate` decoded, and what the decode cost.
-
-    Every list has one entry per prompt, in the order of the prompts.
-
-    Attributes:
-        sequences: generated token ids, 1-D int64, up to and without the first EOS, or the first special token that is a
-            stop string. Where a stop string of ordinary text ends the row, the ids are the fewest whose text begins
-            with the row's `text`.
-        text: `tokenizer.decode(ids, skip_special_tokens=True)` of the row, cut where the first stop string begins; None
-            without a tokenizer. The text is shorter than that of `sequences` only where one id spells both the end of
-            the text and the beginning of the stop string, since no smaller number of ids spells the text then.
-        canvas: the whole canvas as the loop left it, the given tokens included, 1-D int64: the prompt and
-            max_new_tokens positions, or those of its whole blocks where the preset drops a last block that is cut.
-        finish: why the row ended: "eos", "stop" (a stop string), "length", "error" (see `DecodeError`), or "unfinished"
-            (see `DecodeOutOfMemory` and `DecodeInterrupted`).
-        nfe: number of forwards that the row took part in; prefills, refreshes and commits count.
-        query_tokens: number of positions that were computed in those forwards.
-        tpf: generated tokens before the first EOS, divided by `nfe`.
-        unmask_step: for each canvas position, the row's denoise step that wrote the token; -1 = no step wrote one.
-        confidence: for each canvas position, the probability of the token when it was written; 0 = no step wrote one.
-        shapes: how many steps of every shape the batch took (`dlm_fast.decoding.plan.Bucket`).
-        computed_tokens: number of positions that were computed in all steps, padding and rows that sat a step out
-            included; above the sum of `query_tokens` by what the shapes waste.
-        wall_time: seconds that the whole batch took.
-        preset: the decoder as it ran, with every option that the call replaced.
-    """
-
-    sequences: list[Tensor]
-    text: list[str] | None
-    canvas: list[Tensor]
-    finish: list[str]
-    nfe: list[int]
-    query_tokens: list[int]
-    tpf: list[float]
-    unmask_step: list[Tensor]
-    confidence: list[Tensor]
-    shapes: dict[Bucket, int]
-    computed_tokens: int
-    wall_time: float
-    preset: Preset
+__all__ = [
+    "BatchTooLarge",
+    "DecodeCancelled",
+    "DecodeError",
+    "DecodeInterrupted",
+    "DecodeOutOfMemory",
+    "GenerateOutput",
+    "check_greedy",
+    "check_mode",
+    "generate",
+    "sampling_of",
+    "settled",
+]
 
 
 def generate(
@@ -130,7 +76,9 @@ def generate(
     banned_token_ids: Sequence[int] = (),
     eos_token_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
+    batch_size: int | None = None,
     on_step: Callable[[RowState], None] | None = None,
+    cancel: Any = None,
     **options: Any,
 ) -> GenerateOutput:
     """Completes prompts, or fills the masks of canvases, by diffusion decoding.
@@ -184,7 +132,8 @@ def generate(
         top_p: draw among the most likely tokens whose probabilities sum to p only; 1.0 = off. Default: that of the
             family's published decoder where no preset is named, else 1.0.
         seed: random seed. A draw is a function of seed, request id, position and step alone.
-        request_ids: for each row the number that keys the row's noise. Default: 0, 1, 2, ...
+        request_ids: for each row the number that keys the row's noise. Default: 0, 1, 2, ..., the row's place among all
+            prompts, whatever `batch_size` is.
         stop_strings: strings that end a text: the text ends where the earliest of them begins. A stop string that is a
             special token is found by its id. The text is the one that would come without stop strings, cut; a row ends
             early once the cut is certain. If the decoder edits tokens or takes tokens back, only finished blocks make
@@ -193,8 +142,13 @@ def generate(
         eos_token_ids: ids that end a text. Default: those of the model's diffusion configuration.
         tokenizer: what encodes prompts and decodes responses. Default: the tokenizer that `load` found or that `patch`
             was given.
-        on_step: a function that is called with the state after every step, and that may read tensors on the host. The
-            state's canvases hold whole last blocks where the preset decodes whole ones.
+        batch_size: how many rows are decoded together, in order; all of them are read and checked before the first
+            forward, and the output is that of one list. Default: all rows in one batch, which is refused where the
+            model was opened with a smaller `max_rows`.
+        on_step: a function that is called with the state of its batch after every step, and that may read tensors on
+            the host. The state's canvases hold whole last blocks where the preset decodes whole ones.
+        cancel: what ends the call early, an object with `is_set()` such as a `threading.Event`, which `on_step` or
+            another thread may set. It is looked at before every step, and a call whose rows are all done returns.
         **options: options of the preset that the call replaces, such as block_length, cache, rule or threshold;
             `preset.options()` lists them. An unknown option raises, and so does one that the decoder would not read,
             such as a threshold where the rule is a quota.
@@ -205,17 +159,25 @@ def generate(
             the rule and the value, and nothing has been decoded.
         TypeError: an argument is of a wrong type, with the same kind of message.
         NotImplementedError: the preset needs a model family that is not here yet.
-        DecodeError: the model's logits hold NaN, or a policy makes no progress. The error holds what was decoded.
+        BatchTooLarge: a ValueError: a batch cannot fit the free memory of its device. The message says what takes how
+            much, and which batch_size would fit. What is counted is a lower bound, and nothing has been decoded.
+        DecodeError: the model's logits hold NaN, or a policy makes no progress. The other rows and batches are decoded,
+            and the error holds them all.
+        DecodeCancelled: a DecodeError: `cancel` was set. As with the next two, finished rows are whole, and the others
+            are there as far as they got, those of later batches as they were asked.
         DecodeOutOfMemory: a DecodeError and a torch.OutOfMemoryError: the memory did not suffice for a step.
-        DecodeInterrupted: a KeyboardInterrupt, which holds what was decoded.
+        DecodeInterrupted: a KeyboardInterrupt.
         RuntimeError: the patch is not in place any more, so that a layer did not attend through our op; or a parameter
             of a model with a native twin was replaced.
     """
     # 1. Check what does not depend on the model, and that the model is ready to decode.
     if preset is not None and not isinstance(preset, (str, Preset)):
         raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={preset!r}")
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"generate: on_step must be a function of the state, got on_step={on_step!r}")
+    if on_step is not None:
+        _check_function("on_step", "a function of the state", on_step, 1)
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={cancel!r}")
+    whole("generate", "batch_size", batch_size, 1, none=True)
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError(
@@ -239,6 +201,7 @@ def generate(
         handle.diffusion,
         vocab_size=model.config.vocab_size,
         max_positions=model.config.max_position_embeddings,
+        limit=handle.max_positions,
         tokenizer=tokenizer,
         prompts=prompts,
         canvas=canvas,
@@ -256,37 +219,108 @@ def generate(
     )
     check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
     if canvas is None:
-        batch = requests.with_last_blocks(batch, chosen, handle.diffusion, model.config.max_position_embeddings)
+        room = requests.Room.of(model.config.max_position_embeddings, handle.max_positions)
+        batch = requests.with_last_blocks(batch, chosen, handle.diffusion, room)
     elif "last_block" in options:
         raise ValueError(
             f"generate: last_block goes with prompts; a canvas ends where it ends, got "
             f"last_block={options['last_block']!r}"
         )
 
-    # 4. Open the rows and run steps until no row needs one. A batch of no rows has nothing to run.
+    # 4. Decode batch after batch. A batch that could not fit is refused before the first one is decoded.
+    parts = batch.parts(_rows_together(len(batch.canvases), batch_size, handle.max_rows))
     device = next(model.parameters()).device
-    started = time.perf_counter()
-    plan, state = open_rows(batch.opened, chosen, handle.diffusion, device)
-    shapes: Counter[Bucket] = Counter()
+    if len(parts) > 1:
+        open_batch(handle, max((part.opened for part in parts), key=_positions), chosen, handle.diffusion, device)
+    outputs: list[GenerateOutput] = []
+    failures: list[Failure] = []
     stopped: BaseException | None = None
-    if batch.canvases:
-        decode = open_decode(handle, plan, state, sampling_of(batch, plan, device))
-        try:
-            run_steps(decode, _after_step(batch, plan, on_step), shapes)
-        except (StepTooLarge, KeyboardInterrupt) as error:
-            stopped = error
+    for part in parts:
+        started, shapes = time.perf_counter(), Counter()
+        state = None
+        if stopped is None:
+            state, stopped = _decode(handle, part, chosen, shapes, on_step, cancel)
+            if isinstance(stopped, BatchTooLarge) and not outputs:
+                raise stopped
+        if state is None:
+            _, state = open_rows(part.opened, chosen, handle.diffusion, torch.device("cpu"))
+        failures += failures_of(state, sum(len(output.finish) for output in outputs))
+        seconds = time.perf_counter() - started
+        outputs.append(output_of(part, state, shapes, tokenizer, handle.diffusion, chosen, seconds))
 
-    # 5. Build the output, and raise if the loop or a row failed.
-    output = _output(batch, state, shapes, tokenizer, handle.diffusion, chosen, time.perf_counter() - started)
+    # 5. Return the output, or raise with it.
+    output = merged(outputs)
     if stopped is not None:
-        rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
-        if isinstance(stopped, StepTooLarge):
-            raise DecodeOutOfMemory(_too_large(stopped.bucket, shapes), output, rows) from stopped.__cause__
-        raise DecodeInterrupted(output, rows) from stopped
-    failed = state.error.nonzero().flatten().tolist()
-    if failed:
-        raise DecodeError(_failure(state, failed), output, failed)
+        raise _stopped(stopped, output)
+    if failures:
+        raise DecodeError(failure(failures), output, [failure.row for failure in failures])
     return output
+
+
+def _rows_together(rows: int, batch_size: int | None, most: int | None) -> int:
+    """How many of `rows` rows are decoded together. Raises ValueError for more than `most`, the model's max_rows."""
+    if most is not None and batch_size is not None and batch_size > most:
+        raise ValueError(
+            f"generate: batch_size must be <= max_rows={most} that the model was opened with, got "
+            f"batch_size={batch_size}"
+        )
+    if most is not None and batch_size is None and rows > most:
+        raise ValueError(
+            f"generate: batch_size must be given for more rows than max_rows={most} that the model was opened with, "
+            f"got {rows} rows; say batch_size={most}"
+        )
+    return batch_size or max(1, rows)
+
+
+def _decode(
+    handle: PatchHandle,
+    batch: Requests,
+    preset: Preset,
+    shapes: Counter[Bucket],
+    on_step: Callable[[RowState], None] | None,
+    cancel: Any,
+) -> tuple[RowState | None, BaseException | None]:
+    """Decodes one batch and counts its steps in `shapes`: the last state, None if the batch was not opened; and what
+    stopped the decode, if something did."""
+    state = None
+    try:
+        plan, state, grid = open_batch(
+            handle, batch.opened, preset, handle.diffusion, next(handle.model.parameters()).device
+        )
+        if batch.canvases:
+            sampling = sampling_of(batch, plan, state.tokens.device)
+            try:
+                decode = open_decode(handle, plan, state, sampling)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise StepTooLarge(None) from error
+            after_step = _after_step(batch, plan, on_step)
+            run_steps(decode, after_step, shapes, grid=grid, cancelled=None if cancel is None else cancel.is_set)
+    except (StepTooLarge, StepsCancelled, BatchTooLarge, KeyboardInterrupt) as error:
+        return state, error
+    return state, None
+
+
+def _positions(canvases: list[Tensor]) -> int:
+    """Positions of a batch."""
+    return len(canvases) * max(map(len, canvases), default=0)
+
+
+def _stopped(error: BaseException, output: GenerateOutput) -> BaseException:
+    """What `generate` raises where a decode was stopped."""
+    rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
+    found: BaseException
+    if isinstance(error, StepsCancelled):
+        count = len(output.finish)
+        return DecodeCancelled(f"generate: cancelled, with {len(rows)} of {count} rows not done", output, rows)
+    if isinstance(error, KeyboardInterrupt):
+        found, found.__cause__ = DecodeInterrupted(output, rows), error
+        return found
+    message = str(error) if isinstance(error, BatchTooLarge) else too_large(error.bucket, output.shapes)
+    found = DecodeOutOfMemory(message, output, rows)
+    found.__cause__ = error if isinstance(error, BatchTooLarge) else error.__cause__
+    return found
 
 
 def settled(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,66 +374,6 @@ def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p
         raise ValueError(f"generate: preset {preset.name} decodes greedily, got {got}")
 
 
-def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
-    """How a batch draws, and the numbers of its rule, as tensors on the device."""
-    preset = plan.preset
-    B = len(batch.canvases)
-
-    def rows(values: Any, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype).expand(B).contiguous().to(device)
-
-    # 1. First positions of an EOS, and the number of steps that fill a block.
-    no_eos_before = [p + m for p, m in zip(batch.prompt_lengths, batch.min_new_tokens)]
-    spans = [len(canvas) - start for canvas, start in zip(batch.opened, plan.first.tolist())]
-    # Where a row is one block, the longest row of the batch must not decide the schedule of a shorter one.
-    one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
-    steps = [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]
-
-    # 2. The share of the masks that each step writes: a time falls from 1 to schedule_eps, and the masks with it; the
-    # last step writes them all.
-    transfer = None
-    if preset.by_share:
-        transfer = torch.ones(B, max(steps), dtype=torch.float32)
-        for b, S in enumerate(steps):
-            t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
-            transfer[b, : S - 1] = (1 - t[1:] / t[:-1])[: S - 1]
-        transfer = transfer.to(device)
-
-    # 3. The steps after which a row has stalled. This is a safety net and not a schedule: the bounds of every policy
-    # (tests/decoding/test_policy_bounds.py) are below these numbers.
-    edits = max((getattr(policy, "max_post_edits", 0) for policy in preset.policies), default=0)
-    steps_of_block = 2 * max(plan.block_length, *steps) + edits + 8
-    max_steps = [min(steps_of_block * (-(-span // plan.block_length) + 1), 2**30) for span in spans]
-
-    def masks_at(share: float) -> int | None:
-        """The largest number of masks at which a block of the full length is filled to `share`."""
-        length = plan.block_length
-        return bisect.bisect_right(range(length + 1), -share, key=lambda masks: -(length - masks) / length) - 1
-
-    # 4. Everything on the device.
-    pipeline = preset.pipeline
-    return Sampling(
-        temperature=rows(batch.temperature, torch.float32),
-        seed=torch.tensor([batch.seed], dtype=torch.int64, device=device),
-        request=rows(batch.request_ids, torch.int32),
-        banned=torch.tensor([plan.mask_id, *batch.banned_token_ids], dtype=torch.int64, device=device),
-        eos=torch.tensor(batch.eos_token_ids, dtype=torch.int64, device=device),
-        no_eos_before=rows(no_eos_before, torch.int32) if any(batch.min_new_tokens) else None,
-        value=rows(preset.value, torch.float32),
-        min_unmask=rows(1 if preset.min_unmask is None else preset.min_unmask, torch.int32),
-        steps=rows(steps, torch.int32),
-        block_length=rows(plan.block_length, torch.int32),
-        max_steps=rows(max_steps, torch.int32),
-        transfer=transfer,
-        append_masks=rows(masks_at(preset.append_threshold), torch.int32) if pipeline else None,
-        activate_masks=rows(masks_at(preset.activate_threshold), torch.int32) if pipeline else None,
-        delay=rows(preset.commit_delay, torch.int32) if plan.cache.commit_selects else None,
-        top_k=batch.top_k,
-        top_p=batch.top_p,
-        draws=any(t > 0 for t in batch.temperature),
-    )
-
-
 def _after_step(
     batch: Requests, plan: Plan, on_step: Callable[[RowState], None] | None
 ) -> Callable[[RowState], None] | None:
@@ -417,71 +391,15 @@ def _after_step(
     return after_step
 
 
-def _output(
-    batch: Requests,
-    state: RowState,
-    shapes: Counter[Bucket],
-    tokenizer: Any,
-    diffusion: Any,
-    preset: Preset,
-    seconds: float,
-) -> GenerateOutput:
-    """The final state of a batch as plain results, one per row."""
-    tokens, steps, confidence = state.tokens.cpu(), state.unmask_step.cpu(), state.unmask_confidence.cpu()
-    nfe, query_tokens = state.nfe.tolist(), state.query_tokens.tolist()
-    responses = [
-        requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))
-    ]
-    lengths = [len(canvas) for canvas in batch.canvases]
-    endings = [
-        "error" if error else response.finish if phase == DONE else "unfinished"
-        for response, error, phase in zip(responses, state.error.tolist(), state.phase.tolist())
-    ]
-    copies = 2 if preset.cfg_scale else 1
-    computed = sum(copies * shape.rows * shape.width * shape.drafts * steps for shape, steps in shapes.items())
-    return GenerateOutput(
-        sequences=[response.ids for response in responses],
-        text=[response.text for response in responses] if tokenizer is not None else None,
-        canvas=[tokens[b, :length] for b, length in enumerate(lengths)],
-        finish=endings,
-        nfe=nfe,
-        query_tokens=query_tokens,
-        tpf=[response.written / forwards if forwards else 0.0 for response, forwards in zip(responses, nfe)],
-        unmask_step=[steps[b, :length] for b, length in enumerate(lengths)],
-        confidence=[confidence[b, :length] for b, length in enumerate(lengths)],
-        shapes=dict(shapes),
-        computed_tokens=computed,
-        wall_time=seconds,
-        preset=preset,
-    )
-
-
-def _too_large(bucket: Bucket, shapes: Counter[Bucket]) -> str:
-    """Which step ran out of memory, and which ones did not, as one message."""
-
-    def words(shape: Bucket) -> str:
-        drafts = f" of {shape.drafts} drafts" if shape.drafts > 1 else ""
-        return f"{shape.rows} rows x {shape.width} positions{drafts} ({shape.lanes} of them with logits)"
-
-    fitted = max(shapes, key=lambda shape: shape.rows * shape.width * shape.drafts, default=None)
-    found = "no step before it fitted" if fitted is None else f"the largest step that fitted had {words(fitted)}"
-    return (
-        f"generate: out of memory in a {bucket.kind} step of {words(bucket)}; {found}; decode fewer prompts in a call"
-    )
-
-
-def _failure(state: RowState, rows: list[int]) -> str:
-    """Why `rows` failed, as one message."""
-    broken = [row for row in rows if int(state.error[row]) & ERROR_LOGITS]
-    stalled = [row for row in rows if row not in broken]
-    reasons = []
-    if broken:
-        reasons.append(
-            f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}"
-        )
-    if stalled:
-        reasons.append(
-            f"a policy must fill its blocks, got no end within max_steps={int(state.step[stalled[0]])} denoise steps "
-            f"in rows {stalled}"
-        )
-    return "generate: " + "; ".join(reasons)
+def _check_function(name: str, rule: str, function: Any, count: int) -> None:
+    """Raises TypeError for what cannot be called with `count` arguments, as far as Python can tell."""
+    is_called = callable(function)
+    if is_called:
+        try:
+            inspect.signature(function).bind(*[None] * count)
+        except TypeError:
+            is_called = False
+        except ValueError:  # a function in C may not say what it takes
+            pass
+    if not is_called:
+        raise TypeError(f"generate: {name} must be {rule}, got {name}={function!r}")

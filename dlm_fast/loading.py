@@ -39,7 +39,7 @@ from .models.family import Family, head_dim_of
 from .models.settings import Places, Settings, settle
 from .models.tensors import BUILDING, Account, Part, account_for, empty_model, slices
 from .ops import Ops, check_head_dims, choose
-from .patching import attach
+from .patching import attach, check_limits
 from .presets import resolve
 
 # The dtypes that weights may have, by their names in safetensors.
@@ -291,6 +291,8 @@ def load(
     rope_scale: float = 1.0,
     adapter: str | Path | bool | None = None,
     merge_adapter: bool = True,
+    max_positions: int | None = None,
+    max_rows: int | None = None,
 ) -> nn.Module:
     """Opens a checkpoint as a transformers model that `generate` can decode.
 
@@ -325,6 +327,9 @@ def load(
             unasked, so None is refused there.
         merge_adapter: whether the adapter is merged into the weights, in float32, or kept as layers beside them, as a
             quantised model needs.
+        max_positions: the most positions of a row, prompt and new tokens, that `generate` decodes. Default: those of
+            the model.
+        max_rows: the most rows that `generate` decodes together. Default: any number.
     Raises:
         ValueError: rope_scale is below 1 or would compound; an id is outside the vocabulary, or the mask is not the
             tokenizer's; two arguments contradict each other, backend "cpu" and another device among them.
@@ -363,6 +368,7 @@ def load(
     # 2. Read what the files say, and find a place for every tensor.
     hints = name_of(adapter) if adapter else ""
     found = open_checkpoint(path_or_id, revision=revision, diffusion=diffusion, rope_scale=rope_scale, hints=hints)
+    check_limits("load", found.config, max_positions, max_rows)
     if adapter is None and (found.path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"load: {found.path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
@@ -413,6 +419,7 @@ def load(
     handle.tokenizer = found.tokenizer
     handle.family = found.family.name
     handle.settings = found.settings
+    handle.max_positions, handle.max_rows = max_positions, max_rows
     return model
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dlm_kernels import Window
 
 from .diffusion import DiffusionConfig, check_vocabulary
+from .limits import MAX_WHOLE, whole
 from .models import ADAPTERS, Adapter, adapter_for, twin
 from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
@@ -51,6 +52,8 @@ class PatchHandle:
             `diffusion`.
         link: what connects the native twin with the model that it decodes; None = the model is patched itself.
         plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
+        max_positions: the most positions of a row that `generate` decodes; None = those of the model.
+        max_rows: the most rows that `generate` decodes together; None = any number.
         attention_calls: number of attention calls through our op since the model was patched, one per layer and
             forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
             every call.
@@ -68,6 +71,8 @@ class PatchHandle:
         self.settings: Settings | None = None
         self.link: twin.Link | None = None
         self.plain_mode = plain_mode
+        self.max_positions: int | None = None
+        self.max_rows: int | None = None
         self.attention_calls = 0
         self._old_config: Any = None
         self._configured: list[nn.Module] = []
@@ -334,12 +339,20 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
     return handle
 
 
+def check_limits(owner: str, config: Any, max_positions: Any, max_rows: Any) -> None:
+    """Raises ValueError for limits of a service that a model of this configuration cannot have."""
+    whole(owner, "max_positions", max_positions, 1, getattr(config, "max_position_embeddings", MAX_WHOLE), none=True)
+    whole(owner, "max_rows", max_rows, 1, none=True)
+
+
 def patch(
     model: nn.Module,
     *,
     diffusion: DiffusionConfig | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     backend: str | Ops = "auto",
+    max_positions: int | None = None,
+    max_rows: int | None = None,
 ) -> PatchHandle:
     """Makes a model ready for `generate`. Returns the patch's handle.
 
@@ -364,6 +377,9 @@ def patch(
             settings are looked for.
         backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
             CPU on a CPU.
+        max_positions: the most positions of a row, prompt and new tokens, that `generate` decodes. Default: those of
+            the model.
+        max_rows: the most rows that `generate` decodes together. Default: any number.
     Raises:
         NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
             sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
@@ -377,15 +393,18 @@ def patch(
         values = twin.values_of(model)
         family = twin.family_for(model, values)
         if family is not None:
-            return _patch_owner(model, family, values, diffusion, tokenizer, backend)
+            limits = {"max_positions": max_positions, "max_rows": max_rows}
+            return _patch_owner(model, family, values, diffusion, tokenizer, backend, **limits)
     settings = None
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         settings = section_settings(model.config.dlm)
         diffusion = settings.diffusion
+    check_limits("patch", getattr(model, "config", None), max_positions, max_rows)
     causal = getattr(getattr(model, "config", None), "is_causal", True)
     handle = attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
     handle.settings = settings
     handle.tokenizer = tokenizer
+    handle.max_positions, handle.max_rows = max_positions, max_rows
     return handle
 
 
@@ -396,6 +415,9 @@ def _patch_owner(
     diffusion: DiffusionConfig | Mapping[str, Any] | None,
     tokenizer: Any,
     backend: str | Ops,
+    *,
+    max_positions: int | None,
+    max_rows: int | None,
 ) -> PatchHandle:
     """Patches the native twin of a model of a published family."""
     with BUILDING:  # of several threads one patches the model, and the others are told
@@ -403,6 +425,7 @@ def _patch_owner(
             raise RuntimeError("patch: this model is already patched; unpatch it first")
         with twin.errors_of_patch():
             config, _ = family.read(values)
+            check_limits("patch", config, max_positions, max_rows)
             settings = twin.settings_of(model, family, values, config, tokenizer, diffusion)
             check_vocabulary(settings.diffusion, config.vocab_size)
             config.dlm = settings.section()  # for `save_pretrained` of the twin
@@ -411,6 +434,7 @@ def _patch_owner(
             warnings.warn(f"patch: family {family.name} is unproven: {family.unproven}", stacklevel=3)
         handle = attach(built, backend=backend, diffusion=settings.diffusion, plain_mode=settings.diffusion.plain_mode)
         handle.tokenizer, handle.family, handle.settings, handle.link = tokenizer, family.name, settings, link
+        handle.max_positions, handle.max_rows = max_positions, max_rows
         _HANDLES_OF_OWNERS[model] = handle
         return handle
 
@@ -448,6 +472,8 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
         "prompt_isolated": handle.diffusion.prompt_isolated if handle.diffusion else None,
         "causal_prefix": handle.diffusion.causal_prefix if handle.diffusion else None,
+        "max_positions": handle.max_positions,
+        "max_rows": handle.max_rows,
         "attention_calls": handle.attention_calls,
         "family": handle.family,
         "settings": {} if settings is None else settings.as_dict(),

@@ -16,7 +16,7 @@ from dlm_kernels.checks.confidence import MAX_BANNED
 from dlm_kernels.checks.unmask import MAX_STOP_IDS
 
 from .diffusion import DiffusionConfig
-from .limits import heat
+from .limits import heat, shown
 from .presets import Preset
 from .presets.caches import CACHES
 from .presets.options import part_of
@@ -55,6 +55,38 @@ class Requests:
     stop_strings: StopStrings | None
     banned_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
+
+    def parts(self, size: int) -> list[Requests]:
+        """The batch in batches of at most `size` rows, in order; no rows are one batch."""
+        begins = range(0, max(1, len(self.canvases)), size)
+        fields = {name: getattr(self, name) for name in _PER_ROW}
+        return [
+            dataclasses.replace(self, **{name: rows[begin : begin + size] for name, rows in fields.items()})
+            for begin in begins
+        ]
+
+
+_PER_ROW = ("canvases", "opened", "prompt_lengths", "min_new_tokens", "temperature", "request_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How long a row may be, and who says so.
+
+    Attributes:
+        positions: the most positions of a row.
+        words: what an error calls them.
+    """
+
+    positions: int
+    words: str
+
+    @classmethod
+    def of(cls, model: int, limit: int | None) -> Room:
+        """The room of a model of so many positions that was opened with `max_positions=limit`."""
+        if limit is None:
+            return cls(model, f"the model's {model} positions")
+        return cls(limit, f"max_positions={limit} that the model was opened with")
 
 
 def _fail(rule: str) -> None:
@@ -146,6 +178,7 @@ def read(
     *,
     vocab_size: int,
     max_positions: int,
+    limit: int | None = None,
     tokenizer: Any,
     prompts: Sequence[Any] | None,
     canvas: Sequence[Any] | Tensor | None,
@@ -164,7 +197,8 @@ def read(
     """The batch that the arguments of `generate` describe; every argument is checked before anything is decoded.
 
     The arguments are those of `generate`. Besides, `diffusion` is the model's diffusion configuration, `vocab_size` and
-    `max_positions` are the sizes of its vocabulary and its longest row. Raises ValueError or TypeError.
+    `max_positions` are the sizes of its vocabulary and its longest row, and `limit` the `max_positions` that it was
+    opened with. Raises ValueError or TypeError.
     """
     # 1. Rows of token ids, from prompts or from canvases.
     if (prompts is None) == (canvas is None):
@@ -190,16 +224,19 @@ def read(
         _fail(f"eos_token_ids must not hold the mask id {mask_id}")
     if len(eos) > MAX_STOP_IDS:
         _fail(f"eos_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(eos)}")
-    room = MAX_BANNED - 1 - (len(eos) if any(min_new) else 0)
-    if len(banned) > room:
+    most = MAX_BANNED - 1 - (len(eos) if any(min_new) else 0)
+    if len(banned) > most:
         why = " (an EOS held back by min_new_tokens counts)" if any(min_new) else ""
-        _fail(f"banned_token_ids must hold at most {room} ids{why}, got {len(banned)}")
+        _fail(f"banned_token_ids must hold at most {most} ids{why}, got {len(banned)}")
 
     # 3. Canvases.
-    canvases, prompt_lengths = [], []
+    room, canvases, prompt_lengths = Room.of(max_positions, limit), [], []
     for b, (ids, text) in enumerate((row.ids, row.text) for row in rows):
         if not ids:
             _fail(f"{name}[{b}] must have at least one token, got an empty one")
+        length = len(ids) + (max_new[b] if canvas is None else 0)
+        if length > room.positions:
+            _fail(f"{name}[{b}] with its new tokens must fit {room.words}, got {shown(length)}")
         wrong_ids = [i for i in ids if not 0 <= i < vocab_size]
         if wrong_ids:
             _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {wrong_ids[0]}")
@@ -210,15 +247,12 @@ def read(
                 f"canvas[{b}] must hold the mask token {_token(tokenizer, mask_id)!r} where text is wanted, got a text "
                 "without it"
             )
-        length = len(ids) + (max_new[b] if canvas is None else 0)
-        if length > max_positions:
-            _fail(f"{name}[{b}] with its new tokens must fit the model's {max_positions} positions, got {length}")
         prompt_lengths.append(len(ids) if canvas is None else (ids.index(mask_id) if mask_id in ids else len(ids)))
         canvases.append(torch.tensor(ids + ([mask_id] * max_new[b] if canvas is None else []), dtype=torch.int64))
         if canvas is None and min_new[b] > max_new[b]:
             _fail(f"min_new_tokens must be at most max_new_tokens, got {min_new[b]} > {max_new[b]} in row {b}")
-        if min_new[b] > max_positions:
-            _fail(f"min_new_tokens must be at most the model's {max_positions} positions, got {min_new[b]} in row {b}")
+        if min_new[b] > room.positions:
+            _fail(f"min_new_tokens must be at most {room.words}, got {shown(min_new[b])} in row {b}")
 
     # 4. Numbers of the draws.
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
@@ -249,7 +283,7 @@ def read(
     )
 
 
-def with_last_blocks(batch: Requests, preset: Preset, diffusion: DiffusionConfig, max_positions: int) -> Requests:
+def with_last_blocks(batch: Requests, preset: Preset, diffusion: DiffusionConfig, room: Room) -> Requests:
     """The batch of prompts as the preset decodes it, by its option `last_block`.
 
     "whole" fills `opened` up with masks to whole blocks. "drop" shortens `canvases` too, since nobody writes the rest.
@@ -264,9 +298,9 @@ def with_last_blocks(batch: Requests, preset: Preset, diffusion: DiffusionConfig
         start = 0 if absolute else prompt
         cut = (len(canvas) - start) % length  # positions of a last block that is cut
         end = len(canvas) - cut + (length if cut and preset.last_block == "whole" else 0)
-        if end > max_positions:
+        if end > room.positions:
             _fail(
-                f"prompts[{b}] with its last whole block must fit the model's {max_positions} positions, got {end}; "
+                f"prompts[{b}] with its last whole block must fit {room.words}, got {end}; "
                 "last_block='crop' ends the last block at max_new_tokens"
             )
         if end <= prompt:

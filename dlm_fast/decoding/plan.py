@@ -215,6 +215,15 @@ def open_rows(
     return plan, placed
 
 
+def steps_of(canvases: list[Tensor], plan: Plan) -> list[int]:
+    """For each row, the denoise steps that fill a block."""
+    preset = plan.preset
+    # Where a row is one block, the longest row of the batch must not decide the schedule of a shorter one.
+    one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
+    spans = [len(canvas) - start for canvas, start in zip(canvases, plan.first.tolist())]
+    return [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]
+
+
 def _longest_wait(canvas: Tensor, start: int, block_length: int, mask_id: int) -> int:
     """The most positions from the start of one block with masks to that of the next: those between wait for it."""
     blocks = ((canvas[start:] == mask_id).nonzero().flatten() // block_length).unique()

@@ -13,7 +13,8 @@ from dlm_kernels import RowState
 from dlm_kernels.rules import Kind
 from dlm_kernels.state import COMMIT, DENOISE, REFRESH
 
-from .plan import Bucket
+from ..patching import PatchHandle
+from .plan import Bucket, Plan
 from .shapes import Grid, fixed_positions, grid_of
 from .step import Decode, denoise_step
 from .window import needs_of
@@ -85,33 +86,54 @@ class StepTooLarge(RuntimeError):
     """A step for which the memory did not suffice. Its rows are as they were before.
 
     Attributes:
-        bucket: the shape of the step.
+        bucket: the shape of the step; None = no step was reached, since the buffers of the batch did not fit.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        super().__init__(f"out of memory in a step of {bucket}")
+    def __init__(self, bucket: Bucket | None) -> None:
+        super().__init__(f"out of memory in {'the buffers of a batch' if bucket is None else f'a step of {bucket}'}")
         self.bucket = bucket
+
+
+class StepsCancelled(RuntimeError):
+    """Steps that the caller cancelled. Every row is as its last step left it."""
+
+
+def planned_grid(handle: PatchHandle, plan: Plan, state: RowState) -> Grid:
+    """The shapes of a decode that has just been opened; reads the state on the host."""
+    parameters = sum(p.numel() for p in handle.model.parameters())
+    return grid_of(plan, state, fixed_positions(state.tokens.device.type, parameters))
 
 
 @torch.no_grad()
 def run_steps(
-    decode: Decode, after_step: Callable[[RowState], None] | None, ran: Counter[Bucket] | None = None
+    decode: Decode,
+    after_step: Callable[[RowState], None] | None,
+    ran: Counter[Bucket] | None = None,
+    *,
+    grid: Grid | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> None:
     """Runs steps until no row needs one, and counts in `ran` how many of every shape. Bounded: a row that outlives its
     `max_steps` ends with an error.
 
-    Raises StepTooLarge where a step runs out of memory.
+    Args:
+        decode: what the steps read and write.
+        after_step: is called with the state after every step.
+        ran: counts the steps of every shape.
+        grid: the shapes of the steps. Default: `planned_grid`.
+        cancelled: is asked before every step whether the caller wants no more of them.
+    Raises:
+        StepTooLarge: a step ran out of memory. StepsCancelled: `cancelled` said so.
     """
     plan = decode.plan
+    grid = planned_grid(decode.forward.handle, plan, decode.state) if grid is None else grid
     # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
     # behind.
     repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
-    parameters = sum(p.numel() for p in decode.forward.handle.model.parameters())
-    fixed = fixed_positions(decode.state.tokens.device.type, parameters)
     # Where a block waits, a late host computes two blocks in every step: worth it while a step's positions are few.
-    many = plan.defers and decode.state.tokens.shape[0] * plan.block_length > fixed
+    many = plan.defers and decode.state.tokens.shape[0] * plan.block_length > grid.fixed
     rounds_behind = int(decode.state.tokens.is_cuda and not repeats and not many and after_step is None)
-    progress = Progress(decode, grid_of(plan, decode.state, fixed), rounds_behind)
+    progress = Progress(decode, grid, rounds_behind)
     blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
     ran = Counter() if ran is None else ran
     limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
@@ -121,10 +143,12 @@ def run_steps(
             return
         kind, steps = chosen
         for bucket, rows in steps:
+            if cancelled is not None and cancelled():
+                raise StepsCancelled("the caller wants no more steps")
             try:
                 denoise_step(decode, bucket, _on_device(decode, bucket, rows))
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise StepTooLarge(bucket) from error
             ran[bucket] += 1
@@ -134,7 +158,8 @@ def run_steps(
     raise AssertionError(f"decode loop made no progress within {limit} rounds")
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that a device has no memory left."""
     # The CPU's allocator has no error of its own.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dlm_kernels import RowState
 from dlm_kernels.rules import Kind
-from dlm_kernels.state import DENOISE
+from dlm_kernels.state import DENOISE, REFRESH
 
 from ..policies.constants import Constants
 from .plan import Bucket, Plan
@@ -254,11 +254,7 @@ def _classes(widths: Counter[int], most: int) -> list[tuple[list[int], int]]:
 def _expected(plan: Plan, state: RowState) -> dict[Kind, Counter[int]]:
     """The widths of the windows that the rows will need for each kind of step and how often, and the largest that any
     row may need."""
-    start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
-    constants = Constants.of(
-        start.tokens.shape[0], start.tokens.shape[1] + plan.block_length, None, torch.device("cpu")
-    )
-    here = dataclasses.replace(plan, first=plan.first.cpu(), constants=constants)
+    here, start = _on_host(plan, state)
     found: dict[Kind, Counter[int]] = {"refresh": Counter(), "denoise": Counter()}
     full: dict[Kind, int] = {"refresh": plan.refresh_width, "denoise": plan.denoise_width}
     if plan.scattered:
@@ -294,6 +290,36 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, Counter[int]]:
                 widths = _positions(here, there, "refresh", rows)
                 note("refresh", widths, blocks_of if refresh.repeats else [1] * len(widths))
     return {kind: widths + Counter({full[kind]: 1}) if full[kind] else widths for kind, widths in found.items()}
+
+
+def first_steps(plan: Plan, state: RowState, grid: Grid) -> list[tuple[Bucket, bool]]:
+    """The steps that a decode that has just been opened takes for certain, and whether each of them chooses tokens: the
+    first round, and the second one where the first only fills the cache. Reads the state on the host."""
+    here, start = _on_host(plan, state)
+    phases, lanes = start.phase.tolist(), (start.block_end - start.block_start).tolist()
+
+    def round_of(kind: Kind, served: Iterable[int], chooses: bool) -> list[tuple[Bucket, bool]]:
+        # How many scattered positions are computed is not known ahead.
+        everywhere = torch.ones_like(start.phase, dtype=torch.bool)
+        widths = [1] * len(phases) if plan.scattered else _positions(here, start, kind, everywhere)
+        rows = [row for row, phase in enumerate(phases) if phase in served]
+        steps = grid.steps(kind, [(widths[row], row, lanes[row], False) for row in rows])
+        return [(bucket, chooses) for bucket, _ in steps]
+
+    if REFRESH not in phases:
+        return round_of("denoise", (DENOISE,), True)
+    steps = round_of("refresh", (REFRESH,), plan.prefill_rule is None)
+    # A first token may end its row.
+    goes_on = plan.prefill_rule is not None and not plan.preset.first_token
+    return steps + (round_of("denoise", (REFRESH, DENOISE), True) if goes_on else [])
+
+
+def _on_host(plan: Plan, state: RowState) -> tuple[Plan, RowState]:
+    """A plan and a state whose tensors the host may read."""
+    start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
+    B, L = start.tokens.shape
+    constants = Constants.of(B, L + min(plan.block_length, L), None, torch.device("cpu"))
+    return dataclasses.replace(plan, first=plan.first.cpu(), constants=constants), start
 
 
 def _positions(plan: Plan, state: RowState, kind: Kind, rows: Tensor) -> list[int]:

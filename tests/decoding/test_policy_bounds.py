@@ -186,7 +186,7 @@ def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
     """What ends a decoder that makes no progress must not end one that takes as long as it may, however many blocks
     there are."""
 
-    def stop(decode, after_step, ran):
+    def stop(decode, after_step, ran, **arguments):
         raise Opened(decode)
 
     monkeypatch.setattr(importlib.import_module("dlm_fast.generate"), "run_steps", stop)
