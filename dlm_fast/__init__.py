@@ -23,6 +23,8 @@ from . import policies  # noqa: E402
 from .diffusion import DiffusionConfig  # noqa: E402
 from .files import CheckpointError  # noqa: E402
 from .generate import (  # noqa: E402
+    BatchTooLarge,
+    DecodeCancelled,
     DecodeError,
     DecodeInterrupted,
     DecodeOutOfMemory,
@@ -41,7 +43,9 @@ __all__ = [
     "CPU",
     "PRESETS",
     "REFERENCE",
+    "BatchTooLarge",
     "CheckpointError",
+    "DecodeCancelled",
     "DecodeError",
     "DecodeInterrupted",
     "DecodeOutOfMemory",

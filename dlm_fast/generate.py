@@ -239,7 +239,7 @@ def generate(
         started, shapes = time.perf_counter(), Counter()
         state = None
         if stopped is None:
-            state, stopped = _decode(handle, part, chosen, shapes, on_step, cancel)
+            state, stopped = _decode(handle, part, chosen, device, shapes, on_step, cancel)
             if isinstance(stopped, BatchTooLarge) and not outputs:
                 raise stopped
         if state is None:
@@ -251,7 +251,7 @@ def generate(
     # 5. Return the output, or raise with it.
     output = merged(outputs)
     if stopped is not None:
-        raise _stopped(stopped, output)
+        raise _stopped(stopped, output) from stopped.__cause__ or stopped
     if failures:
         raise DecodeError(failure(failures), output, [failure.row for failure in failures])
     return output
@@ -276,6 +276,7 @@ def _decode(
     handle: PatchHandle,
     batch: Requests,
     preset: Preset,
+    device: torch.device,
     shapes: Counter[Bucket],
     on_step: Callable[[RowState], None] | None,
     cancel: Any,
@@ -284,11 +285,9 @@ def _decode(
     stopped the decode, if something did."""
     state = None
     try:
-        plan, state, grid = open_batch(
-            handle, batch.opened, preset, handle.diffusion, next(handle.model.parameters()).device
-        )
+        plan, state, grid = open_batch(handle, batch.opened, preset, handle.diffusion, device)
         if batch.canvases:
-            sampling = sampling_of(batch, plan, state.tokens.device)
+            sampling = sampling_of(batch, plan, device)
             try:
                 decode = open_decode(handle, plan, state, sampling)
             except RuntimeError as error:
@@ -310,17 +309,13 @@ def _positions(canvases: list[Tensor]) -> int:
 def _stopped(error: BaseException, output: GenerateOutput) -> BaseException:
     """What `generate` raises where a decode was stopped."""
     rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
-    found: BaseException
-    if isinstance(error, StepsCancelled):
-        count = len(output.finish)
-        return DecodeCancelled(f"generate: cancelled, with {len(rows)} of {count} rows not done", output, rows)
     if isinstance(error, KeyboardInterrupt):
-        found, found.__cause__ = DecodeInterrupted(output, rows), error
-        return found
-    message = str(error) if isinstance(error, BatchTooLarge) else too_large(error.bucket, output.shapes)
-    found = DecodeOutOfMemory(message, output, rows)
-    found.__cause__ = error if isinstance(error, BatchTooLarge) else error.__cause__
-    return found
+        return DecodeInterrupted(output, rows)
+    if isinstance(error, StepsCancelled):
+        done = f"with {len(rows)} of {len(output.finish)} rows not done"
+        return DecodeCancelled(f"generate: cancelled, {done}", output, rows)
+    message = too_large(error.bucket, output.shapes) if isinstance(error, StepTooLarge) else str(error)
+    return DecodeOutOfMemory(message, output, rows)
 
 
 def settled(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:

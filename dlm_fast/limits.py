@@ -15,6 +15,9 @@ MAX_WHOLE = 2**24
 # The largest number of drafts. Every draft is one more canvas in each forward, and a draft is of use only if all drafts
 # before it are accepted.
 MAX_DRAFTS = 64
+# The most stop strings of a call, and the most characters of one. A step looks for each of them in the newest text, and
+# decodes as many tokens before the newest ones as the longest may have.
+MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 1024, 4096
 # The largest number that is added to a logit or multiplies one, far from the largest fp32 number.
 MAX_SHIFT = 1e6
 # The largest fp32 number.

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .limits import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
+
 # What decoding shows for a character that is not spelled to its end, and for bytes that are no character.
 REPLACEMENT = "\ufffd"
 # How many characters at a text's end `clean_up_tokenization_spaces` may still change when the text goes on: those of
@@ -108,6 +110,14 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
         raise ValueError(f"generate: stop_strings must be non-empty strings, got {list(strings)!r}")
     if not strings:
         return None
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"generate: stop_strings must be at most {MAX_STOP_STRINGS}, got {len(strings)}")
+    longest = max(map(len, strings))
+    if longest > MAX_STOP_STRING_LENGTH:
+        raise ValueError(
+            f"generate: stop_strings must be strings of at most {MAX_STOP_STRING_LENGTH} characters, got one of "
+            f"{longest}"
+        )
     if tokenizer is None:
         raise ValueError("generate: stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
 
