@@ -3,21 +3,21 @@ before anything is allocated for them."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import gc
 import pickle
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from helpers import (
-    EOS,
     MASK,
     RUNNABLE,
     VOCAB,
     bolder,
+    facts_of,
     model_for,
     native_model,
     options_of,
@@ -26,6 +26,9 @@ from helpers import (
     toy,
     toy_tokenizer,
 )
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dlm_fast
 from dlm_fast import cli
@@ -38,7 +41,7 @@ from dlm_fast.generate import (
     DecodeOutOfMemory,
     GenerateOutput,
 )
-from dlm_fast.limits import MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH
+from dlm_fast.limits import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
 from dlm_kernels.state import DONE
 
 CPU = torch.device("cpu")
@@ -50,7 +53,9 @@ KINDS = (
 )  # fmt: skip
 
 
-def same(output: GenerateOutput, rows: Iterable[int], other: GenerateOutput, others: Iterable[int] | None = None) -> bool:
+def same(
+    output: GenerateOutput, rows: Iterable[int], other: GenerateOutput, others: Iterable[int] | None = None
+) -> bool:
     """Whether two outputs say the same of some rows: everything but confidences bit for bit."""
     for row, its in zip(rows, rows if others is None else others, strict=True):
         for name in PER_ROW:
@@ -67,6 +72,37 @@ def call(preset: str, rows: int = 5) -> tuple[torch.nn.Module, list[list[int]], 
     lengths = [5, 3, 9, 1, 7, 4, 2][:rows]
     settings = {"preset": preset, "max_new_tokens": [6, 11, 4, 9, 7, 3, 8][:rows], **options_of(preset)}
     return model_for(preset, eos=()), random_prompts(lengths), {**settings, **bolder(preset)}
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors on the CPU that calls under it have made and still hold, after every op.
+
+    Attributes:
+        most: the most bytes at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._held = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor) and made.device == CPU and type(made) is torch.Tensor:
+                storage = made.untyped_storage()
+                if storage._cdata not in given:
+                    self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: entry for key, entry in self._held.items() if not entry[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._held.values()))
+        return out
+
+
+def peak(run: Callable[[], object]) -> int:
+    """How many bytes of tensors a call holds at once."""
+    with Held() as held:
+        run()
+    return held.most
 
 
 # Lists of any length
@@ -295,7 +331,7 @@ def test_as_many_stop_strings_as_are_allowed_are_served():
     dlm_fast.generate(model, [[5]], max_new_tokens=4, tokenizer=toy_tokenizer(), stop_strings=stops)
 
 
-def test_a_block_far_longer_than_the_canvas_takes_no_memory_of_its_length(peak):
+def test_a_block_far_longer_than_the_canvas_takes_no_memory_of_its_length():
     model = toy("full", backend="cpu")
     settings = {"max_new_tokens": 8, "block_length": 2**24}
     short = peak(lambda: dlm_fast.generate(model, [[5]], **settings | {"block_length": 8}))
@@ -303,24 +339,6 @@ def test_a_block_far_longer_than_the_canvas_takes_no_memory_of_its_length(peak):
 
 
 # Memory
-
-
-@pytest.fixture
-def peak():
-    """A function that runs a call and says how many bytes of tensors it held at once."""
-
-    def measured(run) -> int:
-        gc.collect()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-            run()
-        events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-        live = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            most = max(most, live)
-        return most
-
-    return measured
 
 
 @pytest.fixture
@@ -340,34 +358,34 @@ def bounds(monkeypatch):
 SHAPES = [([5], 16), ([40, 3, 17, 60, 9], 48), ([8] * 12, [4] * 11 + [120])]
 
 
+def first_steps(model: torch.nn.Module, prompts: list[list[int]], **settings) -> None:
+    """The first steps of a decode, in which the bound must hold."""
+    cancel, taken = threading.Event(), 0
+
+    def few(state) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            cancel.set()
+
+    with contextlib.suppress(DecodeCancelled):
+        dlm_fast.generate(model, prompts, cancel=cancel, on_step=few, **settings)
+
+
 @pytest.mark.parametrize("preset", RUNNABLE)
-def test_no_batch_takes_less_than_the_bound(preset, peak, bounds):
+def test_no_batch_takes_less_than_the_bound(preset, bounds, monkeypatch):
+    """And the bound is never above the number by which a batch is known to be small."""
+    most, numbers = memory._most_bytes, []
+    monkeypatch.setattr(memory, "_most_bytes", lambda *of: numbers.append(most(*of)) or numbers[-1])
     model = model_for(preset, backend="cpu")
     for lengths, new in SHAPES:
-        settings = {"preset": preset, "max_new_tokens": new, **options_of(preset)}
         bounds.clear()
-        taken = peak(lambda: dlm_fast.generate(model, random_prompts(lengths), **settings))
+        settings = {"preset": preset, "max_new_tokens": new, **options_of(preset)}
+        taken = peak(lambda: first_steps(model, random_prompts(lengths), **settings))
         canvases, rest = (parts[CPU].total() for parts in bounds)
         # Two of the three copies of the canvases live as long as the decode.
         assert rest + 2 * canvases // 3 <= taken
-
-
-@pytest.mark.parametrize("preset", RUNNABLE)
-def test_the_bound_of_a_small_batch_is_never_above_the_number_that_calls_it_small(preset, bounds, monkeypatch):
-    most, numbers = memory._most_bytes, []
-    monkeypatch.setattr(memory, "_most_bytes", lambda *of: numbers.append(most(*of)) or numbers[-1])
-    model = model_for(preset)
-    for lengths, new in SHAPES:
-        bounds.clear()
-        numbers.clear()
-        cancel = threading.Event()
-        cancel.set()
-        with pytest.raises(DecodeCancelled):
-            dlm_fast.generate(
-                model, random_prompts(lengths), preset=preset, max_new_tokens=new, cancel=cancel, **options_of(preset)
-            )
-        for parts in bounds:
-            assert sum(taken.total() for taken in parts.values()) <= numbers[0]
+        assert max(canvases, rest) <= numbers[-1]
 
 
 @pytest.mark.parametrize("preset, part", [("fast-dllm-dual", "keys and values"), ("sdar", "keys and values")])
@@ -386,27 +404,202 @@ def test_the_bound_of_keys_and_values_is_what_is_allocated(preset, part, bounds)
         assert bounds[-1][CPU][part] == caches[-1]
 
 
+def wide_toy(preset: str, layers: int, vocabulary: int) -> torch.nn.Module:
+    """A toy whose keys and values, or whose logits, are most of what a batch takes."""
+    model, chosen = native_model(layers=layers), dlm_fast.PRESETS[preset]
+    model.resize_token_embeddings(vocabulary)
+    model.eval()
+    diffusion = dlm_fast.DiffusionConfig(
+        mask_token_id=MASK, eos_token_ids=(), visibility=chosen.visibility, block_length=4, **facts_of(preset)
+    )
+    dlm_fast.patch(model, diffusion=diffusion, backend="cpu")
+    return model
+
+
 @pytest.mark.parametrize(
-    "preset, tightness", [("llada", 0.3), ("fast-dllm-dual", 0.5), ("sdar", 0.5), ("klass", 0.5), ("wino", 0.3)]
-)
-def test_the_bound_of_a_batch_of_many_logits_or_keys_is_near_what_is_taken(preset, tightness, peak, bounds):
-    """The rest is a copy of the logits in an op, and what the layers hold."""
-    model = model_for(preset, backend="cpu", layers=12)
-    lengths = [100] * 8
-    settings = {"preset": preset, "max_new_tokens": 100, **options_of(preset, 100), "stop": "never"}
-    cancel, taken = threading.Event(), 0
-
-    def few(state) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == 3:
-            cancel.set()
-
-    def decode() -> None:
-        with pytest.raises(DecodeCancelled):
-            dlm_fast.generate(model, random_prompts(lengths), cancel=cancel, on_step=few, **settings)
-
-    most = peak(decode)
+    "preset, layers, vocabulary, tightness",
+    [
+        ("fast-dllm-dual", 12, VOCAB, 0.5), ("sdar", 12, VOCAB, 0.7), ("llada", 2, 8000, 0.6),
+        ("klass", 2, 8000, 0.6), ("wino", 2, 8000, 0.6), ("fast-dllm-dual", 2, 8000, 0.6),
+    ],
+)  # fmt: skip
+def test_the_bound_of_a_batch_of_many_keys_or_logits_is_near_what_is_taken(
+    preset, layers, vocabulary, tightness, bounds
+):
+    """The rest is what the layers hold, and the work of the ops on a part of the logits."""
+    model, prompts = wide_toy(preset, layers, vocabulary), random_prompts([60] * 4)
+    settings = {"preset": preset, "max_new_tokens": 64, **options_of(preset, 64)}
+    most = peak(lambda: first_steps(model, prompts, **settings))
     canvases, rest = (parts[CPU].total() for parts in bounds)
-    print(preset, (rest + 2 * canvases // 3) / most)
     assert tightness * most <= rest + 2 * canvases // 3 <= most
+
+
+def short_of(monkeypatch, free: int | None) -> None:
+    """Leaves so many bytes free, of which every batch must ask."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "SMALL", -1)
+
+
+@pytest.mark.parametrize("preset", ["fast-dllm-dual", "sdar", "llada"])
+def test_a_batch_that_cannot_fit_is_refused_with_its_parts_and_the_rows_that_would(preset, monkeypatch):
+    model, prompts = wide_toy(preset, 2, 8000), random_prompts([60] * 12)
+    settings = {"preset": preset, "max_new_tokens": 64, **options_of(preset, 64)}
+    short_of(monkeypatch, 3_000_000)
+    said = (
+        r"a batch must fit the free memory of cpu, got 12 rows of up to 124 positions, which take at least 0\.0\d GiB"
+    )
+    said += r" \(.*logits 0\.02.*\) where 0\.00 GiB are free; batch_size=\d+ would fit"
+    with pytest.raises(BatchTooLarge, match=said) as caught:
+        dlm_fast.generate(model, prompts, **settings)
+    assert isinstance(caught.value, ValueError) and dlm_fast.handle_of(model).attention_calls == 0
+    size = int(str(caught.value).split("batch_size=")[1].split()[0])
+    assert 1 <= size < 12
+    first_steps(model, prompts, batch_size=size, **settings)
+    with pytest.raises(BatchTooLarge):
+        dlm_fast.generate(model, prompts, batch_size=4 * size, **settings)
+    short_of(monkeypatch, 10_000)
+    with pytest.raises(BatchTooLarge, match="not even batch_size=1 would fit"):
+        dlm_fast.generate(model, prompts, **settings)
+    short_of(monkeypatch, None)  # nobody says what is free
+    first_steps(model, prompts, **settings)
+
+
+def test_the_canvases_of_a_batch_are_refused_before_they_are_allocated(monkeypatch):
+    model = toy("full")
+    short_of(monkeypatch, 2_000_000)
+    prompts = [[5]] * 20_000
+    with pytest.raises(BatchTooLarge, match="got 20000 rows of up to 33 positions"):
+        dlm_fast.generate(model, prompts, max_new_tokens=32)
+    monkeypatch.setattr(memory, "open_rows", lambda *of: pytest.fail("a batch was opened"))
+    short_of(monkeypatch, 100)
+    with pytest.raises(BatchTooLarge, match="not even batch_size=1 would fit"):
+        dlm_fast.generate(model, prompts, max_new_tokens=32)
+
+
+def test_a_later_batch_that_does_not_fit_any_more_loses_no_earlier_row(monkeypatch):
+    model, prompts, settings = call("fast-dllm-dual")
+    whole, free = dlm_fast.generate(model, prompts, **settings), [10**9]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[0])
+    monkeypatch.setattr(memory, "SMALL", -1)
+
+    def takes(state) -> None:
+        if state.tokens.shape[0] == 2 and (state.phase == DONE).all():
+            free[0] = 10  # another process
+
+    with pytest.raises(DecodeOutOfMemory, match="a batch must fit the free memory of cpu, got 2 rows") as caught:
+        dlm_fast.generate(model, prompts, batch_size=2, on_step=takes, **settings)
+    assert caught.value.rows == [2, 3, 4] and isinstance(caught.value.__cause__, BatchTooLarge)
+    assert same(caught.value.output, [0, 1], whole)
+
+
+def test_what_is_free_is_the_least_that_the_machine_and_the_groups_leave(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:  700 kB\nHugePages_Total:  0\n")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_groups", list)
+    assert memory.free_bytes(CPU) == 700 * 1024
+    new, old = tmp_path / "new", tmp_path / "old"
+    stats = "anon 9\ninactive_file 5\nactive_file 7", "total_active_file 3"
+    for folder, files in {
+        new: {"memory.max": "500000", "memory.current": "400000", "memory.stat": stats[0]},
+        old: {"memory.limit_in_bytes": "9000000", "memory.usage_in_bytes": "8990000", "memory.stat": stats[1]},
+    }.items():
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text + "\n")
+    two = new, "memory.max", "memory.current", ("inactive_file", "active_file")
+    one = old, "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+    monkeypatch.setattr(memory, "_groups", lambda: [two, one])
+    assert memory.free_bytes(CPU) == 10003
+    (new / "memory.max").write_text("max\n")
+    (old / "memory.usage_in_bytes").unlink()
+    assert memory.free_bytes(CPU) == 700 * 1024
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
+    assert memory.free_bytes(CPU) is None
+    assert memory.free_bytes(torch.device("meta")) is None
+
+
+def test_the_groups_of_a_process_are_found_up_to_the_root(monkeypatch):
+    lines = "4:memory:/a/b\n3:cpuset:/a\n0::/slice/unit\n"
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: lines)
+    memory._groups.cache_clear()
+    found = [str(folder.relative_to(memory.CGROUPS)) for folder, *_ in memory._groups()]
+    memory._groups.cache_clear()
+    assert found == ["memory/a/b", "memory/a", "memory", "slice/unit", "slice", "."]
+
+
+def test_small_batches_do_not_ask_what_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: pytest.fail("asked"))
+    dlm_fast.generate(toy("full"), random_prompts([5] * 8), max_new_tokens=16)
+
+
+# Limits that a model is opened with
+
+
+def limited(kind: str, path, **limits) -> torch.nn.Module:
+    """A model with limits: a patched one, a loaded one, a copy or a pickle."""
+    if kind == "load":
+        save_toy_checkpoint(path)
+        return dlm_fast.load(path, device="cpu", **limits)
+    model = native_model()
+    diffusion = dlm_fast.DiffusionConfig(mask_token_id=MASK, eos_token_ids=(), visibility="full")
+    dlm_fast.patch(model, diffusion=diffusion, backend="reference", **limits)
+    return {"patch": lambda m: m, "copy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[kind](model)
+
+
+@pytest.mark.parametrize("kind", ["load", "patch", "copy", "pickle"])
+def test_a_model_keeps_the_limits_that_it_was_opened_with(kind, tmp_path):
+    model = limited(kind, tmp_path, max_positions=12, max_rows=2)
+    shown = dlm_fast.explain(model)
+    assert (shown["max_positions"], shown["max_rows"]) == (12, 2)
+    assert dlm_fast.generate(model, [[5] * 8, [6]], max_new_tokens=4).finish
+    words, rows = (f"{name} that the model was opened with" for name in ("max_positions=12", "max_rows=2"))
+    for arguments, message in [
+        ({"prompts": [[5] * 9], "max_new_tokens": 4}, rf"prompts\[0\] with its new tokens must fit {words}, got 13"),
+        ({"canvas": [[MASK] * 13]}, rf"canvas\[0\] with its new tokens must fit {words}, got 13"),
+        ({"canvas": [[MASK]], "min_new_tokens": 13}, rf"min_new_tokens must be at most {words}, got 13 in row 0"),
+        (
+            {"prompts": [[5] * 4], "max_new_tokens": 6, "block_length": 16, "last_block": "whole"},
+            rf"prompts\[0\] with its last whole block must fit {words}, got 20",
+        ),
+        ({"prompts": [[5]] * 3, "max_new_tokens": 4}, f"than {rows}, got 3 rows; say batch_size=2"),
+        ({"prompts": [[5]], "batch_size": 3}, f"batch_size must be <= {rows}, got batch_size=3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dlm_fast.generate(model, **arguments)
+    prompts = random_prompts([3, 4, 5])
+    out = dlm_fast.generate(model, prompts, max_new_tokens=4, batch_size=2)
+    free = limited(kind, tmp_path)
+    assert same(out, range(3), dlm_fast.generate(free, prompts, max_new_tokens=4))
+    assert dlm_fast.explain(free)["max_rows"] is None
+
+
+@pytest.mark.parametrize("kind", ["load", "patch"])
+@pytest.mark.parametrize("name", ["max_positions", "max_rows"])
+@pytest.mark.parametrize("value", [0, -3, 1.5, "8", True, [4]])
+def test_a_limit_that_is_none_is_refused(kind, name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{kind}: {name} must be a whole number >= 1 or None, got {name}="):
+        limited(kind, tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["load", "patch"])
+def test_no_limit_is_above_what_the_model_has(kind, tmp_path):
+    limited(kind, tmp_path, max_positions=256)
+    with pytest.raises(ValueError, match=f"{kind}: max_positions must be a whole number <= 256 or None, got max_pos"):
+        limited(kind, tmp_path, max_positions=257)
+
+
+def test_the_command_line_hands_limits_on(tmp_path, capsys):
+    save_toy_checkpoint(tmp_path / "model")
+    argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--max-new-tokens", "4"]
+    assert cli.main([*argv, "--prompt", "ab", "--max-positions", "6", "--max-rows", "1"]) == 0
+    capsys.readouterr()
+    for flags, message in [
+        (["--prompt", "abc", "--max-positions", "6"], "must fit max_positions=6 that the model was opened with, got 7"),
+        (["--prompt", "a", "--prompt", "b", "--max-rows", "1"], "max_rows=1 that the model was opened with, got"),
+        (["--prompt", "a", "--max-rows", "0"], "load: max_rows must be a whole number >= 1"),
+    ]:
+        assert cli.main([*argv, *flags]) == 1
+        assert message in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "model"), "--max-rows", "1"]) == 0
+    assert cli.main(["doctor", "--max-rows", "1"]) == 1
+    assert "--max-rows goes with a model, got doctor" in capsys.readouterr().err
