@@ -23,7 +23,7 @@ from .decoding.plan import Bucket, Plan, open_rows
 from .decoding.progress import StepsCancelled, StepTooLarge, is_out_of_memory, run_steps
 from .decoding.step import open_decode
 from .draws import sampling_of
-from .limits import whole
+from .limits import shown, whole
 from .output import (
     DecodeCancelled,
     DecodeError,
@@ -38,6 +38,7 @@ from .output import (
     too_large,
 )
 from .patching import PatchHandle, handle_of
+from .policies import Function
 from .presets import Preset, resolve
 from .requests import Requests
 from .stopper import Stopper
@@ -172,11 +173,11 @@ def generate(
     """
     # 1. Check what does not depend on the model, and that the model is ready to decode.
     if preset is not None and not isinstance(preset, (str, Preset)):
-        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={preset!r}")
+        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={shown(preset)}")
     if on_step is not None:
         _check_function("on_step", "a function of the state", on_step, 1)
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-        raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={cancel!r}")
+        raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={shown(cancel)}")
     whole("generate", "batch_size", batch_size, 1, none=True)
     handle = handle_of(model)
     if handle.diffusion is None:
@@ -192,6 +193,10 @@ def generate(
     preset, temperature, top_p = (options.pop(name) for name in ("preset", "temperature", "top_p"))
     with _unnamed_decoder(None if named else handle.settings.sources.get("decoder")):
         chosen = resolve(preset, handle.diffusion.visibility, options, policy)
+        for part in chosen.policies:
+            if type(part) is Function:
+                name = "policies" if policy is None else "policy"
+                _check_function(name, "a function (view, choice) -> choice", part.function, 2)
         requests.check_support(chosen, handle.diffusion)
         requests.check_commands(chosen, model.config.vocab_size)
 
@@ -224,7 +229,7 @@ def generate(
     elif "last_block" in options:
         raise ValueError(
             f"generate: last_block goes with prompts; a canvas ends where it ends, got "
-            f"last_block={options['last_block']!r}"
+            f"last_block={shown(options['last_block'])}"
         )
 
     # 4. Decode batch after batch. A batch that could not fit is refused before the first one is decoded.
@@ -335,6 +340,8 @@ def _unnamed_decoder(source: str | None) -> Iterator[None]:
     """Says of an error that the call did not name the decoder that it speaks of, and where the decoder comes from."""
     try:
         yield
+    except RecursionError as error:
+        raise ValueError("generate: policy and policies must be lists of policies, got lists in lists") from error
     except ValueError as error:
         if source is None:
             raise
@@ -397,4 +404,4 @@ def _check_function(name: str, rule: str, function: Any, count: int) -> None:
         except ValueError:  # a function in C may not say what it takes
             pass
     if not is_called:
-        raise TypeError(f"generate: {name} must be {rule}, got {name}={function!r}")
+        raise TypeError(f"generate: {name} must be {rule}, got {name}={shown(function)}")

@@ -18,6 +18,8 @@ MAX_DRAFTS = 64
 # The most stop strings of a call, and the most characters of one. A step looks for each of them in the newest text, and
 # decodes as many tokens before the newest ones as the longest may have.
 MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH = 1024, 4096
+# The most characters of a value that an error shows.
+MAX_SHOWN = 300
 # The largest number that is added to a logit or multiplies one, far from the largest fp32 number.
 MAX_SHIFT = 1e6
 # The largest fp32 number.
@@ -25,10 +27,28 @@ MAX_NUMBER = (2 - 2**-23) * 2.0**127
 
 
 def shown(value: Any) -> str:
-    """The value as an error shows it. Python refuses to write out the longest integers, so they are described."""
+    """The value as an error shows it: by its beginning where it is long, and by its kind where it cannot be written.
+
+    Python refuses to write out the longest integers, so they are described.
+    """
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length()} bits"
-    return repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # any class may have a repr of its own
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def listed(owner: str, name: str, array: Any) -> Any:
+    """The numbers of a tensor or an array as nested lists.
+
+    Raises TypeError for a tensor whose numbers cannot be read, such as a sparse one or one on the device "meta".
+    """
+    try:
+        return array.tolist()
+    except Exception as error:
+        raise TypeError(f"{owner}: {name} must hold numbers that can be read, got {shown(array)}") from error
 
 
 def whole(owner: str, name: str, value: Any, low: int = 0, high: int = MAX_WHOLE, *, none: bool = False) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .limits import listed, shown
+
 # What a tokenizer may return beside ids and attention mask, and what does not change the meaning of the ids.
 IGNORED_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length")
 NOUNS = {"prompts": "prompts", "canvas": "canvases"}
@@ -201,13 +203,13 @@ def _unpadded(name: str, rows: list[list[int]], attention_mask: Any) -> list[lis
     if not is_nested or [len(row) for row in mask] != lengths:
         got = [len(row) for row in mask] if is_nested else mask
         raise ValueError(
-            f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {got!r}"
+            f"generate: attention_mask must have the shape of the ids, rows of lengths {lengths}, got {shown(got)}"
         )
     stretches = []
     for b, (ids, row) in enumerate(zip(rows, mask)):
         wrong_values = [value for value in row if not isinstance(value, numbers.Integral) or value not in (0, 1)]
         if wrong_values:
-            raise ValueError(f"generate: attention_mask must hold 0 and 1, got {wrong_values[0]!r} in row {b}")
+            raise ValueError(f"generate: attention_mask must hold 0 and 1, got {shown(wrong_values[0])} in row {b}")
         ones = [j for j, value in enumerate(row) if value]
         start, end = (ones[0], ones[-1] + 1) if ones else (0, 0)
         if end - start != len(ones):
@@ -242,15 +244,15 @@ def _array_ids(where: str, array: Tensor | np.ndarray, *dims: int) -> list:
     if array.ndim not in dims or not is_whole:
         shape = " or ".join(f"{dim}-D" for dim in dims)
         raise TypeError(f"generate: {where} must be {shape} token ids, got shape {tuple(array.shape)}, {dtype}")
-    return array.tolist()
+    return listed("generate", where, array)
 
 
-def _nested(mask: Any) -> Any:
-    """The mask as nested lists."""
+def _nested(mask: Any, depth: int = 2) -> Any:
+    """The mask as lists, nested as deep as a mask may be."""
     if isinstance(mask, (Tensor, np.ndarray)):
-        return mask.tolist()
+        return listed("generate", "attention_mask", mask)
     if isinstance(mask, (list, tuple)):
-        return [_nested(row) if isinstance(row, (list, tuple, Tensor, np.ndarray)) else row for row in mask]
+        return [_nested(row, depth - 1) if depth and hasattr(row, "__len__") else row for row in mask]
     return mask
 
 
@@ -261,4 +263,4 @@ def _keys(mapping: Mapping[Any, Any]) -> str:
 
 def _got(value: Any) -> str:
     """A value as an error shows what was got: a number as it is, anything else by its type."""
-    return repr(value) if value is None or isinstance(value, numbers.Number) else f"a {type(value).__name__}"
+    return shown(value) if value is None or isinstance(value, numbers.Number) else f"a {type(value).__name__}"

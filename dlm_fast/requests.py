@@ -16,12 +16,12 @@ from dlm_kernels.checks.confidence import MAX_BANNED
 from dlm_kernels.checks.unmask import MAX_STOP_IDS
 
 from .diffusion import DiffusionConfig
-from .limits import heat, shown
+from .limits import heat, listed, shown
 from .presets import Preset
 from .presets.caches import CACHES
 from .presets.options import part_of
 from .prompts import read_rows
-from .stops import StopStrings, read_stop_strings
+from .stops import StopStrings, read_stop_strings, text_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +96,9 @@ def _fail(rule: str) -> None:
 def _listed(name: str, what: str, value: Any) -> list:
     """The items of a list, tensor or array. Strings and mappings are refused, though they can be iterated over."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
-        return value.tolist()
+        return listed("generate", name, value)
     if isinstance(value, (str, bytes, bytearray, Mapping, Tensor, np.ndarray)) or not isinstance(value, Iterable):
-        raise TypeError(f"generate: {name} must be {what}, got {name}={value!r}")
+        raise TypeError(f"generate: {name} must be {what}, got {name}={shown(value)}")
     return list(value)
 
 
@@ -109,7 +109,7 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
     if is_single and scalar:
         values = [value] * B
     elif isinstance(value, (set, frozenset)):
-        raise TypeError(f"generate: {name} must be in the order of the rows, got {name}={value!r}")
+        raise TypeError(f"generate: {name} must be in the order of the rows, got {name}={shown(value)}")
     else:
         values = _listed(name, f"{what} or one per row" if scalar else f"a list of one {what[2:]} per row", value)
     if len(values) != B:
@@ -119,19 +119,19 @@ def _per_row(name: str, value: Any, B: int, kind: type, low: float, *, scalar: b
         )
     checked = []
     for item in values:
-        item = item.tolist() if isinstance(item, (Tensor, np.ndarray)) else item
+        item = listed("generate", name, item) if isinstance(item, (Tensor, np.ndarray)) else item
         if (
             isinstance(item, bool)
             or not isinstance(item, numbers.Real)
             or (kind is int and not isinstance(item, numbers.Integral))
         ):
-            raise TypeError(f"generate: {name} must be {what}, got {name}={item!r}")
+            raise TypeError(f"generate: {name} must be {what}, got {name}={shown(item)}")
         try:
             number = kind(item)
         except OverflowError:  # a whole number beyond every float
             number = math.inf
         if not number >= low or number == math.inf:
-            _fail(f"{name} must be a finite number >= {low:g}, got {name}={item}")
+            _fail(f"{name} must be a finite number >= {low:g}, got {name}={shown(item)}")
         checked.append(number)
     return checked
 
@@ -202,9 +202,11 @@ def read(
     """
     # 1. Rows of token ids, from prompts or from canvases.
     if (prompts is None) == (canvas is None):
-        _fail("exactly one of prompts and canvas must be given")
+        _fail(f"exactly one of prompts and canvas must be given, got {'both' if canvas is not None else 'neither'}")
     if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
-        raise TypeError(f"generate: tokenizer must be a transformers tokenizer, got tokenizer={tokenizer!r}")
+        raise TypeError(f"generate: tokenizer must be a transformers tokenizer, got tokenizer={shown(tokenizer)}")
+    if tokenizer is not None:
+        text_of(tokenizer, [])  # what cannot decode is found before the decode
     name, source = ("prompts", prompts) if canvas is None else ("canvas", canvas)
     rows = read_rows(name, source, attention_mask, tokenizer)
     B = len(rows)
@@ -214,14 +216,14 @@ def read(
     if canvas is not None and max_new_tokens is not None:
         _fail(
             "max_new_tokens goes with prompts; a canvas says itself where tokens are wanted, got "
-            f"max_new_tokens={max_new_tokens!r}"
+            f"max_new_tokens={shown(max_new_tokens)}"
         )
     max_new = _per_row("max_new_tokens", 128 if max_new_tokens is None else max_new_tokens, B, int, 1)
     min_new = _per_row("min_new_tokens", min_new_tokens, B, int, 0)
     eos = _ids("eos_token_ids", diffusion.eos_token_ids if eos_token_ids is None else eos_token_ids, vocab_size)
     banned = _ids("banned_token_ids", banned_token_ids, vocab_size)
     if mask_id in eos:
-        _fail(f"eos_token_ids must not hold the mask id {mask_id}")
+        _fail(f"eos_token_ids must not hold the mask id {mask_id}, got eos_token_ids={shown(eos)}")
     if len(eos) > MAX_STOP_IDS:
         _fail(f"eos_token_ids must hold at most {MAX_STOP_IDS} ids, got {len(eos)}")
     most = MAX_BANNED - 1 - (len(eos) if any(min_new) else 0)
@@ -236,10 +238,11 @@ def read(
             _fail(f"{name}[{b}] must have at least one token, got an empty one")
         length = len(ids) + (max_new[b] if canvas is None else 0)
         if length > room.positions:
-            _fail(f"{name}[{b}] with its new tokens must fit {room.words}, got {shown(length)}")
+            said = f" (max_new_tokens={shown(max_new[b])})" if canvas is None else ""
+            _fail(f"{name}[{b}] with its new tokens must fit {room.words}, got {shown(length)}{said}")
         wrong_ids = [i for i in ids if not 0 <= i < vocab_size]
         if wrong_ids:
-            _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {wrong_ids[0]}")
+            _fail(f"{name}[{b}] must hold ids in [0, {vocab_size}), got {shown(wrong_ids[0])}")
         if canvas is None and mask_id in ids:
             _fail(f"prompts[{b}] must not contain the mask id {mask_id}; to fill masks inside a text use canvas=")
         if canvas is not None and text and mask_id not in ids:
@@ -250,23 +253,23 @@ def read(
         prompt_lengths.append(len(ids) if canvas is None else (ids.index(mask_id) if mask_id in ids else len(ids)))
         canvases.append(torch.tensor(ids + ([mask_id] * max_new[b] if canvas is None else []), dtype=torch.int64))
         if canvas is None and min_new[b] > max_new[b]:
-            _fail(f"min_new_tokens must be at most max_new_tokens, got {min_new[b]} > {max_new[b]} in row {b}")
+            _fail(f"min_new_tokens must be at most max_new_tokens, got {shown(min_new[b])} > {max_new[b]} in row {b}")
         if min_new[b] > room.positions:
             _fail(f"min_new_tokens must be at most {room.words}, got {shown(min_new[b])} in row {b}")
 
     # 4. Numbers of the draws.
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
-        _fail(f"seed must be a whole number in [0, 2^63), got seed={seed!r}")
+        _fail(f"seed must be a whole number in [0, 2^63), got seed={shown(seed)}")
     ids = list(range(B)) if request_ids is None else _per_row("request_ids", request_ids, B, int, 0, scalar=False)
     if any(i >= 2**31 for i in ids):
-        _fail(f"request_ids must be below 2^31, got {max(ids)}")
+        _fail(f"request_ids must be below 2^31, got {shown(max(ids))}")
     temperatures = _per_row("temperature", temperature, B, float, 0.0)
     for value in temperatures:
         heat("generate", "temperature", value)
     if isinstance(top_k, bool) or not isinstance(top_k, numbers.Integral) or top_k < 0:
-        _fail(f"top_k must be a whole number >= 0 (0 = off), got top_k={top_k!r}")
+        _fail(f"top_k must be a whole number >= 0 (0 = off), got top_k={shown(top_k)}")
     if isinstance(top_p, bool) or not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
-        _fail(f"top_p must be a number in (0, 1] (1 = off), got top_p={top_p!r}")
+        _fail(f"top_p must be a number in (0, 1] (1 = off), got top_p={shown(top_p)}")
     return Requests(
         canvases=canvases,
         opened=canvases,
@@ -319,9 +322,9 @@ def _ids(name: str, values: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     ids = []
     for value in _listed(name, "a list of token ids", values):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"generate: {name} must be token ids, got {value!r}")
+            raise TypeError(f"generate: {name} must be token ids, got {shown(value)}")
         if not 0 <= value < vocab_size:
-            _fail(f"{name} must hold ids in [0, {vocab_size}), got {value}")
+            _fail(f"{name} must hold ids in [0, {vocab_size}), got {shown(value)}")
         ids.append(int(value))
     return tuple(ids)
 
@@ -374,7 +377,7 @@ def response(
     ids = ids[: end - start]
 
     # 2. The text, cut by a stop string.
-    text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else None
+    text = text_of(tokenizer, ids) if tokenizer is not None else None
     cut = stops.find(text) if stops is not None else None
     if cut is not None:
         ids, text, finish = ids[: stops.spelling(ids, text[:cut])], text[:cut], "stop"

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .limits import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
+from .limits import MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS, shown
 
 # What decoding shows for a character that is not spelled to its end, and for bytes that are no character.
 REPLACEMENT = "\ufffd"
@@ -39,7 +39,7 @@ class StopStrings:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text_of(self.tokenizer, ids)
 
     def settled(self, ids: list[int]) -> str:
         """The part of the text of `ids` that no later token can change."""
@@ -98,16 +98,34 @@ class StopStrings:
         return count
 
 
+def _is_iterable(value: Any) -> bool:
+    # A tensor or an array without dimensions is an Iterable that refuses to be iterated over.
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """The text of ids without special tokens. Raises ValueError where the tokenizer gives none."""
+    try:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    except Exception as error:
+        raise ValueError(
+            f"generate: tokenizer must decode token ids, got {type(error).__name__}: {error} for {shown(ids)}"
+        ) from error
+    if not isinstance(text, str):
+        raise ValueError(f"generate: tokenizer must decode token ids to a string, got {shown(text)} for {shown(ids)}")
+    return text
+
+
 def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopStrings | None:
     """The stop strings of a call of `generate`, checked; None without any. Raises ValueError or TypeError."""
     # 1. Check the list.
     if isinstance(stop_strings, str):
-        raise TypeError(f"generate: stop_strings must be a list of strings, got the string {stop_strings!r}")
-    if isinstance(stop_strings, (bytes, bytearray, Mapping)) or not isinstance(stop_strings, Iterable):
-        raise TypeError(f"generate: stop_strings must be a list of strings, got stop_strings={stop_strings!r}")
+        raise TypeError(f"generate: stop_strings must be a list of strings, got the string {shown(stop_strings)}")
+    if isinstance(stop_strings, (bytes, bytearray, Mapping)) or not _is_iterable(stop_strings):
+        raise TypeError(f"generate: stop_strings must be a list of strings, got stop_strings={shown(stop_strings)}")
     strings = tuple(stop_strings)
     if any(not isinstance(s, str) or not s for s in strings):
-        raise ValueError(f"generate: stop_strings must be non-empty strings, got {list(strings)!r}")
+        raise ValueError(f"generate: stop_strings must be non-empty strings, got {shown(list(strings))}")
     if not strings:
         return None
     if len(strings) > MAX_STOP_STRINGS:
@@ -127,12 +145,12 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
     special |= zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()))
     for string in strings:
         if special.get(string) == mask_id:
-            raise ValueError(f"generate: stop_strings must be what can be written, got the mask token {string!r}")
+            raise ValueError(f"generate: stop_strings must be what can be written, got the mask token {shown(string)}")
         inside = sorted(token for token in special if token and token in string and token != string)
         if inside and string not in special:
             raise ValueError(
                 "generate: stop_strings must not hold a special token beside other text, which leaves it out, "
-                f"got {string!r} with {inside[0]!r}"
+                f"got {shown(string)} with {inside[0]!r}"
             )
     return StopStrings(
         strings=strings,

@@ -147,6 +147,9 @@ def run_steps(
                 raise StepsCancelled("the caller wants no more steps")
             try:
                 denoise_step(decode, bucket, _on_device(decode, bucket, rows))
+            except IndexError:
+                _check_ids(decode)
+                raise
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -156,6 +159,14 @@ def run_steps(
                 after_step(decode.state)
         progress.record(kind)
     raise AssertionError(f"decode loop made no progress within {limit} rounds")
+
+
+def _check_ids(decode: Decode) -> None:
+    """Raises ValueError if a policy wrote an id that is none, which a forward has no embedding for."""
+    tokens, size = decode.state.tokens, decode.forward.handle.model.config.vocab_size
+    wrong_ids = tokens[(tokens < 0) | (tokens >= size)].tolist()
+    if wrong_ids:
+        raise ValueError(f"generate: policy must write ids in [0, {size}), got {wrong_ids[0]}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

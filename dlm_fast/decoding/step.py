@@ -12,6 +12,7 @@ from torch import Tensor
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule
 from dlm_kernels.state import DENOISE, REFRESH, amend
 
+from ..limits import shown
 from ..patching import PatchHandle
 from ..policies import Choice, Sampling, View
 from ..policies.view import Memory
@@ -158,6 +159,8 @@ def choose(decode: Decode, step: Step, result: Result, view: View) -> Choice:
     choice = decode.forward.choose(step, result, view)
     for policy, memory in zip(decode.plan.preset.policies, decode.memory):
         choice = policy.choose(dataclasses.replace(view, memory=memory), choice)
+        if not isinstance(choice, Choice):
+            raise TypeError(f"generate: policy {type(policy).__name__} must return a Choice, got {shown(choice)}")
     if decode.plan.preset.takes_last_rank and not choice.exact:
         choice = with_last_rank(view, choice)
     if decode.plan.opens_at_row_before and step.bucket.kind == "refresh":

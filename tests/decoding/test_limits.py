@@ -440,15 +440,13 @@ def short_of(monkeypatch, free: int | None) -> None:
     monkeypatch.setattr(memory, "SMALL", -1)
 
 
-@pytest.mark.parametrize("preset", ["fast-dllm-dual", "sdar", "llada"])
-def test_a_batch_that_cannot_fit_is_refused_with_its_parts_and_the_rows_that_would(preset, monkeypatch):
+@pytest.mark.parametrize("preset, free", [("fast-dllm-dual", 3_000_000), ("sdar", 600_000), ("llada", 3_000_000)])
+def test_a_batch_that_cannot_fit_is_refused_with_its_parts_and_the_rows_that_would(preset, free, monkeypatch):
     model, prompts = wide_toy(preset, 2, 8000), random_prompts([60] * 12)
     settings = {"preset": preset, "max_new_tokens": 64, **options_of(preset, 64)}
-    short_of(monkeypatch, 3_000_000)
-    said = (
-        r"a batch must fit the free memory of cpu, got 12 rows of up to 124 positions, which take at least 0\.0\d GiB"
-    )
-    said += r" \(.*logits 0\.02.*\) where 0\.00 GiB are free; batch_size=\d+ would fit"
+    short_of(monkeypatch, free)
+    said = r"a batch must fit the free memory of cpu, got 12 rows of up to 124 positions, which take at least 0\.0"
+    said += r"\d GiB \(.*logits 0\.0\d.*\) where 0\.00 GiB are free; batch_size=\d+ would fit"
     with pytest.raises(BatchTooLarge, match=said) as caught:
         dlm_fast.generate(model, prompts, **settings)
     assert isinstance(caught.value, ValueError) and dlm_fast.handle_of(model).attention_calls == 0
@@ -562,7 +560,7 @@ def test_a_model_keeps_the_limits_that_it_was_opened_with(kind, tmp_path):
             rf"prompts\[0\] with its last whole block must fit {words}, got 20",
         ),
         ({"prompts": [[5]] * 3, "max_new_tokens": 4}, f"than {rows}, got 3 rows; say batch_size=2"),
-        ({"prompts": [[5]], "batch_size": 3}, f"batch_size must be <= {rows}, got batch_size=3"),
+        ({"prompts": [[5]], "max_new_tokens": 4, "batch_size": 3}, f"batch_size must be <= {rows}, got batch_size=3"),
     ]:
         with pytest.raises(ValueError, match=message):
             dlm_fast.generate(model, **arguments)
@@ -591,10 +589,10 @@ def test_no_limit_is_above_what_the_model_has(kind, tmp_path):
 def test_the_command_line_hands_limits_on(tmp_path, capsys):
     save_toy_checkpoint(tmp_path / "model")
     argv = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--max-new-tokens", "4"]
-    assert cli.main([*argv, "--prompt", "ab", "--max-positions", "6", "--max-rows", "1"]) == 0
+    assert cli.main([*argv, "--prompt", "ab", "--max-positions", "8", "--max-rows", "1"]) == 0
     capsys.readouterr()
     for flags, message in [
-        (["--prompt", "abc", "--max-positions", "6"], "must fit max_positions=6 that the model was opened with, got 7"),
+        (["--prompt", "ab", "--max-positions", "7"], "must fit max_positions=7 that the model was opened with, got 8"),
         (["--prompt", "a", "--prompt", "b", "--max-rows", "1"], "max_rows=1 that the model was opened with, got"),
         (["--prompt", "a", "--max-rows", "0"], "load: max_rows must be a whole number >= 1"),
     ]:
