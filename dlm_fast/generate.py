@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import time
 from collections import Counter
@@ -53,6 +54,7 @@ __all__ = [
     "check_greedy",
     "check_mode",
     "generate",
+    "read_call",
     "sampling_of",
     "settled",
 ]
@@ -171,14 +173,107 @@ def generate(
         RuntimeError: the patch is not in place any more, so that a layer did not attend through our op; or a parameter
             of a model with a native twin was replaced.
     """
-    # 1. Check what does not depend on the model, and that the model is ready to decode.
-    if preset is not None and not isinstance(preset, (str, Preset)):
-        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={shown(preset)}")
+    # 1. Check the arguments, and read the requests.
     if on_step is not None:
         _check_function("on_step", "a function of the state", on_step, 1)
     if cancel is not None and not callable(getattr(cancel, "is_set", None)):
         raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={shown(cancel)}")
     whole("generate", "batch_size", batch_size, 1, none=True)
+    call = read_call(
+        model,
+        prompts,
+        canvas=canvas,
+        attention_mask=attention_mask,
+        preset=preset,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        request_ids=request_ids,
+        stop_strings=stop_strings,
+        banned_token_ids=banned_token_ids,
+        eos_token_ids=eos_token_ids,
+        tokenizer=tokenizer,
+        **options,
+    )
+    handle, chosen, batch, device = call.handle, call.preset, call.batch, call.device
+
+    # 2. Decode batch after batch. A batch that could not fit is refused before the first one is decoded.
+    parts = batch.parts(_rows_together(len(batch.canvases), batch_size, handle.max_rows))
+    if len(parts) > 1:
+        open_batch(handle, max((part.opened for part in parts), key=_positions), chosen, handle.diffusion, device)
+    outputs: list[GenerateOutput] = []
+    failures: list[Failure] = []
+    stopped: BaseException | None = None
+    for part in parts:
+        started, shapes = time.perf_counter(), Counter()
+        state = None
+        if stopped is None:
+            state, stopped = _decode(handle, part, chosen, device, shapes, on_step, cancel)
+            if isinstance(stopped, BatchTooLarge) and not outputs:
+                raise stopped
+        if state is None:
+            _, state = open_rows(part.opened, chosen, handle.diffusion, torch.device("cpu"))
+        failures += failures_of(state, sum(len(output.finish) for output in outputs))
+        seconds = time.perf_counter() - started
+        outputs.append(output_of(part, state, shapes, call.tokenizer, handle.diffusion, chosen, seconds))
+
+    # 3. Return the output, or raise with it.
+    output = merged(outputs)
+    if stopped is not None:
+        raise _stopped(stopped, output) from stopped.__cause__ or stopped
+    if failures:
+        raise DecodeError(failure(failures), output, [failure.row for failure in failures])
+    return output
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of `generate` that nothing is wrong with; nothing has been decoded.
+
+    Attributes:
+        handle: the model's handle.
+        preset: the decoder, with every option that the call replaced.
+        batch: the rows.
+        tokenizer: what encoded the prompts and decodes the responses; None = nothing does.
+        device: where the model is.
+    """
+
+    handle: PatchHandle
+    preset: Preset
+    batch: Requests
+    tokenizer: Any
+    device: torch.device
+
+
+def read_call(
+    model: nn.Module,
+    prompts: Sequence[Any] | None,
+    *,
+    canvas: Sequence[Any] | Tensor | None,
+    attention_mask: Any,
+    preset: str | Preset | None,
+    policy: Any,
+    max_new_tokens: int | Sequence[int] | None,
+    min_new_tokens: int | Sequence[int],
+    temperature: float | Sequence[float] | None,
+    top_k: int,
+    top_p: float | None,
+    seed: int,
+    request_ids: Sequence[int] | None,
+    stop_strings: Sequence[str],
+    banned_token_ids: Sequence[int],
+    eos_token_ids: Sequence[int] | None,
+    tokenizer: Any,
+    **options: Any,
+) -> Call:
+    """Checks the model and all that a call asks for; the arguments are those of `generate`, and so are the errors."""
+    # 1. Check that the model is ready to decode.
+    if preset is not None and not isinstance(preset, (str, Preset)):
+        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={shown(preset)}")
     handle = handle_of(model)
     if handle.diffusion is None:
         raise ValueError(
@@ -231,35 +326,7 @@ def generate(
             f"generate: last_block goes with prompts; a canvas ends where it ends, got "
             f"last_block={shown(options['last_block'])}"
         )
-
-    # 4. Decode batch after batch. A batch that could not fit is refused before the first one is decoded.
-    parts = batch.parts(_rows_together(len(batch.canvases), batch_size, handle.max_rows))
-    device = next(model.parameters()).device
-    if len(parts) > 1:
-        open_batch(handle, max((part.opened for part in parts), key=_positions), chosen, handle.diffusion, device)
-    outputs: list[GenerateOutput] = []
-    failures: list[Failure] = []
-    stopped: BaseException | None = None
-    for part in parts:
-        started, shapes = time.perf_counter(), Counter()
-        state = None
-        if stopped is None:
-            state, stopped = _decode(handle, part, chosen, device, shapes, on_step, cancel)
-            if isinstance(stopped, BatchTooLarge) and not outputs:
-                raise stopped
-        if state is None:
-            _, state = open_rows(part.opened, chosen, handle.diffusion, torch.device("cpu"))
-        failures += failures_of(state, sum(len(output.finish) for output in outputs))
-        seconds = time.perf_counter() - started
-        outputs.append(output_of(part, state, shapes, tokenizer, handle.diffusion, chosen, seconds))
-
-    # 5. Return the output, or raise with it.
-    output = merged(outputs)
-    if stopped is not None:
-        raise _stopped(stopped, output) from stopped.__cause__ or stopped
-    if failures:
-        raise DecodeError(failure(failures), output, [failure.row for failure in failures])
-    return output
+    return Call(handle, chosen, batch, tokenizer, next(model.parameters()).device)
 
 
 def _rows_together(rows: int, batch_size: int | None, most: int | None) -> int:

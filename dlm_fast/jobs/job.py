@@ -12,19 +12,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from .. import fingerprint
-from ..generate import DecodeError, DecodeOutOfMemory, GenerateOutput, generate, settled
+from ..decoding.memory import open_batch
+from ..generate import Call, generate, read_call, settled
+from ..output import DecodeCancelled, DecodeError, DecodeOutOfMemory, GenerateOutput
 from ..patching import PatchHandle, handle_of
 from ..version import __version__
 from .lines import LINE_SETTINGS, Line, check_settings, named
 from .partial import JobError, Partial, check_places
 
-# The arguments of `generate`; every other setting of a job is an option of the preset.
-ARGUMENTS = frozenset(inspect.signature(generate).parameters)
+SIGNATURE = inspect.signature(generate)
 # What a job gives `generate` itself, so that no setting may be called like it.
-OWN_ARGUMENTS = ("model", "prompts", "canvas", "attention_mask", "request_ids", "on_step", "tokenizer", "options")
+OWN_ARGUMENTS = (
+    "model",
+    "prompts",
+    "canvas",
+    "attention_mask",
+    "request_ids",
+    "batch_size",
+    "on_step",
+    "cancel",
+    "tokenizer",
+)
 # How many lines are read at a time, and what an error calls the only row.
 _READ_TOGETHER = 256
 _ROW = re.compile(r"\b(prompts|canvas)\[0\]")
@@ -43,6 +55,7 @@ def run(
     restart: bool = False,
     overwrite: bool = False,
     wrap_prompt: Callable[[Any], Any] = lambda prompt: prompt,
+    cancel: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> int:
@@ -69,12 +82,15 @@ def run(
         restart: whether the results of a broken run are discarded.
         overwrite: whether an existing output is replaced.
         wrap_prompt: a function that is applied to every "prompt", as a chat template needs.
+        cancel: as for `generate`.
         progress: a function that is called with the number of finished lines and the number of all lines.
         warn: a function that is called with what is wrong with some of the lines, before anything is decoded.
     Raises:
         JobError: the output exists; or the partial file is of another run, of another process or no such file; or no
             line can be decoded, or with `strict` one cannot; or, once the output is complete, some lines have finish
             "error".
+        BatchTooLarge: a batch cannot fit the memory, before anything is decoded.
+        DecodeCancelled: `cancel` was set. The batches that are finished stay in the partial file.
         OSError: the disk refuses.
     """
     # 1. Check the job, and every line, before anything is written.
@@ -82,6 +98,8 @@ def run(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
     handle = handle_of(model)
+    if handle.max_rows is not None and batch_size > handle.max_rows:
+        raise JobError(f"--batch-size must be at most the model's max_rows={handle.max_rows}, got {batch_size}")
     settings = _settings(handle, settings)
     lines, rows = _checked(model, lines, settings, wrap_prompt)
     bad = [line for line in lines if line.problem is not None]
@@ -101,8 +119,13 @@ def run(
         progress(sum(done), len(lines))
 
         # 3. Decode the other lines. A batch holds prompts only or canvases only.
-        for batch in _batches(lines, done, batch_size):
-            results = _decode(model, batch, lines, rows, settings)
+        batches = list(_batches(lines, done, batch_size))
+        if batches:  # the largest is refused now, or never
+            largest = max(batches, key=lambda batch: len(batch) * max(len(rows[index]) for index in batch))
+            call = _read(model, _arguments_of(largest, lines, rows, settings))
+            open_batch(handle, call.batch.opened, call.preset, handle.diffusion, call.device)
+        for batch in batches:
+            results = _decode(model, batch, lines, rows, settings, cancel)
             partial.append((keys[index], result) for index, result in zip(batch, results))
             for index in batch:
                 done[index] = True
@@ -220,14 +243,26 @@ def _arguments(lines: Sequence[Line], settings: Mapping[str, Any], rows: Sequenc
     return {**arguments, "canvas": rows, "max_new_tokens": None}
 
 
+def _arguments_of(
+    batch: list[int], lines: Sequence[Line], rows: Sequence[Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `generate` for the lines of a batch."""
+    arguments = _arguments([lines[index] for index in batch], settings, [rows[index] for index in batch])
+    return {**arguments, "request_ids": batch}
+
+
 def _decode(
-    model: nn.Module, batch: list[int], lines: Sequence[Line], rows: Sequence[Any], settings: Mapping[str, Any]
+    model: nn.Module,
+    batch: list[int],
+    lines: Sequence[Line],
+    rows: Sequence[Any],
+    settings: Mapping[str, Any],
+    cancel: Any,
 ) -> list[dict[str, Any]]:
     """The results of a batch, in its order."""
-    arguments = _arguments([lines[index] for index in batch], settings, [rows[index] for index in batch])
     try:
-        output = generate(model, **arguments, request_ids=batch)
-    except DecodeOutOfMemory:
+        output = generate(model, **_arguments_of(batch, lines, rows, settings), cancel=cancel)
+    except (DecodeOutOfMemory, DecodeCancelled):
         raise
     except DecodeError as error:
         # The rows beside a failed row are good. A failed row's line says finish "error".
@@ -249,8 +284,10 @@ def _checked(
         if lines[indices[0]].kind == "prompt":
             inputs = [wrap_prompt(prompt) for prompt in inputs]
         arguments = _arguments([lines[index] for index in indices], settings, inputs)
-        for index, ids in zip(indices, _read(model, arguments)):
-            rows[index] = ids
+        batch = _read(model, arguments).batch
+        for index, canvas, length in zip(indices, batch.canvases, batch.prompt_lengths):
+            ids = canvas[:length] if lines[index].kind == "prompt" else canvas
+            rows[index] = ids.numpy().astype(np.int32)  # of many lines, so that they are kept small
 
     _read(model, {**settings, "prompts": []})  # what is wrong with the settings is no line's problem
 
@@ -267,38 +304,10 @@ def _checked(
     return checked, rows
 
 
-def _read(model: nn.Module, arguments: dict[str, Any]) -> list[Any]:
-    from .. import requests
-    from ..generate import check_greedy
-    from ..presets import resolve
-
-    handle = handle_of(model)
-    arguments = dict(arguments)
-    options = {name: arguments.pop(name) for name in list(arguments) if name not in ARGUMENTS}
-    chosen = resolve(arguments.pop("preset", None), handle.diffusion.visibility, options, arguments.pop("policy", None))
-    defaults = {
-        "prompts": None,
-        "canvas": None,
-        "max_new_tokens": None,
-        "min_new_tokens": 0,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "seed": 0,
-        "request_ids": None,
-        "stop_strings": (),
-        "banned_token_ids": (),
-        "eos_token_ids": None,
-    }
-    batch = requests.read(
-        handle.diffusion,
-        vocab_size=model.config.vocab_size,
-        max_positions=model.config.max_position_embeddings,
-        tokenizer=handle.tokenizer,
-        **{**defaults, **arguments},
-    )
-    check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
-    if arguments.get("canvas") is None:
-        requests.with_last_blocks(batch, chosen, handle.diffusion, model.config.max_position_embeddings)
-        return [canvas[:n].numpy().astype("int32") for canvas, n in zip(batch.canvases, batch.prompt_lengths)]
-    return [canvas.numpy().astype("int32") for canvas in batch.canvases]
+def _read(model: nn.Module, arguments: Mapping[str, Any]) -> Call:
+    """A call of `generate` with these arguments, which is not made."""
+    bound = SIGNATURE.bind(model, **arguments)
+    bound.apply_defaults()
+    values = {name: value for name, value in bound.arguments.items() if name not in ("on_step", "cancel", "batch_size")}
+    options = values.pop("options")
+    return read_call(**values, **options)

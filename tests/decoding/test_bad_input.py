@@ -218,7 +218,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "lone surrogate": lambda: "\ud800", "lone surrogates": lambda: ["\ud800"], "object": object, "class": lambda: dict,
     "function": lambda: lambda: 1, "ellipsis": lambda: ..., "set": lambda: {1, 2}, "frozenset": lambda: frozenset([3]),
     "generator": lambda: (x for x in [1, 2, 3]), "range": lambda: range(3), "tuple": lambda: (1, 2),
-    "0-D tensor": lambda: torch.tensor(3), "0-D float": lambda: torch.tensor(3.5), 
+    "0-D tensor": lambda: torch.tensor(3), "0-D float": lambda: torch.tensor(3.5),
     "2-D floats": lambda: torch.ones(2, 2),
     "2-D tensor": lambda: torch.ones(2, 2).long(), "3-D tensor": lambda: torch.ones(1, 1, 3).long(),
     "bool tensor": lambda: torch.ones(1, 3, dtype=torch.bool), "meta": lambda: torch.ones(1, 3, device="meta").long(),
