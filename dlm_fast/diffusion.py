@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .limits import whole
+from .limits import shown, whole
 
 VISIBILITIES = ("full", "block")
 ALIGNMENTS = ("abs", "rel", "both")
@@ -58,32 +58,32 @@ class DiffusionConfig:
             raise ValueError(f"DiffusionConfig: {rule}")
 
         if not _is_id(self.mask_token_id):
-            fail(f"mask_token_id must be an id >= 0, got mask_token_id={self.mask_token_id!r}")
+            fail(f"mask_token_id must be an id >= 0, got mask_token_id={shown(self.mask_token_id)}")
         if not isinstance(self.eos_token_ids, (list, tuple)) or not all(map(_is_id, self.eos_token_ids)):
-            fail(f"eos_token_ids must be a list of ids >= 0, got eos_token_ids={self.eos_token_ids!r}")
+            fail(f"eos_token_ids must be a list of ids >= 0, got eos_token_ids={shown(self.eos_token_ids)}")
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         if self.mask_token_id in self.eos_token_ids:
             fail(f"eos_token_ids must not hold the mask id, got eos_token_ids={self.eos_token_ids}")
         if self.visibility not in VISIBILITIES:
-            fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={self.visibility!r}")
+            fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={shown(self.visibility)}")
         if self.block_alignment not in ALIGNMENTS:
             fail(
-                f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={self.block_alignment!r}"
+                f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={shown(self.block_alignment)}"
             )
         if self.logits_row not in LOGITS_ROWS:
-            fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={self.logits_row!r}")
+            fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={shown(self.logits_row)}")
         whole("DiffusionConfig", "block_length", self.block_length, 1, none=True)
         if self.visibility == "block" and self.block_length is None:
             fail("visibility 'block' needs a block_length, got block_length=None")
         for name in ("prompt_isolated", "causal_prefix"):
             if not isinstance(getattr(self, name), bool):
-                fail(f"{name} must be true or false, got {name}={getattr(self, name)!r}")
+                fail(f"{name} must be true or false, got {name}={shown(getattr(self, name))}")
         if self.prompt_isolated and self.visibility != "full":
-            fail(f"prompt_isolated goes with visibility 'full', got visibility={self.visibility!r}")
+            fail(f"prompt_isolated goes with visibility 'full', got visibility={shown(self.visibility)}")
         if self.prompt_isolated and self.block_alignment != "rel":
-            fail(f"prompt_isolated goes with block_alignment 'rel', got block_alignment={self.block_alignment!r}")
+            fail(f"prompt_isolated goes with block_alignment 'rel', got block_alignment={shown(self.block_alignment)}")
         if self.causal_prefix and self.visibility != "block":
-            fail(f"causal_prefix goes with visibility 'block', got visibility={self.visibility!r}")
+            fail(f"causal_prefix goes with visibility 'block', got visibility={shown(self.visibility)}")
 
     @property
     def plain_mode(self) -> str:

@@ -1,6 +1,8 @@
 """Checkpoints as files: where they lie, which files are opened, and what their headers say.
 
-Only safetensors, JSON, chat templates and tokenizer files are ever read or fetched, and never code.
+Only safetensors, JSON, chat templates and tokenizer files are ever read or fetched, and never code. What is opened is a
+regular file or a link to one, which is what a local cache of the Hub consists of; a name in a file names a file of the
+same folder. Everything that is read whole has a largest size, which is compared before anything is read.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .limits import shown
+
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
 EMBEDDED = ("tiny-full", "tiny-isolated", "tiny-block")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -25,11 +31,78 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # What is fetched of a repository of the Hub besides its weights: configurations, chat templates, tokenizers. Folders in
 # it are not.
 FETCHED = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
+# The folder in which transformers looks for further chat templates.
+TEMPLATES = "additional_chat_templates"
+# The largest size of a tokenizer's file, of another file of text, and of the header of a file of weights; each is far
+# above that of any public checkpoint.
+MAX_TOKENIZER, MAX_TEXT, MAX_HEADER = 2**27, 2**25, 2**24
+# How deep the values of a JSON file may be nested; no public configuration has more than 6 levels.
+MAX_DEPTH = 64
+_SPECIAL = {
+    stat.S_IFIFO: "a fifo",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class CheckpointError(ValueError):
     """A folder or file cannot be opened as a checkpoint; the message names the file and the rule."""
+
+
+def kind_of(path: Path) -> str | None:
+    """What a path is, if it is neither a regular file nor a link to one; None if it is. Nothing is opened."""
+    try:
+        return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
+    except FileNotFoundError:
+        return "a link to nothing" if path.is_symlink() else "no file"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; a path that is too long for any file system is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a regular file; a path that is too long for any file system is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def check_files(folder: Path) -> None:
+    """Raises CheckpointError unless every file that may be read of a folder is a regular file or a link to one.
+
+    To open a fifo waits for who writes it, and a device may never end. Such an entry is refused under every name, since
+    the files of tokenizers have many names; a folder, or a link to nothing, is refused under a name that is read.
+    """
+    for entry in sorted(folder.iterdir()):
+        kind = kind_of(entry)
+        may_be = kind in (None, "no file")
+        if kind in ("a folder", "a link to nothing"):
+            may_be = not any(entry.match(pattern) for pattern in (*FETCHED, "*.safetensors"))
+        if not may_be:
+            raise CheckpointError(f"load: {entry.name} of {folder} must be a regular file, got {kind}")
+    if (folder / TEMPLATES).is_dir():
+        check_files(folder / TEMPLATES)
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError for anything else."""
+    kind = kind_of(path)
+    if kind is not None:
+        raise OSError(f"must be a regular file, got {kind}")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f"must have at most {limit} bytes, got {size}")
+        return file.read(limit)
 
 
 def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, argument: str = "path") -> Path:
@@ -44,19 +117,22 @@ def checkpoint_path(name_or_path: str | Path, revision: str | None = None, *, ar
     Raises:
         CheckpointError: there is neither such a folder nor such a repository, or it has no safetensors.
     """
-    if not isinstance(name_or_path, (str, Path)):
-        raise TypeError(f"load: {argument} must be a folder or an id of the Hub, got {argument}={name_or_path!r}")
+    if not isinstance(name_or_path, (str, Path)) or name_or_path == "":
+        raise TypeError(f"load: {argument} must be a folder or an id of the Hub, got {argument}={shown(name_or_path)}")
     if revision is not None and not isinstance(revision, str):
-        raise TypeError(f"load: revision must be a branch, tag or commit, or None, got revision={revision!r}")
+        raise TypeError(f"load: revision must be a branch, tag or commit, or None, got revision={shown(revision)}")
     path = Path(name_or_path)
     if str(name_or_path) in EMBEDDED and not path.exists():
         path = CHECKPOINTS / str(name_or_path)
-    if path.is_dir():
+    if is_folder(path):
         if revision is not None:
             raise CheckpointError(f"load: revision is for repositories of the Hub, got {revision!r} with {str(path)!r}")
+        check_files(path)
         return path
-    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) and not path.exists():
-        return _snapshot(name_or_path, revision, argument)
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) and not os.path.lexists(path):
+        path = _snapshot(name_or_path, revision, argument)
+        check_files(path)
+        return path
     raise CheckpointError(
         f"load: {argument} must be a checkpoint folder, an id of the Hub (owner/name) or one of "
         f"{', '.join(EMBEDDED)}, got {str(name_or_path)!r}"
@@ -129,7 +205,7 @@ def described(name_or_path: str | Path, revision: str | None = None) -> Iterator
     is its header, and behind the header a hole of the size of the weights.
     """
     of_the_hub = isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) is not None
-    if not of_the_hub or Path(name_or_path).exists():
+    if not of_the_hub or os.path.lexists(name_or_path):
         yield name_or_path, revision
         return
     path = _cached(name_or_path, revision)
@@ -181,14 +257,30 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The values of a JSON file that holds an object."""
+    """The values of a JSON file that holds an object, at most `MAX_DEPTH` levels deep."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_bytes(path).decode("utf-8"))
+        _check_depth(values)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"load: {path} is not readable JSON: {error}") from error
+        raise CheckpointError(f"load: {path} is not readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"load: {path} must hold a JSON object, got a {type(values).__name__}")
     return values
+
+
+def _check_depth(values: Any) -> None:
+    """Raises ValueError for values of a JSON file that are nested deeper than what reads them can recurse."""
+    level, depth = [values], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"values must be nested at most {MAX_DEPTH} levels deep, got more")
+        level = [
+            child
+            for value in level
+            if isinstance(value, (dict, list))
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+        depth += 1
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -200,7 +292,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"load: {path} is an adapter of {base!r} and no model; open the model with it, "
                 f"load({base or 'MODEL'!r}, adapter={str(path)!r})"
             )
-        raise CheckpointError(f"load: {path} has no config.json")
+        raise CheckpointError(f"load: {path} has no config.json, got a folder of {len(list(path.iterdir()))} entries")
     return read_json(path / "config.json")
 
 
@@ -211,13 +303,15 @@ def weight_files(path: Path) -> list[Path]:
     """
     single_file, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not names or any(Path(name).name != name for name in names):
-                raise ValueError("weight_map must name files of this folder")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"load: {index} is not a safetensors index: {error!r}") from error
-        return [path / name for name in sorted(names)]
+        named = read_json(index).get("weight_map")
+        names = list(named.values()) if isinstance(named, dict) else []
+        wrong = [name for name in names if not is_plain(name)]
+        if not names or wrong:
+            got = f"weight_map={named!r}" if not names else f"the name {wrong[0]!r}"
+            raise CheckpointError(
+                f"load: {index} is not a safetensors index: weight_map must name files of this folder, got {got[:200]}"
+            )
+        return [path / name for name in sorted(set(names))]
     if single_file.is_file():
         return [single_file]
     hint = ""
@@ -231,6 +325,11 @@ def weight_files(path: Path) -> list[Path]:
     elif pickles:
         hint = f"; it has {', '.join(pickles)}, and pickle checkpoints are never opened: convert them to safetensors"
     raise CheckpointError(f"load: {path} has no *.safetensors weights{hint}")
+
+
+def is_plain(name: Any) -> bool:
+    """Whether a value of a file is the name of an entry of the file's own folder, and no path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def check_one_set(path: Path) -> None:
@@ -265,14 +364,13 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
         try:
-            if not file.is_file():
-                raise FileNotFoundError("no such file")
+            _check_header(file)
             # Opening checks the header, and checks that the file is exactly as long as the header says.
             with safe_open(file, framework="pt") as weights:
                 slices = {name: weights.get_slice(name) for name in weights.keys()}
                 found = {name: Stored(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
         except (SafetensorError, OSError, RuntimeError) as error:  # a RuntimeError where memory cannot map the file
-            raise CheckpointError(f"load: {file} is not a readable safetensors file: {error}") from error
+            raise CheckpointError(f"load: {file} is not a readable safetensors file, got {error}") from error
         duplicates = sorted(found.keys() & tensors.keys())
         if duplicates:
             raise CheckpointError(
@@ -280,6 +378,17 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
             )
         tensors |= found
     return tensors
+
+
+def _check_header(file: Path) -> None:
+    """Raises OSError unless a file of weights is a regular file whose header has at most `MAX_HEADER` bytes."""
+    kind = kind_of(file)
+    if kind is not None:
+        raise OSError(kind)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > MAX_HEADER:
+        raise OSError(f"a header of {length} bytes, of which there may be {MAX_HEADER}")
 
 
 def stored_dtypes(files: list[Path]) -> dict[str, str]:

@@ -24,30 +24,48 @@ from .adapters import adapt, adapter_files, check_adapter
 from .diffusion import DiffusionConfig, check_vocabulary, given_fields
 from .files import (
     ADAPTER_CONFIG,
+    MAX_TOKENIZER,
     CheckpointError,
     Stored,
     check_one_set,
     checkpoint_path,
     generation_values,
+    is_plain,
     name_of,
     read_config,
+    read_json,
     stored_tensors,
     weight_files,
 )
+from .limits import flag, shown
 from .models.families import NATIVE, family_of
 from .models.family import Family, head_dim_of
 from .models.settings import Places, Settings, settle
 from .models.tensors import BUILDING, Account, Part, account_for, empty_model, slices
-from .ops import Ops, check_head_dims, choose
+from .ops import Ops, check_device, check_head_dims, choose
 from .patching import attach, check_limits
 from .presets import resolve
 
 # The dtypes that weights may have, by their names in safetensors.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The largest factor of the rotary base, far above those of LongLLaDA.
+MAX_ROPE_SCALE = 2**16
 # Names by which accelerate spreads a model.
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Methods whose code transformers may fetch from the Hub as a kernel.
-_FETCHING = ("fp8", "fbgemm_fp8", "mxfp4", "eetq", "metal")
+_FETCHING = ("fp8", "mxfp8", "fbgemm_fp8", "nvfp4", "mxfp4", "eetq", "metal", "gguf")
+# Files that transformers makes a tokenizer of, whatever its class.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+)
 # Lists of modules that a quantisation leaves as they are.
 _SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules", "modules_to_not_quantize")
 
@@ -88,6 +106,7 @@ def load_tokenizer(path: str | Path, family: Family | None = None) -> Any:
     path = checkpoint_path(path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return None
+    _check_tokenizer(path)
     # An empty configuration keeps transformers from reading config.json, whose model_type it may not know.
     kind, arguments = AutoTokenizer, {"config": PretrainedConfig()}
     if family is not None and family.tokenizer is not None:
@@ -95,7 +114,29 @@ def load_tokenizer(path: str | Path, family: Family | None = None) -> Any:
     try:
         return kind.from_pretrained(path, trust_remote_code=False, local_files_only=True, **arguments)
     except Exception as error:
-        raise CheckpointError(f"load: the tokenizer of {path} cannot be read: {error}") from error
+        raise CheckpointError(f"load: the tokenizer of {path} cannot be read, got {error!r}") from error
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Raises CheckpointError for a tokenizer that is too large to be read, or whose tokenizer_config.json names files
+    elsewhere, which transformers would open, or arguments that have no names."""
+    for file in (path / name for name in _TOKENIZERS):
+        if file.is_file() and file.stat().st_size > MAX_TOKENIZER:
+            raise CheckpointError(
+                f"load: {file.name} of {path} must have at most {MAX_TOKENIZER} bytes, got {file.stat().st_size}"
+            )
+    values = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    for name in ("gguf_file", "init_inputs"):
+        if values.get(name):
+            raise CheckpointError(
+                f"load: {name} of tokenizer_config.json must be absent, got {name}={values[name]!r} in {path}"
+            )
+    files = values.get("fast_tokenizer_files") or []
+    if not isinstance(files, list) or not all(map(is_plain, files)):
+        raise CheckpointError(
+            "load: fast_tokenizer_files of tokenizer_config.json must name files of the folder, got "
+            f"fast_tokenizer_files={files!r} in {path}"
+        )
 
 
 def _name_mask(tokenizer: Any, mask_id: int) -> None:
@@ -140,7 +181,9 @@ class Checkpoint:
             return empty_model(self.family.native, self.config)
         except Exception as error:
             kind = self.config.model_type
-            raise CheckpointError(f"load: {self.path / 'config.json'} describes no {kind} model: {error!r}") from error
+            raise CheckpointError(
+                f"load: {self.path / 'config.json'} describes no {kind} model: got {error!r}"
+            ) from error
 
     def account(self) -> Account:
         """Where each of its tensors goes in the native model."""
@@ -342,17 +385,19 @@ def load(
     """
     # 1. Check the arguments.
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
-        raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={rope_scale!r}")
+        raise ValueError(f"load: rope_scale must be a finite number >= 1, got rope_scale={shown(rope_scale)}")
+    if rope_scale > MAX_ROPE_SCALE:
+        raise ValueError(f"load: rope_scale must be at most {MAX_ROPE_SCALE}, got rope_scale={shown(rope_scale)}")
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(
             f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got "
             f"dtype={dtype!r}"
         )
-    _check_device("device", device)
+    check_device("load", "device", device)
     if device_map is not None and not isinstance(device_map, (str, Mapping)):
         raise TypeError(f"load: device_map must be a name, a mapping or None, got device_map={device_map!r}")
     if isinstance(device_map, str) and device_map not in _MAPS:
-        _check_device("device_map", device_map)
+        check_device("load", "device_map", device_map)
     if isinstance(device_map, Mapping) and not device_map:
         raise ValueError(f"load: device_map must name a device for every module, got device_map={device_map!r}")
     if quantization_config is not None and not hasattr(quantization_config, "quant_method"):
@@ -364,6 +409,8 @@ def load(
         raise ValueError(f"load: give device or device_map, got device={device!r} and device_map={device_map!r}")
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
+
+    flag("load", "merge_adapter", merge_adapter)
 
     # 2. Read what the files say, and find a place for every tensor.
     hints = name_of(adapter) if adapter else ""
@@ -421,19 +468,6 @@ def load(
     handle.settings = found.settings
     handle.max_positions, handle.max_rows = max_positions, max_rows
     return model
-
-
-def _check_device(name: str, device: Any) -> None:
-    """Raises ValueError unless an argument is a device that torch can use, or None."""
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"load: {name} must be a device that torch can use, got {name}={device!r}: {reason}"
-        ) from error
 
 
 def _dtype(found: Checkpoint, account: Account, dtype: torch.dtype | None) -> torch.dtype:

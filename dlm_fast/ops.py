@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 
 from dlm_kernels import cpu, reference
 from dlm_kernels.tiles import HEAD_DIMS
+
+from .limits import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,14 @@ class Ops:
     verify: Callable
     uniform_scores: Callable
     reason: str
+
+    def __post_init__(self) -> None:
+        for name in ("name", "reason"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"Ops: {name} must be a text, got {name}={shown(getattr(self, name))}")
+        for name in OP_NAMES:
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Ops: {name} must be a function, got {name}={shown(getattr(self, name))}")
 
 
 OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
@@ -86,6 +97,20 @@ def check_head_dims(ops: Ops, head_dims: Collection[int]) -> None:
             )
 
 
+def check_device(owner: str, name: str, device: Any) -> None:
+    """Raises ValueError unless an argument is a device that holds tensors, or None."""
+    if device is None:
+        return
+    try:
+        empty = torch.empty(0, device=device)
+        reason = "it holds no numbers" if empty.is_meta else None
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+    if reason is not None:
+        rule = "must be a device that torch can use"
+        raise ValueError(f"{owner}: {name} {rule}, got {name}={shown(device)}: {reason}")
+
+
 def choose(backend: str | Ops, device: torch.device | str) -> Ops:
     """The backend of a model on `device`. `explain` reports which backend was chosen and why.
 
@@ -120,4 +145,4 @@ def choose(backend: str | Ops, device: torch.device | str) -> Ops:
         return CPU
     if backend == "reference":
         return REFERENCE
-    raise ValueError(f"ops: backend must be one of {', '.join(BACKENDS)} or an Ops, got backend={backend!r}")
+    raise ValueError(f"ops: backend must be one of {', '.join(BACKENDS)} or an Ops, got backend={shown(backend)}")

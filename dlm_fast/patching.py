@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dlm_kernels import Window
 
 from .diffusion import DiffusionConfig, check_vocabulary
-from .limits import MAX_WHOLE, whole
+from .limits import MAX_WHOLE, shown, whole
 from .models import ADAPTERS, Adapter, adapter_for, twin
 from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
@@ -92,8 +92,10 @@ class PatchHandle:
     def checked_model(self) -> nn.Module:
         """The model that decodes, before a decode.
 
-        Raises RuntimeError where a twin would not compute what the model that it decodes now computes.
+        Raises RuntimeError where a twin would not compute what the model that it decodes now computes, and ValueError
+        for a model without numbers to compute with.
         """
+        check_placed("generate", self.model)
         if self.link is not None:
             self.link.check(self.model)
         return self.model
@@ -323,6 +325,21 @@ def plain_window(
     )
 
 
+def check_placed(owner: str, model: nn.Module) -> None:
+    """Raises ValueError unless the parameters of a model lie on one device, or where accelerate spread them."""
+    devices = {str(parameter.device): name for name, parameter in model.named_parameters()}
+    spread = hasattr(model, "hf_device_map")
+    if not devices:
+        raise ValueError(f"{owner}: model must have parameters, got a {type(model).__name__} without any")
+    if "meta" in devices and not spread:
+        raise ValueError(
+            f"{owner}: model must have its numbers, got {devices['meta']} on device 'meta', which has none"
+        )
+    if len(devices) > 1 and not spread:
+        got = ", ".join(f"{name} on {device}" for device, name in sorted(devices.items()))
+        raise ValueError(f"{owner}: model must be on one device, or spread by load(device_map=...), got {got}")
+
+
 def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> PatchHandle:
     """Patches `model`. `patch` and `load` differ only in `plain_mode`, by which plain forwards see."""
     adapter = adapter_for(model)
@@ -330,6 +347,7 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
         raise RuntimeError("patch: this model is already patched; unpatch it first")
     adapter.probe(type(model))
     adapter.verify(model)
+    check_placed("patch", model)
     if diffusion is not None:
         check_vocabulary(diffusion, model.config.vocab_size)
     ops = choose(backend, next(model.parameters()).device)
@@ -384,11 +402,15 @@ def patch(
         NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
             sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
         RuntimeError: the model is patched already.
-        TypeError: `diffusion` is of a wrong type.
-        ValueError: the vocabulary does not hold an id of the diffusion configuration; or nothing says which id the mask
+        TypeError: an argument is of a wrong type.
+        ValueError: the model's parameters are on several devices or on "meta"; the vocabulary does not hold an id of the diffusion configuration; or nothing says which id the mask
             is, or how the model sees; or the model's tensors are not those of its family; or the backend is "cpu" and
             the model is not on a CPU.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a model of transformers, got model={shown(model)}")
+    if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
+        raise TypeError(f"patch: tokenizer must be a transformers tokenizer or None, got tokenizer={shown(tokenizer)}")
     if not any(type(model) in adapter.CLASSES for adapter in ADAPTERS):
         values = twin.values_of(model)
         family = twin.family_for(model, values)
@@ -446,7 +468,7 @@ def handle_of(model: nn.Module) -> PatchHandle:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={model!r}"
+            f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={shown(model)}"
         )
     handle = model.__dict__.get(_ATTRIBUTE) or _HANDLES_OF_OWNERS.get(model)
     if handle is None:

@@ -71,5 +71,6 @@ def adapter_for(model: nn.Module) -> Adapter:
     elif hasattr(model, "_orig_mod"):
         hint = "; patch the model that was compiled (model._orig_mod), and compile it after that"
     raise NotImplementedError(
-        f"dlm_fast: unsupported model class {type(model).__name__}; supported are {supported}{hint}"
+        f"dlm_fast: unsupported model class {type(model).__name__}; supported are {supported}, got a "
+        f"{type(model).__name__}{hint}"
     )

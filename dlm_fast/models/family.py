@@ -13,6 +13,8 @@ from ..diffusion import DiffusionConfig
 from ..files import CheckpointError
 from .fields import Fields
 
+# The largest number of experts in all layers together, of which each has a name.
+MAX_EXPERTS = 2**17
 FACTS = tuple(field.name for field in dataclasses.fields(DiffusionConfig))
 
 
@@ -24,6 +26,30 @@ Cut = Callable[[Any], Iterable[tuple[str, int]]]
 def head_dim_of(config: Any) -> int:
     """The size of a head, by a native configuration."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_sizes(config: Any) -> None:
+    """Raises ValueError for heads that no attention has, and for more experts than a model can have a list of."""
+    heads, of_keys, size = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
+    if heads % of_keys:
+        raise ValueError(
+            f"config.json: num_key_value_heads must divide {heads} heads, got num_key_value_heads={of_keys}"
+        )
+    if size < 2 or size % 2:
+        raise ValueError(f"config.json: head_dim must be even, since positions turn pairs, got head_dim={size}")
+    experts = getattr(config, "num_experts", None) or getattr(config, "n_routed_experts", None) or 0
+    if experts * config.num_hidden_layers > MAX_EXPERTS:
+        raise ValueError(
+            f"config.json: num_experts must be at most {MAX_EXPERTS} in all layers together, got num_experts={experts} "
+            f"in each of {config.num_hidden_layers}"
+        )
+
+
+def said_by(error: Exception) -> str:
+    """An error about config.json as a part of another one: a named one as it is, any other one of transformers with its
+    class."""
+    text = str(error)
+    return text.removeprefix("config.json: ") if text.startswith("config.json: ") else f"got {error!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +135,15 @@ class Family:
         """
         fields = Fields(self.name, self.native, values)
         try:
+            fields.check()
             arguments = self.build(fields)
             config = self.native.config_class(**arguments)
+            check_sizes(config)
         except (CheckpointError, NotImplementedError):
             raise
         except Exception as error:
             raise CheckpointError(
-                f"load: config.json describes no {self.native.config_class.model_type} model: {error!r}"
+                f"load: config.json describes no {self.native.config_class.model_type} model: {said_by(error)}"
             ) from error
         facts = {*FACTS, *(name for names in self.fields.values() for name in names)}
         return config, [name for name in fields.unread() if name not in facts]

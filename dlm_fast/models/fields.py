@@ -5,12 +5,15 @@ A builder takes what the native class can express, and refuses by name what the 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from ..files import CheckpointError
+from ..limits import flag, number, whole
 
 # Fields that every configuration of transformers has, of which these are the model's own.
 _OWN = (
@@ -44,6 +47,44 @@ _NO_MODEL = frozenset(
     }
 )
 
+# Fields that are sizes or counts, by patterns of their names, native or published, and the largest number that each may
+# be. A model is built without storage before its tensors are looked for, and what is built must fit into memory and
+# time: a layer takes milliseconds. The numbers are far above those of any public model.
+_SIZES = (
+    (r"(num_hidden|n)_layers", 1, 1024),
+    (r"(num_attention|num_key_value|n|n_kv)_heads", 1, 2**16),
+    (r"hidden_size|d_model|(.+_)?(intermediate|hidden)_size|head_dim", 0, 2**20),
+    (r"num_experts|n_routed_experts|num_experts_per_tok", 0, 2**12),
+    (r"n_shared_experts|num_shared_experts|n_group|topk_group|first_k_dense_replace", 0, 2**12),
+    (r"vocab_size|embedding_size", 1, 2**24),
+    (r"max_position_embeddings|max_sequence_length", 1, 2**31 - 1),
+    (r"decoder_sparse_step|block_group_size", 1, 2**12),
+)
+_POSITIVE = ("rms_norm_eps", "rope_theta", "mlp_ratio", "routed_scaling_factor", "partial_rotary_factor")
+_NUMBERS = (*_POSITIVE, "initializer_range", "attention_dropout", "rotary_dim")
+# Entries of the rotary fields that are numbers.
+_ROTARY_NUMBERS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "high_freq_factor",
+    "low_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_theta",
+)
+_FLAGS = (
+    "attention_bias",
+    "bias",
+    "mlp_bias",
+    "multi_query_attention",
+    "norm_topk_prob",
+    "tie_word_embeddings",
+    "use_qkv_bias",
+    "weight_tying",
+)
+
 
 class Fields:
     """The values of a config.json while a builder reads them; null counts as absent.
@@ -61,6 +102,19 @@ class Fields:
         self.values = values
         self.read: set[str] = set()
 
+    def check(self) -> None:
+        """Raises ValueError for a size, a number or a switch that none can be, whichever of them the family reads."""
+        for name, value in self.values.items():
+            bounds = next(((low, high) for names, low, high in _SIZES if re.fullmatch(names, name)), None)
+            if bounds is not None:
+                whole("config.json", name, value, *bounds, none=True)
+            if name in _NUMBERS:
+                number("config.json", name, value, 0, none=True)
+            if name in _POSITIVE and value == 0:
+                raise ValueError(f"config.json: {name} must be above 0, got {name}=0")
+            if name in _FLAGS and value is not None:
+                flag("config.json", name, value)
+
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a field, `default` where it is absent or null."""
         self.read.add(name)
@@ -71,7 +125,7 @@ class Fields:
         """The value of a field. Raises CheckpointError where it is absent or null."""
         value = self.get(name)
         if value is None:
-            raise CheckpointError(f"load: config.json of a {self.family} model must have the field {name}")
+            raise CheckpointError(f"load: config.json of a {self.family} model must have the field {name}, got none")
         return value
 
     def refuse(self, name: str, *allowed: Any, why: str = "") -> None:
@@ -115,6 +169,8 @@ def by_name(fields: Fields) -> dict[str, Any]:
 def rotary(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
     """The rotary fields in transformers' one object, from it or from the older rope_theta and rope_scaling."""
     given = fields.get("rope_parameters", {})
+    for name in ("rope_parameters", "rope_scaling"):
+        _check_rotary(name, fields.get(name) or {})
     if any(isinstance(value, Mapping) for value in given.values()):
         fields.refuse("rope_parameters", why="which has positions of its own for every kind of layer")
     scaling = dict(fields.get("rope_scaling") or {})
@@ -122,6 +178,19 @@ def rotary(fields: Fields, theta: float = 10_000.0) -> dict[str, Any]:
         scaling.setdefault("rope_type", scaling.pop("type"))
     default = {"rope_type": "default", "rope_theta": fields.get("rope_theta", theta)}
     return {"rope_parameters": {**default, **scaling, **given}}
+
+
+def _check_rotary(name: str, values: Any) -> None:
+    """Raises ValueError unless a rotary field of config.json is an object of numbers and names."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config.json: {name} must be an object, got {name}={values!r}")
+    for key, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
+            if is_number and not (math.isfinite(one) and 0 <= one <= 1e18):
+                raise ValueError(f"config.json: {name}.{key} must be a finite number >= 0, got {key}={one!r}")
+            if not is_number and key in _ROTARY_NUMBERS and one is not None:
+                raise ValueError(f"config.json: {name}.{key} must be a number, got {key}={one!r}")
 
 
 def llama_of_llada(fields: Fields) -> dict[str, Any]:

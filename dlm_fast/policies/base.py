@@ -84,6 +84,10 @@ class Function(Policy):
     function: Callable[[View, Choice], Any]
     outputs: ClassVar[tuple[str, ...]] = ("margin", "gap", "entropy")
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"policy Function: function must be a function, got function={shown(self.function)}")
+
     def choose(self, view: View, choice: Choice) -> Choice:
         result = self.function(view, choice)
         if isinstance(result, Choice):

@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..files import CHECKPOINTS, PICKLES, CheckpointError
+from ..files import CHECKPOINTS, PICKLES, CheckpointError, is_file, read_bytes
+from ..limits import shown
+from ..ops import check_device
 
 HEADS = CHECKPOINTS / "heads"
 SUFFIX = ".safetensors"
 # The facts in the metadata of a head's file, all of them as text.
 FIELDS = ("kind", "block_length", "width", "accept_threshold", "trained_on", "seed", "step")
 MAX_SIZE = 4096  # of a head's block and of its hidden layer
+MAX_BYTES = 2**30  # of a head's file; the largest head has some 900 MB
 
 
 def tree_sum(x: Tensor, dim: int = -1) -> Tensor:
@@ -201,24 +204,27 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
         CheckpointError: there is no such head; the file is not a head's, or is of an unknown kind; tensors are missing,
             unknown, of another shape or dtype, or not finite.
     """
-    # 1. Find the file.
+    # 1. Check the arguments, and find the file.
+    known = f"a *{SUFFIX} file or one of {', '.join(shipped()) or 'none is shipped'}"
+    if not isinstance(name_or_path, (str, Path)):
+        raise TypeError(f"load_head: head must be {known}, got name_or_path={shown(name_or_path)}")
+    check_device("load_head", "device", device)
     path = Path(name_or_path)
-    if str(name_or_path) in shipped() and not path.is_file():
+    if str(name_or_path) in shipped() and not is_file(path):
         path = HEADS / f"{name_or_path}{SUFFIX}"
-    if not path.is_file():
-        known = ", ".join(shipped()) or "none is shipped"
-        raise CheckpointError(f"load_head: head must be a *{SUFFIX} file or one of {known}, got {str(name_or_path)!r}")
+    if not is_file(path):
+        raise CheckpointError(f"load_head: head must be {known}, got {str(name_or_path)!r}")
     if path.suffix in PICKLES:
         raise CheckpointError(f"load_head: {path} is a pickle file, which is never opened; heads are {SUFFIX} files")
 
     # 2. Read the file, once, so that metadata and tensors are those of one file.
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_BYTES)
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"load_head: {path} is not a readable safetensors file: {error}") from error
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"load_head: {path} is not a readable safetensors file, got {error}") from error
 
     # 3. Build the head that the metadata describe, and check the tensors.
     head = _head_of(path, metadata)
@@ -240,8 +246,9 @@ def load_head(name_or_path: str | Path, device: torch.device | str | None = None
     return head.to(device).eval().requires_grad_(False)
 
 
-def _head_of(path: Path, metadata: dict[str, str]) -> Head:
+def _head_of(path: Path, metadata: dict[str, str] | None) -> Head:
     """An untrained head of the kind and sizes that a file's metadata names."""
+    metadata = metadata or {}
     if set(metadata) != set(FIELDS):
         got = ", ".join(sorted(metadata)) or "none"
         raise CheckpointError(f"load_head: metadata of {path} must be {', '.join(FIELDS)}, got {got}")
@@ -259,7 +266,7 @@ def _head_of(path: Path, metadata: dict[str, str]) -> Head:
     ):
         try:
             facts[name] = kind(metadata[name])
-        except ValueError:
+        except (ValueError, OverflowError):
             facts[name] = math.nan
         if not low <= facts[name] <= high:
             rule = f"must be {kind.__name__} in [{low}, {high}]"

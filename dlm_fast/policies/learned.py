@@ -35,33 +35,32 @@ class _Learned(Policy):
     head: Callable[..., Tensor] | str | Path | None = None
     accept_threshold: float | None = None
     lane_fields: ClassVar[tuple[str, ...]] = ()
+    signature: ClassVar[str] = ""  # the arguments and the result of the head, for errors
 
     def __post_init__(self) -> None:
-        number(f"policy {type(self).__name__}", "accept_threshold", self.accept_threshold, 0, 1, none=True)
+        owner = f"policy {type(self).__name__}"
+        if not (self.head is None or isinstance(self.head, (str, Path)) or callable(self.head)):
+            raise TypeError(
+                f"{owner}: head must be a name, a file or callable{self.signature}, got head={shown(self.head)}"
+            )
+        number(owner, "accept_threshold", self.accept_threshold, 0, 1, none=True)
 
-    def _opened(
-        self, setting: Setting, state: RowState, kind: str, called: str, signature: str, published: float
-    ) -> Memory:
+    def _opened(self, setting: Setting, state: RowState, kind: str, called: str, published: float) -> Memory:
         """The head and its threshold, as a decode keeps them.
 
         Raises an error before anything is decoded if the head does not fit the decoder. `kind` is the kind of head that
-        the policy reads, `called` and `signature` describe the head in errors, and `published` is the threshold of a
-        function.
+        the policy reads, `called` names the head in errors, and `published` is the threshold of a function.
         """
         name, head = f"preset {setting.preset_name}", self.head
         if head is None:
             raise ValueError(
-                f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{signature}"
+                f"generate: {name} needs a trained {called}, pass head=a name, a file or callable{self.signature}"
             )
         if isinstance(head, (str, Path)):
             head = load_head(head, device=state.tokens.device)
         if setting.block_length > MAX_SIZE:
             rule = f"a head reads a block of at most {MAX_SIZE} positions"
             raise ValueError(f"generate: {name}: {rule}, got block_length={setting.block_length}")
-        if not callable(head):
-            raise TypeError(
-                f"generate: {name}: head must be a name, a file or callable{signature}, got head={shown(head)}"
-            )
         if isinstance(head, Head):
             device = next(head.parameters()).device
             facts = {
@@ -116,14 +115,14 @@ class LearnedFilter(_Learned):
     """
 
     eotp: bool = False
+    signature: ClassVar[str] = "(confidence [B, block_length]) -> [B, block_length]"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         flag("policy LearnedFilter", "eotp", self.eotp)
 
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        signature = "(confidence [B, block_length]) -> [B, block_length]"
-        return self._opened(setting, state, "filter", "filter", signature, published=0.96)
+        return self._opened(setting, state, "filter", "filter", published=0.96)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         confidence = of_block(view, torch.where(view.eligible, view.confidence, view.zero))
@@ -155,9 +154,12 @@ class LearnedCommit(_Learned):
     reinforcement; the heads of this package are trained on targets (`python -m dlm_fast.training policy`).
     """
 
+    signature: ClassVar[str] = (
+        "(confidence [B, block_length], eligible [B, block_length], time [B]) -> [B, block_length]"
+    )
+
     def memory(self, setting: Setting, state: RowState) -> Memory:
-        signature = "(confidence [B, block_length], eligible [B, block_length], time [B]) -> [B, block_length]"
-        return self._opened(setting, state, "commit", "policy", signature, published=0.5)
+        return self._opened(setting, state, "commit", "policy", published=0.5)
 
     def choose(self, view: View, choice: Choice) -> Choice:
         confidence = of_block(view, torch.where(view.eligible, view.confidence, view.zero))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..limits import shown
 from ..policies import as_policies
 from .options import unread
 from .preset import FIELDS, Preset
@@ -41,6 +42,7 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
     Raises:
         ValueError: the preset or an option is unknown, an option is not read by the decoder (`presets/options.py`), a
             combination makes no sense, or the preset's visibility is not the model's.
+        TypeError: `preset` or `policy` is of a wrong type.
         NotImplementedError: the preset is for a model family that is not here yet.
     """
     # 1. Find the preset.
@@ -50,6 +52,8 @@ def resolve(preset: str | Preset | None, visibility: str, overrides: dict[str, A
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got preset={preset!r}")
         preset = PRESETS[preset]
+    if not isinstance(preset, Preset):
+        raise TypeError(f"preset must be a name of dlm_fast.PRESETS, a Preset or None, got preset={shown(preset)}")
 
     # 2. Check that every option is known, and that the preset fits the model.
     preset_policies = as_policies(overrides["policies"], "policies") if "policies" in overrides else preset.policies

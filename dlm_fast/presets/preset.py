@@ -300,6 +300,7 @@ class Preset:
         """
         own = {name: value for name, value in options.items() if name in FIELDS}
         policies, before = [], own.pop("policies", self.policies)
+        _check_tuple(self.name, before)
         known = {*FIELDS, *(field.name for policy in before for field in dataclasses.fields(policy))}
         unknown = sorted(set(options) - known)
         if unknown:
@@ -328,6 +329,9 @@ def check(preset: Preset) -> None:
         raise ValueError(f"preset {preset.name}: {rule}")
 
     p = preset
+    for name in ("name", "source", "exactness", "needs"):
+        if not isinstance(getattr(p, name), str):
+            raise TypeError(f"preset {shown(p.name)}: {name} must be a text, got {name}={shown(getattr(p, name))}")
     known = {
         "visibility": VISIBILITIES,
         "schedule": SCHEDULES,
@@ -367,11 +371,16 @@ def check(preset: Preset) -> None:
     for field in dataclasses.fields(p):
         if field.type == "bool":
             flag(owner, field.name, getattr(p, field.name))
-    if not isinstance(p.policies, tuple) or not all(isinstance(policy, Policy) for policy in p.policies):
-        raise TypeError(f"{owner}: policies must be a tuple of Policy, got policies={p.policies!r}")
+    _check_tuple(p.name, p.policies)
     _check_caches(p, fail)
     _check_rules(p, fail)
     _check_policies(p, fail)
+
+
+def _check_tuple(name: str, policies: Any) -> None:
+    """Raises TypeError unless the policies of a preset are a tuple of policies."""
+    if not isinstance(policies, tuple) or not all(isinstance(policy, Policy) for policy in policies):
+        raise TypeError(f"preset {name}: policies must be a tuple of Policy, got policies={shown(policies)}")
 
 
 def _check_caches(p: Preset, fail: Any) -> None:

@@ -22,7 +22,7 @@ import published
 import pytest
 import remote_models
 import torch
-from helpers import native_model
+from helpers import native_model, toy_tokenizer
 from torch import Tensor, nn
 
 import dlm_fast
@@ -628,6 +628,6 @@ def test_families_that_do_not_open_say_why_and_unknown_classes_are_refused(owner
 
 
 def test_a_tokenizer_may_be_given_with_a_native_model():
-    model, tokenizer = native_model(), object()
+    model, tokenizer = native_model(), toy_tokenizer()
     with dlm_fast.patch(model, tokenizer=tokenizer, backend="reference") as handle:
         assert handle.tokenizer is tokenizer and handle.link is None and dlm_fast.explain(model)["twin"] is None
