@@ -22,7 +22,9 @@ from .files import (
     ADAPTER_WEIGHTS,
     CheckpointError,
     Stored,
+    check_files,
     checkpoint_path,
+    is_folder,
     read_json,
     stored_tensors,
 )
@@ -117,13 +119,14 @@ def _matching(modules: Mapping[str, list[str]], pattern: str) -> list[str]:
 def adapter_folder(adapter: str | Path) -> Path:
     """The folder of an adapter, which has its configuration and its weights."""
     path = Path(adapter)
-    if not path.is_dir():
+    if not is_folder(path):
         try:
             path = checkpoint_path(adapter, argument="adapter")
         except CheckpointError as error:
             if "/" not in str(adapter) or path.is_absolute():
                 raise _not_there(adapter, ADAPTER_CONFIG) from error
             raise
+    check_files(path)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (path / name).is_file():
             raise _not_there(adapter, name)
@@ -286,4 +289,4 @@ def adapt(model: nn.Module, lora: Lora, *, merge: bool) -> nn.Module:
         kept.save_pretrained = _not_saved
         return kept
     except Exception as error:
-        raise CheckpointError(f"load: the adapter of {lora.path} cannot be merged: {error}") from error
+        raise CheckpointError(f"load: the adapter of {lora.path} cannot be merged, got {error!r}") from error

@@ -68,7 +68,8 @@ class DiffusionConfig:
             fail(f"visibility must be one of {', '.join(VISIBILITIES)}, got visibility={shown(self.visibility)}")
         if self.block_alignment not in ALIGNMENTS:
             fail(
-                f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got block_alignment={shown(self.block_alignment)}"
+                f"block_alignment must be one of {', '.join(ALIGNMENTS)}, got "
+                f"block_alignment={shown(self.block_alignment)}"
             )
         if self.logits_row not in LOGITS_ROWS:
             fail(f"logits_row must be one of {', '.join(LOGITS_ROWS)}, got logits_row={shown(self.logits_row)}")

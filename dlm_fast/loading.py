@@ -57,7 +57,6 @@ _FETCHING = ("fp8", "mxfp8", "fbgemm_fp8", "nvfp4", "mxfp4", "eetq", "metal", "g
 # Files that transformers makes a tokenizer of, whatever its class.
 _TOKENIZERS = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",

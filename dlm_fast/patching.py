@@ -403,9 +403,9 @@ def patch(
             sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
         RuntimeError: the model is patched already.
         TypeError: an argument is of a wrong type.
-        ValueError: the model's parameters are on several devices or on "meta"; the vocabulary does not hold an id of the diffusion configuration; or nothing says which id the mask
-            is, or how the model sees; or the model's tensors are not those of its family; or the backend is "cpu" and
-            the model is not on a CPU.
+        ValueError: the model's parameters are on several devices or on "meta"; the vocabulary does not hold an id of
+            the diffusion configuration; or nothing says which id the mask is, or how the model sees; or the model's
+            tensors are not those of its family; or the backend is "cpu" and the model is not on a CPU.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a model of transformers, got model={shown(model)}")
@@ -468,7 +468,8 @@ def handle_of(model: nn.Module) -> PatchHandle:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got model={shown(model)}"
+            "dlm_fast: model must be a model from dlm_fast.load, or patched by dlm_fast.patch, got "
+            f"model={shown(model)}"
         )
     handle = model.__dict__.get(_ATTRIBUTE) or _HANDLES_OF_OWNERS.get(model)
     if handle is None:

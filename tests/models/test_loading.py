@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 
+import network
 import pytest
 import torch
 from helpers import EOS, MASK, native_model, random_prompts, save_toy_checkpoint
@@ -225,14 +225,11 @@ CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('')\n
 
 
 @pytest.fixture
-def no_network(monkeypatch):
-    """Whatever opens a connection or looks up a name fails the test."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError(f"the network was asked: {args}")
-
-    for name in ("socket", "create_connection", "getaddrinfo", "gethostbyname", "socketpair"):
-        monkeypatch.setattr(socket, name, refuse)
+def no_network():
+    """Whatever asks the network fails the test, also where somebody catches the error."""
+    with network.refused() as asked:
+        yield
+    assert asked == []
 
 
 def test_code_beside_the_weights_of_a_known_model_is_never_imported(folder, no_network):
