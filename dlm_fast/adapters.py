@@ -28,11 +28,14 @@ from .files import (
     read_json,
     stored_tensors,
 )
+from .limits import shown
 from .models.family import Family
 
 _PREFIX = "base_model.model."
 # Fields of adapter_config.json whose keys are names of modules.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+# Its fields that name modules: a list of names or of ends of names, one pattern, or an object whose keys are patterns.
+_NAMING = {"target_modules": (list, str), "modules_to_save": list, **dict.fromkeys(_PATTERNS, dict)}
 
 
 class Lora(NamedTuple):
@@ -69,7 +72,7 @@ def adapter_files(adapter: str | Path, family: Family, config: Any, base: Iterab
         raise CheckpointError(
             f"load: the adapter of {path} must be stored as {', '.join(floats)}, got {', '.join(wrong[:4])}"
         )
-    values, tensors, targets = read_json(path / ADAPTER_CONFIG), {}, set()
+    values, tensors, targets = adapter_values(path), {}, set()
     with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as file:
         for name in file.keys():
             for native, tensor in _native(name, file.get_tensor(name), family, config):
@@ -114,6 +117,23 @@ def _matching(modules: Mapping[str, list[str]], pattern: str) -> list[str]:
         for native in natives
         if re.fullmatch(pattern, published) or re.fullmatch(pattern, native)
     ]
+
+
+def adapter_values(path: Path) -> dict[str, Any]:
+    """The values of an adapter's configuration. Raises CheckpointError for names of modules that are none."""
+    values = read_json(path / ADAPTER_CONFIG)
+    for key, kind in _NAMING.items():
+        named = values.get(key)
+        try:
+            if named is not None and not isinstance(named, kind):
+                raise TypeError(f"it is no {kind}")
+            for name in [named] if isinstance(named, str) else named or []:
+                re.compile(name)
+        except (TypeError, re.error, RecursionError) as error:
+            raise CheckpointError(
+                f"load: {key} of {path / ADAPTER_CONFIG} must hold names of modules, got {key}={shown(named)}"
+            ) from error
+    return values
 
 
 def adapter_folder(adapter: str | Path) -> Path:
@@ -162,7 +182,7 @@ def account_for_adapter(
     model: the native model, which may be without storage.
     """
     path = adapter_folder(adapter)
-    values, stored = read_json(path / ADAPTER_CONFIG), stored_tensors([path / ADAPTER_WEIGHTS])
+    values, stored = adapter_values(path), stored_tensors([path / ADAPTER_WEIGHTS])
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     targets: set[str] = set()
     found: set[str] = set()

@@ -100,14 +100,18 @@ class DiffusionConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> DiffusionConfig:
         """The configuration in the `dlm` section of a config.json. An unknown key raises ValueError."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"DiffusionConfig: the section must be an object of names and values, got {values!r}")
+            raise ValueError(
+                f"DiffusionConfig: the section must be an object of names and values, got dlm={shown(values)}"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = set(values) - known
         if unknown:
-            raise ValueError(f"DiffusionConfig: unknown keys {sorted(unknown)}; known are {sorted(known)}")
+            raise ValueError(
+                f"DiffusionConfig: unknown keys {sorted(unknown)}; known are {sorted(known)}, got {sorted(values)}"
+            )
         missing = {"mask_token_id", "eos_token_ids", "visibility"} - set(values)
         if missing:
-            raise ValueError(f"DiffusionConfig: missing keys {sorted(missing)}")
+            raise ValueError(f"DiffusionConfig: missing keys {sorted(missing)}, got {sorted(values)}")
         return cls(**{name: values[name] for name in known if name in values})
 
 
@@ -122,7 +126,8 @@ def given_fields(diffusion: Any) -> dict[str, Any]:
         return dataclasses.asdict(diffusion)
     if not isinstance(diffusion, Mapping):
         raise TypeError(
-            f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got diffusion={diffusion!r}"
+            f"load: diffusion must be a DiffusionConfig, a mapping of its fields or None, got "
+            f"diffusion={shown(diffusion)}"
         )
     known = [field.name for field in dataclasses.fields(DiffusionConfig)]
     unknown = sorted(set(diffusion) - set(known))

@@ -292,7 +292,7 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"load: {path} is an adapter of {base!r} and no model; open the model with it, "
                 f"load({base or 'MODEL'!r}, adapter={str(path)!r})"
             )
-        raise CheckpointError(f"load: {path} has no config.json, got a folder of {len(list(path.iterdir()))} entries")
+        raise CheckpointError(f"load: {path} has no config.json")
     return read_json(path / "config.json")
 
 
@@ -327,9 +327,14 @@ def weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"load: {path} has no *.safetensors weights{hint}")
 
 
+def is_path(value: Any) -> bool:
+    """Whether a value is a text that can name a file."""
+    return isinstance(value, str) and value != "" and value.encode(errors="ignore").decode() == value
+
+
 def is_plain(name: Any) -> bool:
     """Whether a value of a file is the name of an entry of the file's own folder, and no path that leads elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return is_path(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def check_one_set(path: Path) -> None:

@@ -19,6 +19,7 @@ from .adapters import account_for_adapter
 from .diffusion import DiffusionConfig
 from .files import ADAPTER_CONFIG, CheckpointError, described, name_of
 from .generate import check_greedy
+from .limits import shown
 from .loading import FLOATS, Checkpoint, float_dtype, float_kinds, open_checkpoint
 from .models.family import FACTS, Decoder, head_dim_of
 from .models.tensors import Account, empty_model
@@ -60,9 +61,11 @@ def inspect_checkpoint(
             would say.
     """
     if dtype is not None and dtype not in FLOATS.values():
-        raise TypeError(f"inspect: dtype must be None (as stored) or a float of 16, 32 or 64 bits, got dtype={dtype!r}")
+        raise TypeError(
+            f"inspect: dtype must be None (as stored) or a float of 16, 32 or 64 bits, got dtype={shown(dtype)}"
+        )
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
-        raise TypeError(f"inspect: adapter must be a folder, False or None, got adapter={adapter!r}")
+        raise TypeError(f"inspect: adapter must be a folder, False or None, got adapter={shown(adapter)}")
     hints = name_of(adapter) if adapter else ""
     with described(path_or_id, revision) as (source, at):
         found = open_checkpoint(source, revision=at, diffusion=diffusion, hints=hints)
@@ -136,7 +139,7 @@ def _settings(found: Checkpoint) -> dict[str, dict[str, Any]]:
 
 def _text(tokenizer: Any, token: int | None) -> str | None:
     """The token of an id; None where the tokenizer has no such id."""
-    if tokenizer is None or token is None or token >= len(tokenizer):
+    if tokenizer is None or token is None or not 0 <= token < len(tokenizer):
         return None
     return tokenizer.convert_ids_to_tokens(token)
 

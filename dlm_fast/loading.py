@@ -2,6 +2,11 @@
 
 Only safetensors are opened and only transformers' own classes are built: what a checkpoint is called and how its
 tensors are named is a row of `models.families`. No remote code runs.
+
+Files are not trusted. A configuration is built from the fields that a family reads, so that no name of a kernel in
+config.json reaches transformers, which would fetch the kernel from the Hub and run it. Files are opened as `files`
+says, and the sizes in config.json are bounded before anything is built. One thing has no bound: a chat template is a
+program, which jinja's sandbox keeps from everything but time and memory.
 """
 
 from __future__ import annotations
@@ -375,7 +380,7 @@ def load(
     Raises:
         ValueError: rope_scale is below 1 or would compound; an id is outside the vocabulary, or the mask is not the
             tokenizer's; two arguments contradict each other, backend "cpu" and another device among them.
-        TypeError: dtype, diffusion or adapter is of a wrong type.
+        TypeError: an argument is of a wrong type.
         CheckpointError: there is no such folder or repository; there are no safetensors, or pickle weights only; a file
             is corrupted; tensors are missing, unexpected or of a wrong shape; config.json describes no model; nothing
             says which id the mask is, or how the model sees; an adapter was not asked for, or does not fit.
@@ -390,11 +395,11 @@ def load(
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(
             f"load: dtype must be None (as stored) or one of {', '.join(map(str, FLOATS.values()))}, got "
-            f"dtype={dtype!r}"
+            f"dtype={shown(dtype)}"
         )
     check_device("load", "device", device)
     if device_map is not None and not isinstance(device_map, (str, Mapping)):
-        raise TypeError(f"load: device_map must be a name, a mapping or None, got device_map={device_map!r}")
+        raise TypeError(f"load: device_map must be a name, a mapping or None, got device_map={shown(device_map)}")
     if isinstance(device_map, str) and device_map not in _MAPS:
         check_device("load", "device_map", device_map)
     if isinstance(device_map, Mapping) and not device_map:
@@ -402,12 +407,12 @@ def load(
     if quantization_config is not None and not hasattr(quantization_config, "quant_method"):
         raise TypeError(
             "load: quantization_config must be one of transformers, such as BitsAndBytesConfig, got "
-            f"quantization_config={quantization_config!r}"
+            f"quantization_config={shown(quantization_config)}"
         )
     if device is not None and device_map is not None:
         raise ValueError(f"load: give device or device_map, got device={device!r} and device_map={device_map!r}")
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
-        raise TypeError(f"load: adapter must be a folder, False or None, got adapter={adapter!r}")
+        raise TypeError(f"load: adapter must be a folder, False or None, got adapter={shown(adapter)}")
 
     flag("load", "merge_adapter", merge_adapter)
 
@@ -530,7 +535,7 @@ def _build(
     if compared and head is not embedding and not torch.equal(head.to(embedding.device), embedding):
         raise CheckpointError(
             f"load: config.json of {found.path} ties the head to the embedding (tie_word_embeddings), and the stored "
-            "head is another one"
+            "head is another one, got two tensors"
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
@@ -544,7 +549,9 @@ def _build(
         try:
             model.generation_config = GenerationConfig.from_pretrained(found.path, local_files_only=True)
         except Exception as error:
-            raise CheckpointError(f"load: {found.path / 'generation_config.json'} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"load: {found.path / 'generation_config.json'} cannot be read, got {error!r}"
+            ) from error
     model.generation_config.eos_token_id = list(found.settings.diffusion.eos_token_ids) or None
     model.generation_config.pad_token_id = found.settings.pad_token_id
     return model

@@ -23,14 +23,21 @@ from transformers import (
 )
 
 from ..files import CheckpointError
+from ..limits import shown
 from .family import Decoder, Family, head_dim_of
 from .fields import by_name, glm4_moe_of_llada2, llama_of_llada, llama_of_pangu, qwen3_moe_of_llada
+
+
+def architectures(values: Mapping[str, Any]) -> list[str]:
+    """The names of classes in a config.json; what is no list of them says nothing."""
+    named = values.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def _says(values: Mapping[str, Any], pattern: str) -> bool:
     """Whether the architectures or the remote code of a config.json have a name with `pattern`."""
     remote = values.get("auto_map")
-    named = [*(values.get("architectures") or ()), *(remote.values() if isinstance(remote, Mapping) else ())]
+    named = [*architectures(values), *(remote.values() if isinstance(remote, Mapping) else ())]
     return any(re.search(pattern, str(name)) for name in named)
 
 
@@ -334,9 +341,9 @@ def family_of(values: Mapping[str, Any], *, told: bool = False) -> Family:
         if family.matches(values):
             return family
     model_type = values.get("model_type")
-    described = f"model_type {model_type!r}"
-    if values.get("architectures"):
-        described += f" with architectures {', '.join(map(str, values['architectures']))}"
+    described = f"model_type {shown(model_type)}"
+    if architectures(values):
+        described += f" with architectures {', '.join(architectures(values))}"
     for name, types, reason in REFUSED:
         if model_type in types:
             raise NotImplementedError(f"load: {name} does not open ({described}): {reason}")
@@ -346,11 +353,11 @@ def family_of(values: Mapping[str, Any], *, told: bool = False) -> Family:
                 return family
             raise CheckpointError(
                 "load: config.json has no 'dlm' section (mask_token_id, eos_token_ids, visibility, ...), and "
-                f"{described} is that of no published diffusion model; pass diffusion=DiffusionConfig(...)"
+                f"{described} is that of no published diffusion model; pass diffusion=DiffusionConfig(...), got none"
             )
     known = {name: family.name for family in (*FAMILIES, *NATIVE) for name in family.model_types}
     close = difflib.get_close_matches(str(model_type).lower(), [name.lower() for name in known], 3, 0.5)
     near = [f"{known[name]} ({name!r})" for name in known if name.lower() in close]
     supported = ", ".join(family.name for family in (*FAMILIES, *NATIVE))
     hint = f"the nearest families are {', '.join(near)}" if near else f"supported are {supported}"
-    raise NotImplementedError(f"load: unsupported {described}; {hint}")
+    raise NotImplementedError(f"load: unsupported {described}; {hint}, got model_type={shown(model_type)}")

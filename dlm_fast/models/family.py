@@ -38,6 +38,22 @@ def check_sizes(config: Any) -> None:
     if size < 2 or size % 2:
         raise ValueError(f"config.json: head_dim must be even, since positions turn pairs, got head_dim={size}")
     experts = getattr(config, "num_experts", None) or getattr(config, "n_routed_experts", None) or 0
+    per_token, groups = getattr(config, "num_experts_per_tok", 1), getattr(config, "n_group", 1)
+    if experts and per_token > experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok must be at most {experts} experts, got num_experts_per_tok={per_token}"
+        )
+    # The router ranks groups by the two best experts of each.
+    if groups > 1 and (experts % groups or experts < 2 * groups):
+        raise ValueError(
+            f"config.json: n_group must cut {experts} experts into groups of at least 2, got n_group={groups}"
+        )
+    of_groups = getattr(config, "topk_group", 1)
+    if of_groups > groups or per_token * groups > experts * of_groups > 0:
+        raise ValueError(
+            f"config.json: topk_group must be at most n_group={groups} and leave {per_token} experts to choose, got "
+            f"topk_group={of_groups}"
+        )
     if experts * config.num_hidden_layers > MAX_EXPERTS:
         raise ValueError(
             f"config.json: num_experts must be at most {MAX_EXPERTS} in all layers together, got num_experts={experts} "

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..files import CheckpointError
-from ..limits import flag, number, whole
+from ..limits import flag, number, shown, whole
 
 # Fields that every configuration of transformers has, of which these are the model's own.
 _OWN = (
@@ -54,14 +54,15 @@ _SIZES = (
     (r"(num_hidden|n)_layers", 1, 1024),
     (r"(num_attention|num_key_value|n|n_kv)_heads", 1, 2**16),
     (r"hidden_size|d_model|(.+_)?(intermediate|hidden)_size|head_dim", 0, 2**20),
-    (r"num_experts|n_routed_experts|num_experts_per_tok", 0, 2**12),
-    (r"n_shared_experts|num_shared_experts|n_group|topk_group|first_k_dense_replace", 0, 2**12),
+    (r"num_experts|n_routed_experts|num_experts_per_tok|n_group|topk_group", 1, 2**12),
+    (r"n_shared_experts|num_shared_experts|first_k_dense_replace", 0, 2**12),
     (r"vocab_size|embedding_size", 1, 2**24),
     (r"max_position_embeddings|max_sequence_length", 1, 2**31 - 1),
     (r"decoder_sparse_step|block_group_size", 1, 2**12),
 )
 _POSITIVE = ("rms_norm_eps", "rope_theta", "mlp_ratio", "routed_scaling_factor", "partial_rotary_factor")
-_NUMBERS = (*_POSITIVE, "initializer_range", "attention_dropout", "rotary_dim")
+_NUMBERS = (*_POSITIVE, "initializer_range", "rotary_dim")
+_SHARES = ("attention_dropout",)
 # Entries of the rotary fields that are numbers.
 _ROTARY_NUMBERS = (
     "attention_factor",
@@ -69,10 +70,23 @@ _ROTARY_NUMBERS = (
     "beta_slow",
     "factor",
     "high_freq_factor",
+    "llama_4_scaling_beta",
     "low_freq_factor",
+    "max_position_embeddings",
+    "mscale",
+    "mscale_all_dim",
     "original_max_position_embeddings",
     "partial_rotary_factor",
     "rope_theta",
+)
+# Entries of the rotary fields that are no single numbers; what transformers does not read would change nothing.
+_ROTARY_OTHERS = (
+    "finetuned",
+    "long_factor",
+    "rope_type",
+    "short_factor",
+    "truncate",
+    "type",
 )
 _FLAGS = (
     "attention_bias",
@@ -110,6 +124,8 @@ class Fields:
                 whole("config.json", name, value, *bounds, none=True)
             if name in _NUMBERS:
                 number("config.json", name, value, 0, none=True)
+            if name in _SHARES:
+                number("config.json", name, value, 0, 1, none=True)
             if name in _POSITIVE and value == 0:
                 raise ValueError(f"config.json: {name} must be above 0, got {name}=0")
             if name in _FLAGS and value is not None:
@@ -151,7 +167,9 @@ def by_name(fields: Fields) -> dict[str, Any]:
     if "use_sliding_window" not in own:
         # Where the class has no switch, a window would be in use.
         fields.refuse("sliding_window")
-    layers = fields.get("layer_types", ())
+    layers = fields.get("layer_types", [])
+    if not isinstance(layers, list):
+        raise ValueError(f"config.json: layer_types must be a list, got layer_types={shown(layers)}")
     if any(kind != "full_attention" for kind in layers):
         fields.refuse("layer_types", ["full_attention"] * len(layers))
     fields.read |= {*_WINDOWS}
@@ -185,6 +203,10 @@ def _check_rotary(name: str, values: Any) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"config.json: {name} must be an object, got {name}={values!r}")
     for key, value in values.items():
+        if key not in (*_ROTARY_NUMBERS, *_ROTARY_OTHERS):
+            raise ValueError(
+                f"config.json: {name} must hold {', '.join((*_ROTARY_NUMBERS, *_ROTARY_OTHERS))}, got {name}={values!r}"
+            )
         for one in value if isinstance(value, list) else [value]:
             is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
             if is_number and not (math.isfinite(one) and 0 <= one <= 1e18):

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..diffusion import DiffusionConfig
 from ..files import CheckpointError
-from ..limits import number
+from ..limits import number, shown
 from .family import FACTS, Decoder, Family
 
 
@@ -57,12 +57,15 @@ def read_section(section: Any) -> tuple[dict[str, Any], Decoder | None]:
     Raises ValueError for an unknown key or a decoder that is none.
     """
     if not isinstance(section, Mapping):
-        raise ValueError(f"DiffusionConfig: the section must be an object of names and values, got {section!r}")
+        raise ValueError(
+            f"DiffusionConfig: the section must be an object of names and values, got dlm={shown(section)}"
+        )
     values = dict(section)
     decoder = values.pop("decoder", None)
     unknown = sorted(set(values) - set(FACTS))
     if unknown:
-        raise ValueError(f"DiffusionConfig: unknown keys {unknown}; known are {sorted([*FACTS, 'decoder'])}")
+        known = sorted([*FACTS, "decoder"])
+        raise ValueError(f"DiffusionConfig: unknown keys {unknown}; known are {known}, got {unknown} in section dlm")
     if decoder is None:
         return values, None
     known = [field.name for field in dataclasses.fields(Decoder)]
@@ -179,7 +182,7 @@ class _Search:
             raise CheckpointError(
                 f"load: no mask id was found for {places.checkpoint!r}; asked were the argument diffusion, the section "
                 "dlm of config.json, mask_token_id in config.json and generation_config.json, the tokenizer's "
-                f"mask_token{token}; say diffusion={{'mask_token_id': ...}}"
+                f"mask_token{token}; say diffusion={{'mask_token_id': ...}}, got none"
             )
         mask_id = self.found["mask_token_id"]
         self.check_id("mask_token_id", mask_id, self.sources["mask_token_id"])
@@ -199,7 +202,7 @@ class _Search:
     def check_id(self, name: str, value: Any, source: str) -> None:
         """Raises ValueError unless a setting is an id of the vocabulary."""
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"load: {name} must be an id >= 0, got {name}={value!r} ({source})")
+            raise ValueError(f"load: {name} must be an id >= 0, got {name}={shown(value)} ({source})")
         if value >= self.places.vocab_size:
             size = self.places.vocab_size
             raise ValueError(f"load: {name} must be below the model's vocab_size={size}, got {value} ({source})")
@@ -247,7 +250,8 @@ class _Search:
             named = "".join(f", the name ({pattern.removeprefix('(?i)')})" for pattern, _ in self.family.named)
             raise CheckpointError(
                 f"load: nothing says how {self.places.checkpoint!r} sees (visibility 'full' or 'block'); asked were "
-                f"the argument diffusion, the section dlm of config.json{named}; say diffusion={{'visibility': ...}}"
+                f"the argument diffusion, the section dlm of config.json{named}; say diffusion={{'visibility': ...}}, "
+                "got none"
             )
 
 

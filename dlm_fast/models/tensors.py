@@ -109,7 +109,10 @@ class Account:
         ):
             if names:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-                raise CheckpointError(f"load: {where} has {kind}: {', '.join(names[:8])}{more}")
+                raise CheckpointError(
+                    f"load: {where} has {kind}: {', '.join(names[:8])}{more}; its tensors must be "
+                    f"those that its configuration describes, got {len(names)} {kind}"
+                )
 
 
 def empty_model(native: type[nn.Module], config: Any) -> nn.Module:

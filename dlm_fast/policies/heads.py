@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..files import CHECKPOINTS, PICKLES, CheckpointError, is_file, read_bytes
-from ..limits import shown
+from ..files import CHECKPOINTS, PICKLES, CheckpointError, is_file, is_path, read_bytes
+from ..limits import number, shown, whole
 from ..ops import check_device
 
 HEADS = CHECKPOINTS / "heads"
@@ -83,6 +83,14 @@ class Head(nn.Module):
         step: int = 0,
     ) -> None:
         super().__init__()
+        owner = f"{self.kind} head"
+        for name, value in (("block_length", block_length), ("width", width)):
+            whole(owner, name, value, 1, MAX_SIZE)
+        number(owner, "accept_threshold", accept_threshold, 0, 1)
+        for name, value in (("seed", seed), ("step", step)):
+            whole(owner, name, value, 0, 2**63)
+        if not isinstance(trained_on, str):
+            raise TypeError(f"{owner}: trained_on must be a text, got trained_on={shown(trained_on)}")
         self.block_length, self.width, self.accept_threshold = block_length, width, accept_threshold
         self.trained_on, self.seed, self.step = trained_on, seed, step
 
@@ -132,9 +140,9 @@ class CommitHead(Head):
     certain: ClassVar[float] = 24 * math.log(2)
 
     def __init__(self, block_length: int, width: int = 32, **facts: Any) -> None:
+        super().__init__(block_length, width, **facts)
         if width % self.attention_heads:
             raise ValueError(f"commit head: width must be a multiple of {self.attention_heads}, got width={width}")
-        super().__init__(block_length, width, **facts)
         self.features, self.position = RowLinear(4, width), nn.Parameter(torch.zeros(block_length, width))
         self.qkv, self.attended = RowLinear(width, 3 * width), RowLinear(width, width)
         self.hidden, self.shrunk = RowLinear(width, 2 * width), RowLinear(2 * width, width)
@@ -178,6 +186,10 @@ def save_head(head: Head, path: str | Path) -> None:
     The file appears under its name once its content is complete. An earlier file of that name survives until then, and
     survives if the disk refuses (OSError).
     """
+    if not isinstance(head, Head):
+        raise TypeError(f"save_head: head must be a Head, got head={shown(head)}")
+    if not isinstance(path, Path) and not is_path(path):
+        raise TypeError(f"save_head: path must name a file, got path={shown(path)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -325,13 +325,22 @@ def unread(preset: Any, options: Iterable[str], base: Any) -> list[str]:
             continue
         if name in replaced:
             reasons.append(
-                f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself"
+                f"{name} has no effect with policy {replaced[name]} (preset {preset.name}), which decides that itself, "
+                f"got {name}={value_of(preset, name)!r}"
             )
             continue
         shows = ", ".join(f"{field}={getattr(preset, field)!r}" for field in reading.shows)
         where = f"with {shows}" if shows else "here"
-        reasons.append(f"{name} has no effect {where} (preset {preset.name}): it is read by {reading.by}")
+        reasons.append(
+            f"{name} has no effect {where} (preset {preset.name}): it is read by {reading.by}, got "
+            f"{name}={value_of(preset, name)!r}"
+        )
     return reasons
+
+
+def value_of(preset: Any, name: str) -> Any:
+    """The value of an option of a preset, or of a number of a policy of the preset."""
+    return getattr(next(each for each in (preset, *preset.policies) if hasattr(each, name)), name)
 
 
 def _needed(preset: Any, name: str, base: Any) -> bool:

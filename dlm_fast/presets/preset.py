@@ -408,7 +408,7 @@ def _check_caches(p: Preset, fail: Any) -> None:
     if p.sub_block_cache and ("sub_block_cache" not in cache.reads or p.sub_block_length is None):
         fail(
             f"sub_block_cache needs cache={names(lambda other: 'sub_block_cache' in other.reads)} and a "
-            "sub_block_length"
+            f"sub_block_length, got cache={p.cache!r}, sub_block_length={p.sub_block_length}"
         )
     if p.vicinity and "vicinity" not in cache.reads:
         fail(f"vicinity widens cache={names(lambda other: 'vicinity' in other.reads)}, got cache={p.cache!r}")
@@ -416,7 +416,8 @@ def _check_caches(p: Preset, fail: Any) -> None:
         serving = names(lambda other: "horizon" in other.reads)
         fail(f"horizon cuts what full-visibility blocks look ahead with cache {serving}")
     if (p.keep_last or p.scatter_suffix) and p.horizon is None:
-        fail("keep_last and scatter_suffix need a horizon")
+        got = f"keep_last={p.keep_last}, scatter_suffix={p.scatter_suffix}"
+        fail(f"keep_last and scatter_suffix need a horizon, got {got}")
     if (p.warmup_steps or p.refresh_interval) and not cache.grows_stale:
         stale = names(lambda other: other.grows_stale)
         fail(f"warmup_steps and refresh_interval refresh a cache {stale}, got cache={p.cache!r}")
@@ -451,7 +452,8 @@ def _check_rules(p: Preset, fail: Any) -> None:
         if p.scope != "first" and p.min_unmask != 1:
             fail(f"scope 'each' forces one token per active block, got min_unmask={p.min_unmask}")
     elif p.scope is not None or p.append_threshold != 1 or p.activate_threshold != 1:
-        fail("scope, append_threshold and activate_threshold are a pipeline's")
+        got = f"scope={p.scope!r}, append_threshold={p.append_threshold}, activate_threshold={p.activate_threshold}"
+        fail(f"scope, append_threshold and activate_threshold are a pipeline's, got {got}")
 
 
 def _check_policies(p: Preset, fail: Any) -> None:

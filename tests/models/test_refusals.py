@@ -292,3 +292,44 @@ def test_ids_that_the_vocabulary_does_not_hold_are_refused_and_nothing_is_patche
     with pytest.raises(TypeError, match="diffusion must be a DiffusionConfig, got dict"):
         dlm_fast.patch(model, diffusion={"mask_token_id": 0})
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_without_numbers_is_refused_by_patch_and_before_a_decode():
+    model, loaded, steps = native_model(), toy("full"), []
+    model.lm_head.to("meta")
+    loaded.lm_head.to("meta")
+    rule = "model must have its numbers, got lm_head.weight on device 'meta', which has none"
+    with pytest.raises(ValueError, match=f"patch: {rule}"):
+        dlm_fast.patch(model, diffusion=FULL, backend="reference")
+    with pytest.raises(ValueError, match=f"generate: {rule}"):
+        dlm_fast.generate(loaded, [[5, 6]], on_step=steps.append)
+    assert not steps
+
+
+def test_a_model_without_parameters_is_refused():
+    model = native_model()
+    for module in model.modules():
+        module._parameters.clear()
+    with pytest.raises(ValueError, match="patch: model must have parameters, got a LlamaForCausalLM without any"):
+        dlm_fast.patch(model, diffusion=FULL, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_model_that_was_cast_to_float64_decodes(backend):
+    expected = dlm_fast.generate(toy("full", backend=backend), [[5, 6]], max_new_tokens=4)
+    found = dlm_fast.generate(toy("full", backend=backend).to(torch.float64), [[5, 6]], max_new_tokens=4)
+    assert found.sequences[0].tolist() == expected.sequences[0].tolist()
+
+
+@pytest.mark.parametrize("model", [None, [], "tiny-full", 5, object()])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(TypeError, match="patch: model must be a model of transformers, got model="):
+        dlm_fast.patch(model)
+    for ask in (dlm_fast.handle_of, dlm_fast.explain):
+        with pytest.raises(TypeError, match="model must be a model from dlm_fast.load, or patched .*, got model="):
+            ask(model)
+
+
+def test_what_is_no_tokenizer_is_named():
+    with pytest.raises(TypeError, match="patch: tokenizer must be a transformers tokenizer or None, got tokenizer=5"):
+        dlm_fast.patch(native_model(), diffusion=FULL, tokenizer=5)

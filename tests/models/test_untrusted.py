@@ -20,6 +20,7 @@ from typing import Any
 import network
 import published
 import pytest
+import remote_models
 import safetensors.torch
 import torch
 from helpers import native_model, random_prompts, save_toy_checkpoint
@@ -133,6 +134,14 @@ def test_no_file_of_a_model_in_transformers_layout_does_either(folder):
         with dlm_fast.patch(model, backend="reference"):
             dlm_fast.generate(model, random_prompts([3]), max_new_tokens=2)
     assert asked == [] and not list(folder.rglob("ran"))
+
+
+def test_no_configuration_of_a_model_in_memory_does(tmp_path):
+    owner = remote_models.opened(published.write("llada", tmp_path / "llada", **IMPLEMENTATIONS))
+    with network.refused() as asked, dlm_fast.patch(owner, tokenizer=None, backend="reference"):
+        dlm_fast.generate(owner, random_prompts([3]), max_new_tokens=2)
+        dlm_fast.explain(owner)
+    assert asked == []
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

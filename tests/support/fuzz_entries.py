@@ -1,7 +1,7 @@
 """Calls of every public entry and files of every kind, each with exactly one thing wrong, and what must come of them.
 
-A case is a valid call of an entry of `dlm_fast.__all__` of which one argument is damaged, or a valid checkpoint, adapter
-or head of which one field is. What must come of it is a named error that names the argument or the file
+A case is a valid call of an entry of `dlm_fast.__all__` of which one argument is damaged, or a valid checkpoint,
+adapter or head of which one field is. What must come of it is a named error that names the argument or the file
 (named_errors.py), with nothing written: the model bitwise as before and patched as before, the files as before, and
 nobody asked on the network. A value that an argument may have (`legal`) may be taken instead.
 
@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -115,8 +116,17 @@ def one_of(*kinds: type) -> Legal:
     return lambda value: type(value) in kinds
 
 
+def equal_to(*values: Any) -> Legal:
+    return lambda value: any(type(value) is type(other) and value == other for other in values)
+
+
 def empty_or_none(value: Any) -> bool:
-    return value is None or (isinstance(value, (list, tuple)) and not value)
+    """None, an empty list, or a list of None, which is an empty one where policies are listed."""
+    return value is None or (isinstance(value, (list, tuple)) and not any(value))
+
+
+def positive(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +137,15 @@ class Entry:
         function: what is called.
         arguments: valid arguments, by name.
         legal: for every argument of its signature, the values that it may have.
-        called: what an argument is called in errors, where its name is another.
+        called: what errors call an argument besides its name.
+        left: arguments and kinds of value that are not tried.
     """
 
     function: Callable[..., Any]
     arguments: Mapping[str, Any]
     legal: Mapping[str, Legal]
-    called: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    called: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    left: frozenset[tuple[str, str]] = frozenset()
 
     def missing(self) -> set[str]:
         """Arguments of the signature that the table of damages does not have."""
@@ -175,7 +187,7 @@ def of_fields(kind: type) -> dict[str, Legal]:
 LOADING: dict[str, Legal] = {
     "path_or_id": never,
     "revision": is_none,
-    "diffusion": lambda value: value is None or value == {},
+    "diffusion": is_none,
     "dtype": is_none,
     "device": is_none,
     "device_map": is_none,
@@ -189,11 +201,11 @@ LOADING: dict[str, Legal] = {
 }
 GENERATING: dict[str, Legal] = {
     "model": never,
-    "prompts": lambda value: isinstance(value, list) and not value,
+    "prompts": equal_to([], ["x"]),
     "canvas": is_none,
     "attention_mask": is_none,
     "preset": is_none,
-    "policy": lambda value: empty_or_none(value),
+    "policy": empty_or_none,
     "max_new_tokens": whole_from(1),
     "min_new_tokens": lambda value: type(value) is int and 0 <= value < 5,
     "temperature": lambda value: value is None or (type(value) in (int, float) and 0 <= value < 1e3),
@@ -202,8 +214,8 @@ GENERATING: dict[str, Legal] = {
     "seed": lambda value: type(value) is int and 0 <= value < 2**63,
     "request_ids": is_none,
     "stop_strings": lambda value: empty_or_none(value) or isinstance(value, (str, list, set)),
-    "banned_token_ids": empty_or_none,
-    "eos_token_ids": empty_or_none,
+    "banned_token_ids": equal_to(None, [], {1}),
+    "eos_token_ids": equal_to(None, [], {1}),
     "tokenizer": is_none,
     "batch_size": whole_from(1),
     "on_step": is_none,
@@ -237,10 +249,15 @@ class Scene:
 
         decoded.__signature__ = inspect.signature(dlm_fast.generate)
 
+        def decoded_canvas(model: Any, canvas: Any, preset: str) -> Any:
+            return dlm_fast.generate(model, canvas=canvas, preset=preset)
+
         def patched(**arguments: Any) -> None:
             dlm_fast.patch(**arguments).unpatch()
 
         patched.__signature__ = inspect.signature(dlm_fast.patch)
+        # The messages of generate show what Python refuses to write out.
+        digits = [(name, "a number of 5,001 digits") for name in GENERATING]
         small = {"path_or_id": self.folder, "device": "cpu"}
         diffusion = dlm_fast.DiffusionConfig(mask_token_id=0, eos_token_ids=(1,), visibility="full")
         return {
@@ -248,8 +265,24 @@ class Scene:
                 decoded,
                 {"model": self.model, "prompts": ["abc"], "max_new_tokens": 3, "preset": "fast-dllm"},
                 GENERATING,
+                called={"max_new_tokens": ("its new tokens",)},
+                left=frozenset(
+                    {
+                        ("on_step", "a class"),  # it is a function, and fails when it is called
+                        ("cancel", "a class"),
+                        ("prompts", "None"),  # the error is of the two arguments, of which one must be given
+                        *(("canvas", kind) for kind in WRONG),  # has an entry of its own, without prompts
+                        *digits,
+                    }
+                ),
             ),
-            "load": Entry(dlm_fast.load, {**small, "backend": "reference"}, LOADING, {"path_or_id": "path"}),
+            "generate of a canvas": Entry(
+                decoded_canvas,
+                {"model": self.model, "canvas": [[5, 0, 0]], "preset": "fast-dllm"},
+                {"canvas": equal_to([]), "model": never, "preset": never},
+                left=frozenset([("canvas", "None"), ("preset", "None"), *digits]),
+            ),
+            "load": Entry(dlm_fast.load, {**small, "backend": "reference"}, LOADING, {"path_or_id": ("path",)}),
             "patch": Entry(
                 patched,
                 {"model": self.native, "diffusion": diffusion, "backend": "reference"},
@@ -262,19 +295,19 @@ class Scene:
                 dlm_fast.inspect_checkpoint,
                 {"path_or_id": self.folder},
                 {name: LOADING[name] for name in ("path_or_id", "revision", "diffusion", "dtype", "adapter")},
-                {"path_or_id": "path"},
+                {"path_or_id": ("path",)},
             ),
             "load_head": Entry(
                 dlm_fast.load_head,
                 {"name_or_path": self.head, "device": "cpu"},
                 {"name_or_path": never, "device": is_none},
-                {"name_or_path": "head"},
+                {"name_or_path": ("head",)},
             ),
             "triton_ops": Entry(dlm_fast.triton_ops, {"reason": "a reason"}, {"reason": one_of(str)}),
             "save_head": Entry(
                 policies.save_head,
                 {"head": dlm_fast.load_head(self.head, device="cpu"), "path": self.root / "saved.safetensors"},
-                {"head": never, "path": never},
+                {"head": never, "path": equal_to("no such")},
             ),
             "as_policies": Entry(
                 policies.as_policies,
@@ -300,7 +333,7 @@ class Scene:
 
         legal = of_fields(dlm_fast.Preset)
         options = {name: legal[name] for name in FIELDS}
-        options["policies"] = lambda value: value is None or isinstance(value, (list, tuple)) and not value
+        options["policies"] = empty_or_none
         for function, names in ((replaced, legal), (resolved, options), (decoded, options)):
             function.__signature__ = inspect.Signature(
                 [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
@@ -332,7 +365,7 @@ class Scene:
                     kind(**arguments)
 
                 sizes = {"block_length": whole_from(1), "width": whole_from(1), "seed": whole_from(0)}
-                sizes |= {"accept_threshold": lambda value: type(value) in (int, float) and 0 <= value <= 1}
+                sizes |= {"accept_threshold": one_of(int, float)}
                 sizes |= {"trained_on": one_of(str), "step": whole_from(0)}
                 made.__signature__ = inspect.signature(policies.Head)
                 found[name] = Entry(made, {"block_length": 4, "width": 8}, sizes)
@@ -343,7 +376,7 @@ class Scene:
 
 
 def ignored(*names: str) -> dict[str, Legal]:
-    return {name: always for name in names}
+    return dict.fromkeys(names, always)
 
 
 # Fields of config.json that are about the file, the library or a run, of which nothing is read; and those that are for
@@ -357,24 +390,25 @@ CONFIG: dict[str, dict[str, Legal]] = {
     "toy": {
         **UNREAD,
         **dict.fromkeys(
-            ("attention_bias", "attention_dropout", "head_dim", "hidden_act", "hidden_size", "initializer_range",
+            ("attention_bias", "attention_dropout", "head_dim", "hidden_act", "hidden_size",
              "intermediate_size", "max_position_embeddings", "mlp_bias", "model_type", "num_attention_heads",
-             "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size",
+             "num_hidden_layers", "num_key_value_heads", "tie_word_embeddings", "vocab_size",
              "sliding_window", "use_sliding_window", "dlm"),
             is_none,
         ),
         "layer_types": empty_or_none,
-        "attention_dropout": lambda value: value in (None, 0),
-        "initializer_range": lambda value: value is None or (type(value) in (int, float) and value >= 0),
+        "attention_dropout": equal_to(None, 0),
+        "initializer_range": lambda value: value == 0 or positive(value),
+        "rms_norm_eps": positive,
         "rope_parameters": is_none,
-        "rope_theta": is_none,
+        "rope_theta": positive,
         "rope_scaling": lambda value: not value,
         "quantization_config": is_none,
-        "pad_token_id": lambda value: value in (None, 0, -1) and value is not True,
+        "pad_token_id": equal_to(None, 0, -1),
         # The section `dlm` says which ids end a response; the fields are transformers' own.
         "eos_token_id": always,
         "bos_token_id": always,
-        "dlm.mask_token_id": is_none,
+        "dlm.mask_token_id": equal_to(None, 0),
         "dlm.eos_token_ids": empty_or_none,
         "dlm.visibility": never,
         "dlm.block_length": is_none,
@@ -388,26 +422,31 @@ CONFIG: dict[str, dict[str, Legal]] = {
     "llada": {
         **UNREAD,
         **dict.fromkeys(
-            ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "mlp_ratio", "vocab_size",
-             "embedding_size", "max_sequence_length", "rms_norm_eps", "rope_theta", "weight_tying", "mask_token_id",
+            ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size",
+             "embedding_size", "max_sequence_length", "weight_tying", "mask_token_id",
              "block_type", "layer_norm_type", "activation_type", "alibi", "include_bias", "model_type", "clip_qkv"),
             is_none,
         ),
         "multi_query_attention": one_of(bool, type(None)),
+        **dict.fromkeys(("mlp_ratio", "rms_norm_eps", "rope_theta"), positive),
     },
-    "llada2": dict.fromkeys(
-        ("head_dim", "hidden_size", "num_experts", "num_shared_experts", "num_experts_per_tok", "n_group", "topk_group",
-         "first_k_dense_replace", "routed_scaling_factor", "rotary_dim", "score_function", "moe_intermediate_size",
-         "partial_rotary_factor", "rope_parameters", "use_qkv_bias", "hidden_act"),
-        is_none,
-    ),
+    "llada2": {
+        **dict.fromkeys(
+            ("head_dim", "hidden_size", "num_experts", "num_shared_experts", "num_experts_per_tok", "n_group",
+             "topk_group", "first_k_dense_replace", "rotary_dim", "score_function", "moe_intermediate_size",
+             "partial_rotary_factor", "rope_parameters", "use_qkv_bias", "hidden_act"),
+            is_none,
+        ),
+        "routed_scaling_factor": positive,
+    },
     "sdar-moe": {
         **dict.fromkeys(
-            ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+            ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
              "block_size", "mask_token_id"),
             is_none,
         ),
         "mlp_only_layers": empty_or_none,
+        "norm_topk_prob": one_of(bool, type(None)),
     },
 }  # fmt: skip
 # Fields of the other files; what transformers or peft takes is theirs.
@@ -423,11 +462,16 @@ OTHER_FILES: dict[str, tuple[str, ...]] = {
         "custom_generate", "trust_remote_code", "do_sample", "cache_implementation", "compile_config",
     ),
     "adapter_config.json": (
-        "r", "lora_alpha", "target_modules", "base_model_name_or_path", "peft_type", "task_type", "bias", "rank_pattern",
-        "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "lora_dropout", "use_rslora",
-        "auto_mapping", "fan_in_fan_out", "init_lora_weights", "revision", "corda_config", "eva_config", "use_dora",
+        "r", "lora_alpha", "target_modules", "base_model_name_or_path", "peft_type", "task_type", "bias",
+        "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "exclude_modules", "lora_dropout",
+        "use_rslora", "auto_mapping", "fan_in_fan_out", "init_lora_weights", "revision", "corda_config", "eva_config",
+        "use_dora",
     ),
 }  # fmt: skip
+
+
+# What else an error calls a file that is wrong.
+NAMES_OF_FILES = ("tokenizer", "adapter", "configuration", "safetensors file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,6 +499,7 @@ def cases(scene: Scene) -> list[Case]:
         for name, entry in scene.entries.items()
         for argument in entry.names()
         for kind in WRONG
+        if (argument, kind) not in entry.left
     ]
     found += [
         Case(f"{checkpoint}/config.json", field, kind)
@@ -473,7 +518,7 @@ def fingerprint(scene: Scene) -> tuple:
     """What no refused call may change: the weights, how the models are patched, and the files."""
     models = (scene.model, scene.native)
     weights = [
-        (name, tensor.shape, tensor.dtype, tensor.double().sum().item(), tensor.data_ptr())
+        (name, tensor.shape, tensor.dtype, tensor.numpy().tobytes(), tensor.data_ptr())
         for model in models
         for name, tensor in model.state_dict().items()
     ]
@@ -517,7 +562,7 @@ def outcome(call: Callable[[], Any], named: tuple[str, ...], legal: bool) -> str
 def _run_entry(scene: Scene, case: Case) -> str | None:
     entry, value = scene.entries[case.where], WRONG[case.kind]
     arguments = {**entry.arguments, case.field: copy.copy(value)}
-    named = (entry.called.get(case.field, case.field),)
+    named = (case.field, *entry.called.get(case.field, ()))
     return outcome(lambda: entry.function(**arguments), named, bool(entry.legal[case.field](value)))
 
 
@@ -567,7 +612,7 @@ def _run_file(scene: Scene, case: Case, folder: Path) -> str | None:
 
     before = {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()}
     leaf = case.field.rpartition(".")[2]
-    problem = outcome(opened, (leaf, file, "tokenizer", "adapter"), bool(legal(value)))
+    problem = outcome(opened, (leaf, file, *NAMES_OF_FILES), bool(legal(value)))
     if problem is None and {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()} != before:
         return "a file was written"
     return problem
@@ -614,6 +659,7 @@ def main() -> None:
     part, parts = map(int, sys.argv[1:3])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
+        os.chdir(root)  # a call may write where it stands
         scene = Scene(Path(root) / "scene")
         for case, problem in run_all(cases(scene)[part::parts], scene):
             print(json.dumps({"case": str(case), "problem": problem}), flush=True)
