@@ -360,4 +360,6 @@ def family_of(values: Mapping[str, Any], *, told: bool = False) -> Family:
     near = [f"{known[name]} ({name!r})" for name in known if name.lower() in close]
     supported = ", ".join(family.name for family in (*FAMILIES, *NATIVE))
     hint = f"the nearest families are {', '.join(near)}" if near else f"supported are {supported}"
-    raise NotImplementedError(f"load: unsupported {described}; {hint}, got model_type={shown(model_type)}")
+    raise NotImplementedError(
+        f"load: unsupported {described}; {hint}, got model_type={shown(model_type)} in config.json"
+    )

@@ -65,12 +65,14 @@ WRONG: dict[str, Any] = {
     "object()": object(),
     "a class": dict,
 }
-# Those that a JSON file can hold, and two that only a file has.
+# As the value of a field: the field is not there.
+ABSENT = object()
+# Those that a JSON file can hold, and some that only a file has.
 IN_FILES = {
     name: value
     for name, value in WRONG.items()
     if isinstance(value, (type(None), list, dict, bool, int, float, str)) and name != "a number of 5,001 digits"
-} | {"a deep list": json.loads("[" * 70 + "]" * 70), "a long text": "x" * 10**5}
+} | {"a deep list": json.loads("[" * 70 + "]" * 70), "a long text": "x" * 10**5, "absent": ABSENT}
 
 # Names of `dlm_fast.__all__` that are no calls of a user, and why.
 NO_ENTRIES = {
@@ -417,7 +419,7 @@ CONFIG: dict[str, dict[str, Legal]] = {
         "dlm.prompt_isolated": one_of(bool, type(None)),
         "dlm.causal_prefix": is_none,
         "dlm.decoder": is_none,
-        "dlm.made_up": never,
+        "dlm.made_up": is_none,
     },
     "llada": {
         **UNREAD,
@@ -456,6 +458,10 @@ OTHER_FILES: dict[str, tuple[str, ...]] = {
         "tokenizer_class", "auto_map", "model_max_length", "eos_token", "mask_token", "added_tokens_decoder",
         "extra_special_tokens", "chat_template", "clean_up_tokenization_spaces", "fast_tokenizer_files", "init_inputs",
         "gguf_file", "backend", "padding_side", "vocab_file", "tokenizer_file", "name_or_path",
+    ),
+    "tokenizer.json": (
+        "version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder",
+        "model", "model.type", "model.vocab", "model.unk_token", "model.vocab.a", "pre_tokenizer.pattern",
     ),
     "generation_config.json": (
         "mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id", "temperature", "top_k", "max_length",
@@ -538,7 +544,8 @@ def run(scene: Scene, case: Case) -> str | None:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             problem = _run_file(scene, case, Path(temporary))
-    (scene.root / "saved.safetensors").unlink(missing_ok=True)
+    for written in (scene.root / "saved.safetensors", Path("no such")):  # where save_head may write
+        written.unlink(missing_ok=True)
     if problem is None and fingerprint(scene) != before:
         problem = "something was written"
     if network.asked:
@@ -566,6 +573,14 @@ def _run_entry(scene: Scene, case: Case) -> str | None:
     return outcome(lambda: entry.function(**arguments), named, bool(entry.legal[case.field](value)))
 
 
+def put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Puts a value into an object of a file, or takes the field out."""
+    if value is ABSENT:
+        values.pop(name, None)
+    else:
+        values[name] = value
+
+
 def _damaged(path: Path, field: str, value: Any) -> None:
     """Writes a value into a field of a JSON file; dots lead into objects that there are."""
     values = json.loads(path.read_text()) if path.is_file() else {}
@@ -573,7 +588,7 @@ def _damaged(path: Path, field: str, value: Any) -> None:
     while "." in name and isinstance(inside.get(name.partition(".")[0]), dict):
         first, _, name = name.partition(".")
         inside = inside[first]
-    inside[name] = value
+    put(inside, name, value)
     path.write_text(json.dumps(values))
 
 
@@ -596,7 +611,8 @@ def _run_file(scene: Scene, case: Case, folder: Path) -> str | None:
     if file == "model.safetensors.index.json":
         weights = load_file(path / "model.safetensors")
         (path / file).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model.safetensors")}))
-        legal = always if case.field == "metadata" else never
+        # The index says which files there are; what they hold is said by their headers.
+        legal = {"metadata": always, "weight_map": never}.get(case.field, is_none)
     if file == "adapter_config.json":
         arguments = {"adapter": _adapter(folder / "adapter")}
         _damaged(folder / "adapter" / file, case.field, value)
@@ -612,7 +628,8 @@ def _run_file(scene: Scene, case: Case, folder: Path) -> str | None:
 
     before = {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()}
     leaf = case.field.rpartition(".")[2]
-    problem = outcome(opened, (leaf, file, *NAMES_OF_FILES), bool(legal(value)))
+    taken = bool(legal(None if value is ABSENT else value))  # null counts as absent
+    problem = outcome(opened, (leaf, file, *NAMES_OF_FILES), taken)
     if problem is None and {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()} != before:
         return "a file was written"
     return problem
@@ -639,7 +656,7 @@ def _run_head(scene: Scene, case: Case, folder: Path, value: Any) -> str | None:
     content = scene.head.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    header["__metadata__"][case.field] = value
+    put(header["__metadata__"], case.field, value)
     text = json.dumps(header).encode()
     path = folder / "head.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
