@@ -56,7 +56,7 @@ def kind_of(path: Path) -> str | None:
     """What a path is, if it is neither a regular file nor a link to one; None if it is. Nothing is opened."""
     try:
         return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
-    except FileNotFoundError:
+    except OSError:  # also a link to itself
         return "a link to nothing" if path.is_symlink() else "no file"
 
 
@@ -82,7 +82,11 @@ def check_files(folder: Path) -> None:
     To open a fifo waits for who writes it, and a device may never end. Such an entry is refused under every name, since
     the files of tokenizers have many names; a folder, or a link to nothing, is refused under a name that is read.
     """
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"load: {folder} must be a folder that can be listed, got {error!r}") from error
+    for entry in entries:
         kind = kind_of(entry)
         may_be = kind in (None, "no file")
         if kind in ("a folder", "a link to nothing"):

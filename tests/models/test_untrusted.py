@@ -322,6 +322,13 @@ def test_an_adapter_is_regular_files_too(folder, tmp_path, name, kind):
         load(folder, adapter=tmp_path / "adapter")
 
 
+def test_a_link_to_itself_is_refused(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    with pytest.raises(CheckpointError, match="config.json of .* must be a regular file, got a link to nothing"):
+        load(folder)
+
+
 @pytest.mark.parametrize("kind", ["a fifo", "a device", "a folder", "a socket", "a link to nothing"])
 def test_a_head_is_a_regular_file_too(tmp_path, kind):
     put(tmp_path / "head.safetensors", kind)

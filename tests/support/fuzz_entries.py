@@ -26,7 +26,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import network
 import published
@@ -536,14 +536,26 @@ def fingerprint(scene: Scene) -> tuple:
     return weights, handles, listing
 
 
-def run(scene: Scene, case: Case) -> str | None:
-    """What is wrong with what comes of a case; None = nothing."""
+class Outcome(NamedTuple):
+    """What came of a case.
+
+    Attributes:
+        problem: what is wrong with it; None = nothing.
+        refused: whether an error was raised.
+    """
+
+    problem: str | None
+    refused: bool
+
+
+def run(scene: Scene, case: Case) -> Outcome:
+    """Runs a case, and compares everything that the case may not change."""
     before = fingerprint(scene)
     if case.where in scene.entries:
-        problem = _run_entry(scene, case)
+        problem, refused = _run_entry(scene, case)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            problem = _run_file(scene, case, Path(temporary))
+            problem, refused = _run_file(scene, case, Path(temporary))
     for written in (scene.root / "saved.safetensors", Path("no such")):  # where save_head may write
         written.unlink(missing_ok=True)
     if problem is None and fingerprint(scene) != before:
@@ -551,22 +563,22 @@ def run(scene: Scene, case: Case) -> str | None:
     if network.asked:
         problem = f"the network was asked: {network.asked}"
         network.asked.clear()
-    return problem
+    return Outcome(problem, refused)
 
 
-def outcome(call: Callable[[], Any], named: tuple[str, ...], legal: bool) -> str | None:
-    """What is wrong with what a call does; `named` are the names of which an error has one."""
+def outcome(call: Callable[[], Any], named: tuple[str, ...], legal: bool) -> Outcome:
+    """What comes of a call; `named` are the names of which an error has one."""
     try:
         call()
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
         problems = [unnamed(error, name) for name in named]
-        return None if None in problems else problems[0]
-    return None if legal else "was taken"
+        return Outcome(None if None in problems else problems[0], True)
+    return Outcome(None if legal else "was taken", False)
 
 
-def _run_entry(scene: Scene, case: Case) -> str | None:
+def _run_entry(scene: Scene, case: Case) -> Outcome:
     entry, value = scene.entries[case.where], WRONG[case.kind]
     arguments = {**entry.arguments, case.field: copy.copy(value)}
     named = (case.field, *entry.called.get(case.field, ()))
@@ -601,7 +613,7 @@ def _checkpoint(scene: Scene, name: str, folder: Path) -> Path:
     return Path(shutil.copytree(kept, folder / name))
 
 
-def _run_file(scene: Scene, case: Case, folder: Path) -> str | None:
+def _run_file(scene: Scene, case: Case, folder: Path) -> Outcome:
     checkpoint, _, file = case.where.rpartition("/")
     value = IN_FILES[case.kind]
     if file == "head.safetensors":
@@ -629,10 +641,10 @@ def _run_file(scene: Scene, case: Case, folder: Path) -> str | None:
     before = {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()}
     leaf = case.field.rpartition(".")[2]
     taken = bool(legal(None if value is ABSENT else value))  # null counts as absent
-    problem = outcome(opened, (leaf, file, *NAMES_OF_FILES), taken)
-    if problem is None and {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()} != before:
-        return "a file was written"
-    return problem
+    found = outcome(opened, (leaf, file, *NAMES_OF_FILES), taken)
+    if found.problem is None and {item: item.read_bytes() for item in folder.rglob("*") if item.is_file()} != before:
+        return Outcome("a file was written", found.refused)
+    return found
 
 
 def _adapter(folder: Path) -> Path:
@@ -651,7 +663,7 @@ def _adapter(folder: Path) -> Path:
     return folder
 
 
-def _run_head(scene: Scene, case: Case, folder: Path, value: Any) -> str | None:
+def _run_head(scene: Scene, case: Case, folder: Path, value: Any) -> Outcome:
     """A head whose metadata hold a value, as safetensors has metadata: as text, or as no text at all."""
     content = scene.head.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -664,7 +676,7 @@ def _run_head(scene: Scene, case: Case, folder: Path, value: Any) -> str | None:
     return outcome(lambda: dlm_fast.load_head(path, device="cpu"), (case.field, path.name), legal)
 
 
-def run_all(wanted: list[Case], scene: Scene) -> Iterator[tuple[Case, str | None]]:
+def run_all(wanted: list[Case], scene: Scene) -> Iterator[tuple[Case, Outcome]]:
     """Runs cases, one after another, on a network that nobody may ask."""
     with network.refused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -678,8 +690,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         os.chdir(root)  # a call may write where it stands
         scene = Scene(Path(root) / "scene")
-        for case, problem in run_all(cases(scene)[part::parts], scene):
-            print(json.dumps({"case": str(case), "problem": problem}), flush=True)
+        for case, found in run_all(cases(scene)[part::parts], scene):
+            print(json.dumps({"case": str(case), **found._asdict()}), flush=True)
 
 
 if __name__ == "__main__":
