@@ -11,6 +11,10 @@ under the same name and signature, a plain-torch function in `dlm_kernels.refere
     from dlm_kernels import cpu                        # torch and numpy only
     cpu.confidence(...)
 
+Every op refuses arguments of a wrong type, dtype, shape, device or memory with an error that names the argument, before
+it writes anything. What only the numbers on the device can show is checked in the debug mode, `debug(True)`, which is
+off at first, changes no result, and costs a call that is not in it one test of a bool.
+
 Importing this package imports torch and never Triton, so these run on a machine without Triton or a GPU.
 """
 
@@ -22,8 +26,9 @@ Importing this package imports torch and never Triton, so these run on a machine
 # tests/package/test_shadow.py pins this.
 
 from . import reference
+from .checks.debug import debug
 from .rules import UnmaskInputs, UnmaskRule
 from .state import RowState
 from .window import Window
 
-__all__ = ["RowState", "UnmaskInputs", "UnmaskRule", "Window", "reference"]
+__all__ = ["RowState", "UnmaskInputs", "UnmaskRule", "Window", "debug", "reference"]

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .checks.named import check_of, shown
+
 Kind = Literal["refresh", "denoise"]
 Pass = Literal["none", "threshold", "factor", "entropy"]
 Scope = Literal["row", "each", "first"]
@@ -102,6 +104,7 @@ class UnmaskRule:
     first_token: bool = False
     stop: Stop = "closed"
 
+    @check_of("UnmaskRule")
     def __post_init__(self) -> None:
         def fail(rule: str) -> None:
             raise ValueError(f"UnmaskRule: {rule}")
@@ -110,6 +113,9 @@ class UnmaskRule:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 fail(f"{name} must be one of {', '.join(values)}, got {name}={getattr(self, name)!r}")
+        for name, flag in vars(self).items():
+            if name not in known and not isinstance(flag, bool):
+                raise TypeError(f"UnmaskRule: {name} must be a bool, got {name}={shown(flag)}")
         if self.pipeline != (self.scope != "row"):
             fail(
                 "scope must be 'each' or 'first' for a pipeline, and 'row' otherwise, "

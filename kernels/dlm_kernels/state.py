@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .checks.named import shown
+
 # What a row needs next. A row that needs another kind of step than the one being run sits it out unchanged.
 REFRESH, DENOISE, COMMIT, DONE = 0, 1, 2, 3
 
@@ -62,7 +64,16 @@ class RowState:
 
     @classmethod
     def empty(cls, B: int, L: int, device: torch.device | str) -> RowState:
-        """A state of zeros (no row has a canvas yet), to be filled by the loop. Its [B] fields lie in one buffer."""
+        """A state of zeros (no row has a canvas yet), to be filled by the loop. Its [B] fields lie in one buffer.
+
+        Raises:
+            TypeError, ValueError: B or L is no whole number, or below 0.
+        """
+        for name, size in (("B", B), ("L", L)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"RowState.empty: {name} must be an int, got {name}={shown(size)}")
+            if not 0 <= size < 2**31:
+                raise ValueError(f"RowState.empty: {name} must be in [0, 2^31), got {name}={shown(size)}")
         # A field begins at a multiple of 16 bytes, as a tensor of its own would.
         buffer = torch.zeros(len(ROW_FIELDS), -(-B // 4) * 4, dtype=torch.int32, device=device)
         return cls(
@@ -119,22 +130,41 @@ def amend(state: RowState, rows: Tensor, **values: Tensor | int) -> None:
         rows: [B] bool rows that change.
         values: by the field's name, a tensor of its dtype and of a shape that broadcasts to its own, or a whole number.
     Raises:
-        ValueError: a name is no field. TypeError: a tensor is of another dtype than its field, or a number is not
-        whole.
+        ValueError: a name is no field, `rows` or a value has another shape, or a number is beyond int32. TypeError:
+        `rows` is no tensor of bools, a tensor is of another dtype than its field, or a number is not whole. Nothing is
+        written then.
     """
+    if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+        given = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"amend: rows must be a tensor of bools, got {given}")
+    if rows.shape != state.phase.shape:
+        raise ValueError(f"amend: rows must have shape {tuple(state.phase.shape)}, got {tuple(rows.shape)}")
     for name, value in values.items():
         if name not in (field.name for field in dataclasses.fields(state)):
             raise ValueError(f"amend: a value must be named by a field of RowState, got {name}")
+        _check_value(name, value, getattr(state, name))
+    for name, value in values.items():
         field = getattr(state, name)
-        if isinstance(value, Tensor) and value.dtype != field.dtype:
-            raise TypeError(f"amend: {name} must be {field.dtype}, got {value.dtype}")
-        if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"amend: {name} must be a tensor or a whole number, got {value!r}")
         changes = rows.view(-1, *[1] * (field.dim() - 1))
         if isinstance(value, Tensor):
             field.copy_(torch.where(changes, value, field))
         else:
             field.masked_fill_(changes, value)
+
+
+def _check_value(name: str, value: Tensor | int, field: Tensor) -> None:
+    """Raise unless `amend` can write the value to the field."""
+    if isinstance(value, Tensor):
+        if value.dtype != field.dtype:
+            raise TypeError(f"amend: {name} must be {field.dtype}, got {value.dtype}")
+        sizes = zip(reversed(value.shape), reversed(field.shape))
+        if value.dim() > field.dim() or any(size not in (1, whole) for size, whole in sizes):
+            raise ValueError(f"amend: {name} must broadcast to {tuple(field.shape)}, got shape {tuple(value.shape)}")
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"amend: {name} must be a tensor or a whole number, got {shown(value)}")
+    if not -(2**31) <= value < 2**31:
+        raise ValueError(f"amend: {name} must be a number of int32, got {shown(value)}")
 
 
 CANVAS_FIELDS = ("tokens", "unmask_step", "unmask_confidence")

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks.named import check_of
+
 Mode = Literal["full", "causal", "block", "shadow"]
 MODES: tuple[Mode, ...] = ("full", "causal", "block", "shadow")
 
@@ -63,10 +65,11 @@ class Window:
     kept: Tensor | None = None
     page_table: Tensor | None = None
 
+    @check_of("Window")
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"Window: mode must be one of {', '.join(MODES)}, got mode={self.mode!r}")
-        B, W = self.shape
+        (B, W), tensors = self.shape, self.tensors()
         expected = {
             "q_block": (B, W),
             "q_len": (B,),
@@ -76,7 +79,7 @@ class Window:
             "cache_row": (B,),
         }
         for name, shape in expected.items():
-            tensor = getattr(self, name)
+            tensor = tensors[name]
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"Window: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if self.kept is not None and (self.kept.dtype != torch.bool or self.kept.dim() != 2 or self.kept.shape[0] != B):
@@ -85,7 +88,7 @@ class Window:
             )
         if self.page_table is not None and self.page_table.dim() != 2:
             raise ValueError(f"Window: page_table must be [R, P], got shape {tuple(self.page_table.shape)}")
-        for name, tensor in self.tensors().items():
+        for name, tensor in tensors.items():
             if name != "kept" and tensor.dtype != torch.int32:
                 raise TypeError(f"Window: {name} must be int32, got {tensor.dtype}")
             if tensor.device != self.q_pos.device:

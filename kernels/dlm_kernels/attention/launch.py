@@ -56,7 +56,7 @@ def block_attention(
             place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
             are ignored.
         window: what is visible and where keys go; every tensor contiguous.
-        scale: multiplies q . k; finite.
+        scale: multiplies q . k; positive, at most 1e38.
         k_scale, v_scale: [H_kv] float32, given with a float8_e4m3fn cache and with no other. What is stored is
             key / scale in float32, rounded to the nearest e4m3 value, ties to even, and beyond +-448 to +-448 (NaN
             stays NaN); what is read is that value times scale. The window's own keys are attended as they come.
@@ -67,15 +67,16 @@ def block_attention(
         zeros.
     Raises:
         ValueError: shape, stride, device, D neither a multiple of 16 up to 256 nor 512, one cache given, a scale that
-            is not finite, sliding_window < 1, scales without an fp8 cache or the other way round, caches that are
-            empty, expanded, share memory or require a gradient.
+            is not positive and finite, sliding_window < 1, scales without an fp8 cache or the other way round, caches
+            that are empty, expanded, share memory or require a gradient.
         TypeError: dtype.
         RuntimeError: a gradient of q, k or v is wanted; CPU tensors without Triton's interpreter, or bfloat16 in it.
         NotImplementedError: a GPU that `tiles.TARGETS` does not name.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
-    no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. A NaN or an
-    infinity in a live query, or in a key or value that it sees, is carried into the results, as in the reference.
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: q_len in [0, W], cache_row in
+    [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored positions sharing a slot, and every stored
+    slot hidden from all rows that read it. A NaN or an infinity in a live query, or in a key or value that it sees, is
+    carried into the results, as in the reference.
 
     The visible prefix is read in splits, which are cut by the row's own length and whose partial results are added in
     order. For a row of many queries (with the heads of a group more than the tile's PREFILL_ROWS), one program a query

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..window import Window, capacity
+from .named import check_of, shown
 from .written import check_written
 
 FP8 = torch.float8_e4m3fn
@@ -15,6 +16,7 @@ FP8 = torch.float8_e4m3fn
 MAX_SCALE = 1e38
 
 
+@check_of("block_attention")
 def check_arguments(
     q: Tensor,
     k: Tensor,
@@ -46,11 +48,11 @@ def check_arguments(
         raise ValueError(f"{op}: v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     H_kv = k.shape[1]
     if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{op}: H must be a multiple of H_kv, got H={H}, H_kv={H_kv}")
+        raise ValueError(f"{op}: H must be a multiple of H_kv, got H={H}, H_kv={H_kv} (dim 1 of q and k)")
     if D < 1:
-        raise ValueError(f"{op}: D must be at least 1, got D={D}")
+        raise ValueError(f"{op}: D must be at least 1, got D={D} (dim 3 of q)")
     if head_dims is not None and D not in head_dims:
-        raise ValueError(f"{op}: D must be a multiple of 16 up to 256, or 512, got D={D}")
+        raise ValueError(f"{op}: D must be a multiple of 16 up to 256, or 512, got D={D} (dim 3 of q)")
     if (k_cache is None) != (v_cache is None):
         given = "v_cache" if k_cache is None else "k_cache"
         raise ValueError(f"{op}: k_cache and v_cache must be given together, got only {given}")
@@ -63,12 +65,16 @@ def check_arguments(
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
     if not abs(scale) <= MAX_SCALE:
-        raise ValueError(f"{op}: scale must be a finite number, at most {MAX_SCALE:g} in size, got scale={scale}")
+        raise ValueError(
+            f"{op}: scale must be a finite number, at most {MAX_SCALE:g} in size, got scale={shown(scale)}"
+        )
+    if scale <= 0:
+        raise ValueError(f"{op}: scale must be positive, got scale={scale}")
     if sliding_window is not None:
         if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
             raise TypeError(f"{op}: sliding_window must be an int or None, got {type(sliding_window).__name__}")
         if not 1 <= sliding_window < 2**31:
-            raise ValueError(f"{op}: sliding_window must be in [1, 2^31), got {sliding_window}")
+            raise ValueError(f"{op}: sliding_window must be in [1, 2^31), got {shown(sliding_window)}")
 
     # 3. Dtypes, devices and strides.
     tensors = {"q": q, "k": k, "v": v}

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .named import check_of, shown
+
 OUTPUTS = ("second", "logsumexp", "entropy", "kl", "sampled", "query")
 MAX_BANNED, MAX_BIAS = 32, 64
+# Between these caps, a cap and what is divided by one are finite in fp32 and not zero.
+MIN_CAP, MAX_CAP = 1e-30, 1e30
 # A logit at or below -LIMIT counts as -inf (masks are often written with finfo.min), one at or above LIMIT as +inf:
 # between them every intermediate of the one-pass recurrences is finite in fp32.
 LIMIT = 1e30
@@ -38,6 +42,7 @@ def requested(field: str, outputs: Sequence[str]) -> bool:
     return field not in _GROUP_OF or _GROUP_OF[field] in outputs
 
 
+@check_of("confidence")
 def check_arguments(
     logits: Tensor,
     rows: Tensor | None,
@@ -110,8 +115,12 @@ def _check_outputs(outputs: Sequence[str], soft_cap: float | None) -> None:
     """Raises on output groups that the op does not have, and on a cap that is not a positive number."""
     if isinstance(outputs, str) or len(set(outputs)) != len(outputs) or not set(outputs) <= set(OUTPUTS):
         raise ValueError(f"confidence: outputs must be distinct names out of {OUTPUTS}, got {outputs!r}")
-    if soft_cap is not None and (isinstance(soft_cap, bool) or not 0 < soft_cap < math.inf):
-        raise ValueError(f"confidence: soft_cap must be a positive finite number or None, got {soft_cap!r}")
+    if soft_cap is None:
+        return
+    if isinstance(soft_cap, bool) or not (isinstance(soft_cap, (int, float)) and 0 < soft_cap < math.inf):
+        raise ValueError(f"confidence: soft_cap must be a positive finite number or None, got {shown(soft_cap)}")
+    if not MIN_CAP <= soft_cap <= MAX_CAP:
+        raise ValueError(f"confidence: soft_cap must be in [{MIN_CAP:g}, {MAX_CAP:g}] or None, got {shown(soft_cap)}")
 
 
 def _check_groups(outputs: Sequence[str], **groups: dict[str, Tensor | None]) -> None:

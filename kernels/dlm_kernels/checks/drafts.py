@@ -7,18 +7,26 @@ import torch
 from torch import Tensor
 
 from ..state import DraftSource
+from .named import check_of, shown
 from .written import check_written
 
+# The largest number of drafts: `verify` compares each draft with every later one.
+MAX_DRAFTS = 256
 
+
+@check_of("draft_build")
 def check_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Tensor, D: int) -> None:
     """Raises unless `draft_build` can take these."""
     if isinstance(D, bool) or not isinstance(D, int):
         raise TypeError(f"draft_build: D must be an int, got {type(D).__name__}")
     if D < 1:
-        raise ValueError(f"draft_build: D must be at least 1, got D={D}")
+        raise ValueError(f"draft_build: D must be at least 1, got D={shown(D)}")
+    if D > MAX_DRAFTS:
+        raise ValueError(f"draft_build: D must be at most {MAX_DRAFTS}, got D={shown(D)}")
     _check("draft_build", source, 2, dict(tokens=(tokens, torch.int64, "BW")), eligible=eligible, ready=ready)
 
 
+@check_of("verify")
 def check_verify(
     source: DraftSource,
     held: Tensor,
@@ -41,7 +49,7 @@ def check_verify(
         confidence=(confidence, torch.float32, "BDW"),
     )
     if not 0 <= mask_id < 2**31:
-        raise ValueError(f"verify: mask_id must be in [0, 2^31), got mask_id={mask_id}")
+        raise ValueError(f"verify: mask_id must be in [0, 2^31), got mask_id={shown(mask_id)}")
     _check("verify", source, 3, lanes, eligible=eligible, ready=ready, drafting=drafting, selects=selects)
     check_written("verify", {f"source.{name}": field for name, field in vars(source).items()})
 
@@ -51,6 +59,8 @@ def _check(op: str, source: DraftSource, rank: int, lanes: dict, *, eligible: Te
     if first.dim() != rank or 0 in first.shape[1:]:
         form = "[B, W]" if rank == 2 else "[B, D, W]"
         raise ValueError(f"{op}: {name} must be {form} with at least one lane, got shape {tuple(first.shape)}")
+    if rank == 3 and first.shape[1] > MAX_DRAFTS:
+        raise ValueError(f"{op}: {name} must hold at most {MAX_DRAFTS} drafts, got shape {tuple(first.shape)}")
     B, W, D = first.shape[0], first.shape[-1], first.shape[1]
     shapes = {"B": (B,), "BW": (B, W), "BDW": (B, D, W)}
     expected = (

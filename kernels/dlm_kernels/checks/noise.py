@@ -5,17 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .named import check_of
 
-def check_noise(op: str, seed: Tensor, noise: Tensor) -> None:
-    """Raises unless `op` can take the seed and the counters."""
+
+@check_of("uniform_scores")
+def check_noise(seed: Tensor, noise: Tensor) -> None:
+    """Raises unless `uniform_scores` can take the seed and the counters."""
     for name, tensor, dtype in (("seed", seed, torch.int64), ("noise", noise, torch.int32)):
         if tensor.dtype != dtype:
-            raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+            raise TypeError(f"uniform_scores: {name} must be {dtype}, got {tensor.dtype}")
     if tuple(seed.shape) != (1,):
-        raise ValueError(f"{op}: seed must have shape (1,), got {tuple(seed.shape)}")
+        raise ValueError(f"uniform_scores: seed must have shape (1,), got {tuple(seed.shape)}")
     if noise.dim() != 2 or noise.shape[1] != 3:
-        raise ValueError(f"{op}: noise must be [N, 3], got shape {tuple(noise.shape)}")
+        raise ValueError(f"uniform_scores: noise must be [N, 3], got shape {tuple(noise.shape)}")
     if seed.device != noise.device:
-        raise ValueError(f"{op}: seed must be on {noise.device} like noise, got {seed.device}")
-    if not noise.is_contiguous():
-        raise ValueError(f"{op}: noise must be contiguous, got strides {noise.stride()}")
+        raise ValueError(f"uniform_scores: seed must be on {noise.device} like noise, got {seed.device}")
+    for name, tensor in (("seed", seed), ("noise", noise)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"uniform_scores: {name} must be contiguous, got strides {tensor.stride()}")

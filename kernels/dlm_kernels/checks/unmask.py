@@ -9,6 +9,7 @@ import torch
 
 from ..rules import KINDS, Kind, UnmaskInputs, UnmaskRule
 from ..state import ROW_FIELDS, RowState
+from .named import check_of, shown
 from .written import check_written
 
 MAX_STOP_IDS = 16
@@ -78,6 +79,7 @@ def wanted_inputs(rule: UnmaskRule) -> dict[str, bool]:
     }
 
 
+@check_of("unmask")
 def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kind: Kind) -> None:
     """Raise unless dtypes, shapes, devices and strides are what `unmask` needs. Reads no element."""
     # 1. The scalars, and which inputs are there.
@@ -92,7 +94,7 @@ def check_arguments(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, kin
     if isinstance(mask_id, bool) or not isinstance(mask_id, int):
         raise TypeError(f"unmask: mask_id must be an int, got {type(mask_id).__name__}")
     if not 0 <= mask_id < 2**31:
-        raise ValueError(f"unmask: mask_id must be in [0, 2^31), got mask_id={mask_id}")
+        raise ValueError(f"unmask: mask_id must be in [0, 2^31), got mask_id={shown(mask_id)}")
     if rule.passes == "entropy" and inputs.entropy is None:
         raise ValueError("unmask: entropy must be given for rule.passes 'entropy', got entropy=None")
     given = vars(state) | vars(inputs)

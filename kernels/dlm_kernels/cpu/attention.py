@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from operator import mul
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..checks import debug
 from ..checks.attention import check_arguments
 from ..window import Window, capacity
 from .calls import on_cpu
@@ -45,12 +47,13 @@ def block_attention(
     # with that window or with one of equal tensors, needs no second check.
     form = _form(q, k, v, k_cache, v_cache, scale, k_scale, v_scale, sliding_window)
     sight = None if form is None else known_sight(window, form)
-    if sight is None:
+    if sight is None or debug.is_on:
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         check_arguments(
             q, k, v, k_cache, v_cache, window,
             scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window, dtypes=dtypes,
         )  # fmt: skip
+    if sight is None:
         B, H, W, D = q.shape
         if q.numel() == 0:
             return q.new_empty(B, W, H, D).transpose(1, 2)
@@ -92,12 +95,15 @@ def _form(
 ) -> tuple | None:
     """What a sight and `check_arguments` read of a call, but for its window; None of a call that is always checked.
 
-    Caches that begin at one address may share memory, which no shape tells. No tensor takes part in a gradient here
+    Caches that begin near each other may share memory, which no shape tells. No tensor takes part in a gradient here
     (`on_cpu`).
     """
     tensors = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)]
     if k_cache is not None or v_cache is not None:
-        if k_cache is None or v_cache is None or k_cache.data_ptr() == v_cache.data_ptr():
+        if k_cache is None or v_cache is None:
+            return None
+        extent = max(map(mul, k_cache.shape, k_cache.stride())) * k_cache.element_size()
+        if abs(k_cache.data_ptr() - v_cache.data_ptr()) < extent:
             return None
         tensors += [(x.shape, x.stride(), x.dtype, x.device) for x in (k_cache, v_cache)]
     # True equals 1 and is refused.

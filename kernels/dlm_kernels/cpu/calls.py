@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks.named import refuse_types
 from ..state import RowState
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -31,7 +32,7 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
         def called(*arguments: Any, **options: Any) -> Any:
             if torch.compiler.is_compiling():
                 return specification(*arguments, **options)
-            first = arguments[0] if arguments else options[name]
+            first = arguments[0] if arguments else options.get(name)
             if isinstance(first, RowState):
                 first = first.tokens
             if type(first) not in PLAIN or (torch.is_grad_enabled() and _has_gradient(*arguments, *options.values())):
@@ -39,9 +40,14 @@ def on_cpu(specification: Callable) -> Callable[[Callable], Callable]:
             if not first.is_cpu:
                 raise ValueError(
                     f"{op.__name__}: backend 'cpu' takes tensors on a CPU, got tensors on {first.device}; "
-                    "the plain-torch reference runs anywhere (backend='reference')"
+                    f"{name} must be on one, and the plain-torch reference runs anywhere (backend='reference')"
                 )
-            return op(*arguments, **options)
+            try:
+                return op(*arguments, **options)
+            except (AttributeError, TypeError) as error:
+                # The op looks at some arguments before they are checked.
+                refuse_types(op.__name__, specification, arguments, options, error)
+                raise
 
         return called
 

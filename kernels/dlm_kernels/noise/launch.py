@@ -27,7 +27,7 @@ def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
         TypeError: dtype.  ValueError: shape, device, a tensor that is not contiguous.  RuntimeError: CPU tensors
         without Triton's interpreter.  NotImplementedError: a GPU that `tiles.TARGETS` does not name.
     """
-    check_noise("uniform_scores", seed, noise)
+    check_noise(seed, noise)
     score = _scores(seed, noise)
     N = score.shape[0]
     if N == 0:

@@ -41,7 +41,7 @@ def block_attention(
             place. Both None: nothing is stored, no cached key is visible, and kv_slot, kv_len, replaced and cache_row
             are ignored.
         window: what is visible and where keys go; every tensor contiguous.
-        scale: multiplies q . k; finite.
+        scale: multiplies q . k; positive, at most 1e38.
         k_scale, v_scale: [H_kv] float32, given with a float8_e4m3fn cache and with no other. What is stored is
             key / scale in float32, rounded to the nearest e4m3 value, ties to even, and beyond +-448 to +-448 (NaN
             stays NaN); what is read is that value times scale. The window's own keys are attended as they come.
@@ -51,17 +51,17 @@ def block_attention(
         [B, H, W, D] in q's dtype, a transposed view of a fresh contiguous [B, W, H, D]. A query that sees nothing gets
         zeros.
     Raises:
-        ValueError: shape, stride, device, one cache given, a scale that is not finite, sliding_window < 1, scales
-            without an fp8 cache or the other way round, caches that are empty, expanded, share memory or require a
-            gradient.
+        ValueError: shape, stride, device, one cache given, a scale that is not positive and finite, sliding_window < 1,
+            scales without an fp8 cache or the other way round, caches that are empty, expanded, share memory or require
+            a gradient.
         TypeError: dtype.
 
-    Not checked, because it would read the device: cache_row in [0, R), kv_slot < S_max, kv_len <= S_max, page numbers,
-    no two stored positions sharing a slot, and every stored slot hidden from all rows that read it. What lies in hidden
-    slots and dead positions is irrelevant, NaN included. A NaN or an infinity in a live query, or in a key or value
-    that it sees, is carried into the results as the formula says; queries of the same batch row that do not see that
-    key or value may get NaN too, other rows never. Scores, softmax and the sum over values are float32 (float64 for
-    float64) and the result is rounded once.
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: q_len in [0, W], cache_row in
+    [0, R), kv_slot < S_max, kv_len <= S_max, page numbers, no two stored positions sharing a slot, and every stored
+    slot hidden from all rows that read it. What lies in hidden slots and dead positions is irrelevant, NaN included. A
+    NaN or an infinity in a live query, or in a key or value that it sees, is carried into the results as the formula
+    says; queries of the same batch row that do not see that key or value may get NaN too, other rows never. Scores,
+    softmax and the sum over values are float32 (float64 for float64) and the result is rounded once.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_arguments(

@@ -83,7 +83,7 @@ def confidence(
         seed: [1] int64, and
         noise: [N, 3] int32, request index, absolute position and own step of each output; see `reference.noise`.
         query: [N] int64, required for "query": query_confidence = p[query].
-        soft_cap: a constant of the model; None = no cap.
+        soft_cap: a constant of the model, in [1e-30, 1e30]; None = no cap.
         bias_ids: [N, K] int64, 1 <= K <= 64, given with bias. Ids outside [0, V), such as -1, bias nothing: what their
             bias is does not matter. An id that comes twice gets both, one after the other.
         bias: [N, K] fp32, finite, of any sign.

@@ -41,11 +41,14 @@ def draft_build(source: DraftSource, tokens: Tensor, eligible: Tensor, ready: Te
         tokens: [B, W] int64 held tokens of the lanes, W as in `source`.
         eligible: [B, W] bool lanes that may be written. A draft writes no more than there are.
         ready: [B] bool rows that have a source; every draft of another row is the row as it is.
-        D: drafts, at least 1.
+        D: drafts, at least 1 and at most `checks.drafts.MAX_DRAFTS`.
     Returns:
         [B, D, W] int64.
     Raises:
-        TypeError: dtype. ValueError: shape, device, last stride, D < 1.
+        TypeError: dtype. ValueError: shape, device, last stride, D.
+
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: tokens, and source.token where a
+    draft may write it, are ids.
     """
     check_build(source, tokens, eligible, ready, D)
     place = _places(eligible, source.score)[:, None]
@@ -93,7 +96,11 @@ def verify(
         `Verified`; pred and confidence hold the predictions of the accepted draft in lanes that are not chosen,
         eligible or not.
     Raises:
-        TypeError: dtype. ValueError: shape, device, last stride.
+        TypeError: dtype. ValueError: shape, device, last stride, fields of the source that are expanded, share memory
+        or require a gradient.
+
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: held holds ids, token and
+    source.token hold other ids than the mask's wherever they may be written, and tried and accepted are not negative.
     """
     check_verify(source, held, token, score, confidence, eligible, ready, drafting, selects, mask_id)
     # 1. Which later drafts agree with each draft.

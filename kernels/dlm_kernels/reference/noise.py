@@ -71,7 +71,7 @@ def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
     Raises:
         TypeError: dtype.  ValueError: shape, device, noise that is not contiguous.
     """
-    check_noise("uniform_scores", seed, noise)
+    check_noise(seed, noise)
     return _to_unit_interval(_row_words(seed, noise, ORDER_STREAM)[:, 0], torch.float32)
 
 

@@ -74,7 +74,12 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
         [B, W] bool: lanes written by this step (before any was masked again).
     Raises:
         TypeError: dtype.  ValueError: shape, device, last stride, K > 16, an input that the rule needs or does not use,
-        unknown kind, kind "refresh" without a cache.
+        unknown kind, kind "refresh" without a cache, fields of the state that are expanded, share memory or require a
+        gradient.
+
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: 0 <= block_start <= block_end <=
+    canvas_len <= L, phases, counts that are not negative, tokens and stop_ids that are ids, the mask's not among the
+    stop_ids, and pred and first_token that are other ids than the mask's wherever they may be written.
 
     Low-confidence unmasking: LLaDA, arXiv:2502.09992; the other rules: `UnmaskRule`.
     """
