@@ -48,22 +48,22 @@ BACKENDS = [pytest.param(reference.block_attention, id="reference"), pytest.para
 
 
 def test_the_mode_is_off_until_it_is_turned_on():
-    code = "import sys, dlm_kernels.checks.debug as d; print(d.is_on, 'dlm_kernels.checks.contents' in sys.modules)"
+    code = "import sys, dlm_kernels.checks.debug as d; print(d.is_on(), 'dlm_kernels.checks.contents' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
 
 
 def test_a_block_ends_with_the_mode_that_it_began_with():
-    assert debug.is_on
+    assert debug.is_on()
     with dlm_kernels.debug(False):
-        assert not debug.is_on
+        assert not debug.is_on()
         with pytest.raises(RuntimeError), dlm_kernels.debug(True):
-            assert debug.is_on
+            assert debug.is_on()
             raise RuntimeError
-        assert not debug.is_on
-    assert debug.is_on
+        assert not debug.is_on()
+    assert debug.is_on()
     dlm_kernels.debug(False)
-    assert not debug.is_on
+    assert not debug.is_on()
     with pytest.raises(TypeError, match="debug: on must be a bool, got on=1"):
         dlm_kernels.debug(1)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
 
-is_on = False
+from . import named
 
 
 def debug(on: bool) -> contextlib.AbstractContextManager[None]:
@@ -26,17 +27,27 @@ def debug(on: bool) -> contextlib.AbstractContextManager[None]:
     Raises:
         TypeError: `on` is not a bool.
     """
-    global is_on
     if not isinstance(on, bool):
-        raise TypeError(f"debug: on must be a bool, got on={on!r}")
-    before, is_on = is_on, on
+        raise TypeError(f"debug: on must be a bool, got on={named.shown(on)}")
+    before = named.readers
+    if on:
+        from .contents import READERS  # imports numpy, which few ops need
+
+        named.readers = READERS
+    else:
+        named.readers = {}
     return _Until(before)
+
+
+def is_on() -> bool:
+    """Whether the debug mode is on."""
+    return bool(named.readers)
 
 
 class _Until:
     """What `debug` returns: at the end of its block the mode is again what it was before the call."""
 
-    def __init__(self, before: bool) -> None:
+    def __init__(self, before: dict[str, Callable[..., None]]) -> None:
         self.before = before
 
     def __enter__(self) -> None:
@@ -45,5 +56,4 @@ class _Until:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global is_on
-        is_on = self.before
+        named.readers = self.before

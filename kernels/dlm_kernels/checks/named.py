@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from . import debug
+# By the op, what reads its calls in the debug mode (`debug`); empty while the mode is off.
+readers: dict[str, Callable[..., None]] = {}
 
 
 def check_of(owner: str) -> Callable[[Callable], Callable]:
@@ -34,11 +35,8 @@ def check_of(owner: str) -> Callable[[Callable], Callable]:
             except Exception as error:
                 refuse_types(owner, check, arguments, options, error)
                 raise
-            if debug.is_on and not torch.compiler.is_compiling():
-                from .contents import READERS  # imports numpy, which no op needs otherwise
-
-                if owner in READERS:
-                    READERS[owner](*arguments, **options)
+            if readers and owner in readers and not torch.compiler.is_compiling():
+                readers[owner](*arguments, **options)
             return result
 
         return checked

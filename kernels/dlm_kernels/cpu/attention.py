@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..checks import debug
 from ..checks.attention import check_arguments
+from ..checks.debug import is_on
 from ..window import Window, capacity
 from .calls import on_cpu
 from .sight import Places, Product, Sizes, known_sight, new_sight
@@ -47,7 +47,7 @@ def block_attention(
     # with that window or with one of equal tensors, needs no second check.
     form = _form(q, k, v, k_cache, v_cache, scale, k_scale, v_scale, sliding_window)
     sight = None if form is None else known_sight(window, form)
-    if sight is None or debug.is_on:
+    if sight is None or is_on():
         dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         check_arguments(
             q, k, v, k_cache, v_cache, window,
