@@ -234,7 +234,9 @@ def test_rows_that_are_alike_are_one_product_of_exactly_what_they_see(name: str,
     kv_len, replaced, slot, capacity = RANGES[name]
     monkeypatch.setattr(sight, "_unlike", None)
     for q_lens in ((8, 8, 8), (5, 5, 5), (0, 8, 8), (5, 0, 5), (0, 0, 5), (0, 0, 0), (1,)):
-        case = rows_case(mode, q_lens, kv_len, replaced, slot, capacity)
+        # What is stored from the first replaced slot on must be replaced.
+        end = max(replaced[1], replaced[0] + max(q_lens)) if slot == replaced[0] < replaced[1] else replaced[1]
+        case = rows_case(mode, q_lens, kv_len, (replaced[0], end), slot, capacity)
         check_attention(case, torch.float32)
         attend(run := case.to(torch.bfloat16))
         products = vars(run.window)["_sight"].products
