@@ -427,6 +427,7 @@ def test_whole_decodes_end_and_leave_done_rows_alone():
             case.args["pred"] = torch.randint(0, MASK, (B, W), generator=rng)
             if rule.renoise:
                 case.args["exits"] = torch.rand(B, generator=rng) < 0.3
+                case.args["refill"] = torch.randint(0, MASK, (B, W), generator=rng)
             before = state.clone()
             case.run()
             selected = (state.step > before.step) & in_block_masks(before)
