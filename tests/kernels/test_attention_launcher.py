@@ -264,6 +264,7 @@ SPLIT_FORM, WITH_COMBINE = {"_attention_kernel": 1}, {"_attention_kernel": 1, "_
 PREFILL = {"_prefill_kernel": 1}
 
 
+@pytest.mark.usefixtures("without_debug")
 @pytest.mark.parametrize(
     ("features", "expected", "allocations"),
     [

@@ -141,6 +141,7 @@ def test_a_row_alone_equals_the_row_in_the_batch(kernel, device):
             same_sources(row.source, DraftSource(**{name: getattr(case.source, name)[b : b + 1] for name in FIELDS}))
 
 
+@pytest.mark.usefixtures("without_debug")
 def test_each_op_is_one_launch_and_its_allocations(device):
     case, launches = random_case(7, B=2, W=9, D=3).copy(device), []
     allocated = []

@@ -279,6 +279,7 @@ def test_a_launcher_whose_arguments_no_schema_has_is_refused():
         operator(fake=launcher)(launcher)
 
 
+@pytest.mark.usefixtures("without_debug")
 @pytest.mark.gpu("a captured step replays, and inductor compiles around the operators without a graph break")
 def test_cuda_graphs_and_inductor(device):
     q, k, v, k_cache, v_cache, window = attention_call(device)

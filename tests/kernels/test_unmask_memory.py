@@ -102,6 +102,7 @@ def test_a_row_alone_equals_the_row_in_the_batch_from_memory(device):
                 assert_same(row.run(unmask), (expected, changed[b : b + 1]), f"seed {seed} row {b}")
 
 
+@pytest.mark.usefixtures("without_debug")
 @pytest.mark.parametrize("W, passes, allocations", [(40, "factor", 1), (MAX_W, "threshold", 1), (MAX_W, "factor", 2)])
 def test_a_call_is_one_launch_and_its_allocations(W, passes, allocations, device):
     case = one_row("####", (0, 4), DENOISE, UnmaskRule(passes), "w" * W).copy(device)
