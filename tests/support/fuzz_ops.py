@@ -366,7 +366,8 @@ def _verify_contents(call: Call) -> Iterator[tuple[str, Any, int]]:
     yield from (("held", (0, 0, 0), wrong) for wrong in (-1, 2**31))
     wrongs = (-1, 2**31, call["mask_id"])
     yield from (("source.token", (0, 0), wrong) for wrong in wrongs)
-    yield from (("token", (0, 0, 0), wrong) for wrong in wrongs)
+    masked = (0, 0, int((call["held"][0, 0] == call["mask_id"]).nonzero()[0]))
+    yield from (("token", masked, wrong) for wrong in wrongs)
     yield from ((f"source.{name}", 1, -1) for name in ("tried", "accepted"))
 
 

@@ -237,7 +237,9 @@ def read_verify(
     rule = f"in [0, 2^31) and not mask_id={mask_id}"
     refuse("held", "in [0, 2^31)", drafts, ~_in(drafts, MAX_ID))
     refuse("source.token", rule, own, lanes & has_source[:, None] & ~_is_token(own, mask_id))
-    refuse("token", rule, predicted, (lanes & chooses[:, None])[:, None] & ~_is_token(predicted, mask_id))
+    # A draft predicts the lanes that it holds a mask in.
+    needed = (lanes & chooses[:, None])[:, None] & (drafts == mask_id)
+    refuse("token", rule, predicted, needed & ~_is_token(predicted, mask_id))
     for name in ("tried", "accepted"):
         count = _read(getattr(source, name))
         refuse(f"source.{name}", "at least 0", count, count < 0)

@@ -99,8 +99,9 @@ def verify(
         TypeError: dtype. ValueError: shape, device, last stride, fields of the source that are expanded, share memory
         or require a gradient.
 
-    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: held holds ids, token and
-    source.token hold other ids than the mask's wherever they may be written, and tried and accepted are not negative.
+    Checked in the debug mode only (`dlm_kernels.debug`), because it reads the device: held holds ids, token
+    (where its draft holds a mask) and source.token hold other ids than the mask's wherever they may be written, and
+    tried and accepted are not negative.
     """
     check_verify(source, held, token, score, confidence, eligible, ready, drafting, selects, mask_id)
     # 1. Which later drafts agree with each draft.
