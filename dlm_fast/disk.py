@@ -31,8 +31,12 @@ def kind_of(path: Path, *, follow: bool = False) -> str | None:
     """
     try:
         return _KINDS.get(stat.S_IFMT(os.stat(path, follow_symlinks=follow).st_mode))
-    except FileNotFoundError:
-        return "a link to nothing" if os.path.islink(path) else None
+    except OSError as error:
+        if os.path.islink(path):
+            return "a link to nothing"  # or to itself
+        if isinstance(error, FileNotFoundError):
+            return None
+        raise
 
 
 def refuse_other(path: Path, *, follow: bool = False) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from . import disk
 from .limits import shown
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoints"
@@ -38,13 +38,6 @@ TEMPLATES = "additional_chat_templates"
 MAX_TOKENIZER, MAX_TEXT, MAX_HEADER = 2**27, 2**25, 2**24
 # How deep the values of a JSON file may be nested; no public configuration has more than 6 levels.
 MAX_DEPTH = 64
-_SPECIAL = {
-    stat.S_IFIFO: "a fifo",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -55,9 +48,9 @@ class CheckpointError(ValueError):
 def kind_of(path: Path) -> str | None:
     """What a path is, if it is neither a regular file nor a link to one; None if it is. Nothing is opened."""
     try:
-        return _SPECIAL.get(stat.S_IFMT(path.stat().st_mode))
-    except OSError:  # also a link to itself
-        return "a link to nothing" if path.is_symlink() else "no file"
+        return disk.kind_of(path, follow=True) or (None if os.path.lexists(path) else "no file")
+    except OSError:  # a path that is too long, or in a folder that may not be read
+        return "no file"
 
 
 def is_folder(path: Path) -> bool:
@@ -99,10 +92,7 @@ def check_files(folder: Path) -> None:
 
 def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError for anything else."""
-    kind = kind_of(path)
-    if kind is not None:
-        raise OSError(f"must be a regular file, got {kind}")
-    with path.open("rb") as file:
+    with os.fdopen(disk.open_regular(path, os.O_RDONLY, follow=True), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(f"must have at most {limit} bytes, got {size}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .. import disk
 from ..files import CHECKPOINTS, PICKLES, CheckpointError, is_file, is_path, read_bytes
 from ..limits import number, shown, whole
 from ..ops import check_device
@@ -190,19 +190,10 @@ def save_head(head: Head, path: str | Path) -> None:
         raise TypeError(f"save_head: head must be a Head, got head={shown(head)}")
     if not isinstance(path, Path) and not is_path(path):
         raise TypeError(f"save_head: path must name a file, got path={shown(path)}")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     metadata = {name: str(getattr(head, name)) for name in FIELDS}
-    try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
-        with open(partial, "wb") as handle:
-            handle.write(safetensors.torch.save(tensors, metadata))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    with disk.replacing(Path(path)) as partial:
+        partial.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def load_head(name_or_path: str | Path, device: torch.device | str | None = None) -> Head:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import safetensors.torch
@@ -167,7 +168,7 @@ def test_a_full_disk_leaves_the_head_that_was_there(tmp_path, monkeypatch):
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(heads.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_head(random_head("filter", seed=2), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
