@@ -8,6 +8,7 @@ import importlib.util
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ def fixed_seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_debug() -> None:
+    """For a test of what a call asks of torch, and for one that times or captures calls."""
+
+
+@pytest.fixture(autouse=True)
+def debug_mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The calls of the tests are meant to be valid: the debug mode reads each of them, and one that breaks its contract
+    fails."""
+    from dlm_kernels import debug
+
+    with debug("without_debug" not in request.fixturenames):
+        yield
 
 
 @pytest.fixture
