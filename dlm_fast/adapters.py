@@ -34,8 +34,15 @@ from .models.family import Family
 _PREFIX = "base_model.model."
 # Fields of adapter_config.json whose keys are names of modules.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+# The largest length of a pattern; its most repetitions, optional parts, groups and alternatives.
+MAX_PATTERN, MOST_PARTS = 4096, (4, 4, 4, 64)
 # Its fields that name modules: a list of names or of ends of names, one pattern, or an object whose keys are patterns.
-_NAMING = {"target_modules": (list, str), "modules_to_save": list, **dict.fromkeys(_PATTERNS, dict)}
+_NAMING = {
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "modules_to_save": list,
+    **dict.fromkeys(_PATTERNS, dict),
+}
 
 
 class Lora(NamedTuple):
@@ -119,6 +126,30 @@ def _matching(modules: Mapping[str, list[str]], pattern: str) -> list[str]:
     ]
 
 
+def check_pattern(where: str, pattern: Any) -> None:
+    """Raises CheckpointError unless a pattern of a file can be matched in a short time.
+
+    Python's matcher tries every way to split a name between the parts of a pattern. So no group may be repeated, and a
+    pattern has few repetitions, few optional parts, and few groups of not too many alternatives.
+    """
+    try:
+        re.compile(pattern)
+    except (TypeError, re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(
+            f"load: {where} must hold names of modules or patterns of them, got {shown(pattern)[:200]}: {error}"
+        ) from error
+    # What is escaped or in a class repeats nothing, and a ? behind ( or behind a repetition is no option.
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", pattern)
+    plain = re.sub(r"\(\?", "(", re.sub(r"([*+}])\?", r"\1", plain))
+    counts = [len(re.findall(kind, plain)) for kind in (r"[*+{]", r"\?", r"\(", r"\|")]
+    if len(pattern) > MAX_PATTERN or re.search(r"\)[*+{]", plain) or any(map(int.__gt__, counts, MOST_PARTS)):
+        raise CheckpointError(
+            f"load: {where} must hold patterns of at most {MAX_PATTERN} characters that repeat no group, with at most "
+            f"{', '.join(map(str, MOST_PARTS))} repetitions, options, groups and alternatives, got "
+            f"{shown(pattern)[:200]}"
+        )
+
+
 def adapter_values(path: Path) -> dict[str, Any]:
     """The values of an adapter's configuration. Raises CheckpointError for names of modules that are none."""
     values = read_json(path / ADAPTER_CONFIG)
@@ -128,8 +159,8 @@ def adapter_values(path: Path) -> dict[str, Any]:
             if named is not None and not isinstance(named, kind):
                 raise TypeError(f"it is no {kind}")
             for name in [named] if isinstance(named, str) else named or []:
-                re.compile(name)
-        except (TypeError, re.error, RecursionError) as error:
+                check_pattern(f"{key} of {path / ADAPTER_CONFIG}", name)
+        except TypeError as error:
             raise CheckpointError(
                 f"load: {key} of {path / ADAPTER_CONFIG} must hold names of modules, got {key}={shown(named)}"
             ) from error

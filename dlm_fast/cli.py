@@ -599,11 +599,15 @@ def main(argv: list[str] | None = None) -> int:
         # A decode that is interrupted raises an error of its own, whose cause is the signal's.
         number = getattr(error.__cause__ or error, "number", int(signal.SIGINT))
         how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-        print(f"dlm-fast: {how}; what was finished is kept", file=sys.stderr)
+        text = f"{how}; what was finished is kept"
+        print(f"dlm-fast: {text}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": {"type": "KeyboardInterrupt", "message": text}}))
         return 128 + number
     except BrokenPipeError:
         # Who read our output has enough of it. Python would complain again when it flushes the stream at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # it may be no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + int(signal.SIGPIPE)
     except Exception as error:
         if args.debug:

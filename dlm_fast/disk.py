@@ -90,7 +90,7 @@ def create(path: Path, is_ours: Callable[[BinaryIO], bool] = lambda file: True) 
     except FileExistsError:
         with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
             if not is_ours(file):
-                raise NotRegularError(f"{path} is in the way, got a file that no broken run has left") from None
+                raise NotRegularError(f"{path} is in the way, got a file that was not left here") from None
         path.unlink()
         return open_regular(path, flags)
 

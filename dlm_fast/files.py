@@ -254,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The values of a JSON file that holds an object, at most `MAX_DEPTH` levels deep."""
     try:
         values = json.loads(read_bytes(path).decode("utf-8"))
-        _check_depth(values)
+        check_depth(values)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"load: {path} is not readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict):
@@ -262,7 +262,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_depth(values: Any) -> None:
+def check_depth(values: Any) -> None:
     """Raises ValueError for values of a JSON file that are nested deeper than what reads them can recurse."""
     level, depth = [values], 0
     while level:

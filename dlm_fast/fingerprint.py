@@ -1,34 +1,54 @@
 """Fingerprints: what was decoded or trained with what, by content and not by name.
 
-A job or a training goes on only with the weights, the tokenizer and the configuration that it began with. Fingerprints
-tell accidents apart, such as a folder that was trained again. They are no protection against a forger.
+A job or a training goes on only with the weights, the tokenizer and the configuration that it began with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# An odd number whose multiples run through all 64-bit numbers in no visible order (2^64 divided by the golden ratio).
-_STRIDE = 0x9E3779B97F4A7C15 - 2**64
-# How many 64-bit words are summed at a time, which bounds the memory: 32 MiB for each of a few temporaries.
-_CHUNK = 2**22
+# How many bytes of a tensor are copied to the host at a time, and by how many threads.
+_CHUNK, _THREADS = 2**25, 8
+# What a tokenizer's encoder keeps of the last call.
 _STATE = ("padding", "truncation")
+# Attributes of a tokenizer, besides its encoder, that change ids or texts.
+_MANNERS = (
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+)
 
 
 def of_model(model: nn.Module) -> str:
-    """Fingerprint of a model's parameters, stored buffers and configuration, wherever the model lies.
+    """Fingerprint of a model's parameters, stored buffers, modules and configuration, wherever the model lies.
 
-    The model is read once, on its device. The fingerprint does not depend on the device or on the file names.
+    The model is read once. The fingerprint does not depend on the device or on the file names.
     """
     config = getattr(model, "config", None)
-    described = None if config is None else of_json(_described(config))
-    return of_json({"weights": of_tensors(model.state_dict().items()), "config": described})
+    return of_json(
+        {
+            "weights": of_tensors(model.state_dict().items()),
+            "modules": [[name, *_manner(module)] for name, module in model.named_modules()],
+            "config": None if config is None else _described(config),
+        }
+    )
+
+
+def _manner(module: nn.Module) -> list[Any]:
+    """What a module computes with besides its tensors, as far as it says so: an adapter's scale, for example."""
+    names = ("scaling", "active_adapters", "disable_adapters", "merged")
+    plain = {name: repr(getattr(module, name)) for name in names if hasattr(module, name)}
+    return [type(module).__name__, module.extra_repr(), plain]
 
 
 def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
@@ -37,7 +57,10 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
     What is plain data counts by its value, and any other object by its class. A tensor that is made of others, as those
     of some quantisations are, counts by these.
     """
-    return of_json([[name, _entry(value)] for name, value in sorted(named, key=lambda pair: pair[0])])
+    entries = sorted(named, key=lambda pair: pair[0])
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:  # a hash lets other threads run
+        found = list(threads.map(_entry, [value for _, value in entries]))
+    return of_json([[name, entry] for (name, _), entry in zip(entries, found)])
 
 
 def _entry(value: Any) -> Any:
@@ -47,7 +70,7 @@ def _entry(value: Any) -> Any:
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         return [*described, *(_entry(getattr(value, name)) for name in names)]
-    return [*described[1:], _bits(value)]
+    return [*described[1:], _digest(value)]
 
 
 def of_tokenizer(tokenizer: Any) -> str | None:
@@ -66,7 +89,7 @@ def of_tokenizer(tokenizer: Any) -> str | None:
             "encoder": encoder,
             "template": getattr(tokenizer, "chat_template", None),
             "special": {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()},
-            "cleans": getattr(tokenizer, "clean_up_tokenization_spaces", None),
+            "manners": {name: getattr(tokenizer, name, None) for name in _MANNERS},
         }
     )
 
@@ -84,19 +107,9 @@ def _described(config: Any) -> dict[str, Any]:
     return values
 
 
-def _bits(tensor: Tensor) -> int:
-    """A sum over the bits of a tensor: its 64-bit words, each times an odd number of the word's place, modulo 2^64.
-
-    Every single bit that differs changes the sum. Whole-number arithmetic makes the sum the same on every device.
-    """
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % 8:
-        flat = flat.clone()  # torch views whole words only where the storage has a word's begin
-    whole = flat.numel() // 8 * 8
-    words = flat[:whole].view(torch.int64)
-    total = sum(byte << 8 * place for place, byte in enumerate(flat[whole:].tolist()))  # less than a word
-    for begin in range(0, words.numel(), _CHUNK):
-        part = words[begin : begin + _CHUNK]
-        places = torch.arange(begin, begin + part.numel(), dtype=torch.int64, device=tensor.device)
-        total += int((part * (places.mul_(_STRIDE) | 1)).sum())
-    return total % 2**64
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, row by row."""
+    flat, digest = tensor.detach().contiguous().reshape(-1).view(torch.uint8), hashlib.sha256()
+    for begin in range(0, flat.numel(), _CHUNK):
+        digest.update(flat[begin : begin + _CHUNK].cpu().numpy())
+    return digest.hexdigest()

@@ -176,7 +176,7 @@ def generate(
     # 1. Check the arguments, and read the requests.
     if on_step is not None:
         _check_function("on_step", "a function of the state", on_step, 1)
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
         raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={shown(cancel)}")
     whole("generate", "batch_size", batch_size, 1, none=True)
     call = read_call(

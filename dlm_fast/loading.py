@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from .adapters import adapt, adapter_files, check_adapter
+from .adapters import adapt, adapter_files, check_adapter, check_pattern
 from .diffusion import DiffusionConfig, check_vocabulary, given_fields
 from .files import (
     ADAPTER_CONFIG,
@@ -134,6 +134,14 @@ def _check_tokenizer(path: Path) -> None:
         if values.get(name):
             raise CheckpointError(
                 f"load: {name} of tokenizer_config.json must be absent, got {name}={values[name]!r} in {path}"
+            )
+    # transformers puts the folder's own files in the place of every name that ends in "_file", but takes a text under
+    # these names for a path.
+    for name in ("vocab", "merges"):
+        if isinstance(values.get(name), str):
+            raise CheckpointError(
+                f"load: {name} of tokenizer_config.json must stand in a file of the folder, got "
+                f"{name}={shown(values[name])} in {path}"
             )
     files = values.get("fast_tokenizer_files") or []
     if not isinstance(files, list) or not all(map(is_plain, files)):
@@ -289,6 +297,8 @@ def _native_modules(section: Any, family: Family, config: Any, stored: Mapping[s
                 raise CheckpointError(
                     f"load: quantization_config.{key} must hold names of modules, got {entry!r} in config.json"
                 )
+            if entry.startswith("re:"):
+                check_pattern(f"quantization_config.{key} of config.json", entry.removeprefix("re:"))
             regex = entry.removeprefix("re:") if entry.startswith("re:") else rf"(^|\.){re.escape(entry)}(\.|$)"
             named = [name for module, name in modules.items() if re.search(regex, module)]
             native = [part.rpartition(".")[0] for name in named for part, _, _ in family.parts(name, config)]

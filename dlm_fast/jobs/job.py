@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -18,8 +19,10 @@ from torch import nn
 from .. import fingerprint
 from ..decoding.memory import open_batch
 from ..generate import Call, generate, read_call, settled
+from ..limits import shown
 from ..output import DecodeCancelled, DecodeError, DecodeOutOfMemory, GenerateOutput
 from ..patching import PatchHandle, handle_of
+from ..policies.heads import FIELDS, load_head
 from ..version import __version__
 from .lines import LINE_SETTINGS, Line, check_settings, named
 from .partial import JobError, Partial, check_places
@@ -108,7 +111,18 @@ def run(
     if bad:
         warn(f"{len(bad)} of {len(lines)} lines cannot be decoded and get finish 'error': {named(bad)}")
     header = {**_header(model, handle), "settings": settings, **(source or {})}
+    if isinstance(settings.get("head"), str):
+        # A head is opened once: it is what the header says, whatever happens to its file.
+        head = load_head(settings["head"], device=next(model.parameters()).device)
+        header["head"] = fingerprint.of_tensors(
+            {**head.state_dict(), **{name: getattr(head, name) for name in FIELDS}}.items()
+        )
+        settings = {**settings, "head": head}
     keys = [_key(index, line) for index, line in enumerate(lines)]
+
+    def positions(index: int) -> int:
+        line = lines[index]
+        return len(rows[index]) + (line.setting(settings, "max_new_tokens") if line.kind == "prompt" else 0)
 
     with Partial(output) as partial:
         # 2. Find what a broken run left. Under the lock the output is looked for again.
@@ -121,7 +135,7 @@ def run(
         # 3. Decode the other lines. A batch holds prompts only or canvases only.
         batches = list(_batches(lines, done, batch_size))
         if batches:  # the largest is refused now, or never
-            largest = max(batches, key=lambda batch: len(batch) * max(len(rows[index]) for index in batch))
+            largest = max(batches, key=lambda batch: len(batch) * max(positions(index) for index in batch))
             call = _read(model, _arguments_of(largest, lines, rows, settings))
             open_batch(handle, call.batch.opened, call.preset, handle.diffusion, call.device)
         for batch in batches:
@@ -171,11 +185,9 @@ def _refused(index: int, line: Line) -> dict[str, Any]:
     """The result of a line that cannot be decoded."""
     repeated = {}
     for name, value in line.repeated().items():
-        try:
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # the problem of the line, or another one
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError, RecursionError):
-            continue  # the problem of the line, or another one
-        repeated[name] = value
+            repeated[name] = value
     nothing = {"text": None, "ids": [], "finish": "error", "nfe": 0, "query_tokens": 0, "tpf": 0.0}
     problem = str(line.problem).encode("utf-8", "backslashreplace").decode()
     return {"index": index, **repeated, **nothing, "error": problem}
@@ -190,10 +202,10 @@ def _settings(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any
     check_settings("generate", found)
     for name, value in found.items():
         try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise JobError(
-                f"settings must be plain data, by which a resumed run is compared, got {name}={value!r}: {error}"
+                f"settings must be plain data, by which a resumed run is compared, got {name}={shown(value)}: {error}"
             ) from None
     return found
 
@@ -294,12 +306,14 @@ def _checked(
     for batch in _batches(lines, [line.problem is not None for line in lines], _READ_TOGETHER):
         try:
             read(batch)
-        except (ValueError, TypeError):
+        except Exception:  # also what a tokenizer, a chat template or `wrap_prompt` raises
             for index in batch:
                 try:
                     read([index])
-                except (ValueError, TypeError) as error:
+                except Exception as error:
                     problem = _ROW.sub(lines[index].kind, str(error)).removeprefix("generate: ")
+                    if not isinstance(error, (ValueError, TypeError)):
+                        problem = f"{type(error).__name__}: {problem}"
                     checked[index] = dataclasses.replace(lines[index], problem=problem)
     return checked, rows
 

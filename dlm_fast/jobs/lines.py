@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_depth
 from ..limits import heat, shown, whole
 from .partial import JobError
 
@@ -68,8 +69,7 @@ def read_lines(path: Path, settings: Mapping[str, Any] | None = None, *, keep_ke
     lines = []
     for number, raw in enumerate(raws, 1):
         if raw.strip():
-            record, problem = _record(raw)
-            lines.append(Line(f"line {number}", record, problem))
+            lines.append(_line(f"line {number}", *_record(raw)))
     return _checked(name, lines, settings or {}, keep_keys)
 
 
@@ -81,10 +81,7 @@ def lines_of(
     name: str = "records",
 ) -> list[Line]:
     """The lines of records that are in no file; the rules are those of `read_lines`."""
-    lines = [
-        Line(f"{name}[{index}]", record if isinstance(record, Mapping) else {}, _shape_problem(record))
-        for index, record in enumerate(records)
-    ]
+    lines = [_line(f"{name}[{index}]", record, _shape_problem(record)) for index, record in enumerate(records)]
     return _checked(name, lines, settings or {}, keep_keys)
 
 
@@ -103,14 +100,20 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
         heat(owner, "temperature", settings["temperature"])
 
 
-def _record(raw: bytes) -> tuple[Mapping[str, Any], str | None]:
+def _line(where: str, record: Any, problem: str | None) -> Line:
+    """A line; of one that is no request at all, what its result can repeat is all that counts."""
+    if problem is not None:
+        record = {name: record[name] for name in ("id", "meta") if isinstance(record, Mapping) and name in record}
+    return Line(where, record, problem)
+
+
+def _record(raw: bytes) -> tuple[Any, str | None]:
     """The object of a line, and what is wrong with it."""
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         return {}, f"not JSON in UTF-8: {error}"
-    problem = _shape_problem(record)
-    return (record if isinstance(record, dict) else {}), problem
+    return record, _shape_problem(record)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,7 +127,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _shape_problem(record: Any) -> str | None:
     if not isinstance(record, Mapping) or ("prompt" in record) == ("canvas" in record):
         return "must be an object with exactly one of 'prompt' and 'canvas'"
+    try:
+        check_depth(record)
+    except ValueError as error:
+        return str(error)
     kind = "prompt" if "prompt" in record else "canvas"
+    if isinstance(record[kind], Mapping) and "role" in record[kind]:
+        return f"{kind} must be text, a chat or token ids, got one message of a chat, which is a list of them"
     if record[kind] is None or isinstance(record[kind], (bool, int, float)):
         return f"{kind} must be text, a chat or token ids, got {shown(record[kind])}"
     return None
@@ -172,10 +181,12 @@ def _setting_problem(line: Line, settings: Mapping[str, Any]) -> str | None:
     record = line.record
     if "canvas" in record and "max_new_tokens" in record:
         return "max_new_tokens goes with a prompt; a canvas says itself where tokens are wanted"
-    for name, value in line.repeated().items():
+    for name, value in record.items():
         try:
-            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError, RecursionError) as error:
+            text = json.dumps({name: value}, ensure_ascii=False, allow_nan=False)
+            if name not in ("prompt", "canvas"):  # the tokenizer says what is wrong with a text
+                text.encode()
+        except (ValueError, TypeError) as error:
             return f"{name} must be JSON that a file in UTF-8 can hold: {error}"
     try:
         check_settings("", record)

@@ -67,6 +67,7 @@ class Partial:
         """Opens or makes the file and locks it. Raises JobError unless the file is ours and nobody else holds it."""
         self.output, self.path = output, partial_path(output)
         self.places: dict[str, int] = {}
+        self._finishing: Any = None  # what a finished file of ours is known by: device and inode
         self._file: BinaryIO = self._locked()
         try:
             self._header = self._read()
@@ -87,6 +88,11 @@ class Partial:
             except BlockingIOError:
                 file.close()
                 raise JobError(f"--output {self.output}: another process is writing {self.path}") from None
+            except OSError as error:
+                if not os.fstat(file.fileno()).st_size:
+                    self.path.unlink(missing_ok=True)
+                file.close()
+                raise JobError(f"--output {self.output}: {self.path} cannot be locked: {error}") from error
             except BaseException:
                 file.close()
                 raise
@@ -112,14 +118,11 @@ class Partial:
                     header = _parsed(raw) or {}
                     continue
                 entry = _parsed(raw) or {}
+                self._finishing = entry.get("finishing", self._finishing)
                 key, line = entry.get("key"), entry.get("line")
                 if isinstance(key, str) and isinstance(line, dict) and entry.get("check") == _check(key, line):
                     self.places.setdefault(key, place)
         return header
-
-    @property
-    def is_new(self) -> bool:
-        return self._header is None
 
     def begin(self, header: Mapping[str, Any], *, restart: bool) -> None:
         """Goes on with the results that are there, or begins anew.
@@ -133,6 +136,8 @@ class Partial:
                 return
             what = f"is from a run with other {', '.join(names)}" if saved else "has a damaged header"
             raise JobError(f"{self.path} {what}; use the same, or --restart to discard it")
+        if self._finishing is not None:
+            self._forget_finished()
         self._file.seek(0)
         self._file.truncate()
         self.places, self._end = {}, 0
@@ -177,14 +182,14 @@ class Partial:
         Raises JobError if an output has appeared meanwhile and is not to be replaced; then the partial file is kept.
         """
         finished = _finished_path(self.output)
-        if os.path.lexists(finished) and os.path.lexists(self.output):
-            if os.path.samestat(os.lstat(finished), os.lstat(self.output)):
-                finished.unlink()  # a run was killed when its output had both names
+        self._forget_finished()
         try:
-            target = disk.create(finished, lambda begun: _begins_with(begun, lines()))
+            target = disk.create(finished, lambda begun: not begun.read(1))
         except disk.NotRegularError as error:
             raise JobError(f"{error}; a job writes its output there first, so move it away") from None
         try:
+            found = os.fstat(target)
+            self._write(encoded({"finishing": [found.st_dev, found.st_ino]}))
             with os.fdopen(target, "wb") as file:
                 for line in lines():
                     file.write(encoded(line))
@@ -200,7 +205,19 @@ class Partial:
         except BaseException:
             finished.unlink(missing_ok=True)
             raise
-        self.path.unlink()
+        if disk.names(self.path, self._file.fileno()):
+            self.path.unlink()
+
+    def _forget_finished(self) -> None:
+        """Takes away what a run of ours that was killed has left of the finished file."""
+        finished = _finished_path(self.output)
+        try:
+            found = os.lstat(finished)
+            both_names = os.path.lexists(self.output) and os.path.samestat(found, os.lstat(self.output))
+            if both_names or self._finishing == [found.st_dev, found.st_ino]:
+                finished.unlink()
+        except FileNotFoundError:
+            return
 
     def __enter__(self) -> Partial:
         return self
@@ -239,13 +256,3 @@ def _may_be_header(raw: bytes) -> bool:
 
 def _finished_path(output: Path) -> Path:
     return output.with_name(output.name + ".finished")
-
-
-def _begins_with(begun: BinaryIO, lines: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a file is the beginning of what the lines are written as."""
-    for line in lines:
-        whole = encoded(line)
-        part = begun.read(len(whole))
-        if part != whole:
-            return whole.startswith(part) and not begun.read(1)
-    return not begun.read(1)

@@ -316,7 +316,7 @@ class Silent(dlm_fast.policies.Policy):
         lambda view, choice: dataclasses.replace(choice, pred=choice.pred - 10**9),
     ],
 )
-def test_a_policy_that_returns_no_choice_is_refused(policy):
+def test_a_policy_that_returns_no_choice_is_refused(policy, without_debug):
     with pytest.raises((ValueError, TypeError)) as caught:
         dlm_fast.generate(toy("full"), [[5, 6]], max_new_tokens=6, block_length=4, policy=policy)
     assert unnamed(caught.value, "policy") is None, str(caught.value)

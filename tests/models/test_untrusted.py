@@ -30,6 +30,7 @@ from transformers.quantizers import auto as quantizers
 
 import dlm_fast
 from dlm_fast import CheckpointError, files, loading
+from dlm_fast.adapters import check_pattern
 from dlm_fast.files import EMBEDDED, MAX_HEADER, MAX_TEXT, MAX_TOKENIZER
 from dlm_fast.policies.heads import FIELDS, HEADS
 
@@ -327,6 +328,60 @@ def test_a_link_to_itself_is_refused(folder):
     (folder / "config.json").symlink_to("config.json")
     with pytest.raises(CheckpointError, match="config.json of .* must be a regular file, got a link to nothing"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab", "merges"])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_a_vocabulary_elsewhere_is_not_opened(folder, tmp_path, name, kind):
+    os.mkfifo(tmp_path / "elsewhere")  # which would hang whoever opens it
+    (folder / "tokenizer.json").unlink()
+    values = {"tokenizer_class": kind, name: str(tmp_path / "elsewhere")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    with (
+        within(10),
+        pytest.raises(CheckpointError, match=f"{name} of tokenizer_config.json must stand in a file of the"),
+    ):
+        load(folder)
+
+
+SLOW = [
+    r"([a-z._0-9]+)+!",
+    r"(.*)*x",
+    r"(a|a){30}!",
+    "(.|.)" * 40 + "!",
+    ".?" * 40 + "!",
+    ".*" * 20 + "!",
+    "x{1,9}" * 20 + "!",
+    "a" * 5000,
+]
+
+
+@pytest.mark.parametrize("pattern", SLOW, ids=lambda pattern: pattern[:20])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_for_ever_is_refused(folder, tmp_path, pattern, field):
+    adapter_folder = tmp_path / "adapter"
+    adapter_folder.mkdir()
+    save_file({}, adapter_folder / "adapter_model.safetensors")
+    values = {field: {pattern: 8} if field.endswith("pattern") else pattern}
+    (adapter_folder / "adapter_config.json").write_text(json.dumps(values))
+    for call in (load, dlm_fast.inspect_checkpoint):
+        with within(10), pytest.raises(CheckpointError, match=f"{field} of .* must hold patterns of at most"):
+            call(folder, adapter=adapter_folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        r".*\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)",
+        r"^(?!.*vision).*(?:q_proj|v_proj)$",
+        r"model\.layers\.[0-9]{1,2}\.mlp\.(up|down|gate)_proj",
+        r".*?(?:self_attn|mlp).*?(?:k_proj|v_proj)",
+        "a(b)?[(*+)]*",
+    ],
+)
+def test_a_pattern_that_adapters_have_is_taken(pattern):
+    check_pattern("target_modules", pattern)
 
 
 @pytest.mark.parametrize("kind", ["a fifo", "a device", "a folder", "a socket", "a link to nothing"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
+import torch
 from commands import error_of, run
 from helpers import EOS, MASK, VOCAB
 
 import dlm_fast
 from dlm_fast import jobs, loading
+from dlm_fast.decoding import memory
 from dlm_fast.jobs import job
 
 GOOD = {"prompt": "abc"}
@@ -29,6 +32,15 @@ BAD_LINES = [
     ('{"prompt": "a", "canvas": [0]}', "must be an object with exactly one"),
     ("[1, 2]", "must be an object"),
     ("null", "must be an object"),
+    ({"index": 0, "finish": "eos", "question": "x"}, "must be an object with exactly one"),
+    (
+        '{"prompt": "a", "meta": ' + "[" * 300 + "]" * 300 + "}",
+        "values must be nested at most 64 levels deep, got more",
+    ),
+    (
+        {"prompt": {"role": "user", "content": "a"}},
+        "prompt must be text, a chat or token ids, got one message of a chat",
+    ),
     ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens must be a whole number >= 1, got max_new_tokens=0"),
     ({"prompt": "a", "max_new_tokens": None}, "max_new_tokens must be a whole number >= 1, got max_new_tokens=None"),
     ({"prompt": "a", "max_new_tokens": 10**30}, "max_new_tokens must be a whole number <= 16777216"),
@@ -194,6 +206,12 @@ def test_records_of_a_program_are_lines_too(checkpoint, tmp_path):
     with pytest.raises(jobs.JobError, match=r"is complete, but 2 of 3 lines have finish 'error': records\[1\]: prompt"):
         jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=2)
     assert [line["finish"] == "error" for line in results(tmp_path)] == [False, True, True]
+    deep: list = []
+    for _ in range(2000):
+        deep = [deep]
+    odd = [{"prompt": [5], "meta": deep}, {"prompt": deep}, {"prompt": torch.tensor([5])}, {"prompt": [5], "meta": {1}}]
+    for line in jobs.lines_of([{"prompt": [5]}, *odd], settings)[1:]:
+        assert line.problem is not None
     with pytest.raises(jobs.JobError, match=r"settings must be plain data.* got policy=<function"):
         jobs.run(
             model,
@@ -202,6 +220,58 @@ def test_records_of_a_program_are_lines_too(checkpoint, tmp_path):
             settings={**settings, "policy": lambda view, choice: choice},
             batch_size=2,
         )
+    with pytest.raises(jobs.JobError, match=r"settings must be plain data.* got stop_strings="):
+        jobs.run(model, lines, tmp_path / "o.jsonl", settings={**settings, "stop_strings": ["\udcff"]}, batch_size=2)
+
+
+def test_whatever_a_template_raises_is_the_problem_of_its_line(checkpoint, tmp_path):
+    def wrap(prompt):
+        return {"a": [5], "b": [6]}[prompt]
+
+    model, settings = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}
+    lines = jobs.lines_of([{"prompt": text} for text in "axb"], settings)
+    with pytest.raises(jobs.JobError, match=r"1 of 3 lines have finish 'error': records\[1\]: KeyError: 'x'"):
+        jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=2, wrap_prompt=wrap)
+    assert [line["finish"] == "error" for line in results(tmp_path)] == [False, True, False]
+
+
+def test_the_largest_batch_is_planned_before_the_first_forward(checkpoint, tmp_path, monkeypatch):
+    model, settings = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}
+    lines = jobs.lines_of(
+        [{"prompt": [5] * 20}, {"prompt": [5] * 20}, {"prompt": [5], "max_new_tokens": 200}], settings
+    )
+    monkeypatch.setattr(job, "generate", lambda *args, **kwargs: pytest.fail("a forward is made"))
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000)
+    with pytest.raises(dlm_fast.BatchTooLarge, match="got 1 rows of up to 201 positions"):
+        jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=1)
+
+
+def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path):
+    model, settings, cancel = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}, threading.Event()
+    lines = jobs.lines_of([{"prompt": [5 + i]} for i in range(6)], settings)
+    arguments = {"settings": settings, "batch_size": 2}
+    with pytest.raises(dlm_fast.DecodeCancelled):
+        jobs.run(
+            model,
+            lines,
+            tmp_path / "out.jsonl",
+            **arguments,
+            cancel=cancel,
+            progress=lambda done, total: cancel.set() if done == 4 else None,
+        )
+    assert jobs.run(model, lines, tmp_path / "out.jsonl", **arguments) == 4
+    jobs.run(model, lines, tmp_path / "whole.jsonl", **arguments)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_batch_is_bounded_by_what_the_model_was_opened_with(checkpoint, tmp_path):
+    model, settings = dlm_fast.load(checkpoint, device="cpu", max_rows=2, max_positions=9), {"max_new_tokens": 4}
+    lines = jobs.lines_of([{"prompt": [5] * n} for n in (5, 6)], settings)
+    with pytest.raises(jobs.JobError, match="--batch-size must be at most the model's max_rows=2, got 3"):
+        jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=3)
+    with pytest.raises(jobs.JobError, match=r"1 of 2 lines have finish 'error': records\[1\]: prompt .*max_positions"):
+        jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=2)
 
 
 @pytest.mark.parametrize("suffix", ["", ".partial", ".finished"])

@@ -10,12 +10,14 @@ import shutil
 import pytest
 import torch
 from commands import error_of, run
+from head_cases import random_head
 from helpers import save_toy_checkpoint, toy_tokenizer
 from safetensors.torch import load_file, save_file
 
 from dlm_fast import cli, disk
 from dlm_fast.jobs import job
 from dlm_fast.jobs import partial as partials
+from dlm_fast.policies.heads import save_head
 
 
 class Interrupted(Exception):
@@ -244,16 +246,77 @@ def test_only_a_regular_file_is_written(command, tmp_path, capsys, name, kind):
     assert not (tmp_path / "out.jsonl").exists() and os.path.lexists(path)
 
 
-def test_a_finished_file_of_somebody_else_is_kept_and_our_own_is_replaced(command, whole, tmp_path, capsys):
+def killed_while_finishing(command, tmp_path, capsys) -> bytes:
+    """A run that is killed when its finished file has all lines and not yet the output's name; the partial file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partials.disk, "rename", lambda source, target, replace: os._exit(9))
+        child = os.fork()
+        if not child:
+            cli.main(command)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "out.jsonl.finished").read_bytes() and not (tmp_path / "out.jsonl").exists()
+    return (tmp_path / "out.jsonl.partial").read_bytes()
+
+
+def test_a_finished_file_of_somebody_else_is_kept(command, whole, tmp_path, capsys):
     finished = tmp_path / "out.jsonl.finished"
-    for content in (whole + b"x", b"precious", whole[:-2] + b"x\n"):
+    for content in (whole + b"x", b"precious", whole):
         finished.write_bytes(content)
-        assert f"{finished} is in the way, got a file that no broken run has left" in error_of(command, capsys)
+        assert f"{finished} is in the way, got a file that was not left here" in error_of(command, capsys)
         assert finished.read_bytes() == content
-    for content in (b"", whole[:40], whole):
-        finished.write_bytes(content)
-        assert run([*command, "--overwrite"], capsys)[0] == 0
-        assert (tmp_path / "out.jsonl").read_bytes() == whole and not finished.exists()
+    finished.write_bytes(b"")
+    assert run([*command, "--overwrite"], capsys)[0] == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == whole and not finished.exists()
+
+
+@pytest.mark.parametrize("change", ["nothing", "settings", "a line"])
+def test_a_finished_file_that_a_killed_run_left_is_in_nobodys_way(command, prompts, whole, tmp_path, capsys, change):
+    killed_while_finishing(command, tmp_path, capsys)
+    decoded = []
+    if change == "settings":
+        command += ["--seed", "5", "--restart"]
+        decoded = [0, 1, 2, 3, 4, 5, 6]
+    if change == "a line":
+        prompts.write_text(prompts.read_text().replace("abc", "abd"))
+        decoded = [0]
+    assert decoded_indices(command, capsys) == decoded
+    assert ((tmp_path / "out.jsonl").read_bytes() == whole) == (change == "nothing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
+
+
+def test_a_partial_file_that_goes_while_the_output_is_named_is_no_error(command, whole, tmp_path, capsys):
+    partial = tmp_path / "out.jsonl.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        rename = disk.rename
+
+        def named(source, target, replace):
+            rename(source, target, replace=replace)
+            partial.unlink()
+
+        patch.setattr(disk, "rename", named)
+        assert run(command, capsys)[0] == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_a_file_system_without_locks_is_named(command, tmp_path, capsys, monkeypatch):
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(partials.fcntl, "flock", flock)
+    assert "out.jsonl.partial cannot be locked: [Errno 37] No locks available" in error_of(command, capsys)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_head_is_what_is_in_its_file(command, tmp_path, capsys):
+    head = tmp_path / "head.safetensors"
+    save_head(random_head("filter", block_length=3, seed=1), head)
+    command += ["--preset", "learn2pd", "--set", f"head={head}", "--temperature", "0"]
+    broken_after(2, command, capsys)
+    kept = head.read_bytes()
+    save_head(random_head("filter", block_length=3, seed=2), head)
+    assert "is from a run with other head;" in error_of(command, capsys)
+    head.write_bytes(kept)
+    assert decoded_indices(command, capsys) == [3, 4, 5, 6]
 
 
 def test_an_output_that_appears_while_the_job_runs_is_kept(command, whole, tmp_path, capsys, monkeypatch):
