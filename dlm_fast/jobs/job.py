@@ -92,7 +92,8 @@ def run(
         JobError: the output exists; or the partial file is of another run, of another process or no such file; or no
             line can be decoded, or with `strict` one cannot; or, once the output is complete, some lines have finish
             "error".
-        BatchTooLarge: a batch cannot fit the memory, before anything is decoded.
+        BatchTooLarge: the largest batch cannot fit the memory, before anything is decoded; or another one, if less is
+            free by then.
         DecodeCancelled: `cancel` was set. The batches that are finished stay in the partial file.
         OSError: the disk refuses.
     """
