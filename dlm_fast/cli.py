@@ -199,7 +199,12 @@ def _parser() -> Parser:
         "--shapes", action="store_true", help="print which shapes the steps had, and what they wasted; without --output"
     )
     prompts.add_argument("--raw", action="store_true", help="give text prompts as they are, without the chat template")
-    prompts.add_argument("--batch-size", type=int, default=16, help="prompts decoded together (default: 16)")
+    prompts.add_argument(
+        "--batch-size",
+        type=int,
+        default=None,
+        help="prompts decoded together (default: all; in a job 16, or --max-rows)",
+    )
 
     decoding = gen.add_argument_group("decoding")
     decoding.add_argument(
@@ -330,7 +335,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
     # 2. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
     model = load(args.model, backend=args.backend, device=args.device, **opening)
-    tokenizer = handle_of(model).tokenizer
+    tokenizer, most = handle_of(model).tokenizer, handle_of(model).max_rows
     chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
 
     def wrap(prompt: Any) -> Any:
@@ -351,7 +356,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             lines,
             args.output,
             settings=settings,
-            batch_size=args.batch_size,
+            batch_size=min(16, most or 16) if args.batch_size is None else args.batch_size,
             source={"raw": args.raw},
             strict=args.strict,
             restart=args.restart,
@@ -375,7 +380,8 @@ def _print_texts(
     # 1. Decode. If a row failed, the others are good all the same.
     failed: list[str] = []
     try:
-        out = generate(model, [wrap(line.record["prompt"]) for line in lines], **settings)
+        prompts = [wrap(line.record["prompt"]) for line in lines]
+        out = generate(model, prompts, batch_size=args.batch_size, **settings)
     except DecodeError as error:
         if len(error.rows) == len(lines):
             raise

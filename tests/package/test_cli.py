@@ -18,6 +18,7 @@ from helpers import save_toy_checkpoint
 
 import dlm_fast
 from dlm_fast import cli, files, loading
+from dlm_fast.jobs import job
 from dlm_fast.training import __main__ as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -373,3 +374,21 @@ def test_the_handlers_of_signals_are_the_callers_again_after_a_command(capsys):
     before = [signal.getsignal(number) for number in numbers]
     run(["presets"], capsys)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_prompts_are_decoded_as_many_at_a_time_as_the_flags_say(checkpoint, command, tmp_path, capsys, monkeypatch):
+    argv = ["generate", "--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "4", "--json"]
+    argv += [part for text in "abc" for part in ("--prompt", text)]
+    together = json.loads(run(argv, capsys)[1])["results"]
+    assert json.loads(run([*argv, "--batch-size", "2"], capsys)[1])["results"] == together
+    assert "batch_size must be given for more rows than max_rows=2" in run([*argv, "--max-rows", "2"], capsys)[1]
+    # A job has a batch size without a flag, and it is within the limit.
+    at, sizes, decode = command.index("--batch-size"), [], job.generate
+
+    def generate(*args, request_ids, **kwargs):
+        sizes.append(len(request_ids))
+        return decode(*args, request_ids=request_ids, **kwargs)
+
+    monkeypatch.setattr(job, "generate", generate)
+    assert run([*command[:at], *command[at + 2 :], "--max-rows", "2"], capsys)[0] == 0 and max(sizes) == 2
+    assert run([*command[:at], *command[at + 2 :], "--overwrite"], capsys)[0] == 0 and max(sizes) == 3
