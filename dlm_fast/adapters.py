@@ -34,8 +34,6 @@ from .models.family import Family
 _PREFIX = "base_model.model."
 # Fields of adapter_config.json whose keys are names of modules.
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-# The largest length of a pattern; its most repetitions, optional parts, groups and alternatives.
-MAX_PATTERN, MOST_PARTS = 4096, (4, 4, 4, 64)
 # Its fields that name modules: a list of names or of ends of names, one pattern, or an object whose keys are patterns.
 _NAMING = {
     "target_modules": (list, str),
@@ -43,6 +41,8 @@ _NAMING = {
     "modules_to_save": list,
     **dict.fromkeys(_PATTERNS, dict),
 }
+# The largest length of a pattern; its most repetitions, optional parts, groups and alternatives.
+MAX_PATTERN, MOST_PARTS = 4096, (4, 4, 4, 64)
 
 
 class Lora(NamedTuple):

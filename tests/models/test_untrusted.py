@@ -369,6 +369,17 @@ def test_a_pattern_that_takes_for_ever_is_refused(folder, tmp_path, pattern, fie
             call(folder, adapter=adapter_folder)
 
 
+def test_a_pattern_of_a_quantisation_is_bounded_too(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.int8)}, folder / "model.safetensors")
+    section = {"quant_method": "compressed-tensors", "ignore": [r"re:([a-z._0-9]+)+!"]}
+    edit(folder / "config.json", quantization_config=section)
+    rule = "quantization_config.ignore of config.json must hold patterns of at most"
+    with within(10), pytest.raises(CheckpointError, match=rule):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

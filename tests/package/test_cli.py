@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import signal
@@ -367,6 +368,28 @@ def test_who_stops_reading_is_no_error(flags):
     ended = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     os.close(write)
     assert ended.stderr == b"" and ended.returncode == 141
+
+
+def test_who_stops_reading_what_is_no_file_is_no_error(capsys, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["presets"]) == 141 and capsys.readouterr().err == ""
+
+
+def test_an_interrupt_is_an_object_on_stdout_too_with_json(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "presets", interrupted)
+    status, out, err = run(["presets", "--json"], capsys)
+    assert status == 130 and "interrupted; what was finished is kept" in err
+    assert json.loads(out)["error"] == {
+        "type": "KeyboardInterrupt",
+        "message": "interrupted; what was finished is kept",
+    }
 
 
 def test_the_handlers_of_signals_are_the_callers_again_after_a_command(capsys):

@@ -269,7 +269,6 @@ class Scene:
                 left=frozenset(
                     {
                         ("on_step", "a class"),  # it is a function, and fails when it is called
-                        ("cancel", "a class"),
                         ("prompts", "None"),  # the error is of the two arguments, of which one must be given
                         *(("canvas", kind) for kind in WRONG),  # has an entry of its own, without prompts
                     }
