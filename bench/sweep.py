@@ -176,7 +176,10 @@ def _page(result: dict[str, Any], floor_text: list[str], verdicts: list[str]) ->
     ]
     if result["static"] is not None:
         kernels = result["static"]["kernels"]
-        names = ("kernel", "config", "target", "registers", "spills", "shared_bytes", "mma", "instructions_per_element")
+        names = (
+            "kernel", "config", "target", "registers", "spills", "shared_bytes", "mma", "barriers", "loops",
+            "instructions_per_element",
+        )  # fmt: skip
         heading = f"## Static table\n\n{len(kernels)} binaries, {len(result['static']['violations'])} violations."
         rows = [" | ".join(_cell(row[name]) for name in names) for row in kernels]
         parts += [
@@ -189,4 +192,6 @@ def _page(result: dict[str, Any], floor_text: list[str], verdicts: list[str]) ->
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{instructions}/{barriers}" for instructions, barriers in value) or "-"
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

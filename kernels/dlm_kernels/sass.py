@@ -42,11 +42,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A natural loop. `instructions` counts its body once, nested loops' bodies included; `load_bytes` is what a thread
-    loads from global memory in one iteration, nested loops excluded."""
+    """A natural loop. `instructions` and `barriers` count its body once, nested loops' bodies included; `load_bytes` is
+    what a thread loads from global memory in one iteration, nested loops excluded; `multiplies` says whether the body
+    has tensor-core instructions."""
 
     instructions: int
     load_bytes: int
+    barriers: int = 0
+    multiplies: bool = False
 
 
 def parse(disassembly: str, kernel: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -84,6 +87,19 @@ def mma_kind(instructions: list[Instruction]) -> str:
 def widest_load(instructions: list[Instruction]) -> int:
     """Bits of the widest load from global memory that a thread issues; 0 if threads load nothing, or TMA does."""
     return max((instruction.global_load_bits for instruction in instructions), default=0)
+
+
+def barriers(instructions: list[Instruction]) -> int:
+    """Barriers in the code at which all warps of a program wait for one another."""
+    return sum(instruction.name == "BAR" for instruction in instructions)
+
+
+def streaming_loops(found: list[Loop]) -> list[Loop]:
+    """The loops that stream: those that load from global memory and multiply, the shortest first; where none multiplies,
+    the one that loads most."""
+    loading = sorted((loop for loop in found if loop.load_bytes), key=lambda loop: loop.instructions)
+    multiplying = [loop for loop in loading if loop.multiplies]
+    return multiplying or loading and [max(loading, key=lambda loop: loop.load_bytes)]
 
 
 def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list[list[int]]:
@@ -166,7 +182,8 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop]
         nested = set().union(*(other for inner, other in bodies.items() if inner != header and other < body))
         outside_nested = [index for start in body - nested for index in range(start, end[start])]
         bits = sum(instructions[index].global_load_bits for index in outside_nested)
-        found.append(Loop(sum(end[start] - start for start in body), bits // 8))
+        inside = [instructions[index] for start in body for index in range(start, end[start])]
+        found.append(Loop(len(inside), bits // 8, barriers(inside), mma_kind(inside) != "none"))
     return found
 
 

@@ -103,6 +103,9 @@ class CompileResult:
         mma: "wgmma", "tcgen05", "mma.sync" or "none". designed_mma: what the case wants it to be, or None.
         instructions_per_element: instructions in the machine's vocabulary loop x threads / elements consumed, or None.
         widest_load: bits of the widest load from global memory by a thread.
+        instructions, barriers: of the whole code.
+        loops: instructions and barriers of the loops that stream (`sass.streaming_loops`), once through each. Those of
+            attention go through tiles of keys: cached ones that are seen whole, cached ones with a mask, the window's.
         tiles: the case's constexprs named BLOCK_*.
     """
 
@@ -117,6 +120,9 @@ class CompileResult:
     mma: str
     instructions_per_element: float | None
     widest_load: int
+    instructions: int
+    barriers: int
+    loops: list[tuple[int, int]]
     tiles: dict[str, int]
     designed_mma: str | None = None
 
@@ -234,11 +240,9 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
     registers, stack, static_shared, local = map(int, match.groups())
 
     # 3. Count.
-    per_element = None
+    loops, per_element = sass.loops(instructions, labels), None
     if case.elements_per_iteration is not None:
-        per_element = _instructions_per_element(
-            case, instructions, labels, compiled.asm["ttir"], 32 * metadata.num_warps
-        )
+        per_element = _instructions_per_element(case, loops, compiled.asm["ttir"], 32 * metadata.num_warps)
     spills = 0
     if stack + local:
         spills = _spill_bytes(compiled.asm["ptx"], capability, metadata.enable_fp_fusion, stack + local)
@@ -254,6 +258,9 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
         mma=sass.mma_kind(instructions),
         instructions_per_element=per_element,
         widest_load=sass.widest_load(instructions),
+        instructions=len(instructions),
+        barriers=sass.barriers(instructions),
+        loops=[(loop.instructions, loop.barriers) for loop in sass.streaming_loops(loops)],
         tiles={
             name: value
             for name, value in case.constexprs.items()
@@ -263,14 +270,10 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
     )
 
 
-def _instructions_per_element(
-    case: CompileCase, instructions: list[sass.Instruction], labels: dict[str, int], ttir: str, threads: int
-) -> float:
+def _instructions_per_element(case: CompileCase, loops: list[sass.Loop], ttir: str, threads: int) -> float:
     """Instructions of the vocabulary loop x threads / elements that the loop consumes. The vocabulary loop is the loop
-    that loads most."""
-    loop = max(
-        sass.loops(instructions, labels), key=lambda loop: (loop.load_bytes, loop.instructions), default=sass.Loop(0, 0)
-    )
+    that loads most; of several that load the same, the longest."""
+    loop = max(loops, key=lambda loop: (loop.load_bytes, loop.instructions), default=sass.Loop(0, 0))
     iteration_bytes = sass.ttir_loop_bytes(ttir)
     if not loop.load_bytes or not iteration_bytes:
         raise RuntimeError(
@@ -367,13 +370,19 @@ def violations(results: Iterable[CompileResult]) -> list[str]:
 
 
 def table(results: Sequence[CompileResult]) -> str:
-    """The results as aligned text, one line each."""
-    header = ("kernel", "config", "target", "registers", "spills", "stack", "shared", "mma", "load", "instr/element")
+    """The results as aligned text, one line each; "loops" are instructions/barriers of the loops that
+    stream."""
+    header = (
+        "kernel", "config", "target", "registers", "spills", "stack", "shared", "mma", "load", "barriers", "loops",
+        "instr/element",
+    )  # fmt: skip
     rows = [
         (
             result.kernel, result.config, result.target, str(result.registers), str(result.spills),
             str(result.stack_bytes), str(result.shared_bytes), result.mma,
             f"{result.widest_load}-bit" if result.widest_load else "-",
+            str(result.barriers),
+            " ".join(f"{instructions}/{barriers}" for instructions, barriers in result.loops) or "-",
             "-" if result.instructions_per_element is None else f"{result.instructions_per_element:.2f}",
         )
         for result in results

@@ -256,6 +256,20 @@ def test_loops_are_found_with_what_was_moved_out_of_line_and_without_the_trap_at
     assert found == [sass.Loop(instructions=6, load_bytes=16), sass.Loop(instructions=9, load_bytes=10)]
 
 
+def test_the_loops_that_stream_multiply_or_load_most():
+    scan, masked, whole = sass.Loop(94, 64), sass.Loop(557, 32, 4, True), sass.Loop(420, 32, 4, True)
+    assert sass.streaming_loops([scan, masked, whole, sass.Loop(9, 0)]) == [whole, masked]
+    assert sass.streaming_loops([sass.Loop(30, 16), sass.Loop(20, 16), scan]) == [scan]
+    assert sass.streaming_loops([sass.Loop(9, 0, 0, True)]) == []
+
+
+def test_barriers_are_counted_in_the_code_and_in_its_loops():
+    listing = LISTING.replace("FADD R4, R4, R5", "BAR.SYNC.DEFER_BLOCKING 0x0")
+    instructions, labels = sass.parse(listing, "toy")
+    assert sass.barriers(instructions) == 1 and sass.barriers(sass.parse(LISTING, "toy")[0]) == 0
+    assert {loop.barriers for loop in sass.loops(instructions, labels)} == {1}
+
+
 def test_load_widths_and_tensor_core_names_are_read_from_the_right_part_of_the_opcode():
     instructions, _ = sass.parse(LISTING, "toy")
     assert [item.global_load_bits for item in instructions if item.global_load_bits] == [16, 128, 64]
@@ -282,7 +296,8 @@ def test_bytes_of_a_source_loop_leave_out_the_loops_inside_it():
 def test_the_table_has_a_line_for_every_result(toys):
     lines = table(list(toys.values())).splitlines()
     assert len(lines) == 1 + len(toys)
-    assert lines[0].split() == "kernel config target registers spills stack shared mma load instr/element".split()
+    columns = "kernel config target registers spills stack shared mma load barriers loops instr/element"
+    assert lines[0].split() == columns.split()
     assert "128-bit" in lines[1]
 
 

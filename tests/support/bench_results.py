@@ -5,7 +5,8 @@ from __future__ import annotations
 STATIC_ROW = {
     "kernel": "confidence", "config": "bf16 second", "target": "sm_90", "tiles": {},
     "registers": 40, "spills": 0, "stack_bytes": 0, "shared_bytes": 1024, "tensor_memory": 0,
-    "mma": "none", "instructions_per_element": 9.5, "widest_load": 128,
+    "mma": "none", "instructions_per_element": 9.5, "widest_load": 128, "instructions": 900,
+    "barriers": 9, "loops": [[227, 0]],
 }  # fmt: skip
 
 
