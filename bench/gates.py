@@ -22,6 +22,8 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 DECODE_CLASSES = ((64, 0.75), (128, 0.65), (224, 0.5))
 UNMASK_FORM_LANES = (32, 128)
 LARGE_KV = 30e6  # bytes of keys and values a layer, below which a launch is not bound by memory
+LONG = 32768  # a prefix from which the split form and its combine, two launches, are bound by memory even at 4 KV heads
+CARDS = ("H100", "H200")  # judged apart: the same multiprocessors, and memories of different bandwidth
 STATIC_TARGETS = 6
 INSTRUCTIONS_PER_ELEMENT = 10.5
 
@@ -74,7 +76,7 @@ def evaluate(document: dict[str, Any]) -> list[Gate]:
     copy, gemm = ceilings.get("copy_tb_s"), ceilings.get("gemm_tflop_s")
     decode = [r for r in rows if r.facts.get("kind") == "decode"]
     return [
-        *_decode(decode, copy),
+        *_decode(decode, copy, document.get("device", "")),
         *_prefill([r for r in rows if r.facts.get("kind") == "prefill" and r.facts["L"] >= 4096], gemm),
         *_confidence([r for r in rows if r.facts.get("kind") == "confidence"], copy, document.get("device", "")),
         *_unmask([r for r in rows if r.facts.get("kind") == "unmask" and r.facts["lanes"] == 32]),
@@ -106,18 +108,30 @@ def _gate(
     return Gate(goal, rule, worst, MET if met else MISSED, f"worst of {len(values)}: {name}")
 
 
+def _shares_of_copy(
+    goal: str, rows: list[Row], copy: float | None, device: str, bounds: dict[str, float], where: str
+) -> Iterator[Gate]:
+    """A gate for each card: the share of copy bandwidth that the rows must reach on it."""
+    for card, bound in bounds.items():
+        rule = f"share of copy bandwidth >= {bound}{where} on {card}"
+        if card in device:
+            yield _gate(goal, rule, rows, lambda r: _share_of_copy(r, copy), bound)
+        else:
+            yield Gate(goal, rule, None, NOT_MEASURED, f"the file is of {device or 'no GPU'}")
+
+
 def _share_of_copy(row: Row, copy: float | None) -> float | None:
     return row.ours["nbytes"] / row.ours["p50_us"] / 1e6 / copy if copy else None
 
 
-def _decode(rows: list[Row], copy: float | None) -> Iterator[Gate]:
+def _decode(rows: list[Row], copy: float | None, device: str) -> Iterator[Gate]:
     large, goal = [r for r in rows if r.facts["kv_bytes"] >= LARGE_KV], "decode attention, >= 30 MB KV a layer"
     equal = [r for r in large if r.facts["equal"]]
     above = 0
     for largest, bound in DECODE_CLASSES:
         chosen = [r for r in equal if above < r.W_x_G <= largest]
-        rule = f"share of copy bandwidth >= {bound} at {above} < W x G <= {largest}"
-        yield _gate(goal, rule, chosen, lambda r: _share_of_copy(r, copy), bound)
+        where = f" at {above} < W x G <= {largest}"
+        yield from _shares_of_copy(goal, chosen, copy, device, dict.fromkeys(CARDS, bound), where)
         above = largest
     yield _gate(goal, "best torch baseline / ours >= 1.0", large, Row.best_baseline, 1.0)
     special = [r for r in large if not r.facts["equal"] or r.facts["G"] == 7]
@@ -125,11 +139,14 @@ def _decode(rows: list[Row], copy: float | None) -> Iterator[Gate]:
         goal, "best torch baseline / ours >= 1.3 where lengths differ or G = 7", special, Row.best_baseline, 1.3
     )
     single = [r for r in rows if r.facts["B"] == 1 and r.facts["prefix"] >= 4096]
+    memory_bound = [
+        r
+        for r in single
+        if r.W_x_G <= DECODE_CLASSES[-1][0] and (r.facts["kv_bytes"] >= LARGE_KV or r.facts["prefix"] >= LONG)
+    ]
+    goal = "decode attention, B=1, >= 30 MB KV a layer or prefix >= 32k"
+    yield from _shares_of_copy(goal, memory_bound, copy, device, dict.fromkeys(CARDS, 0.5), " at W x G <= 224")
     goal = "decode attention, B=1, prefix >= 4k"
-    memory_bound = [r for r in single if r.W_x_G <= DECODE_CLASSES[-1][0]]
-    yield _gate(
-        goal, "share of copy bandwidth >= 0.5 at W x G <= 224", memory_bound, lambda r: _share_of_copy(r, copy), 0.5
-    )
     few_heads = [r for r in single if r.facts["kv_heads"] == 4]
     yield _gate(goal, "our unsplit form / ours >= 5 at 4 KV heads", few_heads, lambda r: r.over_ours(UNSPLIT), 5.0)
 
@@ -152,12 +169,7 @@ def _confidence(rows: list[Row], copy: float | None, device: str) -> Iterator[Ga
     goal = "confidence with top-2, N >= 256"
     large = [r for r in rows if r.facts["N"] >= 256 and "second" in r.facts["outputs"]]
     bf16, fp32 = ([r for r in large if r.facts["dtype"] == dtype] for dtype in ("bf16", "fp32"))
-    for card, bound in (("H100", 0.75), ("H200", 0.65)):
-        rule = f"share of copy bandwidth >= {bound}, bf16 on {card}"
-        if card in device:
-            yield _gate(goal, rule, bf16, lambda r: _share_of_copy(r, copy), bound)
-        else:
-            yield Gate(goal, rule, None, NOT_MEASURED, f"the file is of {device or 'no GPU'}")
+    yield from _shares_of_copy(goal, bf16, copy, device, {"H100": 0.75, "H200": 0.65}, ", bf16")
     yield _gate(goal, "share of copy bandwidth >= 0.85, fp32", fp32, lambda r: _share_of_copy(r, copy), 0.85)
     plain = [r for r in bf16 if r.facts["outputs"] == ["second"]]
     yield _gate(goal, "eager softmax path / ours >= 3", plain, lambda r: r.over_ours(EAGER), 3.0)

@@ -95,8 +95,8 @@ def barriers(instructions: list[Instruction]) -> int:
 
 
 def streaming_loops(found: list[Loop]) -> list[Loop]:
-    """The loops that stream: those that load from global memory and multiply, the shortest first; where none multiplies,
-    the one that loads most."""
+    """The loops that stream: those that load from global memory and multiply, the shortest first; where none
+    multiplies, the one that loads most."""
     loading = sorted((loop for loop in found if loop.load_bytes), key=lambda loop: loop.instructions)
     multiplying = [loop for loop in loading if loop.multiplies]
     return multiplying or loading and [max(loading, key=lambda loop: loop.load_bytes)]
