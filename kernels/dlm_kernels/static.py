@@ -50,7 +50,7 @@ TENSOR_MEMORY_LIMIT = 512
 INSTRUCTIONS_PER_ELEMENT_LIMIT = 10.5
 
 # The module of each op, whose `compile_cases(capability)` lists what the op's launcher may launch.
-ROOMS = ("attention", "confidence", "unmask", "drafts", "noise")
+ROOMS = ("attention", "confidence", "unmask", "drafts", "noise", "layers")
 KERNEL_MODULES = {name: f"{__package__}.{name}.cases" for name in ROOMS}
 
 
@@ -72,6 +72,7 @@ class CompileCase:
         maxnreg: launch option, the registers of a thread at most; None lets ptxas decide, which may prefer spills to
             few programs.
         mma: kind of tensor-core instruction that the configuration was designed for ("wgmma"); None accepts any.
+        fusion: launch option enable_fp_fusion, whether a product and a sum may become one fused operation.
     """
 
     kernel: str
@@ -85,6 +86,7 @@ class CompileCase:
     elements_per_iteration: int | None = None
     maxnreg: int | None = None
     mma: str | None = None
+    fusion: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,7 @@ def compile_case(case: CompileCase, capability: int) -> CompileResult:
     _check(case)
     source = ASTSource(case.fn, case.signature, constexprs=case.constexprs, attrs=_attributes(case))
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg}
+    options["enable_fp_fusion"] = case.fusion
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # raised by any stage of Triton, and said again with the name of the case

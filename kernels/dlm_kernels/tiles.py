@@ -240,3 +240,34 @@ def drafts_tile(W: int) -> tuple[int, int]:
 
 # (counters of a program, num_warps) of `uniform_scores`: a counter costs ten rounds of Philox and 16 bytes.
 NOISE_TILE = (128, 4)
+
+# (longest row, num_warps) of `rms_norm` and `add_rms_norm`, which hold a row in registers: 16 numbers a thread, so that
+# a thread has two or more loads of 16 bytes on the way, and up to 32 numbers a thread in the longest rows.
+NORM_TILES = ((512, 1), (1024, 2), (2048, 4), (4096, 8), (16384, 16))
+
+
+def norm_tile(d: int) -> tuple[int, int]:
+    """(BLOCK_D, num_warps) of rows of d numbers."""
+    return max(32, _power_of_2(d)), next(warps for longest, warps in NORM_TILES if d <= longest)
+
+
+# Numbers of its heads that a program of `qk_norm_rope` holds, 8 heads of 128, and its warps: a thread loads 16 bytes of
+# either half.
+ROPE_ELEMENTS, ROPE_WARPS = 1024, 2
+
+
+def rope_tile(D: int, R: int) -> tuple[int, int, int, int]:
+    """(HEADS, BLOCK_R, BLOCK_P, num_warps) of heads of D dims, R of which are rotated: BLOCK_R holds one half of these,
+    and BLOCK_P the others. The number of heads of a model is not looked at, because the order of a head's sum may not
+    depend on it."""
+    HEADS = max(1, ROPE_ELEMENTS // _power_of_2(D))
+    return HEADS, _power_of_2(R // 2), _power_of_2(max(1, D - R)), ROPE_WARPS
+
+
+# (BLOCK_I, num_warps) of `swiglu`: 8 numbers of both arguments a thread.
+SWIGLU_TILE = (1024, 4)
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of 2 that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -9,8 +9,8 @@ from .named import check_of, shown
 
 # What the kernels hold in registers: a row that is normed, and a head.
 MAX_ROW, MAX_HEAD_DIM = 16384, 512
-# What the kernels add to the mean is a float32.
-MAX_EPS = 1e38
+# What the kernels add to the mean is a float32, and what they take the root of is a normal one.
+MIN_EPS, MAX_EPS = 1e-30, 1e38
 
 
 @check_of("rms_norm")
@@ -147,8 +147,8 @@ def _check_length(op: str, letter: str, length: int, place: str, largest: int | 
 def _check_eps(op: str, eps: float) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")
-    if not 0 <= eps <= MAX_EPS:
-        raise ValueError(f"{op}: eps must be at least 0 and at most {MAX_EPS:g}, got eps={shown(eps)}")
+    if not MIN_EPS <= eps <= MAX_EPS:
+        raise ValueError(f"{op}: eps must be in [{MIN_EPS:g}, {MAX_EPS:g}], got eps={shown(eps)}")
 
 
 def _check_tensors(op: str, dtypes: tuple[dtype, ...], **tensors: Tensor | None) -> None:

@@ -44,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         x: [..., d] float32, bfloat16 or float16 (here also float64, and any d); the last stride is 1, and all rows lie
             at one stride.
         weight: [d], dtype of x, last stride 1.
-        eps: at least 0, at most 1e38.
+        eps: in [1e-30, 1e38].
     Returns:
         [..., d] in x's dtype.
     Raises:
@@ -93,7 +93,7 @@ def qk_norm_rope(
             projections give them; any strides, the last one 1.
         cos, sin: [B, W, R] or [1, W, R], last stride 1; R is even and at most D.
         q_weight, k_weight: [D], last stride 1, of the norms of heads. They and eps are given together, or not at all.
-        eps: of both norms, at least 0, at most 1e38.
+        eps: of both norms, in [1e-30, 1e38].
         q_scale: [B, W] or [1, W], any strides. None: 1.
     Returns:
         RotatedHeads, transposed views of fresh contiguous [B, W, H, D] and [B, W, H_kv, D].
