@@ -1,8 +1,8 @@
 """The small ops of a layer between its matrix products, in plain torch: norms, rotary embedding and gated activation.
 
 Each function makes the sequence of torch ops that the modules of transformers make (Llama, Qwen2, Qwen3, Qwen3-MoE,
-GLM-4-MoE and Ministral-3 agree in it), and so has their numbers bit for bit on a CPU, and their gradients. R stands for
-the rounding to the dtype of the arguments; what is inside of an R is computed in float32.
+GLM-4-MoE and Ministral-3 agree in it), and so has their numbers bit for bit on a CPU; gradients flow through it. R
+stands for the rounding to the dtype of the arguments; what is inside of an R is computed in float32.
 
 Root mean square norm: arXiv:1910.07467. Rotary embedding: arXiv:2104.09864. SwiGLU: arXiv:2002.05202.
 """
