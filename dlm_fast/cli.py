@@ -48,8 +48,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 # The flags that say how a model sees, which are fields of its `DiffusionConfig`.
 DIFFUSION_FLAGS = ("mask_token_id", "visibility", "block_alignment", "logits_row")
-# The flags that limit what a model that is opened decodes.
-LIMITS = ("max_positions", "max_rows")
+# The flags that say how a model that is opened runs, and nothing about the checkpoint.
+RUNNING = ("fuse_layers", "max_positions", "max_rows")
 # Flags of other decoders' commands, with the flags that mean the same here.
 FOREIGN_FLAGS = {
     "--steps": "--steps-per-block = steps / blocks",
@@ -110,6 +110,12 @@ def _opening_flags() -> Parser:
         "--adapter", default=None, help="a LoRA adapter to merge; none: without the one beside the weights"
     )
     group.add_argument("--dtype", default=None, help=f"{', '.join(DTYPES)} (default: as stored)")
+    group.add_argument(
+        "--fuse-layers",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run layers in few launches (default: where every module of theirs is known)",
+    )
     group.add_argument("--max-positions", type=int, default=None, help="most positions of a row, prompt and new tokens")
     group.add_argument("--max-rows", type=int, default=None, help="most rows that are decoded together")
     group.add_argument("--mask-token-id", type=int, default=argparse.SUPPRESS, help="where no file says the mask's id")
@@ -133,6 +139,7 @@ def _opening(args: argparse.Namespace) -> dict[str, Any]:
         "diffusion": diffusion or None,
         "dtype": None if args.dtype is None else getattr(torch, args.dtype),
         "adapter": False if args.adapter == "none" else args.adapter,
+        "fuse_layers": args.fuse_layers,
         "max_positions": args.max_positions,
         "max_rows": args.max_rows,
     }
@@ -140,7 +147,7 @@ def _opening(args: argparse.Namespace) -> dict[str, Any]:
 
 def _no_opening(args: argparse.Namespace, command: str) -> None:
     """Raises ValueError for a flag that says how a checkpoint is opened, where a command opens none."""
-    names = ("revision", "adapter", "dtype", *LIMITS, *DIFFUSION_FLAGS, "block_length")
+    names = ("revision", "adapter", "dtype", *RUNNING, *DIFFUSION_FLAGS, "block_length")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, None) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} {'goes' if len(given) == 1 else 'go'} with a model, got {command}")
@@ -428,7 +435,7 @@ def _inspect(args: argparse.Namespace) -> dict[str, Any]:
     # 2. One checkpoint.
     _block_length_of_model(args)
     # Limits are of decodes, and say nothing of a checkpoint.
-    report = inspect_checkpoint(args.model, **{name: v for name, v in _opening(args).items() if name not in LIMITS})
+    report = inspect_checkpoint(args.model, **{name: v for name, v in _opening(args).items() if name not in RUNNING})
     if not args.json:
         print("\n".join(lines(report)))
     return report

@@ -85,7 +85,8 @@ def heat(owner: str, name: str, value: Any) -> None:
         )
 
 
-def flag(owner: str, name: str, value: Any) -> None:
-    """Raises ValueError unless the value is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{owner}: {name} must be true or false, got {name}={shown(value)}")
+def flag(owner: str, name: str, value: Any, *, none: bool = False) -> None:
+    """Raises ValueError unless the value is True or False, or None where `none` allows that."""
+    if not isinstance(value, bool) and not (none and value is None):
+        rule = "true, false or None" if none else "true or false"
+        raise ValueError(f"{owner}: {name} must be {rule}, got {name}={shown(value)}")

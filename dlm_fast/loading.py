@@ -348,6 +348,7 @@ def load(
     rope_scale: float = 1.0,
     adapter: str | Path | bool | None = None,
     merge_adapter: bool = True,
+    fuse_layers: bool | None = None,
     max_positions: int | None = None,
     max_rows: int | None = None,
 ) -> nn.Module:
@@ -384,6 +385,8 @@ def load(
             unasked, so None is refused there.
         merge_adapter: whether the adapter is merged into the weights, in float32, or kept as layers beside them, as a
             quantised model needs.
+        fuse_layers: whether the layers get forwards of few launches, as in `patch`. Default: where every module of the
+            layers is known.
         max_positions: the most positions of a row, prompt and new tokens, that `generate` decodes. Default: those of
             the model.
         max_rows: the most rows that `generate` decodes together. Default: any number.
@@ -395,7 +398,8 @@ def load(
             is corrupted; tensors are missing, unexpected or of a wrong shape; config.json describes no model; nothing
             says which id the mask is, or how the model sees; an adapter was not asked for, or does not fit.
         NotImplementedError: the family is unknown, or a field of config.json asks for what the native class does not
-            have; or the backend is Triton, whose kernels do not have the GPU or the head size.
+            have; or the backend is Triton, whose kernels do not have the GPU or the head size; or fuse_layers=True, and
+            a module of a layer is not known.
     """
     # 1. Check the arguments.
     if not isinstance(rope_scale, (int, float)) or isinstance(rope_scale, bool) or not 1 <= rope_scale < float("inf"):
@@ -425,6 +429,7 @@ def load(
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={shown(adapter)}")
 
     flag("load", "merge_adapter", merge_adapter)
+    flag("load", "fuse_layers", fuse_layers, none=True)
 
     # 2. Read what the files say, and find a place for every tensor.
     hints = name_of(adapter) if adapter else ""
@@ -476,6 +481,7 @@ def load(
         backend=backend,
         diffusion=found.settings.diffusion,
         plain_mode=found.settings.diffusion.plain_mode,
+        fuse_layers=fuse_layers,
     )
     handle.tokenizer = found.tokenizer
     handle.family = found.family.name

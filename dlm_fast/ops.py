@@ -31,6 +31,10 @@ class Ops:
         draft_build: makes the drafts of every row, for decoders with drafts.
         verify: accepts the drafts that the decoder would have written, for decoders with drafts.
         uniform_scores: draws a number per position, for decoders that draw positions.
+        rms_norm: norms the rows of a layer's input.
+        add_rms_norm: adds what a module made to the residual stream, and norms the sum.
+        qk_norm_rope: norms queries and keys by head, where the model does, and turns them by their positions.
+        swiglu: the activation of an MLP times its gate.
         reason: why this backend was chosen, for `explain` and `dlm-fast doctor`.
     """
 
@@ -41,6 +45,10 @@ class Ops:
     draft_build: Callable
     verify: Callable
     uniform_scores: Callable
+    rms_norm: Callable
+    add_rms_norm: Callable
+    qk_norm_rope: Callable
+    swiglu: Callable
     reason: str
 
     def __post_init__(self) -> None:
@@ -52,7 +60,9 @@ class Ops:
                 raise TypeError(f"Ops: {name} must be a function, got {name}={shown(getattr(self, name))}")
 
 
-OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
+# The ops of a layer, which models with fused layers call.
+LAYER_OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
+OP_NAMES = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores", *LAYER_OPS)
 
 REFERENCE = Ops("reference", *(getattr(reference, name) for name in OP_NAMES), "asked for by name")
 CPU = Ops("cpu", *(getattr(cpu, name) for name in OP_NAMES), "asked for by name")
@@ -72,6 +82,7 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
     from dlm_kernels.attention import launch as attention
     from dlm_kernels.confidence import launch as confidence
     from dlm_kernels.drafts import launch as drafts
+    from dlm_kernels.layers import launch as layers
     from dlm_kernels.noise import launch as noise
     from dlm_kernels.unmask import launch as unmask
 
@@ -83,6 +94,10 @@ def triton_ops(reason: str = "asked for by name") -> Ops:
         drafts.draft_build,
         drafts.verify,
         noise.uniform_scores,
+        layers.rms_norm,
+        layers.add_rms_norm,
+        layers.qk_norm_rope,
+        layers.swiglu,
         reason,
     )
 

@@ -11,7 +11,7 @@ import importlib
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dlm_kernels import Window
 
 from .diffusion import DiffusionConfig, check_vocabulary
-from .limits import MAX_WHOLE, shown, whole
+from .limits import MAX_WHOLE, flag, shown, whole
 from .models import ADAPTERS, Adapter, adapter_for, twin
 from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
@@ -54,13 +54,20 @@ class PatchHandle:
         plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
         max_positions: the most positions of a row that `generate` decodes; None = those of the model.
         max_rows: the most rows that `generate` decodes together; None = any number.
+        unfused: why the layers run as transformers has them; None = they are fused, which is a dozen launches less.
         attention_calls: number of attention calls through our op since the model was patched, one per layer and
             forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
             every call.
     """
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, ops: Ops, diffusion: DiffusionConfig | None, plain_mode: str
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        ops: Ops,
+        diffusion: DiffusionConfig | None,
+        plain_mode: str,
+        unfused: str | None,
     ) -> None:
         self.model = model
         self.adapter = adapter
@@ -71,11 +78,13 @@ class PatchHandle:
         self.settings: Settings | None = None
         self.link: twin.Link | None = None
         self.plain_mode = plain_mode
+        self.unfused = unfused
         self.max_positions: int | None = None
         self.max_rows: int | None = None
         self.attention_calls = 0
         self._old_config: Any = None
         self._configured: list[nn.Module] = []
+        self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
         self._hooks: list[Any] = []
         self._running = 0  # plain forwards that have begun and not ended
         self._lock = threading.Lock()
@@ -145,6 +154,10 @@ class PatchHandle:
                 if getattr(module, "config", None) is self._old_config:
                     module.config = config
                     self._configured.append(module)
+            if self.unfused is None:
+                self._forwards = self.adapter.fused_forwards(self.model, self.ops)
+                for module, forward in self._forwards.items():
+                    module.__dict__["forward"] = forward
             self._hooks = [
                 base.register_forward_pre_hook(self._begin_plain, with_kwargs=True),
                 base.register_forward_hook(self._end_plain, with_kwargs=True, always_call=True),
@@ -159,6 +172,10 @@ class PatchHandle:
         for module in self._configured:
             module.config = self._old_config
         self._configured = []
+        for module, forward in self._forwards.items():
+            if module.__dict__.get("forward") is forward:  # what was bound since stays, and passes on to the class's
+                del module.__dict__["forward"]
+        self._forwards = {}
         self.model.__dict__.pop(_ATTRIBUTE, None)
         with self._lock:
             # A forward that runs in another thread must still find, at its end, that its layers were changed meanwhile.
@@ -340,7 +357,14 @@ def check_placed(owner: str, model: nn.Module) -> None:
         raise ValueError(f"{owner}: model must be on one device, or spread by load(device_map=...), got {got}")
 
 
-def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig | None, plain_mode: str) -> PatchHandle:
+def attach(
+    model: nn.Module,
+    *,
+    backend: str | Ops,
+    diffusion: DiffusionConfig | None,
+    plain_mode: str,
+    fuse_layers: bool | None = None,
+) -> PatchHandle:
     """Patches `model`. `patch` and `load` differ only in `plain_mode`, by which plain forwards see."""
     adapter = adapter_for(model)
     if _ATTRIBUTE in model.__dict__:
@@ -352,7 +376,12 @@ def attach(model: nn.Module, *, backend: str | Ops, diffusion: DiffusionConfig |
         check_vocabulary(diffusion, model.config.vocab_size)
     ops = choose(backend, next(model.parameters()).device)
     check_head_dims(ops, adapter.head_dims(model))
-    handle = PatchHandle(model, adapter, ops, diffusion, plain_mode)
+    unfused = "asked for" if fuse_layers is False else adapter.unfusable(model)
+    if fuse_layers and unfused is not None:
+        raise NotImplementedError(
+            f"dlm_fast: the layers of this {type(model).__name__} cannot be fused: {unfused}; got fuse_layers=True"
+        )
+    handle = PatchHandle(model, adapter, ops, diffusion, plain_mode, unfused)
     handle._bind()
     return handle
 
@@ -369,6 +398,7 @@ def patch(
     diffusion: DiffusionConfig | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     backend: str | Ops = "auto",
+    fuse_layers: bool | None = None,
     max_positions: int | None = None,
     max_rows: int | None = None,
 ) -> PatchHandle:
@@ -395,12 +425,18 @@ def patch(
             settings are looked for.
         backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
             CPU on a CPU.
+        fuse_layers: whether the layers of the instance get forwards of ours, which need about 6 small launches instead
+            of 30 to 48. They round where transformers' own do: on a CPU the bits are the same, in Triton within one
+            rounding of each op. Default: where every module of the layers is known; `explain` says why not. A layer
+            runs as transformers has it where it is asked for what they do not do: under autocast, with a cache of
+            transformers, or where one of its norms, its attention or its MLP has hooks.
         max_positions: the most positions of a row, prompt and new tokens, that `generate` decodes. Default: those of
             the model.
         max_rows: the most rows that `generate` decodes together. Default: any number.
     Raises:
         NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
-            sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size.
+            sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size; or
+            fuse_layers=True, and a module of a layer is not known.
         RuntimeError: the model is patched already.
         TypeError: an argument is of a wrong type.
         ValueError: the model's parameters are on several devices or on "meta"; the vocabulary does not hold an id of
@@ -411,19 +447,21 @@ def patch(
         raise TypeError(f"patch: model must be a model of transformers, got model={shown(model)}")
     if tokenizer is not None and not (callable(tokenizer) and callable(getattr(tokenizer, "decode", None))):
         raise TypeError(f"patch: tokenizer must be a transformers tokenizer or None, got tokenizer={shown(tokenizer)}")
+    flag("patch", "fuse_layers", fuse_layers, none=True)
     if not any(type(model) in adapter.CLASSES for adapter in ADAPTERS):
         values = twin.values_of(model)
         family = twin.family_for(model, values)
         if family is not None:
             limits = {"max_positions": max_positions, "max_rows": max_rows}
-            return _patch_owner(model, family, values, diffusion, tokenizer, backend, **limits)
+            return _patch_owner(model, family, values, diffusion, tokenizer, backend, fuse_layers, **limits)
     settings = None
     if diffusion is None and getattr(getattr(model, "config", None), "dlm", None) is not None:
         settings = section_settings(model.config.dlm)
         diffusion = settings.diffusion
     check_limits("patch", getattr(model, "config", None), max_positions, max_rows)
     causal = getattr(getattr(model, "config", None), "is_causal", True)
-    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode="causal" if causal else "full")
+    plain_mode = "causal" if causal else "full"
+    handle = attach(model, backend=backend, diffusion=diffusion, plain_mode=plain_mode, fuse_layers=fuse_layers)
     handle.settings = settings
     handle.tokenizer = tokenizer
     handle.max_positions, handle.max_rows = max_positions, max_rows
@@ -437,6 +475,7 @@ def _patch_owner(
     diffusion: DiffusionConfig | Mapping[str, Any] | None,
     tokenizer: Any,
     backend: str | Ops,
+    fuse_layers: bool | None,
     *,
     max_positions: int | None,
     max_rows: int | None,
@@ -454,7 +493,13 @@ def _patch_owner(
             built, link = twin.build(model, family, config)
         if family.unproven:
             warnings.warn(f"patch: family {family.name} is unproven: {family.unproven}", stacklevel=3)
-        handle = attach(built, backend=backend, diffusion=settings.diffusion, plain_mode=settings.diffusion.plain_mode)
+        handle = attach(
+            built,
+            backend=backend,
+            diffusion=settings.diffusion,
+            plain_mode=settings.diffusion.plain_mode,
+            fuse_layers=fuse_layers,
+        )
         handle.tokenizer, handle.family, handle.settings, handle.link = tokenizer, family.name, settings, link
         handle.max_positions, handle.max_rows = max_positions, max_rows
         _HANDLES_OF_OWNERS[model] = handle
@@ -491,6 +536,7 @@ def explain(model: nn.Module) -> dict[str, Any]:
         "backend": handle.ops.name,
         "reason": handle.ops.reason,
         "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in OP_NAMES},
+        "layers": "fused" if handle.unfused is None else f"of transformers: {handle.unfused}",
         "plain_forward": handle.plain_mode,
         "visibility": handle.diffusion.visibility if handle.diffusion else None,
         "prompt_isolated": handle.diffusion.prompt_isolated if handle.diffusion else None,

@@ -219,6 +219,7 @@ def _header(model: nn.Module, handle: PatchHandle) -> dict[str, Any]:
         "diffusion": None if handle.diffusion is None else dataclasses.asdict(handle.diffusion),
         "tokenizer": fingerprint.of_tokenizer(handle.tokenizer),
         "backend": handle.ops.name,
+        "layers": "of transformers" if handle.unfused else "fused",
         "device": next(model.parameters()).device.type,
         "version": __version__,
         **{f"version of {name}": importlib.metadata.version(name) for name in packages},

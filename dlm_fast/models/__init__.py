@@ -3,11 +3,13 @@ of tokens against our cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import Ops
 from . import native
 from .cache import KVCache
 from .native import AttentionCall
@@ -36,6 +38,12 @@ class Adapter(Protocol):
 
     def head_dims(self, model: nn.Module) -> set[int]:
         """The head sizes of the model's layers."""
+
+    def unfusable(self, model: nn.Module) -> str | None:
+        """Why the layers of a model cannot be fused; None = they can."""
+
+    def fused_forwards(self, model: nn.Module, ops: Ops) -> dict[nn.Module, Callable[..., Tensor]]:
+        """The forwards that fuse the layers of a model, by the module to which each is bound."""
 
     def compute_dtype(self, model: nn.Module) -> torch.dtype:
         """The dtype of hidden states, keys and values."""

@@ -1,19 +1,19 @@
 """Decoder models as transformers ships them, driven through transformers' attention interface.
 
-No forward is rewritten. The base model is called with one extra keyword, `dlm_call`, which transformers hands through
-to the attention function. There our op stores the window's keys and values and attends, in one call.
+The base model is called with one extra keyword, `dlm_call`, which transformers hands through to the attention function.
+There our op stores the window's keys and values and attends, in one call. Layers whose modules are all known may have
+forwards of ours (`fused`); of other layers no forward is rewritten.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
     Glm4MoeForCausalLM,
     LlamaForCausalLM,
     Ministral3ForCausalLM,
@@ -30,9 +30,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from dlm_kernels import Window
 
-from ..ops import Ops, choose
+from ..ops import REFERENCE, Ops
+from . import fused
+from .attention import ATTENTION_NAME, AttentionCall
 from .cache import KVCache
 from .tensors import BUILDING
+
+__all__ = ["ATTENTION_NAME", "CLASSES", "AttentionCall"]
 
 CLASSES = {
     LlamaForCausalLM: LlamaAttention,
@@ -42,96 +46,6 @@ CLASSES = {
     Glm4MoeForCausalLM: Glm4MoeAttention,
     Ministral3ForCausalLM: Ministral3Attention,
 }
-# The name under which transformers finds it (`config._attn_implementation`).
-ATTENTION_NAME = "dlm_fast"
-
-
-@dataclasses.dataclass
-class AttentionCall:
-    """What one forward tells every attention layer.
-
-    Attributes:
-        window: which positions the forward computes, and what they see.
-        cache: the key/value buffers; None = keys and values live for this forward only.
-        ops: the backend.
-        plain: whether the forward is a plain one (`model(input_ids)`), and not a decoder's.
-        served: numbers of the layers that attended through the call, in order. The list is Python's own and adds no op
-            to a compiled graph.
-        copies: copies of the window on the devices of layers that are elsewhere.
-    """
-
-    window: Window
-    cache: KVCache | None
-    ops: Ops
-    plain: bool = False
-    served: list[int] = dataclasses.field(default_factory=list)
-    copies: dict[torch.device, Window] = dataclasses.field(default_factory=dict)
-
-    def window_on(self, device: torch.device) -> Window:
-        """The window on the device of a layer."""
-        if self.window.q_pos.device == device:
-            return self.window
-        if device not in self.copies:
-            tensors = {name: tensor.to(device) for name, tensor in self.window.tensors().items()}
-            self.copies[device] = dataclasses.replace(self.window, **tensors)
-        return self.copies[device]
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    dlm_call: AttentionCall | None = None,
-    sliding_window: int | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls.
-
-    query [B, H, W, D], key and value [B, H_kv, W, D] after RoPE -> [B, W, H, D].
-    """
-    # 1. Refuse what the op cannot do.
-    if dlm_call is None:
-        raise RuntimeError(
-            "dlm_fast attention: called on a model that is not patched; use dlm_fast.patch or dlm_fast.load"
-        )
-    if attention_mask is not None or sliding_window is not None:
-        name = "sliding_window" if attention_mask is None else "attention_mask with 4 dimensions"
-        raise NotImplementedError(f"dlm_fast attention: {name} is not supported")
-    if dropout:
-        raise NotImplementedError(f"dlm_fast attention: dropout must be 0, got dropout={dropout}; call model.eval()")
-    if query.requires_grad and torch.is_grad_enabled() and dlm_call.ops.name == "triton":
-        raise NotImplementedError(
-            "dlm_fast attention: the Triton kernel has no backward; use torch.no_grad() or backend='reference'"
-        )
-    if key.shape[2] != query.shape[2]:
-        raise NotImplementedError(
-            f"dlm_fast attention: a plain forward takes no earlier keys, got {key.shape[2] - query.shape[2]} in "
-            "past_key_values"
-        )
-
-    # 2. Attend, with the cache of this layer.
-    layer = dlm_call.cache.layers[module.layer_idx] if dlm_call.cache is not None else None
-    caches = (None, None) if layer is None else (layer.keys, layer.values)
-    device, window = query.device.type, dlm_call.window_on(query.device)
-    if torch.is_autocast_enabled(device):
-        # Under autocast RoPE leaves queries and keys in float32, and values come in the dtype of autocast. Torch's own
-        # attention casts all three to the dtype of autocast, and so does this function.
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        with torch.autocast(device, enabled=False):
-            out = dlm_call.ops.block_attention(query, key, value, *caches, window, scale=scaling)
-    else:
-        out = dlm_call.ops.block_attention(query, key, value, *caches, window, scale=scaling)
-    dlm_call.served.append(module.layer_idx)
-    return out.transpose(1, 2), None
-
-
-# No mask function is registered by this name, so transformers builds no [L, L] mask at all.
-AttentionInterface.register(ATTENTION_NAME, attention)
 
 
 # A model of two layers, in the fields of every class; experts where the class has some.
@@ -161,6 +75,26 @@ def probe(kind: type[nn.Module]) -> None:
     Raises NotImplementedError where the installed transformers does not hand every layer to our attention, or where the
     layers then do not compute what its own attention makes of them. No version is refused by its number.
     """
+    reason = _tried(kind, fuse=False)
+    if reason is not None:
+        raise NotImplementedError(
+            f"dlm_fast: {kind.__name__} of transformers {transformers.__version__} cannot be driven: {reason}"
+        )
+
+
+@functools.cache
+def probe_fused(kind: type[nn.Module]) -> str | None:
+    """Runs a tiny random model of a class with our forwards of its layers, once per process.
+
+    Returns why the installed transformers computes something else, or None.
+    """
+    reason = _tried(kind, fuse=True)
+    return None if reason is None else f"of transformers {transformers.__version__}, with fused layers {reason}"
+
+
+def _tried(kind: type[nn.Module], *, fuse: bool) -> str | None:
+    """What is wrong with a tiny random model of a class that attends through our function, with its own layers or with
+    fused ones; None = it computes what it should."""
     with BUILDING, torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         try:
             model = kind(kind.config_class(**_TINY)).float().eval()
@@ -177,20 +111,19 @@ def probe(kind: type[nn.Module]) -> None:
                 cache_row=torch.zeros(1, dtype=torch.int32),
                 mode="block",
             )
-            call = AttentionCall(window, None, choose("reference", torch.device("cpu")))
+            call = AttentionCall(window, None, REFERENCE)
             model.config._attn_implementation = ATTENTION_NAME
+            if fuse:
+                for module, forward in fused.forwards(model, REFERENCE).items():
+                    module.forward = forward
             found = window_hidden(model, ids, call)
-            reason = None
             if call.served != [0, 1]:
-                reason = f"layers {call.served} of [0, 1] attended through our function"
-            elif not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
-                reason = f"its hidden states differ by {(found - expected).abs().max():.2g}"
+                return f"layers {call.served} of [0, 1] attended through our function"
+            if not torch.allclose(found, expected, atol=1e-4, rtol=1e-4):
+                return f"its hidden states differ by {(found - expected).abs().max():.2g}"
+            return None
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-    if reason is not None:
-        raise NotImplementedError(
-            f"dlm_fast: {kind.__name__} of transformers {transformers.__version__} cannot be driven: {reason}"
-        )
+            return f"{type(error).__name__}: {error}"
 
 
 def verify(model: nn.Module) -> None:
@@ -253,6 +186,16 @@ def altered(model: nn.Module, call: AttentionCall) -> str | None:
         return f"{where}, its attention implementation is {implementation!r} ({reason})"
     replaced = [index for index in missed if _is_replaced(layers[index].self_attn)]
     return f"{where}, the forward of layer {replaced[0]}'s self_attn was replaced" if replaced else where
+
+
+def unfusable(model: nn.Module) -> str | None:
+    """Why the layers of a model cannot be fused; None = they can."""
+    return fused.unfusable(model) or probe_fused(type(model))
+
+
+def fused_forwards(model: nn.Module, ops: Ops) -> dict[nn.Module, Callable[..., Tensor]]:
+    """The forwards that fuse the layers of a model, by the module to which each is bound."""
+    return fused.forwards(model, ops)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:

@@ -198,9 +198,11 @@ LOADING: dict[str, Legal] = {
     "rope_scale": lambda value: type(value) in (int, float) and 1 <= value < 2**16,
     "adapter": is_none,
     "merge_adapter": one_of(bool),
+    "fuse_layers": lambda value: value is None or type(value) is bool,
     "max_positions": whole_from(1),
     "max_rows": whole_from(1),
 }
+PATCHING = ("diffusion", "backend", "fuse_layers", "max_positions", "max_rows")
 GENERATING: dict[str, Legal] = {
     "model": never,
     "prompts": equal_to([], ["x"]),
@@ -284,8 +286,7 @@ class Scene:
             "patch": Entry(
                 patched,
                 {"model": self.native, "diffusion": diffusion, "backend": "reference"},
-                {**{name: LOADING[name] for name in ("diffusion", "backend", "max_positions", "max_rows")},
-                 "model": never, "tokenizer": is_none},
+                {**{name: LOADING[name] for name in PATCHING}, "model": never, "tokenizer": is_none},
             ),
             "handle_of": Entry(dlm_fast.handle_of, {"model": self.model}, {"model": never}),
             "explain": Entry(dlm_fast.explain, {"model": self.model}, {"model": never}),
