@@ -1,4 +1,4 @@
-"""docs/launches.md, how many small launches a step of every preset costs: `python -m bench launches`.
+"""docs/launches.md, how many small launches a step of every preset and a layer costs: `python -m bench launches`.
 
 A launch is a torch op that is one kernel or more on a GPU: every op that computes or copies, and no view, reshape or
 allocation. What the model launches, from the embedding to the head, and what happens inside an op of
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlm_fast
@@ -26,7 +27,8 @@ from dlm_fast.decoding.progress import Progress
 from dlm_fast.decoding.shapes import grid_of
 from dlm_fast.decoding.step import Decode, denoise_step, open_decode
 from dlm_fast.generate import sampling_of
-from dlm_fast.ops import OP_NAMES, REFERENCE
+from dlm_fast.models import native
+from dlm_fast.ops import LAYER_OPS, OP_NAMES, REFERENCE
 from dlm_fast.patching import attach
 from dlm_fast.policies import InsertDelete
 from dlm_fast.presets import PRESETS, Preset, resolve
@@ -44,6 +46,25 @@ BEYOND = {
 
 # Ops that allocate or name memory without touching it, besides those that torch itself calls views.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+
+PRODUCTS = {"mm", "addmm", "bmm", "linear"}
+
+# A model with dense layers only, in the fields of every class, with norms of queries and keys where the class has them.
+_LAYER = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "use_qk_norm": True,
+    "num_experts": 0,
+    "first_k_dense_replace": 2,
+    "max_position_embeddings": 2**18,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 # Where a launch belongs: the innermost function of these files that asked for it; a file's own entry holds for the
 # functions that have none.
@@ -99,7 +120,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not self._inside and not function.is_view and function.overloadpacket.__name__ not in FREE:
-            self.found[self._caller()] += 1
+            self.found[self._what(function)] += 1
         return function(*args, **(kwargs or {}))
 
     def without(self, function: Callable) -> Callable:
@@ -114,8 +135,8 @@ class Launches(TorchDispatchMode):
 
         return uncounted
 
-    @staticmethod
-    def _caller() -> str:
+    def _what(self, function: Any) -> str:
+        """The place of a launch."""
         frame = sys._getframe(2)
         while frame is not None:
             place = _place(frame.f_code.co_filename, frame.f_code.co_name)
@@ -123,6 +144,40 @@ class Launches(TorchDispatchMode):
                 return place
             frame = frame.f_back
         raise AssertionError("a launch must have a place, got one outside the files of _PLACE_OF")
+
+
+class LayerLaunches(Launches):
+    """Counts launches while it is entered, products of matrices apart from the others."""
+
+    def _what(self, function: Any) -> str:
+        return "products" if function.overloadpacket.__name__ in PRODUCTS else "small"
+
+    def as_one(self, function: Callable, name: str) -> Callable:
+        """The function, which counts as one launch under a name of its own."""
+        uncounted = self.without(function)
+
+        def one(*args: Any, **kwargs: Any) -> Any:
+            self.found[name] += 1
+            return uncounted(*args, **kwargs)
+
+        return one
+
+
+def layer_launches(kind: type[nn.Module], fuse_layers: bool) -> Counter[str]:
+    """The launches of one layer of a class in bfloat16: "products", "attention", and "small", which are the others."""
+    counter, found = LayerLaunches(), []
+    ops = {name: counter.as_one(getattr(REFERENCE, name), "small") for name in LAYER_OPS}
+    ops["block_attention"] = counter.as_one(REFERENCE.block_attention, "attention")
+    for layers in (1, 2):
+        config = kind.config_class(**_LAYER, num_hidden_layers=layers)
+        model = kind(config).bfloat16().eval().requires_grad_(False)
+        backend = dataclasses.replace(REFERENCE, **ops)
+        attach(model, backend=backend, diffusion=None, plain_mode="full", fuse_layers=fuse_layers)
+        counter.found = Counter()
+        with counter:
+            model(torch.arange(6)[None], use_cache=False)
+        found.append(counter.found)
+    return found[1] - found[0]
 
 
 def _head(*inputs: torch.Tensor) -> torch.Tensor:
@@ -236,6 +291,16 @@ take more:
 `llada2.2` moves tokens between positions on the host and is not in the table.
 """
 
+LAYERS = """\
+
+## A layer
+
+What a dense layer of a model launches in bfloat16, beside its 7 products of matrices and the attention, of which a
+split one is two launches: norms, rotary positions, the activation and sums. **own** are those of transformers' layer,
+**fused** those of the forward that `patch(fuse_layers=)` binds: `rms_norm`, `qk_norm_rope`, `add_rms_norm`, `swiglu`
+and a sum.
+"""
+
 
 def markdown() -> str:
     """The page."""
@@ -246,4 +311,8 @@ def markdown() -> str:
         cells = [f"`{row['preset']}`", row["step"], row["launches"], "" if row["sampled"] is None else row["sampled"]]
         cells += [row["places"][place] or "" for place in PLACES]
         lines.append(f"| {' | '.join(map(str, [*cells, row[COUNT], row[GATHERED]]))} |")
+    lines += [LAYERS, "| class | own | fused |", "| - | - | - |"]
+    for kind in native.CLASSES:
+        own, ours = (layer_launches(kind, fuse_layers) for fuse_layers in (False, True))
+        lines.append(f"| `{kind.__name__}` | {own['small']} | {ours['small']} |")
     return "\n".join(lines) + "\n"
