@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import floors, gates, gpu_check, machine, report, static_table
+from . import floors, gates, gpu_check, machine, predict, report, static_table
 from .shapes import SWEEP_SHAPES, Shapes
 from .speed.run import Shape
 
@@ -119,7 +119,8 @@ def computed(
         "cards": {card: {"copy_tb_s": copy, "gemm_tflop_s": gemm} for card, (copy, gemm) in floors.CARDS.items()},
         "left_out": omitted,
         "static": table,
-        "floors": [_floor(shape) for shape in listed(shapes, ops)],
+        "assumed": predict.ASSUMED,
+        "floors": [_floor(shape, shapes, table["kernels"] if table else ()) for shape in listed(shapes, ops)],
     }
     text = floor_lines(result)
     for line in ["", *text]:
@@ -136,8 +137,10 @@ def computed(
     return 1 if table and table["violations"] else 0
 
 
-def _floor(shape: Shape) -> dict[str, Any]:
-    cost = shape.cost
+def _floor(shape: Shape, shapes: Shapes, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a shape cannot do without, and what its compiled code is predicted to take."""
+    cost, model = shape.cost, next((model for model in shapes.models if model.name == shape.model), None)
+    predicted = {card: predict.predicted_us(rows, model, shape.facts, copy) for card, (copy, _) in floors.CARDS.items()}
     return {
         "op": shape.op,
         "model": shape.model,
@@ -145,24 +148,28 @@ def _floor(shape: Shape) -> dict[str, Any]:
         "nbytes": report.rounded(cost.nbytes),
         "flops": report.rounded(cost.flops),
         "floor_us": {card: report.rounded(cost.floor_us(*ceilings)) for card, ceilings in floors.CARDS.items()},
+        "predicted_us": {card: None if us is None else report.rounded(us) for card, us in predicted.items()},
         "facts": shape.facts,
     }
 
 
 def floor_lines(result: dict[str, Any]) -> list[str]:
-    """The computed floors as text."""
+    """The computed floors and the predicted times as text."""
     cards = list(result["cards"])
     ceilings = "; ".join(
         f"{card} {c['copy_tb_s']} TB/s, {c['gemm_tflop_s']:g} TFLOP/s" for card, c in result["cards"].items()
     )
-    lines = [f"computed floors (not measured), microseconds at assumed ceilings: {ceilings}"]
-    lines.append(
-        f"{'op':18}{'model':24}{'shape':58}{'MB':>10}{'GFLOP':>11}" + "".join(f"{card + ' us':>11}" for card in cards)
-    )
+    lines = [
+        f"computed floors (not measured), microseconds at assumed ceilings: {ceilings}",
+        f"predicted times (computed from the code for {predict.TARGET}, not measured), assuming {result['assumed']}",
+        f"{'op':18}{'model':24}{'shape':58}{'MB':>10}{'GFLOP':>11}"
+        + "".join(f"{card + ' floor':>12}{'predicted':>11}" for card in cards),
+    ]
     for row in result["floors"]:
-        numbers = f"{row['nbytes'] / 1e6:10.4g}{row['flops'] / 1e9:11.4g}" + "".join(
-            f"{row['floor_us'][c]:11.4g}" for c in cards
-        )
+        numbers = f"{row['nbytes'] / 1e6:10.4g}{row['flops'] / 1e9:11.4g}"
+        for card in cards:
+            predicted = row["predicted_us"][card]
+            numbers += f"{row['floor_us'][card]:12.4g}" + ("-".rjust(11) if predicted is None else f"{predicted:11.4g}")
         lines.append(f"{row['op']:18}{row['model']:24}{row['shape']:58}" + numbers)
     return lines
 
@@ -186,7 +193,7 @@ def _page(result: dict[str, Any], floor_text: list[str], verdicts: list[str]) ->
             heading,
             "\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {row} |" for row in rows)]),
         ]
-    for title, text in (("Computed floors", floor_text), ("Gates", verdicts)):
+    for title, text in (("Computed floors and predicted times", floor_text), ("Gates", verdicts)):
         parts += [f"## {title}", "\n".join(["```text", *text, "```"])]
     return "\n\n".join(parts) + "\n"
 
