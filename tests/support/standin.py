@@ -7,12 +7,15 @@ what is recorded. This is for processes of their own, without TRITON_INTERPRET: 
 from __future__ import annotations
 
 import dataclasses
+import types
+from collections.abc import Callable
 
 import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.backends.nvidia.driver import CudaLauncher
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime import JITFunction, driver
 
 from dlm_kernels.static import CompileCase
@@ -131,3 +134,37 @@ def record(capability: int, front_end: bool = False) -> list[Launch]:
     JITFunction.run = run_nothing
     assert triton.runtime.driver.active.get_current_target().arch == capability
     return launches
+
+
+def launch_nothing(capability: int, launched: Callable[..., None] = lambda *_: None) -> None:
+    """From now on no kernel is compiled, and instead of being launched its arguments are passed to `launched`: all that
+    the launch in C is given. What Triton does in Python is done, by its own classes."""
+    from dlm_kernels import device
+
+    driver.set_active(StandIn(capability))
+    device.capability_of = lambda op, tensor, kernel: device.target_of(op, tensor.device)
+
+    def compile_nothing(self, key, signature, device, constants, options, attributes, warmup):
+        variant = variant_of(self, signature, constants, attributes, vars(options))
+        self.device_caches[device][0][key] = made = _compiled(self, variant, driver.active.target, launched)
+        return made
+
+    JITFunction._do_compile = compile_nothing
+
+
+def _compiled(
+    function: JITFunction, variant: Variant, target: GPUTarget, launched: Callable[..., None]
+) -> CompiledKernel:
+    """A kernel as Triton keeps it after its first launch, without machine code. Its function is its variant."""
+    launcher = object.__new__(CudaLauncher)
+    vars(launcher).update(
+        launch=launched, arg_annotations=None, kernel_signature=None, num_ctas=1, global_scratch_size=0,
+        global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, launch_cooperative_grid=False,
+        launch_pdl=False,
+    )  # fmt: skip
+    kernel = object.__new__(CompiledKernel)
+    vars(kernel).update(
+        src=types.SimpleNamespace(fn=function), metadata=types.SimpleNamespace(target=target), name=variant.function,
+        module=variant, function=variant, packed_metadata=(), _run=launcher,
+    )  # fmt: skip
+    return kernel

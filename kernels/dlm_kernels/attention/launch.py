@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
+
 import torch
 import triton
 from torch import Tensor
 
 from .. import device
-from ..checks.attention import check_arguments
+from ..checks.attention import FP8, check_arguments
 from ..library import operator
+from ..plans import Calls, Launch, Plan
 from ..tiles import COMBINE_ELEMENTS, HEAD_DIMS, AttentionTile, attention_prefill_tile, attention_tile
-from ..window import Window, capacity
+from ..window import Window
 from .combine import _combine_kernel
 from .prefill import _prefill_kernel
 from .split import _attention_kernel
@@ -21,6 +25,16 @@ LOG2_E = 1.4426950408889634
 # Partial results are fp32 [splits, rows, D] per KV head. Where they would take more than this, groups of query tiles
 # take turns in the workspace.
 WORKSPACE_BYTES = 512 * 2**20
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The tensors that a call may have, by their names in the kernels.
+_NAMES = (
+    "q_ptr", "k_ptr", "v_ptr", "k_cache_ptr", "v_cache_ptr", "k_scale_ptr", "v_scale_ptr", "q_pos_ptr", "q_block_ptr",
+    "q_len_ptr", "kv_slot_ptr", "kv_len_ptr", "replaced_ptr", "cache_row_ptr", "kept_ptr", "page_table_ptr",
+)  # fmt: skip
+_of_window = attrgetter("q_pos", "q_block", "q_len", "kv_slot", "kv_len", "replaced", "cache_row", "kept", "page_table")
+_calls = Calls()
 
 
 def _fake(q: Tensor, **_: object) -> Tensor:
@@ -90,27 +104,57 @@ def block_attention(
 
     Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
     """
-    check_arguments(
-        q, k, v, k_cache, v_cache, window,
-        scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
-        dtypes=(torch.float32, torch.bfloat16, torch.float16), head_dims=HEAD_DIMS,
-    )  # fmt: skip
-    capability, D, G = _capability(q), q.shape[3], q.shape[1] // k.shape[1]
-    tile = attention_tile(capability, D=D, G=G, dtype=q.dtype, fp8=k_scale is not None)
-    prefill = attention_prefill_tile(capability, D=D, dtype=q.dtype, fp8=k_scale is not None)
-    options = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale, "sliding_window": sliding_window}
-    return _launch(q, k, v, k_cache, v_cache, window, **options, tile=tile, prefill=prefill)
+    # 1. What is known of such a call.
+    try:
+        given = (q, k, v, k_cache, v_cache, k_scale, v_scale, *_of_window(window))
+        mode = window.mode
+    except AttributeError:  # no window: the check says so
+        given, mode = (), None
+    facts = (type(window), mode, type(scale), scale, type(sliding_window), sliding_window)
+    call, key, tensors, pointers = _calls.find(given, facts)
+    written = pointers[3:5] if k_cache is not None else ()
+
+    # 2. The check, unless the call is known to pass.
+    if call is None or not call.accepts(tensors, written):
+        check_arguments(
+            q, k, v, k_cache, v_cache, window,
+            scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
+            dtypes=_DTYPES, head_dims=HEAD_DIMS,
+        )  # fmt: skip
+        _capability(q)
+        _refuse_gradients(q, k, v)
+        if call is None:
+            call = _calls.add(key if type(window) is Window else None)
+        call.accepted(written)
+
+    # 3. The plan of such calls for these tiles and kernels.
+    capability = _capability(q)
+    if call.plan is None or not call.plan.is_for(capability):
+        fp8 = k_scale is not None
+        tile = attention_tile(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype, fp8=fp8)
+        prefill = attention_prefill_tile(capability, D=q.shape[3], dtype=q.dtype, fp8=fp8)
+        call.plan = _AttentionPlan(
+            given, window.mode, scale, sliding_window, tile, prefill, WORKSPACE_BYTES, capability
+        )
+    return call.plan.run(q, tensors, pointers)
 
 
 def _capability(q: Tensor) -> int:
     """Compute capability whose tiles q's GPU runs; under the interpreter, that of the GPU that it stands for."""
     capability = device.capability_of("block_attention", q, _attention_kernel)
-    if not q.is_cuda and q.dtype == torch.bfloat16 and not isinstance(_attention_kernel, triton.runtime.JITFunction):
+    if q.dtype == torch.bfloat16 and not q.is_cuda and not isinstance(_attention_kernel, triton.runtime.JITFunction):
         raise RuntimeError(
             "block_attention: q is bfloat16, whose products Triton's interpreter gets wrong (triton #11585): "
             "use float16 or float32"
         )
     return capability
+
+
+def _refuse_gradients(*tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "block_attention: has no backward, got q, k or v with requires_grad=True; call it under torch.no_grad()"
+        )
 
 
 def _launch(
@@ -130,136 +174,169 @@ def _launch(
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """`block_attention` after its checks, for a given tile and prefill tile (None: the same tile, not swapped)."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
-        raise RuntimeError(
-            "block_attention: has no backward, got q, k or v with requires_grad=True; call it under torch.no_grad()"
-        )
-    # 1. What is written.
-    B, H, W, D = q.shape
-    H_kv = k.shape[1]
-    G = H // H_kv
-    has_cache = k_cache is not None
-    out = torch.empty(B, W, H, D, dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
+    _refuse_gradients(q, k, v)
+    given = (q, k, v, k_cache, v_cache, k_scale, v_scale, *_of_window(window))
+    plan = _AttentionPlan(given, window.mode, scale, sliding_window, tile, prefill or tile, workspace_bytes)
+    return plan.run(q, [tensor for tensor in given if tensor is not None], ())
+
+
+class _AttentionPlan:
+    """How all calls like one are launched: their output, their workspace and their launches.
+
+    Args:
+        given: the tensors of the call, as `_NAMES` names them; only what they look like is used.
+        capability: whose tiles these are, if the launcher chose them.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[Tensor | None],
+        mode: str,
+        scale: float,
+        sliding_window: int | None,
+        tile: AttentionTile,
+        prefill: AttentionTile,
+        workspace_bytes: int,
+        capability: int | None = None,
+    ) -> None:
+        self.made_for = capability, _kernels()
+        q, k, v, k_cache, v_cache, *_, page_table = given
+        (B, H, W, D), H_kv = q.shape, k.shape[1]
+        G = H // H_kv
+        has_cache = k_cache is not None
+        self.out_shape = B, W, H, D
+        self.partial_shapes: list[tuple[int, ...]] = []
+        if 0 in self.out_shape:
+            self.plan = Plan([])
+            return
+
+        # 1. What both forms are told. Of booleans and of an fp8 cache the kernels handle the bytes.
+        present = [(name, tensor) for name, tensor in zip(_NAMES, given) if tensor is not None]
+        as_bytes = [place for place, (_, tensor) in enumerate(present) if tensor.dtype in (FP8, torch.bool)]
+        places = {name: place for place, (name, _) in enumerate(present)}
+        if not has_cache:
+            page_table = None
+            places.pop("page_table_ptr", None)
+        S_max = 0
+        if has_cache:
+            S_max = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+        places["out_ptr"] = len(present)
+        values = {
+            **{name: None for name in _NAMES if name not in places},
+            "q_strides": q.stride()[:3],
+            "k_strides": k.stride()[:3],
+            "v_strides": v.stride()[:3],
+            "k_cache_strides": k_cache.stride()[:3] if has_cache else (0, 0, 0),
+            "v_cache_strides": v_cache.stride()[:3] if has_cache else (0, 0, 0),
+            "W": W,
+            "H_KV": H_kv,
+            "S_MAX": S_max,
+            "num_pages": 0 if page_table is None else page_table.shape[1],
+            "sliding_window": sliding_window if has_cache else None,
+            "longest": tile.PREFILL_ROWS,
+            "scale_log2": scale * LOG2_E,
+            "G": G,
+            "D": D,
+            "MODE": mode,
+            "HAS_CACHE": has_cache,
+            "PAGE": 0 if page_table is None else k_cache.shape[2],
+            "BLOCK_D": triton.next_power_of_2(D),
+        }
+
+        # 2. The prefill, if the bucket has room for a row of many queries, and the splits.
+        launches = []
+        if W * G > tile.PREFILL_ROWS:
+            num_tiles = triton.cdiv(W * G, prefill.BLOCK_M)
+            options = {
+                "num_tiles": num_tiles,
+                "BLOCK_M": prefill.BLOCK_M,
+                "BLOCK_N": prefill.BLOCK_N,
+                "num_warps": prefill.num_warps,
+                "num_stages": prefill.num_stages,
+                "maxnreg": prefill.max_registers,
+            }
+            launches.append(Launch(_prefill_kernel, (B * H_kv * num_tiles,), places, values | options))
+        launches += self._splits(places, values, tile, workspace_bytes, B=B)
+        self.plan = Plan(launches, as_bytes)
+
+    def _splits(
+        self, places: dict[str, int], values: dict[str, object], tile: AttentionTile, workspace_bytes: int, *, B: int
+    ) -> list[Launch]:
+        """The launches of the split form and of its combine on the first PREFILL_ROWS query rows of the bucket: a batch
+        row that has more is the prefill kernel's."""
+        # 1. How many splits, and how many query tiles the workspace holds at once.
+        H_kv, G, D, S_max, BLOCK_D = (values[name] for name in ("H_KV", "G", "D", "S_MAX", "BLOCK_D"))
+        query_tiles = triton.cdiv(min(values["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
+        # A row can have so many splits: a sliding window leaves few slots to cut, which need not begin at a key tile.
+        visible = S_max
+        if values["sliding_window"] is not None:
+            visible = min(S_max, values["sliding_window"] - 1 + tile.BLOCK_N)
+        num_splits = max(1, min(tile.MAX_SPLITS, triton.cdiv(visible, tile.SPLIT)))
+        rows_per_tile = B * H_kv * num_splits * tile.BLOCK_M
+        tiles_at_once = query_tiles
+        if num_splits > 1:
+            tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
+
+        # 2. The workspace.
+        partials: dict[str, int] = {}
+        names = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr")
+        values = values | dict.fromkeys(names)
+        if values["HAS_CACHE"]:
+            # The workspace is empty if no row can have several splits: the kernel is the same for every capacity, and
+            # does not look there.
+            rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
+            self.partial_shapes = [(rows, D), (rows,), (rows,)]
+            partials = {name: places["out_ptr"] + 1 + i for i, name in enumerate(names)}
+        plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
+
+        # 3. The launches, a group of query tiles after the other.
+        read = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr")
+        told = ("W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")
+        BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
+        launches = []
+        for first_tile in range(0, query_tiles, tiles_at_once):
+            num_tiles = min(tiles_at_once, query_tiles - first_tile)
+            options = {
+                "first_tile": first_tile,
+                "num_tiles": num_tiles,
+                "SWAP": tile.SWAP,
+                "BLOCK_M": tile.BLOCK_M,
+                "num_warps": tile.num_warps,
+                "num_stages": tile.num_stages,
+                "maxnreg": tile.max_registers,
+            }
+            given = {name: value for name, value in values.items() if name not in partials}
+            grid = (B * H_kv * num_tiles, num_splits)
+            launches.append(Launch(_attention_kernel, grid, places | partials, given | plan | options))
+            if num_splits > 1:
+                options = {
+                    "first_row": first_tile * tile.BLOCK_M,
+                    "num_rows": num_tiles * tile.BLOCK_M,
+                    "BLOCK_R": BLOCK_R,
+                    "num_warps": 4,
+                    "num_stages": 1,
+                }
+                launches.append(
+                    Launch(
+                        _combine_kernel,
+                        (B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),),
+                        {name: places[name] for name in read} | partials,
+                        {name: values[name] for name in told} | plan | options,
+                    )
+                )
+        return launches
+
+    def is_for(self, capability: int) -> bool:
+        return self.made_for == (capability, _kernels())
+
+    def run(self, q: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
+        """The output of the call that has these tensors, those of `_NAMES` that it has."""
+        out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
+        if self.plan.launches:
+            partials = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in self.partial_shapes]
+            self.plan.run(q, tensors, (out, *partials), pointers)
         return out.transpose(1, 2)
 
-    # 2. What both forms are told. Of an fp8 cache the kernels handle the bytes.
-    kept, page_table = (window.kept, window.page_table) if has_cache else (None, None)
-    S_max = capacity(k_cache, window) if has_cache else 0
-    if k_scale is not None:
-        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    common = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "k_cache_ptr": k_cache,
-        "v_cache_ptr": v_cache,
-        "k_scale_ptr": k_scale,
-        "v_scale_ptr": v_scale,
-        "q_pos_ptr": window.q_pos,
-        "q_block_ptr": window.q_block,
-        "q_len_ptr": window.q_len,
-        "kv_slot_ptr": window.kv_slot,
-        "kv_len_ptr": window.kv_len,
-        "replaced_ptr": window.replaced,
-        "kept_ptr": None if kept is None else kept.view(torch.uint8),
-        "page_table_ptr": page_table,
-        "cache_row_ptr": window.cache_row,
-        "out_ptr": out,
-        "q_strides": q.stride()[:3],
-        "k_strides": k.stride()[:3],
-        "v_strides": v.stride()[:3],
-        "k_cache_strides": k_cache.stride()[:3] if has_cache else (0, 0, 0),
-        "v_cache_strides": v_cache.stride()[:3] if has_cache else (0, 0, 0),
-        "W": W,
-        "H_KV": H_kv,
-        "S_MAX": S_max,
-        "num_pages": 0 if page_table is None else page_table.shape[1],
-        "sliding_window": sliding_window if has_cache else None,
-        "longest": tile.PREFILL_ROWS,
-        "scale_log2": scale * LOG2_E,
-        "G": G,
-        "D": D,
-        "MODE": window.mode,
-        "HAS_CACHE": has_cache,
-        "PAGE": 0 if page_table is None else k_cache.shape[2],
-        "BLOCK_D": triton.next_power_of_2(D),
-    }
 
-    # 3. The prefill, if the bucket has room for a row of many queries, and the splits.
-    with device.launching_on(q):
-        if W * G > tile.PREFILL_ROWS:
-            prefill = prefill or tile
-            num_tiles = triton.cdiv(W * G, prefill.BLOCK_M)
-            _prefill_kernel[(B * H_kv * num_tiles,)](
-                **common,
-                num_tiles=num_tiles,
-                BLOCK_M=prefill.BLOCK_M,
-                BLOCK_N=prefill.BLOCK_N,
-                num_warps=prefill.num_warps,
-                num_stages=prefill.num_stages,
-                maxnreg=prefill.max_registers,
-            )
-        _launch_splits(common, tile, workspace_bytes, B=B, S_max=S_max)
-    return out.transpose(1, 2)
-
-
-def _launch_splits(common: dict[str, object], tile: AttentionTile, workspace_bytes: int, *, B: int, S_max: int) -> None:
-    """Launches the split form and its combine on the first PREFILL_ROWS query rows of the bucket: a batch row that has
-    more is the prefill kernel's."""
-    # 1. How many splits, and how many query tiles the workspace holds at once.
-    q, H_kv, G, D, BLOCK_D = (common[name] for name in ("q_ptr", "H_KV", "G", "D", "BLOCK_D"))
-    query_tiles = triton.cdiv(min(common["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
-    # A row can have so many splits: a sliding window leaves few slots to cut, which need not begin at a key tile.
-    visible = S_max
-    if common["sliding_window"] is not None:
-        visible = min(S_max, common["sliding_window"] - 1 + tile.BLOCK_N)
-    num_splits = max(1, min(tile.MAX_SPLITS, triton.cdiv(visible, tile.SPLIT)))
-    rows_per_tile = B * H_kv * num_splits * tile.BLOCK_M
-    tiles_at_once = query_tiles
-    if num_splits > 1:
-        tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
-
-    # 2. The workspace.
-    partial_acc = partial_max = partial_sum = None
-    if common["HAS_CACHE"]:
-        # The workspace is empty if no row can have several splits: the kernel is the same for every capacity, and does
-        # not look there.
-        rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
-        partial_acc = torch.empty(rows, D, dtype=torch.float32, device=q.device)
-        partial_max = torch.empty(rows, dtype=torch.float32, device=q.device)
-        partial_sum = torch.empty(rows, dtype=torch.float32, device=q.device)
-    partials = {"partial_acc_ptr": partial_acc, "partial_max_ptr": partial_max, "partial_sum_ptr": partial_sum}
-    plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
-
-    # 3. The launches, a group of query tiles after the other.
-    shared = (
-        "q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr", "W", "H_KV", "sliding_window", "longest", "G", "D",
-        "BLOCK_D",
-    )  # fmt: skip
-    BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
-    for first_tile in range(0, query_tiles, tiles_at_once):
-        num_tiles = min(tiles_at_once, query_tiles - first_tile)
-        _attention_kernel[(B * H_kv * num_tiles, num_splits)](
-            **common,
-            **partials,
-            **plan,
-            first_tile=first_tile,
-            num_tiles=num_tiles,
-            SWAP=tile.SWAP,
-            BLOCK_M=tile.BLOCK_M,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
-        )
-        if num_splits > 1:
-            _combine_kernel[(B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),)](
-                **{name: common[name] for name in shared},
-                **partials,
-                **plan,
-                first_row=first_tile * tile.BLOCK_M,
-                num_rows=num_tiles * tile.BLOCK_M,
-                BLOCK_R=BLOCK_R,
-                num_warps=4,
-                num_stages=1,
-            )
+def _kernels() -> tuple[object, ...]:
+    return _attention_kernel, _prefill_kernel, _combine_kernel

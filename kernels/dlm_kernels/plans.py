@@ -1,0 +1,202 @@
+"""What a launcher remembers of a call, so that the next one of the same kind costs its host little: that the check
+accepted it, and how it is launched.
+
+A decode makes the same few calls thousands of times, in other memory and with other numbers. Whatever a check looks at
+but memory, and whatever a launch is compiled for but the alignment of pointers, makes up the *key* of a call: types,
+shapes, strides, dtypes and devices of its tensors, which optional ones there are, and its scalars. Calls of one key
+share a `Call`. What the key does not say is looked at in every call: whether the written tensors lie where they were
+found to have memory of their own before, whether a gradient may be wanted, and which pointers are multiples of 16. The
+debug mode reads every call, so every call is checked in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
+
+from .checks import named
+from .device import launching_on
+
+# What is remembered of each kind is dropped beyond so many of it, and found out again.
+MOST_CALLS, MOST_MEMORIES, MOST_ALIGNMENTS = 1024, 1024, 64
+
+# What such an object looks like follows from its key. A subclass may say anything.
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+_data_ptr = Tensor.data_ptr
+
+
+class Launch:
+    """One launch of a kernel, for all calls of a key.
+
+    Attributes:
+        places: by the name of an argument, which of the call's tensors it is.
+        values: every other argument and launch option, by its name.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], places: Mapping[str, int], values: Mapping[str, object]
+    ) -> None:
+        self.kernel, self.grid, self.places, self.values = kernel, grid, places, values
+
+    def publicly(self, tensors: Sequence[Tensor]) -> Any:
+        """Launches as Triton documents it, and returns what Triton then returns."""
+        return self.kernel[self.grid](**{name: tensors[place] for name, place in self.places.items()}, **self.values)
+
+    def directly(self, compiled: CompiledKernel, pointers: int) -> tuple[Any, Any, tuple[object, ...]]:
+        """(what launches, what orders its arguments, the constants among them) of a compiled kernel, which is given
+        every argument by its place, a tensor by its pointer."""
+        names = self.kernel.arg_names
+        constants = [name for name in names if name not in self.places]
+        places = {**self.places, **{name: pointers + i for i, name in enumerate(constants)}}
+        grid = (*self.grid, 1, 1)[:3]
+        order = operator.itemgetter(*(places[name] for name in names))
+        return compiled[grid], order, tuple(self.values[name] for name in constants)
+
+
+class Plan:
+    """The launches of all calls of a key, one after the other.
+
+    The first launch is Triton's public one, which compiles. It returns the compiled kernel, and from then on that is
+    launched itself, with no search for what to compile: this search takes most of a launch's time, and what it looks at
+    is the same in every call of a key, but for the circumstances (`_circumstances`). In other circumstances the public
+    launch is made again.
+
+    Args:
+        as_bytes: which of the call's tensors a kernel is given as the bytes that they are made of.
+    """
+
+    def __init__(self, launches: Sequence[Launch], as_bytes: Collection[int] = ()) -> None:
+        self.launches = launches
+        self.as_bytes = as_bytes
+        self.is_compiled = all(isinstance(launch.kernel, JITFunction) for launch in launches)
+        self.ways: dict[object, list[tuple[Any, Any, tuple[object, ...]]]] = {}
+
+    def run(self, where: Tensor, tensors: Sequence[Tensor], outputs: Sequence[Tensor], pointers: Sequence[int]) -> None:
+        """Launches on the GPU of a tensor.
+
+        Args:
+            tensors, outputs: the tensors of the call, to which `places` refer in this order.
+            pointers: those of `tensors`; empty if they have none.
+        """
+        if not self.is_compiled or not pointers:
+            with launching_on(where):
+                self._publicly(tensors, outputs)
+            return
+        pointers = (*pointers, *map(_data_ptr, outputs))
+        circumstances = _circumstances(pointers)
+        way = self.ways.get(circumstances)
+        with launching_on(where):
+            if way is not None and not any([launch.kernel.pre_run_hooks for launch in self.launches]):
+                for launch, order, constants in way:
+                    launch(*order(pointers + constants))
+                return
+            compiled = self._publicly(tensors, outputs)
+        if circumstances is not None and all(map(_is_cuda, compiled)):
+            if len(self.ways) >= MOST_ALIGNMENTS:
+                self.ways.clear()
+            self.ways[circumstances] = [
+                launch.directly(each, len(pointers)) for launch, each in zip(self.launches, compiled, strict=True)
+            ]
+
+    def _publicly(self, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Any]:
+        given = [*tensors, *outputs]
+        for place in self.as_bytes:
+            given[place] = given[place].view(torch.uint8)
+        return [launch.publicly(given) for launch in self.launches]
+
+
+def _circumstances(pointers: tuple[int, ...]) -> object:
+    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16. None: what
+    it may look at is unknown."""
+    if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
+        return None
+    together = functools.reduce(operator.or_, pointers)
+    aligned = None if together & 15 == 0 else tuple([pointer & 15 == 0 for pointer in pointers])
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode, aligned
+
+
+def _is_cuda(compiled: object) -> bool:
+    """Whether a public launch returned a kernel of which pointers are told by their alignment alone. Triton's other
+    backends look at more, and a hook or a compilation in the background returns something else."""
+    return isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda"
+
+
+class Call:
+    """What the calls of a key have in common.
+
+    Attributes:
+        memories: pointers of written tensors that were found to have memory of their own.
+        plan: how the launcher launches; whatever the launcher puts there.
+    """
+
+    __slots__ = ("memories", "plan")
+
+    def __init__(self) -> None:
+        self.memories: set[tuple[int, ...]] = set()
+        self.plan: Any = None
+
+    def accepts(self, tensors: Sequence[Tensor], written: tuple[int, ...]) -> bool:
+        """Whether the check of a call of this key would accept it, as far as is known without the check.
+
+        Args:
+            written: pointers of the tensors that the call writes; they say whether those share memory.
+        """
+        if written not in self.memories or named.readers:
+            return False
+        return not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]))
+
+    def accepted(self, written: tuple[int, ...]) -> None:
+        """Notes that the check has accepted a call."""
+        # A tensor without memory (on the meta device, or empty) does not say by its pointer what it shares.
+        if 0 not in written and not torch.compiler.is_compiling():
+            if len(self.memories) >= MOST_MEMORIES:
+                self.memories.clear()
+            self.memories.add(written)
+
+
+class Calls:
+    """The calls of an op that were accepted, by their keys. It holds no tensor."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[tuple, Call] = {}
+
+    def find(
+        self, given: Sequence[Tensor | None], facts: tuple[object, ...]
+    ) -> tuple[Call | None, tuple | None, list[Tensor], tuple[int, ...]]:
+        """(the call, its key, its tensors, their pointers) of a call with these tensors, of which some may be None.
+
+        Args:
+            facts: all else that the check looks at. Where equal values of different types are different to the check,
+                the type is a fact of its own.
+        Returns:
+            No call for a new one. No key and no pointers for one that cannot be remembered.
+        """
+        tensors = [tensor for tensor in given if tensor is not None]
+        try:
+            key = (
+                facts,
+                tuple(map(type, given)),
+                *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors],
+            )
+            return self.by_key.get(key), key, tensors, tuple(map(_data_ptr, tensors))
+        except Exception:
+            # One of them is no tensor, or one without strides or memory. The check says so where it minds.
+            return None, None, tensors, ()
+
+    def add(self, key: tuple | None) -> Call:
+        """The call of a key that the check has just accepted; one without a key is not remembered."""
+        call = Call()
+        if key is not None and _PLAIN.issuperset(key[1]) and not torch.compiler.is_compiling():
+            if len(self.by_key) >= MOST_CALLS:
+                self.by_key.clear()
+            self.by_key[key] = call
+        return call
