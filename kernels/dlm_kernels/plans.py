@@ -37,15 +37,23 @@ _data_ptr = Tensor.data_ptr
 class Launch:
     """One launch of a kernel, for all calls of a key.
 
-    Attributes:
-        places: by the name of an argument, which of the call's tensors it is.
-        values: every other argument and launch option, by its name.
+    Args:
+        names: the kernel's arguments that are tensors.
+        places: by the name of an argument, which of the call's tensors it is; an argument without one is None.
+        values: every other argument and launch option.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], places: Mapping[str, int], values: Mapping[str, object]
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        names: Sequence[str],
+        places: Mapping[str, int],
+        values: Mapping[str, object],
     ) -> None:
-        self.kernel, self.grid, self.places, self.values = kernel, grid, places, values
+        self.kernel, self.grid = kernel, grid
+        self.places = {name: places[name] for name in names if name in places}
+        self.values = {name: None for name in names if name not in places} | dict(values)
 
     def publicly(self, tensors: Sequence[Tensor]) -> Any:
         """Launches as Triton documents it, and returns what Triton then returns."""
@@ -95,7 +103,7 @@ class Plan:
         circumstances = _circumstances(pointers)
         way = self.ways.get(circumstances)
         with launching_on(where):
-            if way is not None and not any([launch.kernel.pre_run_hooks for launch in self.launches]):
+            if way is not None and not any(launch.kernel.pre_run_hooks for launch in self.launches):
                 for launch, order, constants in way:
                     launch(*order(pointers + constants))
                 return
@@ -115,8 +123,8 @@ class Plan:
 
 
 def _circumstances(pointers: tuple[int, ...]) -> object:
-    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16. None: what
-    it may look at is unknown."""
+    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16; None where
+    it looks at more."""
     if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return None
     together = functools.reduce(operator.or_, pointers)
@@ -152,7 +160,7 @@ class Call:
         """
         if written not in self.memories or named.readers:
             return False
-        return not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]))
+        return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
     def accepted(self, written: tuple[int, ...]) -> None:
         """Notes that the check has accepted a call."""

@@ -9,6 +9,7 @@ from run to run. A tile never depends on the batch, the bucket or the capacity o
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -177,6 +178,7 @@ _BIAS_WARPS = {120: 16}
 CONFIDENCE_PARTS = 32
 
 
+@functools.cache
 def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool) -> ConfidenceTile:
     """The tile of a call on a GPU; `capability` is a value of TARGETS, `itemsize` the bytes of a logit."""
     tile = CONFIDENCE_TILES[capability, itemsize]
@@ -226,7 +228,10 @@ UNMASK_TILES = (UnmaskTile(32, 1), UnmaskTile(128, 4), UnmaskTile(256, 4), Unmas
 
 def unmask_tile(W: int) -> UnmaskTile:
     """The tile of a call with W lanes a row."""
-    return next(tile for tile in UNMASK_TILES if W <= tile.BLOCK_W)
+    for tile in UNMASK_TILES:
+        if W <= tile.BLOCK_W:
+            return tile
+    raise ValueError(f"unmask_tile: W must be at most {UNMASK_TILES[-1].BLOCK_W}, got W={W}")
 
 
 # (BLOCK_T, num_warps) of `draft_build` and `verify`: lanes read at once; more are read tile by tile.

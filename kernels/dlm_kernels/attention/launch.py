@@ -222,7 +222,6 @@ class _AttentionPlan:
             S_max = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
         places["out_ptr"] = len(present)
         values = {
-            **{name: None for name in _NAMES if name not in places},
             "q_strides": q.stride()[:3],
             "k_strides": k.stride()[:3],
             "v_strides": v.stride()[:3],
@@ -247,6 +246,7 @@ class _AttentionPlan:
         launches = []
         if W * G > tile.PREFILL_ROWS:
             num_tiles = triton.cdiv(W * G, prefill.BLOCK_M)
+            grid, names = (B * H_kv * num_tiles,), (*_NAMES, "out_ptr")
             options = {
                 "num_tiles": num_tiles,
                 "BLOCK_M": prefill.BLOCK_M,
@@ -255,7 +255,7 @@ class _AttentionPlan:
                 "num_stages": prefill.num_stages,
                 "maxnreg": prefill.max_registers,
             }
-            launches.append(Launch(_prefill_kernel, (B * H_kv * num_tiles,), places, values | options))
+            launches.append(Launch(_prefill_kernel, grid, names, places, values | options))
         launches += self._splits(places, values, tile, workspace_bytes, B=B)
         self.plan = Plan(launches, as_bytes)
 
@@ -278,20 +278,18 @@ class _AttentionPlan:
             tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
 
         # 2. The workspace.
-        partials: dict[str, int] = {}
-        names = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr")
-        values = values | dict.fromkeys(names)
+        partials = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr")
         if values["HAS_CACHE"]:
             # The workspace is empty if no row can have several splits: the kernel is the same for every capacity, and
             # does not look there.
             rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
             self.partial_shapes = [(rows, D), (rows,), (rows,)]
-            partials = {name: places["out_ptr"] + 1 + i for i, name in enumerate(names)}
+            places = places | {name: places["out_ptr"] + 1 + i for i, name in enumerate(partials)}
         plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
 
         # 3. The launches, a group of query tiles after the other.
         read = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr")
-        told = ("W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")
+        told = {name: values[name] for name in ("W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")}
         BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
         launches = []
         for first_tile in range(0, query_tiles, tiles_at_once):
@@ -305,9 +303,9 @@ class _AttentionPlan:
                 "num_stages": tile.num_stages,
                 "maxnreg": tile.max_registers,
             }
-            given = {name: value for name, value in values.items() if name not in partials}
             grid = (B * H_kv * num_tiles, num_splits)
-            launches.append(Launch(_attention_kernel, grid, places | partials, given | plan | options))
+            names = (*_NAMES, "out_ptr", *partials)
+            launches.append(Launch(_attention_kernel, grid, names, places, values | plan | options))
             if num_splits > 1:
                 options = {
                     "first_row": first_tile * tile.BLOCK_M,
@@ -316,14 +314,9 @@ class _AttentionPlan:
                     "num_warps": 4,
                     "num_stages": 1,
                 }
-                launches.append(
-                    Launch(
-                        _combine_kernel,
-                        (B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),),
-                        {name: places[name] for name in read} | partials,
-                        {name: values[name] for name in told} | plan | options,
-                    )
-                )
+                grid = (B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),)
+                names = (*read, *partials)
+                launches.append(Launch(_combine_kernel, grid, names, places, told | plan | options))
         return launches
 
     def is_for(self, capability: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from .. import device
 from ..checks.confidence import check_arguments, requested
 from ..library import operator
+from ..plans import Calls, Launch, Plan
 from ..reference.confidence import Confidence
 from ..tiles import ConfidenceTile, confidence_column_tiles, confidence_parts, confidence_tile, log2_slots
 from .kernel import _confidence_kernel
 from .merge import PARTIAL_IDS, PARTIAL_VALUES, _merge_kernel
 
-__all__ = ["confidence", "launch"]
+__all__ = ["confidence"]
 
 # Programs wanted for every SM: fewer rows than that are split. Splitting changes no bit of a row, so the choice may
 # look at N and at the device.
@@ -26,6 +28,16 @@ FIELD_TYPES = {
     "sampled_token": torch.int64,
     "error": torch.int32,
 }
+# The tensors that a call may have, by their names in the kernel.
+_NAMES = (
+    "logits_ptr", "rows_ptr", "banned_ptr", "temperature_ptr", "sample_temperature_ptr", "seed_ptr", "noise_ptr",
+    "query_ptr", "bias_ids_ptr", "bias_ptr", "previous_ptr", "previous_logsumexp_ptr",
+)  # fmt: skip
+_FIELD_NAMES = tuple(f"{name}_ptr" for name in Confidence._fields)
+_PARTIAL_NAMES = ("values_ptr", "ids_ptr")
+# What the second launch reads besides the partials.
+_MERGED_NAMES = ("rows_ptr", "temperature_ptr", "sample_temperature_ptr", "query_ptr", "previous_logsumexp_ptr")
+_calls = Calls()
 
 
 def present(*, outputs: Sequence[str], **_: object) -> tuple[str, ...]:
@@ -34,7 +46,7 @@ def present(*, outputs: Sequence[str], **_: object) -> tuple[str, ...]:
 
 
 def _fake(logits: Tensor, *, rows: Tensor | None, outputs: Sequence[str], **_: object) -> Confidence:
-    return allocate(logits.shape[0] if rows is None else rows.shape[0], outputs, logits.device)
+    return allocate(logits.shape[0] if rows is None else rows.shape[0], dtypes_of(outputs), logits.device)
 
 
 @operator(fake=_fake, present=present, result=Confidence)
@@ -73,116 +85,138 @@ def confidence(
         As reference.confidence, and RuntimeError: CPU tensors without Triton's interpreter.  NotImplementedError: a GPU
         that `tiles.TARGETS` does not name.
     """
-    N = check_arguments(
-        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
-        bias_ids, bias, previous, previous_logsumexp,
+    # 1. What is known of such a call.
+    given = (
+        logits, rows, banned, temperature, sample_temperature, seed, noise, query, bias_ids, bias, previous,
+        previous_logsumexp,
     )  # fmt: skip
+    names = outputs if type(outputs) is tuple else tuple(outputs) if type(outputs) is list else None
+    call, key, tensors, pointers = _calls.find(given, (type(outputs), names, type(soft_cap), soft_cap))
+
+    # 2. The check, unless the call is known to pass.
+    if call is None or not call.accepts(tensors, ()):
+        check_arguments(
+            logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
+            bias_ids, bias, previous, previous_logsumexp,
+        )  # fmt: skip
+        if call is None:
+            call = _calls.add(key if names is not None else None)
+        call.accepted(())
+
+    # 3. The plan of such calls for this tile, form and kernels.
     tile = _tile(logits, kl="kl" in outputs, biased=bias is not None)
+    N = logits.shape[0] if rows is None else rows.shape[0]
     split = N < PROGRAMS_PER_SM * _multiprocessors(logits.device)
-    return launch(
-        logits, rows, outputs, banned, temperature, sample_temperature, seed, noise, query, soft_cap,
-        bias_ids, bias, previous, previous_logsumexp, N=N, tile=tile, split=split,
-    )  # fmt: skip
+    if call.plan is None or not call.plan.is_for(tile, split):
+        call.plan = _ConfidencePlan(given, outputs, soft_cap, tile, split)
+    return call.plan.run(logits, tensors, pointers)
 
 
-def launch(
-    logits: Tensor,
-    rows: Tensor | None,
-    outputs: Sequence[str],
-    banned: Tensor | None,
-    temperature: Tensor | None,
-    sample_temperature: Tensor | None,
-    seed: Tensor | None,
-    noise: Tensor | None,
-    query: Tensor | None,
-    soft_cap: float | None,
-    bias_ids: Tensor | None,
-    bias: Tensor | None,
-    previous: Tensor | None,
-    previous_logsumexp: Tensor | None,
-    *,
-    N: int,
-    tile: ConfidenceTile,
-    split: bool,
-) -> Confidence:
-    """`confidence` of checked arguments by a tile; with `split`, each part of a row has a program, if its vocabulary
-    has several parts."""
-    # 1. How the vocabulary is cut, and whether a row is.
-    V, itemsize = logits.shape[1], logits.element_size()
-    part_tiles, parts = confidence_parts(V, tile, itemsize)
-    split = split and parts > 1
+class _ConfidencePlan:
+    """How all calls like one are launched: their outputs, the partials of their parts and their launches.
 
-    # 2. What is written: the outputs, or of a row that is split the partials of its parts.
-    result = allocate(N, outputs, logits.device)
-    if N == 0:
-        return result
-    values, ids = allocate_partials(N, parts, logits.device) if split else (None, None)
-    fields = {f"{name}_ptr": None if split else value for name, value in result._asdict().items()}
+    Args:
+        given: the tensors of the call, as `_NAMES` names them; only what they look like is used.
+        split: whether each part of a row has a program, if the vocabulary has several parts.
+    """
 
-    # 3. One launch, or two.
-    num_banned = 0 if banned is None else banned.shape[-1]
-    with device.launching_on(logits):
-        _confidence_kernel[(N, parts) if split else (N,)](
-            logits_ptr=logits,
-            rows_ptr=rows,
-            banned_ptr=banned if num_banned else None,
-            temperature_ptr=temperature,
-            sample_temperature_ptr=sample_temperature,
-            seed_ptr=seed,
-            noise_ptr=noise,
-            query_ptr=query,
-            bias_ids_ptr=bias_ids,
-            bias_ptr=bias,
-            previous_ptr=previous,
-            previous_logsumexp_ptr=previous_logsumexp,
-            **fields,
-            values_ptr=values,
-            ids_ptr=ids,
-            row_stride=logits.stride(0),
-            previous_stride=None if previous is None else previous.stride(0),
-            banned_stride=num_banned if num_banned and banned.dim() == 2 else 0,
-            num_bias=None if bias is None else bias.shape[1],
-            R=logits.shape[0],
-            V=V,
-            soft_cap=soft_cap,
-            HAS_ROWS=rows is not None,
-            NUM_BANNED=num_banned,
-            HAS_BIAS=bias is not None,
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_SOFT_CAP=soft_cap is not None,
-            SECOND="second" in outputs,
-            ENTROPY="entropy" in outputs,
-            KL="kl" in outputs,
-            SAMPLED="sampled" in outputs,
-            QUERY="query" in outputs,
-            COLUMNS=tile.columns,
-            GROUP=16 // itemsize,
-            COLUMN_TILES=part_tiles if split else confidence_column_tiles(V, tile, itemsize),
-            PART_TILES=part_tiles,
-            PARTS=parts,
-            LOG2_SLOTS=log2_slots(parts),
-            SPLIT=split,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
-        )
+    def __init__(
+        self,
+        given: Sequence[Tensor | None],
+        outputs: Sequence[str],
+        soft_cap: float | None,
+        tile: ConfidenceTile,
+        split: bool,
+    ) -> None:
+        # 1. How the vocabulary is cut, and whether a row is.
+        self.made_for = tile, split, _kernels()
+        logits, rows, banned, temperature, *_, bias, previous, _ = given
+        (R, V), itemsize = logits.shape, logits.element_size()
+        part_tiles, parts = confidence_parts(V, tile, itemsize)
+        split = split and parts > 1
+
+        # 2. What is written: the outputs, or of a row that is split the partials of its parts.
+        self.N = N = R if rows is None else rows.shape[0]
+        self.parts = parts if split else None
+        self.dtypes = dtypes_of(outputs)
+        tensors = [*given, *self.dtypes, *(_PARTIAL_NAMES if split else ())]
+        present = [
+            name for name, tensor in zip((*_NAMES, *_FIELD_NAMES, *_PARTIAL_NAMES), tensors) if tensor is not None
+        ]
+        places = {name: place for place, name in enumerate(present)}
+        num_banned = 0 if banned is None else banned.shape[-1]
+        if not num_banned:
+            places.pop("banned_ptr", None)
+
+        # 3. One launch, or two.
+        common = {
+            "R": R,
+            "V": V,
+            "soft_cap": soft_cap,
+            "HAS_ROWS": rows is not None,
+            "HAS_TEMPERATURE": temperature is not None,
+            "HAS_SOFT_CAP": soft_cap is not None,
+            "SECOND": "second" in outputs,
+            "ENTROPY": "entropy" in outputs,
+            "KL": "kl" in outputs,
+            "SAMPLED": "sampled" in outputs,
+            "QUERY": "query" in outputs,
+            "PARTS": parts,
+            "LOG2_SLOTS": log2_slots(parts),
+        }
+        values = common | {
+            "row_stride": logits.stride(0),
+            "previous_stride": None if previous is None else previous.stride(0),
+            "banned_stride": num_banned if num_banned and banned.dim() == 2 else 0,
+            "num_bias": None if bias is None else bias.shape[1],
+            "NUM_BANNED": num_banned,
+            "HAS_BIAS": bias is not None,
+            "COLUMNS": tile.columns,
+            "GROUP": 16 // itemsize,
+            "COLUMN_TILES": part_tiles if split else confidence_column_tiles(V, tile, itemsize),
+            "PART_TILES": part_tiles,
+            "SPLIT": split,
+            "num_warps": tile.num_warps,
+            "num_stages": tile.num_stages,
+            "maxnreg": tile.max_registers,
+        }
+        written, left = (_PARTIAL_NAMES, _FIELD_NAMES) if split else (_FIELD_NAMES, _PARTIAL_NAMES)
+        values |= dict.fromkeys(left)
+        grid = (N, parts) if split else (N,)
+        launches = [Launch(_confidence_kernel, grid, (*_NAMES, *written), places, values)]
         if split:
-            merge(
-                result, values, ids, outputs, rows, temperature, sample_temperature, query, soft_cap,
-                previous_logsumexp, N=N, R=logits.shape[0], V=V, parts=parts,
-            )  # fmt: skip
-    return result
+            names, options = (*_MERGED_NAMES, *_FIELD_NAMES, *_PARTIAL_NAMES), {"num_warps": 1, "num_stages": 1}
+            launches.append(Launch(_merge_kernel, (N,), names, places, common | options))
+        self.plan = Plan(launches if N else [])
+
+    def is_for(self, tile: ConfidenceTile, split: bool) -> bool:
+        return self.made_for == (tile, split, _kernels())
+
+    def run(self, logits: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Confidence:
+        """The results of the call that has these tensors, those of `_NAMES` that it has."""
+        result = allocate(self.N, self.dtypes, logits.device)
+        if self.plan.launches:
+            written = [tensor for tensor in result if tensor is not None]
+            if self.parts is not None:
+                written += allocate_partials(self.N, self.parts, logits.device)
+            self.plan.run(logits, tensors, written, pointers)
+        return result
 
 
-def allocate(N: int, outputs: Sequence[str], device: torch.device) -> Confidence:
+def _kernels() -> tuple[object, ...]:
+    return _confidence_kernel, _merge_kernel
+
+
+def dtypes_of(outputs: Sequence[str]) -> tuple[torch.dtype | None, ...]:
+    """The dtype of every field of `Confidence`; None for one that is not asked for."""
+    return tuple(
+        FIELD_TYPES.get(name, torch.float32) if requested(name, outputs) else None for name in Confidence._fields
+    )
+
+
+def allocate(N: int, dtypes: Sequence[torch.dtype | None], device: torch.device) -> Confidence:
     """The outputs of N rows, not written."""
-    fields = {
-        name: torch.empty(N, dtype=FIELD_TYPES.get(name, torch.float32), device=device)
-        if requested(name, outputs)
-        else None
-        for name in Confidence._fields
-    }
-    return Confidence(**fields)
+    return Confidence._make([None if dtype is None else torch.empty(N, dtype=dtype, device=device) for dtype in dtypes])
 
 
 def allocate_partials(N: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -193,54 +227,14 @@ def allocate_partials(N: int, parts: int, device: torch.device) -> tuple[Tensor,
     )
 
 
-def merge(
-    result: Confidence,
-    values: Tensor,
-    ids: Tensor,
-    outputs: Sequence[str],
-    rows: Tensor | None,
-    temperature: Tensor | None,
-    sample_temperature: Tensor | None,
-    query: Tensor | None,
-    soft_cap: float | None,
-    previous_logsumexp: Tensor | None,
-    *,
-    N: int,
-    R: int,
-    V: int,
-    parts: int,
-) -> None:
-    """The second launch: writes `result` from the partials of every part."""
-    _merge_kernel[(N,)](
-        values_ptr=values,
-        ids_ptr=ids,
-        rows_ptr=rows,
-        temperature_ptr=temperature,
-        sample_temperature_ptr=sample_temperature,
-        query_ptr=query,
-        previous_logsumexp_ptr=previous_logsumexp,
-        **{f"{name}_ptr": value for name, value in result._asdict().items()},
-        R=R,
-        V=V,
-        soft_cap=soft_cap,
-        HAS_ROWS=rows is not None,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_SOFT_CAP=soft_cap is not None,
-        SECOND="second" in outputs,
-        ENTROPY="entropy" in outputs,
-        KL="kl" in outputs,
-        SAMPLED="sampled" in outputs,
-        QUERY="query" in outputs,
-        PARTS=parts,
-        LOG2_SLOTS=log2_slots(parts),
-        num_warps=1,
-        num_stages=1,
-    )
+@functools.cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _multiprocessors(device: torch.device) -> int:
     # An H100 for the interpreter.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return _multiprocessors_of(device.index) if device.type == "cuda" else 132
 
 
 def _tile(logits: Tensor, kl: bool, biased: bool) -> ConfidenceTile:

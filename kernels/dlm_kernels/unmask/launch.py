@@ -5,12 +5,17 @@ A region of up to 256 lanes stays in registers (kernel.py); a longer one is read
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
 from .. import device
 from ..checks.unmask import LANES, check_arguments
 from ..library import operator
+from ..plans import Calls, Launch, Plan
 from ..rules import Kind, UnmaskInputs, UnmaskRule
 from ..state import RowState
 from ..tiles import UNMASK_TILES, UnmaskTile, unmask_tile
@@ -26,6 +31,13 @@ BLOCK_L = 256
 
 # Tensors whose rows may have any stride.
 STRIDED = ("tokens", "unmask_step", "unmask_confidence", *LANES, "value")
+# The tensors that a call may have, and what the rule says.
+_STATE = tuple(field.name for field in dataclasses.fields(RowState))
+_INPUTS = tuple(field.name for field in dataclasses.fields(UnmaskInputs) if field.name != "mask_id")
+_of_state, _of_inputs = attrgetter(*_STATE), attrgetter(*_INPUTS)
+_of_rule = attrgetter(*(field.name for field in dataclasses.fields(UnmaskRule)))
+_NAMES = tuple(f"{name}_ptr" for name in (*_STATE, *_INPUTS))
+_calls = Calls()
 
 
 def _changed(*, inputs: UnmaskInputs, **_: object) -> Tensor:
@@ -47,40 +59,86 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
         As reference.unmask, and ValueError: W > MAX_W.  RuntimeError: CPU tensors without Triton's interpreter.
         NotImplementedError: a GPU that `tiles.TARGETS` does not name.
     """
-    check_arguments(state, rule, inputs, kind)
+    # 1. What is known of such a call.
+    try:
+        given = (*_of_state(state), *_of_inputs(inputs))
+        mask_id = inputs.mask_id
+        facts = (type(state), type(inputs), type(rule), *_of_rule(rule), kind, type(mask_id), mask_id)
+    except AttributeError:  # one of them is another class: the check says so
+        given, facts = (), ()
+    call, key, tensors, pointers = _calls.find(given, facts)
+    written = pointers[: len(_STATE)]
+
+    # 2. The check, unless the call is known to pass.
+    if call is None or not call.accepts(tensors, written):
+        check_arguments(state, rule, inputs, kind)
+        W = inputs.score.shape[1]
+        if W > MAX_W:
+            raise ValueError(f"unmask: score [B, W] must have W <= {MAX_W}, got W={W}")
+        if call is None:
+            call = _calls.add(key if facts[:3] == (RowState, UnmaskInputs, UnmaskRule) else None)
+        call.accepted(written)
+
+    # 3. The plan of such calls for this tile and these kernels.
     score = inputs.score
     B, W = score.shape
-    if W > MAX_W:
-        raise ValueError(f"unmask: score [B, W] must have W <= {MAX_W}, got W={W}")
-    changed = torch.empty(B, W, dtype=torch.bool, device=score.device)
     if B == 0:
-        return changed
+        return _changed(inputs=inputs)
     device.capability_of("unmask", score, unmask_kernel)
     tile = unmask_tile(W)
-    tensors = vars(state) | vars(inputs)
-    mask_id = tensors.pop("mask_id")
-    arguments = dict(
-        **{f"{name}_ptr": tensor for name, tensor in tensors.items()},
-        changed_ptr=changed,
-        **{f"{name}_stride": 0 if tensors[name] is None else tensors[name].stride(0) for name in STRIDED},
-        W=W,
-        K=inputs.stop_ids.shape[0],
-        mask_id=mask_id,
-        **flags_of(rule, kind, inputs.value.dim() == 2),
-        **tiles_of(tile),
-        num_warps=tile.num_warps,
-        num_stages=1,
-        maxnreg=max_registers(tile.num_warps),
-    )
-    with device.launching_on(score):
-        if tile.BLOCK_T is None:
-            unmask_kernel[(B,)](**arguments)
-        else:
-            keys = None
-            if rule.passes == "factor":
-                keys = torch.empty(B, tile.BLOCK_W, dtype=torch.int64, device=score.device)
-            unmask_memory_kernel[(B,)](**arguments, keys_ptr=keys)
-    return changed
+    if call.plan is None or not call.plan.is_for(tile):
+        call.plan = _UnmaskPlan(given, rule, kind, inputs.mask_id, tile)
+    return call.plan.run(score, tensors, pointers)
+
+
+class _UnmaskPlan:
+    """How all calls like one are launched.
+
+    Args:
+        given: the tensors of the call, as `_NAMES` names them; only what they look like is used.
+    """
+
+    def __init__(
+        self, given: Sequence[Tensor | None], rule: UnmaskRule, kind: Kind, mask_id: int, tile: UnmaskTile
+    ) -> None:
+        self.made_for = tile, _kernels()
+        tensors = dict(zip((*_STATE, *_INPUTS), given, strict=True))
+        self.shape = B, W = tensors["score"].shape
+        present = [name for name, tensor in zip(_NAMES, given) if tensor is not None]
+        # Keys of a memory form that sorts.
+        has_keys = tile.BLOCK_T is not None and rule.passes == "factor"
+        self.keys = (B, tile.BLOCK_W) if has_keys else None
+        places = {name: place for place, name in enumerate([*present, "changed_ptr", *(["keys_ptr"] * has_keys)])}
+        values = dict(
+            **{f"{name}_stride": 0 if tensors[name] is None else tensors[name].stride(0) for name in STRIDED},
+            W=W,
+            K=tensors["stop_ids"].shape[0],
+            mask_id=mask_id,
+            **flags_of(rule, kind, tensors["value"].dim() == 2),
+            **tiles_of(tile),
+            num_warps=tile.num_warps,
+            num_stages=1,
+            maxnreg=max_registers(tile.num_warps),
+        )
+        kernel, names = unmask_kernel, (*_NAMES, "changed_ptr")
+        if tile.BLOCK_T is not None:
+            kernel, names = unmask_memory_kernel, (*names, "keys_ptr")
+        self.plan = Plan([Launch(kernel, (B,), names, places, values)])
+
+    def is_for(self, tile: UnmaskTile) -> bool:
+        return self.made_for == (tile, _kernels())
+
+    def run(self, score: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
+        """The lanes that the call wrote, which has these tensors, those of `_NAMES` that are not None."""
+        written = [torch.empty(self.shape, dtype=torch.bool, device=score.device)]
+        if self.keys is not None:
+            written.append(torch.empty(self.keys, dtype=torch.int64, device=score.device))
+        self.plan.run(score, tensors, written, pointers)
+        return written[0]
+
+
+def _kernels() -> tuple[object, ...]:
+    return unmask_kernel, unmask_memory_kernel
 
 
 def tiles_of(tile: UnmaskTile) -> dict[str, int]:
