@@ -124,9 +124,18 @@ def operator(
 def _is_traced(positional: Sequence[Any]) -> bool:
     """Whether the first tensor is of a subclass (a FakeTensor, for one), which only the dispatcher can handle."""
     first = positional[0] if positional else None
-    if dataclasses.is_dataclass(first):
-        first = getattr(first, dataclasses.fields(first)[0].name)
+    if type(first) is Tensor:
+        return False
+    field = _first_field(type(first))
+    if field is not None:
+        first = getattr(first, field)
     return isinstance(first, Tensor) and type(first) not in (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _first_field(kind: type) -> str | None:
+    """The name of a dataclass's first field; None for another class."""
+    return dataclasses.fields(kind)[0].name if dataclasses.is_dataclass(kind) else None
 
 
 def _parameters(

@@ -123,8 +123,10 @@ class Plan:
 
 
 def _circumstances(pointers: tuple[int, ...]) -> object:
-    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16; None where
-    it looks at more."""
+    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16.
+
+    None: it looks at more.
+    """
     if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
         return None
     together = functools.reduce(operator.or_, pointers)
@@ -143,14 +145,14 @@ class Call:
 
     Attributes:
         memories: pointers of written tensors that were found to have memory of their own.
-        plan: how the launcher launches; whatever the launcher puts there.
+        plan: how the launcher launches them, behind what that depends on besides the key.
     """
 
     __slots__ = ("memories", "plan")
 
     def __init__(self) -> None:
         self.memories: set[tuple[int, ...]] = set()
-        self.plan: Any = None
+        self.plan: tuple[object, Any] = (None, None)
 
     def accepts(self, tensors: Sequence[Tensor], written: tuple[int, ...]) -> bool:
         """Whether the check of a call of this key would accept it, as far as is known without the check.
@@ -169,6 +171,11 @@ class Call:
             if len(self.memories) >= MOST_MEMORIES:
                 self.memories.clear()
             self.memories.add(written)
+
+    def plan_for(self, depends: tuple[object, ...]) -> Any:
+        """The plan that was made for this tile and these kernels; None if it is yet to be made."""
+        made_for, plan = self.plan
+        return plan if made_for == depends else None
 
 
 class Calls:

@@ -129,14 +129,15 @@ def block_attention(
 
     # 3. The plan of such calls for these tiles and kernels.
     capability = _capability(q)
-    if call.plan is None or not call.plan.is_for(capability):
+    depends = (capability, _attention_kernel, _prefill_kernel, _combine_kernel)
+    plan = call.plan_for(depends)
+    if plan is None:
         fp8 = k_scale is not None
         tile = attention_tile(capability, D=q.shape[3], G=q.shape[1] // k.shape[1], dtype=q.dtype, fp8=fp8)
         prefill = attention_prefill_tile(capability, D=q.shape[3], dtype=q.dtype, fp8=fp8)
-        call.plan = _AttentionPlan(
-            given, window.mode, scale, sliding_window, tile, prefill, WORKSPACE_BYTES, capability
-        )
-    return call.plan.run(q, tensors, pointers)
+        plan = _AttentionPlan(given, window.mode, scale, sliding_window, tile, prefill, WORKSPACE_BYTES)
+        call.plan = depends, plan
+    return plan.run(q, tensors, pointers)
 
 
 def _capability(q: Tensor) -> int:
@@ -185,7 +186,6 @@ class _AttentionPlan:
 
     Args:
         given: the tensors of the call, as `_NAMES` names them; only what they look like is used.
-        capability: whose tiles these are, if the launcher chose them.
     """
 
     def __init__(
@@ -197,9 +197,7 @@ class _AttentionPlan:
         tile: AttentionTile,
         prefill: AttentionTile,
         workspace_bytes: int,
-        capability: int | None = None,
     ) -> None:
-        self.made_for = capability, _kernels()
         q, k, v, k_cache, v_cache, *_, page_table = given
         (B, H, W, D), H_kv = q.shape, k.shape[1]
         G = H // H_kv
@@ -319,9 +317,6 @@ class _AttentionPlan:
                 launches.append(Launch(_combine_kernel, grid, names, places, told | plan | options))
         return launches
 
-    def is_for(self, capability: int) -> bool:
-        return self.made_for == (capability, _kernels())
-
     def run(self, q: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
         """The output of the call that has these tensors, those of `_NAMES` that it has."""
         out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
@@ -329,7 +324,3 @@ class _AttentionPlan:
             partials = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in self.partial_shapes]
             self.plan.run(q, tensors, (out, *partials), pointers)
         return out.transpose(1, 2)
-
-
-def _kernels() -> tuple[object, ...]:
-    return _attention_kernel, _prefill_kernel, _combine_kernel

@@ -107,9 +107,12 @@ def confidence(
     tile = _tile(logits, kl="kl" in outputs, biased=bias is not None)
     N = logits.shape[0] if rows is None else rows.shape[0]
     split = N < PROGRAMS_PER_SM * _multiprocessors(logits.device)
-    if call.plan is None or not call.plan.is_for(tile, split):
-        call.plan = _ConfidencePlan(given, outputs, soft_cap, tile, split)
-    return call.plan.run(logits, tensors, pointers)
+    depends = (tile, split, _confidence_kernel, _merge_kernel)
+    plan = call.plan_for(depends)
+    if plan is None:
+        plan = _ConfidencePlan(given, outputs, soft_cap, tile, split)
+        call.plan = depends, plan
+    return plan.run(logits, tensors, pointers)
 
 
 class _ConfidencePlan:
@@ -129,7 +132,6 @@ class _ConfidencePlan:
         split: bool,
     ) -> None:
         # 1. How the vocabulary is cut, and whether a row is.
-        self.made_for = tile, split, _kernels()
         logits, rows, banned, temperature, *_, bias, previous, _ = given
         (R, V), itemsize = logits.shape, logits.element_size()
         part_tiles, parts = confidence_parts(V, tile, itemsize)
@@ -189,9 +191,6 @@ class _ConfidencePlan:
             launches.append(Launch(_merge_kernel, (N,), names, places, common | options))
         self.plan = Plan(launches if N else [])
 
-    def is_for(self, tile: ConfidenceTile, split: bool) -> bool:
-        return self.made_for == (tile, split, _kernels())
-
     def run(self, logits: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Confidence:
         """The results of the call that has these tensors, those of `_NAMES` that it has."""
         result = allocate(self.N, self.dtypes, logits.device)
@@ -201,10 +200,6 @@ class _ConfidencePlan:
                 written += allocate_partials(self.N, self.parts, logits.device)
             self.plan.run(logits, tensors, written, pointers)
         return result
-
-
-def _kernels() -> tuple[object, ...]:
-    return _confidence_kernel, _merge_kernel
 
 
 def dtypes_of(outputs: Sequence[str]) -> tuple[torch.dtype | None, ...]:

@@ -8,8 +8,13 @@ from torch import Tensor
 from .. import device
 from ..checks.noise import check_noise
 from ..library import operator
+from ..plans import Calls, Launch, Plan
 from ..tiles import NOISE_TILE
 from .kernel import uniform_scores_kernel
+
+# The tensors of a launch.
+_NAMES = ("seed_ptr", "noise_ptr", "score_ptr")
+_calls = Calls()
 
 
 def _scores(seed: Tensor, noise: Tensor) -> Tensor:
@@ -27,21 +32,23 @@ def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
         TypeError: dtype.  ValueError: shape, device, a tensor that is not contiguous.  RuntimeError: CPU tensors
         without Triton's interpreter.  NotImplementedError: a GPU that `tiles.TARGETS` does not name.
     """
-    check_noise(seed, noise)
+    call, key, tensors, pointers = _calls.find((seed, noise), ())
+    if call is None or not call.accepts(tensors, ()):
+        check_noise(seed, noise)
+        if call is None:
+            call = _calls.add(key)
+        call.accepted(())
     score = _scores(seed, noise)
     N = score.shape[0]
     if N == 0:
         return score
     device.capability_of("uniform_scores", noise, uniform_scores_kernel)
-    BLOCK_N, num_warps = NOISE_TILE
-    with device.launching_on(noise):
-        uniform_scores_kernel[(-(-N // BLOCK_N),)](
-            seed_ptr=seed,
-            noise_ptr=noise,
-            score_ptr=score,
-            N=N,
-            BLOCK_N=BLOCK_N,
-            num_warps=num_warps,
-            num_stages=1,
-        )
+    plan = call.plan_for((uniform_scores_kernel,))
+    if plan is None:
+        BLOCK_N, num_warps = NOISE_TILE
+        values = {"N": N, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": 1}
+        places = {name: place for place, name in enumerate(_NAMES)}
+        plan = Plan([Launch(uniform_scores_kernel, (-(-N // BLOCK_N),), _NAMES, places, values)])
+        call.plan = (uniform_scores_kernel,), plan
+    plan.run(noise, tensors, (score,), pointers)
     return score

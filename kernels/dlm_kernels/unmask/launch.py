@@ -86,9 +86,12 @@ def unmask(state: RowState, rule: UnmaskRule, inputs: UnmaskInputs, *, kind: Kin
         return _changed(inputs=inputs)
     device.capability_of("unmask", score, unmask_kernel)
     tile = unmask_tile(W)
-    if call.plan is None or not call.plan.is_for(tile):
-        call.plan = _UnmaskPlan(given, rule, kind, inputs.mask_id, tile)
-    return call.plan.run(score, tensors, pointers)
+    depends = (tile, unmask_kernel, unmask_memory_kernel)
+    plan = call.plan_for(depends)
+    if plan is None:
+        plan = _UnmaskPlan(given, rule, kind, inputs.mask_id, tile)
+        call.plan = depends, plan
+    return plan.run(score, tensors, pointers)
 
 
 class _UnmaskPlan:
@@ -101,7 +104,6 @@ class _UnmaskPlan:
     def __init__(
         self, given: Sequence[Tensor | None], rule: UnmaskRule, kind: Kind, mask_id: int, tile: UnmaskTile
     ) -> None:
-        self.made_for = tile, _kernels()
         tensors = dict(zip((*_STATE, *_INPUTS), given, strict=True))
         self.shape = B, W = tensors["score"].shape
         present = [name for name, tensor in zip(_NAMES, given) if tensor is not None]
@@ -125,9 +127,6 @@ class _UnmaskPlan:
             kernel, names = unmask_memory_kernel, (*names, "keys_ptr")
         self.plan = Plan([Launch(kernel, (B,), names, places, values)])
 
-    def is_for(self, tile: UnmaskTile) -> bool:
-        return self.made_for == (tile, _kernels())
-
     def run(self, score: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
         """The lanes that the call wrote, which has these tensors, those of `_NAMES` that are not None."""
         written = [torch.empty(self.shape, dtype=torch.bool, device=score.device)]
@@ -135,10 +134,6 @@ class _UnmaskPlan:
             written.append(torch.empty(self.keys, dtype=torch.int64, device=score.device))
         self.plan.run(score, tensors, written, pointers)
         return written[0]
-
-
-def _kernels() -> tuple[object, ...]:
-    return unmask_kernel, unmask_memory_kernel
 
 
 def tiles_of(tile: UnmaskTile) -> dict[str, int]:
