@@ -28,7 +28,7 @@ from .device import launching_on
 # What is remembered of each kind is dropped beyond so many of it, and found out again.
 MOST_CALLS, MOST_MEMORIES, MOST_ALIGNMENTS = 1024, 1024, 64
 
-# What such an object looks like follows from its key. A subclass may say anything.
+# A tensor of another class may say anything of itself.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 _data_ptr = Tensor.data_ptr
@@ -196,21 +196,21 @@ class Calls:
             No call for a new one. No key and no pointers for one that cannot be remembered.
         """
         tensors = [tensor for tensor in given if tensor is not None]
+        types = tuple(map(type, given))
+        if not _PLAIN.issuperset(types):
+            return None, None, tensors, ()
         try:
-            key = (
-                facts,
-                tuple(map(type, given)),
-                *[(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors],
-            )
+            looks = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
+            key = (facts, types, *looks)
             return self.by_key.get(key), key, tensors, tuple(map(_data_ptr, tensors))
         except Exception:
-            # One of them is no tensor, or one without strides or memory. The check says so where it minds.
+            # A tensor has no strides or no memory, or a fact has no hash. The check says so where it minds.
             return None, None, tensors, ()
 
     def add(self, key: tuple | None) -> Call:
         """The call of a key that the check has just accepted; one without a key is not remembered."""
         call = Call()
-        if key is not None and _PLAIN.issuperset(key[1]) and not torch.compiler.is_compiling():
+        if key is not None and not torch.compiler.is_compiling():
             if len(self.by_key) >= MOST_CALLS:
                 self.by_key.clear()
             self.by_key[key] = call
