@@ -171,6 +171,92 @@ def test_lengths_batches_and_buckets_make_no_new_machine_code(tmp_path):
     assert set(functions.values()) == {1}, functions
 
 
+NUMBERS_OF_BANNED_IDS = """
+for N in (64, 600):
+    for number in range(1, 33):
+        logits = torch.zeros(N, 126464, dtype=torch.bfloat16)
+        for banned in (torch.zeros(number, dtype=torch.int64), torch.zeros(N, number, dtype=torch.int64)):
+            confidence.confidence(logits, banned=banned)
+"""
+
+
+def test_the_number_of_banned_ids_makes_no_new_machine_code(tmp_path):
+    functions = collections.Counter(function for function, _, _ in variants(NUMBERS_OF_BANNED_IDS, tmp_path))
+    assert functions == {"_confidence_kernel": 2, "_merge_kernel": 1}  # split, and not
+
+
+# Every tensor but the logits begins a row or an element behind a multiple of 16 bytes, or does not.
+SLICES = """
+def slices(shift):
+    def cut(*shape, dtype=torch.int32, value=0):
+        whole = torch.full((shape[0] + 1, *shape[1:]), value, dtype=dtype)
+        return whole[shift:][: shape[0]]
+    return cut
+
+
+def reduce_slices(N, cut):
+    logits = torch.zeros(N, 126464, dtype=torch.bfloat16)
+    float32, int64 = {"dtype": torch.float32}, {"dtype": torch.int64}
+    confidence.confidence(
+        logits, rows=cut(N), outputs=("second", "kl", "sampled", "query"), banned=cut(N, 3, **int64),
+        temperature=cut(N, **float32), sample_temperature=cut(N, **float32), seed=cut(1, **int64), noise=cut(N, 3),
+        query=cut(N, **int64), bias_ids=cut(N, 5, **int64), bias=cut(N, 5, **float32), previous=logits,
+        previous_logsumexp=cut(N, **float32),
+    )
+
+
+def write_slices(B, L, W, cut, passes):
+    types = {"int64": ("pred",), "float": ("score", "confidence", "rank", "entropy", "value")}
+    def of(name, *shape):
+        kind = next((kind for kind, names in types.items() if name in names), "int32")
+        return cut(*shape, dtype=getattr(torch, kind))
+    rule = UnmaskRule(passes, cache="refresh")
+    lanes = {name: of(name, B, W) for name in ("pred", "score", "confidence", "rank", "stat_error")}
+    lanes |= {"entropy": of("entropy", B, W)} if passes == "entropy" else {}
+    rows = {
+        name: of(name, B)
+        for name in ("query_len", "value", "min_unmask", "steps", "block_length", "lane_start", "max_steps")
+    }
+    inputs = UnmaskInputs(mask_id=9, stop_ids=cut(2, dtype=torch.int64), **lanes, **rows)
+    state = RowState.empty(B, L, "cpu")
+    state = dataclasses.replace(
+        state, **{name: cut(*tensor.shape, dtype=tensor.dtype) for name, tensor in vars(state).items()}
+    )
+    unmask.unmask(state, rule, inputs, kind="denoise")
+
+
+def draft_slices(B, D, W, cut):
+    source = reference.DraftSource(
+        cut(B, W, dtype=torch.int64), *(cut(B, W, dtype=torch.float32) for _ in range(2)), cut(B), cut(B)
+    )
+    eligible, rows = cut(B, W, dtype=torch.bool), cut(B, dtype=torch.bool)
+    held = drafts.draft_build(source, cut(B, W, dtype=torch.int64), eligible, rows, D=D)
+    token, score = cut(B, D, W, dtype=torch.int64), cut(B, D, W, dtype=torch.float32)
+    drafts.verify(
+        source, token, token, score, score, eligible=eligible, ready=rows, drafting=rows, selects=rows, mask_id=9
+    )
+
+
+for shift in (0, 1):
+    cut = slices(shift)
+    for N in (5, 600):
+        reduce_slices(N, cut)
+    for W in (21, 301):
+        for passes in ("threshold", "factor", "entropy"):
+            write_slices(3, 401, W, cut, passes)
+    draft_slices(3, 2, 21, cut)
+    noise.uniform_scores(cut(1, dtype=torch.int64), cut(7, 3))
+"""
+
+
+def test_slices_that_begin_anywhere_make_no_new_machine_code(tmp_path):
+    functions = collections.Counter(function for function, _, _ in variants(SLICES, tmp_path))
+    assert functions == {
+        "_confidence_kernel": 2, "_merge_kernel": 1, "unmask_kernel": 3, "unmask_memory_kernel": 3,
+        "draft_build_kernel": 1, "verify_kernel": 1, "uniform_scores_kernel": 1,
+    }  # fmt: skip
+
+
 PREFILL = """
 attend(1, 700, 8, 2, 128, 4096, "block", 0)
 attend(1, 700, 8, 2, 128, 0, "full")

@@ -54,7 +54,7 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     signature = dict.fromkeys(_confidence_kernel.arg_names, "constexpr")
     signature |= {"logits_ptr": f"*{dtype}", "row_stride": "i32", "banned_stride": "i32", "R": "i32", "V": "i32"}
     if not bare:
-        signature |= {"rows_ptr": "*i32", "banned_ptr": "*i64"}
+        signature |= {"rows_ptr": "*i32", "banned_ptr": "*i64", "num_banned": "i32"}
     if everything:
         signature |= {"temperature_ptr": "*fp32", "soft_cap": "fp32"}
     if sampled:
@@ -73,7 +73,7 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     # 3. The numbers that are compiled in.
     flags = {
         "HAS_ROWS": not bare,
-        "NUM_BANNED": 0 if bare else 4 if everything else 1,
+        "HAS_BANNED": not bare,
         "HAS_BIAS": biased,
         "HAS_TEMPERATURE": everything,
         "HAS_SOFT_CAP": everything,
@@ -96,7 +96,13 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
         fn=_confidence_kernel,
         signature=signature,
         constexprs={argument: flags.get(argument) for argument, kind in signature.items() if kind == "constexpr"},
-        divisible_by_16=(*_pointers(signature), "row_stride", *(["previous_stride"] if kl else []), "V"),
+        divisible_by_16=(
+            "logits_ptr",
+            "row_stride",
+            "V",
+            *(["previous_ptr", "previous_stride"] if kl else []),
+            *(["values_ptr", "ids_ptr"] if split else []),
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
@@ -140,11 +146,7 @@ def _merge_case(name: str, parts: int) -> CompileCase:
         fn=_merge_kernel,
         signature=signature,
         constexprs={argument: flags.get(argument) for argument, kind in signature.items() if kind == "constexpr"},
-        divisible_by_16=(*_pointers(signature), "V"),
+        divisible_by_16=("values_ptr", "ids_ptr", "V"),
         num_warps=1,
         num_stages=1,
     )
-
-
-def _pointers(signature: dict[str, object]) -> tuple[str, ...]:
-    return tuple(argument for argument, kind in signature.items() if str(kind).startswith("*"))

@@ -10,16 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..checks.confidence import MAX_BANNED
 from .row import _NO_ID, _score
+
+_MAX_BANNED = tl.constexpr(MAX_BANNED)
 
 
 @triton.jit
-def _is_banned(ids, banned_ptr, NUM_BANNED: tl.constexpr):
-    banned = ids < 0
-    if NUM_BANNED > 0:  # else banned_ptr is None, and even an empty loop is compiled
-        for k in range(NUM_BANNED):
-            banned |= ids == tl.load(banned_ptr + k)
-    return banned
+def _load_bans(banned_ptr, num_banned, end):
+    """The banned ids below `end`, -1 where there is none: as many for every call, because a loop over their number is
+    unrolled by the compilers, which takes registers that the tile needs."""
+    index = tl.arange(0, _MAX_BANNED)
+    bans = tl.load(banned_ptr + index, mask=index < num_banned, other=-1)
+    return tl.where((bans >= 0) & (bans < end), bans, -1).to(tl.int32)
+
+
+@triton.jit
+def _is_banned(ids, bans, HAS_BANNED: tl.constexpr):
+    is_banned = ids < 0
+    if HAS_BANNED:
+        is_banned |= tl.max((tl.expand_dims(ids, -1) == bans[2]).to(tl.int32), axis=-1) > 0
+    return is_banned
 
 
 @triton.jit
@@ -62,8 +73,8 @@ def _lowest_id(ids, chosen):
 
 @triton.jit
 def _without_banned(
-    bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SAMPLED: tl.constexpr,
+    bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
+    HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SAMPLED: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
     """The columns' largest allowed logits and draws: a column that won with a group that holds a banned id is searched
@@ -71,27 +82,30 @@ def _without_banned(
     best, best_tile, drawn, drawn_tile = bests
     _, soft_cap, _ = scales
     _, sample_scale, k0, k1 = sampling
+    banned_ptr, num_banned, _ = bans
     columns = tl.arange(0, COLUMNS)
     suspect = columns < 0
-    for k in range(NUM_BANNED):
+    for k in range(num_banned):
         banned_group = tl.load(banned_ptr + k) // GROUP
         suspect |= best_tile * COLUMNS + columns == banned_group
         if SAMPLED:
             suspect |= drawn_tile * COLUMNS + columns == banned_group
     if tl.max(suspect.to(tl.int32), axis=0) > 0:
-        for k in range(NUM_BANNED):
+        for k in range(num_banned):
             banned_id = tl.load(banned_ptr + k)
             if (banned_id >= first_tile * (COLUMNS * GROUP)) & (banned_id < end):
                 column = (banned_id.to(tl.int32) // GROUP) % COLUMNS
                 ids = _ids_of_column(column, first_tile, COLUMNS, GROUP, COLUMN_TILES)
                 x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
-                banned = _is_banned(ids, banned_ptr, NUM_BANNED)
-                value, tile = _first_largest_tile(tl.where(banned, float("-inf"), x), first_tile, COLUMN_TILES)
+                is_banned = _is_banned(ids, bans, True)
+                value, tile = _first_largest_tile(tl.where(is_banned, float("-inf"), x), first_tile, COLUMN_TILES)
                 best = tl.where(columns == column, value, best)
                 best_tile = tl.where(columns == column, tile, best_tile)
                 if SAMPLED:
                     score = _score(x, ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
-                    value, tile = _first_largest_tile(tl.where(banned, float("-inf"), score), first_tile, COLUMN_TILES)
+                    value, tile = _first_largest_tile(
+                        tl.where(is_banned, float("-inf"), score), first_tile, COLUMN_TILES
+                    )
                     drawn = tl.where(columns == column, value, drawn)
                     drawn_tile = tl.where(columns == column, tile, drawn_tile)
     return best, best_tile, drawn, drawn_tile
@@ -99,8 +113,8 @@ def _without_banned(
 
 @triton.jit
 def _choose(
-    bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-    NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
+    bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
+    HAS_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr,
     SAMPLED: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr,
 ):  # fmt: skip
     """Token, runner-up and draw among the allowed ids below `end` of tiles [first_tile, first_tile + COLUMN_TILES),
@@ -115,7 +129,7 @@ def _choose(
     top_column = tl.min(tl.where(best == top, groups, _NO_ID), axis=0) % COLUMNS
     ids = _ids_of_column(top_column, first_tile, COLUMNS, GROUP, COLUMN_TILES)
     x = _load(logits_ptr, ids, biases, end, HAS_BIAS)
-    x = tl.where(_is_banned(ids, banned_ptr, NUM_BANNED), float("-inf"), x)
+    x = tl.where(_is_banned(ids, bans, HAS_BANNED), float("-inf"), x)
     token = _lowest_id(ids, x == top)
 
     # 2. Runner-up: the best other column, or the best other id of the winner's column.
@@ -126,7 +140,7 @@ def _choose(
         elsewhere = tl.max(others, axis=0)
         group_ids = tl.min(tl.where(others == elsewhere, groups, _NO_ID), axis=0) * GROUP + tl.arange(0, GROUP)
         group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
-        group_x = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), group_x)
+        group_x = tl.where(_is_banned(group_ids, bans, HAS_BANNED), float("-inf"), group_x)
         x = tl.where(ids == token, float("-inf"), x)
         second = tl.maximum(elsewhere, tl.max(tl.max(x, axis=1), axis=0))
         elsewhere_id = tl.min(tl.where(group_x == second, group_ids, _NO_ID), axis=0)
@@ -145,7 +159,7 @@ def _choose(
             group_ids = group * GROUP + tl.arange(0, GROUP)
             group_x = _load(logits_ptr, group_ids, biases, end, HAS_BIAS)
             score = _score(group_x, group_ids, sample_scale, k0, k1, soft_cap, HAS_SOFT_CAP)
-            score = tl.where(_is_banned(group_ids, banned_ptr, NUM_BANNED), float("-inf"), score)
+            score = tl.where(_is_banned(group_ids, bans, HAS_BANNED), float("-inf"), score)
             sampled_token = tl.min(tl.where(score == tl.max(score, axis=0), group_ids, _NO_ID), axis=0)
             sampled = tl.max(tl.where(group_ids == sampled_token, group_x, float("-inf")), axis=0)
     return token, top, second_token, second, sampled_token, sampled, highest

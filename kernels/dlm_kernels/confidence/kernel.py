@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..checks.confidence import PREVIOUS_FLOOR
-from .choice import _add_bias, _choose, _without_banned
+from .choice import _add_bias, _choose, _load_bans, _without_banned
 from .merge import (
     _DIVERGENCE,
     _DRAWN,
@@ -43,6 +43,7 @@ from .merge import (
     _TOP,
     _TOTAL,
     _VALUES,
+    ROW_POINTERS,
     _field,
     _store_row,
 )
@@ -218,16 +219,18 @@ def _part(
 
 
 # R and the stride of `banned` change with the batch, and nothing is compiled again for them. Nor is anything for the
-# number of biases: a loop over them that is unrolled takes registers that the tile needs.
-@triton.jit(do_not_specialize=["R", "banned_stride", "num_bias"])
+# numbers of banned ids and biases: a loop over them that is unrolled takes registers that the tile needs.
+@triton.jit(
+    do_not_specialize=("R", "banned_stride", "num_banned", "num_bias"), do_not_specialize_on_alignment=ROW_POINTERS
+)
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
     bias_ids_ptr, bias_ptr, previous_ptr, previous_logsumexp_ptr,
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
     margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
     values_ptr, ids_ptr,
-    row_stride, previous_stride, banned_stride, num_bias, R, V, soft_cap,
-    HAS_ROWS: tl.constexpr, NUM_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    row_stride, previous_stride, banned_stride, num_banned, num_bias, R, V, soft_cap,
+    HAS_ROWS: tl.constexpr, HAS_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     QUERY: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr, PART_TILES: tl.constexpr,
@@ -252,9 +255,11 @@ def _confidence_kernel(
     error = (row < 0) | (row >= R)
     V = tl.where(error, 0, V)  # a row outside the logits is never read
     logits_ptr += row.to(tl.int64) * row_stride
-    if NUM_BANNED > 0:
-        banned_ptr += n.to(tl.int64) * banned_stride
     # Where an argument is None its place in a tuple is taken by a number that nothing reads, for Triton 3.6.
+    bans = (0, 0, 0)
+    if HAS_BANNED:
+        banned_ptr += n.to(tl.int64) * banned_stride
+        bans = (banned_ptr, num_banned, _load_bans(banned_ptr, num_banned, V))
     biases = (0, 0, 0)
     if HAS_BIAS:
         biases = (bias_ids_ptr + n.to(tl.int64) * num_bias, bias_ptr + n.to(tl.int64) * num_bias, num_bias)
@@ -326,14 +331,14 @@ def _confidence_kernel(
 
     # 3. The choices among the ids that are allowed.
     row_best = tl.max(bests[0], axis=0)
-    if NUM_BANNED > 0:
+    if HAS_BANNED:
         bests = _without_banned(
-            bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-            NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
+            bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
+            HAS_BIAS, HAS_SOFT_CAP, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
         )  # fmt: skip
     token, top, second_token, second, sampled_token, sampled, drawn = _choose(
-        bests, logits_ptr, banned_ptr, biases, first_tile, end, scales, sampling,
-        NUM_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
+        bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
+        HAS_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
     )  # fmt: skip
     query_logit = top
     if QUERY:

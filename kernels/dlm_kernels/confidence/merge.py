@@ -19,6 +19,15 @@ _IDS = tl.constexpr(PARTIAL_IDS)
 _PIVOT, _TOTAL, _ENERGY, _DIVERGENCE, _LARGEST, _TOP, _SECOND, _DRAWN, _SAMPLED, _QUERY = map(tl.constexpr, range(10))
 _TOKEN, _SECOND_TOKEN, _SAMPLED_TOKEN = map(tl.constexpr, range(3))
 
+# What has a value, or a few, for each row. A slice of such a tensor may begin anywhere, and compiles no kernel anew:
+# only logits are read as vectors.
+ROW_POINTERS = (
+    "rows_ptr", "banned_ptr", "temperature_ptr", "sample_temperature_ptr", "seed_ptr", "noise_ptr", "query_ptr",
+    "bias_ids_ptr", "bias_ptr", "previous_logsumexp_ptr",
+    "token_ptr", "logit_ptr", "second_token_ptr", "second_logit_ptr", "logsumexp_ptr", "entropy_ptr", "kl_ptr",
+    "confidence_ptr", "margin_ptr", "sampled_token_ptr", "sampled_confidence_ptr", "query_confidence_ptr", "error_ptr",
+)  # fmt: skip
+
 
 @triton.jit
 def _store(pointer, n, value):
@@ -55,7 +64,7 @@ def _field(ptr, n, field, part, FIELDS: tl.constexpr, PARTS: tl.constexpr):
     return ptr + (n.to(tl.int64) * FIELDS + field) * PARTS + part
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=("R",), do_not_specialize_on_alignment=ROW_POINTERS)
 def _merge_kernel(
     values_ptr, ids_ptr,
     rows_ptr, temperature_ptr, sample_temperature_ptr, query_ptr, previous_logsumexp_ptr,

@@ -27,7 +27,7 @@ def _case(kernel: triton.JITFunction, BLOCK_T: int, num_warps: int) -> CompileCa
         fn=kernel,
         signature=signature,
         constexprs={"BLOCK_T": BLOCK_T},
-        divisible_by_16=tuple(arg for arg in signature if arg.endswith("_ptr")),
+        divisible_by_16=(),
         num_warps=num_warps,
         num_stages=1,
     )

@@ -15,6 +15,13 @@ from ..unmask.select import KEY_MAX, KEY_MIN, keys_of
 
 # As many lanes as a key can tell apart.
 _LANES = tl.constexpr(2**31)
+# A slice of a tensor, as of a batch, may begin anywhere, and compiles no kernel anew: rows may have any stride, so that
+# no lanes are read as vectors.
+_POINTERS = (
+    "source_token_ptr", "source_score_ptr", "source_confidence_ptr", "tried_ptr", "accepted_ptr", "tokens_ptr",
+    "held_ptr", "token_ptr", "score_ptr", "confidence_ptr", "eligible_ptr", "ready_ptr", "drafting_ptr", "selects_ptr",
+    "chosen_ptr", "pred_ptr", "certain_ptr",
+)  # fmt: skip
 
 
 @triton.jit
@@ -43,7 +50,8 @@ def _last_of_best(number, W, score_ptr, eligible_ptr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=("W", "D", "source_token_stride", "source_score_stride", "tokens_stride", "eligible_stride")
+    do_not_specialize=("W", "D", "source_token_stride", "source_score_stride", "tokens_stride", "eligible_stride"),
+    do_not_specialize_on_alignment=_POINTERS,
 )
 def draft_build_kernel(
     # in
@@ -80,7 +88,8 @@ def draft_build_kernel(
         "W", "D", "mask_id", "source_token_stride", "source_score_stride", "source_confidence_stride",
         "eligible_stride", "held_stride", "held_draft_stride", "token_stride", "token_draft_stride", "score_stride",
         "score_draft_stride", "confidence_stride", "confidence_draft_stride",
-    )
+    ),
+    do_not_specialize_on_alignment=_POINTERS,
 )  # fmt: skip
 def verify_kernel(
     # source, read and written

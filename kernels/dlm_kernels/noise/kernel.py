@@ -10,7 +10,7 @@ from ..reference.noise import ORDER_STREAM
 _STREAM = tl.constexpr(ORDER_STREAM)
 
 
-@triton.jit(do_not_specialize=("N",))
+@triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=("seed_ptr", "noise_ptr", "score_ptr"))
 def uniform_scores_kernel(seed_ptr, noise_ptr, score_ptr, N, BLOCK_N: tl.constexpr):
     """((bits >> 9) + 0.5) * 2^-23 of the first Philox word of every counter (request, position, step, stream)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -92,7 +92,7 @@ def _case(name: str, kind: Kind, rule: UnmaskRule, given: set[str], tile: Unmask
         fn=kernel,
         signature=signature,
         constexprs=constexprs,
-        divisible_by_16=tuple(arg for arg, word in signature.items() if arg.endswith("_ptr") and word != "constexpr"),
+        divisible_by_16=("keys_ptr",) if "keys" in given and tile.BLOCK_T else (),
         num_warps=tile.num_warps,
         num_stages=1,
         maxnreg=max_registers(tile.num_warps),

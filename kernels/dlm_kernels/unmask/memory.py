@@ -19,22 +19,23 @@ from .memory_select import (
     force_in_blocks_in_memory,
     remask_cut_in_memory,
 )
-from .row import advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
+from .row import POINTERS, advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
 from .select import eligible_lanes, keys_of, remask_candidates
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
 
 
-# No integer is specialised, so neither another width, nor another number of stop ids, nor another model compiles the
-# kernel again.
+# No argument is specialised, so neither another width, nor another number of stop ids, nor another model, nor a slice
+# compiles the kernel again.
 @triton.jit(
     do_not_specialize=(
         "tokens_stride", "unmask_step_stride", "unmask_confidence_stride", "pred_stride", "score_stride",
         "confidence_stride", "value_stride", "rank_stride", "entropy_stride", "stat_error_stride", "allowed_stride",
         "refill_stride", "remask_score_stride",
         "W", "K", "mask_id",
-    )
+    ),
+    do_not_specialize_on_alignment=POINTERS,
 )  # fmt: skip
 def unmask_memory_kernel(
     # state, read and written

@@ -6,14 +6,27 @@ The two kernels share this code; they differ in where they keep a row's lanes, i
 
 from __future__ import annotations
 
+import dataclasses
+
 import triton
 import triton.language as tl
 
 from .. import state as row_state
+from ..rules import UnmaskInputs
 from .canvas import count_masked, first_masked, first_token_closes
 
 _REFRESH, _DENOISE = tl.constexpr(row_state.REFRESH), tl.constexpr(row_state.DENOISE)
 _COMMIT, _DONE = tl.constexpr(row_state.COMMIT), tl.constexpr(row_state.DONE)
+
+# The tensors of a call. A slice of a tensor, as of a batch, may begin anywhere, and compiles no kernel anew: rows may
+# have any stride, so that no lanes are read as vectors. (Only the kernel's own room for keys is.)
+POINTERS = tuple(
+    f"{name}_ptr"
+    for name in (
+        *(field.name for kind in (row_state.RowState, UnmaskInputs) for field in dataclasses.fields(kind)),
+        "changed",
+    )
+)
 
 
 @triton.jit
