@@ -11,9 +11,8 @@ debug mode reads every call, so every call is checked in it.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Collection, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -59,6 +58,14 @@ class Launch:
         """Launches as Triton documents it, and returns what Triton then returns."""
         return self.kernel[self.grid](**{name: tensors[place] for name, place in self.places.items()}, **self.values)
 
+    def aligned(self) -> list[int]:
+        """The places of the tensors of which Triton's compiled kernel depends on whether they are aligned."""
+        return [
+            self.places[param.name]
+            for param in self.kernel.params
+            if param.name in self.places and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+        ]
+
     def directly(self, compiled: CompiledKernel, pointers: int) -> tuple[Any, Any, tuple[object, ...]]:
         """(what launches, what orders its arguments, the constants among them) of a compiled kernel, which is given
         every argument by its place, a tensor by its pointer."""
@@ -66,7 +73,7 @@ class Launch:
         constants = [name for name in names if name not in self.places]
         places = {**self.places, **{name: pointers + i for i, name in enumerate(constants)}}
         grid = (*self.grid, 1, 1)[:3]
-        order = operator.itemgetter(*(places[name] for name in names))
+        order = itemgetter(*(places[name] for name in names))
         return compiled[grid], order, tuple(self.values[name] for name in constants)
 
 
@@ -86,6 +93,7 @@ class Plan:
         self.launches = launches
         self.as_bytes = as_bytes
         self.is_compiled = all(isinstance(launch.kernel, JITFunction) for launch in launches)
+        self.aligned = sorted({place for launch in launches for place in launch.aligned()}) if self.is_compiled else []
         self.ways: dict[object, list[tuple[Any, Any, tuple[object, ...]]]] = {}
 
     def run(self, where: Tensor, tensors: Sequence[Tensor], outputs: Sequence[Tensor], pointers: Sequence[int]) -> None:
@@ -100,7 +108,7 @@ class Plan:
                 self._publicly(tensors, outputs)
             return
         pointers = (*pointers, *map(_data_ptr, outputs))
-        circumstances = _circumstances(pointers)
+        circumstances = self._circumstances(pointers)
         way = self.ways.get(circumstances)
         with launching_on(where):
             if way is not None and not any(launch.kernel.pre_run_hooks for launch in self.launches):
@@ -121,17 +129,19 @@ class Plan:
             given[place] = given[place].view(torch.uint8)
         return [launch.publicly(given) for launch in self.launches]
 
+    def _circumstances(self, pointers: tuple[int, ...]) -> object:
+        """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16.
 
-def _circumstances(pointers: tuple[int, ...]) -> object:
-    """What Triton's public launch looks at besides the key: settings, and which pointers are multiples of 16.
-
-    None: it looks at more.
-    """
-    if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
-        return None
-    together = functools.reduce(operator.or_, pointers)
-    aligned = None if together & 15 == 0 else tuple([pointer & 15 == 0 for pointer in pointers])
-    return knobs.runtime.debug, knobs.compilation.instrumentation_mode, aligned
+        None: it looks at more.
+        """
+        if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
+            return None
+        bits = 0
+        for place in self.aligned:
+            bits |= pointers[place]
+        # Most often all are aligned.
+        aligned = bits & 15 == 0 or tuple([pointers[place] & 15 == 0 for place in self.aligned])
+        return knobs.runtime.debug, knobs.compilation.instrumentation_mode, aligned
 
 
 def _is_cuda(compiled: object) -> bool:

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,6 +18,7 @@ pytest.importorskip("triton", reason="these tests go through Triton's launch pat
 import torch
 from launch_cases import CALLS, covering
 from torch._subclasses.fake_tensor import FakeTensorMode
+from uninterpreted import said
 
 from dlm_kernels import device as device_module
 from dlm_kernels import library, tiles
@@ -111,21 +107,12 @@ def finish():
 """
 
 
-def recorded(*command: str) -> Any:
-    """What a script says on its last line, in a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def variants(script: str, folder: Path) -> list[tuple[str, str | None, list[list[int]]]]:
     """(function, the shipped configuration it is or None, its grids) of every machine code that the script's calls ask
     for."""
     path = folder / "calls.py"
     path.write_text(PRELUDE.format(tests=str(ROOT / "tests" / "support")) + script + "\nfinish()\n")
-    return [tuple(item) for item in recorded(str(path))]
+    return [tuple(item) for item in said(str(path))]
 
 
 # LLaDA-8B, Dream-7B, SDAR-8B, LLaDA2-mini; DiffusionGemma's two kinds of layer.
@@ -272,7 +259,7 @@ def test_grids_follow_the_shapes(tmp_path):
 
 def front_end(strength: int) -> dict:
     """What launch_cases.py says of all calls."""
-    return recorded(str(ROOT / "tests" / "support" / "launch_cases.py"), str(strength))
+    return said(str(ROOT / "tests" / "support" / "launch_cases.py"), str(strength))
 
 
 KERNELS = {

@@ -2,7 +2,8 @@
 
 Calls are made until they are warm, through Triton's launch path with a stand-in for the driver (standin.py), on CPU
 tensors. What is left out is the launch itself, in C. The table gives the CPU time of a call in microseconds (the
-median of several rounds), that of the `torch.empty` calls in it, and the difference, which is Python.
+median of several rounds), that of the `torch.empty` calls in it, and the difference, which is Python. The last column
+is the same every time: the functions that a call calls, in Python and in C.
 """
 
 from __future__ import annotations
@@ -155,11 +156,28 @@ def allocations(call: Callable[[], Any]) -> Callable[[], None]:
     return again
 
 
+def functions_called(call: Callable[[], Any]) -> int:
+    """How many functions are called within a call, in Python and in C."""
+    events: list[str] = []
+
+    def profiled(frame: Any, event: str, argument: Any) -> None:
+        events.append(event)
+
+    sys.setprofile(profiled)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    # The call itself, and the last `sys.setprofile`.
+    return events.count("call") + events.count("c_call") - 2
+
+
 def measured(calls: int) -> dict[str, dict[str, float]]:
     found = {}
     for name, call in warm_calls().items():
         whole, empty = microseconds(call, calls), microseconds(allocations(call), calls)
-        found[name] = {"whole": round(whole, 1), "torch.empty": round(empty, 1), "Python": round(whole - empty, 1)}
+        times = {"whole": whole, "torch.empty": empty, "Python": whole - empty}
+        found[name] = {key: round(value, 1) for key, value in times.items()} | {"functions": functions_called(call)}
     return found
 
 
@@ -175,9 +193,10 @@ def main() -> None:
         print(json.dumps(versions | {"microseconds": found}))
         return
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print(f"{'CPU microseconds a call':32}{'whole':>10}{'torch.empty':>13}{'Python':>9}")
-    for name, times in found.items():
-        print(f"{name:32}{times['whole']:10.1f}{times['torch.empty']:13.1f}{times['Python']:9.1f}")
+    columns = ("whole", "torch.empty", "Python", "functions")
+    print(f"{'CPU microseconds a call':32}" + "".join(f"{column:>13}" for column in columns))
+    for name, numbers in found.items():
+        print(f"{name:32}" + "".join(f"{numbers[column]:13}" for column in columns))
 
 
 if __name__ == "__main__":

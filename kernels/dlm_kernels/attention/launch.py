@@ -319,8 +319,8 @@ class _AttentionPlan:
 
     def run(self, q: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
         """The output of the call that has these tensors, those of `_NAMES` that it has."""
-        out = torch.empty(self.out_shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(*self.out_shape, dtype=q.dtype, device=q.device)
         if self.plan.launches:
-            partials = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in self.partial_shapes]
+            partials = [torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in self.partial_shapes]
             self.plan.run(q, tensors, (out, *partials), pointers)
         return out.transpose(1, 2)

@@ -129,9 +129,9 @@ class _UnmaskPlan:
 
     def run(self, score: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
         """The lanes that the call wrote, which has these tensors, those of `_NAMES` that are not None."""
-        written = [torch.empty(self.shape, dtype=torch.bool, device=score.device)]
+        written = [torch.empty(*self.shape, dtype=torch.bool, device=score.device)]
         if self.keys is not None:
-            written.append(torch.empty(self.keys, dtype=torch.int64, device=score.device))
+            written.append(torch.empty(*self.keys, dtype=torch.int64, device=score.device))
         self.plan.run(score, tensors, written, pointers)
         return written[0]
 
