@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the launchers launch Triton kernels")
+triton = pytest.importorskip("triton", reason="the launchers launch Triton kernels")
 import fuzz_ops
 from fuzz_ops import CLASSES, OPS, Call, leaves, replaced, valid_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from uninterpreted import said
 
 import dlm_kernels
-from dlm_kernels import Window, plans
+from dlm_kernels import Window, device, plans
+from dlm_kernels.tiles import UNMASK_TILES, ConfidenceTile
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 # By op: the module of its launcher, the name of its calls there and that of its check.
@@ -375,6 +377,52 @@ def test_calls_whose_arguments_may_say_anything_are_not_remembered(launched: Non
     object.__setattr__(other["window"], "__class__", type("SameWindow", (Window,), {}))
     assert is_taken("block_attention", other) and not calls_of("block_attention").by_key
     assert is_taken("block_attention", call) and len(calls_of("block_attention").by_key) == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_another_kernel_is_launched_in_its_turn(op: str, launched: None, monkeypatch):
+    """Plans are made for kernels and tiles, which tests and benches exchange."""
+    module, call = module_of(op), built(valid_call(op, random.Random("0")))
+    before = verdict(op, call)
+    with monkeypatch.context() as patched:
+        for name, value in vars(module).copy().items():
+            if isinstance(value, triton.runtime.jit.KernelInterface):
+                patched.setattr(module, name, types.SimpleNamespace(fn=types.SimpleNamespace(__name__="another")))
+        assert [name for name, *_ in verdict(op, call)] == ["another"] * len(before)
+    assert verdict(op, call) == before
+
+
+def test_another_tile_is_launched_in_its_turn(launched: None, monkeypatch):
+    confidence, unmask = module_of("confidence"), module_of("unmask")
+    call = built(valid_call("confidence", random.Random("0"))) | {"logits": torch.zeros(3, 50)}
+    call |= {"previous": torch.zeros(3, 50)} if call["previous"] is not None else {}
+    before = verdict("confidence", call)
+    assert [name for name, *_ in before] == ["_confidence_kernel"]
+    for parts_apart in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr(confidence, "_tile", lambda *_, **__: ConfidenceTile(columns=1, num_warps=1, part_tiles=1))
+            patched.setattr(confidence, "_multiprocessors", lambda device: 9 if parts_apart else 0)
+            found = verdict("confidence", call)
+        assert [name for name, *_ in found] == ["_confidence_kernel"] + ["_merge_kernel"] * parts_apart
+        assert {values["PARTS"] for *_, values in found} == {13}
+    assert verdict("confidence", call) == before
+
+    call = built(valid_call("unmask", random.Random("0")))
+    before = verdict("unmask", call)
+    with monkeypatch.context() as patched:
+        patched.setattr(unmask, "unmask_tile", lambda W: UNMASK_TILES[-1])
+        assert [name for name, *_ in verdict("unmask", call)] == ["unmask_memory_kernel"]
+    assert verdict("unmask", call) == before
+
+    call = built(valid_call("block_attention", random.Random("0")))
+    call |= {name: call[name].half() for name in "qkv"} | dict.fromkeys(("k_cache", "v_cache", "k_scale", "v_scale"))
+    for name in ("kept", "page_table"):
+        call = with_field(call, f"window.{name}", None)
+    before = verdict("block_attention", call)
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "INTERPRETED", 80)
+        assert isinstance(before, list) and verdict("block_attention", call) != before
+    assert verdict("block_attention", call) == before
 
 
 def test_memories_are_bounded(launched: None, monkeypatch):
