@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -26,6 +27,10 @@ from .device import launching_on
 
 # What is remembered of each kind is dropped beyond so many of it, and found out again.
 MOST_CALLS, MOST_MEMORIES, MOST_ALIGNMENTS = 1024, 1024, 64
+
+# What Triton's public launch looks at is known of these versions, under which tests compare it with direct launches.
+# Under any other one every launch is a public one, which costs the host more.
+IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 
 # A tensor of another class may say anything of itself.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
@@ -83,7 +88,8 @@ class Plan:
     The first launch is Triton's public one, which compiles. It returns the compiled kernel, and from then on that is
     launched itself, with no search for what to compile: this search takes most of a launch's time, and what it looks at
     is the same in every call of a key, but for the circumstances (`_circumstances`). In other circumstances the public
-    launch is made again.
+    launch is made again. What a direct launch leaves out is Triton's look at the globals of a kernel's module, which
+    raises where one was changed since the kernel was compiled.
 
     Args:
         as_bytes: which of the call's tensors a kernel is given as the bytes that they are made of.
@@ -92,8 +98,9 @@ class Plan:
     def __init__(self, launches: Sequence[Launch], as_bytes: Collection[int] = ()) -> None:
         self.launches = launches
         self.as_bytes = as_bytes
-        self.is_compiled = all(isinstance(launch.kernel, JITFunction) for launch in launches)
-        self.aligned = sorted({place for launch in launches for place in launch.aligned()}) if self.is_compiled else []
+        # Not in the interpreter.
+        self.is_direct = IS_KNOWN and all(isinstance(launch.kernel, JITFunction) for launch in launches)
+        self.aligned = sorted({place for launch in launches for place in launch.aligned()}) if self.is_direct else []
         self.ways: dict[object, list[tuple[Any, Any, tuple[object, ...]]]] = {}
 
     def run(self, where: Tensor, tensors: Sequence[Tensor], outputs: Sequence[Tensor], pointers: Sequence[int]) -> None:
@@ -103,7 +110,7 @@ class Plan:
             tensors, outputs: the tensors of the call, to which `places` refer in this order.
             pointers: those of `tensors`; empty if they have none.
         """
-        if not self.is_compiled or not pointers:
+        if not self.is_direct or not pointers:
             with launching_on(where):
                 self._publicly(tensors, outputs)
             return
@@ -134,7 +141,7 @@ class Plan:
 
         None: it looks at more.
         """
-        if getattr(knobs.runtime, "add_stages_inspection_hook", None) is not None:
+        if knobs.runtime.add_stages_inspection_hook is not None:
             return None
         bits = 0
         for place in self.aligned:

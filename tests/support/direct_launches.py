@@ -22,6 +22,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction
 
+from dlm_kernels import plans
+
 launched: list[tuple] = []
 searches = 0
 
@@ -92,11 +94,9 @@ class Memory:
 
 
 def calls_of_all() -> list[Any]:
-    from dlm_kernels.plans import Calls
-
     names = ("attention", "confidence", "unmask", "drafts", "noise")
     modules = [importlib.import_module(f"dlm_kernels.{name}.launch") for name in names]
-    return [value for module in modules for value in vars(module).values() if isinstance(value, Calls)]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, plans.Calls)]
 
 
 def sequence(call: Callable[[], Any], memory: Memory, remember: bool) -> Iterator[list[tuple]]:
@@ -154,11 +154,10 @@ def settings(memory: Memory) -> dict[str, bool]:
     found["debug"] = searched() and not searched()
     knobs.runtime.debug = False
     found["debug is off"] = not searched()
-    if hasattr(knobs.runtime, "add_stages_inspection_hook"):
-        knobs.runtime.add_stages_inspection_hook = lambda *_: ("key", "hash")
-        found["inspection"] = searched() and searched()
-        knobs.runtime.add_stages_inspection_hook = None
-        found["inspection is over"] = not searched()
+    knobs.runtime.add_stages_inspection_hook = lambda *_: ("key", "hash")
+    found["inspection"] = searched() and searched()
+    knobs.runtime.add_stages_inspection_hook = None
+    found["inspection is over"] = not searched()
     entered: list[Any] = []
 
     def enter(metadata: Any) -> None:
@@ -169,6 +168,10 @@ def settings(memory: Memory) -> dict[str, bool]:
     # The launch in C calls the hooks, which it is passed.
     found["launch hooks"] = "HookChain" in launched[-1]
     knobs.runtime.launch_enter_hook.remove(enter)
+    for calls in calls_of_all():
+        calls.by_key.clear()
+    plans.IS_KNOWN = False
+    found["unknown Triton"] = searched() and searched()
     return found
 
 
