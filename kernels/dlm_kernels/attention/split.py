@@ -10,6 +10,10 @@ itself. With G=1, SPLIT=4, kv_len=6, a window of 3 in "causal" mode and cache sl
     query 0      1 1 1 1  | 0 0       1 0 0
     query 1      1 1 1 1  | 0 0       1 1 0
     query 2      1 1 1 1  | 0 0       1 1 1
+
+A split's key tiles that every row sees whole come first and need no mask, then its other tiles (ends, holes, a sliding
+window's edge), then the window. Which tiles are whole follows from kv_len, the replaced slots and the sliding window;
+with `kept` none is.
 """
 
 from __future__ import annotations
@@ -303,8 +307,35 @@ def _attention_kernel(
         tiles_end = tl.cdiv(end, BLOCK_N)
         if (gap_tiles == tiles_end - begin // BLOCK_N) & (split != splits - 1):
             return
-        for index in range(begin // BLOCK_N, tiles_end - gap_tiles):
-            start = (index + tl.where(index >= gap, gap_tiles, 0)) * BLOCK_N
+        # First the tiles that are seen whole, without a mask: those before the replaced slots, or those behind them,
+        # whichever are more. Then the others, around both ranges that are left out.
+        whole = tl.maximum(tl.cdiv(first, BLOCK_N), begin // BLOCK_N)
+        whole_end = tl.maximum(end // BLOCK_N, whole)
+        behind = False
+        if kept_ptr is not None:
+            whole_end = whole
+        elif replaced_start < replaced_end:
+            whole_before = tl.minimum(tl.maximum(replaced_start // BLOCK_N, whole), whole_end)
+            first_behind = tl.minimum(tl.maximum(tl.cdiv(replaced_end, BLOCK_N), whole), whole_end)
+            behind = whole_end - first_behind > whole_before - whole
+            whole_end = tl.where(behind, whole_end, whole_before)
+            whole = tl.where(behind, first_behind, whole)
+        for index in range(whole, whole_end):
+            start = index * BLOCK_N
+            slot = start + tl.arange(0, BLOCK_N)
+            page = _tile_pages(page_table_ptr, start, slot, None, PAGE, BLOCK_N)
+            k = _load_cached(k_slots, slot, page, k_cache_strides, None, q.dtype, PAGE, D, BLOCK_D)
+            v = _load_cached(v_slots, slot, page, v_cache_strides, None, q.dtype, PAGE, D, BLOCK_D)
+            row_max, row_sum, acc = _attend_tile(q, k, v, None, row_max, row_sum, acc, score_scale, SWAP)
+        whole_tiles = whole_end - whole
+        left_out = tl.where(behind, gap, whole)
+        left_out_tiles = tl.where(behind, gap_tiles, whole_tiles)
+        last_left_out = tl.where(behind, whole, gap)
+        last_left_out_tiles = tl.where(behind, whole_tiles, gap_tiles)
+        for count in range(begin // BLOCK_N, tiles_end - gap_tiles - whole_tiles):
+            index = count + tl.where(count >= left_out, left_out_tiles, 0)
+            index += tl.where(index >= last_left_out, last_left_out_tiles, 0)
+            start = index * BLOCK_N
             slot = start + tl.arange(0, BLOCK_N)
             # Hidden slots are not read at all, because another program of this launch may be writing them.
             visible = _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, sliding_window)
