@@ -65,7 +65,7 @@ _SM_90_TILES = {
     16: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     32: (AttentionTile(64, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     64: (AttentionTile(32, 64, 4, 3, SWAP=True), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
-    128: (AttentionTile(32, 64, 4, 3, SWAP=True), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 2)),
+    128: (AttentionTile(32, 64, 4, 3, SWAP=True), AttentionTile(128, 64, 8, 3), AttentionTile(128, 64, 8, 3)),
     256: (AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3), AttentionTile(64, 32, 8, 3)),
     512: (AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3), AttentionTile(32, 16, 8, 3)),
 }
@@ -109,13 +109,14 @@ ATTENTION_TILES = {
 }
 
 
-# What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers.
+# What differs with an fp8 cache, by (padded head dim, place in the tile table): decoding its bytes costs registers, and
+# a tile whose keys are the first operand takes them to the tensor cores byte by byte.
 _FP8_MMA_SYNC_TILES = {(128, 1): AttentionTile(128, 16, 8, 3), (128, 2): AttentionTile(64, 32, 8, 3)}
 _FP8_TILES = {
     80: _FP8_MMA_SYNC_TILES | {(128, 1): AttentionTile(64, 32, 8, 3)},
     86: _FP8_MMA_SYNC_TILES,
     89: _FP8_MMA_SYNC_TILES,
-    90: {},
+    90: {(64, 0): AttentionTile(64, 64, 4, 3), (128, 0): AttentionTile(64, 64, 4, 3)},
     100: {(128, 2): AttentionTile(128, 32, 8, 3)},
     120: _FP8_MMA_SYNC_TILES | {(128, 2): AttentionTile(64, 32, 8, 2)},
 }

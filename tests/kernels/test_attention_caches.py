@@ -7,14 +7,17 @@ import dataclasses
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="without Triton, the attention kernel cannot be compared with its reference")
+import ptx
 from attention_cases import GUARD, MODES, Case, assert_same_bits, check_against_the_loop, fields, random_case
 from attention_oracle import E4M3, by_the_loop, cached_slots, e4m3, stored_by_the_loop
 
+from dlm_kernels.attention import cache as cache_module
 from dlm_kernels.device import target_of
 from dlm_kernels.testing.attention_calls import FP8, paged
 
@@ -213,3 +216,19 @@ def test_the_cases_here_reach_what_they_are_for() -> None:
     assert any(len(cached_slots(case, fields(case), 0)) < int(case.window.kv_len[0]) for case in cases)
     stored = torch.cat([buffer.flatten() for case in cases for buffer in case.buffers])
     assert (stored.abs() == 448).any() and ((stored.abs() < 2.0**-6) & (stored != 0)).any()
+
+
+@pytest.mark.parametrize(
+    "code, dtype", [("_E4M3_TO_F16", torch.float16), ("_E4M3_TO_BF16", torch.bfloat16)], ids=["float16", "bfloat16"]
+)
+def test_compiled_code_decodes_every_byte_in_every_place_as_torch_does(code: str, dtype: torch.dtype) -> None:
+    """The instructions that compiled code runs in place of the interpreter's: every byte in each place of a word, among
+    the smallest, the largest and NaN."""
+    byte, others = torch.arange(256), torch.tensor([0x00, 0xFF, 0x7F, 0x80, 0x01, 0x7E])
+    places = [torch.cartesian_prod(*[byte if i == place else others for i in range(4)]) for place in range(4)]
+    bytes_of_words = torch.cat(places).to(torch.uint8)
+    words = bytes_of_words.numpy().view(np.uint32)[:, 0]
+    low, high = ptx.run(getattr(cache_module, code).value, words)
+    found = torch.from_numpy(np.stack([low, high], 1).view(np.int16)).view(dtype).double()
+    expected = bytes_of_words.view(FP8).double() / cache_module.E4M3_UNIT.value
+    assert_same_bits(found, expected)
