@@ -1,7 +1,6 @@
-"""The few PTX instructions of inline assembly in the kernels, run on numpy arrays: the interpreter of Triton runs none."""
+"""The few PTX instructions of the kernels' inline assembly, run on numpy arrays: Triton's interpreter runs none."""
 
 from __future__ import annotations
-
 
 import numpy as np
 import torch
