@@ -3,6 +3,7 @@ element."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, dtype
 
 from .named import check_of, shown
@@ -161,6 +162,8 @@ def _check_tensors(op: str, dtypes: tuple[dtype, ...], **tensors: Tensor | None)
             continue
         if tensor.dtype != first.dtype:
             raise TypeError(f"{op}: {other} must have the dtype of {name}, {first.dtype}, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{op}: {other} must be a dense tensor, got {tensor.layout}")
         if tensor.device != first.device:
             raise ValueError(f"{op}: {other} must be on {first.device} like {name}, got {tensor.device}")
 
