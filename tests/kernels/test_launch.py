@@ -34,7 +34,8 @@ launches = record(90)
 
 import torch
 from dlm_kernels import (
-    RowState, UnmaskInputs, UnmaskRule, Window, attention, confidence, device, drafts, noise, reference, static, unmask,
+    RowState, UnmaskInputs, UnmaskRule, Window, attention, confidence, device, drafts, layers, noise, reference, static,
+    unmask,
 )
 device.capability_of = lambda op, tensor, kernel: 90
 
@@ -88,6 +89,19 @@ def draw(N):
     noise.uniform_scores(torch.tensor([7]), torch.zeros(N, 3, dtype=torch.int32))
 
 
+def layer(B, W, d, H, H_kv, D, R, I, norm=False, scale=False, dtype=torch.bfloat16):
+    def rows(*shape):
+        return torch.zeros(B, W, *shape, dtype=dtype)
+
+    layers.rms_norm(rows(d), rows(d)[0, 0], eps=1e-6)
+    layers.add_rms_norm(rows(d), rows(d), rows(d)[0, 0], eps=1e-6)
+    weight = torch.zeros(D, dtype=dtype)
+    given = dict(q_weight=weight, k_weight=weight, eps=1e-6) if norm else dict()
+    angles = rows(R)[:1]
+    layers.qk_norm_rope(rows(H, D), rows(H_kv, D), angles, angles, **given, q_scale=rows()[:1] if scale else None)
+    layers.swiglu(*rows(2 * I).chunk(2, -1))
+
+
 def write(B, L, W, rule=UnmaskRule("threshold", cache="refresh"), kind="denoise"):
     rows = int32([1] * B)
     inputs = UnmaskInputs(
@@ -127,6 +141,11 @@ for W in (32, 64, 256, 2000):
     write(4, 4096, W)
     draft(4, 3, W)
     draw(4 * W)
+layer(2, 32, 4096, 32, 32, 128, 128, 12288)
+layer(2, 32, 3584, 28, 4, 128, 128, 18944)
+layer(2, 32, 4096, 32, 8, 128, 128, 12288, norm=True)
+layer(2, 32, 2048, 16, 4, 128, 64, 512, norm=True)
+layer(2, 32, 3072, 32, 8, 128, 128, 12288, scale=True)
 """
 
 
@@ -134,7 +153,8 @@ def test_what_the_models_decoders_launch_is_what_the_static_report_compiles(tmp_
     found = variants(MODELS, tmp_path)
     assert [function for function, shipped, _ in found if shipped is None] == []
     assert {shipped.split()[0] for _, shipped, _ in found} == {
-        "attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores"
+        "attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores", "rms_norm", "add_rms_norm",
+        "qk_norm_rope", "swiglu",
     }  # fmt: skip
 
 
@@ -149,12 +169,18 @@ for B, L, W in ((1, 40, 4), (3, 1000, 32), (16, 33, 32)):
     write(B, L, W)
     draft(B, 2, W)
     draw(B * W)
+# Head sizes and widths that are aligned, and some that are not.
+for B, W in ((1, 1), (1, 2), (3, 1), (2, 7), (5, 64)):
+    layer(B, W, 64, 4, 2, 32, 32, 128)
+    layer(B, W, 63, 3, 1, 7, 6, 70)
 """
 
 
 def test_lengths_batches_and_buckets_make_no_new_machine_code(tmp_path):
     functions = collections.Counter(function for function, _, _ in variants(LENGTHS, tmp_path))
     assert functions.pop("_confidence_kernel") == 2  # split, and not
+    assert functions.pop("rms_norm_kernel") == 4  # two lengths, with and without a residual
+    assert functions.pop("qk_norm_rope_kernel") == functions.pop("swiglu_kernel") == 2  # two models
     assert set(functions.values()) == {1}, functions
 
 
@@ -265,6 +291,7 @@ def front_end(strength: int) -> dict:
 KERNELS = {
     "_attention_kernel", "_prefill_kernel", "_combine_kernel", "_confidence_kernel", "_merge_kernel",
     "unmask_kernel", "unmask_memory_kernel", "draft_build_kernel", "verify_kernel", "uniform_scores_kernel",
+    "rms_norm_kernel", "qk_norm_rope_kernel", "swiglu_kernel",
 }  # fmt: skip
 
 
@@ -349,6 +376,9 @@ ONE_CALL = {
     "block_attention": dict(dtype="float32", D=16, G=1, mode="full", cache="plain", page=0),
     "drafts": dict(W=20),
     "uniform_scores": dict(N=20),
+    "norms": dict(dtype="float32", d=64),
+    "qk_norm_rope": dict(dtype="float32", dims=(80, 20)),
+    "swiglu": dict(dtype="float32", I=70),
 }
 
 

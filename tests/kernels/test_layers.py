@@ -379,6 +379,7 @@ ERRORS: list[tuple[str, str, Callable[[Tensor], object] | object, type[Exception
     ),
     ("rms_norm", "x", "text", TypeError, "x must be a torch.Tensor, got x='text'"),
     ("rms_norm", "weight", lambda x: x[:-1], ValueError, r"weight must have shape \[d\] with d=20, got shape \(19,\)"),
+    ("rms_norm", "weight", None, TypeError, "weight must be a torch.Tensor, got weight=None"),
     ("rms_norm", "weight", half, TypeError, "weight must have the dtype of x, torch.float32, got torch.float16"),
     ("rms_norm", "weight", elsewhere, ValueError, "weight must be on cpu like x, got meta"),
     ("rms_norm", "weight", strided, ValueError, r"weight must have last stride 1, got strides \(2,\)"),

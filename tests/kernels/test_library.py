@@ -21,7 +21,9 @@ import dlm_kernels.noise.launch  # noqa: F401
 from dlm_kernels import RowState, UnmaskInputs, UnmaskRule, Window, reference
 from dlm_kernels.attention import block_attention
 from dlm_kernels.confidence import confidence
+from dlm_kernels.layers import add_rms_norm, qk_norm_rope, rms_norm, swiglu
 from dlm_kernels.library import operator
+from dlm_kernels.testing import layers_calls
 from dlm_kernels.unmask import unmask
 
 OPS = torch.ops.dlm_kernels
@@ -78,6 +80,20 @@ def unmask_call(device):
     return state, UnmaskRule("threshold"), inputs
 
 
+def layers_call(device) -> tuple[dict, dict, dict]:
+    """The arguments of a norm of a sum, of a rotation with everything, and of an activation."""
+    generator = torch.Generator().manual_seed(0)
+    heads = dict(B=2, W=3, H=4, H_kv=2, D=16, R=8, normed=True, scaled=True, dtype=torch.float32)
+    calls = (
+        layers_calls.random_norm(generator, (2, 3, 20), torch.float32),
+        layers_calls.random_heads(generator, **heads),
+        layers_calls.random_mlp(generator, (2, 3, 40), torch.float32),
+    )
+    return tuple(
+        {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in call.items()} for call in calls
+    )
+
+
 def flat(*values) -> list:
     """Operator arguments: dataclasses field by field."""
     out = []
@@ -95,6 +111,7 @@ def mutated(op) -> list[str]:
 def test_an_operator_mutates_what_its_launcher_writes_and_nothing_else():
     assert mutated(OPS.block_attention) == ["k_cache", "v_cache"]
     assert mutated(OPS.confidence) == mutated(OPS.draft_build) == mutated(OPS.uniform_scores) == []
+    assert all(mutated(getattr(OPS, op)) == [] for op in ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"))
     assert mutated(OPS.unmask) == [f"state_{field.name}" for field in dataclasses.fields(RowState)]
     assert mutated(OPS.verify) == [f"source_{field.name}" for field in dataclasses.fields(reference.DraftSource)]
 
@@ -148,6 +165,41 @@ def test_opcheck_of_drafts(device):
 def test_opcheck_of_uniform_scores(device):
     counters = torch.randint(0, 9, (5, 3), dtype=torch.int32, device=device)
     torch.library.opcheck(OPS.uniform_scores.default, (torch.tensor([7], device=device), counters))
+
+
+def test_opcheck_of_the_ops_of_a_layer(device):
+    norm, heads, mlp = layers_call(device)
+    torch.library.opcheck(OPS.rms_norm.default, (norm["x"], norm["weight"], norm["eps"]))
+    torch.library.opcheck(OPS.add_rms_norm.default, tuple(norm.values()))
+    torch.library.opcheck(OPS.swiglu.default, tuple(mlp.values()))
+    op = OPS.qk_norm_rope.default
+    torch.library.opcheck(op, tuple(heads[argument.name] for argument in op._schema.arguments))
+    del heads["q_weight"], heads["k_weight"], heads["eps"], heads["q_scale"]
+    torch.library.opcheck(op, tuple(heads.get(argument.name) for argument in op._schema.arguments))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_layer_equals_an_eager_one_at_every_length_with_one_graph(device, backend):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x, residual, weight, q, k, cos, sin, gate, up):
+        total, normed = add_rms_norm(rms_norm(x, weight, eps=1e-6) * 2, residual, weight, eps=1e-6)
+        turned = qk_norm_rope(q, k, cos, sin)
+        return total + normed, turned.q, turned.k.transpose(2, 3), swiglu(gate, up)
+
+    compiled = torch.compile(layer, backend=counting if backend == "eager" else backend, fullgraph=True, dynamic=True)
+    norm, heads, mlp = layers_call(device)
+    of = norm | heads | mlp
+    for length in (3, 2):
+        given = [of[name] for name in ("x", "residual", "weight", "q", "k", "cos", "sin", "gate", "up")]
+        given = [x[:, :length].clone(memory_format=torch.contiguous_format) if x.dim() > 1 else x for x in given]
+        for ours, eager in zip(compiled(*given), layer(*given), strict=True):
+            assert torch.equal(ours, eager) and ours.stride() == eager.stride()
+    assert len(graphs) == (backend == "eager")
 
 
 def test_opcheck_of_unmask(device):
@@ -248,6 +300,9 @@ def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):
     real = block_attention(*given, scale=0.25)
     logits = torch.randn(3, 70, device=device)
     stats = confidence(logits, outputs=("second",))
+    calls = layers_call(device)
+    norm, heads, mlp = calls
+    real_layer = (*add_rms_norm(**norm), *qk_norm_rope(**heads), swiglu(**mlp))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         *tensors, window = given
         fake_window = Window(**{
@@ -256,7 +311,18 @@ def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):
         })  # fmt: skip
         fake = block_attention(*(mode.from_tensor(tensor) for tensor in tensors), fake_window, scale=0.25)
         fake_stats = confidence(mode.from_tensor(logits), outputs=("second",))
-    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        norm, heads, mlp = (
+            {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+            for call in calls
+        )
+        x, residual, weight, eps = norm.values()
+        fake_layer = (
+            *add_rms_norm(x, residual, weight, eps=eps),
+            *qk_norm_rope(*(heads.pop(name) for name in ("q", "k", "cos", "sin")), **heads),
+            swiglu(*mlp.values()),
+        )
+    for ours, eager in zip((fake, *fake_layer), (real, *real_layer), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (eager.shape, eager.stride(), eager.dtype)
     for name, value in stats._asdict().items():
         other = getattr(fake_stats, name)
         assert (value is None) == (other is None), name

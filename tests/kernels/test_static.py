@@ -320,6 +320,7 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
     assert violations(shipped) == []
     targets = {f"sm_{capability}" for capability in TARGETS}
     ops = ("attention", "prefill", "combine", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
+    ops += ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
     for op in ops:
         assert {result.target for result in shipped if op in result.kernel} == targets, op
     streams = ("attention", "attention prefill", "attention combine", "confidence")
@@ -333,6 +334,7 @@ from dlm_kernels import static, tiles
 from dlm_kernels.static import violations
 chosen = {
     "attention": "bf16 D=64 G=1 full cache", "confidence": "bf16 second", "unmask": "threshold", "draft_build": "",
+    "add_rms_norm": "bf16", "qk_norm_rope": "bf16", "swiglu": "bf16",
 }
 found = []
 for capability in sorted(set(tiles.TARGETS) - set(static.CAPABILITIES)):
@@ -350,6 +352,8 @@ def test_targets_that_borrow_tiles_compile_each_op_with_them(tmp_path):
     lines = run_toys(tmp_path, BORROWED).stdout.splitlines()
     found = json.loads(lines[0])
     assert {target for target, _, _ in found} == {"sm_87", "sm_103", "sm_121"}
-    assert {kernel for _, kernel, _ in found} == {"attention", "confidence", "unmask", "draft_build"}
+    assert {kernel for _, kernel, _ in found} == {
+        "attention", "confidence", "unmask", "draft_build", "add_rms_norm", "qk_norm_rope", "swiglu"
+    }  # fmt: skip
     assert [result for result in found if result[2]] == []
     assert lines[-2].startswith("6 binaries, 2 targets, ") and lines[-1] == "0"

@@ -35,9 +35,10 @@ from dlm_kernels.checks.drafts import MAX_DRAFTS
 from dlm_kernels.checks.unmask import OPTIONAL
 from dlm_kernels.reference import DraftSource
 from dlm_kernels.state import COMMIT, DENOISE
-from dlm_kernels.testing import attention_calls, confidence_calls, drafts_calls, unmask_calls
+from dlm_kernels.testing import attention_calls, confidence_calls, drafts_calls, layers_calls, unmask_calls
 
-OPS = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores")
+LAYER_OPS = ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")
+OPS = ("block_attention", "confidence", "unmask", "draft_build", "verify", "uniform_scores", *LAYER_OPS)
 BACKENDS = ("reference", "cpu", "triton")
 CLASSES = {"window": Window, "state": RowState, "rule": UnmaskRule, "inputs": UnmaskInputs, "source": DraftSource}
 # What each op writes in place.
@@ -49,7 +50,7 @@ WRITTEN = {
 # Tensors whose shapes the others must have: an error may name another one that no longer fits.
 ANCHORS = {
     "q", "k", "k_cache", "window.q_pos", "window.page_table", "logits", "rows", "bias_ids", "state.tokens",
-    "inputs.score", "tokens", "held", "noise",
+    "inputs.score", "tokens", "held", "noise", "x", "cos", "gate",
 }  # fmt: skip
 
 # A call: the op's arguments by name, those of a class as the dict of its fields.
@@ -61,6 +62,7 @@ def function(op: str, backend: str) -> Callable:
         return getattr({"reference": reference, "cpu": cpu}[backend], op)
     # What needs Triton is imported by its backend only.
     room = {"block_attention": "attention", "uniform_scores": "noise", "draft_build": "drafts", "verify": "drafts"}
+    room |= dict.fromkeys(LAYER_OPS, "layers")
     module = __import__(f"dlm_kernels.{room.get(op, op)}.launch", fromlist=[op])
     return getattr(module, op)
 
@@ -102,6 +104,7 @@ def valid_call(op: str, rng: random.Random) -> Call:
         "draft_build": _drafts,
         "verify": _drafts,
         "uniform_scores": _noise,
+        **dict.fromkeys(LAYER_OPS, _layer),
     }[op](op, rng)
 
 
@@ -189,6 +192,21 @@ def _noise(op: str, rng: random.Random) -> Call:
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     noise = torch.randint(-(2**31), 2**31 - 1, (rng.choice((1, 4)), 3), generator=generator)
     return {"seed": torch.tensor([rng.randrange(-(2**62), 2**62)]), "noise": noise.int()}
+
+
+def _layer(op: str, rng: random.Random) -> Call:
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    shape = (*rng.choice(((3,), (2, 3))), rng.choice((5, 16)))
+    if op == "swiglu":
+        return layers_calls.random_mlp(generator, shape, torch.float32, fused=rng.random() < 0.5)
+    if op == "qk_norm_rope":
+        D, R = rng.choice(((16, 16), (16, 8), (6, 2)))
+        options = {name: True for name in ("normed", "scaled", "shared", "fused") if rng.random() < 0.5}
+        return layers_calls.random_heads(
+            generator, B=2, W=3, H=rng.choice((2, 4)), H_kv=2, D=D, R=R, dtype=torch.float32, **options
+        )
+    call = layers_calls.random_norm(generator, shape, torch.float32)
+    return {name: value for name, value in call.items() if op == "add_rms_norm" or name != "residual"}
 
 
 # Damages.

@@ -239,6 +239,58 @@ def call_noise(choice: dict[str, Any]) -> None:
     noise.uniform_scores(torch.zeros(1, dtype=torch.int64), torch.zeros(choice["N"], 3, dtype=torch.int32))
 
 
+NORM = {"dtype": ("bfloat16", "float32"), "d": (64, 70, 4096), "residual": BOTH}
+
+
+def call_norm(choice: dict[str, Any]) -> None:
+    import torch
+
+    from dlm_kernels.layers import launch as layers
+
+    dtype = getattr(torch, choice["dtype"])
+    rows, weight = torch.zeros(3, choice["d"], dtype=dtype), torch.zeros(choice["d"], dtype=dtype)
+    if choice["residual"]:
+        layers.add_rms_norm(rows, rows, weight, eps=1e-6)
+    else:
+        layers.rms_norm(rows, weight, eps=1e-6)
+
+
+HEADS = {
+    "dtype": ("bfloat16", "float16", "float32"),
+    "dims": ((128, 128), (128, 64), (80, 20), (512, 512)),
+    "heads": ((4, 2), (9, 1)),
+    **dict.fromkeys(("norm", "scale", "fused"), BOTH),
+}
+
+
+def call_heads(choice: dict[str, Any]) -> None:
+    import torch
+
+    from dlm_kernels.layers import launch as layers
+
+    (D, R), (H, H_kv), W, dtype = choice["dims"], choice["heads"], 3, getattr(torch, choice["dtype"])
+    # Heads of a fused projection that is two numbers wider lie at strides that are not aligned.
+    width = (H + H_kv) * D + 2 * choice["fused"]
+    whole = torch.zeros(2, W, width, dtype=dtype)
+    q, k = (whole.as_strided((2, W, n, D), (W * width, width, D, 1), at) for n, at in ((H, 0), (H_kv, H * D)))
+    angles, weight = torch.zeros(2, W, R, dtype=dtype), torch.zeros(D, dtype=dtype)
+    norm = {"q_weight": weight, "k_weight": weight, "eps": 1e-6} if choice["norm"] else {}
+    scale = torch.zeros(2, W, dtype=dtype) if choice["scale"] else None
+    layers.qk_norm_rope(q, k, angles, angles, **norm, q_scale=scale)
+
+
+SWIGLU = {"dtype": ("bfloat16", "float16", "float32"), "I": (70, 1024, 3072)}
+
+
+def call_swiglu(choice: dict[str, Any]) -> None:
+    import torch
+
+    from dlm_kernels.layers import launch as layers
+
+    gate, up = (torch.zeros(3, choice["I"], dtype=getattr(torch, choice["dtype"])) for _ in range(2))
+    layers.swiglu(gate, up)
+
+
 # Name: (options, which choices are calls, the call). One for every kernel that has code of its own for an option.
 CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], None]]] = {
     "unmask in registers": (UNMASK, unmask_allowed, lambda choice: call_unmask(choice, W=20)),
@@ -252,6 +304,9 @@ CALLS: dict[str, tuple[Options, Callable[[dict[str, Any]], bool], Callable[[dict
     "block_attention": (ATTENTION, attention_allowed, call_attention),
     "drafts": ({"W": (20, 200, 3000)}, lambda choice: True, call_drafts),
     "uniform_scores": ({"N": (20, 200)}, lambda choice: True, call_noise),
+    "norms": (NORM, lambda choice: True, call_norm),
+    "qk_norm_rope": (HEADS, lambda choice: True, call_heads),
+    "swiglu": (SWIGLU, lambda choice: True, call_swiglu),
 }
 
 

@@ -77,11 +77,12 @@ def check_qk_norm_rope(
         _check_eps(op, eps)
 
     # 3. Dtypes, devices and strides.
-    _check_tensors(
-        op, dtypes, q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight, q_scale=q_scale
-    )  # fmt: skip
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        _check_weight(op, name, weight, "D", D)
+    optional = {"q_weight": q_weight, "k_weight": k_weight, "q_scale": q_scale}
+    optional = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check_tensors(op, dtypes, q=q, k=k, cos=cos, sin=sin, **optional)
+    if q_weight is not None:
+        _check_weight(op, "q_weight", q_weight, "D", D)
+        _check_weight(op, "k_weight", k_weight, "D", D)
     for name, tensor in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
         _check_last_stride(op, name, tensor)
 
@@ -152,14 +153,12 @@ def _check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be in [{MIN_EPS:g}, {MAX_EPS:g}], got eps={shown(eps)}")
 
 
-def _check_tensors(op: str, dtypes: tuple[dtype, ...], **tensors: Tensor | None) -> None:
+def _check_tensors(op: str, dtypes: tuple[dtype, ...], **tensors: Tensor) -> None:
     """Raises unless the first tensor has one of the dtypes, and all of them its dtype and device."""
     name, first = next(iter(tensors.items()))
     if first.dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be one of {', '.join(map(str, dtypes))}, got {first.dtype}")
     for other, tensor in tensors.items():
-        if tensor is None:
-            continue
         if tensor.dtype != first.dtype:
             raise TypeError(f"{op}: {other} must have the dtype of {name}, {first.dtype}, got {tensor.dtype}")
         if tensor.layout != torch.strided:
@@ -168,9 +167,7 @@ def _check_tensors(op: str, dtypes: tuple[dtype, ...], **tensors: Tensor | None)
             raise ValueError(f"{op}: {other} must be on {first.device} like {name}, got {tensor.device}")
 
 
-def _check_weight(op: str, name: str, weight: Tensor | None, letter: str, length: int) -> None:
-    if weight is None:
-        return
+def _check_weight(op: str, name: str, weight: Tensor, letter: str, length: int) -> None:
     if tuple(weight.shape) != (length,):
         raise ValueError(
             f"{op}: {name} must have shape [{letter}] with {letter}={length}, got shape {tuple(weight.shape)}"
