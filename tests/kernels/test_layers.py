@@ -35,6 +35,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Triton's interpreter truncates to bfloat16: the launchers refuse it there, and it is left to a GPU.
 KERNEL_DTYPES = DTYPES if torch.cuda.is_available() else (torch.float32, torch.float16)
 EVERY = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+BACKENDS = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 KERNELS = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=NAMES.get)
 # Of 16-bit results so many may differ from the reference's at all: float32 errors near a point between two numbers.
 FEW = 0.01
@@ -66,8 +67,9 @@ def modeling(family: str):
 
 
 @EVERY
+@BACKENDS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_of_the_norm_is_the_module_bit_for_bit(family, dtype):
+def test_the_norm_of_a_cpu_is_the_module_bit_for_bit(family, backend, dtype):
     module = modeling(family)
     norm_class = next(getattr(module, name) for name in dir(module) if name.endswith("RMSNorm"))
     for d in (1, 7, 64, 1000, 3584):
@@ -76,15 +78,16 @@ def test_the_reference_of_the_norm_is_the_module_bit_for_bit(family, dtype):
         norm.weight.data.copy_(call["weight"])
         with torch.no_grad():
             total = call["residual"] + call["x"]
-            ours = reference.add_rms_norm(**call)
-            same_bits("normed", reference.rms_norm(**norm_arguments(call, "rms_norm")), norm(call["x"]), any_nan=True)
+            ours = backend.add_rms_norm(**call)
+            same_bits("normed", backend.rms_norm(**norm_arguments(call, "rms_norm")), norm(call["x"]), any_nan=True)
             same_bits("total", ours.total, total, any_nan=True)
             same_bits("normed total", ours.normed, norm(total), any_nan=True)
 
 
 @EVERY
+@BACKENDS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_of_the_rotation_is_the_module_bit_for_bit(family, dtype):
+def test_the_rotation_of_a_cpu_is_the_module_bit_for_bit(family, backend, dtype):
     module = modeling(family)
     norm_class = next(getattr(module, name) for name in dir(module) if name.endswith("RMSNorm"))
     partial = [(128, 64), (80, 20)] if family == "glm4_moe" else []
@@ -100,33 +103,33 @@ def test_the_reference_of_the_rotation_is_the_module_bit_for_bit(family, dtype):
                     norm.weight.data.copy_(call[name])
                     q, k = (norm(q).detach(), k) if head == "q" else (q, norm(k).detach())
             q, k = module.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), call["cos"], call["sin"])
-            ours = reference.qk_norm_rope(**call)
+            ours = backend.qk_norm_rope(**call)
             same_bits("q", ours.q, q * call["q_scale"][:, None, :, None])
             same_bits("k", ours.k, k)
-            assert ours.q.transpose(1, 2).is_contiguous() and ours.k.transpose(1, 2).is_contiguous()
+            assert backend is cpu or all(part.transpose(1, 2).is_contiguous() for part in ours)
 
 
 @EVERY
+@BACKENDS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_of_the_activation_is_the_module_bit_for_bit(family, dtype):
+def test_the_activation_of_a_cpu_is_the_module_bit_for_bit(family, backend, dtype):
     module = modeling(family)
     mlp_class = next(getattr(module, name) for name in dir(module) if name.endswith("MLP"))
     projections = {"gate_proj": lambda x: x[0], "up_proj": lambda x: x[1], "down_proj": lambda x: x}
     mlp = SimpleNamespace(**projections, act_fn=ACT2FN["silu"])
     call = layers_calls.random_mlp(drawn(1), (3, 5, 200), dtype, fused=True, hostile=0.2)
     expected = mlp_class.forward(mlp, (call["gate"], call["up"]))
-    same_bits("swiglu", reference.swiglu(**call), expected, any_nan=True)
+    same_bits("swiglu", backend.swiglu(**call), expected, any_nan=True)
 
 
-def test_references_are_differentiable_and_the_ops_for_a_cpu_are_the_references():
-    for name in ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"):
-        assert getattr(cpu, name) is getattr(reference, name)
+@BACKENDS
+def test_references_and_the_ops_for_a_cpu_are_differentiable(backend):
     norm = layers_calls.random_norm(drawn(0), (2, 6), torch.float64)
     heads = layers_calls.random_heads(drawn(1), B=1, W=2, H=2, H_kv=1, D=6, R=4, dtype=torch.float64, scaled=True)
     mlp = layers_calls.random_mlp(drawn(2), (2, 5), torch.float64)
     for op, call in (("add_rms_norm", norm), ("qk_norm_rope", heads), ("swiglu", mlp)):
         leaves = {name: value.requires_grad_() for name, value in call.items() if isinstance(value, Tensor)}
-        result = getattr(reference, op)(**call | leaves)
+        result = getattr(backend, op)(**call | leaves)
         sum(part.sum() for part in (result if isinstance(result, tuple) else (result,))).backward()
         assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves.values()), op
 
@@ -339,7 +342,7 @@ def test_each_op_is_one_launch_and_its_results(op, device):
     assert launches == [grid] and empty.call_count == allocated
 
 
-@pytest.mark.parametrize("backend", [reference, layers], ids=["reference", "kernel"])
+@pytest.mark.parametrize("backend", [reference, cpu, layers], ids=["reference", "cpu", "kernel"])
 def test_no_rows_give_no_results_without_a_launch(backend):
     no_launch = mock.MagicMock()
     no_launch.__getitem__.side_effect = AssertionError
@@ -423,7 +426,7 @@ ERRORS: list[tuple[str, str, Callable[[Tensor], object] | object, type[Exception
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [reference, layers], ids=["reference", "kernel"])
+@pytest.mark.parametrize("backend", [reference, cpu, layers], ids=["reference", "cpu", "kernel"])
 @pytest.mark.parametrize("op, name, change, error, message", ERRORS, ids=[f"{e[0]}-{e[1]}-{e[4][:24]}" for e in ERRORS])
 def test_a_wrong_argument_is_named(backend, op, name, change, error, message):
     call = small_call(op, **({"normed": True, "scaled": True} if op == "qk_norm_rope" else {}))

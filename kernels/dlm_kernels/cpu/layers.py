@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks.layers import check_add_rms_norm, check_qk_norm_rope, check_rms_norm, check_swiglu
-from ..reference.layers import DTYPES, NormedSum, RotatedHeads
+from ..reference.layers import DTYPES, NormedSum, RotatedHeads, normed
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -63,4 +63,4 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of rows, in one call of torch for float32, where its roundings are those of the reference."""
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return reference.rms_norm(x, weight, eps=eps)
+    return normed(x, weight, eps)

@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
         ValueError: shape, stride, device, eps.  TypeError: dtype.
     """
     check_rms_norm(x, weight, eps, DTYPES)
-    return _normed(x, weight, eps)
+    return normed(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> NormedSum:
@@ -67,7 +67,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     """
     check_add_rms_norm(x, residual, weight, eps, DTYPES)
     total = residual + x
-    return NormedSum(total, _normed(total, weight, eps))
+    return NormedSum(total, normed(total, weight, eps))
 
 
 def qk_norm_rope(
@@ -103,7 +103,7 @@ def qk_norm_rope(
     """
     check_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps, q_scale, DTYPES)
     if q_weight is not None:
-        q, k = _normed(q, q_weight, eps), _normed(k, k_weight, eps)
+        q, k = normed(q, q_weight, eps), normed(k, k_weight, eps)
     cos, sin = cos[:, :, None], sin[:, :, None]
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     if q_scale is not None:
@@ -128,7 +128,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate) * up).contiguous()
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of rows at any strides, without its check."""
     rows = x.to(torch.float32)
     mean_square = rows.pow(2).mean(-1, keepdim=True)
     return weight * (rows * torch.rsqrt(mean_square + eps)).to(x.dtype)
