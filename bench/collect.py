@@ -37,8 +37,13 @@ from .timing import Budget
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200: how often a row of logits is split follows from it
-JUDGES = ("same_bits", "no_worse_than_torch", "compare", "compare_states")
-THINNER = 16  # hidden and intermediate sizes are no part of a machine code, except that they are multiples of 16
+JUDGES = (
+    "same_bits", "no_worse_than_torch", "compare", "compare_states", "compare_norms", "compare_rotations",
+    "compare_activations",
+)  # fmt: skip
+# Hidden and intermediate sizes are no part of a machine code, except that they are multiples of 16, and except for the
+# small ops of a layer, which are followed at their own sizes.
+THINNER, UNTHINNED = 16, ("layers",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +177,8 @@ def checks_and_timings(
     for timed, (shapes_of, needed) in gpu_check.TIMINGS.items():
         if not set(needed) <= set(ops):
             continue
-        for shape in shapes_of(bench, triton_ops, dataclasses.replace(shapes, models=tuple(thin))):
+        models = shapes.models if timed in UNTHINNED else tuple(thin)
+        for shape in shapes_of(bench, triton_ops, dataclasses.replace(shapes, models=models)):
 
             def ours(shape=shape) -> None:
                 work = shape.build()

@@ -85,6 +85,21 @@ def unmask(B: int, lanes: int) -> Cost:
     return cost(28 * B * lanes)
 
 
+def norm(model: Model, N: int, summed: bool) -> Cost:
+    """N rows are read and written; with a residual, two of each."""
+    return cost(2 * 2 * (1 + summed) * N * model.hidden)
+
+
+def rotation(model: Model, N: int) -> Cost:
+    """Queries and keys of N positions are read and written, and the cos and sin of each position are read."""
+    return cost(2 * N * (2 * (model.heads + model.kv_heads) * model.head_dim + 2 * model.rotated))
+
+
+def swiglu(model: Model, N: int) -> Cost:
+    """Two rows are read, and one is written."""
+    return cost(2 * 3 * N * model.intermediate)
+
+
 def matrices(model: Model, layers: int | None = None) -> int:
     """Weights that multiply: projections and MLP of the layers, and the head; a lookup is not a product."""
     D = model.head_dim

@@ -19,12 +19,14 @@ from . import machine, report, shards
 from .checks import attention as check_attention
 from .checks import confidence as check_confidence
 from .checks import decode as check_decode
+from .checks import layers as check_layers
 from .checks import unmask as check_unmask
 from .checks.run import GPU, NOT_RUN, OPS, Case, Check, Sizes, run, sound
 from .record import Record
 from .shapes import CHECK_SHAPES, Shapes
 from .speed import attention as speed_attention
 from .speed import forms as speed_forms
+from .speed import layers as speed_layers
 from .speed import ops as speed_ops
 from .speed import step as speed_step
 from .speed import unmask_forms as speed_unmask_forms
@@ -35,6 +37,7 @@ from .timing import REPLAYS, Budget, Candidate, CudaTimer, short
 CASES = {
     "confidence": check_confidence,
     "unmask": check_unmask,
+    "layers": check_layers,
     "block_attention": check_attention,
     "decode": check_decode,
 }
@@ -47,6 +50,7 @@ TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "confidence": (speed_ops.confidence_shapes, ("confidence",)),
     "unmask": (speed_ops.unmask_shapes, ("unmask",)),
     "unmask-forms": (speed_unmask_forms.shapes, ("unmask",)),
+    "layers": (speed_layers.shapes, ("layers",)),
     "step": (speed_step.shapes, OPS),
     "attention-forms": (speed_forms.shapes, ("block_attention",)),
 }

@@ -174,11 +174,12 @@ def check_target(seed: int, plain_memory: bool) -> int:
     from . import gpu_check, report, shapes
     from .checks import attention as check_attention
     from .checks import confidence as check_confidence
+    from .checks import layers as check_layers
     from .checks import run as checks
     from .checks import unmask as check_unmask
 
     if plain_memory:
-        for module in (check_attention, check_confidence, check_unmask):
+        for module in (check_attention, check_confidence, check_unmask, check_layers):
             module.poisoned = lambda memory: contextlib.nullcontext()
     dtypes = (torch.bfloat16, torch.float32)
     sizes = dataclasses.replace(checks.TOY, attention_dtypes=dtypes, logits_dtypes=dtypes, every=3)

@@ -18,6 +18,9 @@ class Model:
         reach: cached positions that the layers see at most; None = all.
         soft_cap: the soft cap of the logits; None = none.
         has_head: whether rows of logits are timed for this model (not for a second kind of layers of one model).
+        small_ops: whether the norms, the rotation and the activation of its layers are those of `dlm_kernels.layers`.
+        head_norms: whether each head is normed before it is rotated.
+        rotary: dims of a head that are rotated; None = all.
     """
 
     name: str
@@ -37,6 +40,14 @@ class Model:
     prefill: str = ""
     soft_cap: float | None = None
     has_head: bool = True
+    small_ops: bool = True
+    head_norms: bool = False
+    rotary: int | None = None
+
+    @property
+    def rotated(self) -> int:
+        """Dims of a head that are rotated."""
+        return self.head_dim if self.rotary is None else self.rotary
 
     @property
     def group(self) -> int:
@@ -54,14 +65,16 @@ class Model:
 
 LLADA = Model("LLaDA-8B", "llama", "full", 32, 4096, 12288, 32, 32, 128, 126464, 126336, 126081)
 DREAM = Model("Dream-7B", "qwen2", "full", 28, 3584, 18944, 28, 4, 128, 152064, 151666, 151643)
-SDAR_4B = Model("SDAR-4B", "qwen3", "block", 36, 2560, 9728, 32, 8, 128, 151936, 151669, 151643)
-SDAR_8B = Model("SDAR-8B", "qwen3", "block", 36, 4096, 12288, 32, 8, 128, 151936, 151669, 151643)
-LLADA2_MINI = Model("LLaDA2-mini", None, "block", 20, 2048, 0, 16, 4, 128, 157184, 156895, 156892)
+SDAR_4B = Model("SDAR-4B", "qwen3", "block", 36, 2560, 9728, 32, 8, 128, 151936, 151669, 151643, head_norms=True)
+SDAR_8B = Model("SDAR-8B", "qwen3", "block", 36, 4096, 12288, 32, 8, 128, 151936, 151669, 151643, head_norms=True)
+LLADA2_MINI = Model(
+    "LLaDA2-mini", None, "block", 20, 2048, 0, 16, 4, 128, 157184, 156895, 156892, head_norms=True, rotary=64
+)  # fmt: skip
 # This model has no mask token: its canvas starts from random ids. A sliding layer shows each query the last 1,023
 # cached positions and the canvas.
 DIFFUSION_GEMMA = Model(
     "DiffusionGemma-sliding", None, "full", 25, 2816, 0, 16, 8, 256, 262144, 0, 1,
-    window=256, reach=1023, prefill="causal", soft_cap=30.0,
+    window=256, reach=1023, prefill="causal", soft_cap=30.0, small_ops=False,
 )  # fmt: skip
 DIFFUSION_GEMMA_FULL = dataclasses.replace(
     DIFFUSION_GEMMA, name="DiffusionGemma-full", layers=5, kv_heads=2, head_dim=512, reach=None, has_head=False
@@ -83,6 +96,7 @@ class Shapes:
         batches: (B, lanes) of unmask.
         unmask_forms: (B, lanes) at which the two forms of unmask run side by side.
         steps: (B, prefix) of the denoise step.
+        positions: positions of a call of the small ops of a layer.
         variants: whether the variants of confidence (fp32, more outputs) are timed for every model.
     """
 
@@ -95,6 +109,7 @@ class Shapes:
     batches: tuple[tuple[int, int], ...]
     unmask_forms: tuple[tuple[int, int], ...]
     steps: tuple[tuple[int, int], ...]
+    positions: tuple[int, ...]
     variants: bool = False
 
 
@@ -109,6 +124,7 @@ CHECK_SHAPES = Shapes(
     batches=((1, 32), (8, 32), (128, 32)),
     unmask_forms=((8, 32), (8, 128)),
     steps=((1, 1024), (8, 1024)),
+    positions=(32, 256),
 )
 SWEEP_SHAPES = Shapes(
     models=MODELS,
@@ -120,6 +136,7 @@ SWEEP_SHAPES = Shapes(
     batches=((1, 32), (8, 32), (32, 32), (128, 32), (8, 256), (8, 2048), (8, 8192)),
     unmask_forms=((1, 32), (8, 32), (128, 32), (1, 128), (8, 128), (128, 128)),
     steps=((1, 1024), (1, 8192), (8, 1024), (32, 1024)),
+    positions=(32, 256, 1024, 8192),
     variants=True,
 )
 TOY_SHAPES = Shapes(
@@ -132,4 +149,5 @@ TOY_SHAPES = Shapes(
     batches=((2, 32),),
     unmask_forms=((2, 32), (2, 128)),
     steps=((2, 10),),
+    positions=(3,),
 )

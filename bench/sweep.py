@@ -25,6 +25,7 @@ STATIC_KERNELS = {
     "confidence": "confidence",
     "unmask": "unmask",
     "unmask-forms": "unmask",
+    "layers": "layers",
     "attention-forms": "attention",
 }
 NOT_MEASURED = (

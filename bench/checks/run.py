@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-OPS = ("confidence", "unmask", "block_attention", "decode")
+OPS = ("confidence", "unmask", "layers", "block_attention", "decode")
 NOT_RUN = "not run"
 Case = tuple[str, Callable[[], None]]
 

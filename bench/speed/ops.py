@@ -77,7 +77,7 @@ FLOAT64 = "argmax + softmax + gather, float64"
 LOOP = "loop over rows, launched by the host"
 
 
-class _Compiled:
+class Compiled:
     """A function compiled for one shape, at its first call."""
 
     def __init__(self, function: Callable) -> None:
@@ -117,10 +117,10 @@ def _confidence(
     candidates = [
         Candidate(OURS, [partial(ops.confidence, logits, **arguments) for logits in sets]),
         Candidate(EAGER, calls(_softmax_gather)),
-        Candidate(f"{EAGER}, compiled", calls(_Compiled(_softmax_gather)), compiles=True),
+        Candidate(f"{EAGER}, compiled", calls(Compiled(_softmax_gather)), compiles=True),
         Candidate(FLOAT64, calls(_softmax_gather_float64)),
         Candidate("softmax + topk(2)", calls(_softmax_topk)),
-        Candidate("softmax + topk(2), compiled", calls(_Compiled(_softmax_topk)), compiles=True),
+        Candidate("softmax + topk(2), compiled", calls(Compiled(_softmax_topk)), compiles=True),
     ]
     note = "" if "second" in outputs and len(outputs) == 1 else "the baselines compute less"
     return Work(candidates, cost, count, cold, note)

@@ -1,9 +1,10 @@
 """Triton kernels for decoding diffusion language models, each with the plain-torch reference that specifies it, and the
 same ops for a CPU.
 
-The ops, `block_attention`, `confidence`, `unmask`, `draft_build`, `verify` and `uniform_scores`, are told everything by
-device tensors. Each is a launcher here, an operator `torch.ops.dlm_kernels.*` where it is traced (`library`), and,
-under the same name and signature, a plain-torch function in `dlm_kernels.reference`:
+The ops, `block_attention`, `confidence`, `unmask`, `draft_build`, `verify`, `uniform_scores` and those of a layer,
+`rms_norm`, `add_rms_norm`, `qk_norm_rope` and `swiglu`, are told everything by device tensors. Each is a launcher here,
+an operator `torch.ops.dlm_kernels.*` where it is traced (`library`), and, under the same name and signature, a
+plain-torch function in `dlm_kernels.reference`:
 
     from dlm_kernels.confidence import confidence      # imports Triton
     from dlm_kernels import reference                  # torch only

@@ -373,7 +373,7 @@ def test_a_red_op_is_not_timed_and_exits_1(tmp_path, capsys) -> None:
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 1 and document["ok"] is False
     assert {op: entry["green"] for op, entry in document["checks"].items()} == {
-        "confidence": False, "unmask": True, "block_attention": True, "decode": False,
+        "confidence": False, "unmask": True, "layers": True, "block_attention": True, "decode": False,
     }  # fmt: skip
     reasons = {row["op"]: row["reason"] for row in document["timings"]}
     assert (

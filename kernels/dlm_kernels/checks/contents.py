@@ -1,8 +1,8 @@
 """What the debug mode reads of an accepted call (`debug`): the rules that shapes and dtypes cannot show, each written
 once for the reference, the ops for a CPU and the Triton kernels.
 
-`confidence` and `uniform_scores` have a result for every number, and so nothing to look for. A row that an op leaves
-alone, and a lane that an op does not use, may hold anything.
+`confidence`, `uniform_scores` and the ops of a layer have a result for every number, and so nothing to look for. A row
+that an op leaves alone, and a lane that an op does not use, may hold anything.
 """
 
 from __future__ import annotations
