@@ -164,12 +164,18 @@ def test_pages_give_the_bits_of_a_contiguous_cache(feature: str, device: torch.d
                 assert_same_bits(mine[page, :, at], contiguous[row, :, GUARD + s])
 
 
+@pytest.mark.parametrize("places", [0, 2, 4, 6])
 @pytest.mark.parametrize("feature", ["full", "causal, D=48", "everything"])
-def test_a_long_window_in_groups_of_tiles_has_the_same_bits(feature: str, device: torch.device) -> None:
-    case = case_of(feature, seed=113, B=1).to(torch.float32, device)
+def test_groups_that_take_turns_in_the_workspace_have_the_same_bits(
+    feature: str, places: int, device: torch.device
+) -> None:
+    """Of three batch rows of two KV heads of two tiles, groups of one tile, of some rows and of one head."""
+    case = case_of(feature, seed=113, H_kv=2).to(torch.float32, device)
+    D = case.q.shape[3]
     at_once, grouped = case.to(torch.float32, device), case.to(torch.float32, device)
-    assert_same_bits(grouped.kernel(workspace_bytes=0), at_once.kernel())
-    assert_same_bits(grouped.k_buffer, at_once.k_buffer)
+    assert_same_bits(grouped.kernel(workspace_bytes=places * 2 * 16 * (D + 2) * 4), at_once.kernel())
+    for mine, theirs in zip(grouped.buffers, at_once.buffers, strict=True):
+        assert_same_bits(mine, theirs)
 
 
 SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 
@@ -20,6 +21,7 @@ from attention_oracle import by_the_loop
 from dlm_kernels import Window, reference
 from dlm_kernels.attention import launch as kernel
 from dlm_kernels.testing.attention_calls import FP8
+from dlm_kernels.tiles import ATTENTION_TILES, HEAD_DIMS
 
 
 def zeros(
@@ -269,14 +271,14 @@ PREFILL = {"_prefill_kernel": 1}
     ("features", "expected", "allocations"),
     [
         ("no cache", SPLIT_FORM, 1),
-        ("cache", SPLIT_FORM, 4),
-        ("kept, sliding", SPLIT_FORM, 4),
-        ("pages", SPLIT_FORM, 4),
-        ("fp8 pages", SPLIT_FORM, 4),
-        ("several splits", WITH_COMBINE, 4),
+        ("cache", SPLIT_FORM, 2),
+        ("kept, sliding", SPLIT_FORM, 2),
+        ("pages", SPLIT_FORM, 2),
+        ("fp8 pages", SPLIT_FORM, 2),
+        ("several splits", WITH_COMBINE, 2),
         ("long window", SPLIT_FORM | PREFILL, 1),
-        ("long window, several splits", WITH_COMBINE | PREFILL, 4),
-        ("everything", WITH_COMBINE | PREFILL, 4),
+        ("long window, several splits", WITH_COMBINE | PREFILL, 2),
+        ("everything", WITH_COMBINE | PREFILL, 2),
     ],
 )
 def test_only_the_stated_launches_and_allocations_are_issued(
@@ -297,10 +299,71 @@ def test_the_launcher_reads_nothing_on_the_host(features: str, launches: collect
     assert out.fake_mode is mode and out.shape == arguments[0].shape and launches["_attention_kernel"] == 1
 
 
-def test_a_workspace_that_is_too_small_takes_several_pairs_of_launches(launches: collections.Counter) -> None:
+# Bytes of the partial results of one tile of queries of one KV head and batch row: two splits of 16 rows of 16 + 2.
+PLACE = 2 * 16 * (16 + 2) * 4
+
+
+@pytest.mark.parametrize(
+    ("places", "pairs"), [(12, 1), (11, 2), (8, 2), (7, 3), (4, 3), (3, 6), (2, 6), (1, 12), (0, 12)]
+)
+def test_what_does_not_fit_the_workspace_takes_turns_in_it(
+    places: int, pairs: int, launches: collections.Counter
+) -> None:
+    """Two batch rows of two KV heads of three tiles: first tiles take turns, then batch rows, then KV heads."""
     arguments, options = zeros(W=24, capacity=80)
-    kernel._launch(*arguments, **options, tile=TOY, workspace_bytes=0)
-    assert dict(launches) == {"_attention_kernel": 3, "_combine_kernel": 3}
+    kernel._launch(*arguments, **options, tile=TOY, workspace_bytes=places * PLACE)
+    assert dict(launches) == {"_attention_kernel": pairs, "_combine_kernel": pairs}
+
+
+def plan_of(
+    B: int, H_kv: int, G: int, D: int, *, W: int = 32, S_max: int = 32768, capability: int = 90
+) -> kernel._AttentionPlan:
+    """How a bfloat16 call of such a shape is launched on a GPU; nothing is allocated."""
+    tensors = [torch.empty(B, heads, W, D, dtype=torch.bfloat16, device="meta") for heads in (H_kv * G, H_kv, H_kv)]
+    tensors += [torch.empty(1, H_kv, S_max, D, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    lengths = [torch.empty(B, 1, dtype=torch.int32, device="meta") for _ in range(7)]
+    given = (*tensors, None, None, *lengths, None, None)
+    shape = dict(D=D, dtype=torch.bfloat16)
+    tile = kernel.attention_tile(capability, G=G, **shape)
+    prefill = kernel.attention_prefill_tile(capability, **shape)
+    return kernel._AttentionPlan(given, "full", 1.0, None, tile, prefill, kernel.WORKSPACE_BYTES)
+
+
+# Batch, KV heads, query heads of each, head dim: LLaDA and Dream, and what no model has.
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((8, 32, 1, 128), 1), ((32, 32, 1, 128), 2), ((64, 4, 7, 128), 2), ((3, 256, 4, 128), 6), ((70000, 1, 1, 64), 70)],
+    ids=str,
+)
+def test_a_workspace_has_at_most_512_mib_and_groups_cover_every_row_once(shape: tuple, groups: int) -> None:
+    plan = plan_of(*shape)
+    B, H_kv, G, D = shape
+    assert 4 * plan.partial_numbers <= kernel.WORKSPACE_BYTES == 2**29
+    split_form = [launch for launch in plan.plan.launches if launch.kernel is kernel._attention_kernel]
+    combines = [launch for launch in plan.plan.launches if launch.kernel is kernel._combine_kernel]
+    assert len(split_form) == len(combines) == groups
+    covered: collections.Counter = collections.Counter()
+    for launch in split_form:
+        assert all(size <= 65535 for size in launch.grid[1:])
+        told = launch.values
+        grid_heads, grid_rows, splits = launch.grid
+        programs = grid_heads * grid_rows * splits
+        assert programs * told["BLOCK_M"] <= told["partial_rows"] and splits == 32
+        assert told["partial_rows"] * (D + 2) == plan.partial_numbers
+        for batch in range(told["first_batch"], told["first_batch"] + grid_rows):
+            for head in range(told["first_head"], told["first_head"] + grid_heads // told["num_tiles"]):
+                for tile in range(told["first_tile"], told["first_tile"] + told["num_tiles"]):
+                    covered[batch, head, tile] += 1
+    tiles = -(-32 * G // told["BLOCK_M"])
+    assert set(covered.values()) == {1} and len(covered) == B * H_kv * tiles
+
+
+@pytest.mark.parametrize("capability", ATTENTION_TILES)
+def test_one_tile_of_one_kv_head_fits_the_workspace_many_times(capability: int) -> None:
+    for D in HEAD_DIMS:
+        for G, dtype, fp8 in itertools.product((1, 7), (torch.bfloat16, torch.float32), (False, True)):
+            tile = kernel.attention_tile(capability, D=D, G=G, dtype=dtype, fp8=fp8)
+            assert 32 * tile.MAX_SPLITS * tile.BLOCK_M * (D + 2) * 4 <= kernel.WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["float16", "fp8"])

@@ -16,7 +16,7 @@ from .split import _attention_kernel
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = {"attention": _attention_kernel, "attention prefill": _prefill_kernel, "attention combine": _combine_kernel}
 # Pointers to float32; those that are in no list are to int32.
-FLOAT_POINTERS = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr", "k_scale_ptr", "v_scale_ptr")
+FLOAT_POINTERS = ("partials_ptr", "k_scale_ptr", "v_scale_ptr")
 # Arguments that the launcher leaves out, as None, of a call that does without them.
 OPTIONAL = {
     "cache": ("k_cache_ptr", "v_cache_ptr"),
@@ -24,7 +24,7 @@ OPTIONAL = {
     "kept": ("kept_ptr",),
     "paged": ("page_table_ptr",),
     "sliding": ("sliding_window",),
-    "partials": ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr"),
+    "partials": ("partials_ptr",),
 }
 
 

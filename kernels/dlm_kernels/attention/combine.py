@@ -33,23 +33,48 @@ def _write_output(out_ptr, result, batch, head, row, W, H_KV, G, D: tl.constexpr
     tl.store(out_ptr + position[:, None] * D + columns[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _partial_pointers(partials_ptr, partial_rows, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the workspace holds rows' partial results: their sums of values [rows, BLOCK_D], pivots and sums of
+    weights. All `partial_rows` sums of values come first, then all pivots, then all sums of weights.
+
+    A tile of rows lies at the number that its program has in the grid of the split kernel: the split comes first, then
+    the batch row, then the KV head and the tile. The workspace has fewer than 2^31 numbers.
+    """
+    max_ptr = partials_ptr + partial_rows * D
+    acc = partials_ptr + row[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    return acc, max_ptr + row, max_ptr + partial_rows + row
+
+
 @triton.jit(
-    do_not_specialize=["W", "H_KV", "G", "BLOCK_N", "sliding_window", "num_splits", "first_row", "num_rows", "longest"]
+    do_not_specialize=[
+        "partial_rows",
+        "W",
+        "H_KV",
+        "G",
+        "BLOCK_N",
+        "sliding_window",
+        "first_batch",
+        "first_head",
+        "first_row",
+        "num_rows",
+        "longest",
+    ]
 )
 def _combine_kernel(
-    partial_acc_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
+    partials_ptr,
     q_len_ptr,
     kv_len_ptr,
     replaced_ptr,
     out_ptr,
+    partial_rows,
     W,
     H_KV,
     G,
     BLOCK_N,
     sliding_window,
-    num_splits,
+    first_batch,
+    first_head,
     first_row,
     num_rows,
     longest,
@@ -62,12 +87,11 @@ def _combine_kernel(
     """Merges the partial results of a batch row that has several splits, in their order; rows beyond q_len get
     zeros."""
     # 1. Which rows, and how many splits they have.
+    batch = (first_batch + tl.program_id(1)).to(tl.int64)
     tiles = num_rows // BLOCK_R
-    pair = tl.program_id(0) // tiles
+    head = (first_head + tl.program_id(0) // tiles).to(tl.int64)
     tile_start = tl.program_id(0) % tiles * BLOCK_R
     local = tile_start + tl.arange(0, BLOCK_R)
-    batch = (pair // H_KV).to(tl.int64)
-    head = (pair % H_KV).to(tl.int64)
     q_len = tl.load(q_len_ptr + batch)
     kv_len = tl.load(kv_len_ptr + batch)
     base, length, splits = _split_plan(kv_len, sliding_window, SPLIT, MAX_SPLITS, BLOCK_N)
@@ -75,7 +99,6 @@ def _combine_kernel(
         return
     replaced_start = tl.load(replaced_ptr + 2 * batch)
     replaced_end = tl.load(replaced_ptr + 2 * batch + 1)
-    columns = tl.arange(0, BLOCK_D)
     rows_in_use = q_len * G - first_row
     merged = tl.where(tile_start < rows_in_use, splits, 0)
 
@@ -83,17 +106,20 @@ def _combine_kernel(
     row_max = tl.full([BLOCK_R], LOWEST, tl.float32)
     row_sum = tl.where(local < rows_in_use, 0.0, DEAD)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    partial = program * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc_ptr, max_ptr, sum_ptr = _partial_pointers(partials_ptr, partial_rows, partial, D, BLOCK_D)
+    split_rows = tl.num_programs(1) * tl.num_programs(0) * BLOCK_R
     for split in tl.range(0, merged, num_stages=3):
         begin = base + split * length
         end = tl.minimum(begin + length, kv_len)
         _, gap_tiles = _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N)
         written = (gap_tiles != tl.cdiv(end, BLOCK_N) - begin // BLOCK_N) | (split == splits - 1)
         in_use = (local < rows_in_use) & written
-        partial = (pair.to(tl.int64) * num_splits + split) * num_rows + local
-        split_max = tl.load(partial_max_ptr + partial, mask=in_use, other=LOWEST)
-        split_sum = tl.load(partial_sum_ptr + partial, mask=in_use, other=0.0)
-        mask = _tile_mask(in_use, D, BLOCK_D)
-        split_acc = tl.load(partial_acc_ptr + partial[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        behind = split * split_rows
+        split_max = tl.load(max_ptr + behind, mask=in_use, other=LOWEST)
+        split_sum = tl.load(sum_ptr + behind, mask=in_use, other=0.0)
+        split_acc = tl.load(acc_ptr + behind * D, mask=_tile_mask(in_use, D, BLOCK_D), other=0.0)
         new_max = tl.maximum(row_max, split_max)
         decay = tl.exp2(row_max - new_max)
         share = tl.exp2(split_max - new_max)

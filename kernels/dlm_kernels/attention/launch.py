@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -22,10 +23,11 @@ from .split import _attention_kernel
 __all__ = ["AttentionTile", "attention_prefill_tile", "attention_tile", "block_attention"]
 
 LOG2_E = 1.4426950408889634
-# Partial results are fp32 [splits, rows, D] per KV head. Where they would take more than this, groups of query tiles
-# take turns in the workspace.
+# Partial results are fp32, D + 2 numbers for each split and query row of each KV head. Where they would take more than
+# this, groups of query tiles, of batch rows and at last of KV heads take turns in the workspace.
 WORKSPACE_BYTES = 512 * 2**20
-
+# Programs that a grid has at most in its second and third dimension.
+GRID_LIMIT = 65535
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The tensors that a call may have, by their names in the kernels.
@@ -98,9 +100,10 @@ def block_attention(
     batch, in any bucket that holds the row and at any capacity.
 
     There is one launch; one more (the combine) if the capacity, or the sliding window, has room for several splits; and
-    one more (the prefill) if W has room for a row of many queries. Beyond 512 MiB of workspace, which is at most
-    PREFILL_ROWS / SPLIT times what B rows of a 16-bit cache take, groups of query tiles take turns in the workspace,
-    with two launches each.
+    one more (the prefill) if W has room for a row of many queries. The workspace, one tensor, takes at most 512 MiB,
+    and at most about PREFILL_ROWS / SPLIT times what B rows of a 16-bit cache take. What does not fit takes turns in
+    it, with two launches each: groups of query tiles; groups of batch rows, if one tile of all B rows does not fit; and
+    groups of KV heads, if one tile of one batch row does not fit. A launch has at most 65,535 batch rows.
 
     Spec: reference.block_attention. Split-KV decoding: FlashInfer, arXiv:2501.01005; online softmax: arXiv:2205.14135.
     """
@@ -181,6 +184,11 @@ def _launch(
     return plan.run(q, [tensor for tensor in given if tensor is not None], ())
 
 
+def _at_most(number: int, room: int) -> int:
+    """The number, or as many as there is room for, at least one."""
+    return max(1, min(number, room))
+
+
 class _AttentionPlan:
     """How all calls like one are launched: their output, their workspace and their launches.
 
@@ -203,7 +211,7 @@ class _AttentionPlan:
         G = H // H_kv
         has_cache = k_cache is not None
         self.out_shape = B, W, H, D
-        self.partial_shapes: list[tuple[int, ...]] = []
+        self.partial_numbers: int | None = None
         if 0 in self.out_shape:
             self.plan = Plan([])
             return
@@ -262,36 +270,45 @@ class _AttentionPlan:
     ) -> list[Launch]:
         """The launches of the split form and of its combine on the first PREFILL_ROWS query rows of the bucket: a batch
         row that has more is the prefill kernel's."""
-        # 1. How many splits, and how many query tiles the workspace holds at once.
+        # 1. How many splits. A sliding window leaves few slots to cut, which need not begin at a key tile.
         H_kv, G, D, S_max, BLOCK_D = (values[name] for name in ("H_KV", "G", "D", "S_MAX", "BLOCK_D"))
         query_tiles = triton.cdiv(min(values["W"] * G, tile.PREFILL_ROWS), tile.BLOCK_M)
-        # A row can have so many splits: a sliding window leaves few slots to cut, which need not begin at a key tile.
         visible = S_max
         if values["sliding_window"] is not None:
             visible = min(S_max, values["sliding_window"] - 1 + tile.BLOCK_N)
         num_splits = max(1, min(tile.MAX_SPLITS, triton.cdiv(visible, tile.SPLIT)))
-        rows_per_tile = B * H_kv * num_splits * tile.BLOCK_M
-        tiles_at_once = query_tiles
+
+        # 2. How many query tiles, batch rows and KV heads the workspace holds at once.
+        rows, heads, tiles = min(B, GRID_LIMIT), H_kv, query_tiles
         if num_splits > 1:
-            tiles_at_once = min(query_tiles, max(1, workspace_bytes // (rows_per_tile * (D + 2) * 4)))
+            places_left = workspace_bytes // (num_splits * tile.BLOCK_M * (D + 2) * 4)
+            tiles = _at_most(tiles, places_left // (rows * heads))
+            rows = _at_most(rows, places_left // (tiles * heads))
+            heads = _at_most(heads, places_left // (tiles * rows))
 
-        # 2. The workspace.
-        partials = ("partial_acc_ptr", "partial_max_ptr", "partial_sum_ptr")
+        # 3. The workspace. It is empty if no row can have several splits: the kernel is the same for every capacity,
+        # and does not look there.
+        partial_rows = num_splits * rows * heads * tiles * tile.BLOCK_M if num_splits > 1 else 0
         if values["HAS_CACHE"]:
-            # The workspace is empty if no row can have several splits: the kernel is the same for every capacity, and
-            # does not look there.
-            rows = rows_per_tile * tiles_at_once if num_splits > 1 else 0
-            self.partial_shapes = [(rows, D), (rows,), (rows,)]
-            places = places | {name: places["out_ptr"] + 1 + i for i, name in enumerate(partials)}
-        plan = {"num_splits": num_splits, "SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "BLOCK_N": tile.BLOCK_N}
+            self.partial_numbers = partial_rows * (D + 2)
+            places = places | {"partials_ptr": places["out_ptr"] + 1}
+        plan = {
+            "partial_rows": partial_rows,
+            "SPLIT": tile.SPLIT,
+            "MAX_SPLITS": tile.MAX_SPLITS,
+            "BLOCK_N": tile.BLOCK_N,
+        }
 
-        # 3. The launches, a group of query tiles after the other.
-        read = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr")
+        # 4. The launches, a group after the other.
+        names = ("q_len_ptr", "kv_len_ptr", "replaced_ptr", "out_ptr", "partials_ptr")
         told = {name: values[name] for name in ("W", "H_KV", "sliding_window", "longest", "G", "D", "BLOCK_D")}
         BLOCK_R = min(16, COMBINE_ELEMENTS // BLOCK_D)
         launches = []
-        for first_tile in range(0, query_tiles, tiles_at_once):
-            num_tiles = min(tiles_at_once, query_tiles - first_tile)
+        firsts = (range(0, B, rows), range(0, H_kv, heads), range(0, query_tiles, tiles))
+        for first_batch, first_head, first_tile in itertools.product(*firsts):
+            num_batches, num_heads = min(rows, B - first_batch), min(heads, H_kv - first_head)
+            num_tiles = min(tiles, query_tiles - first_tile)
+            group = {"first_batch": first_batch, "first_head": first_head}
             options = {
                 "first_tile": first_tile,
                 "num_tiles": num_tiles,
@@ -301,9 +318,11 @@ class _AttentionPlan:
                 "num_stages": tile.num_stages,
                 "maxnreg": tile.max_registers,
             }
-            grid = (B * H_kv * num_tiles, num_splits)
-            names = (*_NAMES, "out_ptr", *partials)
-            launches.append(Launch(_attention_kernel, grid, names, places, values | plan | options))
+            # The dispatcher hands out the first dimension first and the last one last, so splits that no row has come
+            # behind all that some row has.
+            grid = (num_heads * num_tiles, num_batches, num_splits)
+            every = (*_NAMES, "out_ptr", "partials_ptr")
+            launches.append(Launch(_attention_kernel, grid, every, places, values | plan | group | options))
             if num_splits > 1:
                 options = {
                     "first_row": first_tile * tile.BLOCK_M,
@@ -312,15 +331,16 @@ class _AttentionPlan:
                     "num_warps": 4,
                     "num_stages": 1,
                 }
-                grid = (B * H_kv * (num_tiles * tile.BLOCK_M // BLOCK_R),)
-                names = (*read, *partials)
-                launches.append(Launch(_combine_kernel, grid, names, places, told | plan | options))
+                grid = (num_heads * (num_tiles * tile.BLOCK_M // BLOCK_R), num_batches)
+                launches.append(Launch(_combine_kernel, grid, names, places, told | plan | group | options))
         return launches
 
     def run(self, q: Tensor, tensors: Sequence[Tensor], pointers: tuple[int, ...]) -> Tensor:
         """The output of the call that has these tensors, those of `_NAMES` that it has."""
         out = torch.empty(*self.out_shape, dtype=q.dtype, device=q.device)
         if self.plan.launches:
-            partials = [torch.empty(*shape, dtype=torch.float32, device=q.device) for shape in self.partial_shapes]
-            self.plan.run(q, tensors, (out, *partials), pointers)
+            outputs = [out]
+            if self.partial_numbers is not None:
+                outputs.append(torch.empty(self.partial_numbers, dtype=torch.float32, device=q.device))
+            self.plan.run(q, tensors, outputs, pointers)
         return out.transpose(1, 2)

@@ -34,7 +34,7 @@ from .cache import (
     _tile_mask,
     _tile_pages,
 )
-from .combine import DEAD, LOWEST, _normalized, _write_output
+from .combine import DEAD, LOWEST, _normalized, _partial_pointers, _write_output
 
 # Positions per iteration when looking for the last key that a tile of queries can see.
 SCAN_N = tl.constexpr(1024)
@@ -182,12 +182,14 @@ def _store_window(
 # Nothing is compiled again for the lengths of a bucket.
 @triton.jit(
     do_not_specialize=[
+        "partial_rows",
         "W",
         "H_KV",
         "S_MAX",
         "num_pages",
         "sliding_window",
-        "num_splits",
+        "first_batch",
+        "first_head",
         "first_tile",
         "num_tiles",
         "longest",
@@ -211,20 +213,20 @@ def _attention_kernel(
     page_table_ptr,
     cache_row_ptr,
     out_ptr,
-    partial_acc_ptr,
-    partial_max_ptr,
-    partial_sum_ptr,
+    partials_ptr,
     q_strides,
     k_strides,
     v_strides,
     k_cache_strides,
     v_cache_strides,
+    partial_rows,
     W,
     H_KV,
     S_MAX,
     num_pages,
     sliding_window,
-    num_splits,
+    first_batch,
+    first_head,
     first_tile,
     num_tiles,
     longest,
@@ -249,11 +251,10 @@ def _attention_kernel(
     """
     # 1. Which rows, and which split. Query tiles of one KV head are neighbours, so that the second one finds the keys
     # in L2.
-    pair = tl.program_id(0) // num_tiles
+    batch = (first_batch + tl.program_id(1)).to(tl.int64)
+    split = tl.program_id(2)
+    head = (first_head + tl.program_id(0) // num_tiles).to(tl.int64)
     tile = first_tile + tl.program_id(0) % num_tiles
-    split = tl.program_id(1)
-    batch = (pair // H_KV).to(tl.int64)
-    head = (pair % H_KV).to(tl.int64)
     q_len = tl.load(q_len_ptr + batch)
     if q_len * G > longest:
         return
@@ -378,10 +379,10 @@ def _attention_kernel(
     if splits == 1:
         _write_output(out_ptr, _normalized(acc, row_sum, live), batch, head, row, W, H_KV, G, D, BLOCK_D)
     elif HAS_CACHE:
-        rows = num_tiles * BLOCK_M
-        local = (pair.to(tl.int64) * num_splits + split) * rows + row - first_tile * BLOCK_M
+        program = (split * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        partial = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc_ptr, max_ptr, sum_ptr = _partial_pointers(partials_ptr, partial_rows, partial, D, BLOCK_D)
         in_use = row < q_len * G
-        tl.store(partial_max_ptr + local, tl.where(live, row_max, LOWEST), mask=in_use)
-        tl.store(partial_sum_ptr + local, tl.where(live, row_sum, DEAD), mask=in_use)
-        pointers = partial_acc_ptr + local[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(pointers, acc, mask=_tile_mask(in_use, D, BLOCK_D))
+        tl.store(max_ptr, tl.where(live, row_max, LOWEST), mask=in_use)
+        tl.store(sum_ptr, tl.where(live, row_sum, DEAD), mask=in_use)
+        tl.store(acc_ptr, acc, mask=_tile_mask(in_use, D, BLOCK_D))
