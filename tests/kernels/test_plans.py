@@ -39,6 +39,10 @@ LAUNCHERS = {
     "draft_build": ("drafts", "_build_calls", "check_build"),
     "verify": ("drafts", "_verify_calls", "check_verify"),
     "uniform_scores": ("noise", "_calls", "check_noise"),
+    "rms_norm": ("layers", "_calls_of_norm", "check_rms_norm"),
+    "add_rms_norm": ("layers", "_calls_of_sum", "check_add_rms_norm"),
+    "qk_norm_rope": ("layers", "_calls_of_rope", "check_qk_norm_rope"),
+    "swiglu": ("layers", "_calls_of_swiglu", "check_swiglu"),
 }
 
 
@@ -64,7 +68,7 @@ def nothing_is_known(without_debug: None) -> Iterator[None]:
 
 
 # What was launched: the kernel, the grid, the call's tensors by their pointers, and all other arguments.
-_launched: None[tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] = []
+_launched: list[tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]] = []
 
 
 @pytest.fixture
@@ -506,6 +510,10 @@ FUNCTIONS = {
     "draft_build": 70,
     "verify": 85,
     "uniform_scores": 55,
+    "rms_norm": 55,
+    "add_rms_norm": 62,
+    "qk_norm_rope": 72,
+    "swiglu": 55,
 }
 
 

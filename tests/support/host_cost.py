@@ -109,11 +109,30 @@ def noise_calls() -> Calls:
     return {"uniform_scores": lambda: uniform_scores(seed, noise)}
 
 
+def layers_calls() -> Calls:
+    from dlm_kernels.layers.launch import add_rms_norm, qk_norm_rope, rms_norm, swiglu
+
+    B, W, d, dtype = 1, 32, 4096, torch.bfloat16
+    x, weight, gate = (
+        torch.zeros(B, W, d, dtype=dtype),
+        torch.ones(d, dtype=dtype),
+        torch.zeros(B, W, 12288, dtype=dtype),
+    )
+    q, k = (torch.zeros(B, W, heads, 128, dtype=dtype) for heads in (32, 8))
+    cos, of_head = torch.zeros(1, W, 128, dtype=dtype), torch.ones(128, dtype=dtype)
+    return {
+        "rms_norm": lambda: rms_norm(x, weight, eps=1e-6),
+        "add_rms_norm": lambda: add_rms_norm(x, x, weight, eps=1e-6),
+        "qk_norm_rope": lambda: qk_norm_rope(q, k, cos, cos, q_weight=of_head, k_weight=of_head, eps=1e-6),
+        "swiglu": lambda: swiglu(gate, gate),
+    }
+
+
 def warm_calls() -> Calls:
     """Calls of every op that have been made before, on a machine where nothing is launched."""
     launch_nothing(90)
     made: Calls = {}
-    for calls in (attention_calls, confidence_calls, unmask_calls, drafts_calls, noise_calls):
+    for calls in (attention_calls, confidence_calls, unmask_calls, drafts_calls, noise_calls, layers_calls):
         made |= calls()
     for call in made.values():
         for _ in range(3):
