@@ -163,6 +163,7 @@ def rig(words: dict[str, list[str]], **changes) -> gpu_check.Rig:
 
 WORDS = {
     "confidence": ["fine 1", "fine 2"], "unmask": ["raises", "fine"],
+    "layers": ["fine"],
     "block_attention": ["fine", "exits"], "decode": ["fine", "hangs"],
 }  # fmt: skip
 
@@ -177,6 +178,7 @@ def test_what_raises_dies_or_hangs_is_red_by_name_and_only_green_ops_are_timed(t
     assert {op: (entry["green"], entry["passed"], entry["failed"]) for op, entry in found.items()} == {
         "confidence": (True, ["fine 1", "fine 2"], {}),
         "unmask": (False, ["fine"], {"raises": "RuntimeError: an illegal address"}),
+        "layers": (True, ["fine"], {}),
         "block_attention": (False, ["fine"], {"exits": "its process died: exit status 7"}),
         "decode": (False, ["fine"], {"hangs": "no end after 3 s: its process was killed"}),
     }
@@ -215,7 +217,7 @@ def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tm
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, env=environment) as run:
         deadline = time.monotonic() + 120
-        while not (file.exists() and file.read_text().count('"line":"check",') == 5) and time.monotonic() < deadline:
+        while not (file.exists() and file.read_text().count('"line":"check",') == 6) and time.monotonic() < deadline:
             time.sleep(0.2)
         run.send_signal(signal.SIGKILL)
     assert not (tmp_path / "gpu-check.json").exists()
@@ -224,7 +226,7 @@ def test_a_run_that_is_killed_leaves_every_finished_check_and_can_be_reported(tm
     document = json.loads(lines[-1])
     assert status == 1 and document["ended"] is False and document["ok"] is False
     assert {op: entry["green"] for op, entry in document["checks"].items()} == {
-        "confidence": True, "unmask": True, "block_attention": True, "decode": False,
+        "confidence": True, "unmask": True, "layers": True, "block_attention": True, "decode": False,
     }  # fmt: skip
     assert document["checks"]["decode"]["not_run"] == {"hangs": "began, and never ended"}
     assert "    not run, began, and never ended: hangs" in lines and lines[-2].endswith("cut off")
