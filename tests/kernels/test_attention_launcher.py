@@ -332,7 +332,7 @@ def plan_of(
 # Batch, KV heads, query heads of each, head dim: LLaDA and Dream, and what no model has.
 @pytest.mark.parametrize(
     ("shape", "groups"),
-    [((8, 32, 1, 128), 1), ((32, 32, 1, 128), 2), ((64, 4, 7, 128), 2), ((3, 256, 4, 128), 6), ((70000, 1, 1, 64), 70)],
+    [((8, 32, 1, 128), 1), ((32, 32, 1, 128), 2), ((64, 4, 7, 128), 4), ((3, 256, 4, 128), 6), ((70000, 1, 1, 64), 36)],
     ids=str,
 )
 def test_a_workspace_has_at_most_512_mib_and_groups_cover_every_row_once(shape: tuple, groups: int) -> None:
@@ -356,6 +356,13 @@ def test_a_workspace_has_at_most_512_mib_and_groups_cover_every_row_once(shape: 
                     covered[batch, head, tile] += 1
     tiles = -(-32 * G // told["BLOCK_M"])
     assert set(covered.values()) == {1} and len(covered) == B * H_kv * tiles
+
+
+def test_more_batch_rows_than_a_grid_has_are_several_launches() -> None:
+    plan = plan_of(70000, 2, 1, 64, S_max=512)
+    assert [launch.grid for launch in plan.plan.launches] == [(2, 65535, 1), (2, 70000 - 65535, 1)]
+    assert [launch.values["first_batch"] for launch in plan.plan.launches] == [0, 65535]
+    assert plan.partial_numbers == 0
 
 
 @pytest.mark.parametrize("capability", ATTENTION_TILES)
