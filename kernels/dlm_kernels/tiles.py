@@ -180,12 +180,13 @@ CONFIDENCE_PARTS = 32
 
 
 @functools.cache
-def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool) -> ConfidenceTile:
+def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool, sampled: bool) -> ConfidenceTile:
     """The tile of a call on a GPU; `capability` is a value of TARGETS, `itemsize` the bytes of a logit."""
     tile = CONFIDENCE_TILES[capability, itemsize]
     warps = max(tile.num_warps, _KL_WARPS.get(capability, 0) * kl, _BIAS_WARPS.get(capability, 0) * biased)
-    # Left alone, ptxas spills some of "kl" and of a bias to make room for more programs.
-    return dataclasses.replace(tile, num_warps=warps, max_registers=min(255, 2048 // warps) if kl or biased else None)
+    # Left alone, ptxas spills some of what needs many registers to make room for more programs.
+    registers = 2048 // warps if kl or biased or sampled else 64
+    return dataclasses.replace(tile, num_warps=warps, max_registers=min(255, registers))
 
 
 def confidence_parts(V: int, tile: ConfidenceTile, itemsize: int) -> tuple[int, int]:

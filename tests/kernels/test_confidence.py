@@ -229,6 +229,28 @@ def test_ties_go_to_the_lowest_ids_within_and_across_tiles(tied, expected, colum
     assert result.margin.item() == 0
 
 
+# Values that differ in few bits or compare as equal: zeros of both signs, denormals, the least normal numbers.
+NEIGHBOURS = (-0.0, 0.0, 1e-45, -1e-45, 3e-45, 1e-39, -1e-39, 1.1754944e-38, -1.1754944e-38, -math.inf, 1.0, 1.0000001)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["unsplit", "split"])
+@pytest.mark.parametrize("num_warps", [1, 2, 4])
+def test_equal_and_almost_equal_logits_are_ordered_as_a_stable_sort_orders_them(num_warps, split, device) -> None:
+    values = torch.tensor(NEIGHBOURS, device=device)
+    logits = values[torch.randint(0, len(NEIGHBOURS), (12, 200))]
+    for n in range(len(NEIGHBOURS)):  # the n largest values are met in few rows
+        logits[n] = torch.where(logits[n] > values.sort().values[n], -math.inf, logits[n])
+    logits[2, 77], logits[3, :] = -0.0, -0.0
+    result = run_kernel(logits, 16, part_tiles=2, num_warps=num_warps, split=split, outputs=STATISTICS)
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    fails = logits.amax(1) == -math.inf
+    assert result.error.tolist() == fails.int().tolist() and not fails.all()
+    assert torch.equal(result.token[~fails], order[~fails, 0])
+    two = ~fails & ((logits > -math.inf).sum(1) > 1)
+    assert torch.equal(result.second_token[two], order[two, 1])
+    assert_equals_reference(result, logits, outputs=STATISTICS)
+
+
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_a_row_of_equal_logits_gives_ids_0_and_1(columns, device) -> None:
     result = run_kernel(torch.full((1, 500), -1.5, device=device), columns, outputs=STATISTICS)
@@ -243,6 +265,20 @@ def test_the_32_largest_banned_leave_the_33rd_and_34th(columns, device) -> None:
     order = logits[0].topk(34).indices
     result = run_kernel(logits, columns, banned=order[:32].clone())
     assert [result.token.item(), result.second_token.item()] == order[32:].tolist()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["unsplit", "split"])
+def test_any_number_of_banned_ids_leaves_the_next_two(split, device) -> None:
+    logits = torch.randn(1, 300, device=device)
+    order = logits[0].sort(descending=True).indices
+    for number in range(33):
+        # The largest, the largest but the winner, or every second one, in any order, among ids that ban nothing.
+        largest = (order[:number], order[1 : number + 1], order[: 2 * number : 2])[number % 3]
+        banned = largest[torch.randperm(number)]
+        banned[number // 3 : number // 2] = (-1, 300, 2**40)[number % 3]
+        left = [v for v in order.tolist() if v not in banned.tolist()]
+        result = run_kernel(logits, 64, part_tiles=1, num_warps=2, split=split, banned=banned)
+        assert [result.token.item(), result.second_token.item()] == left[:2]
 
 
 @pytest.mark.parametrize("columns", COLUMNS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,34 @@ def test_split_equals_unsplit_bitwise_and_the_reference_off_by_one_from_every_bo
 def test_split_equals_unsplit_bitwise_on_random_calls(seed, device):
     logits, arguments = random_case(seed, device, vocabularies=(97, 127, 128, 129, 161), most_rows=3)
     assert_equals_reference(both_forms(logits, **arguments), logits, **arguments)
+
+
+@pytest.mark.parametrize("num_warps", [2, 4])
+@pytest.mark.parametrize("seed", range(200, 206))
+def test_split_equals_unsplit_bitwise_where_a_column_is_that_of_one_of_several_warps(seed, num_warps, device):
+    logits, arguments = random_case(seed, device, vocabularies=(97, 128, 257, 513), most_rows=2)
+    unsplit, split = (
+        run_kernel(logits, 32, part_tiles=1, num_warps=num_warps, split=split, **arguments) for split in (False, True)
+    )
+    assert_identical(unsplit, split)
+    assert_equals_reference(split, logits, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_banned_ids_among_ties_of_the_best_hide_neither_token_nor_runner_up_nor_draw(seed, device):
+    V, N = 3 * PART + 5, 4
+    logits = (torch.randn(N, V, device=device) * 1.5).round()
+    arguments = everything(N, V, device)
+    free = both_forms(logits, **arguments)
+    # What wins without a ban, and ids of the winners' groups, columns and values.
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :12]
+    near = (free.token[:, None] + torch.tensor([1, -1, TILE, -TILE, PART], device=device)).clamp(-1, V)
+    candidates = torch.cat([best, near, free.sampled_token[:, None], free.second_token[:, None]], dim=1)
+    banned = candidates[:, torch.randperm(candidates.shape[1])[: 1 + 2 * seed]]
+    arguments |= {"banned": banned.contiguous()}
+    result = both_forms(logits, **arguments)
+    assert not (banned == result.token[:, None]).any() and not (banned == result.sampled_token[:, None]).any()
+    assert_equals_reference(result, logits, **arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -271,4 +300,10 @@ def test_both_forms_compile_to_sums_over_the_same_layouts_and_to_the_same_arithm
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert found[0] == found[1] and found[2] == found[3]
-    assert all(len(sums) == 2 and sum(count for _, count in arithmetic) > 100 for sums, arithmetic in found)
+    assert all(len(sums) == 4 and sum(count for _, count in arithmetic) > 100 for sums, arithmetic in found)
+    # Of the columns, registers and lanes are reduced first, and then the warps, all their sums at once.
+    for sums, _ in found:
+        columns, warps = sums[1], sums[3]
+        assert columns.startswith("tensor<4x8x32xf32") and "register = [[1, 0, 0], [2, 0, 0]]" in columns
+        assert re.search(r"lane = \[(\[0, 0, \d+\](, )?){5}\], warp = \[(\[0, \d, 0\](, )?){3}\]", columns)
+        assert warps.count("tensor<8xf32, ") == 3

@@ -412,4 +412,4 @@ def test_every_claimed_gpu_has_tiles_for_every_op():
             tiles.attention_tile(capability, D=D, G=1, dtype=dtype, fp8=True)
             tiles.attention_prefill_tile(capability, D=D, dtype=dtype, fp8=True)
         for itemsize in (2, 4):
-            tiles.confidence_tile(capability, itemsize, kl=True, biased=True)
+            tiles.confidence_tile(capability, itemsize, kl=True, biased=True, sampled=True)

@@ -73,8 +73,8 @@ def faster_interpreter() -> Iterator[None]:
         yield
 
 
-def toy_tile(columns: int, part_tiles: int = 4) -> ConfidenceTile:
-    return ConfidenceTile(columns=columns, num_warps=1, part_tiles=part_tiles)
+def toy_tile(columns: int, part_tiles: int = 4, num_warps: int = 1) -> ConfidenceTile:
+    return ConfidenceTile(columns=columns, num_warps=num_warps, part_tiles=part_tiles)
 
 
 def run_kernel(
@@ -82,17 +82,18 @@ def run_kernel(
     columns: int | None = None,
     *,
     part_tiles: int | None = None,
+    num_warps: int = 1,
     split: bool | None = None,
     **arguments: object,
 ) -> Confidence:
     """`confidence` by the tile and in the form that are given (None: what the launcher chooses; 16 columns are split),
     its buffers poisoned."""
-    tile = None if columns is None else toy_tile(columns, part_tiles or {16: 4, 64: 1}.get(columns, 2))
+    tile = None if columns is None else toy_tile(columns, part_tiles or {16: 4, 64: 1}.get(columns, 2), num_warps)
     split = columns == 16 if columns is not None and split is None else split
     with contextlib.ExitStack() as stack:
         stack.enter_context(faster_interpreter())
         if tile is not None:
-            stack.enter_context(changed(kernel, _tile=lambda logits, kl, biased: tile))
+            stack.enter_context(changed(kernel, _tile=lambda logits, kl, biased, sampled: tile))
         if split is not None:
             stack.enter_context(changed(kernel, _multiprocessors=lambda device: 2**30 if split else 0))
         memory = GuardedMemory()
@@ -251,13 +252,14 @@ def run_case(seed: int, device: torch.device) -> dict[str, object]:
     logits, arguments = random_case(seed, device, (V,), most_rows=2)
     width = columns * 16 // logits.element_size()
     forms = {"unsplit": [False], "split": [True], "both": [False, True]}[form]
-    results = [run_kernel(logits, columns, part_tiles=part_tiles, split=split, **arguments) for split in forms]
+    options = {"part_tiles": part_tiles, "num_warps": 1 << seed % 3}
+    results = [run_kernel(logits, columns, **options, split=split, **arguments) for split in forms]
     if form == "both":
         assert_identical(*results)
     assert_equals_reference(results[0], logits, **arguments)
-    options = [name for name in ("kl", "sampled") if name in arguments["outputs"]]
-    options += [name for name in ("bias",) if name in arguments]
-    return {"kind": " ".join([form, *options]), "boundary": V > width}
+    named = [name for name in ("kl", "sampled") if name in arguments["outputs"]]
+    named += [name for name in ("bias",) if name in arguments]
+    return {"kind": " ".join([form, *named]), "boundary": V > width}
 
 
 def draws(N: int, V: int, temperature: float, device: torch.device | str = "cpu") -> dict[str, object]:

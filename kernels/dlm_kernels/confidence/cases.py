@@ -37,7 +37,7 @@ def compile_cases(capability: int) -> list[CompileCase]:
     for itemsize, dtype in ((2, "bf16"), (2, "fp16"), (4, "fp32")):
         cases += [_case(capability, itemsize, dtype, name, False, V) for name in _SETS]
         cases += [_case(capability, itemsize, dtype, name, True, V) for name in _SPLIT_SETS]
-    parts = confidence_parts(V, confidence_tile(capability, 2, False, False), 2)[1]
+    parts = confidence_parts(V, confidence_tile(capability, 2, False, False, False), 2)[1]
     cases += [_merge_case(name, parts) for name in ("second", "second+logsumexp+entropy", "everything")]
     return cases
 
@@ -47,7 +47,7 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     outputs = _SETS[name]
     bare, everything = name == "bare", name.startswith("everything")
     kl, biased, sampled = "kl" in outputs, name.endswith("bias"), "sampled" in outputs
-    tile, group = confidence_tile(capability, itemsize, kl, biased), 16 // itemsize
+    tile, group = confidence_tile(capability, itemsize, kl, biased, sampled), 16 // itemsize
     part_tiles, parts = confidence_parts(V, tile, itemsize)
 
     # 2. The arguments that are passed; what is left out is None and compiled in.
@@ -89,6 +89,7 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
         "PARTS": parts,
         "LOG2_SLOTS": log2_slots(parts),
         "SPLIT": split,
+        "WARPS": tile.num_warps,
     }
     return CompileCase(
         kernel="confidence",

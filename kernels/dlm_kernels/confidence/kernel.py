@@ -13,9 +13,9 @@ winner is banned. So banned ids, the runner-up and the ids themselves cost nothi
 there either: the loop stops at a tile that holds a biased id, that tile is read as the incomplete last one is and its
 elements are compared with every biased id, and the loop goes on after it.
 
-Sums start afresh in every part, and the sums of a part are reduced over the columns before they meet those of another
-part (`_merge_sums`). A row therefore has the same bits whether one program reads all its parts (many rows) or each part
-has a program (few rows, SPLIT). Largest logits are exact and go on from part to part.
+Sums start afresh in every part, and the sums of a part are reduced over the columns (`_sums_of_columns`) before they
+meet those of another part (`_merge_sums`). A row therefore has the same bits whether one program reads all its parts
+(many rows) or each part has a program (few rows, SPLIT). Largest logits are exact and go on from part to part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from ..checks.confidence import PREVIOUS_FLOOR
-from .choice import _add_bias, _choose, _load_bans, _without_banned
+from .choice import _add_bias, _choose
 from .merge import (
     _DIVERGENCE,
     _DRAWN,
@@ -59,10 +59,10 @@ from .row import (
     _merge_sums,
     _noise_key,
     _pivot,
-    _rounded_product,
     _sampling,
     _scales,
     _score,
+    _sums_of_columns,
 )
 
 _FLOOR_LOG2 = tl.constexpr(PREVIOUS_FLOOR * math.log2(math.e))
@@ -166,7 +166,7 @@ def _one_tile(
 def _part(
     bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
     LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr,
-    SAMPLED: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr,
+    SAMPLED: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PART_TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """The columns' largest logits and draws after one more part, and the part's own sums: pivot, total, energy,
     divergence.
@@ -205,17 +205,8 @@ def _part(
 
     # 2. The columns' sums become the part's.
     best, best_tile, drawn, drawn_tile, pivot, total, energy, divergence = state
-    part_pivot = tl.max(pivot, axis=0)
-    step = tl.maximum(pivot - part_pivot, _FAR_BELOW)
-    decay = tl.exp2(step)
-    part_total = tl.sum(_rounded_product(decay, total), axis=0)
-    part_energy = 0.0
-    if ENTROPY:
-        part_energy = tl.sum(_rounded_product(decay, tl.fma(step, total, energy)), axis=0)
-    part_divergence = 0.0
-    if KL:
-        part_divergence = tl.sum(_rounded_product(decay, tl.fma(step, total, divergence)), axis=0)
-    return (best, best_tile, drawn, drawn_tile), (part_pivot, part_total, part_energy, part_divergence)
+    sums = _sums_of_columns(pivot, total, energy, divergence, ENTROPY, KL, COLUMNS, WARPS)
+    return (best, best_tile, drawn, drawn_tile), sums
 
 
 # R and the stride of `banned` change with the batch, and nothing is compiled again for them. Nor is anything for the
@@ -234,7 +225,7 @@ def _confidence_kernel(
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     QUERY: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, COLUMN_TILES: tl.constexpr, PART_TILES: tl.constexpr,
-    PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr,
+    PARTS: tl.constexpr, LOG2_SLOTS: tl.constexpr, SPLIT: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a row, in a grid of (N,). With SPLIT the grid is (N, PARTS), a program leaves the partials of a
     part to `_merge_kernel`, and the pointers to the outputs are None."""
@@ -256,10 +247,6 @@ def _confidence_kernel(
     V = tl.where(error, 0, V)  # a row outside the logits is never read
     logits_ptr += row.to(tl.int64) * row_stride
     # Where an argument is None its place in a tuple is taken by a number that nothing reads, for Triton 3.6.
-    bans = (0, 0, 0)
-    if HAS_BANNED:
-        banned_ptr += n.to(tl.int64) * banned_stride
-        bans = (banned_ptr, num_banned, _load_bans(banned_ptr, num_banned, V))
     biases = (0, 0, 0)
     if HAS_BIAS:
         biases = (bias_ids_ptr + n.to(tl.int64) * num_bias, bias_ptr + n.to(tl.int64) * num_bias, num_bias)
@@ -292,9 +279,10 @@ def _confidence_kernel(
         first_tile = part * PART_TILES
         end = tl.minimum((first_tile + PART_TILES) * (COLUMNS * GROUP), V)
         tiles = tl.zeros((COLUMNS,), tl.int32) + first_tile
+        bests = (nothing, tiles, nothing, tiles)
         bests, sums = _part(
-            (nothing, tiles, nothing, tiles), logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
-            True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
+            bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
+            True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES, WARPS,
         )  # fmt: skip
         row_pivot, row_total, row_energy, row_divergence = sums
     else:
@@ -310,7 +298,7 @@ def _confidence_kernel(
         for part in range(PARTS - left_out):
             bests, sums = _part(
                 bests, logits_ptr, previous_ptr, part, biases, V, scales, sampling, elements,
-                HAS_BIAS, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
+                HAS_BIAS, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES, WARPS,
             )  # fmt: skip
             pivots = tl.where(slot == part, sums[0], pivots)
             totals = tl.where(slot == part, sums[1], totals)
@@ -319,7 +307,7 @@ def _confidence_kernel(
         if not HAS_BIAS:
             bests, sums = _part(
                 bests, logits_ptr, previous_ptr, PARTS - 1, biases, V, scales, sampling, elements,
-                True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES,
+                True, HAS_BIAS, HAS_SOFT_CAP, ENTROPY, KL, SAMPLED, COLUMNS, GROUP, PART_TILES, WARPS,
             )  # fmt: skip
             pivots = tl.where(slot == PARTS - 1, sums[0], pivots)
             totals = tl.where(slot == PARTS - 1, sums[1], totals)
@@ -330,15 +318,11 @@ def _confidence_kernel(
         )  # fmt: skip
 
     # 3. The choices among the ids that are allowed.
-    row_best = tl.max(bests[0], axis=0)
     if HAS_BANNED:
-        bests = _without_banned(
-            bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
-            HAS_BIAS, HAS_SOFT_CAP, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
-        )  # fmt: skip
-    token, top, second_token, second, sampled_token, sampled, drawn = _choose(
-        bests, logits_ptr, bans, biases, first_tile, end, scales, sampling,
-        HAS_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, COLUMNS, GROUP, COLUMN_TILES,
+        banned_ptr += n.to(tl.int64) * banned_stride
+    row_best, token, top, second_token, second, sampled_token, sampled, drawn = _choose(
+        bests, logits_ptr, banned_ptr, num_banned, biases, first_tile, end, scales, sampling,
+        HAS_BANNED, HAS_BIAS, HAS_SOFT_CAP, SECOND, SAMPLED, COLUMNS, GROUP, COLUMN_TILES, WARPS,
     )  # fmt: skip
     query_logit = top
     if QUERY:

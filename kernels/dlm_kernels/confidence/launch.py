@@ -104,7 +104,7 @@ def confidence(
         call.accepted(())
 
     # 3. The plan of such calls for this tile, form and kernels.
-    tile = _tile(logits, kl="kl" in outputs, biased=bias is not None)
+    tile = _tile(logits, kl="kl" in outputs, biased=bias is not None, sampled="sampled" in outputs)
     N = logits.shape[0] if rows is None else rows.shape[0]
     split = N < PROGRAMS_PER_SM * _multiprocessors(logits.device)
     depends = (tile, split, _confidence_kernel, _merge_kernel)
@@ -179,6 +179,7 @@ class _ConfidencePlan:
             "COLUMN_TILES": part_tiles if split else confidence_column_tiles(V, tile, itemsize),
             "PART_TILES": part_tiles,
             "SPLIT": split,
+            "WARPS": tile.num_warps,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,
@@ -233,6 +234,6 @@ def _multiprocessors(device: torch.device) -> int:
     return _multiprocessors_of(device.index) if device.type == "cuda" else 132
 
 
-def _tile(logits: Tensor, kl: bool, biased: bool) -> ConfidenceTile:
+def _tile(logits: Tensor, kl: bool, biased: bool, sampled: bool) -> ConfidenceTile:
     capability = device.capability_of("confidence", logits, _confidence_kernel)
-    return confidence_tile(capability, logits.element_size(), kl, biased)
+    return confidence_tile(capability, logits.element_size(), kl, biased, sampled)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..unmask.select import KEY_MIN
+from .choice import _key, _number_of, _value_of
 from .row import _ERROR, _LIMIT, _NO_ID, _NO_PIVOT, _finish, _merge_sums, _sampling, _scales
 
 # The fields of a part: its sums, its largest logit of all ids, then what is chosen among the allowed ids.
@@ -122,22 +124,21 @@ def _merge_kernel(
     error |= (row_total != row_total) | (row_best >= _LIMIT)
 
     # 3. The choices of the row: token, runner-up, draw, and the logit of the query.
-    top = tl.max(tops, axis=0)
+    keys = _key(tops, tokens)
+    token_key = tl.max(keys, axis=0)
+    token, top = _number_of(token_key), _value_of(token_key)
     error |= (top > -_LIMIT) == 0
-    token = tl.min(tl.where(tops == top, tokens, _NO_ID), axis=0)
 
     second_token = token
     second = top
     if SECOND:
         seconds = tl.load(_field(values_ptr, n, _SECOND, slot, _VALUES, PARTS), mask=is_part, other=float("-inf"))
         second_tokens = tl.load(_field(ids_ptr, n, _SECOND_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
-        tops = tl.where(tokens == token, float("-inf"), tops)
-        second = tl.max(tl.maximum(tops, seconds), axis=0)
-        candidates = tl.minimum(
-            tl.where(tops == second, tokens, _NO_ID), tl.where(seconds == second, second_tokens, _NO_ID)
-        )
+        keys = tl.where(keys == token_key, KEY_MIN, keys)
+        second_key = tl.max(tl.maximum(keys, _key(seconds, second_tokens)), axis=0)
+        second = _value_of(second_key)
         exists = second > -_LIMIT
-        second_token = tl.where(exists, tl.min(candidates, axis=0), -1)
+        second_token = tl.where(exists, _number_of(second_key), -1)
         second = tl.where(exists, second, float("-inf"))
 
     sampled_token = token
@@ -149,8 +150,8 @@ def _merge_kernel(
                 _field(values_ptr, n, _SAMPLED, slot, _VALUES, PARTS), mask=is_part, other=float("-inf")
             )
             drawn_tokens = tl.load(_field(ids_ptr, n, _SAMPLED_TOKEN, slot, _IDS, PARTS), mask=is_part, other=_NO_ID)
-            # Ids of different parts differ, so the lowest id of the highest draw is that of one part.
-            sampled_token = tl.min(tl.where(drawn == tl.max(drawn, axis=0), drawn_tokens, _NO_ID), axis=0)
+            sampled_token = _number_of(tl.max(_key(drawn, drawn_tokens), axis=0))
+            # Ids of different parts differ, so the token is that of one part.
             sampled = tl.max(tl.where(drawn_tokens == sampled_token, drawn_logits, float("-inf")), axis=0)
 
     query_logit = top

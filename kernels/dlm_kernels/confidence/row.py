@@ -126,6 +126,93 @@ def _rounded_product(a, b):
 
 
 @triton.jit
+def _by_warp(x, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """[COLUMNS] values as [.., WARPS, LANES]. As the tiles are read, the middle axis says which warp holds a value, so
+    the other two can be reduced without a barrier."""
+    LANES: tl.constexpr = min(32, COLUMNS // WARPS)
+    return tl.reshape(x, (COLUMNS // (WARPS * LANES), WARPS, LANES))
+
+
+@triton.jit
+def _sum_by_warp(x):
+    return tl.sum(tl.sum(x, axis=0), axis=1)
+
+
+# What two warps have added up, relative to the larger of their pivots: as many sums as the call needs.
+
+
+@triton.jit
+def _two_totals(pivot, total, other_pivot, other_total):
+    raised = tl.maximum(pivot, other_pivot)
+    decay, other_decay = tl.exp2(pivot - raised), tl.exp2(other_pivot - raised)
+    return raised, tl.fma(decay, total, 0.0) + tl.fma(other_decay, other_total, 0.0)
+
+
+@triton.jit
+def _two_energies(pivot, total, energy, other_pivot, other_total, other_energy):
+    raised = tl.maximum(pivot, other_pivot)
+    step, other_step = tl.maximum(pivot - raised, _FAR_BELOW), tl.maximum(other_pivot - raised, _FAR_BELOW)
+    decay, other_decay = tl.exp2(step), tl.exp2(other_step)
+    energy, other_energy = tl.fma(step, total, energy), tl.fma(other_step, other_total, other_energy)
+    return (
+        raised,
+        tl.fma(decay, total, 0.0) + tl.fma(other_decay, other_total, 0.0),
+        tl.fma(decay, energy, 0.0) + tl.fma(other_decay, other_energy, 0.0),
+    )
+
+
+@triton.jit
+def _two_divergences(
+    pivot, total, energy, divergence, other_pivot, other_total, other_energy, other_divergence
+):  # fmt: skip
+    raised = tl.maximum(pivot, other_pivot)
+    step, other_step = tl.maximum(pivot - raised, _FAR_BELOW), tl.maximum(other_pivot - raised, _FAR_BELOW)
+    decay, other_decay = tl.exp2(step), tl.exp2(other_step)
+    energy, other_energy = tl.fma(step, total, energy), tl.fma(other_step, other_total, other_energy)
+    divergence = tl.fma(step, total, divergence)
+    other_divergence = tl.fma(other_step, other_total, other_divergence)
+    return (
+        raised,
+        tl.fma(decay, total, 0.0) + tl.fma(other_decay, other_total, 0.0),
+        tl.fma(decay, energy, 0.0) + tl.fma(other_decay, other_energy, 0.0),
+        tl.fma(decay, divergence, 0.0) + tl.fma(other_decay, other_divergence, 0.0),
+    )
+
+
+@triton.jit
+def _sums_of_columns(
+    pivot, total, energy, divergence,
+    ENTROPY: tl.constexpr, KL: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """(pivot, total, energy, divergence) of all columns from each one's: every warp adds up its own columns relative to
+    a pivot of its own, and the warps meet in one reduction."""
+    # 1. By warp.
+    pivot = _by_warp(pivot, COLUMNS, WARPS)
+    total = _by_warp(total, COLUMNS, WARPS)
+    pivots = tl.max(tl.max(pivot, axis=0), axis=1)
+    step = tl.maximum(pivot - pivots[None, :, None], _FAR_BELOW)
+    decay = tl.exp2(step)
+    totals = _sum_by_warp(_rounded_product(decay, total))
+    energies, divergences = tl.zeros_like(totals), tl.zeros_like(totals)
+    if ENTROPY:
+        energies = _sum_by_warp(_rounded_product(decay, tl.fma(step, total, _by_warp(energy, COLUMNS, WARPS))))
+    if KL:
+        divergences = _sum_by_warp(_rounded_product(decay, tl.fma(step, total, _by_warp(divergence, COLUMNS, WARPS))))
+
+    # 2. Of all warps.
+    row_energy, row_divergence = 0.0, 0.0
+    if KL:
+        row_pivot, row_total, row_energy, row_divergence = tl.reduce(
+            (pivots, totals, energies, divergences), 0, _two_divergences
+        )
+    elif ENTROPY:
+        row_pivot, row_total, row_energy = tl.reduce((pivots, totals, energies), 0, _two_energies)
+    else:
+        row_pivot, row_total = tl.reduce((pivots, totals), 0, _two_totals)
+    return row_pivot, row_total, row_energy, row_divergence
+
+
+@triton.jit
 def _ordered_sum(values, LOG2_SLOTS: tl.constexpr):
     """The sum of [2^LOG2_SLOTS] values, neighbours first: an order that no layout and no number of warps can change."""
     for _ in tl.static_range(LOG2_SLOTS):
