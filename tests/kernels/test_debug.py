@@ -150,7 +150,8 @@ def test_a_traced_call_is_not_read():
 
 
 def test_every_op_is_read_but_those_with_a_result_for_every_number():
-    assert {*contents.READERS} == {*cpu.__all__} - {"confidence", "uniform_scores"}
+    of_a_layer = {"rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu"}
+    assert {*contents.READERS} == {*cpu.__all__} - {"confidence", "uniform_scores"} - of_a_layer
 
 
 # Memory.
