@@ -23,6 +23,8 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from dlm_kernels.checks.layers import MAX_EPS, MIN_EPS
+
 from ..ops import Ops
 from .attention import ATTENTION_NAME, AttentionCall, attention
 
@@ -109,6 +111,8 @@ def unfusable(model: nn.Module) -> str | None:
         for norm in norms:
             if norm.weight.dtype != dtype:
                 return f"layer {index} has a norm of {norm.weight.dtype} in a model of {dtype}"
+            if not MIN_EPS <= norm.variance_epsilon <= MAX_EPS:
+                return f"layer {index} has a norm with epsilon {norm.variance_epsilon}"
     return None
 
 

@@ -88,7 +88,7 @@ _MMA_SYNC_TILES = {
     512: (AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2), AttentionTile(32, 16, 8, 2)),
 }
 _SM_80_TILES = _MMA_SYNC_TILES | {
-    128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))
+    128: (AttentionTile(64, 32, 4, 3, max_registers=255), AttentionTile(128, 16, 8, 3), AttentionTile(64, 64, 8, 2))
 }
 # float32 multiplies without tensor cores ("ieee"); these tiles are for tests and tiny models.
 _FLOAT32_TILES = {

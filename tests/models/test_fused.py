@@ -154,6 +154,10 @@ def another_epsilon(layer: nn.Module) -> None:
     layer.self_attn.k_norm.variance_epsilon = 1.0
 
 
+def no_epsilon(layer: nn.Module) -> None:
+    layer.input_layernorm.variance_epsilon = 0.0
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -165,6 +169,7 @@ def another_epsilon(layer: nn.Module) -> None:
         (another_layer, "layer 1 is a OurLayer"),
         (moved_by_accelerate, "layer 1 has a replaced forward"),
         (another_epsilon, "layer 1 has a q_norm and a k_norm of different epsilon"),
+        (no_epsilon, "layer 1 has a norm with epsilon 0.0"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

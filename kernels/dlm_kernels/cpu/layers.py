@@ -36,7 +36,8 @@ def qk_norm_rope(
     eps: float | None = None,
     q_scale: Tensor | None = None,
 ) -> RotatedHeads:
-    """`reference.qk_norm_rope`, with the heads of queries and keys turned together."""
+    """`reference.qk_norm_rope`, with the heads of queries and keys turned together: the results may be views of one
+    tensor."""
     check_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps, q_scale, DTYPES)
     heads, half = q.shape[2], cos.shape[-1] // 2
     if (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)) or 2 * half != q.shape[3]:
