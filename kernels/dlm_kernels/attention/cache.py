@@ -137,7 +137,7 @@ def _slots_visible(slot, first, kv_len, replaced_start, replaced_end, kept_ptr, 
 
 @triton.jit
 def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N):
-    """How a row's visible prefix is cut: (where the first split starts, slots a split, number of splits, at least 1).
+    """How a row's visible prefix is cut: (where the first split starts, slots a split). There is at least one split.
 
     The plan looks at nothing but the row's own length. Long prefixes get longer splits instead of more splits: the
     partial results are fp32 and as wide as the keys, so their number bounds the workspace and what the combine reads.
@@ -145,15 +145,32 @@ def _split_plan(kv_len, sliding_window, SPLIT: tl.constexpr, MAX_SPLITS: tl.cons
     base = _first_visible(kv_len, sliding_window) // BLOCK_N * BLOCK_N
     span = kv_len - base
     length = SPLIT * tl.maximum(tl.cdiv(span, SPLIT * MAX_SPLITS), 1)
-    return base, length, tl.maximum(tl.cdiv(span, length), 1)
+    return base, length
+
+
+@triton.jit
+def _load_row(q_len_ptr, kv_len_ptr, replaced_ptr, batch):
+    """(q_len, kv_len, start and end of the replaced slots) of a batch row, loaded before any of them is looked at, so
+    that the latencies pass side by side."""
+    q_len = tl.load(q_len_ptr + batch)
+    kv_len = tl.load(kv_len_ptr + batch)
+    replaced_start = tl.load(replaced_ptr + 2 * batch)
+    replaced_end = tl.load(replaced_ptr + 2 * batch + 1)
+    return q_len, kv_len, replaced_start, replaced_end
+
+
+@triton.jit
+def _is_replaced(begin, length, replaced_start, replaced_end):
+    """Whether all slots of a split are replaced. Unless the split is the last one, which has the window too, no partial
+    result is written of it."""
+    return (replaced_start <= begin) & (begin + length <= replaced_end)
 
 
 @triton.jit
 def _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N):
     """(first, number) of the key tiles of a split [begin, end) that are replaced as a whole, and are passed over.
 
-    Passing over them changes no bit, as a hidden tile adds exact zeros. A split that has no other tile leaves no
-    partial result.
+    Passing over them changes no bit, as a hidden tile adds exact zeros.
     """
     tiles_end = tl.cdiv(end, BLOCK_N)
     gap = tl.minimum(tl.maximum(tl.cdiv(replaced_start, BLOCK_N), begin // BLOCK_N), tiles_end)

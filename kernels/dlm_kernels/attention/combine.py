@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import _replaced_tiles, _split_plan, _tile_mask
+from .cache import _is_replaced, _load_row, _split_plan, _tile_mask
 
 # The pivot of a row without a visible key. It is finite, because -inf - -inf is NaN, and the least float32, so that no
 # finite score lies below.
@@ -88,17 +88,15 @@ def _combine_kernel(
     zeros."""
     # 1. Which rows, and how many splits they have.
     batch = (first_batch + tl.program_id(1)).to(tl.int64)
+    q_len, kv_len, replaced_start, replaced_end = _load_row(q_len_ptr, kv_len_ptr, replaced_ptr, batch)
+    base, length = _split_plan(kv_len, sliding_window, SPLIT, MAX_SPLITS, BLOCK_N)
+    if (kv_len - base <= length) | (q_len * G > longest):
+        return
+    splits = tl.cdiv(kv_len - base, length)
     tiles = num_rows // BLOCK_R
     head = (first_head + tl.program_id(0) // tiles).to(tl.int64)
     tile_start = tl.program_id(0) % tiles * BLOCK_R
     local = tile_start + tl.arange(0, BLOCK_R)
-    q_len = tl.load(q_len_ptr + batch)
-    kv_len = tl.load(kv_len_ptr + batch)
-    base, length, splits = _split_plan(kv_len, sliding_window, SPLIT, MAX_SPLITS, BLOCK_N)
-    if (splits == 1) | (q_len * G > longest):
-        return
-    replaced_start = tl.load(replaced_ptr + 2 * batch)
-    replaced_end = tl.load(replaced_ptr + 2 * batch + 1)
     rows_in_use = q_len * G - first_row
     merged = tl.where(tile_start < rows_in_use, splits, 0)
 
@@ -111,10 +109,8 @@ def _combine_kernel(
     acc_ptr, max_ptr, sum_ptr = _partial_pointers(partials_ptr, partial_rows, partial, D, BLOCK_D)
     split_rows = tl.num_programs(1) * tl.num_programs(0) * BLOCK_R
     for split in tl.range(0, merged, num_stages=3):
-        begin = base + split * length
-        end = tl.minimum(begin + length, kv_len)
-        _, gap_tiles = _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N)
-        written = (gap_tiles != tl.cdiv(end, BLOCK_N) - begin // BLOCK_N) | (split == splits - 1)
+        is_replaced = _is_replaced(base + split * length, length, replaced_start, replaced_end)
+        written = (is_replaced == 0) | (split == splits - 1)
         in_use = (local < rows_in_use) & written
         behind = split * split_rows
         split_max = tl.load(max_ptr + behind, mask=in_use, other=LOWEST)

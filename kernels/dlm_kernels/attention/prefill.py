@@ -16,7 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import E4M3_UNIT, _cache_base, _first_visible, _load_cached, _load_tile, _slots_visible, _tile_pages
+from .cache import (
+    E4M3_UNIT,
+    _cache_base,
+    _first_visible,
+    _load_cached,
+    _load_row,
+    _load_tile,
+    _slots_visible,
+    _tile_pages,
+)
 from .combine import LOWEST, _normalized, _write_output
 from .split import (
     LAST_ORDER,
@@ -125,7 +134,11 @@ def _prefill_kernel(
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch = (pair // H_KV).to(tl.int64)
     head = (pair % H_KV).to(tl.int64)
-    q_len = tl.load(q_len_ptr + batch)
+    if HAS_CACHE:
+        q_len, kv_len, replaced_start, replaced_end = _load_row(q_len_ptr, kv_len_ptr, replaced_ptr, batch)
+        cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
+    else:
+        q_len = tl.load(q_len_ptr + batch)
     is_short = q_len * G <= longest
     if is_short & (tile * BLOCK_M + BLOCK_M <= longest):
         return
@@ -136,12 +149,12 @@ def _prefill_kernel(
         _write_output(out_ptr, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), batch, head, in_place, W, H_KV, G, D, BLOCK_D)
         return
 
-    # 2. The queries, and where the window's keys are.
+    # 2. The queries, of which a dead one may be anything, and where the window's keys are.
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
     query = row // G
     live = tl.load(q_block_ptr + query, mask=query < q_len, other=-1) >= 0
-    q = _load_queries(q_ptr, q_strides, batch, head, row, live, G, D, BLOCK_D)
+    q = _load_queries(q_ptr, q_strides, batch, head, row, query < q_len, G, D, BLOCK_D)
     k_base = k_ptr + batch * k_strides[0] + head * k_strides[1]
     v_base = v_ptr + batch * v_strides[0] + head * v_strides[1]
 
@@ -151,7 +164,6 @@ def _prefill_kernel(
 
     # 3. The window's keys are stored, and the cached keys attended: the tiles seen whole, then the others.
     if HAS_CACHE:
-        cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
         k_slots = _cache_base(k_cache_ptr, k_cache_strides, cache_row, head, PAGE)
         v_slots = _cache_base(v_cache_ptr, v_cache_strides, cache_row, head, PAGE)
         if PAGE != 0:
@@ -166,9 +178,6 @@ def _prefill_kernel(
             page_table_ptr, k_strides, v_strides, k_cache_strides, v_cache_strides, tile, q_len, G, PAGE, D, BLOCK_M,
             BLOCK_D,
         )  # fmt: skip
-        kv_len = tl.load(kv_len_ptr + batch)
-        replaced_start = tl.load(replaced_ptr + 2 * batch)
-        replaced_end = tl.load(replaced_ptr + 2 * batch + 1)
         first = _first_visible(kv_len, sliding_window)
         first_tile = first // BLOCK_N
         end_tile = tl.cdiv(kv_len, BLOCK_N)

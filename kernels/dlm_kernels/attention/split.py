@@ -25,7 +25,9 @@ from .cache import (
     E4M3_UNIT,
     _cache_base,
     _first_visible,
+    _is_replaced,
     _load_cached,
+    _load_row,
     _load_tile,
     _replaced_tiles,
     _slots_visible,
@@ -129,10 +131,10 @@ def _end_of_visible(order_ptr, block_ptr, q_len, newest):
 
 
 @triton.jit
-def _load_queries(q_ptr, strides, batch, head, row, live, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] queries of a tile; zeros where a row is dead."""
+def _load_queries(q_ptr, strides, batch, head, row, inside, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] queries of a tile; zeros beyond the row's length."""
     offset = (head * G + row % G) * strides[1] + (row // G).to(tl.int64) * strides[2]
-    return _load_tile(q_ptr + batch * strides[0], offset, live, D, BLOCK_D)
+    return _load_tile(q_ptr + batch * strides[0], offset, inside, D, BLOCK_D)
 
 
 @triton.jit
@@ -249,34 +251,40 @@ def _attention_kernel(
     Strides are those of (batch row, head, position), and of a cache those of (cache row or page, head, slot). Batch
     rows of more than `longest` query rows are left to the prefill kernel.
     """
-    # 1. Which rows, and which split. Query tiles of one KV head are neighbours, so that the second one finds the keys
-    # in L2.
+    # 1. The row's lengths, and whether it has such a split. A program without one returns after one wait.
     batch = (first_batch + tl.program_id(1)).to(tl.int64)
     split = tl.program_id(2)
+    is_only, is_last = True, True
+    if HAS_CACHE:
+        q_len, kv_len, replaced_start, replaced_end = _load_row(q_len_ptr, kv_len_ptr, replaced_ptr, batch)
+        cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
+        base, length = _split_plan(kv_len, sliding_window, SPLIT, MAX_SPLITS, BLOCK_N)
+        begin = base + split * length
+        is_only, is_last = kv_len - base <= length, kv_len - begin <= length
+        # The combine reads no partial results of a split that holds nothing, nor of one whose slots are replaced.
+        is_replaced = _is_replaced(begin, length, replaced_start, replaced_end) & (is_last == 0)
+        if ((split > 0) & (begin >= kv_len)) | is_replaced | (q_len * G > longest):
+            return
+    else:
+        q_len = tl.load(q_len_ptr + batch)
+        if q_len * G > longest:
+            return
+
+    # 2. Which rows. Query tiles of one KV head are neighbours, so that the second one finds the keys in L2.
     head = (first_head + tl.program_id(0) // num_tiles).to(tl.int64)
     tile = first_tile + tl.program_id(0) % num_tiles
-    q_len = tl.load(q_len_ptr + batch)
-    if q_len * G > longest:
-        return
-    # A split beyond the row's own prefix holds nothing, and the combine does not read its partial results.
-    splits = 1
-    if HAS_CACHE:
-        kv_len = tl.load(kv_len_ptr + batch)
-        base, length, splits = _split_plan(kv_len, sliding_window, SPLIT, MAX_SPLITS, BLOCK_N)
-        if split >= splits:
-            return
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if tile * BLOCK_M >= q_len * G:
-        if splits == 1:
+        if is_only:
             _write_output(out_ptr, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), batch, head, row, W, H_KV, G, D, BLOCK_D)
         return
 
-    # 2. The queries.
+    # 3. The queries. A dead one may be anything: no other row looks at it, and nothing is written of it.
     q_pos_ptr += batch * W
     q_block_ptr += batch * W
     query = row // G
     live = tl.load(q_block_ptr + query, mask=query < q_len, other=-1) >= 0
-    q = _load_queries(q_ptr, q_strides, batch, head, row, live, G, D, BLOCK_D)
+    q = _load_queries(q_ptr, q_strides, batch, head, row, query < q_len, G, D, BLOCK_D)
 
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -285,9 +293,8 @@ def _attention_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # 3. The cached keys of the split.
+    # 4. The cached keys of the split.
     if HAS_CACHE:
-        cache_row = tl.load(cache_row_ptr + batch).to(tl.int64)
         k_slots = _cache_base(k_cache_ptr, k_cache_strides, cache_row, head, PAGE)
         v_slots = _cache_base(v_cache_ptr, v_cache_strides, cache_row, head, PAGE)
         if PAGE != 0:
@@ -299,15 +306,10 @@ def _attention_kernel(
             k_scale_ptr += head
             v_scale_ptr += head
             score_scale = scale_log2 * (tl.load(k_scale_ptr) * E4M3_UNIT)
-        replaced_start = tl.load(replaced_ptr + 2 * batch)
-        replaced_end = tl.load(replaced_ptr + 2 * batch + 1)
         first = _first_visible(kv_len, sliding_window)
-        begin = base + split * length
         end = tl.minimum(begin + length, kv_len)
         gap, gap_tiles = _replaced_tiles(begin, end, replaced_start, replaced_end, kv_len, BLOCK_N)
         tiles_end = tl.cdiv(end, BLOCK_N)
-        if (gap_tiles == tiles_end - begin // BLOCK_N) & (split != splits - 1):
-            return
         # First the tiles that are seen whole, without a mask: those before the replaced slots, or those behind them,
         # whichever are more. Then the others, around both ranges that are left out.
         whole = tl.maximum(tl.cdiv(first, BLOCK_N), begin // BLOCK_N)
@@ -349,8 +351,8 @@ def _attention_kernel(
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr) * E4M3_UNIT
 
-    # 4. The window, which belongs to the last split: its keys are stored, and attended.
-    if split == splits - 1:
+    # 5. The window, which belongs to the last split: its keys are stored, and attended.
+    if is_last:
         k_base = k_ptr + batch * k_strides[0] + head * k_strides[1]
         v_base = v_ptr + batch * v_strides[0] + head * v_strides[1]
         if HAS_CACHE:
@@ -373,10 +375,10 @@ def _attention_kernel(
             v = _load_tile(v_base, j.to(tl.int64) * v_strides[2], key_live, D, BLOCK_D)
             row_max, row_sum, acc = _attend_tile(q, k, v, visible, row_max, row_sum, acc, scale_log2, SWAP)
 
-    # 5. The output, or a partial result for the combine.
+    # 6. The output, or a partial result for the combine.
     if SWAP:
         acc = tl.trans(acc)
-    if splits == 1:
+    if is_only:
         _write_output(out_ptr, _normalized(acc, row_sum, live), batch, head, row, W, H_KV, G, D, BLOCK_D)
     elif HAS_CACHE:
         program = (split * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
