@@ -97,7 +97,12 @@ _FLOAT32_TILES = {
     64: (AttentionTile(16, 16, 4, 2, max_registers=255),) * 3,
     128: (AttentionTile(16, 16, 4, 2, max_registers=255),) * 3,
     256: (AttentionTile(16, 16, 8, 2),) * 3,
-    512: (AttentionTile(16, 16, 8, 2),) * 3,
+    512: (AttentionTile(16, 16, 8, 1, max_registers=255),) * 3,
+}
+# Keys that wait in registers for their turn, decoded to float32, would spill, so nothing is loaded ahead.
+_FP8_FLOAT32_TILES = _FLOAT32_TILES | {
+    128: (AttentionTile(16, 16, 4, 1, max_registers=255),) * 3,
+    256: (AttentionTile(16, 16, 8, 1, max_registers=255),) * 3,
 }
 ATTENTION_TILES = {
     80: _SM_80_TILES,
@@ -135,7 +140,7 @@ def attention_prefill_tile(capability: int, *, D: int, dtype: torch.dtype, fp8: 
 def _attention_tile(capability: int, D: int, dtype: torch.dtype, fp8: bool, place: int) -> AttentionTile:
     padded = 1 << (D - 1).bit_length()
     if dtype == torch.float32:
-        return _FLOAT32_TILES[padded][place]
+        return (_FP8_FLOAT32_TILES if fp8 else _FLOAT32_TILES)[padded][place]
     tile = ATTENTION_TILES[capability][padded][place]
     return _FP8_TILES[capability].get((padded, place), tile) if fp8 else tile
 

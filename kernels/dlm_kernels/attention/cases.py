@@ -80,6 +80,8 @@ def compile_cases(capability: int) -> list[CompileCase]:
     splits += [_Variant("bf16", 128, 1, "shadow", page=64, **everything)]
     splits += [_Variant("bf16", 128, 7, "shadow", fp8=True, page=16, **everything)]
     splits += [_Variant("bf16", 256, 2, fp8=True, page=64, sliding=True)]
+    splits += [_Variant("fp32", 512, 7, "block")]
+    splits += [_Variant("fp32", D, 7, "block", fp8=True) for D in (16, 32, 64, 128, 256, 512)]
     prefills = [_Variant("bf16", D, 4, "causal") for D in (16, 32, 64, 128, 256, 512)]
     prefills += [
         _Variant("bf16", 128, 1),
@@ -89,6 +91,8 @@ def compile_cases(capability: int) -> list[CompileCase]:
     prefills += [_Variant("fp32", 64, 1, "causal"), _Variant("bf16", 128, 4, "block", fp8=True)]
     prefills += [_Variant("bf16", 128, 7, "shadow", fp8=True, page=16, **everything)]
     prefills += [_Variant("bf16", 256, 2, fp8=True, page=64, sliding=True)]
+    prefills += [_Variant("fp32", 512, 7, "block")]
+    prefills += [_Variant("fp32", D, 7, "block", fp8=True) for D in (128, 256, 512)]
     combines = [
         ("bf16", 64, False),
         ("bf16", 128, False),
