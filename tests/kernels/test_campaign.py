@@ -27,6 +27,7 @@ CASES = {
     "confidence": ("confidence_cases", 6000),
     "unmask": ("unmask_cases", 5000),
     "drafts": ("drafts_cases", 1500),
+    "layers": ("layers_cases", 2000),
 }
 DEFAULT_CASES = 60
 
