@@ -389,6 +389,31 @@ def test_kernel_equals_reference_on_strided_rows_and_touches_nothing_else(seeds,
         )
 
 
+def test_any_number_of_stop_tokens_ends_a_row_as_the_reference_does(device):
+    """The kernel keeps the first few in registers."""
+    stopped = set()
+    for seed in range(6000, 6085):
+        case, count = random_case(seed, B=2), seed % 17
+        stop_ids = torch.arange(100, 100 + count)
+        # Those that the canvas holds come last, where a call has several.
+        held = case.args["stop_ids"][:count]
+        stop_ids[count - len(held) :] = held
+        case.args["stop_ids"] = stop_ids
+        ends = case.copy().run()[0].phase
+        case.args["stop_ids"] = stop_ids[:0]
+        if case.rule.stop != "never" and not torch.equal(case.copy().run()[0].phase, ends):
+            stopped.add(count)
+        case.args["stop_ids"] = stop_ids
+        assert_kernel_equals_reference(case.copy(device), f"seed {seed}")
+    assert min(stopped) < 5 and max(stopped) > 8, stopped
+
+
+@pytest.mark.parametrize("seed", range(7000, 7006))
+def test_kernel_equals_reference_with_as_many_lanes_as_the_registers_hold(seed, device):
+    case = random_case(seed, B=1, lanes=(129, 200, 256)[seed % 3])
+    assert_kernel_equals_reference(case.copy(device), f"seed {seed}")
+
+
 @pytest.mark.parametrize(
     "op, seeds", [(reference.unmask, range(2000, 2060)), (unmask, range(2001, 2009))], ids=["reference", "kernel"]
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..unmask.select import KEY_MAX, KEY_MIN, keys_of
+from ..unmask.select import KEY_MAX, KEY_MIN, load_keys
 
 # As many lanes as a key can tell apart.
 _LANES = tl.constexpr(2**31)
@@ -34,7 +34,7 @@ def _best_below(limit, W, score_ptr, eligible_ptr, held_ptr, mask_id, BLOCK_T: t
         candidates = tl.load(eligible_ptr + lane, mask=lane < W, other=0) != 0
         if held_ptr is not None:
             candidates = candidates & (tl.load(held_ptr + lane, mask=candidates, other=0) == mask_id)
-        keys = keys_of(lane, candidates, score_ptr, False, _LANES)
+        keys = load_keys(lane, candidates, score_ptr, False, _LANES)
         top = tl.maximum(top, tl.max(tl.where(candidates & (keys < limit), keys, KEY_MIN)))
     return top
 
@@ -77,7 +77,7 @@ def draft_build_kernel(
         for begin in range(0, W, BLOCK_T):
             lane = begin + tl.arange(0, BLOCK_T)
             eligible = tl.load(eligible_ptr + lane, mask=lane < W, other=0) != 0
-            writes = eligible & (keys_of(lane, eligible, score_ptr, False, _LANES) >= cut)
+            writes = eligible & (load_keys(lane, eligible, score_ptr, False, _LANES) >= cut)
             held = tl.load(tokens_ptr + row * tokens_stride + lane, mask=lane < W, other=0)
             token = tl.load(source_token_ptr + row * source_token_stride + lane, mask=writes, other=0)
             tl.store(held_ptr + (row * D + k) * W + lane, tl.where(writes, token, held), mask=lane < W)
@@ -170,7 +170,7 @@ def verify_kernel(
         lane = begin + index
         inside = lane < W
         eligible = tl.load(eligible_ptr + lane, mask=inside, other=0) != 0
-        keys = keys_of(lane, eligible, source_score_ptr, False, _LANES)
+        keys = load_keys(lane, eligible, source_score_ptr, False, _LANES)
         from_draft = eligible & (keys >= cut)
         token = tl.load(token_ptr + best * token_draft_stride + lane, mask=inside, other=0)
         score = tl.load(score_ptr + best * score_draft_stride + lane, mask=inside, other=0.0)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from .. import state as row_state
-from .canvas import fill, first_stop_token, is_stop_token
+from .canvas import fill, first_stop_token, is_stop_token, load_stop_ids
 from .row import POINTERS, advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
-from .select import choose, eligible_lanes, force_in_blocks, masked_again
+from .select import choose, force_in_blocks, masked_again
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
@@ -58,9 +58,15 @@ def unmask_kernel(
 ):  # fmt: skip
     PIPELINE: tl.constexpr = SCOPE != "row"
     row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_W)
+    in_call = lane < W
     tokens_ptr += row * tokens_stride
     unmask_step_ptr += row * unmask_step_stride
     unmask_confidence_ptr += row * unmask_confidence_stride
+
+    # 0. All that a step may need is read at once, whatever of it turns out to be needed: each read that waits for
+    # another costs as much as all the arithmetic. Where the row's lanes lie in its canvas is told by these reads, and
+    # so the canvas is read next.
     query_len = tl.load(query_len_ptr + row)
     phase = tl.load(phase_ptr + row)
     block_start = tl.load(block_start_ptr + row)
@@ -68,17 +74,95 @@ def unmask_kernel(
     lane_start = block_start
     if lane_start_ptr is not None:
         lane_start = tl.load(lane_start_ptr + row)
-    # One thread writes these fields for all threads, but not before every warp has read them all. Other fields are read
-    # where they are used, because what is kept through the sort takes registers from the sort.
-    tl.debug_barrier()
+    canvas_len = tl.load(canvas_len_ptr + row)
+    step = tl.load(step_ptr + row)
+    block_step = tl.load(block_step_ptr + row)
+    block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
+    nfe = tl.load(nfe_ptr + row)
+    query_tokens = tl.load(query_tokens_ptr + row)
+    error = tl.load(error_ptr + row)
+    steps = tl.load(steps_ptr + row)
+    block_masks = tl.load(block_masks_ptr + row)
+    min_unmask = tl.load(min_unmask_ptr + row)
+    exiting = False
+    if exits_ptr is not None:
+        exiting = tl.load(exits_ptr + row) != 0
+    max_steps = step
+    if max_steps_ptr is not None:
+        max_steps = tl.load(max_steps_ptr + row)
+    fallback = None
+    if fallback_ptr is not None:
+        fallback = tl.load(fallback_ptr + row)
+    max_unmask = None
+    if max_unmask_ptr is not None:
+        max_unmask = tl.load(max_unmask_ptr + row)
+    run_value = None
+    if RUNS:
+        run_value = tl.load(run_value_ptr + row)
+    edit_value = 0.0
+    if EDIT:
+        edit_value = tl.load(edit_value_ptr + row)
+        if exits_ptr is not None:
+            edit_value = tl.where(exiting, float("inf"), edit_value)
+    remask_count, remask_value = 0, 0.0
+    if REMASK == "lowest" or REMASK == "wino":
+        remask_count = tl.load(remask_count_ptr + row)
+    if REMASK == "wino":
+        remask_value = tl.load(remask_value_ptr + row)
+    activate_masks, append_masks = 0, 0
+    if PIPELINE:
+        activate_masks = tl.load(activate_masks_ptr + row)
+        append_masks = tl.load(append_masks_ptr + row)
+    delay = None
+    if CACHE == "delayed":
+        delay = tl.load(delay_ptr + row)
+    if STOP != "never":
+        stops = load_stop_ids(stop_ids_ptr, K)
+    score_ptr += row * score_stride
+    pred = tl.load(pred_ptr + row * pred_stride + lane, mask=in_call, other=0)
+    score = tl.load(score_ptr + lane, mask=in_call, other=0.0)
+    confidence = tl.load(confidence_ptr + row * confidence_stride + lane, mask=in_call, other=0.0)
+    if VALUE_PER_LANE:
+        value = tl.load(value_ptr + row * value_stride + lane, mask=in_call, other=0.0)
+    else:
+        value = tl.load(value_ptr + row * value_stride)
+    rank = score
+    if rank_ptr is not None:
+        rank = tl.load(rank_ptr + row * rank_stride + lane, mask=in_call, other=0.0)
+    if entropy_ptr is not None:
+        entropy_ptr += row * entropy_stride
+    stat_error = lane * 0
+    if stat_error_ptr is not None:
+        stat_error = tl.load(stat_error_ptr + row * stat_error_stride + lane, mask=in_call, other=0)
+    allowed = in_call
+    if allowed_ptr is not None:
+        allowed = tl.load(allowed_ptr + row * allowed_stride + lane, mask=in_call, other=0) != 0
+    refill = pred
+    if RENOISE:
+        refill = tl.load(refill_ptr + row * refill_stride + lane, mask=in_call, other=0)
+    remask_score = score
+    if REMASK != "none":
+        remask_score = tl.load(remask_score_ptr + row * remask_score_stride + lane, mask=in_call, other=0.0)
 
     # 1. Who takes part, and as what.
     prefills, commits, selects = part_of(phase, block_start, block_end, lane_start, W, KIND, CACHE)
-    lane = tl.arange(0, BLOCK_W)
+    position = lane_start + lane
+    in_region = (position >= block_start) & (position < block_end)
+    # Lanes looked at: an exiting row writes every mask in its lanes.
+    seen = in_region
+    if exits_ptr is not None:
+        seen = (position >= 0) & (position < canvas_len) & in_call
+    held_token_ptr = tokens_ptr + lane_start
+    held_step_ptr = unmask_step_ptr + lane_start
+    is_read = seen & (selects & (query_len > 0))
+    held_token = tl.load(held_token_ptr + lane, mask=is_read, other=0)
+    held_step = tl.load(held_step_ptr + lane, mask=is_read, other=-1)
+    # One thread writes the row's fields for all threads, but not before every warp has read them all.
+    tl.debug_barrier()
     changed = lane < 0
     if (query_len > 0) & (prefills | commits | selects):
-        tl.store(nfe_ptr + row, tl.load(nfe_ptr + row) + 1)
-        tl.store(query_tokens_ptr + row, tl.load(query_tokens_ptr + row) + query_len)
+        tl.store(nfe_ptr + row, nfe + 1)
+        tl.store(query_tokens_ptr + row, query_tokens + query_len)
         next_phase = _DENOISE
         # A block may open, at `start`; no position before `masks_begin` is masked then.
         opens = prefills | commits
@@ -87,34 +171,17 @@ def unmask_kernel(
         if prefills:
             start = block_start
             masks_begin = block_start
-        if commits & (block_end >= tl.load(canvas_len_ptr + row)):
+        if commits & (block_end >= canvas_len):
             next_phase = _DONE
             opens = commits & False
 
         if selects:
-            # 2. What the lanes hold, and which are eligible.
-            position = lane_start + lane
-            in_region = (position >= block_start) & (position < block_end)
-            held_token_ptr = tokens_ptr + lane_start
-            held_step_ptr = unmask_step_ptr + lane_start
-            score_row = score_ptr + row * score_stride
-            rank_row = score_row
-            if rank_ptr is not None:
-                rank_row = rank_ptr + row * rank_stride
-            allowed_row = None
-            if allowed_ptr is not None:
-                allowed_row = allowed_ptr + row * allowed_stride
-            entropy_row = None
-            if entropy_ptr is not None:
-                entropy_row = entropy_ptr + row * entropy_stride
-            # Lanes looked at: an exiting row writes every mask in its lanes.
-            seen = in_region
-            exiting = False
-            if exits_ptr is not None:
-                seen = (position >= 0) & (position < tl.load(canvas_len_ptr + row)) & (lane < W)
-                exiting = tl.load(exits_ptr + row) != 0
-            held_token = tl.load(held_token_ptr + lane, mask=seen, other=0)
-            eligible = eligible_lanes(lane, held_token, in_region, allowed_row, mask_id, RENOISE, False)
+            # 2. Which lanes are eligible.
+            masked = in_region & (held_token == mask_id)
+            written = in_region & (held_step >= 0)
+            eligible = in_region
+            if not RENOISE:
+                eligible = masked & allowed
             n = tl.sum(eligible.to(tl.int32))
 
             # 3. Which rows fail: an unusable statistic, or a row that should have ended, ends it before anything is
@@ -123,79 +190,49 @@ def unmask_kernel(
             if stat_error_ptr is not None:
                 needed = eligible
                 if EDIT or REMASK != "none":
-                    needed = needed | (tl.load(held_step_ptr + lane, mask=in_region, other=-1) >= 0)
+                    needed = needed | written
                 if exits_ptr is not None:
                     needed = needed | (seen & (held_token == mask_id))
-                stat_error = tl.load(stat_error_ptr + row * stat_error_stride + lane, mask=needed, other=0)
-                fault = tl.max((stat_error != 0).to(tl.int32)) * _ERROR_LOGITS
+                fault = tl.max((needed & (stat_error != 0)).to(tl.int32)) * _ERROR_LOGITS
             if max_steps_ptr is not None:
-                stalled = (tl.load(step_ptr + row) >= tl.load(max_steps_ptr + row)) & (fault == 0)
+                stalled = (step >= max_steps) & (fault == 0)
                 fault = tl.where(stalled, _ERROR_STALLED, fault)
             if fault != 0:
-                tl.store(error_ptr + row, tl.load(error_ptr + row) | fault)
+                tl.store(error_ptr + row, error | fault)
                 next_phase = _DONE
             else:
                 # 4. Which lanes are written.
                 if exiting:
                     changed = in_region if RENOISE else seen & (held_token == mask_id)
                 else:
-                    kmin = quota_or_minimum(
-                        n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE
-                    )
-                    fallback = kmin
-                    if fallback_ptr is not None:
-                        fallback = tl.load(fallback_ptr + row)
-                    max_unmask = None
-                    if max_unmask_ptr is not None:
-                        max_unmask = tl.load(max_unmask_ptr + row)
-                    run_value = None
-                    if RUNS:
-                        run_value = tl.load(run_value_ptr + row)
-                    changed, eligible, held_token = choose(
-                        seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value, held_token_ptr,
-                        allowed_row, value_ptr + row * value_stride, score_row, rank_row, entropy_row, mask_id,
-                        PASSES, INCLUSIVE, VALUE_PER_LANE, RENOISE, RUNS, LOG_W, BLOCK_W,
+                    kmin = quota_or_minimum(n, steps, block_masks, block_step, min_unmask, QUOTA, SCOPE)
+                    changed = choose(
+                        eligible, n, kmin, kmin if fallback is None else fallback, max_unmask, run_value, value, score,
+                        rank, score_ptr, entropy_ptr, PASSES, INCLUSIVE, RUNS, LOG_W, BLOCK_W,
                     )  # fmt: skip
                     if PIPELINE:
-                        block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
                         changed = force_in_blocks(
-                            changed, eligible, in_region & (held_token == mask_id), rank_row, block_end - block_start,
-                            block_length, tl.load(activate_masks_ptr + row), SCOPE, BLOCK_W,
+                            changed, eligible, masked, rank, block_end - block_start, block_length, activate_masks,
+                            SCOPE, BLOCK_W,
                         )  # fmt: skip
-                held_step = tl.load(held_step_ptr + lane, mask=seen, other=-1, volatile=EDIT or REMASK != "none")
-                written = in_region & (held_step >= 0)
-                pred_row = pred_ptr + row * pred_stride
                 if EDIT:
-                    edit_value = tl.load(edit_value_ptr + row)
-                    if exits_ptr is not None:
-                        edit_value = tl.where(exiting, float("inf"), edit_value)
-                    differs = written & (tl.load(pred_row + lane, mask=written, other=0) != held_token)
-                    changed = changed | (
-                        differs & (tl.load(score_row + lane, mask=written, other=float("-inf")) > edit_value)
-                    )
+                    changed = changed | (written & (pred != held_token) & (score > edit_value))
 
                 # 5. Which lanes are masked again.
                 if REMASK != "none":
                     remasked = masked_again(
-                        changed & in_region, written, in_region & (held_token == mask_id),
-                        remask_score_ptr + row * remask_score_stride, row, min_unmask_ptr, remask_count_ptr,
-                        remask_value_ptr, exiting, REMASK, LOG_W, BLOCK_W,
+                        changed & in_region, written, masked, remask_score, min_unmask, remask_count, remask_value,
+                        exiting, REMASK, LOG_W, BLOCK_W,
                     )  # fmt: skip
 
-                # 6. The row as it will be. All that follows is told from these registers, because other threads store
-                # too and nothing orders a load after their stores.
-                step = tl.load(step_ptr + row)
-                block_step = tl.load(block_step_ptr + row)
-                canvas_len = tl.load(canvas_len_ptr + row)
-                token = tl.where(changed, tl.load(pred_row + lane, mask=changed, other=0), held_token)
+                # 6. The row as it will be. All that follows is told from registers, because other threads store too and
+                # nothing orders a load after their stores.
+                token = tl.where(changed, pred, held_token)
                 token_step = tl.where(changed, step, held_step)
-                confidence = tl.load(confidence_ptr + row * confidence_stride + lane, mask=changed, other=0.0)
                 stores_token, stores_step, stores_confidence = changed, changed, changed
                 if RENOISE:
                     refilled = in_region & (changed == 0)
-                    token = tl.where(
-                        refilled, tl.load(refill_ptr + row * refill_stride + lane, mask=refilled, other=0), token
-                    )
+                    token = tl.where(refilled, refill, token)
                     stores_token = changed | refilled
                 if REMASK != "none":
                     token = tl.where(remasked, mask_id, token)
@@ -206,7 +243,7 @@ def unmask_kernel(
                 stop_at = block_end
                 masks_end = canvas_len
                 if STOP != "never":
-                    is_stop = in_region & is_stop_token(token, stop_ids_ptr, K)
+                    is_stop = in_region & is_stop_token(token, stops, stop_ids_ptr, K)
                     stop_at = tl.min(tl.where(is_stop & (token_step >= 0), position, block_end))
                 if STOP == "fill":
                     # What follows the row's first written stop token becomes that token: no mask is left there.
@@ -228,8 +265,9 @@ def unmask_kernel(
                     stores_token, stores_step = changed | filled, changed | filled_masks
                     stop_at = tl.min(tl.where((is_stop & (token_step >= 0)) | filled, position, block_end))
 
-                # 7. Write, once every warp has read its part of the row.
-                tl.debug_barrier()
+                # 7. Write. Every warp has read its part of the row, but for what lies around the region.
+                if STOP == "fill":
+                    tl.debug_barrier()
                 tl.store(held_token_ptr + lane, token, mask=stores_token)
                 tl.store(held_step_ptr + lane, token_step, mask=stores_step)
                 tl.store(unmask_confidence_ptr + lane_start + lane, confidence, mask=stores_confidence)
@@ -242,17 +280,13 @@ def unmask_kernel(
                     fill(tokens_ptr, unmask_step_ptr, begin, canvas_len, filler, step, mask_id, BLOCK_L // 2)
 
                 # 8. What the row needs next, and where its region then is.
-                masked = in_region & (token == mask_id)
-                mask_at = tl.min(tl.where(masked, position, block_end))
+                left = in_region & (token == mask_id)
+                mask_at = tl.min(tl.where(left, position, block_end))
                 if PIPELINE:
-                    delay = None
-                    if CACHE == "delayed":
-                        delay = tl.load(delay_ptr + row)
-                    first = tl.min(tl.where(in_region & (held_token == mask_id), position, block_end))
+                    first = tl.min(tl.where(masked, position, block_end))
                     next_phase = advance_pipeline(
-                        position, masked, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
-                        tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row), mask_id,
-                        phase, step, block_step, delay,
+                        position, left, first, mask_at, stop_at, masks_end, canvas_len, block_start, block_end,
+                        block_length, append_masks, mask_id, phase, step, block_step, delay,
                         tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
                         block_step_ptr + row, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
@@ -265,17 +299,17 @@ def unmask_kernel(
                         masks_begin = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
                     next_phase, opens, start = advance_block(
                         mask_at, stop_at, tl.max(changed.to(tl.int32)), all_stop, exiting, masks_begin, block_end,
-                        canvas_len, block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
+                        canvas_len, block_length, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
 
         # 9. The block that opens.
         if opens:
             next_phase = open_block(
-                row, next_phase, prefills, commits, start, masks_begin, block_end, mask_id, K,
-                tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
-                canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-                block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+                row, next_phase, prefills, commits, start, masks_begin, block_end, canvas_len, block_length, step,
+                mask_id, K, tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
+                block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, stop_ids_ptr,
+                first_token_ptr, first_token_confidence_ptr,
                 CACHE, FIRST_TOKEN, STOP, BLOCK_L,
             )  # fmt: skip
         tl.store(phase_ptr + row, next_phase)
-    tl.store(changed_ptr + row * W + lane, changed, mask=lane < W)
+    tl.store(changed_ptr + row * W + lane, changed, mask=in_call)

@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 
 from .. import state as row_state
-from .canvas import fill, first_masked, first_stop_token, is_stop_token
+from .canvas import fill, first_masked, first_stop_token, is_stop_token, load_stop_ids
 from .memory_select import (
     choose_best_of_runs_in_memory,
     choose_in_memory,
+    eligible_lanes,
     force_in_blocks_in_memory,
+    remask_candidates_at,
     remask_cut_in_memory,
 )
 from .row import POINTERS, advance_block, advance_pipeline, open_block, part_of, quota_or_minimum
-from .select import eligible_lanes, keys_of, remask_candidates
+from .select import load_keys
 
 _DENOISE, _DONE = tl.constexpr(row_state.DENOISE), tl.constexpr(row_state.DONE)
 _ERROR_LOGITS, _ERROR_STALLED = tl.constexpr(row_state.ERROR_LOGITS), tl.constexpr(row_state.ERROR_STALLED)
@@ -77,6 +79,9 @@ def unmask_memory_kernel(
     lane_start = block_start
     if lane_start_ptr is not None:
         lane_start = tl.load(lane_start_ptr + row)
+    canvas_len = tl.load(canvas_len_ptr + row)
+    step = tl.load(step_ptr + row)
+    block_length = tl.maximum(tl.load(block_length_ptr + row), 1)
     index = tl.arange(0, BLOCK_T)
     for begin in range(0, W, BLOCK_T):
         tl.store(changed_ptr + begin + index, index < 0, mask=begin + index < W)
@@ -95,7 +100,7 @@ def unmask_memory_kernel(
         if prefills:
             start = block_start
             masks_begin = block_start
-        if commits & (block_end >= tl.load(canvas_len_ptr + row)):
+        if commits & (block_end >= canvas_len):
             next_phase = _DONE
             opens = commits & False
 
@@ -103,8 +108,6 @@ def unmask_memory_kernel(
             # 2. What the lanes hold, and which are eligible: the pointers here, a tile of lanes where it is needed.
             length = block_end - block_start
             offset = block_start - lane_start
-            step = tl.load(step_ptr + row)
-            canvas_len = tl.load(canvas_len_ptr + row)
             held_token_ptr = tokens_ptr + block_start
             held_step_ptr = unmask_step_ptr + block_start
             changed_row = changed_ptr + offset
@@ -141,7 +144,7 @@ def unmask_memory_kernel(
                 seen = lane < last_lane
                 in_region = (lane >= 0) & (lane < length)
                 held_token = tl.load(held_token_ptr + lane, mask=seen, other=0)
-                eligible = eligible_lanes(lane, held_token, in_region, allowed_row, mask_id, RENOISE, False)
+                eligible = eligible_lanes(lane, held_token, in_region, allowed_row, mask_id, RENOISE)
                 n += tl.sum(eligible.to(tl.int32))
                 if stat_error_ptr is not None:
                     needed = eligible
@@ -162,8 +165,9 @@ def unmask_memory_kernel(
                 # 4. Which lanes are written.
                 if exiting == 0:
                     kmin = quota_or_minimum(
-                        n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA, SCOPE
-                    )
+                        n, tl.load(steps_ptr + row), tl.load(block_masks_ptr + row), tl.load(block_step_ptr + row),
+                        tl.load(min_unmask_ptr + row), QUOTA, SCOPE,
+                    )  # fmt: skip
                     fallback = kmin
                     if fallback_ptr is not None:
                         fallback = tl.load(fallback_ptr + row)
@@ -185,15 +189,20 @@ def unmask_memory_kernel(
                         )  # fmt: skip
                     if PIPELINE:
                         force_in_blocks_in_memory(
-                            length, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(activate_masks_ptr + row),
+                            length, block_length, tl.load(activate_masks_ptr + row),
                             held_token_ptr, allowed_row, rank_row, changed_row, mask_id, SCOPE, BLOCK_W, BLOCK_T,
                         )  # fmt: skip
 
                 # 5. Which lanes are masked again.
                 if REMASK != "none":
+                    remask_count, remask_limit_ptr = 0, None
+                    if REMASK != "saber":
+                        remask_count = tl.load(remask_count_ptr + row)
+                    if REMASK == "wino":
+                        remask_limit_ptr = remask_value_ptr + row
                     cut = remask_cut_in_memory(
                         length, held_token_ptr, held_step_ptr, changed_row, remask_row, mask_id,
-                        row, min_unmask_ptr, remask_count_ptr, remask_value_ptr, exiting,
+                        tl.load(min_unmask_ptr + row), remask_count, remask_limit_ptr, exiting,
                         REMASK, LOG_W, BLOCK_W, BLOCK_T,
                     )  # fmt: skip
 
@@ -230,10 +239,10 @@ def unmask_memory_kernel(
                         token = tl.where(refilled, refill, token)
                         stores_token = changed | refilled
                     if REMASK != "none":
-                        candidates = remask_candidates(
-                            lane, changed & in_region, written, remask_row, row, remask_value_ptr, REMASK
+                        candidates = remask_candidates_at(
+                            lane, changed & in_region, written, remask_row, remask_limit_ptr, REMASK
                         )  # fmt: skip
-                        remasked = candidates & (keys_of(lane, candidates, remask_row, True, BLOCK_W) >= cut)
+                        remasked = candidates & (load_keys(lane, candidates, remask_row, True, BLOCK_W) >= cut)
                         token = tl.where(remasked, mask_id, token)
                         token_step = tl.where(remasked, -1, token_step)
                         confidence = tl.where(remasked, 0.0, confidence)
@@ -278,7 +287,7 @@ def unmask_memory_kernel(
                         delay = tl.load(delay_ptr + row)
                     next_phase = advance_pipeline(
                         None, None, block_start + first_mask, mask_at, stop_at, masks_end, canvas_len, block_start,
-                        block_end, tl.maximum(tl.load(block_length_ptr + row), 1), tl.load(append_masks_ptr + row),
+                        block_end, block_length, tl.load(append_masks_ptr + row),
                         mask_id, phase, step, block_step, delay,
                         tokens_ptr, canvas_len_ptr + row, block_start_ptr + row, block_end_ptr + row,
                         block_step_ptr + row, CACHE, STOP, BLOCK_L,
@@ -287,10 +296,11 @@ def unmask_memory_kernel(
                     all_stop = True
                     if STOP == "all_stop":
                         others = 0
+                        stops = load_stop_ids(stop_ids_ptr, K)
                         for begin in range(0, length, BLOCK_T):
                             lane = begin + index
                             token = tl.load(held_token_ptr + lane, mask=lane < length, other=0)
-                            is_stop = is_stop_token(token, stop_ids_ptr, K)
+                            is_stop = is_stop_token(token, stops, stop_ids_ptr, K)
                             others += tl.sum(((lane < length) & (is_stop == 0)).to(tl.int32))
                         all_stop = others == 0
                     # Behind the block only an exiting row writes, and leaves no mask in its lanes.
@@ -298,16 +308,16 @@ def unmask_memory_kernel(
                         masks_begin = tl.where(exiting, tl.maximum(block_end, lane_start + W), block_end)
                     next_phase, opens, start = advance_block(
                         mask_at, stop_at, any_changed, all_stop, exiting, masks_begin, block_end, canvas_len,
-                        block_length_ptr + row, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
+                        block_length, mask_id, tokens_ptr, EDIT, RENOISE, CACHE, STOP, BLOCK_L,
                     )  # fmt: skip
 
         # 9. The block that opens.
         if opens:
             next_phase = open_block(
-                row, next_phase, prefills, commits, start, masks_begin, block_end, mask_id, K,
-                tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
-                canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-                block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+                row, next_phase, prefills, commits, start, masks_begin, block_end, canvas_len, block_length, step,
+                mask_id, K, tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
+                block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, stop_ids_ptr,
+                first_token_ptr, first_token_confidence_ptr,
                 CACHE, FIRST_TOKEN, STOP, BLOCK_L,
             )  # fmt: skip
         tl.store(phase_ptr + row, next_phase)

@@ -19,9 +19,8 @@ from .select import (
     INELIGIBLE,
     KEY_MAX,
     KEY_MIN,
-    eligible_lanes,
     flat_test,
-    keys_of,
+    load_keys,
     no_nan,
     ordered_bits,
     remask_candidates,
@@ -31,11 +30,48 @@ from .select import (
 
 
 @triton.jit
+def eligible_lanes(lane, held_token, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr):
+    """Lanes that may be chosen."""
+    eligible = in_region
+    if not RENOISE:
+        eligible = in_region & (held_token == mask_id)
+        if allowed_ptr is not None:
+            eligible = eligible & (tl.load(allowed_ptr + lane, mask=in_region, other=0) != 0)
+    return eligible
+
+
+@triton.jit
 def eligible_at(lane, length, held_token_ptr, allowed_ptr, mask_id, RENOISE: tl.constexpr):
     """Which of the lanes `lane` of the region, which has `length` lanes, may be chosen."""
     inside = (lane >= 0) & (lane < length)
     held_token = tl.load(held_token_ptr + lane, mask=inside, other=0)
-    return eligible_lanes(lane, held_token, inside, allowed_ptr, mask_id, RENOISE, False)
+    return eligible_lanes(lane, held_token, inside, allowed_ptr, mask_id, RENOISE)
+
+
+@triton.jit
+def _flat_test(
+    lane, eligible, value_ptr, score_ptr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr
+):  # fmt: skip
+    """`flat_test` of what is in memory."""
+    passes = eligible & False
+    if PASSES == "threshold":
+        if VALUE_PER_LANE:
+            value = tl.load(value_ptr + lane, mask=eligible, other=0.0)
+        else:
+            value = tl.load(value_ptr)
+        score = tl.load(score_ptr + lane, mask=eligible, other=float("-inf"))
+        passes = flat_test(eligible, value, score, PASSES, INCLUSIVE)
+    return passes
+
+
+@triton.jit
+def remask_candidates_at(lane, chosen, written, score_ptr, limit_ptr, REMASK: tl.constexpr):
+    """`remask_candidates` of what is in memory."""
+    score, limit = 0.0, 0.0
+    if REMASK == "wino":
+        score = tl.load(score_ptr + lane, mask=written, other=float("inf"))
+        limit = tl.load(limit_ptr)
+    return remask_candidates(chosen, written, score, limit, REMASK)
 
 
 @triton.jit
@@ -153,7 +189,7 @@ def _factor_cut(
     for begin in range(0, width, BLOCK_T):
         lane = begin + index
         eligible = eligible_at(lane, length, held_token_ptr, allowed_ptr, mask_id, RENOISE)
-        tl.store(keys_ptr + lane, keys_of(lane, eligible, rank_ptr, False, BLOCK_W))
+        tl.store(keys_ptr + lane, load_keys(lane, eligible, rank_ptr, False, BLOCK_W))
     tl.debug_barrier()
     _sort_in_memory(keys_ptr, width, LOG_T, BLOCK_T)
     value = tl.load(value_ptr)
@@ -190,7 +226,7 @@ def choose_in_memory(
             lane = begin + index
             eligible = eligible_at(lane, length, held_token_ptr, allowed_ptr, mask_id, RENOISE)
             count += tl.sum(
-                flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32)
+                _flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32)
             )
     enough = count >= kmin
     orders = enough == 0
@@ -212,7 +248,7 @@ def choose_in_memory(
         for begin in range(0, length, BLOCK_T):
             lane = begin + index
             eligible = eligible_at(lane, length, held_token_ptr, allowed_ptr, mask_id, RENOISE)
-            count += tl.sum((eligible & (keys_of(lane, eligible, rank_ptr, False, BLOCK_W) >= cut)).to(tl.int32))
+            count += tl.sum((eligible & (load_keys(lane, eligible, rank_ptr, False, BLOCK_W) >= cut)).to(tl.int32))
         take = tl.where(count >= kmin, count, fallback)
         if max_unmask is not None:
             take = tl.minimum(take, max_unmask)
@@ -226,7 +262,7 @@ def choose_in_memory(
         if orders:
             candidates = eligible_at(all_lanes, length, held_token_ptr, allowed_ptr, mask_id, RENOISE)
             if max_unmask is not None and PASSES == "threshold":
-                passes = flat_test(all_lanes, candidates, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE)
+                passes = _flat_test(all_lanes, candidates, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE)
                 candidates = tl.where(enough, passes, candidates)
             cut = best_cut(bits_of(all_lanes, candidates, rank_ptr, False), take, LOG_W, BLOCK_W)
 
@@ -234,8 +270,8 @@ def choose_in_memory(
     for begin in range(0, length, BLOCK_T):
         lane = begin + index
         eligible = eligible_at(lane, length, held_token_ptr, allowed_ptr, mask_id, RENOISE)
-        above = keys_of(lane, eligible, rank_ptr, False, BLOCK_W) >= cut
-        passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE) & enough
+        above = load_keys(lane, eligible, rank_ptr, False, BLOCK_W) >= cut
+        passes = _flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE) & enough
         if max_unmask is None:
             chosen = passes | (eligible & above)
         else:
@@ -269,7 +305,7 @@ def _best_between(
     for tile in range(begin, end, BLOCK_T):
         lane = tile + tl.arange(0, BLOCK_T)
         eligible = eligible_at(lane, end, held_token_ptr, allowed_ptr, mask_id, False)
-        top = tl.maximum(top, tl.max(tl.where(eligible, keys_of(lane, eligible, rank_ptr, False, BLOCK_W), KEY_MIN)))
+        top = tl.maximum(top, tl.max(tl.where(eligible, load_keys(lane, eligible, rank_ptr, False, BLOCK_W), KEY_MIN)))
     return top
 
 
@@ -335,7 +371,7 @@ def force_in_blocks_in_memory(
 @triton.jit
 def remask_cut_in_memory(
     length, held_token_ptr, held_step_ptr, changed_ptr, score_ptr, mask_id,
-    row, min_unmask_ptr, count_ptr, limit_ptr, exiting,
+    min_unmask, count, limit_ptr, exiting,
     REMASK: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The smallest key, lowest scores first, of a lane that the step masks again; above every key if there is none."""
@@ -346,7 +382,7 @@ def remask_cut_in_memory(
         masked = tl.load(held_token_ptr + lane, mask=lane < length, other=mask_id + 1) == mask_id
         chosen += tl.sum(changed.to(tl.int32))
         masks_left += tl.sum((masked & (changed == 0)).to(tl.int32))
-    k = number_masked_again(chosen, masks_left != 0, row, min_unmask_ptr, count_ptr, REMASK)
+    k = number_masked_again(chosen, masks_left != 0, min_unmask, count, REMASK)
     if exiting:
         k = k * 0
     cut = length.to(tl.int64) * 0 + KEY_MAX
@@ -354,6 +390,6 @@ def remask_cut_in_memory(
         lane = tl.arange(0, BLOCK_W)
         changed = tl.load(changed_ptr + lane, mask=lane < length, other=0) != 0
         written = tl.load(held_step_ptr + lane, mask=lane < length, other=-1) >= 0
-        candidates = remask_candidates(lane, changed, written, score_ptr, row, limit_ptr, REMASK)
+        candidates = remask_candidates_at(lane, changed, written, score_ptr, limit_ptr, REMASK)
         cut = best_cut(bits_of(lane, candidates, score_ptr, True), k, LOG_W, BLOCK_W)
     return cut

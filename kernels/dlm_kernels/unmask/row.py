@@ -44,36 +44,34 @@ def part_of(phase, block_start, block_end, lane_start, W, KIND: tl.constexpr, CA
 
 @triton.jit
 def quota_or_minimum(
-    n, row, steps_ptr, block_masks_ptr, block_step_ptr, min_unmask_ptr, QUOTA: tl.constexpr, SCOPE: tl.constexpr
+    n, steps, block_masks, block_step, min_unmask, QUOTA: tl.constexpr, SCOPE: tl.constexpr
 ):  # fmt: skip
     """How many lanes must pass: the block's quota, or the call's minimum."""
     if QUOTA:
-        S = tl.maximum(tl.load(steps_ptr + row), 1)
-        block_masks = tl.load(block_masks_ptr + row)
-        kmin = block_masks // S + (tl.load(block_step_ptr + row) < block_masks % S).to(tl.int32)
-        kmin = tl.maximum(kmin, 1)
+        S = tl.maximum(steps, 1)
+        kmin = tl.maximum(block_masks // S + (block_step < block_masks % S).to(tl.int32), 1)
     elif SCOPE == "each":
         kmin = n * 0
     else:
-        kmin = tl.load(min_unmask_ptr + row)
+        kmin = min_unmask
     return kmin
 
 
 @triton.jit
-def number_masked_again(chosen, any_left, row, min_unmask_ptr, count_ptr, REMASK: tl.constexpr):
+def number_masked_again(chosen, any_left, min_unmask, count, REMASK: tl.constexpr):
     """How many lanes a step masks again at most.
 
     chosen: the number of lanes just written. any_left: whether the region still holds a mask.
     """
     if REMASK == "saber":
-        n = tl.maximum(tl.load(min_unmask_ptr + row), 0)
+        n = tl.maximum(min_unmask, 0)
         m = tl.maximum(n, chosen)
         k = tl.minimum(tl.maximum(n // 2, (m + 7) // 8), m - 1)
         k = tl.where(any_left, k, 0)
     elif REMASK == "wino":
-        k = tl.where(chosen > 1, tl.load(count_ptr + row), 0)
+        k = tl.where(chosen > 1, count, 0)
     else:
-        k = tl.load(count_ptr + row)
+        k = count
     return k
 
 
@@ -153,7 +151,7 @@ def advance_pipeline(
 @triton.jit
 def advance_block(
     mask_at, stop_at, changed, all_stop, exiting, masks_begin, block_end, canvas_len,
-    block_length_ptr, mask_id, tokens_ptr,
+    block_length, mask_id, tokens_ptr,
     EDIT: tl.constexpr, RENOISE: tl.constexpr, CACHE: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Blocks one at a time: the row's next phase, whether a block opens, and where that block begins.
@@ -186,7 +184,6 @@ def advance_block(
             next_phase = _COMMIT
         else:
             if CACHE != "commit":
-                block_length = tl.maximum(tl.load(block_length_ptr), 1)
                 start = block_end + (next_mask - block_end) // block_length * block_length
             opens = finished
             if CACHE == "refresh":
@@ -196,18 +193,17 @@ def advance_block(
 
 @triton.jit
 def open_block(
-    row, next_phase, prefills, commits, start, masks_begin, block_end, mask_id, K,
+    row, next_phase, prefills, commits, start, masks_begin, block_end, canvas_len, block_length, step, mask_id, K,
     tokens_ptr, unmask_step_ptr, unmask_confidence_ptr,
-    canvas_len_ptr, block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, step_ptr,
-    block_length_ptr, stop_ids_ptr, first_token_ptr, first_token_confidence_ptr,
+    block_start_ptr, block_end_ptr, block_masks_ptr, block_step_ptr, stop_ids_ptr,
+    first_token_ptr, first_token_confidence_ptr,
     CACHE: tl.constexpr, FIRST_TOKEN: tl.constexpr, STOP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Open the block at `start` and return the row's next phase.
 
     No position of the block before masks_begin is masked.
     """
-    canvas_len = tl.load(canvas_len_ptr + row)
-    end = tl.minimum(start + tl.maximum(tl.load(block_length_ptr + row), 1), canvas_len)
+    end = tl.minimum(start + block_length, canvas_len)
     if prefills:
         end = block_end
     else:
@@ -225,7 +221,7 @@ def open_block(
             # One thread writes what the other threads have just read.
             tl.debug_barrier()
             tl.store(tokens_ptr + start, first_token)
-            tl.store(unmask_step_ptr + start, tl.load(step_ptr + row))
+            tl.store(unmask_step_ptr + start, step)
             tl.store(unmask_confidence_ptr + start, tl.load(first_token_confidence_ptr + row))
             masks -= 1
     if (CACHE == "commit") & (masks == 0):

@@ -80,10 +80,10 @@ def _cut(keys, take, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
+def keys_of(lane, candidates, rank, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
     """One int64 a lane, all different: a better lane (of higher rank or, if LOWEST, of lower rank) has the greater key,
     and every candidate has a greater key than every other lane."""
-    rank = no_nan(tl.load(rank_ptr + lane, mask=candidates, other=0.0))
+    rank = no_nan(rank)
     if LOWEST:
         rank = -rank
     bits = tl.where(candidates, ordered_bits(rank), INELIGIBLE)
@@ -91,41 +91,29 @@ def keys_of(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.conste
 
 
 @triton.jit
-def eligible_lanes(lane, held_token, in_region, allowed_ptr, mask_id, RENOISE: tl.constexpr, VOLATILE: tl.constexpr):
-    """Lanes that may be chosen. VOLATILE: read `allowed_ptr` anew, where the compiler would keep an earlier read."""
-    eligible = in_region
-    if not RENOISE:
-        eligible = in_region & (held_token == mask_id)
-        if allowed_ptr is not None:
-            eligible = eligible & (tl.load(allowed_ptr + lane, mask=in_region, other=0, volatile=VOLATILE) != 0)
-    return eligible
+def load_keys(lane, candidates, rank_ptr, LOWEST: tl.constexpr, BLOCK_W: tl.constexpr):
+    """`keys_of` the ranks in memory."""
+    return keys_of(lane, candidates, tl.load(rank_ptr + lane, mask=candidates, other=0.0), LOWEST, BLOCK_W)
 
 
 @triton.jit
-def flat_test(
-    lane, eligible, value_ptr, score_ptr, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr
-):  # fmt: skip
+def flat_test(eligible, value, score, PASSES: tl.constexpr, INCLUSIVE: tl.constexpr):
     """Lanes that pass a test which needs no order."""
     passes = eligible & False
     if PASSES == "threshold":
-        if VALUE_PER_LANE:
-            value = tl.load(value_ptr + lane, mask=eligible, other=0.0)
-        else:
-            value = tl.load(value_ptr)
-        score = no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
+        score = no_nan(score)
         passes = eligible & ((score >= value) if INCLUSIVE else (score > value))
     return passes
 
 
 @triton.jit
 def _passing_prefix(
-    best, n, value_ptr, score_ptr, entropy_ptr,
+    best, n, value, score_ptr, entropy_ptr,
     PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """How many lanes pass a test that goes in rank order and stops at the first failure. `best`: the sorted keys."""
     rank_index = tl.arange(0, BLOCK_W)
     source = BLOCK_W - 1 - (best & 0xFFFFFFFF).to(tl.int32)
-    value = tl.load(value_ptr)
     if PASSES == "factor":
         score = no_nan(tl.load(score_ptr + source, mask=rank_index < n, other=float("-inf")))
         passes = score >= 1.0 - tl.div_rn(value, (rank_index + 2).to(tl.float32))
@@ -150,32 +138,31 @@ def _passing_prefix(
 
 @triton.jit
 def choose(
-    seen, in_region, eligible, n, kmin, fallback, max_unmask, run_value,
-    held_token_ptr, allowed_ptr, value_ptr, score_ptr, rank_ptr, entropy_ptr, mask_id,
-    PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, VALUE_PER_LANE: tl.constexpr, RENOISE: tl.constexpr,
-    RUNS: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
+    eligible, n, kmin, fallback, max_unmask, run_value, value, score, rank, score_ptr, entropy_ptr,
+    PASSES: tl.constexpr, INCLUSIVE: tl.constexpr, RUNS: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """The chosen lanes, the eligible lanes, and the tokens of the `seen` lanes; the last two are read a second time.
+    """The chosen lanes.
 
-    max_unmask and run_value may be None.
+    max_unmask and run_value may be None. The pointers are those of the lanes' scores and entropies, which the tests
+    that go in rank order read in that order.
     """
     lane = tl.arange(0, BLOCK_W)
     kmin = tl.minimum(kmin, n)
     fallback = tl.minimum(fallback, n)
     # 1. How many lanes pass a flat test? If enough do, no order is needed, unless only the best ones may be written.
-    count = tl.sum(flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE).to(tl.int32))
+    passes = flat_test(eligible, value, score, PASSES, INCLUSIVE)
+    count = tl.sum(passes.to(tl.int32))
     enough = count >= kmin
     orders = enough == 0
     candidates = eligible
     if max_unmask is not None:
         orders = orders | (count > max_unmask)
         if PASSES == "threshold":
-            passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE)
             candidates = tl.where(enough, passes, eligible)
     # 2. The cut: the key of the last lane that is chosen by its place in the order.
     if (PASSES == "factor") | (PASSES == "entropy"):
-        best = sort_descending(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), 1, LOG_W, BLOCK_W)
-        take = _passing_prefix(best, n, value_ptr, score_ptr, entropy_ptr, PASSES, INCLUSIVE, LOG_W, BLOCK_W)
+        best = sort_descending(keys_of(lane, candidates, rank, False, BLOCK_W), 1, LOG_W, BLOCK_W)
+        take = _passing_prefix(best, n, value, score_ptr, entropy_ptr, PASSES, INCLUSIVE, LOG_W, BLOCK_W)
         take = tl.where(take >= kmin, take, fallback)
         if max_unmask is not None:
             take = tl.minimum(take, max_unmask)
@@ -186,23 +173,19 @@ def choose(
             take = tl.minimum(tl.where(enough, count, fallback), max_unmask)
         cut = n.to(tl.int64) * 0 + KEY_MAX
         if orders:
-            cut = _cut(keys_of(lane, candidates, rank_ptr, False, BLOCK_W), take, LOG_W, BLOCK_W)
+            cut = _cut(keys_of(lane, candidates, rank, False, BLOCK_W), take, LOG_W, BLOCK_W)
 
-    # 3. Chosen is what passes a flat test, or lies at or above the cut. The lanes are read a second time, because the
-    # sort needs the registers that would keep them; the reads are volatile, or the compiler would make one of two.
-    held_token = tl.load(held_token_ptr + lane, mask=seen, other=0, volatile=True)
-    eligible = eligible_lanes(lane, held_token, in_region, allowed_ptr, mask_id, RENOISE, True)
-    keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
-    passes = flat_test(lane, eligible, value_ptr, score_ptr, PASSES, INCLUSIVE, VALUE_PER_LANE) & enough
+    # 3. Chosen is what passes a flat test, or lies at or above the cut.
+    keys = keys_of(lane, eligible, rank, False, BLOCK_W)
+    passes = passes & enough
     if max_unmask is None:
         chosen = passes | (eligible & (keys >= cut))
     else:
         candidates = (passes | (eligible & (enough == 0))) if PASSES == "threshold" else eligible
         chosen = candidates & ((keys >= cut) | (passes & (orders == 0)))
     if RUNS:
-        score = no_nan(tl.load(score_ptr + lane, mask=eligible, other=float("-inf")))
-        chosen = chosen | (_best_of_runs(eligible, keys, BLOCK_W) & (score > run_value))
-    return chosen, eligible, held_token
+        chosen = chosen | (_best_of_runs(eligible, keys, BLOCK_W) & (no_nan(score) > run_value))
+    return chosen
 
 
 @triton.jit
@@ -222,7 +205,7 @@ def _best_of_runs(eligible, keys, BLOCK_W: tl.constexpr):
 
 @triton.jit
 def force_in_blocks(
-    chosen, eligible, masked, rank_ptr, region_length, block_length, activate_masks,
+    chosen, eligible, masked, rank, region_length, block_length, activate_masks,
     SCOPE: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """The chosen lanes, and the best lane of every block that must write although none of its lanes was chosen.
@@ -230,7 +213,7 @@ def force_in_blocks(
     Lane 0 begins the region.
     """
     lane = tl.arange(0, BLOCK_W)
-    keys = keys_of(lane, eligible, rank_ptr, False, BLOCK_W)
+    keys = keys_of(lane, eligible, rank, False, BLOCK_W)
     if SCOPE == "first":
         begin = tl.min(tl.where(eligible, lane, BLOCK_W)) // block_length * block_length
         inside = eligible & (lane >= begin) & (lane < begin + block_length)
@@ -252,27 +235,26 @@ def force_in_blocks(
 
 @triton.jit
 def masked_again(
-    chosen, written, masked, score_ptr, row, min_unmask_ptr, count_ptr, limit_ptr, exiting,
+    chosen, written, masked, score, min_unmask, count, limit, exiting,
     REMASK: tl.constexpr, LOG_W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Lanes that a step masks again: the lanes of lowest score (ties: lowest lane; NaN = -inf). `masked`: before the
     step."""
     lane = tl.arange(0, BLOCK_W)
     any_left = tl.max((masked & (chosen == 0)).to(tl.int32)) != 0
-    k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, row, min_unmask_ptr, count_ptr, REMASK)
+    k = number_masked_again(tl.sum(chosen.to(tl.int32)), any_left, min_unmask, count, REMASK)
     if exiting:
         k = k * 0
-    candidates = remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK)
-    cut = _cut(keys_of(lane, candidates, score_ptr, True, BLOCK_W), k, LOG_W, BLOCK_W)
-    return candidates & (keys_of(lane, candidates, score_ptr, True, BLOCK_W) >= cut)
+    candidates = remask_candidates(chosen, written, score, limit, REMASK)
+    keys = keys_of(lane, candidates, score, True, BLOCK_W)
+    return candidates & (keys >= _cut(keys, k, LOG_W, BLOCK_W))
 
 
 @triton.jit
-def remask_candidates(lane, chosen, written, score_ptr, row, limit_ptr, REMASK: tl.constexpr):
+def remask_candidates(chosen, written, score, limit, REMASK: tl.constexpr):
     """Lanes among which a step masks again. `written`: before the step; `chosen`: by the step."""
     if REMASK == "wino":
-        score = tl.load(score_ptr + lane, mask=written, other=float("inf"))
-        candidates = written & (score < tl.load(limit_ptr + row))
+        candidates = written & (score < limit)
     else:
         candidates = written | chosen
     return candidates
