@@ -121,7 +121,11 @@ _FP8_TILES = {
     80: _FP8_MMA_SYNC_TILES | {(128, 1): AttentionTile(64, 32, 8, 3)},
     86: _FP8_MMA_SYNC_TILES,
     89: _FP8_MMA_SYNC_TILES,
-    90: {(64, 0): AttentionTile(64, 64, 4, 3), (128, 0): AttentionTile(64, 64, 4, 3)},
+    90: {
+        (64, 0): AttentionTile(64, 64, 4, 3),
+        (128, 0): AttentionTile(64, 64, 4, 3),
+        (128, 2): AttentionTile(128, 64, 8, 2),
+    },
     100: {(128, 2): AttentionTile(128, 32, 8, 3)},
     120: _FP8_MMA_SYNC_TILES | {(128, 2): AttentionTile(64, 32, 8, 2)},
 }
