@@ -30,13 +30,13 @@ REGISTERS, SHARED, THREADS = 65536, 228 * 1024, 2048
 # Small launches of a layer beside its products and its attention (docs/launches.md).
 SMALL = 5
 # Assumed: a launch within a graph beside its work (an H200 took 0.73 for an empty one); what a program takes before its
-# first and after its last tile; a barrier of a reduction; a small op of torch in a graph.
+# first and after its last tile; a barrier of a reduction; a small launch with little work in a graph.
 LAUNCH_US, PROGRAM_US, BARRIER_CLOCKS, SMALL_US = 0.75, 3.0, 250, 2.0
 # Rows below which `confidence` has a program for every part of a row.
 SPLIT_BELOW = 2 * MULTIPROCESSORS
 ASSUMED = (
     f"{MULTIPROCESSORS} multiprocessors at {CLOCK_MHZ} MHz, {LAUNCH_US} us a launch in a graph, {PROGRAM_US} us before "
-    f"and after the tiles of a program, {BARRIER_CLOCKS} clocks a barrier, {SMALL_US} us a small op of torch"
+    f"and after the tiles of a program, {BARRIER_CLOCKS} clocks a barrier, {SMALL_US} us a small launch"
 )
 
 

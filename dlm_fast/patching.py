@@ -173,7 +173,8 @@ class PatchHandle:
             module.config = self._old_config
         self._configured = []
         for module, forward in self._forwards.items():
-            if module.__dict__.get("forward") is forward:  # what was bound since stays, and passes on to the class's
+            # What was bound since stays, and runs the class's forward through ours.
+            if module.__dict__.get("forward") is forward:
                 del module.__dict__["forward"]
         self._forwards = {}
         self.model.__dict__.pop(_ATTRIBUTE, None)

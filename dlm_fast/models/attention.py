@@ -29,7 +29,8 @@ class AttentionCall:
         served: numbers of the layers that attended through the call, in order. The list is Python's own and adds no op
             to a compiled graph.
         copies: copies of the window on the devices of layers that are elsewhere.
-        query_scale: the factor [B, W] of the queries of all layers, once a layer that has one has computed it.
+        query_scales: the factor [B, W] of the queries of all layers on a device, once a layer that has one has computed
+            it.
     """
 
     window: Window
@@ -38,7 +39,7 @@ class AttentionCall:
     plain: bool = False
     served: list[int] = dataclasses.field(default_factory=list)
     copies: dict[torch.device, Window] = dataclasses.field(default_factory=dict)
-    query_scale: Tensor | None = None
+    query_scales: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
 
     def window_on(self, device: torch.device) -> Window:
         """The window on the device of a layer."""

@@ -23,7 +23,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
-from dlm_kernels.checks.layers import MAX_EPS, MIN_EPS
+from dlm_kernels.checks.layers import MAX_EPS, MAX_ROW, MIN_EPS
 
 from ..ops import Ops
 from .attention import ATTENTION_NAME, AttentionCall, attention
@@ -59,10 +59,18 @@ PARTS = {
 # Dtypes of the ops.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SILU = (nn.SiLU, SiLUActivation)
+# Where transformers keeps what it captures of a call, and whose hooks capture it; a version without this place has no
+# hook that is known to be idle.
+_CAPTURES = "transformers.utils.output_capturing"
+try:
+    from transformers.utils.output_capturing import _active_collector as _CAPTURING
+except ImportError:
+    _CAPTURING = None
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Why a layer must run as transformers has it, in words behind its name; None = nothing is in the way."""
+def obstacle(layer: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a layer must run as transformers has it in a model of a dtype, in words behind its name; None = nothing is in
+    the way."""
     parts = PARTS.get(type(layer))
     if parts is None:
         return f"is a {type(layer).__name__}"
@@ -71,13 +79,13 @@ def obstacle(layer: nn.Module) -> str | None:
             return f"has a {type(module).__name__} as {name}, where a {kind.__name__} was expected"
         if "forward" in module.__dict__ or module._compiled_call_impl is not None:
             return f"has a {name} whose forward was replaced or compiled"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if _is_hooked(module):
             return f"has a {name} with hooks, which would not run"
-    inner, mlp = layer._modules["self_attn"]._modules, layer._modules["mlp"]
+        if kind is parts.norm and module.weight.dtype != dtype:
+            return f"has a norm of {module.weight.dtype} in a model of {dtype}"
+    inner = layer._modules["self_attn"]._modules
     if "q_norm" in inner and inner["q_norm"].variance_epsilon != inner["k_norm"].variance_epsilon:
         return "has a q_norm and a k_norm of different epsilon"
-    if type(mlp) is parts.mlp and type(mlp.act_fn) not in _SILU:
-        return f"has the activation {type(mlp.act_fn).__name__}, where SiLU was expected"
     return None
 
 
@@ -90,8 +98,23 @@ def _computed(layer: nn.Module, parts: Parts) -> Iterator[tuple[str, nn.Module, 
     for name in ("q_norm", "k_norm"):
         if name in modules["self_attn"]._modules:
             yield name, modules["self_attn"]._modules[name], parts.norm
-    if type(modules["mlp"]) is parts.mlp:
-        yield "mlp", modules["mlp"], parts.mlp
+    mlp = modules["mlp"]
+    if type(mlp) is parts.mlp:
+        yield "mlp", mlp, parts.mlp
+        activation = mlp._modules["act_fn"]
+        yield "act_fn", activation, type(activation) if type(activation) in _SILU else nn.SiLU
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks that its call would run.
+
+    Those that transformers leaves in every attention after a call that asks for hidden states or attentions do nothing
+    while no call does.
+    """
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    idle = _CAPTURING is not None and not _CAPTURING.get()
+    return any(not (idle and hook.__module__ == _CAPTURES) for hook in module._forward_hooks.values())
 
 
 def unfusable(model: nn.Module) -> str | None:
@@ -101,17 +124,16 @@ def unfusable(model: nn.Module) -> str | None:
     dtype = model.model.embed_tokens.weight.dtype
     if dtype not in DTYPES:
         return f"its dtype is {dtype}"
+    if model.config.hidden_size > MAX_ROW:
+        return f"its hidden size is {model.config.hidden_size}"
     for index, layer in enumerate(model.model.layers):
-        reason = obstacle(layer)
+        reason = obstacle(layer, dtype)
         if reason is None and "forward" in layer.__dict__:
             reason = "has a replaced forward"  # as a hook of accelerate is, which moves tensors between devices
         if reason is not None:
             return f"layer {index} {reason}"
-        norms = [module for name, module, _ in _computed(layer, PARTS[type(layer)]) if name.endswith("norm")]
-        for norm in norms:
-            if norm.weight.dtype != dtype:
-                return f"layer {index} has a norm of {norm.weight.dtype} in a model of {dtype}"
-            if not MIN_EPS <= norm.variance_epsilon <= MAX_EPS:
+        for _, norm, kind in _computed(layer, PARTS[type(layer)]):
+            if kind is PARTS[type(layer)].norm and not MIN_EPS <= norm.variance_epsilon <= MAX_EPS:
                 return f"layer {index} has a norm with epsilon {norm.variance_epsilon}"
     return None
 
@@ -123,30 +145,32 @@ def forwards(model: nn.Module, ops: Ops) -> dict[nn.Module, Callable[..., Tensor
     }
     norm = model.model.norm
     if type(norm) is PARTS[type(model.model.layers[0])].norm and "forward" not in norm.__dict__:
-        found[norm] = functools.partial(_norm_forward, norm, ops)
+        found[norm] = functools.partial(_norm_forward, norm, model.model, ops)
     return found
 
 
-def _norm_forward(norm: nn.Module, ops: Ops, hidden_states: Tensor) -> Tensor:
-    if not _is_computed(ops, norm, hidden_states):
+def _norm_forward(norm: nn.Module, base: nn.Module, ops: Ops, hidden_states: Tensor) -> Tensor:
+    """The forward of the last norm of a base model."""
+    if base.config._attn_implementation != ATTENTION_NAME or not _is_computed(ops, norm, hidden_states):
         return type(norm).forward(norm, hidden_states)
     return ops.rms_norm(hidden_states, norm.weight, eps=norm.variance_epsilon)
 
 
 def _layer_forward(layer: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
     """A layer's forward. What asks for more than a decode does, runs as transformers has it: keys that are kept outside
-    our cache, another attention or its mask, autocast, a module that was hooked or replaced since the model was
-    patched."""
+    our cache, another attention or its mask, autocast, activation checkpointing, a module that was hooked or replaced
+    since the model was patched."""
     call, cached = kwargs.get("dlm_call"), (kwargs.get("cache"), kwargs.get("past_key_values"))
     if (
         call is None
         or args
         or cached != (None, None)
         or kwargs.get("attention_mask") is not None
-        or not _is_computed(call.ops, layer.input_layernorm, hidden_states)
         or layer.self_attn.config._attn_implementation != ATTENTION_NAME
+        or (layer.training and getattr(layer, "gradient_checkpointing", False))
         or _has_any_global_hook()
-        or obstacle(layer) is not None
+        or obstacle(layer, hidden_states.dtype) is not None
+        or not _is_computed(call.ops, layer.input_layernorm, hidden_states)
     ):
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     ops, first, second = call.ops, layer.input_layernorm, layer.post_attention_layernorm
@@ -160,11 +184,11 @@ def _layer_forward(layer: nn.Module, hidden_states: Tensor, *args: object, **kwa
 
 
 def _is_computed(ops: Ops, norm: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether the ops compute what goes through a norm: not under autocast, where dtypes mix, and not in Triton where
-    gradients may be wanted, which the kernels do not have."""
+    """Whether the ops compute what goes through a norm: not under autocast, where dtypes mix, not what has gaps or
+    repeats in memory, and not in Triton where gradients may be wanted, which the kernels do not have."""
     if torch.is_autocast_enabled(hidden_states.device.type) or hidden_states.dtype != norm.weight.dtype:
         return False
-    return ops.name != "triton" or not torch.is_grad_enabled()
+    return hidden_states.is_contiguous() and (ops.name != "triton" or not torch.is_grad_enabled())
 
 
 def _attended(
@@ -174,23 +198,26 @@ def _attended(
     heads = (*hidden.shape[:-1], -1, module.head_dim)
     query, key, value = (projection(hidden).view(heads) for projection in (module.q_proj, module.k_proj, module.v_proj))
     norms, cos, sin = {}, *rotary
-    if "q_norm" in module._modules:
+    if "q_norm" in module._modules and getattr(module, "use_qk_norm", True):
         q_norm, k_norm = module.q_norm, module.k_norm
         norms = {"q_weight": q_norm.weight, "k_weight": k_norm.weight, "eps": q_norm.variance_epsilon}
     if type(module) is ministral3.Ministral3Attention:
         norms["q_scale"] = _scale_of_positions(module, call, position_ids, query.dtype)
     query, key = call.ops.qk_norm_rope(query, key, cos, sin, **norms)
+    # What the attention refuses, as a sliding window is, is passed on to it.
+    owner = module.config if type(module) is ministral3.Ministral3Attention else module
+    options = {"scaling": module.scaling, "sliding_window": getattr(owner, "sliding_window", None)}
     dropout = module.attention_dropout if module.training else 0.0
-    out, _ = attention(
-        module, query, key, value.transpose(1, 2), None, scaling=module.scaling, dropout=dropout, dlm_call=call
-    )
+    out, _ = attention(module, query, key, value.transpose(1, 2), None, **options, dropout=dropout, dlm_call=call)
     return module.o_proj(out.reshape(*hidden.shape[:-1], -1))
 
 
 def _scale_of_positions(module: nn.Module, call: AttentionCall, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, W] factor of the queries of Ministral3, by their positions; it is the same in every layer of a forward."""
-    if call.query_scale is None:
+    scale = call.query_scales.get(position_ids.device)
+    if scale is None:
         rope = module.config.rope_parameters
         beta, positions = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
-        call.query_scale = ministral3.get_llama_4_attn_scale(position_ids, beta, positions).to(dtype)[:, 0, :, 0]
-    return call.query_scale
+        scale = ministral3.get_llama_4_attn_scale(position_ids, beta, positions).to(dtype)[:, 0, :, 0]
+        call.query_scales[position_ids.device] = scale
+    return scale

@@ -11,6 +11,7 @@ import torch
 from helpers import native_model, toy
 from patched import FULL, PLAIN, ids, logits
 from torch import nn
+from transformers import Glm4MoeForCausalLM, LlamaForCausalLM
 
 import dlm_fast
 from dlm_fast.models import fused, native
@@ -98,6 +99,7 @@ def with_hook(module: nn.Module, seen: list) -> None:
 
 
 PASSED = ["input_layernorm", "post_attention_layernorm", "self_attn", "self_attn.q_norm", "self_attn.k_norm", "mlp"]
+PASSED += ["mlp.act_fn"]
 CALLED = ["", "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
 
@@ -164,7 +166,7 @@ def no_epsilon(layer: nn.Module) -> None:
         (hooked, "layer 1 has a mlp with hooks"),
         (replaced_forward, "layer 1 has a input_layernorm whose forward was replaced or compiled"),
         (another_norm, "layer 1 has a LayerNorm as post_attention_layernorm, where a Qwen3RMSNorm was expected"),
-        (gelu, "layer 1 has the activation GELU, where SiLU was expected"),
+        (gelu, "layer 1 has a GELU as act_fn, where a SiLU was expected"),
         (norm_of_float64, "layer 1 has a norm of torch.float64 in a model of torch.float32"),
         (another_layer, "layer 1 is a OurLayer"),
         (moved_by_accelerate, "layer 1 has a replaced forward"),
@@ -183,7 +185,19 @@ def test_layers_that_are_not_known_run_as_they_are_or_are_refused(change, reason
     assert "forward" not in model.model.layers[0].__dict__
 
 
-@pytest.mark.parametrize("change", [replaced_forward, gelu, another_epsilon], ids=lambda change: change.__name__)
+def silent_activation(layer: nn.Module) -> None:
+    layer.mlp.act_fn.forward = lambda x: x * 0
+
+
+def no_norm(layer: nn.Module) -> None:
+    layer.input_layernorm = nn.Identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replaced_forward, gelu, another_epsilon, no_norm, silent_activation],
+    ids=lambda change: change.__name__,
+)
 def test_a_module_that_is_replaced_after_the_patch_computes(change):
     model, tokens = native_model("qwen3").requires_grad_(False), ids(7)
     changed = copy.deepcopy(model)
@@ -285,3 +299,80 @@ def test_fuse_layers_must_be_said_plainly():
     for entry, argument in ((dlm_fast.patch, native_model()), (dlm_fast.load, "tiny-full")):
         with pytest.raises(ValueError, match="fuse_layers must be true, false or None, got fuse_layers='yes'"):
             entry(argument, fuse_layers="yes")
+
+
+@pytest.mark.parametrize("name", ["post_attention_layernorm", "self_attn.q_norm"])
+def test_a_norm_of_another_dtype_after_the_patch_is_transformers_matter(name):
+    model, tokens, said = native_model("qwen3").requires_grad_(False).bfloat16(), ids(7), []
+    for fuse_layers in (False, True):
+        with patched(model, fuse_layers=fuse_layers), pytest.raises(Exception) as error:
+            model.model.layers[1].get_submodule(name).float()
+            plain(model, tokens)
+        model.bfloat16()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_hidden_states_and_attentions_are_captured_and_fused_layers_go_on_afterwards():
+    model, tokens, calls = native_model("qwen3").requires_grad_(False), ids(7), Calls()
+    with patched(model, fuse_layers=False):
+        expected = model(tokens, use_cache=False, output_hidden_states=True, output_attentions=True)
+    for again in range(2):
+        with patched(model, calls.ops, fuse_layers=True):
+            found = model(tokens, use_cache=False, output_hidden_states=True, output_attentions=True)
+            assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+            assert found.attentions == expected.attentions and calls.found["add_rms_norm"] == 2 * again
+            assert torch.equal(plain(model, tokens), expected.logits)
+            assert calls.found["add_rms_norm"] == 2 * (again + 1)
+
+
+def test_activations_are_checkpointed_as_transformers_does():
+    def runs(fuse_layers: bool) -> int:
+        model, seen = native_model("qwen3").train(), []
+        model.gradient_checkpointing_enable()
+        model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: seen.append(0))
+        with dlm_fast.patch(model, backend="reference", fuse_layers=fuse_layers):
+            model(ids(5), use_cache=False).logits.sum().backward()
+        return len(seen)
+
+    assert runs(True) == runs(False) == 2
+
+
+def test_fields_that_change_after_the_patch_are_read():
+    model, tokens = model_of(Glm4MoeForCausalLM), ids(9)
+    with patched(model, fuse_layers=True):
+        model.model.layers[1].self_attn.use_qk_norm = False
+        found = plain(model, tokens)
+    with patched(model, fuse_layers=False):
+        assert torch.equal(plain(model, tokens), found)
+    model = native_model("qwen3").requires_grad_(False)
+    with patched(model, fuse_layers=True), pytest.raises(NotImplementedError, match="sliding_window is not supported"):
+        model.model.layers[1].self_attn.sliding_window = 4
+        plain(model, tokens)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: torch.randn(9, 2, 64).transpose(0, 1),
+        lambda: torch.randn(1, 9, 64).expand(3, -1, -1),
+        lambda: torch.randn(2, 64, 9).transpose(1, 2),
+    ],
+    ids=["rows first", "repeated", "columns first"],
+)
+def test_embeddings_may_be_any_view(view):
+    model, embeds, found = model_of(LlamaForCausalLM), view(), []
+    for fuse_layers in (False, True):
+        with patched(model, fuse_layers=fuse_layers), torch.no_grad():
+            found.append(model(inputs_embeds=embeds, use_cache=False).logits)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrapper_around_the_last_norms_forward_runs_the_class_after_the_patch():
+    calls, model, tokens = Calls(), native_model().requires_grad_(False), ids(7)
+    handle = patched(model, calls.ops)
+    inner = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: inner(hidden)
+    handle.unpatch()
+    plain(model, tokens)
+    assert not any(calls.found.values())
