@@ -80,7 +80,11 @@ _SM_100_TILES = {
 }
 # These targets have mma.sync and, but for sm_80, 99 KB of shared memory.
 _MMA_SYNC_TILES = {
-    16: (AttentionTile(64, 16, 4, 3), AttentionTile(128, 64, 8, 2), AttentionTile(128, 32, 8, 2, max_registers=255)),
+    16: (
+        AttentionTile(64, 16, 4, 3, max_registers=255),
+        AttentionTile(128, 64, 8, 2),
+        AttentionTile(128, 32, 8, 2, max_registers=255),
+    ),
     32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4, max_registers=255)),
     64: (AttentionTile(64, 32, 4, 4, max_registers=255), AttentionTile(128, 64, 8, 3), AttentionTile(128, 32, 8, 3)),
     128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3), AttentionTile(64, 64, 8, 2)),
