@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,12 @@ def _decode(bench: Bench, ops: Ops, model: Model, lengths: list[int], cost: floo
     candidates = [Candidate(OURS, ours)]
     if B == 1 and ops.name == "triton":
         candidates.append(Candidate(UNSPLIT, [partial(unsplit, s, window, scale) for s in sets]))
+        if bench.device.type == "cuda":
+            candidates += [
+                Candidate(f"{OURS}, {tile.BLOCK_M}x{tile.BLOCK_N}, at most {tile.MAX_SPLITS} splits of {tile.SPLIT}",
+                          [partial(with_tile, s, window, scale, tile) for s in sets])
+                for tile in candidate_tiles(sets[0])
+            ]  # fmt: skip
     gqa = {"enable_gqa": model.heads != model.kv_heads, "scale": scale}
     if len(set(lengths)) == 1:
         candidates.append(
@@ -174,6 +181,24 @@ def unsplit(s: Inputs, window: Window, scale: float) -> Tensor:
     return attention._launch(
         s.q, s.k, s.v, s.keys, s.values, window, scale=scale, tile=dataclasses.replace(tile, MAX_SPLITS=1)
     )
+
+
+def candidate_tiles(s: Inputs) -> tuple[Any, ...]:
+    """The tiles of this shape that no launcher runs until a GPU has compared them."""
+    from dlm_kernels import device
+    from dlm_kernels.attention import launch as attention
+    from dlm_kernels.tiles import ATTENTION_CANDIDATES
+
+    D, G = s.q.shape[3], s.q.shape[1] // s.k.shape[1]
+    capability = device.capability_of("block_attention", s.q, attention._attention_kernel)
+    return ATTENTION_CANDIDATES[capability].get((1 << (D - 1).bit_length(), int(G > 2)), ())
+
+
+def with_tile(s: Inputs, window: Window, scale: float, tile: Any) -> Tensor:
+    """Our kernel with another tile."""
+    from dlm_kernels.attention import launch as attention
+
+    return attention._launch(s.q, s.k, s.v, s.keys, s.values, window, scale=scale, tile=tile)
 
 
 def _prefill(bench: Bench, ops: Ops, model: Model, L: int, cost: floors.Cost) -> Work:

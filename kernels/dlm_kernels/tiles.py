@@ -135,6 +135,52 @@ _FP8_TILES = {
 }
 
 
+# Tiles of the split form that a GPU has yet to compare with those above, by capability, then by (padded head dim, place
+# in the tile table); no launcher runs them. One row with few KV heads leaves most of a GPU idle: over 4096 slots, 4 KV
+# heads and 2 query tiles are 64 programs with SPLIT = 512, for 132 multiprocessors. Shorter splits make more programs
+# of a short prefix, and more partial results. From SPLIT * MAX_SPLITS slots on, splits become longer and not more, so
+# that both numbers cut a row by the row's own length and by nothing else.
+_SM_90_CANDIDATES = {
+    (64, 1): (AttentionTile(128, 64, 8, 3, SPLIT=256, MAX_SPLITS=16),),
+    (128, 0): (AttentionTile(32, 64, 4, 3, SWAP=True, SPLIT=256, MAX_SPLITS=16),),
+    (128, 1): (
+        AttentionTile(128, 64, 8, 3, SPLIT=256, MAX_SPLITS=16),
+        AttentionTile(128, 64, 8, 3, SPLIT=256),
+        AttentionTile(128, 64, 8, 3, SPLIT=128),
+        AttentionTile(64, 32, 4, 3, SPLIT=256, MAX_SPLITS=16),
+    ),
+}
+_SM_100_CANDIDATES = {
+    (128, 0): (AttentionTile(64, 32, 4, 4, max_registers=255, SPLIT=256, MAX_SPLITS=16),),
+    (128, 1): (
+        AttentionTile(128, 32, 8, 4, SPLIT=256, MAX_SPLITS=16),
+        AttentionTile(128, 32, 8, 4, SPLIT=128),
+        AttentionTile(64, 32, 4, 4, max_registers=255, SPLIT=256, MAX_SPLITS=16),
+    ),
+}
+_MMA_SYNC_CANDIDATES = {
+    (128, 0): (AttentionTile(64, 32, 4, 3, max_registers=255, SPLIT=256, MAX_SPLITS=16),),
+    (128, 1): (
+        AttentionTile(128, 32, 8, 3, SPLIT=256, MAX_SPLITS=16),
+        AttentionTile(64, 32, 4, 3, max_registers=255, SPLIT=256, MAX_SPLITS=16),
+    ),
+}
+_SM_80_CANDIDATES = _MMA_SYNC_CANDIDATES | {
+    (128, 1): (
+        AttentionTile(128, 16, 8, 3, SPLIT=256, MAX_SPLITS=16),
+        AttentionTile(64, 32, 4, 3, max_registers=255, SPLIT=256, MAX_SPLITS=16),
+    ),
+}
+ATTENTION_CANDIDATES = {
+    80: _SM_80_CANDIDATES,
+    86: _MMA_SYNC_CANDIDATES,
+    89: _MMA_SYNC_CANDIDATES,
+    90: _SM_90_CANDIDATES,
+    100: _SM_100_CANDIDATES,
+    120: _MMA_SYNC_CANDIDATES,
+}
+
+
 def attention_tile(capability: int, *, D: int, G: int, dtype: torch.dtype, fp8: bool = False) -> AttentionTile:
     """The tile of a model on a GPU; `capability` is a value of TARGETS, `fp8` says that of its cache."""
     return _attention_tile(capability, D, dtype, fp8, int(G > 2))
@@ -188,6 +234,12 @@ CONFIDENCE_TILES = {
 # Warps of a call with "kl" or a bias, where 8 are too few: the ptxas of Triton 3.6 spills with them.
 _KL_WARPS = {100: 16}
 _BIAS_WARPS = {120: 16}
+# The tile of a call with both, where even 16 warps have too few registers for that of the table.
+_KL_AND_BIAS_TILES = {(100, 2): ConfidenceTile(columns=512, num_warps=16, part_tiles=4)}
+# Registers of a thread of a call without "kl", bias and draw, which fit four programs of 8 warps on a multiprocessor.
+_FEW_REGISTERS = 64
+# A call that needs more than that, by (compute capability, bytes of a logit).
+_SOME_REGISTERS = {(100, 4): 80}
 # Parts of a row at most: `_merge_kernel` holds a value of each in the registers of one warp.
 CONFIDENCE_PARTS = 32
 
@@ -196,9 +248,13 @@ CONFIDENCE_PARTS = 32
 def confidence_tile(capability: int, itemsize: int, kl: bool, biased: bool, sampled: bool) -> ConfidenceTile:
     """The tile of a call on a GPU; `capability` is a value of TARGETS, `itemsize` the bytes of a logit."""
     tile = CONFIDENCE_TILES[capability, itemsize]
+    if kl and biased:
+        tile = _KL_AND_BIAS_TILES.get((capability, itemsize), tile)
     warps = max(tile.num_warps, _KL_WARPS.get(capability, 0) * kl, _BIAS_WARPS.get(capability, 0) * biased)
     # Left alone, ptxas spills some of what needs many registers to make room for more programs.
-    registers = 2048 // warps if kl or biased or sampled else 64
+    registers = _SOME_REGISTERS.get((capability, itemsize), _FEW_REGISTERS)
+    if kl or biased or sampled:
+        registers = 2048 // warps
     return dataclasses.replace(tile, num_warps=warps, max_registers=min(255, registers))
 
 

@@ -35,7 +35,7 @@ from dlm_kernels.attention import launch as kernel
 from dlm_kernels.device import target_of
 from dlm_kernels.testing import no_worse_than_torch
 from dlm_kernels.testing.attention_calls import paged
-from dlm_kernels.tiles import ATTENTION_TILES
+from dlm_kernels.tiles import ATTENTION_CANDIDATES, ATTENTION_TILES
 
 # What each of four queries sees: five cached slots, a sixth beyond kv_len | the window. Queries 4..7 in blocks 1 1 2 2
 # but where changed.
@@ -384,6 +384,29 @@ def test_the_tile_of_a_model_reaches_every_head_dim() -> None:
         for capability in ATTENTION_TILES:
             tile = kernel.attention_tile(capability, D=D, G=1, dtype=torch.bfloat16)
             assert tile.SPLIT % tile.BLOCK_N == 0
+
+
+def test_candidate_tiles_are_others_than_the_launchers_and_cut_the_same_rows() -> None:
+    assert set(ATTENTION_CANDIDATES) == set(ATTENTION_TILES)
+    for capability, places in ATTENTION_CANDIDATES.items():
+        for (D, column), candidates in places.items():
+            shipped = kernel.attention_tile(capability, D=D, G=(1, 4)[column], dtype=torch.bfloat16)
+            assert len({shipped, *candidates}) == 1 + len(candidates)
+            for tile in candidates:
+                assert tile.SPLIT % tile.BLOCK_N == 0 and tile.SPLIT < shipped.SPLIT
+                # The prefill takes over at the same length, and the workspace holds whole query tiles up to it.
+                assert tile.PREFILL_ROWS == shipped.PREFILL_ROWS and tile.PREFILL_ROWS % tile.BLOCK_M == 0
+
+
+def test_a_candidate_is_within_the_bound_where_its_splits_become_longer(device: torch.device) -> None:
+    """Prefixes of SPLIT and of SPLIT * MAX_SPLITS slots, and of one more."""
+    tile = dataclasses.replace(ATTENTION_CANDIDATES[90][128, 1][0], BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    SPLIT, most = tile.SPLIT, tile.SPLIT * tile.MAX_SPLITS
+    for kv_len in (SPLIT, SPLIT + 1, most, most + 1):
+        case = random_case(
+            31, B=1, W=3, H_kv=1, G=7, mode="block", cache=True, capacity=kv_len + 8, SPLIT=SPLIT, kv_lens=(kv_len,)
+        )
+        check_against_the_loop(case, torch.float32, device, tile)
 
 
 SHIPPED = [(64, 1), (128, 1), (128, 4), (128, 7), (256, 2), (512, 1)]

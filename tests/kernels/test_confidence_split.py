@@ -23,6 +23,7 @@ from confidence_cases import (
     assert_equals_reference,
     assert_identical,
     changed,
+    draws,
     everything,
     faster_interpreter,
     random_case,
@@ -107,6 +108,30 @@ def test_banned_ids_among_ties_of_the_best_hide_neither_token_nor_runner_up_nor_
     arguments |= {"banned": banned.contiguous()}
     result = both_forms(logits, **arguments)
     assert not (banned == result.token[:, None]).any() and not (banned == result.sampled_token[:, None]).any()
+    assert_equals_reference(result, logits, **arguments)
+
+
+@forms
+def test_a_banned_runner_up_in_the_winners_column_is_passed_over(split, device):
+    logits = torch.randn(2, 2 * PART, device=device)
+    # The winner and what is banned lie in one column, of two tiles or of one.
+    logits[:, 5], logits[0, 5 + TILE], logits[1, 6], logits[:, 5 + 3 * COLUMNS] = 9.0, 8.0, 8.0, 7.0
+    banned = torch.tensor([[5 + TILE], [6]], device=device)
+    result = run(logits, split, banned=banned)
+    assert result.token.tolist() == [5, 5] and result.second_token.tolist() == [5 + 3 * COLUMNS] * 2
+
+
+@forms
+def test_a_banned_draw_is_drawn_again_without_that_id(split, device):
+    V, N = 3 * PART + 5, 24
+    logits = torch.randn(N, V, device=device) * 0.1
+    arguments = draws(N, V, 1.0, device)
+    free = run(logits, split, **arguments)
+    assert (free.sampled_token != free.token).all()
+    # Only what was drawn is banned: neither the winner nor its column says so.
+    arguments |= {"banned": free.sampled_token[:, None].contiguous()}
+    result = run(logits, split, **arguments)
+    assert not (result.sampled_token == free.sampled_token).any() and torch.equal(result.token, free.token)
     assert_equals_reference(result, logits, **arguments)
 
 

@@ -329,6 +329,26 @@ def test_every_shipped_configuration_compiles_for_two_unlike_targets_without_spi
     assert {result.mma for result in large if result.target == "sm_90"} == {"wgmma"}
 
 
+CANDIDATES = """
+from dlm_kernels.attention.cases import candidate_cases
+from dlm_kernels.static import violations
+for capability in map(int, sys.argv[1:]):
+    found = [compile_case(case, capability) for case in candidate_cases(capability)]
+    print(json.dumps([capability, [result.config for result in found], violations(found)]))
+"""
+
+
+def test_the_candidates_of_attention_compile_for_two_unlike_targets_without_spills(tmp_path):
+    """No launcher runs them, so the report does not list them."""
+    path = tmp_path / "candidates.py"
+    path.write_text(TOYS + CANDIDATES)
+    lines = run([str(path), *map(str, TARGETS)]).stdout.splitlines()
+    for target, line in zip(TARGETS, lines, strict=True):
+        capability, configs, found = json.loads(line)
+        assert (capability, found) == (target, [])
+        assert {"G=1", "G=4", "G=7"} <= {word for config in configs for word in config.split()}
+
+
 BORROWED = """
 from dlm_kernels import static, tiles
 from dlm_kernels.static import violations

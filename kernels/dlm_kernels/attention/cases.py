@@ -8,7 +8,7 @@ import torch
 import triton
 
 from ..static import CompileCase
-from ..tiles import COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
+from ..tiles import ATTENTION_CANDIDATES, COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
 from .combine import _combine_kernel
 from .prefill import _prefill_kernel
 from .split import _attention_kernel
@@ -108,8 +108,22 @@ def compile_cases(capability: int) -> list[CompileCase]:
     ]
 
 
+def candidate_cases(capability: int) -> list[CompileCase]:
+    """The tiles that a GPU has yet to choose from, in the modes and groups of the models that they are for."""
+    cases = []
+    for (D, place), tiles in ATTENTION_CANDIDATES[capability].items():
+        groups = ((4, "full"), (7, "block")) if place else ((1, "full"), (1, "block"))
+        for tile in tiles:
+            cases += [_tiled_split_case(capability, _Variant("bf16", D, G, mode), tile) for G, mode in groups]
+    return cases
+
+
 def _split_case(capability: int, variant: _Variant) -> CompileCase:
     tile = attention_tile(capability, D=variant.D, G=variant.G, dtype=DTYPES[variant.dtype], fp8=variant.fp8)
+    return _tiled_split_case(capability, variant, tile)
+
+
+def _tiled_split_case(capability: int, variant: _Variant, tile: AttentionTile) -> CompileCase:
     constexprs = {"SPLIT": tile.SPLIT, "MAX_SPLITS": tile.MAX_SPLITS, "SWAP": tile.SWAP}
     return _case("attention", capability, variant, tile, constexprs)
 

@@ -72,7 +72,8 @@ def confidence(
 
     Arguments, results and errors are those of `reference.confidence`, which is the specification; float64 is not
     accepted. Token ids do not depend on the tile. Floats depend in the last bits on the tile of the GPU, which on
-    sm_100 is another one with "kl" and on sm_120 with a bias, but neither on the other rows nor on their number.
+    sm_100 is another one with "kl" (and again another with a bias too) and on sm_120 with a bias, but neither on the
+    other rows nor on their number.
 
     Many rows are one launch, with a program for each row. With fewer than two rows for every SM, every part of a row
     (`tiles.confidence_parts`) has a program, and a second launch merges the parts. Both forms add up the same parts in
