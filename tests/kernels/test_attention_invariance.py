@@ -30,13 +30,18 @@ FEATURES = {
     "block, G=1": dict(mode="block", W=17, G=1),
     "sliding": dict(mode="full", W=9, G=4, sliding=41),
     "fp8": dict(mode="block", W=9, G=2, fp8=True, H_kv=2),
+    "whole tiles around replaced slots": dict(
+        mode="full", W=9, G=2, kv_lens=(170, 128, 65), replaced=((32, 40), (16, 70), (0, 17)), capacity=180
+    ),
     "one long row": dict(mode="block", W=25, G=2, q_lens=(25, 9, 24)),
     "two long rows": dict(mode="shadow", W=50, G=1, q_lens=(50, 49, 48), kept=True, cache=True),
     "everything": dict(mode="shadow", W=17, G=2, kept=True, sliding=57, fp8=True),
 }
 every_feature = pytest.mark.parametrize("feature", FEATURES)
 some_features = pytest.mark.parametrize("feature", ["causal, D=48", "no cache", "one long row", "everything"])
-cached_features = pytest.mark.parametrize("feature", ["full", "shadow", "fp8", "two long rows", "everything"])
+cached_features = pytest.mark.parametrize(
+    "feature", ["full", "shadow", "fp8", "whole tiles around replaced slots", "two long rows", "everything"]
+)
 
 
 def case_of(feature: str, seed: int, **changes) -> Case:
@@ -110,7 +115,9 @@ def test_row_alone_equals_row_in_batch(feature: str, device: torch.device) -> No
             assert_same_bits(mine[0, :, GUARD:-GUARD], row)
 
 
-@pytest.mark.parametrize("feature", ["block, G=7", "fp8", "one long row", "no cache", "everything"])
+@pytest.mark.parametrize(
+    "feature", ["block, G=7", "fp8", "whole tiles around replaced slots", "one long row", "no cache", "everything"]
+)
 def test_neither_bucket_width_nor_capacity_changes_a_bit(feature: str, device: torch.device) -> None:
     case = case_of(feature, seed=5, B=2)
     W = case.q.shape[2]
