@@ -130,7 +130,7 @@ def confidence_us(
     code = code_of([row for row in rows if row["config"] == config], "confidence", config)
     if code is None or code.per_element is None:
         return None
-    tile = confidence_tile(CAPABILITY, itemsize, "kl" in outputs, False)
+    tile = confidence_tile(CAPABILITY, itemsize, "kl" in outputs, False, "sampled" in outputs)
     programs = N * (confidence_parts(V, tile, itemsize)[1] if split else 1)
     waves = math.ceil(programs / (MULTIPROCESSORS * code.resident(tile.num_warps)))
     issue = code.per_element * N * V / (32 * SCHEDULERS * MULTIPROCESSORS * CLOCK_MHZ)
