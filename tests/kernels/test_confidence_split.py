@@ -123,15 +123,16 @@ def test_a_banned_runner_up_in_the_winners_column_is_passed_over(split, device):
 
 @forms
 def test_a_banned_draw_is_drawn_again_without_that_id(split, device):
-    V, N = 3 * PART + 5, 24
+    V, N = 3 * PART + 5, 12
     logits = torch.randn(N, V, device=device) * 0.1
     arguments = draws(N, V, 1.0, device)
     free = run(logits, split, **arguments)
-    assert (free.sampled_token != free.token).all()
-    # Only what was drawn is banned: neither the winner nor its column says so.
-    arguments |= {"banned": free.sampled_token[:, None].contiguous()}
+    # Only what was drawn is banned: the winner does not tell of it.
+    banned = torch.where(free.sampled_token != free.token, free.sampled_token, -1)
+    assert (banned >= 0).sum() > N // 2
+    arguments |= {"banned": banned[:, None]}
     result = run(logits, split, **arguments)
-    assert not (result.sampled_token == free.sampled_token).any() and torch.equal(result.token, free.token)
+    assert not (result.sampled_token == banned).any() and torch.equal(result.token, free.token)
     assert_equals_reference(result, logits, **arguments)
 
 

