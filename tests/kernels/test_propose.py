@@ -17,7 +17,7 @@ from dlm_kernels.propose import Proposal, ranked, residency
 from dlm_kernels.static import CompileResult
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = CompileResult("toy", "one", "sm_90", 128, 0, 0, 64 * 1024, 0, "wgmma", None, 128, {})
+RESULT = CompileResult("toy", "one", "sm_90", 128, 0, 0, 64 * 1024, 0, "wgmma", None, 128, 900, 9, [(400, 2)], {})
 
 
 def proposed(*arguments: str) -> subprocess.CompletedProcess[str]:
