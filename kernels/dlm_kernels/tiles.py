@@ -82,10 +82,14 @@ _SM_100_TILES = {
 _MMA_SYNC_TILES = {
     16: (
         AttentionTile(64, 16, 4, 3, max_registers=255),
-        AttentionTile(128, 64, 8, 2),
+        AttentionTile(128, 64, 8, 2, max_registers=255),
         AttentionTile(128, 32, 8, 2, max_registers=255),
     ),
-    32: (AttentionTile(64, 32, 4, 2), AttentionTile(128, 32, 8, 4), AttentionTile(128, 32, 8, 4, max_registers=255)),
+    32: (
+        AttentionTile(64, 32, 4, 2, max_registers=255),
+        AttentionTile(128, 32, 8, 4, max_registers=255),
+        AttentionTile(128, 32, 8, 4, max_registers=255),
+    ),
     64: (AttentionTile(64, 32, 4, 4, max_registers=255), AttentionTile(128, 64, 8, 3), AttentionTile(128, 32, 8, 3)),
     128: (AttentionTile(64, 32, 4, 3), AttentionTile(128, 32, 8, 3), AttentionTile(64, 64, 8, 2)),
     256: (AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3), AttentionTile(64, 16, 8, 3)),
@@ -165,12 +169,7 @@ _MMA_SYNC_CANDIDATES = {
         AttentionTile(64, 32, 4, 3, max_registers=255, SPLIT=256, MAX_SPLITS=16),
     ),
 }
-_SM_80_CANDIDATES = _MMA_SYNC_CANDIDATES | {
-    (128, 1): (
-        AttentionTile(128, 16, 8, 3, SPLIT=256, MAX_SPLITS=16),
-        AttentionTile(64, 32, 4, 3, max_registers=255, SPLIT=256, MAX_SPLITS=16),
-    ),
-}
+_SM_80_CANDIDATES = _MMA_SYNC_CANDIDATES | {(128, 1): (AttentionTile(128, 16, 8, 3, SPLIT=256, MAX_SPLITS=16),)}
 ATTENTION_CANDIDATES = {
     80: _SM_80_CANDIDATES,
     86: _MMA_SYNC_CANDIDATES,
