@@ -4,6 +4,7 @@ seed."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import random
@@ -127,6 +128,26 @@ def debug_mode(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with debug("without_debug" not in request.fixturenames):
         yield
+
+
+@pytest.fixture
+def layer_kernels() -> None:
+    """For a test whose models run the kernels of a layer's ops in the interpreter too."""
+
+
+@pytest.fixture(autouse=True)
+def layers_of_the_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, models with the Triton backend have the references of a layer's ops: these kernels are many
+    small programs, which take minutes of a decode there, and have tests of their own."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    if not interpreted or "layer_kernels" in request.fixturenames:
+        return
+    from dlm_fast import ops
+    from dlm_kernels import reference
+
+    triton_ops = ops.triton_ops
+    layers = {name: getattr(reference, name) for name in ops.LAYER_OPS}
+    monkeypatch.setattr(ops, "triton_ops", lambda *reason: dataclasses.replace(triton_ops(*reason), **layers))
 
 
 @pytest.fixture

@@ -376,3 +376,17 @@ def test_a_wrapper_around_the_last_norms_forward_runs_the_class_after_the_patch(
     handle.unpatch()
     plain(model, tokens)
     assert not any(calls.found.values())
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Glm4MoeForCausalLM], ids=lambda kind: kind.__name__)
+def test_the_kernels_of_a_layer_give_the_logits_of_its_references(kind, layer_kernels, device):
+    pytest.importorskip("triton")
+    triton = choose("triton", device)
+    model, tokens = model_of(kind).to(device), ids(9).to(device)
+    calls = Calls(triton)
+    with patched(model, fuse_layers=False):
+        expected = plain(model, tokens)
+    with patched(model, calls.ops), torch.no_grad():
+        found = plain(model, tokens)
+    assert calls.found["add_rms_norm"] == calls.found["qk_norm_rope"] == 2 and calls.found["rms_norm"] == 3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
