@@ -250,8 +250,20 @@ def draft_slices(B, D, W, cut):
     )
 
 
+def attend_slices(B, W, S, cut):
+    q, k, v = (torch.zeros(B, W, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2))
+    caches = [torch.zeros(B, 2, S, 128, dtype=torch.bfloat16) for _ in range(2)]
+    window = Window(
+        cut(B, W), cut(B, W), cut(B), cut(B, W, value=-1), cut(B), cut(B, 2), cut(B), "block",
+        kept=cut(B, S, dtype=torch.bool),
+    )
+    attention.block_attention(q, k, v, *caches, window, scale=0.125)
+
+
 for shift in (0, 1):
     cut = slices(shift)
+    for W in (33, 701):
+        attend_slices(3, W, 1201, cut)
     for N in (5, 600):
         reduce_slices(N, cut)
     for W in (21, 301):
@@ -265,6 +277,7 @@ for shift in (0, 1):
 def test_slices_that_begin_anywhere_make_no_new_machine_code(tmp_path):
     functions = collections.Counter(function for function, _, _ in variants(SLICES, tmp_path))
     assert functions == {
+        "_attention_kernel": 1, "_combine_kernel": 1, "_prefill_kernel": 1,
         "_confidence_kernel": 2, "_merge_kernel": 1, "unmask_kernel": 3, "unmask_memory_kernel": 3,
         "draft_build_kernel": 1, "verify_kernel": 1, "uniform_scores_kernel": 1,
     }  # fmt: skip

@@ -13,6 +13,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+# Arguments that a caller may cut out of longer tensors: wherever they begin, nothing is compiled again.
+ROW_POINTERS = (
+    "k_scale_ptr", "v_scale_ptr", "q_pos_ptr", "q_block_ptr", "q_len_ptr", "kv_slot_ptr", "kv_len_ptr", "replaced_ptr",
+    "kept_ptr", "page_table_ptr", "cache_row_ptr",
+)  # fmt: skip
 # Keys copied to the cache per iteration: enough to fill the copy's loads, few enough to cost no registers.
 STORE_N = tl.constexpr(16)
 # What a decoded e4m3 value must be multiplied by: its exponent was left in the place of a float16's, and the bias of

@@ -9,6 +9,7 @@ import triton
 
 from ..static import CompileCase
 from ..tiles import ATTENTION_CANDIDATES, COMBINE_ELEMENTS, AttentionTile, attention_prefill_tile, attention_tile
+from .cache import ROW_POINTERS
 from .combine import _combine_kernel
 from .prefill import _prefill_kernel
 from .split import _attention_kernel
@@ -177,7 +178,7 @@ def _signed(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = pointers.get(name, "*i32")
-            aligned.append(name)
+            aligned += () if name in ROW_POINTERS else (name,)
         elif name.endswith("_strides"):
             signature[name] = ("i32", "i32", "i32")
             aligned += [f"{name}.{dim}" for dim in range(3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cache import _is_replaced, _load_row, _split_plan, _tile_mask
+from .cache import ROW_POINTERS, _is_replaced, _load_row, _split_plan, _tile_mask
 
 # The pivot of a row without a visible key. It is finite, because -inf - -inf is NaN, and the least float32, so that no
 # finite score lies below.
@@ -59,7 +59,8 @@ def _partial_pointers(partials_ptr, partial_rows, row, D: tl.constexpr, BLOCK_D:
         "first_row",
         "num_rows",
         "longest",
-    ]
+    ],
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def _combine_kernel(
     partials_ptr,

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .cache import (
     E4M3_UNIT,
+    ROW_POINTERS,
     _cache_base,
     _first_visible,
     _load_cached,
@@ -84,7 +85,10 @@ def _window_tiles(
     return first_tile, end_tile, first_whole, tl.maximum(tl.minimum(hole // BLOCK_N, end_tile), first_whole)
 
 
-@triton.jit(do_not_specialize=["W", "H_KV", "S_MAX", "num_pages", "sliding_window", "num_tiles", "longest"])
+@triton.jit(
+    do_not_specialize=["W", "H_KV", "S_MAX", "num_pages", "sliding_window", "num_tiles", "longest"],
+    do_not_specialize_on_alignment=ROW_POINTERS,
+)
 def _prefill_kernel(
     q_ptr,
     k_ptr,

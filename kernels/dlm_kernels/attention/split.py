@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .cache import (
     E4M3_UNIT,
+    ROW_POINTERS,
     _cache_base,
     _first_visible,
     _is_replaced,
@@ -195,7 +196,8 @@ def _store_window(
         "first_tile",
         "num_tiles",
         "longest",
-    ]
+    ],
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def _attention_kernel(
     q_ptr,
