@@ -54,7 +54,7 @@ class PatchHandle:
         plain_mode: how a plain forward (`model(input_ids)`) sees: "full", "block", "isolated" or "causal".
         max_positions: the most positions of a row that `generate` decodes; None = those of the model.
         max_rows: the most rows that `generate` decodes together; None = any number.
-        unfused: why the layers run as transformers has them; None = they are fused, which is a dozen launches less.
+        unfused: why the layers run as transformers has them; None = they are fused.
         attention_calls: number of attention calls through our op since the model was patched, one per layer and
             forward. Only eager forwards count, since a counter in a compiled graph would compile the graph again at
             every call.
@@ -426,11 +426,12 @@ def patch(
             settings are looked for.
         backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
             CPU on a CPU.
-        fuse_layers: whether the layers of the instance get forwards of ours, which need about 6 small launches instead
-            of 30 to 48. They round where transformers' own do: on a CPU the bits are the same, in Triton within one
-            rounding of each op. Default: where every module of the layers is known; `explain` says why not. A layer
-            runs as transformers has it where it is asked for what they do not do: under autocast, with a cache of
-            transformers, or where one of its norms, its attention or its MLP has hooks.
+        fuse_layers: whether the layers of the instance get forwards of ours, which need 5 launches beside the products
+            and the attention instead of 30 to 48. They round where transformers' own do: on a CPU the bits are the
+            same, in Triton within one rounding of each op. Default: where every module of the layers is known;
+            `explain` says why not. A layer runs as transformers has it where it is asked for what they do not do: under
+            autocast, with a cache of transformers, with gradients in Triton, with checkpointed activations, or where
+            one of its norms, its attention or its MLP has hooks.
         max_positions: the most positions of a row, prompt and new tokens, that `generate` decodes. Default: those of
             the model.
         max_rows: the most rows that `generate` decodes together. Default: any number.
