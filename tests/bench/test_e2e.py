@@ -253,3 +253,17 @@ def test_the_time_of_a_cpu_is_that_of_the_process():
     clock = turns.Clock(torch.device("cpu"))
     seconds, result = clock(lambda: sum(range(3_000_000)))
     assert result == 4_499_998_500_000 and 0.005 < seconds < 5 and clock.name == "user-CPU time"
+
+
+def test_a_call_of_less_than_a_tick_takes_its_share_of_many(monkeypatch):
+    """User time moves in ticks: most calls of a millisecond would take none."""
+    ticks, calls = Ticks(), []
+
+    def call() -> int:
+        ticks.now += 0.001
+        calls.append(None)
+        return len(calls)
+
+    monkeypatch.setattr(turns, "_user_seconds", lambda: ticks.now // 0.008 * 0.008)
+    seconds, last = turns.Clock(torch.device("cpu"))(call)
+    assert last == len(calls) > 20 and seconds == pytest.approx(0.001, rel=0.05)
