@@ -35,7 +35,7 @@ IS_KNOWN = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
 # A tensor of another class may say anything of itself.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
-_data_ptr = Tensor.data_ptr
+_data_ptr, _is_neg = Tensor.data_ptr, Tensor.is_neg
 
 
 class Launch:
@@ -196,9 +196,14 @@ class Call:
 
 
 class Calls:
-    """The calls of an op that were accepted, by their keys. It holds no tensor."""
+    """The calls of an op that were accepted, by their keys. It holds no tensor.
 
-    def __init__(self) -> None:
+    Args:
+        op: its name, and `names` those of the tensors that its calls may have, in order, for errors.
+    """
+
+    def __init__(self, op: str, names: Sequence[str]) -> None:
+        self.op, self.names = op, names
         self.by_key: dict[tuple, Call] = {}
 
     def find(
@@ -211,11 +216,19 @@ class Calls:
                 the type is a fact of its own.
         Returns:
             No call for a new one. No key and no pointers for one that cannot be remembered.
+        Raises:
+            ValueError: a tensor whose memory holds the negatives of its numbers, which a kernel would read.
         """
         tensors = [tensor for tensor in given if tensor is not None]
         types = tuple(map(type, given))
         if not _PLAIN.issuperset(types):
             return None, None, tensors, ()
+        if any(map(_is_neg, tensors)):
+            (name, *_) = (name for name, tensor in zip(self.names, given) if tensor is not None and tensor.is_neg())
+            raise ValueError(
+                f"{self.op}: {name.removesuffix('_ptr')} must lie in memory as it is, got a view of negatives "
+                "(Tensor.is_neg); give its resolve_neg()"
+            )
         try:
             looks = [(tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors]
             key = (facts, types, *looks)

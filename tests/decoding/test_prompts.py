@@ -103,7 +103,7 @@ WRONG = [
     ({"prompts": True}, TypeError, r"prompts must be a list of prompts, got True"),
     ({"prompts": "hello"}, ValueError, r"prompts must be a list of prompts, got a single str"),
     ({"prompts": b"hello"}, ValueError, r"prompts must be a list of prompts, got a single bytes"),
-    ({"prompts": {"a", "b"}}, TypeError, r"prompts must be a list of prompts, got a set"),
+    ({"prompts": {"a"}}, TypeError, r"prompts must be a list of prompts, got a set"),
     ({"prompts": torch.tensor(5)}, TypeError, r"prompts must be 1-D or 2-D token ids, got shape \(\), torch.int64"),
     (
         {"prompts": torch.zeros(1, 2, 3).long()},

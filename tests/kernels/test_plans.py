@@ -292,6 +292,24 @@ def test_a_tensor_changed_in_place_is_another_one(op: str, change: Callable[[Ten
     assert changed or (op == "uniform_scores" and change is wants_gradient)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_view_of_negatives_is_refused_by_name(op: str, launched: None):
+    refused = 0
+    for seed in range(3):
+        call = built(valid_call(op, random.Random(f"negatives {op} {seed}")))
+        for path, value in leaves(unbuilt(call)).items():
+            if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float16):
+                continue
+            view = value.clone().neg_()._neg_view()
+            assert view.is_neg()
+            assert is_taken(op, call)
+            said_of = verdict(op, with_field(call, path, view))
+            assert said_of.startswith(f"ValueError: {op}: ") and "resolve_neg" in said_of
+            assert path.rpartition(".")[2] in said_of
+            refused += 1
+    assert refused or op == "uniform_scores"
+
+
 @pytest.mark.parametrize("op", fuzz_ops.WRITTEN)
 def test_memory_is_looked_at_in_every_call(op: str, launched: None):
     """The same call in other memory: the written tensors share it, or one begins within another."""

@@ -36,7 +36,7 @@ _NAMES = (
     "q_len_ptr", "kv_slot_ptr", "kv_len_ptr", "replaced_ptr", "cache_row_ptr", "kept_ptr", "page_table_ptr",
 )  # fmt: skip
 _of_window = attrgetter("q_pos", "q_block", "q_len", "kv_slot", "kv_len", "replaced", "cache_row", "kept", "page_table")
-_calls = Calls()
+_calls = Calls("block_attention", _NAMES)
 
 
 def _fake(q: Tensor, **_: object) -> Tensor:

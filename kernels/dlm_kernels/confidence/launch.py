@@ -37,7 +37,7 @@ _FIELD_NAMES = tuple(f"{name}_ptr" for name in Confidence._fields)
 _PARTIAL_NAMES = ("values_ptr", "ids_ptr")
 # What the second launch reads besides the partials.
 _MERGED_NAMES = ("rows_ptr", "temperature_ptr", "sample_temperature_ptr", "query_ptr", "previous_logsumexp_ptr")
-_calls = Calls()
+_calls = Calls("confidence", _NAMES)
 
 
 def present(*, outputs: Sequence[str], **_: object) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ _VERIFY_NAMES = (
     "selects_ptr",
 )  # fmt: skip
 _VERIFIED_NAMES = ("chosen_ptr", "pred_ptr", "certain_ptr")
-_build_calls, _verify_calls = Calls(), Calls()
+_build_calls, _verify_calls = Calls("draft_build", _BUILD_NAMES), Calls("verify", _VERIFY_NAMES)
 
 
 def _held(source: DraftSource, tokens: Tensor, *, D: int, **_: object) -> Tensor:

@@ -33,7 +33,10 @@ _OF_ROPE = (
     "q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr", "q_scale_ptr", "q_out_ptr", "k_out_ptr",
 )  # fmt: skip
 _OF_SWIGLU = ("gate_ptr", "up_ptr", "out_ptr")
-_calls_of_norm, _calls_of_sum, _calls_of_rope, _calls_of_swiglu = Calls(), Calls(), Calls(), Calls()
+_calls_of_norm = Calls("rms_norm", ("x", "weight"))
+_calls_of_sum = Calls("add_rms_norm", ("x", "residual", "weight"))
+_calls_of_rope = Calls("qk_norm_rope", ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_scale"))
+_calls_of_swiglu = Calls("swiglu", ("gate", "up"))
 
 
 def _like(x: Tensor, **_: object) -> Tensor:

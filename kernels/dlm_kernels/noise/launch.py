@@ -14,7 +14,7 @@ from .kernel import uniform_scores_kernel
 
 # The tensors of a launch.
 _NAMES = ("seed_ptr", "noise_ptr", "score_ptr")
-_calls = Calls()
+_calls = Calls("uniform_scores", _NAMES)
 
 
 def _scores(seed: Tensor, noise: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ _INPUTS = tuple(field.name for field in dataclasses.fields(UnmaskInputs) if fiel
 _of_state, _of_inputs = attrgetter(*_STATE), attrgetter(*_INPUTS)
 _of_rule = attrgetter(*(field.name for field in dataclasses.fields(UnmaskRule)))
 _NAMES = tuple(f"{name}_ptr" for name in (*_STATE, *_INPUTS))
-_calls = Calls()
+_calls = Calls("unmask", _NAMES)
 
 
 def _changed(*, inputs: UnmaskInputs, **_: object) -> Tensor:
