@@ -99,7 +99,8 @@ def operator(
 
         @functools.wraps(launcher)
         def dispatched(*positional: Any, **keywords: Any) -> Any:
-            if not (torch.compiler.is_compiling() or _is_traced(positional)):
+            first = positional[0] if positional else keywords.get(names[0])
+            if not (torch.compiler.is_compiling() or _is_traced(first)):
                 return launcher(*positional, **keywords)
             given = {**defaults, **dict(zip(names, positional)), **keywords}
             unknown = [key for key in given if key not in arguments]
@@ -121,9 +122,9 @@ def operator(
     return register
 
 
-def _is_traced(positional: Sequence[Any]) -> bool:
-    """Whether the first tensor is of a subclass (a FakeTensor, for one), which only the dispatcher can handle."""
-    first = positional[0] if positional else None
+def _is_traced(first: Any) -> bool:
+    """Whether the first argument, or its first tensor, is of a subclass (a FakeTensor, for one), which only the
+    dispatcher can handle."""
     if type(first) is Tensor:
         return False
     field = _first_field(type(first))

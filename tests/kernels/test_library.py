@@ -315,12 +315,8 @@ def test_fake_tensors_get_the_shapes_and_strides_of_real_ones(device):
             {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
             for call in calls
         )
-        x, residual, weight, eps = norm.values()
-        fake_layer = (
-            *add_rms_norm(x, residual, weight, eps=eps),
-            *qk_norm_rope(*(heads.pop(name) for name in ("q", "k", "cos", "sin")), **heads),
-            swiglu(*mlp.values()),
-        )
+        # By keywords alone.
+        fake_layer = (*add_rms_norm(**norm), *qk_norm_rope(**heads), swiglu(**mlp))
     for ours, eager in zip((fake, *fake_layer), (real, *real_layer), strict=True):
         assert (ours.shape, ours.stride(), ours.dtype) == (eager.shape, eager.stride(), eager.dtype)
     for name, value in stats._asdict().items():
