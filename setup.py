@@ -47,7 +47,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "peft"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "peft"],
         "train": ["peft", "matplotlib"],
         "bench": ["matplotlib", "pytest-benchmark"],
         "lint": ["ruff"],

@@ -1,6 +1,6 @@
 """Whole decodes: the Triton kernels against the plain-torch backend, token for token. A decode is one row of a batch.
 
-The default suite runs the first 200 decodes of the 2,000 of the campaign:
+The default suite runs the first 100 decodes of the 2,000 of the campaign:
 
     python -m pytest -m campaign tests/decoding/test_decode_campaign.py \\
         --campaign-summary bench/results/decode_campaign.json
@@ -26,7 +26,7 @@ from helpers import bolder, facts_of, options_of, random_prompts, toy
 import dlm_fast
 from dlm_fast.presets import PRESETS, resolve
 
-DECODES_A_PART, PARTS, DEFAULT_PARTS = 100, 20, 2
+DECODES_A_PART, PARTS, DEFAULT_PARTS = 100, 20, 1
 CONFIDENCE_BOUND = 2e-4
 
 

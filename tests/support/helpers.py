@@ -40,6 +40,7 @@ def native_model(
     kv_heads: int = 2,
     head_dim: int = 16,
     layers: int = 2,
+    intermediate_size: int = 48,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
@@ -48,7 +49,7 @@ def native_model(
     config = config_class(
         vocab_size=VOCAB,
         hidden_size=heads * (32 // heads),  # Llama wants a multiple of the heads
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
