@@ -356,12 +356,15 @@ def test_racy():
 """
 
 
-def test_under_the_option_a_race_fails_its_test(tmp_path):
+@pytest.mark.parametrize("processes", [[], ["-n", "1"]], ids=["", "in a process of pytest-xdist"])
+def test_under_the_option_a_race_fails_its_test(tmp_path, processes):
+    if processes:
+        pytest.importorskip("xdist")
     (tmp_path / "test_probe.py").write_text(PROBE)
     # conftest.py is found from the files that are run: here, from a copy beside the probe.
     here = Path(__file__).resolve().parents[1]
     (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
-    options = ["-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races"]
+    options = ["-q", "-p", "no:cacheprovider", "-c", here.parent / "pyproject.toml", "--races", *processes]
     command, environment = (
         [sys.executable, "-m", "pytest", *options, tmp_path],
         {**os.environ, "PYTHONPATH": str(here / "support")},
@@ -374,7 +377,7 @@ def test_under_the_option_a_race_fails_its_test(tmp_path):
 
 def test_a_run_that_watched_nothing_does_not_pass():
     def status(detector: races.Detector, before: int) -> int:
-        session = SimpleNamespace(exitstatus=before)
+        session = SimpleNamespace(exitstatus=before, config=SimpleNamespace())
         races.Session(detector).pytest_sessionfinish(session, before)
         return session.exitstatus
 

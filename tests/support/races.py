@@ -31,6 +31,7 @@ tensor it may not touch.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -430,16 +431,31 @@ def watch() -> Iterator[Detector]:
 
 
 class Session:
-    """The part of a test run under --races: it says what was watched, and does not pass if that is nothing."""
+    """The part of a test run under --races: it says what was watched, and does not pass if that is nothing. Processes
+    of pytest-xdist say it to the one that started them."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector
+        self.of_workers: collections.Counter[str] = collections.Counter()
+
+    def seen(self) -> collections.Counter[str]:
+        names = ("launches", "loaded_lanes", "stored_lanes", "barriers")
+        return self.of_workers + collections.Counter({name: int(getattr(self.detector, name)) for name in names})
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.OK and not (self.detector.loaded_lanes and self.detector.stored_lanes):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["races"] = dict(self.seen())
+        elif exitstatus == pytest.ExitCode.OK and not (self.seen()["loaded_lanes"] and self.seen()["stored_lanes"]):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        # A process that died says nothing; its test has failed.
+        self.of_workers.update(getattr(node, "workeroutput", {}).get("races", {}))
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        seen = self.detector
-        lanes = f"{seen.loaded_lanes} lanes loaded, {seen.stored_lanes} stored"
-        terminalreporter.write_line(f"races looked for in {seen.launches} launches, {lanes}, {seen.barriers} barriers")
+        seen = self.seen()
+        lanes = f"{seen['loaded_lanes']} lanes loaded, {seen['stored_lanes']} stored"
+        terminalreporter.write_line(
+            f"races looked for in {seen['launches']} launches, {lanes}, {seen['barriers']} barriers"
+        )
