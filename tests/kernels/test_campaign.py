@@ -3,8 +3,8 @@
     python -m pytest -m campaign tests/kernels/test_campaign.py --campaign-summary bench/results/kernel_campaign.json
 
 A case is a seed: `run_case(seed, device)` of the op's module builds one random call, poisons what must not be read or
-left unwritten, runs the kernel and compares. The file keeps what earlier runs counted for the ops that this run leaves
-out (`-k`).
+left unwritten, runs the kernel and compares. The committed file was made with `--races` (tests/support/races.py), which
+takes an hour of one core. The file keeps what earlier runs counted for the ops that this run leaves out (`-k`).
 """
 
 from __future__ import annotations
