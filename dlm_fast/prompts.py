@@ -227,7 +227,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    # The question of an abstract class takes four times as long, and a prompt may have a million ids.
+    return type(value) is int or isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_message(value: Any) -> bool:
