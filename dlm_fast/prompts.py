@@ -227,7 +227,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    # The question of an abstract class takes four times as long, and a prompt may have a million ids.
+    # The question of an abstract class takes several times as long, and a prompt may have a million ids.
     return type(value) is int or isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -319,8 +319,7 @@ print(json.dumps(found))
 
 
 def test_shipped_tiles_compile_for_two_unlike_targets_without_spills(tmp_path):
-    """One configuration of each. All of them, on all six targets, take half an hour: .ci/run does that, under two
-    versions of Triton."""
+    """One configuration of each. All of them, on all six targets, take half an hour of two cores: .ci/run does that."""
     path = tmp_path / "tiles.py"
     path.write_text(TOYS + ONE_OF_EACH_TILE)
     lines = run([str(path), *map(str, TARGETS)]).stdout.splitlines()
