@@ -134,8 +134,7 @@ def qk_norm_rope(
 
     def check() -> None:
         check_qk_norm_rope(q, k, cos, sin, q_weight, k_weight, eps, q_scale, DTYPES, MAX_HEAD_DIM)
-        names = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_scale")
-        _check_call("qk_norm_rope", qk_norm_rope_kernel, **dict(zip(names, given)))
+        _check_call("qk_norm_rope", qk_norm_rope_kernel, **dict(zip(_calls_of_rope.names, given)))
 
     call, tensors, pointers = _accepted(_calls_of_rope, given, (type(eps), eps), check)
     result = _rotated(q, k)
