@@ -415,7 +415,7 @@ def test_values_of_zero_are_zeros_and_not_nan() -> None:
 
 def test_strided_views_need_no_copy() -> None:
     """q, k and v as slices of one fused projection, the caches as slices of one buffer of all layers."""
-    case = attention_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True)
+    case = attention_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True, full_rows=True)
     fused = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in (case.q, case.k, case.v)], 2)
     q, k, v = (part.unflatten(2, (-1, 16)).transpose(1, 2) for part in fused.split([64, 32, 32], 2))
     strided = dataclasses.replace(case, q=q, k=k, v=v)
