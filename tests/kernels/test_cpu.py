@@ -44,7 +44,7 @@ from dlm_kernels.reference.confidence import Confidence
 from dlm_kernels.rules import UnmaskRule
 from dlm_kernels.state import DENOISE
 from dlm_kernels.testing import GuardedMemory, no_worse_than_torch, poisoned
-from dlm_kernels.testing.attention_calls import score_floor
+from dlm_kernels.testing.attention_calls import GUARD, paged, score_floor
 
 # block_attention
 
@@ -76,6 +76,7 @@ def check_attention(case: Case, dtype: torch.dtype, floor: float = 1e-6) -> None
 
 CAMPAIGN = 5000  # random calls of each op
 FEATURES = [(), ("kept",), ("sliding",), ("shared",), ("kept", "sliding", "shared"), ("fp8",), ("page_size",)]
+FEATURES += [("kept", "sliding", "shared", "page_size")]
 
 
 @pytest.mark.parametrize("features", FEATURES, ids="+".join)
@@ -244,6 +245,114 @@ def test_rows_that_are_alike_are_one_product_of_exactly_what_they_see(name: str,
         assert all(product.dead_keys is None and product.dead_queries is None for product in products)
         if q_lens == (5, 5, 5) and name in ("appended", *(x for x in RANGES if x.startswith("replaced at"))):
             assert not products[0].joins
+
+
+def layers_of(case: Case, dtype: torch.dtype) -> list[Case]:
+    """Three calls with one window: other keys in other caches, seen at the same slots."""
+    first = case.to(dtype)
+    rolled = [[x.roll(n, 3) for x in (first.q, first.k, first.v, *first.buffers)] for n in (0, 1, 2)]
+    return [Case(*tensors, first.window, first.scale, None, None, first.sliding_window) for tensors in rolled]
+
+
+def check_pages(case: Case, pages: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Over pages all layers have the bits of a cache in one piece, and store the same; no other page is written."""
+    for ours, theirs in zip(layers_of(pages, dtype), layers_of(case, dtype), strict=True):
+        before = [x.clone() for x in ours.buffers]
+        assert_same_bits(attend(ours), attend(theirs))
+        table, page_size = ours.window.page_table, ours.caches[0].shape[2]
+        for was, mine, cache in zip(before, ours.caches, theirs.caches, strict=True):
+            whole = torch.nn.functional.pad(
+                cache, (0, 0, 0, table.shape[1] * page_size - cache.shape[2]), value=math.nan
+            )
+            for (row, index), page in zip(itertools.product(*map(range, table.shape)), table.flatten(), strict=True):
+                if 0 <= page < len(mine):
+                    expected = whole[row, :, index * page_size : (index + 1) * page_size]
+                    assert_same_bits(mine[page], expected)
+                    was[page, :, GUARD:-GUARD] = expected
+        for was, mine in zip(before, ours.buffers, strict=True):
+            assert_same_bits(mine, was)
+
+
+@pytest.mark.parametrize("features", [x for x in FEATURES if not {"fp8", "page_size"} & {*x}], ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("call", [0, sight.CALL], ids=["rows alone", "rows together"])
+def test_pages_give_the_bits_of_a_cache_in_one_piece(
+    mode: str, features: tuple[str, ...], call: int, monkeypatch
+) -> None:
+    """Of pages that lie anywhere; hidden slots, dead positions and pages that nobody needs hold NaN."""
+    monkeypatch.setattr(sight, "CALL", call)
+    monkeypatch.setattr(reference, "block_attention", None)
+    for seed in range(10):
+        rng = random.Random(f"pages {mode} {features} {seed}")
+        case = attention_case(
+            rng.randrange(2**31),
+            B=rng.choice((1, 2, 3, 6)),
+            W=rng.choice((1, 5, 16, 33)),
+            D=rng.choice((1, 16, 24, 64)),
+            mode=mode,
+            cache=True,
+            capacity=rng.choice((17, 40, 80, 130)),
+            full_rows=rng.random() < 0.5,
+            **dict.fromkeys(features, True),
+        )
+        dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float64)[seed % 4]
+        check_pages(case, paged(case, rng.choice((16, 32, 64)), rng), dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RANGES)
+def test_rows_that_are_alike_have_those_bits_too(name: str, mode: str, monkeypatch) -> None:
+    kv_len, replaced, slot, capacity = RANGES[name]
+    monkeypatch.setattr(sight, "_unlike", None)
+    for q_lens in ((8, 8, 8), (5, 0, 5), (0, 0, 5), (0, 0, 0), (8,)):
+        end = max(replaced[1], replaced[0] + max(q_lens)) if slot == replaced[0] < replaced[1] else replaced[1]
+        case = rows_case(mode, q_lens, kv_len, (replaced[0], end), slot, capacity)
+        check_pages(case, paged(case, 16))
+
+
+def test_rows_that_share_pages_have_the_bits_of_copies() -> None:
+    """Of the prefix that is common to all rows: its pages stand in every row of the table."""
+    for mode, kv_len, page_size in itertools.product(MODES, (32, 40, 47), (16, 32)):
+        case = rows_case(mode, (8, 8, 8), kv_len, (33, 41), 33 if kv_len > 32 else 32, capacity=60)
+        rows = case.window.cache_row.long()
+        for buffer in case.buffers:
+            buffer[rows, :, GUARD : GUARD + 32] = buffer[rows[0], :, GUARD : GUARD + 32].clone()
+        pages, common = paged(case, page_size), 32 // page_size
+        freed = pages.window.page_table[rows[1:], :common].flatten().tolist()
+        pages.window.page_table[rows[1:], :common] = pages.window.page_table[rows[0], :common]
+        for buffer in pages.buffers:
+            buffer[freed] = math.nan
+        check_pages(case, pages)
+
+
+def test_a_page_table_that_was_written_between_two_calls_is_looked_at_again() -> None:
+    """Pages change their places in the pool, and the table says so: written through torch, through an array, or new."""
+    writes = [
+        lambda case, table: case.window.page_table.copy_(table),
+        lambda case, table: case.window.page_table.numpy().__setitem__(..., table.numpy()),
+        lambda case, table: setattr(case, "window", dataclasses.replace(case.window, page_table=table)),
+    ]
+    for write in writes:
+        case = paged(rows_case("block", (8, 8), 20, (0, 0), 20), 16).to(torch.float32)
+        expected, pages = attend(case), len(case.k_buffer)
+        table = case.window.page_table
+        write(case, torch.where((table >= 0) & (table < pages), (table + 1) % pages, table))
+        case.k_buffer, case.v_buffer = (buffer.roll(1, 0) for buffer in case.buffers)
+        assert_same_bits(attend(case), expected)
+
+
+def test_pages_of_any_strides_need_no_copy() -> None:
+    """Keys as a slice of one pool of all layers, values with the heads behind the slots."""
+    case = attention_case(15, B=2, W=9, H_kv=2, G=2, mode="block", cache=True, full_rows=True)
+    pages = paged(case, 16).to(torch.float32)
+    plain = dataclasses.replace(pages, window=dataclasses.replace(pages.window))
+    layers = torch.stack([pages.k_buffer, torch.full_like(pages.k_buffer, math.nan)], 3)
+    pages.k_buffer = layers[:, :, :, 0]
+    pages.v_buffer = pages.v_buffer.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same_bits(attend(pages), attend(plain))
+    for mine, theirs in zip(pages.buffers, plain.buffers, strict=True):
+        assert_same_bits(mine, theirs)
+    assert layers[:, :, :, 1].isnan().all()
 
 
 def test_rows_of_which_one_is_odd_are_looked_at_one_by_one(monkeypatch) -> None:

@@ -14,7 +14,7 @@ from ..checks.attention import check_arguments
 from ..checks.debug import is_on
 from ..window import Window, capacity
 from .calls import on_cpu
-from .sight import Places, Product, Sizes, known_sight, new_sight
+from .sight import Product, Sizes, at, known_sight, new_sight, step
 
 
 @on_cpu(reference.block_attention)
@@ -34,10 +34,11 @@ def block_attention(
     """`reference.block_attention`, which says what is computed, and of what arguments.
 
     Rows of other lengths are padded to one product where that is cheaper. So the last bits of a row may depend on the
-    lengths of its neighbours, and never on what they hold.
+    lengths of its neighbours, and never on what they hold. Pages give the bits of a cache in one piece: only where keys
+    are written and read differs.
     """
-    if k_cache is not None and (k_scale is not None or window.page_table is not None):
-        # The same function by contract. No decoder of dlm_fast has pages or eight-bit keys.
+    if k_cache is not None and k_scale is not None:
+        # The same function by contract. No decoder of dlm_fast has eight-bit keys.
         return reference.block_attention(
             q, k, v, k_cache, v_cache, window,
             scale=scale, k_scale=k_scale, v_scale=v_scale, sliding_window=sliding_window,
@@ -58,14 +59,22 @@ def block_attention(
         if q.numel() == 0:
             return q.new_empty(B, W, H, D).transpose(1, 2)
         precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-        R, S_max = (None, None) if k_cache is None else (k_cache.shape[0], capacity(k_cache, window))
-        sight = new_sight(window, form, Sizes(k.shape[1], 2 * H * D, precision, R, S_max, sliding_window))
+        sizes = Sizes(k.shape[1], 2 * H * D, precision, None, None, sliding_window)
+        if k_cache is not None:
+            R = (k_cache if window.page_table is None else window.page_table).shape[0]
+            strides = k_cache.stride(), v_cache.stride()
+            sizes = sizes._replace(R=R, S_max=capacity(k_cache, window), strides=strides)
+        sight = new_sight(window, form, sizes)
 
     # 2. The window's keys are stored.
     for store in sight.stores:
         to, of = (store.cache_rows, slice(None), store.slots), (store.rows, slice(None), store.positions)
-        k_cache[to] = k if store.is_whole else k[of]
-        v_cache[to] = v if store.is_whole else v[of]
+        new_keys, new_values = (k, v) if store.is_whole else (k[of], v[of])
+        if store.in_memory is None:
+            k_cache[to], v_cache[to] = new_keys, new_values
+            continue
+        for cache, places, new in zip((k_cache, v_cache), store.in_memory, (new_keys, new_values)):
+            _in_steps(cache).index_copy_(0, places.flatten(), new.reshape(-1, new.shape[-1]))
 
     # 3. The products. What torch returns is a transposed view of [rows, queries, H, D], as the result is.
     if sight.is_whole:
@@ -122,8 +131,10 @@ def _attended(
     precision: torch.dtype,
 ) -> Tensor:
     """[rows, H, queries, D] of one product, in `precision`; zeros where a query is dead."""
-    queries = _cast(_at(_at(q, 0, product.rows), 2, product.queries), precision)
-    keys, values = _joined(product, k_cache, k, precision), _joined(product, v_cache, v, precision)
+    queries = _cast(at(at(q, 0, product.rows), 2, product.queries), precision)
+    places_k, places_v = product.in_memory or (None, None)
+    keys = _joined(product, k_cache, places_k, k, precision)
+    values = _joined(product, v_cache, places_v, v, precision)
     options = {"attn_mask": product.mask, "scale": scale, "enable_gqa": k.shape[1] != q.shape[1]}
     attended = F.scaled_dot_product_attention(queries, keys, values, **options)
     # Over scores that are all -inf torch's softmax is zeros, as if nothing were seen: then the first column is zero
@@ -135,28 +146,36 @@ def _attended(
     return attended if product.dead_queries is None else attended.masked_fill(product.dead_queries, 0.0)
 
 
-def _joined(product: Product, cache: Tensor | None, new: Tensor, precision: torch.dtype) -> Tensor:
+def _joined(
+    product: Product, cache: Tensor | None, places: Tensor | None, new: Tensor, precision: torch.dtype
+) -> Tensor:
     """[rows, H_kv, keys, D]: the keys or values of a product; a view of the cache or of the window's where those are
-    all."""
-    parts = [_cast(_at(_at(cache, 2, places), 0, product.cache_rows), precision) for places in product.slots]
+    all. `places` of those of a cache in pages: `Product.in_memory`."""
     if product.joins:
-        parts.append(_cast(_at(_at(new, 0, product.rows), 2, product.positions), precision))
-    if len(parts) == 1 and product.dead_keys is None:
-        return parts[0]
-    joined = torch.cat(parts, 2)
+        new = at(at(new, 0, product.rows), 2, product.positions)
+    if places is not None:
+        # One copy, in the layout that joining the parts of a cache in one piece has.
+        joined = _cast(_in_steps(cache).index_select(0, places.flatten()), precision).view(*places.shape, -1)
+        if product.joins:
+            joined[:, :, places.shape[2] - new.shape[2] :] = new
+    else:
+        parts = [_cast(at(at(cache, 2, part), 0, product.cache_rows), precision) for part in product.slots]
+        if product.joins:
+            parts.append(_cast(new, precision))
+        if len(parts) == 1 and product.dead_keys is None:
+            return parts[0]
+        joined = torch.cat(parts, 2)
     if product.dead_keys is not None:
         # What nobody may read can be NaN, which neither a weight of zero nor a score of -inf would silence.
         joined.view(-1, joined.shape[3]).index_fill_(0, product.dead_keys, 0.0)
     return joined
 
 
-def _at(tensor: Tensor, dim: int, places: Places) -> Tensor:
-    """The tensor at `places` of a dimension: a view of a range, a copy of numbers."""
-    if places is None:
-        return tensor
-    if isinstance(places, slice):
-        return tensor.narrow(dim, places.start, places.stop - places.start)
-    return tensor.index_select(dim, places)
+def _in_steps(cache: Tensor) -> Tensor:
+    """[places, D]: a view of a cache in pages, whatever its strides, in which every key is at one number."""
+    strides = cache.stride()
+    last = sum((size - 1) * stride for size, stride in zip(cache.shape[:3], strides))
+    return cache.as_strided((last // step(strides) + 1, cache.shape[3]), (step(strides), 1))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

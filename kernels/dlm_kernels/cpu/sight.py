@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..window import Mode, Window
 
 # Where slots or positions are read: a range, their numbers, or None for all.
 Places = slice | Tensor | None
+# Where the keys of a cache in pages lie in its memory, in steps of `step`, and where the values do.
+InMemory = tuple[Tensor, Tensor]
 
 # A row joins rows of other lengths in one product while the padding costs at most so many multiplications a row: what
 # a product of its own costs, about 20 us on a core of an EPYC (measured with torch 2.13).
@@ -30,13 +34,14 @@ KEPT = 1 << 20
 @dataclasses.dataclass(frozen=True)
 class Store:
     """Keys to store: cache[cache_rows, :, slots] = k[rows, :, positions], ranges or numbers [n] each; of `is_whole` all
-    of k."""
+    of k. `in_memory` is where those slots of every head lie if the cache is in pages."""
 
     rows: int | slice | Tensor
     positions: slice | Tensor
     cache_rows: int | slice | Tensor
     slots: slice | Tensor
     is_whole: bool = False
+    in_memory: InMemory | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Product:
         dead_keys: numbers among the joined keys [rows * H_kv * keys] of those that may hold anything; None = there are
             none.
         dead_queries: [rows, 1, queries, 1] bool; None = all are live.
+        in_memory: [rows, H_kv, keys]: where those of the cache lie if that is in pages; anywhere for dead keys and for
+            the keys of the window.
     """
 
     rows: Places
@@ -65,11 +72,13 @@ class Product:
     mask: Tensor | None
     dead_keys: Tensor | None = None
     dead_queries: Tensor | None = None
+    in_memory: InMemory | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         tensors = (*self.slots, self.rows, self.queries, self.mask, self.dead_keys, self.dead_queries)
+        tensors += tuple(set(self.in_memory or ()))
         return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
@@ -134,6 +143,7 @@ class Sizes(NamedTuple):
         precision: dtype of the masks.
         R, S_max: rows and slots of the cache; None = there is no cache.
         sliding_window: as given to `block_attention`.
+        strides: those of k_cache and of v_cache.
     """
 
     H_kv: int
@@ -142,6 +152,7 @@ class Sizes(NamedTuple):
     R: int | None
     S_max: int | None
     sliding_window: int | None
+    strides: tuple[tuple[int, ...], ...] = ()
 
 
 # The sight that was made last, without its memory: most steps of a decoder see what the step before saw.
@@ -168,10 +179,13 @@ def new_sight(window: Window, form: tuple | None, sizes: Sizes) -> Sight:
     global _latest
     fields = ["q_block", "q_len"] if window.mode in ("full", "block") else ["q_pos", "q_block", "q_len"]
     if sizes.S_max is not None:
-        fields += ["kv_slot", "kv_len", "replaced", "cache_row"] + ([] if window.kept is None else ["kept"])
+        fields += ["kv_slot", "kv_len", "replaced", "cache_row"]
+        fields += [name for name in ("kept", "page_table") if getattr(window, name) is not None]
     memory = [getattr(window, name).numpy() for name in fields]
     content = [x.tobytes() for x in memory]
     stores, products = _alike(window, sizes) or _unlike(window, sizes)
+    if "page_table" in fields:
+        stores, products = _in_pages(window, sizes, stores, products)
     is_whole = len(products) == 1 and products[0].rows is None and products[0].queries is None
     sight = Sight(
         form, window.mode, _layout(window), tuple(fields), content, [], [], sizes.precision, stores, products, is_whole
@@ -192,6 +206,20 @@ def _kept(window: Window, sight: Sight, memory: list[np.ndarray]) -> Sight:
 
 def _layout(window: Window) -> dict[str, tuple]:
     return {name: (x.shape, x.stride(), x.device) for name, x in window.tensors().items()}
+
+
+def at(tensor: Tensor, dim: int, places: Places) -> Tensor:
+    """The tensor at `places` of a dimension: a view of a range, a copy of numbers."""
+    if places is None:
+        return tensor
+    if isinstance(places, slice):
+        return tensor.narrow(dim, places.start, places.stop - places.start)
+    return tensor.index_select(dim, places)
+
+
+def step(strides: tuple[int, ...]) -> int:
+    """Elements from one place in a cache's memory to the next: what every stride but the last is a multiple of."""
+    return math.gcd(*strides[:3])
 
 
 def _alike(window: Window, sizes: Sizes) -> tuple[tuple[Store, ...], tuple[Product, ...]] | None:
@@ -404,6 +432,49 @@ def _hidden(window: Window, rows: slice | Tensor, positions: slice | Tensor) -> 
         is_twin = position.unsqueeze(1) == position.unsqueeze(2)
         hidden |= is_twin & (order.unsqueeze(1) < order.unsqueeze(2))
     return hidden
+
+
+def _in_pages(
+    window: Window, sizes: Sizes, stores: tuple[Store, ...], products: tuple[Product, ...]
+) -> tuple[tuple[Store, ...], tuple[Product, ...]]:
+    """The same stores and products, which say where their slots lie in memory."""
+    # Row, head and slot of each key of a cache in one piece: what a store or a product takes of these are those of its
+    # keys. Only the heads are all there, so that pages are looked up once for all heads.
+    R, H_kv, S_max = sizes.R, sizes.H_kv, sizes.S_max
+    indices = (
+        torch.arange(R).view(-1, 1, 1).expand(R, 1, S_max),
+        torch.arange(H_kv).view(1, -1, 1).expand(R, H_kv, S_max),
+        torch.arange(S_max).expand(R, 1, S_max),
+    )
+    table, page_size = window.page_table.long(), S_max // window.page_table.shape[1]
+
+    def in_memory(taken: list[Tensor], new: int = 0, dead: Tensor | None = None) -> InMemory:
+        row, head, slot = taken
+        parts, found = (table[row, slot // page_size], head, slot % page_size), {}
+        for strides in set(sizes.strides):
+            places = sum(part * (stride // step(strides)) for part, stride in zip(parts, strides))
+            found[strides] = places = F.pad(places, (0, new))
+            if dead is not None:
+                # Their page may be any number.
+                places.view(-1).index_fill_(0, dead, 0)
+        keys, values = (found[strides] for strides in sizes.strides)
+        return keys, values
+
+    stores = tuple(
+        dataclasses.replace(store, in_memory=in_memory([x[store.cache_rows, :, store.slots] for x in indices]))
+        for store in stores
+    )
+    paged = []
+    for product in products:
+        # Of no slot, nothing is read of the cache.
+        if product.slots:
+            taken = [
+                torch.cat([at(at(x, 2, part), 0, product.cache_rows) for part in product.slots], 2) for x in indices
+            ]
+            new = at(window.q_pos, 1, product.positions).shape[1] if product.joins else 0
+            product = dataclasses.replace(product, in_memory=in_memory(taken, new, product.dead_keys))
+        paged.append(product)
+    return stores, tuple(paged)
 
 
 def _mask(sees: np.ndarray, precision: torch.dtype) -> Tensor:
