@@ -26,7 +26,7 @@ from dlm_fast.decoding.plan import Bucket, open_rows
 from dlm_fast.decoding.progress import Progress
 from dlm_fast.decoding.shapes import grid_of
 from dlm_fast.decoding.step import Decode, denoise_step, open_decode
-from dlm_fast.generate import sampling_of
+from dlm_fast.draws import sampling_of
 from dlm_fast.models import native
 from dlm_fast.ops import LAYER_OPS, OP_NAMES, REFERENCE
 from dlm_fast.patching import attach

@@ -30,7 +30,7 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     # last step writes them all.
     transfer = None
     if preset.by_share:
-        transfer = torch.ones(B, max(steps), dtype=torch.float32)
+        transfer = torch.ones(B, plan.steps, dtype=torch.float32)
         for b, S in enumerate(steps):
             t = torch.linspace(1, preset.schedule_eps, S + 1, dtype=torch.float32)
             transfer[b, : S - 1] = (1 - t[1:] / t[:-1])[: S - 1]
@@ -51,7 +51,9 @@ def sampling_of(batch: Requests, plan: Plan, device: torch.device) -> Sampling:
     pipeline = preset.pipeline
     return Sampling(
         temperature=rows(batch.temperature, torch.float32),
-        seed=torch.tensor([batch.seed], dtype=torch.int64, device=device),
+        seed=torch.tensor(
+            batch.seeds[:1] if len(set(batch.seeds)) < 2 else batch.seeds, dtype=torch.int64, device=device
+        ),
         request=rows(batch.request_ids, torch.int32),
         banned=torch.tensor([plan.mask_id, *batch.banned_token_ids], dtype=torch.int64, device=device),
         eos=torch.tensor(batch.eos_token_ids, dtype=torch.int64, device=device),

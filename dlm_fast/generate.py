@@ -1,31 +1,25 @@
 """The function `generate`: from prompts to texts, by one decode loop for every preset.
 
-`generate` reads the arguments and opens the batch, `run_steps` runs the loop, and `denoise_step` is one step of it.
+`generate` reads the arguments, `Runner` takes the rows through the slots of one decode, `Rounds` runs the loop, and
+`denoise_step` is one step of it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import inspect
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlm_kernels import RowState
 
-from . import requests
+from .call import check_cancel, check_function, read_call
 from .decoding.memory import BatchTooLarge, open_batch
-from .decoding.plan import Bucket, Plan, open_rows
-from .decoding.progress import StepsCancelled, StepTooLarge, is_out_of_memory, run_steps
-from .decoding.step import open_decode
-from .draws import sampling_of
-from .limits import shown, whole
+from .decoding.progress import StepsCancelled, StepTooLarge
+from .limits import whole
 from .output import (
+    Completion,
     DecodeCancelled,
     DecodeError,
     DecodeInterrupted,
@@ -33,16 +27,11 @@ from .output import (
     Failure,
     GenerateOutput,
     failure,
-    failures_of,
-    merged,
     output_of,
     too_large,
 )
-from .patching import PatchHandle, handle_of
-from .policies import Function
-from .presets import Preset, resolve
-from .requests import Requests
-from .stopper import Stopper
+from .presets import Preset
+from .running import Row, Runner
 
 __all__ = [
     "BatchTooLarge",
@@ -51,12 +40,7 @@ __all__ = [
     "DecodeInterrupted",
     "DecodeOutOfMemory",
     "GenerateOutput",
-    "check_greedy",
-    "check_mode",
     "generate",
-    "read_call",
-    "sampling_of",
-    "settled",
 ]
 
 
@@ -175,9 +159,8 @@ def generate(
     """
     # 1. Check the arguments, and read the requests.
     if on_step is not None:
-        _check_function("on_step", "a function of the state", on_step, 1)
-    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
-        raise TypeError(f"generate: cancel must have is_set(), as a threading.Event has, got cancel={shown(cancel)}")
+        check_function("on_step", "a function of the state", on_step, 1)
+    check_cancel(cancel)
     whole("generate", "batch_size", batch_size, 1, none=True)
     call = read_call(
         model,
@@ -197,136 +180,46 @@ def generate(
         banned_token_ids=banned_token_ids,
         eos_token_ids=eos_token_ids,
         tokenizer=tokenizer,
-        **options,
+        options=options,
     )
-    handle, chosen, batch, device = call.handle, call.preset, call.batch, call.device
+    decoder, batch = call.decoder, call.batch
+    started, count = time.perf_counter(), len(batch.canvases)
+    together = _rows_together(count, batch_size, decoder.handle.max_rows)
+    if not count:
+        return output_of([], {}, decoder.tokenizer, decoder.preset, time.perf_counter() - started)
 
-    # 2. Decode batch after batch. A batch that could not fit is refused before the first one is decoded.
-    parts = batch.parts(_rows_together(len(batch.canvases), batch_size, handle.max_rows))
-    if len(parts) > 1:
-        open_batch(handle, max((part.opened for part in parts), key=_positions), chosen, handle.diffusion, device)
-    outputs: list[GenerateOutput] = []
+    # 2. Decode. What could not fit is refused before anything is decoded.
+    plan, grid = open_batch(
+        decoder.handle, batch.opened, together, decoder.preset, decoder.handle.diffusion, decoder.device
+    )
+    runner = Runner(decoder, batch, plan, grid)
+    runner.on_step, runner.cancelled = on_step, None if cancel is None else cancel.is_set
+    waiting = [Row(batch.of_rows([row]), row) for row in range(count)]
+    found: dict[int, Completion] = {}
     failures: list[Failure] = []
     stopped: BaseException | None = None
-    for part in parts:
-        started, shapes = time.perf_counter(), Counter()
-        state = None
-        if stopped is None:
-            state, stopped = _decode(handle, part, chosen, device, shapes, on_step, cancel)
-            if isinstance(stopped, BatchTooLarge) and not outputs:
-                raise stopped
-        if state is None:
-            _, state = open_rows(part.opened, chosen, handle.diffusion, torch.device("cpu"))
-        failures += failures_of(state, sum(len(output.finish) for output in outputs))
-        seconds = time.perf_counter() - started
-        outputs.append(output_of(part, state, shapes, call.tokenizer, handle.diffusion, chosen, seconds))
+
+    def keep(rows: Iterable[tuple[Completion, Failure | None]]) -> None:
+        for row, failed in rows:
+            found[row.index] = row
+            failures.extend([failed] if failed else [])
+
+    try:
+        keep(runner.run(waiting, at_once=together < count))
+    except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
+        stopped = error
+        keep(runner.stopped())
+        keep(runner.untouched([row for row in waiting if row.number not in found]))
 
     # 3. Return the output, or raise with it.
-    output = merged(outputs)
+    rows = [found[row] for row in range(count)]
+    output = output_of(rows, runner.shapes, decoder.tokenizer, decoder.preset, time.perf_counter() - started)
     if stopped is not None:
         raise _stopped(stopped, output) from stopped.__cause__ or stopped
     if failures:
+        failures.sort(key=lambda failure: failure.row)
         raise DecodeError(failure(failures), output, [failure.row for failure in failures])
     return output
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A call of `generate` that nothing is wrong with; nothing has been decoded.
-
-    Attributes:
-        handle: the model's handle.
-        preset: the decoder, with every option that the call replaced.
-        batch: the rows.
-        tokenizer: what encoded the prompts and decodes the responses; None = nothing does.
-        device: where the model is.
-    """
-
-    handle: PatchHandle
-    preset: Preset
-    batch: Requests
-    tokenizer: Any
-    device: torch.device
-
-
-def read_call(
-    model: nn.Module,
-    prompts: Sequence[Any] | None,
-    *,
-    canvas: Sequence[Any] | Tensor | None,
-    attention_mask: Any,
-    preset: str | Preset | None,
-    policy: Any,
-    max_new_tokens: int | Sequence[int] | None,
-    min_new_tokens: int | Sequence[int],
-    temperature: float | Sequence[float] | None,
-    top_k: int,
-    top_p: float | None,
-    seed: int,
-    request_ids: Sequence[int] | None,
-    stop_strings: Sequence[str],
-    banned_token_ids: Sequence[int],
-    eos_token_ids: Sequence[int] | None,
-    tokenizer: Any,
-    **options: Any,
-) -> Call:
-    """Checks the model and all that a call asks for; the arguments are those of `generate`, and so are the errors."""
-    # 1. Check that the model is ready to decode.
-    if preset is not None and not isinstance(preset, (str, Preset)):
-        raise TypeError(f"generate: preset must be a name of dlm_fast.PRESETS or a Preset, got preset={shown(preset)}")
-    handle = handle_of(model)
-    if handle.diffusion is None:
-        raise ValueError(
-            "generate: the model has no diffusion configuration; pass diffusion= to dlm_fast.patch or load"
-        )
-    check_mode(model)
-    model = handle.checked_model()
-
-    # 2. Resolve the decoder, and check that it fits the model.
-    named = preset is not None or handle.settings is None or handle.settings.decoder is None
-    options = settled(handle, {**options, "preset": preset, "temperature": temperature, "top_p": top_p})
-    preset, temperature, top_p = (options.pop(name) for name in ("preset", "temperature", "top_p"))
-    with _unnamed_decoder(None if named else handle.settings.sources.get("decoder")):
-        chosen = resolve(preset, handle.diffusion.visibility, options, policy)
-        for part in chosen.policies:
-            if type(part) is Function:
-                name = "policies" if policy is None else "policy"
-                _check_function(name, "a function (view, choice) -> choice", part.function, 2)
-        requests.check_support(chosen, handle.diffusion)
-        requests.check_commands(chosen, model.config.vocab_size)
-
-    # 3. Read the requests, and check that the decoder can serve them.
-    tokenizer = tokenizer if tokenizer is not None else handle.tokenizer
-    batch = requests.read(
-        handle.diffusion,
-        vocab_size=model.config.vocab_size,
-        max_positions=model.config.max_position_embeddings,
-        limit=handle.max_positions,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        canvas=canvas,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        request_ids=request_ids,
-        stop_strings=stop_strings,
-        banned_token_ids=banned_token_ids,
-        eos_token_ids=eos_token_ids,
-    )
-    check_greedy(chosen, batch.temperature, batch.top_k, batch.top_p)
-    if canvas is None:
-        room = requests.Room.of(model.config.max_position_embeddings, handle.max_positions)
-        batch = requests.with_last_blocks(batch, chosen, handle.diffusion, room)
-    elif "last_block" in options:
-        raise ValueError(
-            f"generate: last_block goes with prompts; a canvas ends where it ends, got "
-            f"last_block={shown(options['last_block'])}"
-        )
-    return Call(handle, chosen, batch, tokenizer, next(model.parameters()).device)
 
 
 def _rows_together(rows: int, batch_size: int | None, most: int | None) -> int:
@@ -344,40 +237,6 @@ def _rows_together(rows: int, batch_size: int | None, most: int | None) -> int:
     return batch_size or max(1, rows)
 
 
-def _decode(
-    handle: PatchHandle,
-    batch: Requests,
-    preset: Preset,
-    device: torch.device,
-    shapes: Counter[Bucket],
-    on_step: Callable[[RowState], None] | None,
-    cancel: Any,
-) -> tuple[RowState | None, BaseException | None]:
-    """Decodes one batch and counts its steps in `shapes`: the last state, None if the batch was not opened; and what
-    stopped the decode, if something did."""
-    state = None
-    try:
-        plan, state, grid = open_batch(handle, batch.opened, preset, handle.diffusion, device)
-        if batch.canvases:
-            sampling = sampling_of(batch, plan, device)
-            try:
-                decode = open_decode(handle, plan, state, sampling)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise StepTooLarge(None) from error
-            after_step = _after_step(batch, plan, on_step)
-            run_steps(decode, after_step, shapes, grid=grid, cancelled=None if cancel is None else cancel.is_set)
-    except (StepTooLarge, StepsCancelled, BatchTooLarge, KeyboardInterrupt) as error:
-        return state, error
-    return state, None
-
-
-def _positions(canvases: list[Tensor]) -> int:
-    """Positions of a batch."""
-    return len(canvases) * max(map(len, canvases), default=0)
-
-
 def _stopped(error: BaseException, output: GenerateOutput) -> BaseException:
     """What `generate` raises where a decode was stopped."""
     rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
@@ -388,87 +247,3 @@ def _stopped(error: BaseException, output: GenerateOutput) -> BaseException:
         return DecodeCancelled(f"generate: cancelled, {done}", output, rows)
     message = too_large(error.bucket, output.shapes) if isinstance(error, StepTooLarge) else str(error)
     return DecodeOutOfMemory(message, output, rows)
-
-
-def settled(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with those that they leave to the model: where no preset is named, those of the published
-    decoder of the model's family."""
-    known = handle.settings
-    decoder = known.decoder if known is not None and settings.get("preset") is None else None
-    found = dict(settings) if decoder is None else {**decoder.options, **settings, "preset": decoder.preset}
-    for name, default in (("temperature", 0.0), ("top_p", 1.0)):
-        if found.get(name) is None:
-            found[name] = default if decoder is None else getattr(decoder, name)
-    return found
-
-
-@contextlib.contextmanager
-def _unnamed_decoder(source: str | None) -> Iterator[None]:
-    """Says of an error that the call did not name the decoder that it speaks of, and where the decoder comes from."""
-    try:
-        yield
-    except RecursionError as error:
-        raise ValueError("generate: policy and policies must be lists of policies, got lists in lists") from error
-    except ValueError as error:
-        if source is None:
-            raise
-        raise ValueError(f"{error} (the decoder is that of {source}, since the call names no preset)") from error
-
-
-def check_mode(model: nn.Module) -> None:
-    """Raises ValueError where a decode would not compute what the model computes.
-
-    That is the case if a module is in training mode (dropout), and under autocast.
-    """
-    training = [name for name, module in model.named_modules() if module.training]
-    if training:
-        where = "" if model.training else f" in {training[0]}"
-        raise ValueError(f"generate: the model must be in eval mode, got training=True{where}; call model.eval()")
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        raise ValueError(
-            f"generate: autocast must be off, got torch.autocast({device!r}, {torch.get_autocast_dtype(device)}); "
-            f"decode under torch.autocast({device!r}, enabled=False), and a model of that dtype for its speed"
-        )
-
-
-def check_greedy(preset: Preset, temperature: Sequence[float], top_k: int, top_p: float) -> None:
-    """Raises ValueError for draws or filters that a decoder of greedy predictions cannot make."""
-    if preset.drafts > 1 and any(t > 0 for t in temperature):
-        raise ValueError(
-            f"generate: drafts are lossless for greedy decoding only, got temperature={max(temperature):g}"
-        )
-    if any(policy.greedy_only for policy in preset.policies) and (any(temperature) or top_k or top_p < 1):
-        got = f"temperature={max(temperature, default=0.0):g}, top_k={top_k}, top_p={top_p}"
-        raise ValueError(f"generate: preset {preset.name} decodes greedily, got {got}")
-
-
-def _after_step(
-    batch: Requests, plan: Plan, on_step: Callable[[RowState], None] | None
-) -> Callable[[RowState], None] | None:
-    """What the loop calls after a step: stop strings end rows first, then the user's function sees the state."""
-    if batch.stop_strings is None:
-        return on_step
-    takes_back = bool(plan.preset.families & {"edit", "revise"})
-    stopper = Stopper(batch, plan.mask_id, takes_back)
-
-    def after_step(state: RowState) -> None:
-        stopper(state)
-        if on_step is not None:
-            on_step(state)
-
-    return after_step
-
-
-def _check_function(name: str, rule: str, function: Any, count: int) -> None:
-    """Raises TypeError for what cannot be called with `count` arguments, as far as Python can tell."""
-    is_called = callable(function)
-    if is_called:
-        try:
-            inspect.signature(function).bind(*[None] * count)
-        except TypeError:
-            is_called = False
-        except ValueError:  # a function in C may not say what it takes
-            pass
-    if not is_called:
-        raise TypeError(f"generate: {name} must be {rule}, got {name}={shown(function)}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class DecodeError(RuntimeError):
         rows: indices of the rows that failed.
     """
 
-    def __init__(self, message: str, output: GenerateOutput, rows: list[int]) -> None:
+    def __init__(self, message: str, output: Any, rows: list[int]) -> None:
         super().__init__(message)
         self.output = output
         self.rows = rows
@@ -60,8 +59,9 @@ class DecodeInterrupted(KeyboardInterrupt):
         rows: indices of the rows that were not done.
     """
 
-    def __init__(self, output: GenerateOutput, rows: list[int]) -> None:
-        super().__init__(f"generate: interrupted, with {len(rows)} of {len(output.sequences)} rows not done")
+    def __init__(self, output: Any, rows: list[int]) -> None:
+        count = len(output.sequences) if isinstance(output, GenerateOutput) else len(output)
+        super().__init__(f"generate: interrupted, with {len(rows)} of {count} rows not done")
         self.output = output
         self.rows = rows
 
@@ -110,66 +110,107 @@ class GenerateOutput:
     preset: Preset
 
 
-def output_of(
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was decoded for one request, and what it cost.
+
+    Attributes:
+        index: number of the request, from 0, in the order in which the requests were given.
+        sample: number of this answer among the `n` answers to its request.
+        id: what the request was called.
+        ids: generated token ids, 1-D int64 (`GenerateOutput.sequences`).
+        text: the text (`GenerateOutput.text`); None without a tokenizer.
+        finish: why the row ended: "eos", "stop", "length", "error" or "unfinished" (`GenerateOutput.finish`).
+        error: what is wrong, where `finish` is "error"; else None.
+        prompt_length: position of the canvas at which the response begins.
+        canvas: the whole canvas as the loop left it, 1-D int64.
+        unmask_step: for each canvas position, the row's denoise step that wrote the token; -1 = no step wrote one.
+        confidence: for each canvas position, the probability of the token when it was written; 0 = no step wrote one.
+        nfe: number of forwards that the row took part in; prefills, refreshes and commits count.
+        query_tokens: number of positions that were computed in those forwards.
+        tpf: generated tokens before the first EOS, divided by `nfe`.
+    """
+
+    index: int
+    sample: int
+    id: Any
+    ids: Tensor
+    text: str | None
+    finish: str
+    error: str | None
+    prompt_length: int
+    canvas: Tensor
+    unmask_step: Tensor
+    confidence: Tensor
+    nfe: int
+    query_tokens: int
+    tpf: float
+
+    @classmethod
+    def refused(cls, index: int, id: Any, error: str) -> Completion:
+        """That of a request that cannot be decoded."""
+        nothing, floats = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32)
+        return cls(index, 0, id, nothing, None, "error", error, 0, nothing, nothing.int(), floats, 0, 0, 0.0)
+
+
+def completions_of(
     batch: Requests,
     state: RowState,
-    shapes: Counter[Bucket],
+    numbers: Sequence[tuple[int, int, Any]],
     tokenizer: Any,
     diffusion: DiffusionConfig,
-    preset: Preset,
-    seconds: float,
-) -> GenerateOutput:
-    """The final state of a batch as plain results, one per row."""
-    tokens, steps, confidence = state.tokens.cpu(), state.unmask_step.cpu(), state.unmask_confidence.cpu()
+) -> list[tuple[Completion, Failure | None]]:
+    """The rows of a batch from their state on the host, and what failed of each; `numbers` are index, sample and id."""
     nfe, query_tokens = state.nfe.tolist(), state.query_tokens.tolist()
-    responses = [
-        requests.response(batch, b, tokens[b], steps[b], tokenizer, diffusion) for b in range(len(batch.canvases))
-    ]
-    lengths = [len(canvas) for canvas in batch.canvases]
-    endings = [
-        "error" if error else response.finish if phase == DONE else "unfinished"
-        for response, error, phase in zip(responses, state.error.tolist(), state.phase.tolist())
-    ]
+    errors, phases, steps = state.error.tolist(), state.phase.tolist(), state.step.tolist()
+    found = []
+    for b, (index, sample, name) in enumerate(numbers):
+        failed = Failure(index, bool(errors[b] & ERROR_LOGITS), steps[b]) if errors[b] else None
+        response = requests.response(batch, b, state.tokens[b], state.unmask_step[b], tokenizer, diffusion)
+        length = len(batch.canvases[b])
+        row = Completion(
+            index=index,
+            sample=sample,
+            id=name,
+            ids=response.ids,
+            text=response.text,
+            finish="error" if failed else response.finish if phases[b] == DONE else "unfinished",
+            error=None if failed is None else failed.reason,
+            prompt_length=batch.prompt_lengths[b],
+            # Copies, so that a row does not keep those beside it alive.
+            canvas=state.tokens[b, :length].clone(),
+            unmask_step=state.unmask_step[b, :length].clone(),
+            confidence=state.unmask_confidence[b, :length].clone(),
+            nfe=nfe[b],
+            query_tokens=query_tokens[b],
+            tpf=response.written / nfe[b] if nfe[b] else 0.0,
+        )
+        found.append((row, failed))
+    return found
+
+
+def output_of(
+    rows: Sequence[Completion], shapes: Mapping[Bucket, int], tokenizer: Any, preset: Preset, seconds: float
+) -> GenerateOutput:
+    """The rows of a call as one output, in their order."""
     copies = 2 if preset.cfg_scale else 1
     computed = sum(copies * shape.rows * shape.width * shape.drafts * steps for shape, steps in shapes.items())
     return GenerateOutput(
-        sequences=[response.ids for response in responses],
-        text=[response.text for response in responses] if tokenizer is not None else None,
-        canvas=[tokens[b, :length] for b, length in enumerate(lengths)],
-        finish=endings,
-        nfe=nfe,
-        query_tokens=query_tokens,
-        tpf=[response.written / forwards if forwards else 0.0 for response, forwards in zip(responses, nfe)],
-        unmask_step=[steps[b, :length] for b, length in enumerate(lengths)],
-        confidence=[confidence[b, :length] for b, length in enumerate(lengths)],
+        sequences=[row.ids for row in rows],
+        text=[row.text for row in rows] if tokenizer is not None else None,
         shapes=dict(shapes),
         computed_tokens=computed,
         wall_time=seconds,
         preset=preset,
+        **{name: [getattr(row, name) for row in rows] for name in _PER_ROW},
     )
 
 
-def merged(outputs: list[GenerateOutput]) -> GenerateOutput:
-    """The outputs of batches of one call as one, in their order."""
-    if len(outputs) == 1:
-        return outputs[0]
-    fields = {name: [getattr(output, name) for output in outputs] for name in vars(outputs[0])}
-    whole = {name: [row for rows in parts for row in rows] for name, parts in fields.items() if name in _PER_ROW}
-    return dataclasses.replace(
-        outputs[0],
-        **whole,
-        text=None if outputs[0].text is None else [text for output in outputs for text in output.text],
-        shapes=dict(sum(map(Counter, fields["shapes"]), Counter())),
-        computed_tokens=sum(fields["computed_tokens"]),
-        wall_time=sum(fields["wall_time"]),
-    )
+_PER_ROW = ("canvas", "finish", "nfe", "query_tokens", "tpf", "unmask_step", "confidence")
 
 
-_PER_ROW = ("sequences", "canvas", "finish", "nfe", "query_tokens", "tpf", "unmask_step", "confidence")
-
-
-def too_large(bucket: Bucket | None, shapes: Mapping[Bucket, int]) -> str:
-    """Which step ran out of memory, and which ones did not, as one message."""
+def too_large(bucket: Bucket | None, shapes: Mapping[Bucket, int], argument: str = "batch_size") -> str:
+    """Which step ran out of memory, and which ones did not, as one message; `argument` says how many rows there are."""
 
     def words(shape: Bucket) -> str:
         drafts = f" of {shape.drafts} drafts" if shape.drafts > 1 else ""
@@ -178,7 +219,7 @@ def too_large(bucket: Bucket | None, shapes: Mapping[Bucket, int]) -> str:
     fitted = max(shapes, key=lambda shape: shape.rows * shape.width * shape.drafts, default=None)
     found = "no step before it fitted" if fitted is None else f"the largest step that fitted had {words(fitted)}"
     where = "the buffers of a batch" if bucket is None else f"a {bucket.kind} step of {words(bucket)}"
-    return f"generate: out of memory in {where}; {found}; decode fewer prompts at a time (batch_size)"
+    return f"generate: out of memory in {where}; {found}; decode fewer prompts at a time ({argument})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,25 +236,20 @@ class Failure:
     by_logits: bool
     step: int
 
-
-def failures_of(state: RowState, first: int) -> list[Failure]:
-    """The rows of a batch that failed; `first` is the index of its first row."""
-    errors, steps = state.error.tolist(), state.step.tolist()
-    return [Failure(first + row, bool(error & ERROR_LOGITS), steps[row]) for row, error in enumerate(errors) if error]
+    @property
+    def reason(self) -> str:
+        """What is wrong, whichever row it is."""
+        if self.by_logits:
+            return "the model's logits must be finite with a token to draw, got NaN, +inf or no candidate"
+        return f"a policy must fill its blocks, got no end within max_steps={self.step} denoise steps"
 
 
 def failure(failures: list[Failure]) -> str:
     """Why rows failed, as one message."""
-    broken = [failure.row for failure in failures if failure.by_logits]
-    stalled = [failure for failure in failures if not failure.by_logits]
-    reasons = []
-    if broken:
-        reasons.append(
-            f"the model's logits must be finite with a token to draw, got NaN, +inf or no candidate in rows {broken}"
-        )
-    if stalled:
-        reasons.append(
-            f"a policy must fill its blocks, got no end within max_steps={stalled[0].step} denoise steps in rows "
-            f"{[failure.row for failure in stalled]}"
-        )
+    kinds: dict[bool, list[Failure]] = {}
+    for failed in failures:
+        kinds.setdefault(failed.by_logits, []).append(failed)
+    reasons = [
+        f"{rows[0].reason} in rows {[row.row for row in rows]}" for _, rows in sorted(kinds.items(), reverse=True)
+    ]
     return "generate: " + "; ".join(reasons)

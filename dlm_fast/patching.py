@@ -7,6 +7,7 @@ is not changed at all: its native twin is patched (`models.twin`).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import threading
 import warnings
@@ -116,6 +117,8 @@ class PatchHandle:
         """
         if type(self.model) not in self.adapter.CLASSES:
             raise RuntimeError(f"dlm_fast: this {type(self.model).__name__} was unpatched, which freed its native twin")
+        if cache is not None and cache.page_table is not None:
+            window = dataclasses.replace(window, page_table=cache.page_table)
         call = AttentionCall(window, cache, self.ops)
         hidden = self.adapter.window_hidden(self.model, input_ids, call)
         self._finish(call)

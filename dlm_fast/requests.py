@@ -36,9 +36,9 @@ class Requests:
         temperature: temperature of the draws, 0 = greedy.
         top_k: filter of the draws, 0 = off.
         top_p: filter of the draws, 1.0 = off.
-        seed: random seed.
+        seeds: random seed of the row's draws.
         request_ids: number that keys the row's noise.
-        stop_strings: strings that end a text; None without any.
+        stop_strings: strings that end the row's text; None without any.
         banned_token_ids: ids that are never drawn, besides the mask id.
         eos_token_ids: ids that end a text.
     """
@@ -50,23 +50,41 @@ class Requests:
     temperature: list[float]
     top_k: int
     top_p: float
-    seed: int
+    seeds: list[int]
     request_ids: list[int]
-    stop_strings: StopStrings | None
+    stop_strings: list[StopStrings | None]
     banned_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
 
-    def parts(self, size: int) -> list[Requests]:
-        """The batch in batches of at most `size` rows, in order; no rows are one batch."""
-        begins = range(0, max(1, len(self.canvases)), size)
-        fields = {name: getattr(self, name) for name in _PER_ROW}
-        return [
-            dataclasses.replace(self, **{name: rows[begin : begin + size] for name, rows in fields.items()})
-            for begin in begins
-        ]
+    def of_rows(self, rows: Sequence[int]) -> Requests:
+        """Some of the rows, in this order."""
+        return dataclasses.replace(self, **{name: [getattr(self, name)[row] for row in rows] for name in _PER_ROW})
+
+    def idle(self, canvases: list[Tensor]) -> Requests:
+        """Canvases that ask for nothing of their own, with what all rows of the batch have in common."""
+        B = len(canvases)
+        return dataclasses.replace(
+            self,
+            canvases=canvases,
+            opened=canvases,
+            prompt_lengths=[len(canvas) for canvas in canvases],
+            min_new_tokens=[0] * B,
+            temperature=[0.0] * B,
+            seeds=[0] * B,
+            request_ids=[0] * B,
+            stop_strings=[None] * B,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Requests]) -> Requests:
+        """The rows of batches of one decoder, one batch after another."""
+        fields = {name: [row for part in parts for row in getattr(part, name)] for name in _PER_ROW}
+        return dataclasses.replace(parts[0], **fields)
 
 
-_PER_ROW = ("canvases", "opened", "prompt_lengths", "min_new_tokens", "temperature", "request_ids")
+_PER_ROW = (
+    "canvases", "opened", "prompt_lengths", "min_new_tokens", "temperature", "seeds", "request_ids", "stop_strings",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,9 +206,9 @@ def read(
     temperature: Any,
     top_k: int,
     top_p: float,
-    seed: int,
+    seed: Any,
     request_ids: Sequence[int] | None,
-    stop_strings: Sequence[str],
+    stop_strings: Sequence[str] | StopStrings,
     banned_token_ids: Sequence[int],
     eos_token_ids: Sequence[int] | None,
 ) -> Requests:
@@ -258,8 +276,13 @@ def read(
             _fail(f"min_new_tokens must be at most {room.words}, got {shown(min_new[b])} in row {b}")
 
     # 4. Numbers of the draws.
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
-        _fail(f"seed must be a whole number in [0, 2^63), got seed={shown(seed)}")
+    seeds = [seed] * B if isinstance(seed, (numbers.Number, str)) or seed is None else _per_row("seed", seed, B, int, 0)
+    for value in seeds or [seed]:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**63:
+            _fail(f"seed must be a whole number in [0, 2^63), got seed={shown(value)}")
+    stops = stop_strings
+    if not isinstance(stops, StopStrings):  # they may have been read before
+        stops = read_stop_strings(stops, tokenizer, mask_id)
     ids = list(range(B)) if request_ids is None else _per_row("request_ids", request_ids, B, int, 0, scalar=False)
     if any(i >= 2**31 for i in ids):
         _fail(f"request_ids must be below 2^31, got {shown(max(ids))}")
@@ -278,9 +301,9 @@ def read(
         temperature=temperatures,
         top_k=int(top_k),
         top_p=float(top_p),
-        seed=int(seed),
+        seeds=[int(value) for value in seeds],
         request_ids=ids,
-        stop_strings=read_stop_strings(stop_strings, tokenizer, mask_id),
+        stop_strings=[stops] * B,
         banned_token_ids=banned,
         eos_token_ids=eos,
     )
@@ -363,7 +386,7 @@ def response(
     start, end, finish = batch.prompt_lengths[b], len(batch.canvases[b]), "length"
     ids = tokens[start:end].tolist()
     written = (unmask_step[start:end] >= 0).tolist()
-    stops = batch.stop_strings
+    stops = batch.stop_strings[b]
     for j, token in enumerate(ids):
         if token == diffusion.mask_token_id:
             end = start + j

@@ -37,6 +37,11 @@ class StopStrings:
     byte_ids: frozenset[int]
     special_ids: frozenset[int]
 
+    @classmethod
+    def none(cls, tokenizer: Any) -> StopStrings:
+        """No stop strings, of a tokenizer."""
+        return _strings_of((), tokenizer, _special_ids(tokenizer))
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`."""
         return text_of(self.tokenizer, ids)
@@ -68,7 +73,7 @@ class StopStrings:
     @property
     def longest(self) -> int:
         """Number of characters of the longest stop string."""
-        return max(map(len, self.strings))
+        return max(map(len, self.strings), default=0)
 
     def spelling(self, ids: list[int], text: str) -> int:
         """How many of the first `ids` spell `text`, which is the beginning of the ids' text.
@@ -140,9 +145,7 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
         raise ValueError("generate: stop_strings need a tokenizer; the checkpoint has none, pass tokenizer=")
 
     # 2. Find the strings that are special tokens; beside other text a special token can never be found.
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {str(token): token_id for token_id, token in added.items() if getattr(token, "special", False)}
-    special |= zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()))
+    special = _special_ids(tokenizer)
     for string in strings:
         if special.get(string) == mask_id:
             raise ValueError(f"generate: stop_strings must be what can be written, got the mask token {shown(string)}")
@@ -152,6 +155,17 @@ def read_stop_strings(stop_strings: Any, tokenizer: Any, mask_id: int) -> StopSt
                 "generate: stop_strings must not hold a special token beside other text, which leaves it out, "
                 f"got {shown(string)} with {inside[0]!r}"
             )
+    return _strings_of(strings, tokenizer, special)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    """The ids of a tokenizer's special tokens, by their text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token): token_id for token_id, token in added.items() if getattr(token, "special", False)}
+    return special | dict(zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ())))
+
+
+def _strings_of(strings: tuple[str, ...], tokenizer: Any, special: Mapping[str, int]) -> StopStrings:
     return StopStrings(
         strings=strings,
         ids=frozenset(special[string] for string in strings if string in special),

@@ -21,7 +21,7 @@ import dlm_fast
 from dlm_fast import Ops
 from dlm_fast.decoding.plan import open_rows
 from dlm_fast.decoding.step import denoise_step, open_decode
-from dlm_fast.generate import sampling_of
+from dlm_fast.draws import sampling_of
 from dlm_fast.patching import attach
 from dlm_fast.requests import Requests
 from dlm_kernels import RowState
@@ -129,9 +129,9 @@ def _step(bench: Bench, ops: Ops, model: Model, B: int, prefix: int, built: dict
         temperature=[0.0] * B,
         top_k=0,
         top_p=1.0,
-        seed=0,
+        seeds=[0] * B,
         request_ids=[0] * B,
-        stop_strings=None,
+        stop_strings=[None] * B,
         banned_token_ids=(),
         eos_token_ids=(model.eos_id,),
     )

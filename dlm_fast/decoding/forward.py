@@ -18,6 +18,7 @@ from dlm_kernels import RowState, UnmaskRule, Window
 from dlm_kernels.reference.select import select
 from dlm_kernels.state import DENOISE
 
+from ..models.cache import KVCache
 from ..patching import PatchHandle
 from ..policies import Choice, Lanes, Policy, Sampling, Setting, View
 from .drafts import Drafts
@@ -188,7 +189,7 @@ class Forward:
     state: RowState
     sampling: Sampling
     setting: Setting
-    cache: Any
+    cache: KVCache | None
     row: PredictingRow
     wanted: Wanted
     history: History | None
@@ -197,11 +198,13 @@ class Forward:
 
     def of_rows(self, rows: Tensor) -> Forward:
         """The forward of some rows [n] int64 of the batch, on copies of what it keeps for them; the cache is shared."""
-        first = self.plan.first.index_select(0, rows)
+        first, prefilled = self.plan.first.index_select(0, rows), self.plan.prefilled
+        if prefilled is not None:
+            prefilled = prefilled.index_select(0, rows)
         sampling = self.sampling.of_rows(rows)
         return dataclasses.replace(
             self,
-            plan=dataclasses.replace(self.plan, first=first),
+            plan=dataclasses.replace(self.plan, first=first, prefilled=prefilled),
             state=self.state.of_rows(rows),
             sampling=sampling,
             setting=dataclasses.replace(self.setting, first=first, sampling=sampling),
@@ -215,6 +218,16 @@ class Forward:
         self.row.put_rows(rows, part.row)
         if self.history is not None:
             self.history.put_rows(rows, self.state.tokens.shape[0], part.history)
+
+    def with_sampling(self, sampling: Sampling) -> Forward:
+        """The same forward with other numbers of its rows."""
+        return dataclasses.replace(
+            self,
+            sampling=sampling,
+            setting=dataclasses.replace(self.setting, sampling=sampling),
+            wanted=wanted_of(self.plan.preset, sampling),
+            banned=Banned.of(sampling),
+        )
 
     def run(self, step: Step) -> Result:
         """The forward of a step that chooses tokens."""
@@ -424,7 +437,7 @@ class Opening(Forward):
         arguments: dict[str, Any] = {}
         if draws:
             noise = torch.stack([sampling.request, position, self.state.step], -1)
-            arguments |= {"sample_temperature": temperature, "seed": sampling.seed, "noise": noise}
+            arguments |= {"sample_temperature": temperature, "seed": sampling.seeds(1), "noise": noise}
         if draws and wanted.tempered:
             arguments["temperature"] = softmax_temperature(temperature)
         outputs = ("sampled",) if draws else ()
@@ -586,8 +599,10 @@ def with_last_rank(view: View, choice: Choice) -> Choice:
     return dataclasses.replace(choice, min_unmask=torch.where(lacks_one, count, choice.min_unmask), fallback=fallback)
 
 
-def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Forward:
-    """The forward of a decode, with the buffers that live as long as it does."""
+def forward_of(
+    handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling, cache: KVCache | None = None
+) -> Forward:
+    """The forward of a decode, with the buffers that live as long as it does; `cache` where there is one already."""
     preset, model = plan.preset, handle.model
     (B, L), device, dtype = state.tokens.shape, state.tokens.device, handle.adapter.compute_dtype(model)
     row = PredictingRow(L)
@@ -598,8 +613,8 @@ def forward_of(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampl
     if wanted.divergence:
         logits = torch.zeros(B * plan.lanes, model.config.vocab_size, dtype=dtype, device=device)
         history = History(logits, torch.zeros(B * plan.lanes, dtype=torch.float32, device=device))
-    copies = 2 if preset.cfg_scale else 1
-    cache = handle.adapter.new_cache(model, copies * B, plan.capacity) if plan.cache.stores else None
+    if cache is None and plan.cache.stores:
+        cache = handle.adapter.new_cache(model, plan.copies * B, plan.capacity)
     parts = {
         "handle": handle,
         "plan": plan,

@@ -169,7 +169,7 @@ def question_of(
         temperature = sampling.temperature.repeat_interleave(W)  # there are no copies where something is drawn
         draws = {
             "sample_temperature": temperature,
-            "seed": sampling.seed,
+            "seed": sampling.seeds(W),
             "noise": noise_of(lanes, state, sampling),
         }
         if wanted.tempered:

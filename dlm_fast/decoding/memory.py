@@ -7,6 +7,7 @@ and logits of the first steps. What layers and ops need besides is not counted, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dlm_kernels import RowState
 
 from ..diffusion import DiffusionConfig
+from ..models.cache import Paging
 from ..patching import PatchHandle
 from ..presets import Preset
-from .plan import Bucket, Plan, open_rows, steps_of
+from .plan import Bucket, Plan, plan_of_rows
 from .progress import planned_grid
 from .shapes import Grid, first_steps
 
@@ -43,58 +45,83 @@ class BatchTooLarge(ValueError):
 
 
 def open_batch(
-    handle: PatchHandle, canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig, device: torch.device
-) -> tuple[Plan, RowState, Grid | None]:
-    """The plan, the initial state and the shapes of a batch (`open_rows`, `planned_grid`); no rows have no shapes.
+    handle: PatchHandle,
+    canvases: list[Tensor],
+    rows: int,
+    preset: Preset,
+    diffusion: DiffusionConfig,
+    device: torch.device,
+) -> tuple[Plan, Grid]:
+    """The plan and the shapes of a decode of canvases, `rows` of them at a time.
 
     Raises BatchTooLarge before anything is allocated that does not fit.
     """
-    is_compared = _most_bytes(handle, canvases, preset, diffusion) > SMALL
+    batch = Batch(handle, canvases, rows, preset, diffusion, device)
+    is_compared = _most_bytes(batch) > SMALL
     if is_compared:
-        _compare(handle, canvases, preset, diffusion, device, _canvas_parts(canvases, device))
-    plan, state = open_rows(canvases, preset, diffusion, device)
-    if not canvases:
-        return plan, state, None
-    grid = planned_grid(handle, plan, state)
+        _compare(batch, _canvas_parts(batch))
+    plan, grid, parts = batch.opened()
     if is_compared:
-        _compare(handle, canvases, preset, diffusion, device, step_parts(handle, canvases, plan, state, grid))
-    return plan, state, grid
+        _compare(batch, parts)
+    return plan, grid
 
 
-def _most_bytes(handle: PatchHandle, canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig) -> int:
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Canvases that are decoded `rows` at a time."""
+
+    handle: PatchHandle
+    canvases: list[Tensor]
+    rows: int
+    preset: Preset
+    diffusion: DiffusionConfig
+    device: torch.device
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.canvases), default=0)
+
+    def opened(self) -> tuple[Plan, Grid, Parts]:
+        """The plan, the shapes, and what the decode takes: at the worst its longest rows begin together."""
+        plan, state = plan_of_rows(self.canvases, self.preset, self.diffusion, self.rows, self.device)
+        grid = planned_grid(self.handle, plan, state)
+        worst = sorted(range(len(self.canvases)), key=lambda row: len(self.canvases[row]))[-self.rows :]
+        return plan, grid, step_parts(self.handle, plan, state.of_rows(torch.tensor(worst)), grid)
+
+
+def _most_bytes(batch: Batch) -> int:
     """A number of bytes that what is counted here never exceeds, from a few sizes."""
-    model, config = handle.model, handle.model.config
-    L = max(map(len, canvases), default=0)
-    head_dim = max(handle.adapter.head_dims(model))
+    model, preset, L = batch.handle.model, batch.preset, batch.longest
+    config, head_dim = model.config, max(batch.handle.adapter.head_dims(model))
     numbers = 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim + 5 * config.hidden_size
-    numbers = L * (numbers + 3 * config.vocab_size) * handle.adapter.compute_dtype(model).itemsize
-    steps = max(preset.steps_per_block or 0, preset.block_length or 0, diffusion.block_length or 0, L)
-    return len(canvases) * (4 * CANVAS * L + numbers + 4 * steps)
+    numbers = L * (numbers + 3 * config.vocab_size) * batch.handle.adapter.compute_dtype(model).itemsize
+    steps = max(preset.steps_per_block or 0, preset.block_length or 0, batch.diffusion.block_length or 0, L)
+    return batch.rows * (4 * CANVAS * L + numbers + 4 * steps)
 
 
-def _canvas_parts(canvases: list[Tensor], device: torch.device) -> Parts:
+def _canvas_parts(batch: Batch) -> Parts:
     """What the canvases of a batch take."""
-    size = CANVAS * len(canvases) * max(map(len, canvases))
+    size = CANVAS * batch.longest
     parts: Parts = defaultdict(Counter)
-    parts[torch.device("cpu")]["canvases"] += size
-    parts[device]["canvases"] += 2 * size
+    parts[torch.device("cpu")]["canvases"] += size * len(batch.canvases)
+    parts[batch.device]["canvases"] += 2 * size * batch.rows
     return parts
 
 
-def step_parts(handle: PatchHandle, canvases: list[Tensor], plan: Plan, state: RowState, grid: Grid) -> Parts:
-    """What the buffers and the first steps of an opened batch take."""
-    preset, config, (B, _) = plan.preset, handle.model.config, state.tokens.shape
-    main, dtype, copies = state.tokens.device, handle.adapter.compute_dtype(handle.model), 2 if preset.cfg_scale else 1
+def step_parts(handle: PatchHandle, plan: Plan, state: RowState, grid: Grid, paging: Paging | None = None) -> Parts:
+    """What the buffers and the first steps of a decode of these rows take; `state` is on the host."""
+    preset, config, B = plan.preset, handle.model.config, plan.first.shape[0]
+    main, dtype, copies = plan.first.device, handle.adapter.compute_dtype(handle.model), plan.copies
     parts: Parts = defaultdict(Counter)
     if plan.cache.stores:
         with FakeTensorMode():
-            for layer in handle.adapter.new_cache(handle.model, copies * B, plan.capacity).layers:
+            for layer in handle.adapter.new_cache(handle.model, copies * B, plan.capacity, paging).layers:
                 for buffer in (layer.keys, layer.values):
                     parts[buffer.device]["keys and values"] += buffer.nbytes
     if any("kl" in policy.outputs for policy in preset.policies):
         parts[main]["distributions of the step before"] += B * plan.lanes * config.vocab_size * dtype.itemsize
     if preset.by_share:
-        parts[main]["shares of the schedule"] += 4 * B * max(steps_of(canvases, plan))
+        parts[main]["shares of the schedule"] += 4 * B * plan.steps
     if plan.previous:
         parts[main]["hidden states"] += B * config.hidden_size * dtype.itemsize
 
@@ -110,37 +137,30 @@ def step_parts(handle: PatchHandle, canvases: list[Tensor], plan: Plan, state: R
     return parts
 
 
-def _compare(
-    handle: PatchHandle,
-    canvases: list[Tensor],
-    preset: Preset,
-    diffusion: DiffusionConfig,
-    device: torch.device,
-    parts: Parts,
-) -> None:
+def _compare(batch: Batch, parts: Parts) -> None:
     """Raises BatchTooLarge if a device has not the memory for what the parts say."""
     free = {place: free_bytes(place) for place in parts}
     short = [place for place, taken in parts.items() if free[place] is not None and taken.total() > free[place]]
     if not short:
         return
 
-    def fits(rows: list[Tensor]) -> bool:
-        """Whether another batch fits as it is opened and afterwards."""
-        first = _canvas_parts(rows, device)
-        if any(free.get(place) is not None and taken.total() > free[place] for place, taken in first.items()):
-            return False
-        plan, state = open_rows(rows, preset, diffusion, device)
-        then = step_parts(handle, rows, plan, state, planned_grid(handle, plan, state))
-        return not any(free.get(place) is not None and taken.total() > free[place] for place, taken in then.items())
+    def fits(rows: int) -> bool:
+        """Whether another batch of the longest rows fits as it is opened and afterwards."""
+        other = dataclasses.replace(batch, canvases=[max(batch.canvases, key=len)] * rows, rows=rows)
+
+        def is_free(parts: Parts) -> bool:
+            return all(free.get(place) is None or taken.total() <= free[place] for place, taken in parts.items())
+
+        return is_free(_canvas_parts(other)) and is_free(other.opened()[2])
 
     # The advice holds whichever rows are decoded together: so many of the longest fit.
-    place, longest = short[0], max(canvases, key=len)
-    count = min(len(canvases) - 1, len(canvases) * free[place] // parts[place].total(), MOST_ADVISED)
-    while count and not fits([longest] * count):
+    place = short[0]
+    count = min(batch.rows - 1, batch.rows * free[place] // parts[place].total(), MOST_ADVISED)
+    while count and not fits(count):
         count = count * 3 // 4
     taken = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts[place].most_common())
     raise BatchTooLarge(
-        f"generate: a batch must fit the free memory of {place}, got {len(canvases)} rows of up to {len(longest)} "
+        f"generate: a batch must fit the free memory of {place}, got {batch.rows} rows of up to {batch.longest} "
         f"positions, which take at least {parts[place].total() / GIB:.2f} GiB ({taken}) where {free[place] / GIB:.2f} "
         f"GiB are free; {f'batch_size={count} would fit' if count else 'not even batch_size=1 would fit'}"
     )

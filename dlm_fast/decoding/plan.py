@@ -51,6 +51,9 @@ class Plan:
         block_length: positions of a block.
         first: [B] int32 where a row's first block begins: at the end of its prompt, or, of a model whose blocks lie at
             multiples of block_length ("abs"), at one of these.
+        prefilled: [B] int32 positions of a row whose keys are in the cache before its first step; None = of no row.
+        width: positions of the canvas buffers.
+        steps: the most denoise steps that fill a block of any row.
         refresh_width: positions of a refresh step, the most of them; 0 where there is no such step.
         denoise_width: positions of a denoise step, the most of them where that varies.
         lanes: positions that a step looks at, the most of them where that varies.
@@ -81,6 +84,9 @@ class Plan:
     mask_id: int
     block_length: int
     first: Tensor
+    prefilled: Tensor | None
+    width: int
+    steps: int
     refresh_width: int
     denoise_width: int
     lanes: int
@@ -99,6 +105,11 @@ class Plan:
     exact_rule: UnmaskRule
     prefill_rule: UnmaskRule | None
     constants: Constants
+
+    @property
+    def copies(self) -> int:
+        """Canvases that a forward computes of each row: two with guidance."""
+        return 2 if self.preset.cfg_scale else 1
 
     def bucket(self, kind: Kind, *, width: int | None = None, lanes: int | None = None, drafts: int = 1) -> Bucket:
         """The bucket of a step of all rows: by default one that holds every row whatever happens."""
@@ -131,62 +142,119 @@ def open_rows(
     Rows without a mask are done before they start. Blocks begin at the first mask ("rel") or at multiples of the block
     length ("abs"); then the positions before the first mask in its block are fixed tokens of that block.
     """
-    # 1. The canvases, and where every row's first mask is.
-    mask_id, cache, previous = diffusion.mask_token_id, preset.operation, diffusion.logits_row == "previous"
-    B, L = len(canvases), max((len(canvas) for canvas in canvases), default=0)
-    state = RowState.empty(B, L, "cpu")
-    first_mask = []
+    plan, host = plan_of_rows(canvases, preset, diffusion, len(canvases), device)
+    state = on_device(host, device)
+    return dataclasses.replace(plan, first=state.block_start.clone()), state
+
+
+def plan_of_rows(
+    canvases: list[Tensor], preset: Preset, diffusion: DiffusionConfig, rows: int, device: torch.device
+) -> tuple[Plan, RowState]:
+    """The plan of decodes that take these canvases, `rows` at a time, and the initial state of all of them, on the
+    host."""
+    longest = max((len(canvas) - first_mask(canvas, diffusion.mask_token_id) for canvas in canvases), default=0)
+    block_length = block_length_of(preset, diffusion, longest)
+    host = placed_rows(canvases, max(map(len, canvases), default=0), block_length, preset, diffusion)
+    sizes = _sizes_of(canvases, host, block_length, preset, diffusion)
+    steps = max(
+        _steps_of_spans([len(c) for c in canvases], host.block_start, block_length, preset, diffusion), default=0
+    )
+    return plan_of(preset, diffusion, sizes, block_length=block_length, rows=rows, steps=steps, device=device), host
+
+
+def block_length_of(preset: Preset, diffusion: DiffusionConfig, longest: int) -> int:
+    """Positions of a block, where the longest row has `longest` positions from its first mask on."""
+    length = None if preset.single_block else preset.block_length or diffusion.block_length
+    return length or max(1, longest)
+
+
+def first_mask(canvas: Tensor, mask_id: int) -> int:
+    """Position of the first mask of a canvas; its length where it has none."""
+    masked = (canvas == mask_id).nonzero()
+    return int(masked[0]) if len(masked) else len(canvas)
+
+
+def placed_rows(
+    canvases: list[Tensor], width: int, block_length: int, preset: Preset, diffusion: DiffusionConfig
+) -> RowState:
+    """The initial state of canvases, on the host, in a buffer of `width` positions: where the first block of each is,
+    and the step that it begins with."""
+    mask_id, refresh = diffusion.mask_token_id, preset.operation.refresh
+    state = RowState.empty(len(canvases), width, "cpu")
+    absolute = diffusion.visibility == "block" and diffusion.block_alignment == "abs"
     for b, canvas in enumerate(canvases):
         state.tokens[b, : len(canvas)] = canvas
         state.canvas_len[b] = len(canvas)
-        masked = (canvas == mask_id).nonzero()
-        first_mask.append(int(masked[0]) if len(masked) else len(canvas))
-    longest = max((len(canvas) - mask for canvas, mask in zip(canvases, first_mask)), default=0)
-    block_length = preset.block_length or diffusion.block_length or max(1, longest)
-    if preset.single_block:
-        block_length = max(1, longest)
-
-    # 2. Every row's first block, and the step that it begins with.
-    absolute = diffusion.visibility == "block" and diffusion.block_alignment == "abs"
-    for b, canvas in enumerate(canvases):
-        start = first_mask[b] // block_length * block_length if absolute else first_mask[b]
+        first = first_mask(canvas, mask_id)
+        start = first // block_length * block_length if absolute else first
         end = min(start + block_length, len(canvas))
         state.block_start[b], state.block_end[b] = start, end
         state.block_masks[b] = int((canvas[start:end] == mask_id).sum())
         if state.block_masks[b] == 0:
             state.phase[b] = DONE
-        elif cache.refresh is None or (cache.refresh.opens == "prompt" and start == 0):
+        elif refresh is None or (refresh.opens == "prompt" and start == 0):
             state.phase[b] = DENOISE
         else:
             state.phase[b] = REFRESH
+    return state
 
-    # 3. The widths of both kinds of step.
-    starts = state.block_start.tolist()
-    block = min(block_length, max(1, L))
-    sizes = Sizes(
+
+def on_device(state: RowState, device: torch.device) -> RowState:
+    """A copy of a state on a device."""
+    placed = RowState.empty(*state.tokens.shape, device)
+    for name, field in vars(placed).items():
+        field.copy_(getattr(state, name))
+    return placed
+
+
+def _sizes_of(
+    canvases: list[Tensor], state: RowState, block_length: int, preset: Preset, diffusion: DiffusionConfig
+) -> Sizes:
+    """The sizes of a batch that was placed."""
+    starts, L = state.block_start.tolist(), state.tokens.shape[1]
+    waiting = (_longest_wait(*row, block_length, diffusion.mask_token_id) for row in zip(canvases, starts))
+    return Sizes(
         canvas=L,
         prompt=max(starts, default=0),
         opened=max(state.block_end.tolist(), default=0),
         rest=max((len(canvas) - start for canvas, start in zip(canvases, starts)), default=0),
-        block=block,
-        waiting=max((_longest_wait(*row, block_length, mask_id) for row in zip(canvases, starts)), default=0),
-        before=int(previous),
+        block=min(block_length, max(1, L)),
+        waiting=max(waiting, default=0),
+        before=int(diffusion.logits_row == "previous"),
         vicinity=preset.vicinity,
         pipeline=preset.pipeline,
     )
+
+
+def plan_of(
+    preset: Preset,
+    diffusion: DiffusionConfig,
+    sizes: Sizes,
+    *,
+    block_length: int,
+    rows: int,
+    steps: int,
+    device: torch.device,
+) -> Plan:
+    """The plan of a decode of `rows` rows that are no larger than `sizes`; it has no rows yet (`Plan.first` is 0).
+
+    steps: the most denoise steps that fill a block of any row (`steps_of`).
+    """
+    cache, previous = preset.operation, diffusion.logits_row == "previous"
+    L, block = sizes.canvas, sizes.block
     # Where a step does not compute every mask of the row, a policy that looks at the row sees the block.
     computes_masks = preset.visibility == "full" and cache.computes_masks and preset.horizon is None
     whole_row = computes_masks and any(policy.reads == "row" for policy in preset.policies)
-    placed = RowState.empty(B, L, device)
-    for name, field in vars(placed).items():
-        field.copy_(getattr(state, name))
-    plan = Plan(
+    return Plan(
         preset=preset,
         diffusion=diffusion,
         cache=cache,
-        mask_id=mask_id,
+        mask_id=diffusion.mask_token_id,
         block_length=block_length,
-        first=placed.block_start.clone(),
+        first=torch.zeros(rows, dtype=torch.int32, device=device),
+        prefilled=None,
+        width=L,
+        steps=steps,
         refresh_width=0 if cache.refresh is None else cache.refresh.width(sizes),
         denoise_width=cache.width(sizes) + (block if preset.shadow else 0),
         lanes=max(1, sizes.rest) if whole_row or preset.pipeline else block,
@@ -206,22 +274,27 @@ def open_rows(
         prefill_rule=preset.prefill_rule() if cache.prefills else None,
         # The rows of a step may be rounded up to a power of two, and drafts are rows of a block each.
         constants=Constants.of(
-            rows=1 << max(0, B - 1).bit_length(),
+            rows=1 << max(0, rows - 1).bit_length(),
             length=max(L + block, preset.drafts * block),
             horizon=preset.horizon if preset.scatter_suffix else None,
             device=device,
         ),
     )
-    return plan, placed
 
 
 def steps_of(canvases: list[Tensor], plan: Plan) -> list[int]:
     """For each row, the denoise steps that fill a block."""
-    preset = plan.preset
+    lengths = [len(canvas) for canvas in canvases]
+    return _steps_of_spans(lengths, plan.first, plan.block_length, plan.preset, plan.diffusion)
+
+
+def _steps_of_spans(
+    lengths: list[int], first: Tensor, block_length: int, preset: Preset, diffusion: DiffusionConfig
+) -> list[int]:
     # Where a row is one block, the longest row of the batch must not decide the schedule of a shorter one.
-    one_block = preset.single_block or (preset.block_length or plan.diffusion.block_length) is None
-    spans = [len(canvas) - start for canvas, start in zip(canvases, plan.first.tolist())]
-    return [preset.steps_per_block or (max(1, span) if one_block else plan.block_length) for span in spans]
+    one_block = preset.single_block or (preset.block_length or diffusion.block_length) is None
+    spans = [length - start for length, start in zip(lengths, first.tolist())]
+    return [preset.steps_per_block or (max(1, span) if one_block else block_length) for span in spans]
 
 
 def _longest_wait(canvas: Tensor, start: int, block_length: int, mask_id: int) -> int:

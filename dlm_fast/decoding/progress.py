@@ -30,16 +30,26 @@ class Progress:
     too where commits are fused, so a late width is that much too small.
     """
 
-    def __init__(self, decode: Decode, grid: Grid, rounds_behind: int) -> None:
-        self.decode, self.grid, self.rounds_behind = decode, grid, rounds_behind
+    def __init__(self, decode: Decode, grid: Grid, rounds_behind: int = 0) -> None:
+        self.grid, self.rounds_behind = grid, rounds_behind
         self.pending: list[tuple[Tensor, Any]] = []
         self.last: Kind | None = None
-        grows = decode.plan.preset.pipeline or decode.plan.defers
-        self.margin = decode.plan.block_length * rounds_behind if grows else 0
+        self.restart(decode)
+
+    @property
+    def margin(self) -> int:
+        """Positions by which a late width may be too small."""
+        plan = self.decode.plan
+        return plan.block_length * self.rounds_behind if plan.preset.pipeline or plan.defers else 0
+
+    def restart(self, decode: Decode) -> None:
+        """Counts at once, and goes on with `decode`: rows came or went between two rounds."""
+        self.decode = decode
+        self.pending.clear()
         self.needs = self._count().tolist()
 
     def _count(self) -> Tensor:
-        """[5, B] int32 on the device: `needs_of`."""
+        """[6, B] int32 on the device: `needs_of`."""
         decode = self.decode
         return needs_of(decode.plan, decode.state, decode.sampling, decode.forward.drafting())
 
@@ -59,14 +69,18 @@ class Progress:
         event.record(torch.cuda.current_stream(counts.device))
         self.pending.append((host, event))
 
-    def next_round(self) -> tuple[Kind, list[tuple[Bucket, list[int]]]] | None:
-        """The kind of the next round and its steps, each with its rows; None if no row needs one."""
+    def read(self) -> None:
+        """Takes over the counts that are due, and waits for them."""
         while len(self.pending) > self.rounds_behind:
             counts, event = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
             self.needs = counts.tolist()
-        phases, refresh, denoise, lanes, drafting = self.needs
+
+    def next_round(self) -> tuple[Kind, list[tuple[Bucket, list[int]]]] | None:
+        """The kind of the next round and its steps, each with its rows; None if no row needs one."""
+        self.read()
+        phases, refresh, denoise, lanes, drafting, _ = self.needs
         waiting: dict[Kind, list[tuple[int, int, int, bool]]] = {"refresh": [], "denoise": []}
         for row, phase in enumerate(phases):
             if phase == REFRESH:
@@ -99,51 +113,82 @@ class StepsCancelled(RuntimeError):
 
 
 def planned_grid(handle: PatchHandle, plan: Plan, state: RowState) -> Grid:
-    """The shapes of a decode that has just been opened; reads the state on the host."""
+    """The shapes of a decode of rows as these are when they have just been opened; reads the state on the host."""
     parameters = sum(p.numel() for p in handle.model.parameters())
-    return grid_of(plan, state, fixed_positions(state.tokens.device.type, parameters))
+    return grid_of(plan, state, fixed_positions(plan.first.device.type, parameters))
 
 
-@torch.no_grad()
-def run_steps(
-    decode: Decode,
-    after_step: Callable[[RowState], None] | None,
-    ran: Counter[Bucket] | None = None,
-    *,
-    grid: Grid | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> None:
-    """Runs steps until no row needs one, and counts in `ran` how many of every shape. Bounded: a row that outlives its
-    `max_steps` ends with an error.
+class Rounds:
+    """The rounds of an open decode, one after another, until no row needs a step.
 
-    Args:
+    Bounded: a row that outlives its `max_steps` ends with an error, so that no decode takes more rounds than `allow`
+    has counted for its rows.
+
+    Attributes:
         decode: what the steps read and write.
-        after_step: is called with the state after every step.
-        ran: counts the steps of every shape.
-        grid: the shapes of the steps. Default: `planned_grid`.
-        cancelled: is asked before every step whether the caller wants no more of them.
-    Raises:
-        StepTooLarge: a step ran out of memory. StepsCancelled: `cancelled` said so.
+        grid: the shapes of the steps.
+        progress: what the host knows of the rows.
+        ran: how many steps of every shape there were.
     """
-    plan = decode.plan
-    grid = planned_grid(decode.forward.handle, plan, decode.state) if grid is None else grid
-    # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
-    # behind.
-    repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
-    # Where a block waits, a late host computes two blocks in every step: worth it while a step's positions are few.
-    many = plan.defers and decode.state.tokens.shape[0] * plan.block_length > grid.fixed
-    rounds_behind = int(decode.state.tokens.is_cuda and not repeats and not many and after_step is None)
-    progress = Progress(decode, grid, rounds_behind)
-    blocks = (decode.state.tokens.shape[1] + plan.block_length - 1) // plan.block_length
-    ran = Counter() if ran is None else ran
-    limit = int((decode.sampling.max_steps + 2 * blocks + 4).sum())
-    for _ in range(limit + rounds_behind):
-        chosen = progress.next_round()
+
+    def __init__(
+        self,
+        decode: Decode,
+        grid: Grid | None = None,
+        *,
+        after_step: Callable[[RowState], None] | None = None,
+        ran: Counter[Bucket] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """
+        Args:
+            decode: what the steps read and write.
+            grid: the shapes of the steps. Default: `planned_grid`.
+            after_step: is called with the state after every step.
+            ran: counts the steps of every shape.
+            cancelled: is asked before every step whether the caller wants no more of them.
+        """
+        plan = decode.plan
+        self.grid = planned_grid(decode.forward.handle, plan, decode.state) if grid is None else grid
+        self.after_step, self.cancelled = after_step, cancelled
+        self.ran = Counter() if ran is None else ran
+        # A refresh that nobody needs costs a forward of everything, so only decoders that never repeat one run a round
+        # behind.
+        repeats = (plan.cache.refresh is not None and plan.cache.refresh.repeats) or plan.preset.drafts > 1
+        # Where a block waits, a late host computes two blocks in every step: worth it while a step's positions are few.
+        many = plan.defers and decode.state.tokens.shape[0] * plan.block_length > self.grid.fixed
+        self.may_be_late = decode.state.tokens.is_cuda and not repeats and not many
+        self.left = int(self.may_be_late)
+        self.progress = Progress(decode, self.grid)
+        self.allow(int(decode.sampling.max_steps.sum()), decode.state.tokens.shape[0])
+
+    @property
+    def decode(self) -> Decode:
+        return self.progress.decode
+
+    def allow(self, max_steps: int, rows: int) -> None:
+        """Counts the rounds that more rows may take, whose `max_steps` add up to this."""
+        plan = self.decode.plan
+        blocks = -(-self.decode.state.tokens.shape[1] // plan.block_length)
+        self.left += max_steps + rows * (2 * blocks + 4)
+
+    @torch.no_grad()
+    def run(self) -> bool:
+        """Runs the next round; False if no row needs one.
+
+        Raises StepTooLarge if a step ran out of memory, and StepsCancelled if `cancelled` said so.
+        """
+        # Who looks after every step reads the device anyway, and may change what rows need.
+        self.progress.rounds_behind = int(self.may_be_late and self.after_step is None)
+        chosen = self.progress.next_round()
         if chosen is None:
-            return
-        kind, steps = chosen
+            return False
+        if self.left < 1:
+            raise AssertionError("decode loop made no progress within the rounds that its rows may take")
+        self.left -= 1
+        decode, (kind, steps) = self.decode, chosen
         for bucket, rows in steps:
-            if cancelled is not None and cancelled():
+            if self.cancelled is not None and self.cancelled():
                 raise StepsCancelled("the caller wants no more steps")
             try:
                 denoise_step(decode, bucket, _on_device(decode, bucket, rows))
@@ -154,11 +199,25 @@ def run_steps(
                 if not is_out_of_memory(error):
                     raise
                 raise StepTooLarge(bucket) from error
-            ran[bucket] += 1
-            if after_step is not None:
-                after_step(decode.state)
-        progress.record(kind)
-    raise AssertionError(f"decode loop made no progress within {limit} rounds")
+            self.ran[bucket] += 1
+            if self.after_step is not None:
+                self.after_step(decode.state)
+        self.progress.record(kind)
+        return True
+
+
+def run_steps(
+    decode: Decode,
+    after_step: Callable[[RowState], None] | None,
+    ran: Counter[Bucket] | None = None,
+    *,
+    grid: Grid | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> None:
+    """Runs steps until no row needs one. The arguments and the errors are those of `Rounds`."""
+    rounds = Rounds(decode, grid, after_step=after_step, ran=ran, cancelled=cancelled)
+    while rounds.run():
+        pass
 
 
 def _check_ids(decode: Decode) -> None:

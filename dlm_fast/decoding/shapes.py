@@ -39,7 +39,7 @@ WORTH = 4
 # Shapes that are left go to more rows as long as the step costs less than so many fixed parts: beyond, hardly any time
 # is left to share, and what a step holds in memory grows.
 SHARED = 16
-MOST_WIDTHS = 8
+MOST_WIDTHS = 16
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
 # A block takes so many denoise steps of one width, when a grid is planned: fewer than most decoders take, and how many
@@ -132,8 +132,9 @@ def fixed_positions(device: str, parameters: int) -> int:
 
 
 def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
-    """Plans the shapes of a decode that has just been opened; reads the state on the host. fixed: `fixed_positions`."""
-    B = state.tokens.shape[0]
+    """Plans the shapes of a decode for rows as these are when they have just been opened, which may be more or fewer
+    than it decodes together; reads the state on the host. fixed: `fixed_positions`."""
+    B = plan.first.shape[0]
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
     if plan.preset.drafts > 1:
         expected["denoise"] = Counter({plan.denoise_width: expected["denoise"].total()})  # drafts are of whole blocks
@@ -259,7 +260,13 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, Counter[int]]:
     full: dict[Kind, int] = {"refresh": plan.refresh_width, "denoise": plan.denoise_width}
     if plan.scattered:
         # How many positions are computed one by one is not known ahead: every share of the canvas.
-        return {kind: Counter(-(-width * share // 8) for share in range(1, 9) if width) for kind, width in full.items()}
+        lengths = start.canvas_len.tolist()
+        shares = [(length, share) for length in lengths for share in range(1, 9)]
+        return {
+            kind: Counter({width: 1}) + Counter(min(-(-length * share // 8), width) for length, share in shares)
+            for kind, width in full.items()
+            if width
+        }
 
     def note(kind: Kind, widths: Iterable[int], times: Iterable[int]) -> None:
         for width, number in zip(widths, times):
@@ -281,7 +288,9 @@ def _expected(plan: Plan, state: RowState) -> dict[Kind, Counter[int]]:
                 block_step=torch.ones_like(start.block_step), step=torch.full_like(start.step, block),
             )  # fmt: skip
             widths = _positions(here, there, "denoise", rows)
-            note("denoise", widths, [STEPS * number for number in blocks_of])
+            # A pipeline's steps are divided among the regions that it is planned for.
+            steps = 1 if plan.preset.pipeline else STEPS
+            note("denoise", widths, [steps * number for number in blocks_of])
             if plan.defers and block:
                 # A block's first step computes the block before too.
                 note("denoise", [width + plan.block_length for width in widths], blocks_of)
@@ -319,7 +328,7 @@ def _on_host(plan: Plan, state: RowState) -> tuple[Plan, RowState]:
     start = RowState(**{name: field.cpu() for name, field in vars(state).items()})
     B, L = start.tokens.shape
     constants = Constants.of(B, L + min(plan.block_length, L), None, torch.device("cpu"))
-    return dataclasses.replace(plan, first=plan.first.cpu(), constants=constants), start
+    return dataclasses.replace(plan, first=start.block_start, prefilled=None, constants=constants), start
 
 
 def _positions(plan: Plan, state: RowState, kind: Kind, rows: Tensor) -> list[int]:

@@ -13,6 +13,7 @@ from dlm_kernels import RowState, UnmaskInputs, UnmaskRule
 from dlm_kernels.state import DENOISE, REFRESH, amend
 
 from ..limits import shown
+from ..models.cache import KVCache
 from ..patching import PatchHandle
 from ..policies import Choice, Sampling, View
 from ..policies.view import Memory
@@ -69,6 +70,25 @@ class Decode:
                 else:
                     raise ValueError(f"generate: a policy must open memory[{name!r}] in `memory`, not in a step")
 
+    def take_rows(self, rows: Tensor, part: Decode) -> None:
+        """Takes new rows in the place of the rows [n]: those of `part`, which has just been opened for them.
+
+        What a policy keeps for all rows together stays.
+        """
+        self.plan.first.index_copy_(0, rows, part.plan.first)
+        if self.plan.prefilled is not None:
+            self.plan.prefilled.index_copy_(0, rows, part.plan.prefilled)
+        self.forward.put_rows(rows, part.forward)
+        for mine, its in zip(self.memory, part.memory):
+            for name, kept in its.items():
+                if _per_row(kept):
+                    mine[name].index_copy_(0, rows, kept)
+
+    def with_sampling(self, sampling: Sampling) -> Decode:
+        """The same decode with other numbers, which may decide otherwise which ops a step runs."""
+        sampling = dataclasses.replace(sampling, uniform_scores=self.sampling.uniform_scores)
+        return Decode(self.forward.with_sampling(sampling), self.memory, _constants(self.plan, sampling))
+
 
 def _per_row(kept: Any) -> bool:
     """Whether a policy keeps this for each row (`Policy.memory`)."""
@@ -88,13 +108,15 @@ def _constants(plan: Plan, sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def open_decode(handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling) -> Decode:
-    """Allocates what a decode keeps between steps.
+def open_decode(
+    handle: PatchHandle, plan: Plan, state: RowState, sampling: Sampling, cache: KVCache | None = None
+) -> Decode:
+    """Allocates what a decode keeps between steps; the key/value buffers too, unless `cache` has them.
 
     Raises ValueError where a policy's memory holds a tensor that has not one entry per row, or lies elsewhere.
     """
     sampling = dataclasses.replace(sampling, uniform_scores=handle.ops.uniform_scores)
-    forward, B = forward_of(handle, plan, state, sampling), state.tokens.shape[0]
+    forward, B = forward_of(handle, plan, state, sampling, cache), state.tokens.shape[0]
     memory = tuple(policy.memory(forward.setting, state) for policy in plan.preset.policies)
     for policy, kept_by in zip(plan.preset.policies, memory):
         for name, kept in kept_by.items():

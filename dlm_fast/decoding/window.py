@@ -255,6 +255,8 @@ def extent_of(plan: Plan, state: RowState, kind: Kind) -> Extent:
     )
     if kind == "denoise":
         return plan.cache.extent(place)
+    if plan.prefilled is not None:
+        return Extent(plan.prefilled, plan.cache.refresh.stop(place), plan.prefilled)
     if floor is zero:
         return Extent(zero, plan.cache.refresh.stop(place), zero, begins="canvas")
     begin = floor * (state.step > 0)
@@ -309,7 +311,7 @@ def flagged(plan: Plan, state: RowState, sampling: Sampling, kind: Kind, extent:
         number = (constants.counted(L, 1) - state.block_end[:, None]).clamp(min=0)
         counters = (x.expand(B, L) for x in (sampling.request[:, None], position, state.block_start[:, None]))
         counters = torch.stack(list(counters), -1).flatten(0, 1)
-        noise = sampling.uniform_scores(sampling.seed, counters).view(B, L)
+        noise = sampling.uniform_scores(sampling.seeds(L), counters).view(B, L)
         flags = flags & (noise < constants.kept_share.expand(B, -1).gather(1, number))
     if preset.keep_last:
         flags = flags | (position == state.canvas_len[:, None] - 1)
@@ -367,8 +369,8 @@ def _lone_sub_block(plan: Plan, state: RowState) -> tuple[Tensor, Tensor, Tensor
 
 
 def needs_of(plan: Plan, state: RowState, sampling: Sampling, drafting: Tensor) -> Tensor:
-    """What every row needs next, [5, B] int32 on the device: its phase, the positions of a refresh step, those of a
-    denoise step, the lanes of its region, and whether it has drafts to verify ([B] bool)."""
+    """What every row needs next, [6, B] int32 on the device: its phase, the positions of a refresh step, those of a
+    denoise step, the lanes of its region, whether it has drafts to verify ([B] bool), and where its region begins."""
 
     def width(kind: Kind) -> Tensor:
         if kind == "refresh" and plan.cache.refresh is None:
@@ -380,4 +382,4 @@ def needs_of(plan: Plan, state: RowState, sampling: Sampling, drafting: Tensor) 
         return count + lanes if plan.shadow and kind == "denoise" else count
 
     lanes = state.block_end - state.block_start
-    return torch.stack([state.phase, width("refresh"), width("denoise"), lanes, drafting]).int()
+    return torch.stack([state.phase, width("refresh"), width("denoise"), lanes, drafting, state.block_start]).int()

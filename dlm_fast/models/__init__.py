@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import Ops
 from . import native
-from .cache import KVCache
+from .cache import KVCache, Paging
 from .native import AttentionCall
 
 
@@ -48,7 +48,7 @@ class Adapter(Protocol):
     def compute_dtype(self, model: nn.Module) -> torch.dtype:
         """The dtype of hidden states, keys and values."""
 
-    def new_cache(self, model: nn.Module, rows: int, capacity: int) -> KVCache:
+    def new_cache(self, model: nn.Module, rows: int, capacity: int, paging: Paging | None = None) -> KVCache:
         """Key/value buffers for every layer, in the dtype that the model computes in and on the layer's device."""
 
     def window_hidden(self, model: nn.Module, input_ids: Tensor, call: AttentionCall) -> Tensor:

@@ -33,7 +33,7 @@ from dlm_kernels import Window
 from ..ops import REFERENCE, Ops
 from . import fused
 from .attention import ATTENTION_NAME, AttentionCall
-from .cache import KVCache
+from .cache import KVCache, Paging
 from .tensors import BUILDING
 
 __all__ = ["ATTENTION_NAME", "CLASSES", "AttentionCall"]
@@ -208,7 +208,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     )
 
 
-def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
+def new_cache(model: nn.Module, rows: int, capacity: int, paging: Paging | None = None) -> KVCache:
     """Key/value buffers for every layer, in the dtype that the model computes in and on the layer's device."""
     layers = model.model.layers
     return KVCache(
@@ -218,6 +218,7 @@ def new_cache(model: nn.Module, rows: int, capacity: int) -> KVCache:
         capacity=capacity,
         dtype=compute_dtype(model),
         devices=[layer.input_layernorm.weight.device for layer in layers],
+        paging=paging,
     )
 
 

@@ -23,7 +23,7 @@ class Sampling:
 
     Attributes:
         temperature: [B] fp32 temperature of the draws, 0 = greedy.
-        seed: [1] int64 random seed.
+        seed: [1] int64 random seed of all rows, or [B] of each.
         request: [B] int32 index that keys a row's noise.
         banned: [K] int64 ids that are never drawn; the first one is the mask id.
         eos: [E] int64 ids that end a text.
@@ -72,7 +72,20 @@ class Sampling:
         columns = columns_of(torch.stack(list(whole.values())), rows)
         others = {name: field for name in _OTHERS if (field := getattr(self, name)) is not None}
         fields = {name: field.index_select(0, rows) for name, field in others.items()}
+        if self.seed.shape[0] > 1:
+            fields["seed"] = self.seed.index_select(0, rows)
         return dataclasses.replace(self, **fields, **dict(zip(whole, columns)))
+
+    def put_rows(self, rows: Tensor, part: Sampling) -> None:
+        """Writes `part`, the numbers of n rows, over the rows [n] int64; what they have, this one has for all rows."""
+        for name in (*_WHOLE_NUMBERS, *_OTHERS, "seed"):
+            mine, theirs = getattr(self, name), getattr(part, name)
+            if theirs is not None:
+                mine.index_copy_(0, rows, theirs.expand(rows.shape[0], *theirs.shape[1:]))
+
+    def seeds(self, count: int) -> Tensor:
+        """The seeds of `count` counters of each row, one after another: [1] where all rows have one seed."""
+        return self.seed if self.seed.shape[0] == 1 else self.seed.repeat_interleave(count)
 
 
 # The fields of a `Sampling` that have an entry per row.

@@ -251,7 +251,8 @@ def noise_of(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
 
 def uniform(lanes: Lanes, state: RowState, sampling: Sampling) -> Tensor:
     """[B, W] fp32: a number in (0, 1) per lane, a function of (seed, request, position, the row's step) alone."""
-    return sampling.uniform_scores(sampling.seed, noise_of(lanes, state, sampling)).view(lanes.position.shape)
+    shape = lanes.position.shape
+    return sampling.uniform_scores(sampling.seeds(shape[1]), noise_of(lanes, state, sampling)).view(shape)
 
 
 def ordered(score: Tensor) -> Tensor:

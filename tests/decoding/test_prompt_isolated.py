@@ -4,7 +4,6 @@ decoders are then exact."""
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import random
 
 import pytest
@@ -16,6 +15,7 @@ from transcription_cases import REGISTRY, differences
 from transcription_cases import random_case as transcribed_case
 
 import dlm_fast
+from dlm_fast.decoding import slots
 
 REGISTRY.update(transcription_policies.REGISTRY)
 DECODERS = [name for name, decoder in REGISTRY.items() if decoder.visibility == "full"]
@@ -147,8 +147,7 @@ def test_a_decoder_equals_its_transcription_and_a_row_alone_its_batch(name):
 
 def keys_after_every_step(monkeypatch, model, preset: str, canvases: list[list[int]], **options) -> list[torch.Tensor]:
     """Keys of every layer, [layers, B, H_kv, L, D], after each step of the decode."""
-    generate, opened = importlib.import_module("dlm_fast.generate"), []
-    open_decode = generate.open_decode
+    opened, open_decode = [], slots.open_decode
 
     def spy(*args):
         opened.append(open_decode(*args))
@@ -156,7 +155,7 @@ def keys_after_every_step(monkeypatch, model, preset: str, canvases: list[list[i
 
     seen: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "open_decode", spy)
+        patch.setattr(slots, "open_decode", spy)
 
         def keep(state) -> None:
             seen.append(torch.stack([layer.keys for layer in opened[0].forward.cache.layers]).clone())

@@ -124,8 +124,8 @@ def request(ids: list[int], stops, eos: tuple[int, ...], mask: int) -> Requests:
     canvas = torch.tensor([5, 6] + [mask] * len(ids))
     return Requests(
         canvases=[canvas], opened=[canvas], prompt_lengths=[2], min_new_tokens=[0], request_ids=[0],
-        temperature=[0.0], top_k=0, top_p=1.0, seed=0,
-        stop_strings=stops, banned_token_ids=(), eos_token_ids=eos,
+        temperature=[0.0], top_k=0, top_p=1.0, seeds=[0],
+        stop_strings=[stops], banned_token_ids=(), eos_token_ids=eos,
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def test_a_row_that_a_stop_string_ended_early_has_the_uninterrupted_text_cut_at_
         eos = rng.choice([(), (tok.eos_token_id,)])
         stops = random_stops(tok.decode(ids, skip_special_tokens=True), rng, special)
         batch = request(ids, read_stop_strings(iter(stops), tok, diffusion.mask_token_id), eos, diffusion.mask_token_id)
-        state, stopper = opened(batch), Stopper(batch, diffusion.mask_token_id, takes_back=False)
+        state, stopper = opened(batch), Stopper.of(batch, diffusion.mask_token_id, takes_back=False)
 
         order = list(range(len(ids)))
         if rng.random() < 0.5:
@@ -255,7 +255,7 @@ def test_only_what_the_decoder_can_no_longer_change_ends_a_row(takes_back):
     tok = toy_tokenizer()
     ids = tok("abcdefgh")["input_ids"]
     batch = request(ids, read_stop_strings(["cd"], tok, MASK), (), MASK)
-    state, stopper = opened(batch), Stopper(batch, MASK, takes_back)
+    state, stopper = opened(batch), Stopper.of(batch, MASK, takes_back)
     state.block_start[0], state.block_end[0] = 2, 6
 
     write(state, [3, 2, 1], ids)
@@ -367,7 +367,7 @@ def test_a_step_decodes_new_tokens_and_a_window_not_the_whole_text(name, ends):
     stops = read_stop_strings([stop, "[EOS]"] if name != "tiny-block" else [stop], tok, diffusion.mask_token_id)
     ids = [id for id in ids if id not in stops.ids]
     batch = request(ids, stops, (), diffusion.mask_token_id)
-    state, stopper = opened(batch), Stopper(batch, diffusion.mask_token_id, takes_back=False)
+    state, stopper = opened(batch), Stopper.of(batch, diffusion.mask_token_id, takes_back=False)
     for place in range(len(ids)):
         write(state, [place], ids)
         stopper(state)
@@ -388,7 +388,7 @@ def test_a_window_that_begins_inside_a_character_finds_nothing_that_the_text_has
     (llama,) = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("🦙")
     ids = tok.convert_tokens_to_ids(list(llama[0]) * 200)
     batch = request(ids, read_stop_strings(["\ufffd🦙"], tok, tok.mask_token_id), (), tok.mask_token_id)
-    state, stopper = opened(batch), Stopper(batch, tok.mask_token_id, takes_back=False)
+    state, stopper = opened(batch), Stopper.of(batch, tok.mask_token_id, takes_back=False)
     for place in range(len(ids)):
         write(state, [place], ids)
         stopper(state)

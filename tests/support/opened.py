@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlm_fast
 from dlm_fast.decoding.plan import open_rows
-from dlm_fast.generate import sampling_of
+from dlm_fast.draws import sampling_of
 from dlm_fast.policies.constants import Constants
 from dlm_fast.presets import Preset
 from dlm_fast.requests import read
