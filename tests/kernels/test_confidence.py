@@ -417,21 +417,21 @@ def test_token_bits_equal_the_murmur3_finaliser_in_python_integers() -> None:
 
 
 @triton.jit
-def _bits_kernel(seed_ptr, noise_ptr, bits_ptr, uniform_ptr, V, BLOCK_V: tl.constexpr):
+def _bits_kernel(seed_ptr, seed_stride, noise_ptr, bits_ptr, uniform_ptr, V, BLOCK_V: tl.constexpr):
     n = tl.program_id(0)
     ids = tl.arange(0, BLOCK_V)
-    k0, k1 = device_code._noise_key(seed_ptr, noise_ptr, n)
+    k0, k1 = device_code._noise_key(seed_ptr, seed_stride, noise_ptr, n)
     tl.store(bits_ptr + n * V + ids, device_code._noise_bits(ids, k0, k1).to(tl.int64), mask=ids < V)
     tl.store(uniform_ptr + n * V + ids, device_code._uniform(ids, k0, k1), mask=ids < V)
 
 
-@pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF0])
+@pytest.mark.parametrize("seed", [[0], [-1], [0x123456789ABCDEF0], [7, -(2**63), 0x123456789ABCDEF0]])
 def test_the_kernels_random_bits_and_uniforms_equal_the_references(seed, device) -> None:
-    seed = torch.tensor([seed], device=device)
+    seed = torch.tensor(seed, device=device)
     noise = torch.tensor([[0, 0, 0], [1, 2, 3], [-1, 2**31 - 1, -(2**31)]], dtype=torch.int32, device=device)
     bits = torch.empty(3, 1000, dtype=torch.int64, device=device)
     uniform = torch.empty(3, 1000, device=device)
-    _bits_kernel[(3,)](seed, noise, bits, uniform, 1000, BLOCK_V=1024)
+    _bits_kernel[(3,)](seed, int(len(seed) > 1), noise, bits, uniform, 1000, BLOCK_V=1024)
     key, ids = generator.row_key(seed, noise), torch.arange(1000, device=device)
     assert torch.equal(bits, generator.bits(key, ids))
     assert torch.equal(uniform, generator.uniform(key, ids))

@@ -69,7 +69,19 @@ def test_the_op_is_one_launch_and_one_allocation(device):
 
 ERRORS = [
     ({"seed": torch.zeros(1)}, TypeError, "seed must be torch.int64, got torch.float32"),
-    ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed must have shape \(1,\), got \(2,\)"),
+    (
+        {"seed": torch.zeros(3, dtype=torch.int64)},
+        ValueError,
+        r"seed must have shape \(1,\) or \(2,\), got \(3,\) \(N = 2\)",
+    ),
+    ({"seed": torch.zeros(0, dtype=torch.int64)}, ValueError, r"seed must have shape \(1,\) or \(2,\), got \(0,\)"),
+    ({"seed": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"seed must have shape .*, got \(2, 1\)"),
+    (
+        {"seed": torch.zeros(2, dtype=torch.int64), "noise": torch.zeros(1, 3, dtype=torch.int32)},
+        ValueError,
+        r"seed must have shape \(1,\), got \(2,\) \(N = 1\)",
+    ),
+    ({"seed": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, r"seed must be contiguous, got strides \(2,\)"),
     (
         {"seed": torch.zeros(1, dtype=torch.int64, device="meta")},
         ValueError,
