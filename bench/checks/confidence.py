@@ -19,6 +19,7 @@ from .run import Case, Sizes, Skip, generator
 
 GROUPS = ((), *((name,) for name in OUTPUTS), ("second", "logsumexp", "entropy"), OUTPUTS)
 IDS = ("token", "second_token", "error")
+PER_OUTPUT = ("rows", "banned", "temperature", "sample_temperature", "seed", "noise", "query", "bias_ids", "bias")
 
 
 def cases(ops: Ops, device: torch.device, sizes: Sizes, seed: int) -> Iterator[Case]:
@@ -52,12 +53,15 @@ def call_of(
 ) -> dict:
     """A ragged call whose rows are hostile in every way where there are enough rows; a quarter of the rows is ordinary.
 
-    plain: what a decoder passes (one banned id, no temperature, no cap); else every optional argument.
+    plain: what a decoder passes (one banned id, one seed, no temperature, no cap); else every optional argument, and a
+    seed for each output.
     aligned: the rows of logits are 16-byte aligned, as a model's head makes them.
     """
     options = Options(entries=R + 4, bans=1, shared_bans=True, errors=True)
     if not plain:
-        options = Options(entries=R + 4, bans=4, biases=6, temperature=True, soft_cap=True, errors=True)
+        options = Options(
+            entries=R + 4, bans=4, biases=6, temperature=True, soft_cap=True, seeds=True, errors=True
+        )  # fmt: skip
     padding = -V % 16 + 16 if aligned else 3
     hostile = min(len(HOSTILE), R * 3 // 4)
     return random_call(random, R, V, dtype, outputs, options, hostile=hostile, padding=padding, device=device)
@@ -137,11 +141,7 @@ def rows_are_independent(
     together = ops.confidence(**call)
 
     def taking(index: Tensor) -> dict:
-        chosen = {
-            k: call[k][index].contiguous()
-            for k in ("rows", "banned", "temperature", "sample_temperature", "noise", "query", "bias_ids", "bias")
-        }
-        return call | chosen
+        return call | {k: call[k][index].contiguous() for k in PER_OUTPUT}
 
     turned = ops.confidence(**taking(torch.arange(N - 1, -1, -1, device=device)))
     for field, values in turned._asdict().items():
@@ -163,8 +163,7 @@ def forms_are_equal(ops: Ops, device: torch.device, seed: int, name: str, R: int
     call = call_of(random, R, V, dtype, device=device)
     few = ops.confidence(**call)
     copies = 2 * torch.cuda.get_device_properties(device).multi_processor_count // len(call["rows"]) + 1
-    per_output = ("rows", "banned", "temperature", "sample_temperature", "noise", "query", "bias_ids", "bias")
-    many = ops.confidence(**call | {k: torch.cat([call[k]] * copies) for k in per_output})
+    many = ops.confidence(**call | {k: torch.cat([call[k]] * copies) for k in PER_OUTPUT})
     for field, values in many._asdict().items():
         same_bits(field, values, torch.cat([getattr(few, field)] * copies))
 

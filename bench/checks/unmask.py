@@ -208,13 +208,14 @@ def drafts_equal_reference(ops: Ops, device: torch.device, seed: int, name: str,
 
 
 def noise_equals_reference(ops: Ops, device: torch.device, seed: int, name: str, N: int) -> None:
-    """Counters of any value, on memory between guard zones."""
+    """Counters of any value, under one seed and under a seed for each, on memory between guard zones."""
     random = generator(seed, name)
     counters = torch.randint(-(2**31), 2**31, (N, 3), generator=random).int()
-    key = torch.randint(-(2**63), 2**63 - 1, (1,), generator=random)
-    memory = GuardedMemory()
-    ours = memory.copy(key.to(device)), memory.copy(counters.to(device))
-    with poisoned(memory):
-        scores = ops.uniform_scores(*ours)
-    memory.check()
-    same_bits("scores", scores, reference.uniform_scores(key, counters))
+    for kind, seeds in (("one seed", 1), ("a seed for each", N)):
+        key = torch.randint(-(2**63), 2**63 - 1, (seeds,), generator=random)
+        memory = GuardedMemory()
+        ours = memory.copy(key.to(device)), memory.copy(counters.to(device))
+        with poisoned(memory):
+            scores = ops.uniform_scores(*ours)
+        memory.check()
+        same_bits(f"scores of {kind}", scores, reference.uniform_scores(key, counters))

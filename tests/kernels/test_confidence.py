@@ -3,6 +3,7 @@ reference, properties."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -417,21 +418,21 @@ def test_token_bits_equal_the_murmur3_finaliser_in_python_integers() -> None:
 
 
 @triton.jit
-def _bits_kernel(seed_ptr, noise_ptr, bits_ptr, uniform_ptr, V, BLOCK_V: tl.constexpr):
+def _bits_kernel(seed_ptr, seed_stride, noise_ptr, bits_ptr, uniform_ptr, V, BLOCK_V: tl.constexpr):
     n = tl.program_id(0)
     ids = tl.arange(0, BLOCK_V)
-    k0, k1 = device_code._noise_key(seed_ptr, noise_ptr, n)
+    k0, k1 = device_code._noise_key(seed_ptr, seed_stride, noise_ptr, n)
     tl.store(bits_ptr + n * V + ids, device_code._noise_bits(ids, k0, k1).to(tl.int64), mask=ids < V)
     tl.store(uniform_ptr + n * V + ids, device_code._uniform(ids, k0, k1), mask=ids < V)
 
 
-@pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF0])
+@pytest.mark.parametrize("seed", [[0], [-1], [0x123456789ABCDEF0], [7, -(2**63), 0x123456789ABCDEF0]])
 def test_the_kernels_random_bits_and_uniforms_equal_the_references(seed, device) -> None:
-    seed = torch.tensor([seed], device=device)
+    seed = torch.tensor(seed, device=device)
     noise = torch.tensor([[0, 0, 0], [1, 2, 3], [-1, 2**31 - 1, -(2**31)]], dtype=torch.int32, device=device)
     bits = torch.empty(3, 1000, dtype=torch.int64, device=device)
     uniform = torch.empty(3, 1000, device=device)
-    _bits_kernel[(3,)](seed, noise, bits, uniform, 1000, BLOCK_V=1024)
+    _bits_kernel[(3,)](seed, int(len(seed) > 1), noise, bits, uniform, 1000, BLOCK_V=1024)
     key, ids = generator.row_key(seed, noise), torch.arange(1000, device=device)
     assert torch.equal(bits, generator.bits(key, ids))
     assert torch.equal(uniform, generator.uniform(key, ids))
@@ -534,6 +535,51 @@ def test_another_seed_position_step_or_request_draws_anew(device) -> None:
     assert len(set(first + other)) == 8
 
 
+RUNS = {
+    "reference": reference.confidence,
+    "split": functools.partial(run_kernel, columns=16),
+    "whole": functools.partial(run_kernel, columns=64),
+}
+runs = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
+@runs
+def test_as_many_equal_seeds_are_one_seed(run, device) -> None:
+    logits, arguments = torch.randn(5, 300, device=device), everything(5, 300, device)
+    each = arguments | {"seed": arguments["seed"].repeat(5)}
+    assert_identical(run(logits, **each), run(logits, **arguments))
+
+
+@runs
+def test_an_output_draws_by_its_own_seed(run, device) -> None:
+    """The seeds, like the noise, have an output's place and not a logits row's."""
+    logits = torch.randn(3, 300, device=device) * 0.1
+    arguments = everything(5, 300, device) | {
+        "rows": torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32, device=device),
+        "seed": torch.tensor([5, 6, -1, 0x123456789ABCDEF0, -(2**63)], device=device),
+    }
+    together = run(logits, **arguments)
+    for n in range(5):
+        alone = {name: value[n : n + 1] if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        assert_identical(run(logits, **alone), rows_of(together, slice(n, n + 1)))
+
+
+@runs
+def test_rows_that_differ_in_their_seed_alone_draw_anew(run, device) -> None:
+    arguments = draws(8, 1000, 1.0, device) | {"noise": torch.zeros(8, 3, dtype=torch.int32, device=device)}
+    # Some differ in the upper half alone.
+    seeds = torch.tensor([0, 1, -1, 2**32, 2**33, 2**63 - 1, -(2**63), -(2**32)], device=device)
+    drawn = run(torch.zeros(8, 1000, device=device), **arguments | {"seed": seeds}).sampled_token
+    assert drawn.unique().numel() == 8
+
+
+@runs
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_no_rows_take_no_seed_or_one(run, seeds, device) -> None:
+    arguments = draws(0, 10, 1.0, device) | {"seed": torch.zeros(seeds, dtype=torch.int64, device=device)}
+    assert run(torch.zeros(0, 10, device=device), **arguments).sampled_token.shape == (0,)
+
+
 # Refusals.
 
 
@@ -562,6 +608,26 @@ def test_another_seed_position_step_or_request_draws_anew(device) -> None:
 def test_a_call_that_is_not_defined_is_refused(op, change, error, message) -> None:
     with pytest.raises(error, match=message):
         op(**{"logits": torch.zeros(2, 3)} | change)
+
+
+@pytest.mark.parametrize("op", [reference.confidence, kernel.confidence])
+@pytest.mark.parametrize(
+    ("N", "seed", "error", "message"),
+    [
+        (2, torch.zeros(3, dtype=torch.int64), ValueError, r"shape \(1,\) or \(2,\), got \(3,\) \(N = 2\)"),
+        (2, torch.zeros(0, dtype=torch.int64), ValueError, r"shape \(1,\) or \(2,\), got \(0,\) \(N = 2\)"),
+        (2, torch.zeros(2, 1, dtype=torch.int64), ValueError, r"shape \(1,\) or \(2,\), got \(2, 1\) \(N = 2\)"),
+        (1, torch.zeros(2, dtype=torch.int64), ValueError, r"shape \(1,\), got \(2,\) \(N = 1\)"),
+        (2, torch.zeros(4, dtype=torch.int64)[::2], ValueError, r"contiguous, got strides \(2,\)"),
+        (2, torch.zeros(1, dtype=torch.int64).expand(2), ValueError, r"contiguous, got strides \(0,\)"),
+        (2, torch.zeros(2, dtype=torch.int32), TypeError, "torch.int64, got torch.int32"),
+    ],
+)
+def test_seeds_that_are_neither_one_nor_one_for_each_output_are_refused(op, N, seed, error, message) -> None:
+    # As many logits rows as there are wrong seeds: outputs count, not those.
+    rows = torch.zeros(N, dtype=torch.int32)
+    with pytest.raises(error, match=f"^confidence: seed must (be|have) {message}"):
+        op(torch.zeros(3, 5), rows=rows, **draws(N, 5, 1.0) | {"seed": seed})
 
 
 def test_the_kernel_refuses_float64() -> None:

@@ -669,6 +669,26 @@ def test_a_row_alone_has_the_bits_of_the_row_in_a_batch() -> None:
         assert_identical(cpu.confidence(logits[n : n + 1], **alone), rows_of(together, slice(n, n + 1)))
 
 
+def test_an_output_draws_by_its_own_seed() -> None:
+    logits = torch.randn(3, 700) * 0.1
+    arguments = everything(5, 700, "cpu") | {"rows": torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32)}
+    one = cpu.confidence(logits, **arguments)
+    assert_identical(cpu.confidence(logits, **arguments | {"seed": arguments["seed"].repeat(5)}), one)
+    arguments["seed"] = torch.tensor([5, 6, -1, 0x123456789ABCDEF0, -(2**63)])
+    together = cpu.confidence(logits, **arguments)
+    assert torch.equal(together.sampled_token, reference.confidence(logits, **arguments).sampled_token)
+    for n in range(5):
+        alone = {name: value[n : n + 1] if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        assert_identical(cpu.confidence(logits, **alone), rows_of(together, slice(n, n + 1)))
+
+
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_no_rows_take_no_seed_or_one(seeds: int) -> None:
+    arguments = {"outputs": ("sampled",), "seed": torch.zeros(seeds, dtype=torch.int64)}
+    arguments |= {"sample_temperature": torch.ones(0), "noise": torch.zeros(0, 3, dtype=torch.int32)}
+    assert cpu.confidence(torch.zeros(0, 7), **arguments).sampled_token.shape == (0,)
+
+
 @pytest.mark.parametrize("size", [1.0, 2.0**26, 2.0**40])
 def test_a_draw_is_the_references_even_where_rounding_makes_ties(size: float) -> None:
     """Scores of 2^26 are 8 apart, so that a noise above 4 rounds a score up to its neighbour; at 2^40 none does."""
@@ -703,7 +723,7 @@ def test_the_noise_is_the_references_bit_for_bit() -> None:
     seeds = (0, -1, 2**62 + 12345, -(2**62) + 7)
     counters = torch.randint(-(2**31), 2**31 - 1, (50, 3)).to(torch.int32)
     ids = torch.randint(0, 2**30, (50,))
-    for seed in (torch.tensor([x]) for x in seeds):
+    for seed in (*(torch.tensor([x]) for x in seeds), torch.randint(-(2**62), 2**62, (50,))):
         key = random_numbers.row_key(seed, counters)
         k0, k1 = noise.row_key(seed, counters)
         assert key[:, 0].tolist() == k0.tolist() and key[:, 1].tolist() == k1.tolist()

@@ -74,6 +74,11 @@ def reduce(N, V, dtype=torch.bfloat16, **options):
     confidence.confidence(logits, rows=torch.arange(N, dtype=torch.int32), banned=torch.tensor([3]), **options)
 
 
+def sampling(N, seeds):
+    given = {{"sample_temperature": torch.zeros(N), "noise": torch.zeros(N, 3, dtype=torch.int32)}}
+    return given | {{"seed": torch.zeros(seeds, dtype=torch.int64)}}
+
+
 def draft(B, D, W):
     lanes = torch.zeros(B, W, dtype=torch.int64), torch.zeros(B, W), torch.zeros(B, W)
     source = reference.DraftSource(*lanes, int32([0] * B), int32([0] * B))
@@ -86,7 +91,8 @@ def draft(B, D, W):
 
 
 def draw(N):
-    noise.uniform_scores(torch.tensor([7]), torch.zeros(N, 3, dtype=torch.int32))
+    for seeds in (1, N):
+        noise.uniform_scores(torch.zeros(seeds, dtype=torch.int64), torch.zeros(N, 3, dtype=torch.int32))
 
 
 def layer(B, W, d, H, H_kv, D, R, I, norm=False, scale=False, dtype=torch.bfloat16):
@@ -137,6 +143,8 @@ for V in (126464, 152064, 151936, 157184, 262144):
     for options in ({"outputs": ("second",)}, {"outputs": ("second", "logsumexp", "entropy")}):
         reduce(64, V, **options)
         reduce(600, V, **options)
+    for seeds in (1, 600):
+        reduce(600, V, outputs=("sampled",), **sampling(600, seeds))
 for W in (32, 64, 256, 2000):
     write(4, 4096, W)
     draft(4, 3, W)
@@ -198,7 +206,8 @@ def test_the_number_of_banned_ids_makes_no_new_machine_code(tmp_path):
     assert functions == {"_confidence_kernel": 2, "_merge_kernel": 1}  # split, and not
 
 
-# Every tensor but the logits begins a row or an element behind a multiple of 16 bytes, or does not.
+# Every tensor but the logits begins a row or an element behind a multiple of 16 bytes, or does not; there is a seed for
+# all rows, or one for each.
 SLICES = """
 def slices(shift):
     def cut(*shape, dtype=torch.int32, value=0):
@@ -207,12 +216,12 @@ def slices(shift):
     return cut
 
 
-def reduce_slices(N, cut):
+def reduce_slices(N, cut, seeds):
     logits = torch.zeros(N, 126464, dtype=torch.bfloat16)
     float32, int64 = {"dtype": torch.float32}, {"dtype": torch.int64}
     confidence.confidence(
         logits, rows=cut(N), outputs=("second", "kl", "sampled", "query"), banned=cut(N, 3, **int64),
-        temperature=cut(N, **float32), sample_temperature=cut(N, **float32), seed=cut(1, **int64), noise=cut(N, 3),
+        temperature=cut(N, **float32), sample_temperature=cut(N, **float32), seed=cut(seeds, **int64), noise=cut(N, 3),
         query=cut(N, **int64), bias_ids=cut(N, 5, **int64), bias=cut(N, 5, **float32), previous=logits,
         previous_logsumexp=cut(N, **float32),
     )
@@ -265,12 +274,14 @@ for shift in (0, 1):
     for W in (33, 701):
         attend_slices(3, W, 1201, cut)
     for N in (5, 600):
-        reduce_slices(N, cut)
+        for seeds in (1, N):
+            reduce_slices(N, cut, seeds)
     for W in (21, 301):
         for passes in ("threshold", "factor", "entropy"):
             write_slices(3, 401, W, cut, passes)
     draft_slices(3, 2, 21, cut)
-    noise.uniform_scores(cut(1, dtype=torch.int64), cut(7, 3))
+    for seeds in (1, 7):
+        noise.uniform_scores(cut(seeds, dtype=torch.int64), cut(7, 3))
 """
 
 

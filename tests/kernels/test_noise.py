@@ -28,10 +28,18 @@ def counters(N: int, device: torch.device | str = "cpu") -> torch.Tensor:
     return torch.where(torch.rand(N, 3, generator=generator) < 1 / 3, extreme, drawn).to(device)
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 0x123456789ABCDEF0])
+def seeds_of(N: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """[N] random seeds, the first ones extreme."""
+    drawn = torch.randint(-(2**62), 2**62, (N,), generator=torch.Generator().manual_seed(N))
+    extremes = torch.tensor([-(2**63), -1, 0, 2**63 - 1])[:N]
+    return torch.cat([extremes, drawn[len(extremes) :]]).to(device)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 0x123456789ABCDEF0, "each"])
 @pytest.mark.parametrize("N", [1, BLOCK_N - 1, BLOCK_N, BLOCK_N + 1, 3 * BLOCK_N + 5])
 def test_the_kernel_equals_the_reference_and_touches_nothing_else(N, seed, device):
-    seeds, drawn = torch.tensor([seed], device=device), counters(N, device)
+    seeds = seeds_of(N, device) if seed == "each" else torch.tensor([seed], device=device)
+    drawn = counters(N, device)
     memory = GuardedMemory()
     ours = memory.copy(seeds), memory.copy(drawn)
     with poisoned(memory):
@@ -53,8 +61,26 @@ def test_a_number_is_a_function_of_its_counter_alone(op, device):
 
 
 @OPS
-def test_no_counters_give_no_numbers(op):
-    assert op(torch.tensor([0]), torch.zeros(0, 3, dtype=torch.int32)).shape == (0,)
+def test_a_number_is_drawn_by_its_own_seed(op, device):
+    N = BLOCK_N + 9
+    seeds, drawn = seeds_of(N, device), counters(N, device)
+    scores = op(seeds, drawn)
+    for n in (0, 5, BLOCK_N - 1, BLOCK_N, N - 1):
+        same_bits("alone", op(seeds[n : n + 1], drawn[n : n + 1]), scores[n : n + 1])
+        same_bits("by one seed", op(seeds[n : n + 1], drawn)[n], scores[n])
+    assert len(set(op(seeds, drawn[:1].repeat(N, 1)).tolist())) > N - 3
+
+
+@OPS
+def test_as_many_equal_seeds_are_one_seed(op, device):
+    seed, drawn = torch.tensor([0x123456789ABCDEF0], device=device), counters(BLOCK_N + 9, device)
+    same_bits("scores", op(seed.repeat(len(drawn)), drawn), op(seed, drawn))
+
+
+@OPS
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_no_counters_give_no_numbers(op, seeds):
+    assert op(torch.zeros(seeds, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int32)).shape == (0,)
 
 
 def test_the_op_is_one_launch_and_one_allocation(device):
@@ -69,7 +95,19 @@ def test_the_op_is_one_launch_and_one_allocation(device):
 
 ERRORS = [
     ({"seed": torch.zeros(1)}, TypeError, "seed must be torch.int64, got torch.float32"),
-    ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed must have shape \(1,\), got \(2,\)"),
+    (
+        {"seed": torch.zeros(3, dtype=torch.int64)},
+        ValueError,
+        r"seed must have shape \(1,\) or \(2,\), got \(3,\) \(N = 2\)",
+    ),
+    ({"seed": torch.zeros(0, dtype=torch.int64)}, ValueError, r"seed must have shape \(1,\) or \(2,\), got \(0,\)"),
+    ({"seed": torch.zeros(2, 1, dtype=torch.int64)}, ValueError, r"seed must have shape .*, got \(2, 1\)"),
+    (
+        {"seed": torch.zeros(2, dtype=torch.int64), "noise": torch.zeros(1, 3, dtype=torch.int32)},
+        ValueError,
+        r"seed must have shape \(1,\), got \(2,\) \(N = 1\)",
+    ),
+    ({"seed": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, r"seed must be contiguous, got strides \(2,\)"),
     (
         {"seed": torch.zeros(1, dtype=torch.int64, device="meta")},
         ValueError,

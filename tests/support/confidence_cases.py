@@ -224,6 +224,7 @@ def random_case(
         biases=rng.choice([1, 3, most_biases]) if rng.random() < 0.4 else 0,
         temperature=rng.random() < 0.5,
         soft_cap=rng.random() < 0.3,
+        seeds=random.Random(f"seeds {seed}").random() < 0.5,
         errors=rng.random() < 0.2,
     )
     call = random_call(

@@ -146,7 +146,8 @@ def _confidence(op: str, rng: random.Random) -> Call:
         biases=rng.choice((0, 2)), temperature=rng.random() < 0.5, soft_cap=rng.random() < 0.5,
     )  # fmt: skip
     outputs = tuple(name for name in OUTPUTS if rng.random() < 0.6)
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    number = rng.randrange(2**31)
+    generator, options = torch.Generator().manual_seed(number), dataclasses.replace(options, seeds=number % 2 == 1)
     return confidence_calls.random_call(generator, R, V, torch.float32, outputs, options, hostile=0)
 
 
@@ -189,9 +190,13 @@ def _drafts(op: str, rng: random.Random) -> Call:
 
 
 def _noise(op: str, rng: random.Random) -> Call:
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    number = rng.randrange(2**31)
+    generator = torch.Generator().manual_seed(number)
     noise = torch.randint(-(2**31), 2**31 - 1, (rng.choice((1, 4)), 3), generator=generator)
-    return {"seed": torch.tensor([rng.randrange(-(2**62), 2**62)]), "noise": noise.int()}
+    seed = torch.tensor([rng.randrange(-(2**62), 2**62)])
+    if number % 2:  # a seed for every counter, drawn after all else
+        seed = torch.randint(-(2**62), 2**62, (len(noise),), generator=generator)
+    return {"seed": seed, "noise": noise.int()}
 
 
 def _layer(op: str, rng: random.Random) -> Call:

@@ -156,7 +156,7 @@ def _check_row_tensors(
         ("rows", rows, torch.int32, [(N,)]),
         ("temperature", temperature, torch.float32, [(N,)]),
         ("sample_temperature", sample_temperature, torch.float32, [(N,)]),
-        ("seed", seed, torch.int64, [(1,)]),
+        ("seed", seed, torch.int64, [(1,)] if N == 1 else [(1,), (N,)]),
         ("noise", noise, torch.int32, [(N, 3)]),
         ("query", query, torch.int64, [(N,)]),
         ("banned", banned, torch.int64, [(K,), (N, K)]),

@@ -14,10 +14,14 @@ def check_noise(seed: Tensor, noise: Tensor) -> None:
     for name, tensor, dtype in (("seed", seed, torch.int64), ("noise", noise, torch.int32)):
         if tensor.dtype != dtype:
             raise TypeError(f"uniform_scores: {name} must be {dtype}, got {tensor.dtype}")
-    if tuple(seed.shape) != (1,):
-        raise ValueError(f"uniform_scores: seed must have shape (1,), got {tuple(seed.shape)}")
     if noise.dim() != 2 or noise.shape[1] != 3:
         raise ValueError(f"uniform_scores: noise must be [N, 3], got shape {tuple(noise.shape)}")
+    N = noise.shape[0]
+    shapes = [(1,)] if N == 1 else [(1,), (N,)]
+    if tuple(seed.shape) not in shapes:
+        raise ValueError(
+            f"uniform_scores: seed must have shape {' or '.join(map(str, shapes))}, got {tuple(seed.shape)} (N = {N})"
+        )
     if seed.device != noise.device:
         raise ValueError(f"uniform_scores: seed must be on {noise.device} like noise, got {seed.device}")
     for name, tensor in (("seed", seed), ("noise", noise)):

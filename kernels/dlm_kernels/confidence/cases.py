@@ -58,7 +58,9 @@ def _case(capability: int, itemsize: int, dtype: str, name: str, split: bool, V:
     if everything:
         signature |= {"temperature_ptr": "*fp32", "soft_cap": "fp32"}
     if sampled:
-        signature |= {"sample_temperature_ptr": "*fp32", "seed_ptr": "*i64", "noise_ptr": "*i32"}
+        signature |= {
+            "sample_temperature_ptr": "*fp32", "seed_ptr": "*i64", "seed_stride": "i32", "noise_ptr": "*i32",
+        }  # fmt: skip
     if "query" in outputs:
         signature |= {"query_ptr": "*i64"}
     if biased:

@@ -209,10 +209,12 @@ def _part(
     return (best, best_tile, drawn, drawn_tile), sums
 
 
-# R and the stride of `banned` change with the batch, and nothing is compiled again for them. Nor is anything for the
-# numbers of banned ids and biases: a loop over them that is unrolled takes registers that the tile needs.
+# R and the strides of `banned` and `seed` change with the batch, and nothing is compiled again for them. Nor is
+# anything for the numbers of banned ids and biases: a loop over them that is unrolled takes registers that the tile
+# needs.
 @triton.jit(
-    do_not_specialize=("R", "banned_stride", "num_banned", "num_bias"), do_not_specialize_on_alignment=ROW_POINTERS
+    do_not_specialize=("R", "banned_stride", "seed_stride", "num_banned", "num_bias"),
+    do_not_specialize_on_alignment=ROW_POINTERS,
 )
 def _confidence_kernel(
     logits_ptr, rows_ptr, banned_ptr, temperature_ptr, sample_temperature_ptr, seed_ptr, noise_ptr, query_ptr,
@@ -220,7 +222,7 @@ def _confidence_kernel(
     token_ptr, logit_ptr, second_token_ptr, second_logit_ptr, logsumexp_ptr, entropy_ptr, kl_ptr, confidence_ptr,
     margin_ptr, sampled_token_ptr, sampled_confidence_ptr, query_confidence_ptr, error_ptr,
     values_ptr, ids_ptr,
-    row_stride, previous_stride, banned_stride, num_banned, num_bias, R, V, soft_cap,
+    row_stride, previous_stride, banned_stride, seed_stride, num_banned, num_bias, R, V, soft_cap,
     HAS_ROWS: tl.constexpr, HAS_BANNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, SECOND: tl.constexpr, ENTROPY: tl.constexpr, KL: tl.constexpr, SAMPLED: tl.constexpr,
     QUERY: tl.constexpr,
@@ -265,7 +267,7 @@ def _confidence_kernel(
     k0 = tl.zeros((), tl.uint32)
     k1 = tl.zeros((), tl.uint32)
     if SAMPLED:
-        k0, k1 = _noise_key(seed_ptr, noise_ptr, n)
+        k0, k1 = _noise_key(seed_ptr, seed_stride, noise_ptr, n)
 
     # 2. One pass over the vocabulary, part by part.
     scales = (scale, cap, before_logsumexp * _LOG2E)

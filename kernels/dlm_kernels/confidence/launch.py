@@ -133,7 +133,7 @@ class _ConfidencePlan:
         split: bool,
     ) -> None:
         # 1. How the vocabulary is cut, and whether a row is.
-        logits, rows, banned, temperature, *_, bias, previous, _ = given
+        logits, rows, banned, temperature, _, seed, *_, bias, previous, _ = given
         (R, V), itemsize = logits.shape, logits.element_size()
         part_tiles, parts = confidence_parts(V, tile, itemsize)
         split = split and parts > 1
@@ -171,6 +171,7 @@ class _ConfidencePlan:
             "row_stride": logits.stride(0),
             "previous_stride": None if previous is None else previous.stride(0),
             "banned_stride": num_banned if num_banned and banned.dim() == 2 else 0,
+            "seed_stride": None if seed is None else int(seed.shape[0] > 1),
             "num_banned": num_banned or None,
             "num_bias": None if bias is None else bias.shape[1],
             "HAS_BANNED": num_banned > 0,

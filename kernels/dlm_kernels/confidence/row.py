@@ -41,11 +41,13 @@ def _fmix32(h):
 
 
 @triton.jit
-def _noise_key(seed_ptr, noise_ptr, n):
-    """Philox words (k0, k1) of output n (or of each of them); reference.noise.row_key."""
+def _noise_key(seed_ptr, seed_stride, noise_ptr, n):
+    """Philox words (k0, k1) of output n (or of each of them); reference.noise.row_key. A stride of 0 is that of one
+    seed for all outputs."""
+    seed = tl.load(seed_ptr + n.to(tl.int64) * seed_stride)
     address = noise_ptr + n.to(tl.int64) * 3
     request, position, step = tl.load(address), tl.load(address + 1), tl.load(address + 2)
-    k0, k1, _, _ = tl.philox(tl.load(seed_ptr), request, position, step, tl.zeros_like(step))
+    k0, k1, _, _ = tl.philox(seed, request, position, step, tl.zeros_like(step))
     return k0, k1
 
 

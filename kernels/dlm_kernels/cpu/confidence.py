@@ -90,12 +90,13 @@ def confidence(
         places = row[at]
         arguments = {name: x[at] for name, x in given}
         arguments["banned"] = ids if ids is None or ids.ndim == 1 else ids[at]
+        arguments["seed"] = seed if seed is None or len(seed) == 1 else seed[at]
         if previous is not None:
             arguments["previous"] = _copied(previous, places, dtype)
             arguments["previous_logsumexp"] = previous_logsumexp[places]
         x = _copied(logits, places, dtype)
         with np.errstate(all="ignore"):  # weights may underflow, whatever the caller made of that
-            chunks.append(_statistics(x, outputs, soft_cap=soft_cap, seed=seed, **arguments))
+            chunks.append(_statistics(x, outputs, soft_cap=soft_cap, **arguments))
 
     # 2. Every output: what its chunk says, or what stands for a row that is not needed or not there.
     fields, names = dict.fromkeys(Confidence._fields), _names(tuple(outputs))
@@ -135,8 +136,8 @@ def _statistics(
     previous: Tensor | None = None,
     previous_logsumexp: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """The requested fields of rows of logits [n, V], which are overwritten; every argument has n rows, and `banned` may
-    have one for all.
+    """The requested fields of rows of logits [n, V], which are overwritten; every argument has n rows, and `banned` and
+    `seed` may have one for all.
 
     Torch computes what has V columns, and numpy what has a number a row: an op of numpy costs some hundred nanoseconds
     there, and one of torch some microseconds.
@@ -293,7 +294,7 @@ def _drawn(
     count = may_win.sum(1).numpy()
     row = np.repeat(np.arange(len(rows)), count)
     ids = place - row * scores.shape[1]
-    k0, k1 = random_numbers.row_key(seed, noise[rows])
+    k0, k1 = random_numbers.row_key(seed if len(seed) == 1 else seed[rows], noise[rows])
     drawn = scores.flatten()[place].add_(random_numbers.gumbel(k0[row], k1[row], ids, scores.dtype)).numpy()
     largest = np.maximum.reduceat(drawn, np.cumsum(count) - count)
     wins = np.flatnonzero(drawn == largest[row])

@@ -11,22 +11,21 @@ from ..reference.noise import TOKEN_STREAM
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW, _HALF = np.uint64(_MASK), np.uint64(32)
+# [2, rounds, 1]: what the two words of a seed have grown by at each round.
+_KEY_GROWTH = np.outer((0x9E3779B9, 0xBB67AE85), range(_ROUNDS)).astype(np.uint64)[:, :, None]
 
 
 def row_key(seed: Tensor, noise: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The two words [N] uint32 that address the token noise of each row, from a seed [1] int64 and the rows' counters
-    [N, 3] int32: the first half of Philox-4x32-10."""
+    """The two words [N] uint32 that address the token noise of each row, from a seed [1] int64 of all rows or [N] with
+    one for each, and the rows' counters [N, 3] int32: the first half of Philox-4x32-10."""
     c0, c1, c2 = noise.numpy().T.astype(np.uint64) & _LOW
     c3 = np.full_like(c0, TOKEN_STREAM)
-    number = int(seed)
-    k0, k1 = number & _MASK, (number >> 32) & _MASK
-    for _ in range(_ROUNDS):
+    number = seed.numpy().astype(np.uint64)
+    for k0, k1 in zip(*((np.stack((number & _LOW, number >> _HALF))[:, None] + _KEY_GROWTH) & _LOW)):
         left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (right >> _HALF) ^ c1 ^ np.uint64(k0), right & _LOW
-        c2, c3 = (left >> _HALF) ^ c3 ^ np.uint64(k1), left & _LOW
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+        c0, c1 = (right >> _HALF) ^ c1 ^ k0, right & _LOW
+        c2, c3 = (left >> _HALF) ^ c3 ^ k1, left & _LOW
     return c0.astype(np.uint32), c1.astype(np.uint32)
 
 

@@ -16,7 +16,8 @@ def compile_cases(capability: int) -> list[CompileCase]:
             config=f"BLOCK_N={BLOCK_N} num_warps={num_warps}",
             fn=uniform_scores_kernel,
             signature={
-                "seed_ptr": "*i64", "noise_ptr": "*i32", "score_ptr": "*fp32", "N": "i32", "BLOCK_N": "constexpr",
+                "seed_ptr": "*i64", "noise_ptr": "*i32", "score_ptr": "*fp32", "seed_stride": "i32", "N": "i32",
+                "BLOCK_N": "constexpr",
             },
             constexprs={"BLOCK_N": BLOCK_N},
             divisible_by_16=(),

@@ -23,10 +23,11 @@ def _scores(seed: Tensor, noise: Tensor) -> Tensor:
 
 @operator(fake=_scores)
 def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
-    """[N] fp32 in (0, 1): one number for every counter [N, 3] int32 (request, position, step), under a seed [1] int64.
+    """[N] fp32 in (0, 1): one number for every counter [N, 3] int32 (request, position, step), under a seed [1] int64
+    of all counters or [N] with one for each.
 
     The result equals that of reference.noise.uniform_scores bit for bit, where the numbers are described. Traffic: 12 B
-    read and 4 B written a number.
+    read (20 B with a seed for each) and 4 B written a number.
 
     Raises:
         TypeError: dtype.  ValueError: shape, device, a tensor that is not contiguous.  RuntimeError: CPU tensors
@@ -46,7 +47,13 @@ def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
     plan = call.plan_for((uniform_scores_kernel,))
     if plan is None:
         BLOCK_N, num_warps = NOISE_TILE
-        values = {"N": N, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "num_stages": 1}
+        values = {
+            "seed_stride": int(seed.shape[0] > 1),
+            "N": N,
+            "BLOCK_N": BLOCK_N,
+            "num_warps": num_warps,
+            "num_stages": 1,
+        }
         places = {name: place for place, name in enumerate(_NAMES)}
         plan = Plan([Launch(uniform_scores_kernel, (-(-N // BLOCK_N),), _NAMES, places, values)])
         call.plan = (uniform_scores_kernel,), plan

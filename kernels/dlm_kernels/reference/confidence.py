@@ -80,7 +80,7 @@ def confidence(
         banned: [K] or [N, K] int64, K <= 32; -1 = none. Ids outside [0, V) ban nothing.
         temperature: [N] fp32 of the statistics. None: 1.
         sample_temperature: [N] fp32, 0 = greedy (sampled_token is token). Required for "sampled", as are:
-        seed: [1] int64, and
+        seed: [1] int64 of all outputs, or [N] with one for each, and
         noise: [N, 3] int32, request index, absolute position and own step of each output; see `reference.noise`.
         query: [N] int64, required for "query": query_confidence = p[query].
         soft_cap: a constant of the model, in [1e-30, 1e30]; None = no cap.

@@ -33,7 +33,7 @@ def row_key(seed: Tensor, noise: Tensor) -> Tensor:
     """The two words that address each row's token noise.
 
     Args:
-        seed: [1] int64.
+        seed: [1] int64 of all rows, or [N] with one for each.
         noise: [N, 3] int32 (request index, absolute position, the row's own step); negative values wrap to uint32.
     Returns:
         [N, 2] int64 in [0, 2^32).
@@ -66,10 +66,10 @@ def uniform_scores(seed: Tensor, noise: Tensor) -> Tensor:
     """[N] fp32 in (0, 1): one number per row, for unmasking in random order. Independent of the row's token noise.
 
     Args:
-        seed: [1] int64.
+        seed: [1] or [N] int64 as for `row_key`, contiguous.
         noise: [N, 3] int32 as for `row_key`, contiguous.
     Raises:
-        TypeError: dtype.  ValueError: shape, device, noise that is not contiguous.
+        TypeError: dtype.  ValueError: shape, device, a tensor that is not contiguous.
     """
     check_noise(seed, noise)
     return _to_unit_interval(_row_words(seed, noise, ORDER_STREAM)[:, 0], torch.float32)
@@ -95,13 +95,15 @@ def philox_4x32_10(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _row_words(seed: Tensor, noise: Tensor, stream: int) -> Tensor:
-    if seed.dtype != torch.int64 or seed.shape != (1,):
-        raise ValueError(f"noise: seed must be int64 [1], got {seed.dtype} {list(seed.shape)}")
     if noise.dtype != torch.int32 or noise.dim() != 2 or noise.shape[1] != 3:
         raise ValueError(f"noise: noise must be int32 [N, 3], got {noise.dtype} {list(noise.shape)}")
+    if seed.dtype != torch.int64 or seed.shape not in ((1,), (len(noise),)):
+        raise ValueError(
+            f"noise: seed must be int64 [1] or [N], got {seed.dtype} {list(seed.shape)} (N = {len(noise)})"
+        )
     address = noise.to(torch.int64) & _MASK
     counter = torch.cat((address, torch.full_like(address[:, :1], stream)), 1)
-    key = torch.cat((seed & _MASK, (seed >> 32) & _MASK))
+    key = torch.stack((seed & _MASK, (seed >> 32) & _MASK), 1)
     return philox_4x32_10(counter, key)
 
 

@@ -36,6 +36,7 @@ class Options:
         bans: ids that are banned, 0 = none. shared_bans: the same ids for every output.
         biases: ids that get a bias, 0 = none.
         temperature, soft_cap: whether they are passed.
+        seeds: every output has a seed of its own. They change no other number of the call.
         errors: temperatures and queries of some outputs are errors, and by chance one number of every other
             floating-point argument is not finite.
     """
@@ -46,6 +47,7 @@ class Options:
     biases: int = 0
     temperature: bool = False
     soft_cap: bool = False
+    seeds: bool = False
     errors: bool = False
 
 
@@ -122,6 +124,9 @@ def random_call(
         call["sample_temperature"] = torch.rand(N, generator=generator) + 0.2
         call["sample_temperature"][rng.randrange(4) :: 4] = 0.0
         call["seed"] = torch.randint(-(2**62), 2**62, (1,), generator=generator)
+        if options.seeds:
+            own = torch.Generator().manual_seed(int(call["seed"]))
+            call["seed"] = torch.randint(-(2**62), 2**62, (N,), generator=own)
         call["noise"] = torch.randint(-(2**31), 2**31 - 1, (N, 3), generator=generator).to(torch.int32)
     if "query" in outputs:
         call["query"] = torch.randint(V, (N,), generator=generator)
