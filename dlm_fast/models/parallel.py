@@ -105,3 +105,12 @@ def verify(model: nn.Module) -> None:
                 f"dlm_fast: the projections of all layers must be cut into {expected} equal shares, got "
                 f"{shares or 'unequal'} of {name} in layer {index}"
             )
+
+
+def least_of_ranks(model: nn.Module, numbers: list[int]) -> list[int]:
+    """Of each number the least that a rank has, so that all ranks decide alike; every rank must call this."""
+    if ranks_of(model) == 1:
+        return numbers
+    found = torch.tensor(numbers, dtype=torch.int64, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return found.tolist()

@@ -117,6 +117,11 @@ def test_the_memory_of_a_rank_is_counted_by_its_own_heads(folder, both):
     assert [rank["keys and values"] for rank in both] == [[alone // 2], [alone // 2]]
 
 
+def test_a_batch_that_does_not_fit_one_rank_is_refused_by_all(both):
+    assert both[0]["too large"] == both[1]["too large"]
+    assert both[0]["too large"].startswith("BatchTooLarge: ")
+
+
 def test_heads_that_ranks_do_not_divide_are_refused(both):
     got = "got 2 ranks for num_attention_heads=4 and num_key_value_heads=1"
     for rank in both:

@@ -107,6 +107,16 @@ def refused(call: Callable[[], Any]) -> str:
     return "was taken"
 
 
+def batch_too_large(model: nn.Module, rank: int) -> str:
+    """What a decode is refused with where rank 1 alone has no memory left."""
+    free, small = memory.free_bytes, memory.SMALL
+    try:
+        memory.SMALL, memory.free_bytes = 0, lambda device: 2**40 * (1 - rank)
+        return refused(lambda: dlm_fast.generate(model, PROMPTS, preset="llada", block_length=4, max_new_tokens=12))
+    finally:
+        memory.free_bytes, memory.SMALL = free, small
+
+
 def cached_bytes(model: nn.Module) -> list[int]:
     """What the refusal of a batch counts for keys and values."""
     counted = []
@@ -125,7 +135,7 @@ def cached_bytes(model: nn.Module) -> list[int]:
     return counted
 
 
-def decode_all(root: Path) -> dict[str, Any]:
+def decode_all(root: Path, rank: int) -> dict[str, Any]:
     """Every case, and what is not taken."""
     found: dict[str, Any] = {"cases": {}}
     for name, case in CASES.items():
@@ -134,6 +144,7 @@ def decode_all(root: Path) -> dict[str, Any]:
     found["unfused"] = decode(opened(root, case, spread=True, fuse_layers=False), case)
     model = opened(root, case, spread=True)
     found["keys and values"] = cached_bytes(model)
+    found["too large"] = batch_too_large(model, rank)
     found["with gradients"] = model(torch.tensor(PROMPTS[1:])).logits.detach()
     one_head = Case("one-head", FULL, "llada")
     found["one head, patched"] = refused(lambda: opened(root, one_head, spread=True))
@@ -165,7 +176,7 @@ def main(root: Path) -> None:
     # A rank that waits gives up after a minute; one of a group that transformers made waits for two hours.
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = torch.distributed.get_rank()
-    torch.save(decode_all(root), root / f"rank-{rank}.pt")
+    torch.save(decode_all(root, rank), root / f"rank-{rank}.pt")
     torch.distributed.barrier()
     fail(root, rank)
 
