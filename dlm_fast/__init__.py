@@ -34,9 +34,12 @@ from .generate import (  # noqa: E402
 from .inspection import inspect_checkpoint  # noqa: E402
 from .loading import load  # noqa: E402
 from .ops import CPU, REFERENCE, Ops, triton_ops  # noqa: E402
+from .output import Completion  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
 from .policies.heads import load_head  # noqa: E402
 from .presets import PRESETS, Preset  # noqa: E402
+from .running import Block  # noqa: E402
+from .session import Request, Session  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -44,7 +47,9 @@ __all__ = [
     "PRESETS",
     "REFERENCE",
     "BatchTooLarge",
+    "Block",
     "CheckpointError",
+    "Completion",
     "DecodeCancelled",
     "DecodeError",
     "DecodeInterrupted",
@@ -54,6 +59,8 @@ __all__ = [
     "Ops",
     "PatchHandle",
     "Preset",
+    "Request",
+    "Session",
     "__version__",
     "explain",
     "generate",

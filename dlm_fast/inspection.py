@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .adapters import account_for_adapter
+from .call import check_greedy
 from .diffusion import DiffusionConfig
 from .files import ADAPTER_CONFIG, CheckpointError, described, name_of
-from .call import check_greedy
 from .limits import shown
 from .loading import FLOATS, Checkpoint, float_dtype, float_kinds, open_checkpoint
 from .models.family import FACTS, Decoder, head_dim_of

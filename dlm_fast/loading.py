@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import warnings
 from collections import Counter
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.distributed import DistributedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .adapters import adapt, adapter_files, check_adapter, check_pattern
@@ -45,6 +47,7 @@ from .files import (
 from .limits import flag, shown
 from .models.families import NATIVE, family_of
 from .models.family import Family, head_dim_of
+from .models.parallel import check_heads
 from .models.settings import Places, Settings, settle
 from .models.tensors import BUILDING, Account, Part, account_for, empty_model, slices
 from .ops import Ops, check_device, check_head_dims, choose
@@ -343,6 +346,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    tp_plan: str | None = None,
     quantization_config: Any = None,
     backend: str | Ops = "auto",
     rope_scale: float = 1.0,
@@ -374,6 +378,9 @@ def load(
             weights are stored in several dtypes, dtype must be given.
         device: where the model goes. Default: "cuda" if there is a GPU, else "cpu".
         device_map: which modules go to which device, as in transformers, instead of `device`; needs accelerate.
+        tp_plan: "auto" spreads every layer over the processes that torchrun started, by the tensor parallel plan of
+            transformers: each on its GPU, or on the CPU where there is none. Every process loads and decodes, with the
+            same arguments, and gets the same tokens. None = each process has the whole model.
         quantization_config: a quantisation of transformers that is applied while the weights are read.
         backend: "auto", "triton", "cpu", "reference" or an `Ops`. "auto" is Triton on a CUDA device, and the ops for a
             CPU on a CPU.
@@ -392,7 +399,8 @@ def load(
         max_rows: the most rows that `generate` decodes together. Default: any number.
     Raises:
         ValueError: rope_scale is below 1 or would compound; an id is outside the vocabulary, or the mask is not the
-            tokenizer's; two arguments contradict each other, backend "cpu" and another device among them.
+            tokenizer's; two arguments contradict each other, backend "cpu" and another device among them; tp_plan is
+            given outside torchrun, or the number of processes does not divide the heads.
         TypeError: an argument is of a wrong type.
         CheckpointError: there is no such folder or repository; there are no safetensors, or pickle weights only; a file
             is corrupted; tensors are missing, unexpected or of a wrong shape; config.json describes no model; nothing
@@ -425,8 +433,15 @@ def load(
         )
     if device is not None and device_map is not None:
         raise ValueError(f"load: give device or device_map, got device={device!r} and device_map={device_map!r}")
+    ranks = _ranks(tp_plan, device=device, device_map=device_map, quantization_config=quantization_config)
     if adapter is not None and adapter is not False and (not isinstance(adapter, (str, Path)) or adapter == ""):
         raise TypeError(f"load: adapter must be a folder, False or None, got adapter={shown(adapter)}")
+
+    if adapter and ranks > 1:
+        raise ValueError(
+            f"load: an adapter is not applied to a tensor parallel model; merge and save it by one process first, got "
+            f"adapter={shown(adapter)} and tp_plan={tp_plan!r}"
+        )
 
     flag("load", "merge_adapter", merge_adapter)
     flag("load", "fuse_layers", fuse_layers, none=True)
@@ -435,6 +450,12 @@ def load(
     hints = name_of(adapter) if adapter else ""
     found = open_checkpoint(path_or_id, revision=revision, diffusion=diffusion, rope_scale=rope_scale, hints=hints)
     check_limits("load", found.config, max_positions, max_rows)
+    check_heads("load", found.config, ranks)
+    if found.quantised and ranks > 1:
+        raise ValueError(
+            f"load: the weights of a tensor parallel model must not be quantised, got tp_plan={tp_plan!r} and "
+            f"quantization_config in config.json of {found.path}"
+        )
     if adapter is None and (found.path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"load: {found.path} holds an adapter ({ADAPTER_CONFIG}), which is applied on request only; "
@@ -459,14 +480,15 @@ def load(
     default = "cuda" if torch.cuda.is_available() else "cpu"
     if device_map is None or backend != "cpu":  # where a map puts the model is seen once it is there
         check_head_dims(choose(backend, torch.device(device or default)), {head_dim_of(found.config)})
-    if device_map is None:
+    if device_map is None and ranks == 1:
         device = device or default
 
     # 3. Build the model from the weights.
     if found.family.unproven:
         warnings.warn(f"load: family {found.family.name} is unproven: {found.family.unproven}", stacklevel=2)
     work = torch.promote_types(dtype, torch.float32) if lora is not None and merge_adapter else dtype
-    model = _build(found, account, work, device, device_map, quantization_config)
+    spread = DistributedConfig(tp_plan=tp_plan) if ranks > 1 else None
+    model = _build(found, account, work, device, device_map, spread, quantization_config)
 
     # 4. Add the adapter, and patch the model.
     if lora is not None:
@@ -490,6 +512,25 @@ def load(
     return model
 
 
+def _ranks(tp_plan: Any, **others: Any) -> int:
+    """The number of processes over which the model is spread; `others` are the arguments that place or change it
+    otherwise."""
+    if tp_plan is None:
+        return 1
+    if not isinstance(tp_plan, str) or tp_plan != "auto":
+        raise ValueError(f"load: tp_plan must be 'auto' or None, got tp_plan={shown(tp_plan)}")
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"load: give tp_plan or {name}, got tp_plan={tp_plan!r} and {name}={shown(value)}")
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if not ranks.isdecimal() or not int(ranks):
+        raise ValueError(
+            "load: tp_plan needs processes that torchrun started (torchrun --nproc-per-node 2 ...), which say in "
+            f"WORLD_SIZE how many they are, got tp_plan={tp_plan!r} and WORLD_SIZE={shown(ranks)}"
+        )
+    return int(ranks)
+
+
 def _dtype(found: Checkpoint, account: Account, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the weights: as asked, or as stored. Tensors that keep their own dtype in the model do not count."""
     if found.quantised:
@@ -510,11 +551,15 @@ def _build(
     dtype: torch.dtype,
     device: torch.device | str | None,
     device_map: Any,
+    spread: DistributedConfig | None,
     quantization_config: Any,
 ) -> nn.Module:
-    """The native model with its weights."""
+    """The native model with its weights; a rank of a model that is spread has its share of them."""
     arguments: dict[str, Any] = {"device_map": device_map}
-    if device_map is None and torch.device(device).type != "cpu" and importlib.util.find_spec("accelerate") is not None:
+    has_accelerate = importlib.util.find_spec("accelerate") is not None
+    if spread is not None:
+        arguments = {"distributed_config": spread}
+    elif device_map is None and torch.device(device).type != "cpu" and has_accelerate:
         # Without accelerate, the weights are read to the CPU and moved when all of them are there.
         arguments["device_map"] = {"": torch.device(device)}
     if quantization_config is not None:
@@ -540,6 +585,7 @@ def _build(
             )
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         given = {"device_map": device_map, "quantization_config": quantization_config}
+        given["tp_size"] = None if spread is None else spread.tp_size
         given["quantization_config of config.json"] = found.values.get("quantization_config")
         said = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         raise CheckpointError(

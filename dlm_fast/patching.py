@@ -26,6 +26,7 @@ from .limits import MAX_WHOLE, flag, shown, whole
 from .models import ADAPTERS, Adapter, adapter_for, twin
 from .models.family import Family
 from .models.native import ATTENTION_NAME, AttentionCall
+from .models.parallel import ranks_of
 from .models.settings import Settings, section_settings
 from .models.tensors import BUILDING
 from .ops import OP_NAMES, Ops, check_head_dims, choose
@@ -420,8 +421,9 @@ def patch(
     after such a change of an expert patch the model again. The model's own forward stays its own.
 
     Args:
-        model: a model of a class that `load` builds, with full attention in every layer; or a model of a published
-            family (docs/models.md) as its remote code builds it, on one device and not quantised.
+        model: a model of a class that `load` builds, with full attention in every layer, which transformers may have
+            spread over ranks by its tensor parallel plan: then every rank patches and decodes; or a model of a
+            published family (docs/models.md) as its remote code builds it, on one device and not quantised.
         diffusion: how the model was trained to be decoded. Default: the `dlm` section of the model's config, if the
             config has one; for a published family what its configuration, generation config, tokenizer and row in the
             table of families say, as in `load`, which also takes some fields as a mapping.
@@ -440,13 +442,14 @@ def patch(
         max_rows: the most rows that `generate` decodes together. Default: any number.
     Raises:
         NotImplementedError: the model is of another class, or has a modified attention module, a replaced forward or a
-            sliding window; or the backend is Triton, whose kernels do not have the GPU or the head size; or
-            fuse_layers=True, and a module of a layer is not known.
+            sliding window; or is tensor parallel by a plan that is not understood; or the backend is Triton, whose
+            kernels do not have the GPU or the head size; or fuse_layers=True, and a module of a layer is not known.
         RuntimeError: the model is patched already.
         TypeError: an argument is of a wrong type.
         ValueError: the model's parameters are on several devices or on "meta"; the vocabulary does not hold an id of
             the diffusion configuration; or nothing says which id the mask is, or how the model sees; or the model's
-            tensors are not those of its family; or the backend is "cpu" and the model is not on a CPU.
+            tensors are not those of its family; or the backend is "cpu" and the model is not on a CPU; or the ranks of
+            a tensor parallel model do not divide its heads.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a model of transformers, got model={shown(model)}")
@@ -538,6 +541,7 @@ def explain(model: nn.Module) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "device": str(device),
+        "ranks": ranks_of(handle.model),
         "backend": handle.ops.name,
         "reason": handle.ops.reason,
         "ops": {name: f"{getattr(handle.ops, name).__module__}.{name}" for name in OP_NAMES},

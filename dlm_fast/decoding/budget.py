@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..models.cache import Paging
 from ..patching import PatchHandle
 from .memory import GIB
-from .plan import Bucket, Plan
+from .plan import Plan
 from .shapes import Grid
 
 # Which parts of the memory are taken at the same time as all others, and of which only the largest is.

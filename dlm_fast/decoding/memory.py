@@ -20,6 +20,7 @@ from dlm_kernels import RowState
 
 from ..diffusion import DiffusionConfig
 from ..models.cache import Paging
+from ..models.parallel import least_of_ranks
 from ..patching import PatchHandle
 from ..presets import Preset
 from .plan import Bucket, Plan, plan_of_rows
@@ -37,6 +38,8 @@ SMALL = 2**26
 CANVAS = 16
 # The most rows that a refusal advises.
 MOST_ADVISED = 1024
+# Stands for the free memory of a device where nobody says how much is free.
+UNKNOWN = 2**62
 CGROUPS, MEMORY = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 
 
@@ -139,7 +142,10 @@ def step_parts(handle: PatchHandle, plan: Plan, state: RowState, grid: Grid, pag
 
 def _compare(batch: Batch, parts: Parts) -> None:
     """Raises BatchTooLarge if a device has not the memory for what the parts say."""
-    free = {place: free_bytes(place) for place in parts}
+    found = {place: free_bytes(place) for place in parts}
+    # Ranks that decided each by its own memory would wait for each other: one decodes, and another has refused.
+    agreed = least_of_ranks(batch.handle.model, [UNKNOWN if size is None else size for size in found.values()])
+    free = {place: None if size == UNKNOWN else size for place, size in zip(found, agreed)}
     short = [place for place, taken in parts.items() if free[place] is not None and taken.total() > free[place]]
     if not short:
         return

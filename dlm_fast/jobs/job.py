@@ -17,8 +17,9 @@ import numpy as np
 from torch import nn
 
 from .. import fingerprint
+from ..call import Call, read_call, settled
 from ..decoding.memory import open_batch
-from ..generate import Call, generate, read_call, settled
+from ..generate import generate
 from ..limits import shown
 from ..output import DecodeCancelled, DecodeError, DecodeOutOfMemory, GenerateOutput
 from ..patching import PatchHandle, handle_of

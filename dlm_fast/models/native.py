@@ -31,7 +31,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from dlm_kernels import Window
 
 from ..ops import REFERENCE, Ops
-from . import fused
+from . import fused, parallel
 from .attention import ATTENTION_NAME, AttentionCall
 from .cache import KVCache, Paging
 from .tensors import BUILDING
@@ -127,7 +127,8 @@ def _tried(kind: type[nn.Module], *, fuse: bool) -> str | None:
 
 
 def verify(model: nn.Module) -> None:
-    """Raises NotImplementedError for a model of a known class that was altered in a way our attention would ignore."""
+    """Raises NotImplementedError for a model of a known class that was altered in a way our attention would ignore, and
+    ValueError for one whose heads the ranks of a tensor parallel model do not divide."""
     expected = CLASSES[type(model)]
     layers = model.model.layers
     numbers = [getattr(layer.self_attn, "layer_idx", index) for index, layer in enumerate(layers)]
@@ -149,6 +150,7 @@ def verify(model: nn.Module) -> None:
             raise NotImplementedError(
                 f"dlm_fast: layer {index} has sliding_window={owner.sliding_window}; only full attention is supported"
             )
+    parallel.verify(model)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -209,10 +211,11 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def new_cache(model: nn.Module, rows: int, capacity: int, paging: Paging | None = None) -> KVCache:
-    """Key/value buffers for every layer, in the dtype that the model computes in and on the layer's device."""
+    """Key/value buffers for every layer, for the heads that this process computes, in the dtype that the model computes
+    in and on the layer's device."""
     layers = model.model.layers
     return KVCache(
-        num_kv_heads=model.config.num_key_value_heads,
+        num_kv_heads=parallel.kv_heads(model),
         head_dim=layers[0].self_attn.head_dim,
         rows=rows,
         capacity=capacity,

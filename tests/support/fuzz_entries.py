@@ -193,6 +193,7 @@ LOADING: dict[str, Legal] = {
     "dtype": is_none,
     "device": is_none,
     "device_map": is_none,
+    "tp_plan": is_none,
     "quantization_config": is_none,
     "backend": never,
     "rope_scale": lambda value: type(value) in (int, float) and 1 <= value < 2**16,
