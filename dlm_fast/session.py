@@ -12,7 +12,7 @@ from torch import nn
 from dlm_kernels import RowState
 
 from .call import check_cancel, check_function, check_mode, read_decoder, read_rows
-from .decoding.budget import MemoryPlan, fitted
+from .decoding.budget import MemoryPlan
 from .decoding.progress import StepsCancelled, StepTooLarge
 from .limits import flag, shown, whole
 from .output import Completion, DecodeCancelled, DecodeInterrupted, DecodeOutOfMemory, too_large
@@ -20,7 +20,7 @@ from .patching import handle_of
 from .presets import Preset
 from .requests import Requests
 from .running import Block, Row, Runner
-from .sizing import Capacity, planned
+from .sizing import Capacity, check_memory, planned, planned_memory
 from .stops import StopStrings, read_stop_strings
 
 # The most positions of a row where nobody says how many, whatever the model could have: a cache of all positions that
@@ -170,7 +170,8 @@ class Session:
             max_positions = limit if handle.max_positions is not None else min(limit, MAX_POSITIONS)
         if max_new_tokens >= max_positions:
             raise ValueError(
-                f"Session: max_new_tokens must be below max_positions={max_positions}, got max_new_tokens={max_new_tokens}"
+                f"Session: max_new_tokens must be below max_positions={max_positions}, got "
+                f"max_new_tokens={max_new_tokens}"
             )
         if handle.max_rows is not None and slots > handle.max_rows:
             raise ValueError(f"Session: slots must be <= max_rows={handle.max_rows} of the model, got slots={slots}")
@@ -178,7 +179,8 @@ class Session:
         plan, grid, paging = planned(decoder, asked, capacity, lengths)
         self.capacity = capacity
         self._runner = Runner(decoder, asked, plan, grid, paging, share_prefixes)
-        self._budget = fitted(self._runner, memory, capacity)
+        self._memory_plan: MemoryPlan | None = None
+        check_memory(decoder, asked, capacity, (plan, grid, paging), lengths, memory)
         self._weights: tuple | None = None
         self._open = False
         #: Rows that were finished and not handed out when the last call was closed or interrupted.
@@ -186,7 +188,10 @@ class Session:
 
     def plan(self) -> MemoryPlan:
         """What the session takes of the memory of each device, by what takes it; nothing is allocated for it."""
-        return self._budget
+        if self._memory_plan is None:
+            runner = self._runner
+            self._memory_plan = planned_memory(runner.decoder, runner.asked, runner.plan, runner.grid, runner.paging)
+        return self._memory_plan
 
     @property
     def shapes(self) -> dict:

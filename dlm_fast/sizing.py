@@ -8,9 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from .call import Decoder
+from .decoding.budget import MemoryPlan, memory_plan
+from .decoding.memory import GIB, SMALL, BatchTooLarge, free_bytes, most_bytes
 from .decoding.plan import Plan, block_length_of, first_mask, placed_rows, plan_of
 from .decoding.progress import planned_grid
 from .decoding.shapes import Grid
+from .decoding.slots import idle_canvas
+from .draws import sampling_of
 from .limits import shown
 from .models.cache import Paging
 from .presets.caches import Sizes
@@ -18,6 +22,8 @@ from .requests import Requests
 
 # Shapes are planned for so many lengths, where nobody says which to expect.
 PLANNED_LENGTHS = 12
+# What a layer and the ops make besides, at the most, in parts of what is counted without running a step.
+LAYERS = 16
 # The most lengths that shapes are planned for.
 MOST_LENGTHS = 256
 
@@ -107,6 +113,70 @@ def planned(
             f"{preset.name}"
         )
     return plan, grid, paging
+
+
+def planned_memory(decoder: Decoder, asked: Requests, plan: Plan, grid: Grid, paging: Paging | None) -> MemoryPlan:
+    """What a session takes of the memory where its rows ask for as much as any."""
+    preset = decoder.preset
+    idle = asked.idle([idle_canvas(plan)] * plan.first.shape[0])
+    B = len(idle.canvases)
+    if preset.drafts == 1 and not any(policy.greedy_only for policy in preset.policies):
+        idle = dataclasses.replace(idle, temperature=[1.0] * B)
+    idle = dataclasses.replace(idle, min_new_tokens=[1] * B)
+    return memory_plan(decoder.handle, plan, grid, sampling_of(idle, plan, decoder.device), paging)
+
+
+def check_memory(
+    decoder: Decoder,
+    asked: Requests,
+    capacity: Capacity,
+    sizes: tuple[Plan, Grid, Paging | None],
+    lengths: Sequence[tuple[int, int]] | None,
+    memory: int | None,
+) -> None:
+    """Raises BatchTooLarge for a session that needs more memory than `memory`, or than is free where this is None."""
+    handle, diffusion = decoder.handle, decoder.handle.diffusion
+    most = most_bytes(handle, decoder.preset, diffusion, capacity.slots, capacity.max_positions)
+    if memory is None and LAYERS * most < SMALL:
+        return
+
+    def short(sizes: tuple[Plan, Grid, Paging | None]) -> tuple[MemoryPlan, torch.device, int] | None:
+        """The first device that has too little, and what it has."""
+        plan = planned_memory(decoder, asked, *sizes)
+        for device, parts in plan.parts.items():
+            left = memory
+            if left is None:
+                free = free_bytes(device)
+                left = None if free is None else free + parts["weights"]
+            if left is not None and plan.total(device) > left:
+                return plan, device, left
+        return None
+
+    found = short(sizes)
+    if found is None:
+        return
+    plan, device, left = found
+    # What would fit: fewer positions in the cache, as long as a row of full length has its own; else fewer slots.
+    other, advice = capacity, "not even slots=1 would fit"
+    positions = (capacity.cache_positions or capacity.slots * capacity.max_positions) // 2
+    while sizes[2] is not None and positions >= capacity.max_positions:
+        other = dataclasses.replace(capacity, cache_positions=positions)
+        if short(planned(decoder, asked, other, lengths)) is None:
+            advice = f"cache_positions={positions} would fit"
+            break
+        positions //= 2
+    else:
+        slots = capacity.slots // 2
+        while slots:
+            other = dataclasses.replace(capacity, slots=slots, cache_positions=None)
+            if short(planned(decoder, asked, other, lengths)) is None:
+                advice = f"slots={slots} would fit"
+                break
+            slots //= 2
+    raise BatchTooLarge(
+        f"Session: weights, buffers and the largest step must fit {left / GIB:.2f} GiB of {device}, got "
+        f"{capacity.slots} slots of {capacity.max_positions} positions, which take {plan}; {advice}"
+    )
 
 
 def expected_lengths(capacity: Capacity, lengths: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:

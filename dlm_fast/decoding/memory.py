@@ -60,7 +60,7 @@ def open_batch(
     Raises BatchTooLarge before anything is allocated that does not fit.
     """
     batch = Batch(handle, canvases, rows, preset, diffusion, device)
-    is_compared = _most_bytes(batch) > SMALL
+    is_compared = most_bytes(handle, preset, diffusion, rows, batch.longest) > SMALL
     if is_compared:
         _compare(batch, _canvas_parts(batch))
     plan, grid, parts = batch.opened()
@@ -92,14 +92,13 @@ class Batch:
         return plan, grid, step_parts(self.handle, plan, state.of_rows(torch.tensor(worst)), grid)
 
 
-def _most_bytes(batch: Batch) -> int:
-    """A number of bytes that what is counted here never exceeds, from a few sizes."""
-    model, preset, L = batch.handle.model, batch.preset, batch.longest
-    config, head_dim = model.config, max(batch.handle.adapter.head_dims(model))
+def most_bytes(handle: PatchHandle, preset: Preset, diffusion: DiffusionConfig, rows: int, L: int) -> int:
+    """A number of bytes that what is counted here never exceeds for `rows` rows of `L` positions."""
+    model, config, head_dim = handle.model, handle.model.config, max(handle.adapter.head_dims(handle.model))
     numbers = 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim + 5 * config.hidden_size
-    numbers = L * (numbers + 3 * config.vocab_size) * batch.handle.adapter.compute_dtype(model).itemsize
-    steps = max(preset.steps_per_block or 0, preset.block_length or 0, batch.diffusion.block_length or 0, L)
-    return batch.rows * (4 * CANVAS * L + numbers + 4 * steps)
+    numbers = L * (numbers + 3 * config.vocab_size) * handle.adapter.compute_dtype(model).itemsize
+    steps = max(preset.steps_per_block or 0, preset.block_length or 0, diffusion.block_length or 0, L)
+    return rows * (4 * CANVAS * L + numbers + 4 * steps)
 
 
 def _canvas_parts(batch: Batch) -> Parts:

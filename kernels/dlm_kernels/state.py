@@ -105,6 +105,8 @@ class RowState:
     def _buffer(self) -> Tensor | None:
         """[F, B]: the [B] fields, if they lie in one buffer in their order."""
         buffer, (B, _) = self.phase._base, self.tokens.shape
+        if type(self.phase) is not Tensor:  # a FakeTensor lies nowhere
+            return None
         if buffer is None or buffer.dim() != 2 or buffer.shape[0] != len(ROW_FIELDS):
             return None
         fields = [getattr(self, name) for name in ROW_FIELDS]
