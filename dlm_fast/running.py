@@ -269,19 +269,20 @@ class Runner:
                     if alike > prefix.length:
                         return None
 
-        # 2. Pages of its own for all the rest.
-        count, held = self.pages.needed(len(row.opened)), [*prefix.pages]
+        # 2. Pages of its own for all the rest. What it would share may itself be in the way.
+        count, choices = self.pages.needed(len(row.opened)), [prefix]
         if prefix.rest is not None:
-            held.append(prefix.rest)
-        self.pages.hold(held)
-        own = self.pages.take(self.plan.copies * count - len(prefix.pages))
-        if own is None:
-            self.pages.give(held)
+            choices.append(prefix.of_whole_pages(self.pages.page_size, block, offset))
+        if prefix.length and not self.in_work:
+            choices.append(Prefix())
+        for prefix in choices:
+            own = self.pages.take(self.plan.copies * count - len(prefix.pages), beside=prefix)
+            if own is not None:
+                break
+        else:
             return None
-        cache = self.slots.cache
         if prefix.rest is not None:
-            copy_page(cache, prefix.rest, own[0])
-            self.pages.give([prefix.rest])
+            copy_page(self.slots.cache, prefix.rest, own[0])
         mine = [*prefix.pages, *own]
         pages = [mine[copy * count : (copy + 1) * count] for copy in range(self.plan.copies)]
         return Place(pages, prefix, kind, shared)

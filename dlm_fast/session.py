@@ -282,7 +282,7 @@ class Session:
             finished = True
         except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
             output, finished = [row for row, _ in runner.stopped()], True
-            raise _stopped(error, output, runner.shapes) from error.__cause__ or error
+            raise _stopped(error, sorted(output, key=_order), runner.shapes) from error.__cause__ or error
         finally:
             self._open = False
             if not finished:
@@ -313,6 +313,10 @@ class Session:
             own["stop_strings"] = self._stops(own["stop_strings"])
         if (request.prompt is None) == (request.canvas is None):
             raise ValueError("a request must have exactly one of prompt and canvas")
+        for name in ("prompt", "canvas"):
+            value = getattr(request, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise TypeError(f"{name} must be a string, a chat or token ids, got {shown(value)}")
         if request.canvas is not None and not self.capacity.infill:
             raise ValueError("canvas needs a session with infill=True")
         rows = ([request.prompt], None) if request.canvas is None else (None, [request.canvas])

@@ -17,6 +17,10 @@ from ..policies.constants import Constants
 from ..policies.view import noise_of, uniform
 from ..presets import Preset
 
+# What the filters of the draws make at a time, at the most, and what they make of an id: copies of its logit, its
+# probability, its place in an order.
+FILTERED, FILTER_BYTES = 2**28, 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
@@ -338,9 +342,16 @@ def filtered(
 
     The best allowed id is kept, and rows that are not `narrowed` [N] bool keep all. top-p keeps an id if those strictly
     better (ties: lower ids first) have at most top_p of the mass; top-k keeps every id as large as the k-th. Plain
-    torch on any backend: it sorts the vocabulary.
+    torch on any backend: it sorts the vocabulary, of so many rows at a time that what it makes meanwhile is bounded.
     """
     N, V = logits.shape
+    rows = max(1, FILTERED // (V * FILTER_BYTES))
+    if N > rows:
+        # The ids that are banned may be the same for all rows.
+        each = (x.split(rows) if x.shape[0] == N and x.dim() == y else [x] * -(-N // rows)
+                for x, y in ((logits, 2), (temperature, 1), (banned, 2), (needed, 1), (narrowed, 1)))  # fmt: skip
+        parts = zip(*each)
+        return torch.cat([filtered(x, preset, sampling, *others) for x, *others in parts])
     work = torch.where(needed[:, None], logits, 0.0)
     work = work.double() if logits.dtype == torch.float64 else work.float()
     scaled = work / softmax_temperature(temperature)[:, None]

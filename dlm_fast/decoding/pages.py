@@ -44,6 +44,13 @@ class Prefix:
     pages: tuple[int, ...] = ()
     rest: int | None = None
 
+    def of_whole_pages(self, page_size: int, block_length: int, offset: int) -> Prefix:
+        """As much of it as fills pages, and ends with a block."""
+        length = len(self.pages) * page_size
+        while length and (length - offset) % block_length:
+            length -= page_size
+        return Prefix(length, self.pages[: length // page_size])
+
 
 class Pages:
     """A pool of pages of one size.
@@ -87,8 +94,17 @@ class Pages:
         """Pages that hold beginnings of prompts."""
         return len(self._kept)
 
-    def take(self, count: int) -> list[int] | None:
-        """Takes pages; None, and takes none, if so many are not free."""
+    def take(self, count: int, beside: Prefix = Prefix()) -> list[int] | None:
+        """Takes pages, and holds those that a prefix fills; None, and takes none, if so many are not free beside the
+        prefix."""
+        self.hold(beside.pages)
+        rest = [] if beside.rest is None else [beside.rest]
+        self.hold(rest)
+        taken = self._taken(count)
+        self.give(rest if taken is not None else [*rest, *beside.pages])
+        return taken
+
+    def _taken(self, count: int) -> list[int] | None:
         if self.free < count:
             return None
         while len(self._free) < count:

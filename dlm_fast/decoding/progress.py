@@ -19,6 +19,10 @@ from .shapes import Grid, fixed_positions, grid_of
 from .step import Decode, denoise_step
 from .window import needs_of
 
+# The most bytes of logits of one step: more rows are taken in several steps. It is what 512 positions of a vocabulary
+# of a million take in 16 bits, more than any step needs to be worth its launch.
+LOGITS = 2**30
+
 
 class Progress:
     """What rows still need, read by the host from a pinned copy that may be `rounds_behind`, and the steps that follow.
@@ -114,8 +118,10 @@ class StepsCancelled(RuntimeError):
 
 def planned_grid(handle: PatchHandle, plan: Plan, state: RowState) -> Grid:
     """The shapes of a decode of rows as these are when they have just been opened; reads the state on the host."""
-    parameters = sum(p.numel() for p in handle.model.parameters())
-    return grid_of(plan, state, fixed_positions(plan.first.device.type, parameters))
+    parameters, config = sum(p.numel() for p in handle.model.parameters()), handle.model.config
+    row = plan.copies * plan.preset.drafts * plan.lanes * config.vocab_size
+    most_rows = max(1, LOGITS // (row * handle.adapter.compute_dtype(handle.model).itemsize))
+    return grid_of(plan, state, fixed_positions(plan.first.device.type, parameters), most_rows)
 
 
 class Rounds:

@@ -131,10 +131,13 @@ def fixed_positions(device: str, parameters: int) -> int:
     return max(WEIGHTS_READ[known], min(int(LAUNCHED[known] / max(1, parameters)), 4096))
 
 
-def grid_of(plan: Plan, state: RowState, fixed: int) -> Grid:
+def grid_of(plan: Plan, state: RowState, fixed: int, most_rows: int | None = None) -> Grid:
     """Plans the shapes of a decode for rows as these are when they have just been opened, which may be more or fewer
-    than it decodes together; reads the state on the host. fixed: `fixed_positions`."""
-    B = plan.first.shape[0]
+    than it decodes together; reads the state on the host.
+
+    fixed: `fixed_positions`. most_rows: the most rows of a step.
+    """
+    B = plan.first.shape[0] if most_rows is None else min(plan.first.shape[0], most_rows)
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
     if plan.preset.drafts > 1:
         expected["denoise"] = Counter({plan.denoise_width: expected["denoise"].total()})  # drafts are of whole blocks

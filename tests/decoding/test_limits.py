@@ -116,10 +116,13 @@ def test_rows_do_not_depend_on_the_batch_size(preset):
         out = dlm_fast.generate(model, prompts, batch_size=size, **settings)
         assert same(out, range(5), whole), size
         assert out.computed_tokens >= sum(out.query_tokens) and out.preset == whole.preset
-    assert dlm_fast.generate(model, prompts, batch_size=1, **settings).computed_tokens == sum(
+    # The shapes are planned once for all rows, and so fit each of them a little worse than shapes of its own.
+    alone = sum(
         dlm_fast.generate(model, prompts[b : b + 1], **settings | {"max_new_tokens": new}).computed_tokens
         for b, new in enumerate(settings["max_new_tokens"])
     )
+    one_by_one = dlm_fast.generate(model, prompts, batch_size=1, **settings).computed_tokens
+    assert alone <= one_by_one <= 1.1 * alone
 
 
 def test_draws_texts_and_every_argument_of_a_row_go_with_the_row():

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import RUNNABLE, bolder, model_for, options_of, random_prompts, toy
+from opened import random_grid
 
 import dlm_fast
 from dlm_fast import DecodeInterrupted, DecodeOutOfMemory
@@ -33,20 +34,6 @@ def of_row(out: dlm_fast.GenerateOutput, row: int) -> tuple:
     return (*(rows[row].tolist() for rows in tensors), out.nfe[row], out.query_tokens[row], out.finish[row])
 
 
-def random_grid(rng: random.Random, planned: Grid, B: int) -> Grid:
-    """Any grid by which every row can be served: other widths, and other row counts."""
-    counts = {}
-    for kind, widths in planned.counts.items():
-        most = max(widths)
-        # The drafts are of whole blocks, and so is a window of them.
-        fewer = 0 if planned.drafts > 1 and kind == "denoise" else rng.randint(0, 3)
-        chosen = sorted({*(rng.randint(1, most) for _ in range(fewer)), most})
-        counts[kind] = {
-            width: tuple(sorted(set(rng.choices(range(1, B + 1), k=rng.randint(1, 3))))) for width in chosen
-        }
-    return Grid(counts, planned.lanes, planned.drafts, planned.narrow, rng.choice((0, 8, 300)))
-
-
 def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch by a random grid against its rows alone; the cache rows of rows that are done hold NaN."""
     rng = random.Random(seed)
@@ -59,13 +46,13 @@ def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     init = progress.Progress.__init__
 
-    def watched(self, decode, grid, rounds_behind):
+    def watched(self, decode, grid):
         opened.append(decode)
         cache = decode.forward.cache
         for layer in cache.layers if cache is not None else ():
             layer.keys.fill_(math.nan)
             layer.values.fill_(math.nan)
-        init(self, decode, random_grid(rng, grid, B), rounds_behind)
+        init(self, decode, random_grid(rng, grid, B))
 
     def poison(state) -> None:
         cache, done = opened[0].forward.cache, (state.phase == DONE).nonzero().flatten()
@@ -106,7 +93,7 @@ def test_a_decode_has_few_shapes_and_one_shape_less_waste_than_one_for_all(prese
     assert 1 <= len(out.shapes) <= MOST_SHAPES
     assert out.computed_tokens == sum(s.rows * s.width * s.drafts * n for s, n in out.shapes.items())
     assert out.computed_tokens >= sum(out.query_tokens)
-    one_for_all = lambda plan, state, fixed: Grid(  # noqa: E731
+    one_for_all = lambda plan, state, fixed, most_rows: Grid(  # noqa: E731
         {"refresh": {plan.refresh_width: (rows,)}, "denoise": {plan.denoise_width: (rows,)}},
         dict.fromkeys(("refresh", "denoise"), (plan.lanes,)), plan.preset.drafts, False, fixed,
     )  # fmt: skip

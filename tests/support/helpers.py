@@ -43,6 +43,7 @@ def native_model(
     intermediate_size: int = 48,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    positions: int = 256,
 ) -> nn.Module:
     """A random transformers model with logits spread widely enough that ties are rare."""
     config_class, model_class = FAMILIES[family]
@@ -54,7 +55,7 @@ def native_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         initializer_range=0.4,
         pad_token_id=None,

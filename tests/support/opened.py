@@ -1,8 +1,9 @@
-"""A batch before its first step, as `generate` would hand it to the loop."""
+"""A batch before its first step, as `generate` would hand it to the loop, and other shapes for its steps."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlm_fast
 from dlm_fast.decoding.plan import open_rows
+from dlm_fast.decoding.shapes import Grid
 from dlm_fast.draws import sampling_of
 from dlm_fast.policies.constants import Constants
 from dlm_fast.presets import Preset
@@ -42,3 +44,17 @@ def opened(chosen: Preset, temperature: float = 0.0):
     )  # fmt: skip
     plan, state = open_rows(batch.opened, chosen, diffusion, torch.device("cpu"))
     return diffusion, plan, state, sampling_of(batch, plan, torch.device("cpu"))
+
+
+def random_grid(rng: random.Random, planned: Grid, B: int) -> Grid:
+    """Any grid by which every row can be served: other widths, and other row counts."""
+    counts = {}
+    for kind, widths in planned.counts.items():
+        most = max(widths)
+        # The drafts are of whole blocks, and so is a window of them.
+        fewer = 0 if planned.drafts > 1 and kind == "denoise" else rng.randint(0, 3)
+        chosen = sorted({*(rng.randint(1, most) for _ in range(fewer)), most})
+        counts[kind] = {
+            width: tuple(sorted(set(rng.choices(range(1, B + 1), k=rng.randint(1, 3))))) for width in chosen
+        }
+    return Grid(counts, planned.lanes, planned.drafts, planned.narrow, rng.choice((0, 8, 300)))
