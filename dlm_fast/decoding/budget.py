@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from dlm_kernels import RowState, reference
 
 from ..models.cache import Paging
-from ..ops import REFERENCE
 from ..patching import PatchHandle
 from ..policies import Sampling
 from .memory import GIB
@@ -196,7 +195,7 @@ def _dry(handle: PatchHandle) -> tuple[PatchHandle, dict[str, Any]]:
 
     dry = copy.copy(handle)
     dry.adapter = types.SimpleNamespace(**{**vars(handle.adapter), "window_hidden": window_hidden})
-    dry.ops = dataclasses.replace(REFERENCE, block_attention=block_attention, confidence=confidence)
+    dry.ops = dataclasses.replace(handle.ops, block_attention=block_attention, confidence=confidence)
     return dry, seen
 
 

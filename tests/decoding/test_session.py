@@ -80,6 +80,7 @@ def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         cache_positions=rng.choice([None, 64, 128]) if dlm_fast.PRESETS[preset].operation.stores else None, **options,
     )  # fmt: skip
     options |= {"preset": preset, "max_new_tokens": 17, "seed": 7}
+    expected = [lone(model, request, options) for request in requests]
     with monkeypatch.context() as patched:
         init, take = progress.Progress.__init__, pools.Pages.take
 
@@ -90,9 +91,9 @@ def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 layer.values.fill_(math.nan)
             init(self, decode, random_grid(rng, grid, slots))
 
-        def scattered(self, number):
+        def scattered(self, number, **options):
             rng.shuffle(self._free)
-            return take(self, number)
+            return take(self, number, **options)
 
         patched.setattr(progress.Progress, "__init__", watched)
         patched.setattr(pools.Pages, "take", scattered)
@@ -100,8 +101,7 @@ def check_case(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
             rows = session.generate([requests[n] for n in order], on_step=lambda state: poisoned(session))
             for number, row in zip(order, rows):
                 assert row.id == number
-                expected = lone(model, requests[number], options)
-                assert of_row(row) == expected, f"seed {seed} {preset} row {number} of {count} in {slots} slots"
+                assert of_row(row) == expected[number], f"seed {seed} {preset} row {number} of {count} in {slots} slots"
     assert not session._runner.in_work and (
         session._runner.pages is None or session._runner.pages.free == session._runner.pages.count
     )
