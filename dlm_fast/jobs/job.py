@@ -210,7 +210,7 @@ def _opened(
         left_over = partial.is_left_over()
         partial.begin(header, restart=restart, left_over=left_over)
         for rank in ranks_left(output):
-            with Partial(output, Found(found.keys), rank) as other:
+            with contextlib.closing(Found(found.keys)) as of_rank, Partial(output, of_rank, rank) as other:
                 other.begin(header, restart=restart, left_over=left_over)
                 if restart or left_over:
                     other.unlink()

@@ -9,6 +9,7 @@ who holds `<output>.partial` holds the job.
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import glob
 import hashlib
@@ -343,6 +344,8 @@ class Partial:
     ) -> None:
         if self._end == 0 and disk.names(self.path, self._file.fileno()):
             self.path.unlink()  # made here, and nothing was written
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # who reads results has descriptors that would keep the lock
         self._file.close()
 
 

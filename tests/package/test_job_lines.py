@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
+from broken_jobs import watched
 from commands import error_of, run
 from helpers import EOS, MASK, VOCAB
 
 import dlm_fast
 from dlm_fast import jobs, loading
 from dlm_fast.decoding import memory
-from dlm_fast.jobs import job
 
 GOOD = {"prompt": "abc"}
 
@@ -94,27 +94,26 @@ def test_a_bad_line_says_so_itself_and_the_others_are_decoded(command, prompts, 
 
 
 @pytest.mark.parametrize("line, message", BAD)
-def test_a_strict_job_decodes_nothing_beside_a_bad_line(command, prompts, tmp_path, capsys, monkeypatch, line, message):
-    monkeypatch.setattr(job, "generate", lambda *args, **kwargs: pytest.fail("a forward is made"))
+def test_a_strict_job_decodes_nothing_beside_a_bad_line(command, prompts, tmp_path, capsys, line, message):
     prompts.write_bytes(b"\n".join([written(GOOD), written(line), written(GOOD)]))
-    assert f"1 of 3 lines cannot be decoded: line 2: {message}" in error_of([*command, "--strict"], capsys)
+    with watched(on_row=lambda index: pytest.fail("a line is decoded")):
+        assert f"1 of 3 lines cannot be decoded: line 2: {message}" in error_of([*command, "--strict"], capsys)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_all_lines_are_checked_before_the_first_forward(command, prompts, tmp_path, capsys, monkeypatch):
-    decode = job.generate
+def test_all_lines_are_checked_before_the_first_forward(command, prompts, tmp_path, capsys):
     bad = {700 + i: written(line) for i, (line, _) in enumerate(BAD_LINES + BAD_ROWS)}
     prompts.write_bytes(b"\n".join(bad.get(number, written(GOOD)) for number in range(1, 801)))
     said = []
 
-    def first(*args, **kwargs):
+    def first(index):
         said.append(capsys.readouterr().err)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "generate", first)
-    assert run(command, capsys)[0] == 130
+    with watched(on_row=first):
+        assert run(command, capsys)[0] == 130
     assert f"{len(bad)} of 800 lines cannot be decoded" in said[0] and "line 700: not JSON" in said[0]
-    assert f"and {len(bad) - 20} more" in said[0] and decode is not job.generate
+    assert f"and {len(bad) - 20} more" in said[0]
 
 
 def test_a_file_without_a_line_that_can_be_decoded_is_refused(command, prompts, tmp_path, capsys):
@@ -145,14 +144,14 @@ def test_what_is_wrong_with_the_settings_is_no_lines_problem(command, tmp_path, 
 
 
 def test_unknown_keys_are_refused_or_repeated(command, prompts, tmp_path, capsys):
-    records = [GOOD, {"prompt": "a", "system": "x", "answer": 3, "id": 1}, {"prompt": "a", "answer": [4, {"b": None}]}]
+    records = [GOOD, {"prompt": "a", "sistem": "x", "answer": 3, "id": 1}, {"prompt": "a", "answer": [4, {"b": None}]}]
     prompts.write_text("\n".join(map(json.dumps, records)))
     message = error_of(command, capsys)
-    assert "line 2: unknown keys ['answer', 'system'] (and 1 lines more); a line may have prompt or canvas" in message
+    assert "line 2: unknown keys ['answer', 'sistem'] (and 1 lines more); a line may have prompt or canvas" in message
     assert "--keep-keys" in message and not list(tmp_path.glob("out*"))
     assert run([*command, "--keep-keys"], capsys)[0] == 0
     first, second, third = results(tmp_path)
-    assert "answer" not in first and (second["answer"], second["system"], second["id"]) == (3, "x", 1)
+    assert "answer" not in first and (second["answer"], second["sistem"], second["id"]) == (3, "x", 1)
     assert third["answer"] == [4, {"b": None}]
     prompts.write_text('{"prompt": "a", "text": "b"}')
     assert "line 1: the key 'text' is one of the result's own" in error_of(
@@ -235,19 +234,22 @@ def test_whatever_a_template_raises_is_the_problem_of_its_line(checkpoint, tmp_p
     assert [line["finish"] == "error" for line in results(tmp_path)] == [False, True, False]
 
 
-def test_the_largest_batch_is_planned_before_the_first_forward(checkpoint, tmp_path, monkeypatch):
+def test_the_longest_lines_are_planned_before_the_first_forward(checkpoint, tmp_path, monkeypatch):
     model, settings = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}
     lines = jobs.lines_of(
         [{"prompt": [5] * 20}, {"prompt": [5] * 20}, {"prompt": [5], "max_new_tokens": 200}], settings
     )
-    monkeypatch.setattr(job, "generate", lambda *args, **kwargs: pytest.fail("a forward is made"))
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000)
-    with pytest.raises(dlm_fast.BatchTooLarge, match="got 1 rows of up to 201 positions"):
+    with (
+        watched(on_row=lambda index: pytest.fail("a line is decoded")),
+        pytest.raises(dlm_fast.BatchTooLarge, match="got 1 rows of up to 201 positions"),
+    ):
         jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=1)
 
 
-def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path):
+def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.job, "SECONDS", 0.0)
     model, settings, cancel = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}, threading.Event()
     lines = jobs.lines_of([{"prompt": [5 + i]} for i in range(6)], settings)
     arguments = {"settings": settings, "batch_size": 2}
@@ -258,7 +260,7 @@ def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path):
             tmp_path / "out.jsonl",
             **arguments,
             cancel=cancel,
-            progress=lambda done, total: cancel.set() if done == 4 else None,
+            progress=lambda done, total: cancel.set() if done >= 4 else None,
         )
     assert jobs.run(model, lines, tmp_path / "out.jsonl", **arguments) == 4
     jobs.run(model, lines, tmp_path / "whole.jsonl", **arguments)
