@@ -71,7 +71,7 @@ def run(
     All lines are checked before the first forward. One that cannot be decoded has finish "error" and its "error" in
     the output, beside those that can, unless the job is `strict`.
 
-    What is kept of all lines together is 45 bytes of each, and what is wrong with those that have a problem; a line is
+    What is kept of all lines together is about 55 bytes of each, and what is wrong with those that have a problem; a line is
     read again when a slot takes it.
 
     Args:
@@ -146,18 +146,21 @@ def run(
         progress(finished, len(share))
 
         # 3. Decode the other lines.
+        def line_of(index: int) -> Line:
+            line = lines[index]
+            if line.problem is not None or _key(index, line) != keys[index]:
+                raise JobError(f"{line.where} was changed while the job ran; what was finished is kept")
+            return line
+
         def taken() -> Iterator[Row]:
             for index in share:
                 if not done[index]:
-                    line = lines[index]
-                    if line.problem is not None or _key(index, line) != keys[index]:
-                        raise JobError(f"{line.where} was changed while the job ran; what was finished is kept")
-                    yield Row(rows.read(line, index), index)
+                    yield Row(rows.read(line_of(index), index), index)
 
         def write(results: list[Completion]) -> None:
             nonlocal finished
             if partial is not None:
-                partial.append((row.index, _result(row, lines[row.index])) for row in results)
+                partial.append((row.index, _result(row, line_of(row.index))) for row in results)
             finished += len(results)
             progress(finished, len(share))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import pytest
 import torch
-from broken_jobs import watched
+from broken_jobs import kept, watched
 from commands import error_of, run
 from helpers import EOS, MASK, VOCAB
 
@@ -49,6 +50,13 @@ BAD_LINES = [
     ({"prompt": "a", "temperature": 1e-9}, "temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09"),
     ({"prompt": "a", "min_new_tokens": 7}, "min_new_tokens must be at most max_new_tokens, got 7 > 6"),
     ({"canvas": [MASK], "max_new_tokens": 3}, "max_new_tokens goes with a prompt"),
+    ({"canvas": [MASK], "system": "s"}, "system goes with a prompt; a canvas has no beginning"),
+    ({"prompt": "a", "system": 3}, "system must be a text, got system=3"),
+    ({"prompt": "a", "seed": -1}, "seed must be a whole number >= 0, got seed=-1"),
+    ({"prompt": "a", "seed": 2**63}, "seed must be a whole number <= 9223372036854775807"),
+    ({"prompt": "a", "stop": ""}, "stop must be a non-empty string or a list of them, got stop=''"),
+    ({"prompt": "a", "stop": ["b", 3]}, "stop must be a non-empty string or a list of them, got stop=['b', 3]"),
+    ({"prompt": "a", "stop": "b" * 5000}, "stop must be at most 1024 strings of at most 4096 characters, got 1 of up"),
     ({"prompt": "a", "meta": [float("nan")]}, "meta must be JSON that a file in UTF-8 can hold: Out of range float"),
     ({"prompt": "a", "id": "\ud800"}, "id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode"),
 ]
@@ -69,6 +77,9 @@ BAD_ROWS = [
     ({"canvas": []}, "canvas must have at least one token, got an empty one"),
     ({"canvas": [VOCAB, MASK]}, f"canvas must hold ids in [0, {VOCAB}), got {VOCAB}"),
     ({"canvas": None}, "canvas must be text, a chat or token ids, got None"),
+    ({"prompt": [5, 6], "system": "be short"}, "system goes with a prompt that becomes a chat"),
+    ({"prompt": [{"role": "system", "content": "x"}], "system": "y"}, "system goes with a chat that has no system"),
+    ({"prompt": "a", "stop": "[MASK]"}, "stop must be what can be written, got the mask token '[MASK]'"),
 ]
 BAD = [pytest.param(line, message, id=f"{i} {message[:40]}") for i, (line, message) in enumerate(BAD_LINES + BAD_ROWS)]
 
@@ -157,6 +168,69 @@ def test_unknown_keys_are_refused_or_repeated(command, prompts, tmp_path, capsys
     assert "line 1: the key 'text' is one of the result's own" in error_of(
         [*command, "--keep-keys", "--overwrite"], capsys
     )
+
+
+def test_a_line_may_have_a_seed_stop_strings_and_a_system_message_of_its_own(
+    command, checkpoint, prompts, tmp_path, capsys
+):
+    chat = [{"role": "user", "content": "abc"}]
+    records = [{"prompt": "abc"}, {"prompt": "abc", "seed": 7}, {"prompt": "abc", "system": "be short"}]
+    records += [{"prompt": chat, "system": "be short"}, {"prompt": "abc", "stop": []}, {"canvas": [5, MASK], "seed": 7}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run([*command, "--stop-string", "~~"], capsys)[0] == 0
+    model = dlm_fast.load(checkpoint, device="cpu")
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "block_length": 3}
+    with_system = [{"role": "system", "content": "be short"}, *chat]
+    found = results(tmp_path)
+    for index, (given, seed) in enumerate([(chat, 0), (chat, 7), (with_system, 0), (with_system, 0), (chat, 0)]):
+        alone = dlm_fast.generate(model, [given], request_ids=[index], seed=seed, **settings)
+        assert found[index]["ids"] == alone.sequences[0].tolist(), index
+    assert not {"seed", "stop", "system"} & {key for line in found for key in line}
+    # A stop string of a line is that line's alone, whatever the job's are.
+    text = found[0]["text"]
+    records = [{"prompt": "abc", "stop": text[1]}, {"prompt": "abc"}, {"prompt": "abc", "stop": ["zzz", text[2:4]]}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    job = [*command, "--overwrite", "--stop-string", text[3]]
+    assert run(job, capsys)[0] == 0
+    for index, (line, stops) in enumerate(zip(results(tmp_path), ([text[1]], [text[3]], ["zzz", text[2:4]]))):
+        alone = dlm_fast.generate(model, [chat], request_ids=[index], stop_strings=stops, **settings)
+        assert (line["text"], line["finish"]) == (alone.text[0], alone.finish[0])
+    assert results(tmp_path)[0]["finish"] == "stop"
+
+
+def test_a_system_message_needs_a_chat(command, prompts, tmp_path, capsys):
+    prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "system": "be short"}\n')
+    assert run([*command, "--raw"], capsys)[0] == 1
+    assert results(tmp_path)[1]["error"].startswith("system goes with a prompt that becomes a chat: one of text")
+
+
+def test_a_line_that_changes_while_the_job_runs_is_named_and_the_finished_ones_are_kept(
+    command, prompts, tmp_path, capsys
+):
+    # So long that no line waits in a buffer.
+    lines = [json.dumps({"prompt": [5 + i], "meta": "x" * 20_000}) for i in range(8)]
+    prompts.write_text("\n".join(lines))
+
+    def change(count):
+        if count == 3:
+            with open(prompts, "r+") as file:
+                file.write("\n".join([*lines[:6], lines[6].replace("11", "12", 1), lines[7]]))
+
+    with watched(on_result=change):
+        assert "line 7 was changed while the job ran; what was finished is kept" in error_of(command, capsys)
+    assert len(kept(tmp_path / "out.jsonl.partial")) >= 4
+
+
+def test_lines_from_a_pipe_are_read_once(command, prompts, tmp_path, capsys):
+    assert run(command, capsys)[0] == 0
+    whole, content = (tmp_path / "out.jsonl").read_bytes(), prompts.read_bytes()
+    prompts.unlink()
+    os.mkfifo(prompts)
+    writer = threading.Thread(target=prompts.write_bytes, args=[content])
+    writer.start()
+    assert run([*command, "--overwrite"], capsys)[0] == 0
+    writer.join()
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_two_lines_of_one_id_are_refused(command, prompts, tmp_path, capsys):
