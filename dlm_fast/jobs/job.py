@@ -71,8 +71,8 @@ def run(
     All lines are checked before the first forward. One that cannot be decoded has finish "error" and its "error" in
     the output, beside those that can, unless the job is `strict`.
 
-    What is kept of all lines together is about 55 bytes of each, and what is wrong with those that have a problem; a line is
-    read again when a slot takes it.
+    What is kept of all lines together is about 55 bytes of each, and what is wrong with those that have a problem; a
+    line is read again when a slot takes it.
 
     Args:
         model: as for `generate`. Of a tensor parallel model every rank decodes all lines, and the first one writes.
