@@ -192,8 +192,8 @@ def _parser() -> Parser:
         "--input",
         type=Path,
         help='JSON lines: {"prompt": text, chat or ids} or {"canvas": ids}; optional "id" and "meta", which the result '
-        'repeats, and "max_new_tokens", "min_new_tokens" and "temperature" of the line; a line that cannot be decoded '
-        'gets finish "error"',
+        'repeats, and "max_new_tokens", "min_new_tokens", "temperature", "seed", "stop" and "system" of the line; a '
+        'line that cannot be decoded gets finish "error"',
     )
     prompts.add_argument("--output", type=Path, help="JSON lines, one per prompt; required with --input")
     prompts.add_argument("--restart", action="store_true", help="discard what a broken run left, and do not resume it")
@@ -306,10 +306,8 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    """Decodes prompts with a checkpoint; returns the report of --json."""
+    """Decodes prompts with a checkpoint; returns the report of --json, empty but of the first rank of a job."""
     from . import jobs
-    from .loading import load
-    from .patching import handle_of
     from .presets import FIELDS
 
     # 1. Read the arguments.
@@ -340,8 +338,29 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     else:
         lines = jobs.read_lines(args.input, settings, keep_keys=args.keep_keys)
 
-    # 2. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
-    model = load(args.model, backend=args.backend, device=args.device, **opening)
+    # 2. Decode. An output is a job, which ranks may share.
+    if args.output is None:
+        return _decoded(args, opening, lines, settings, jobs.Ranks())
+    ranks = jobs.Ranks.of_environment()
+    with ranks.joined():
+        return _decoded(args, opening, lines, settings, ranks)
+
+
+def _decoded(
+    args: argparse.Namespace, opening: dict[str, Any], lines: Any, settings: dict[str, Any], ranks: Any
+) -> dict[str, Any]:
+    """Opens the model and decodes lines, as a job or to be printed; returns the report of --json."""
+    import torch
+
+    from . import jobs
+    from .loading import load
+    from .patching import handle_of
+
+    # 1. Open the model. Text becomes a chat where the tokenizer has a chat template, unless --raw is given.
+    device = args.device
+    if device is None and ranks.count > 1 and torch.cuda.is_available():
+        device = f"cuda:{ranks.local}"  # each rank has one of its own
+    model = load(args.model, backend=args.backend, device=device, **opening)
     tokenizer, most = handle_of(model).tokenizer, handle_of(model).max_rows
     chats = not args.raw and getattr(tokenizer, "chat_template", None) is not None
 
@@ -351,12 +370,12 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     if args.output is None:
         return _print_texts(args, model, lines, wrap, settings)
 
-    # 3. With an output file: run a job, with a bar of its progress on stderr.
+    # 2. With an output file: run a job, with a bar of its progress on stderr.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not ranks.leads) as bar:
         task = bar.add_task("decoding", total=len(lines))
         resumed = jobs.run(
             model,
@@ -369,9 +388,14 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
             restart=args.restart,
             overwrite=args.overwrite,
             wrap_prompt=wrap,
+            ranks=ranks,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            warn=lambda message: bar.console.print(message, markup=False, highlight=False, soft_wrap=True),
+            warn=lambda message: (
+                bar.console.print(message, markup=False, highlight=False, soft_wrap=True) if ranks.leads else None
+            ),
         )
+    if not ranks.leads:
+        return {}
     if not args.json:
         print(f"{len(lines)} results in {args.output}" + (f" ({resumed} from the broken run)" if resumed else ""))
     return {"output": str(args.output), "records": len(lines), "resumed": resumed}
@@ -605,7 +629,7 @@ def main(argv: list[str] | None = None) -> int:
             # The bar that transformers shows for loading weights would run through our bar.
             transformers.utils.logging.disable_progress_bar()
             report = COMMANDS[args.command](args)
-        if args.json:
+        if args.json and report:
             print(json.dumps(report))
         sys.stdout.flush()
     except KeyboardInterrupt as error:

@@ -23,7 +23,7 @@ from ..models.cache import Paging
 from ..models.parallel import least_of_ranks
 from ..patching import PatchHandle
 from ..presets import Preset
-from .plan import Bucket, Plan, plan_of_rows
+from .plan import Bucket, Plan, placed_rows, plan_of_rows
 from .progress import planned_grid
 from .shapes import Grid, first_steps
 
@@ -67,6 +67,13 @@ def open_batch(
     if is_compared:
         _compare(batch, parts)
     return plan, grid
+
+
+def check_steps(batch: Batch, plan: Plan, grid: Grid, paging: Paging | None) -> None:
+    """Raises BatchTooLarge if rows cannot fit that begin together in the slots of a plan, one for each slot."""
+    if _most_bytes(batch) > SMALL:
+        state = placed_rows(batch.canvases, plan.width, plan.block_length, plan.preset, plan.diffusion)
+        _compare(batch, step_parts(batch.handle, plan, state, grid, paging))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The run of a job: which lines are there already, and the decode of the others, batch after batch."""
+"""The run of a job: which lines are there already, and the decode of the others, in slots that stay full."""
 
 from __future__ import annotations
 
@@ -6,45 +6,40 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch.distributed as dist
 from torch import nn
 
 from .. import fingerprint
-from ..call import Call, read_call, settled
-from ..decoding.memory import open_batch
-from ..generate import generate
+from ..call import check_cancel, settled
+from ..decoding.progress import StepsCancelled, StepTooLarge
 from ..limits import shown
-from ..output import DecodeCancelled, DecodeError, DecodeOutOfMemory, GenerateOutput
+from ..models.parallel import ranks_of
+from ..output import (
+    Completion,
+    DecodeCancelled,
+    DecodeInterrupted,
+    DecodeOutOfMemory,
+    GenerateOutput,
+    too_large,
+)
 from ..patching import PatchHandle, handle_of
 from ..policies.heads import FIELDS, load_head
+from ..running import Row, Runner
 from ..version import __version__
-from .lines import LINE_SETTINGS, Line, check_settings, named
-from .partial import JobError, Partial, check_places
+from .lines import Line, Named, check_settings
+from .partial import Found, JobError, Keys, Partial, check_places, partial_path, ranks_left
+from .ranks import Ranks
+from .rows import OWN_ARGUMENTS, Rows, Sizes
 
-SIGNATURE = inspect.signature(generate)
-# What a job gives `generate` itself, so that no setting may be called like it.
-OWN_ARGUMENTS = (
-    "model",
-    "prompts",
-    "canvas",
-    "attention_mask",
-    "request_ids",
-    "batch_size",
-    "on_step",
-    "cancel",
-    "tokenizer",
-)
-# How many lines are read at a time, and what an error calls the only row.
-_READ_TOGETHER = 256
-_ROW = re.compile(r"\b(prompts|canvas)\[0\]")
 FAILED = "the model's logits were no numbers to draw from, or the decode made no progress"
+# Results go to the disk when so many have gathered, or so many seconds have gone by since the last ones went.
+GATHERED, SECONDS = 16, 1.0
 
 
 def run(
@@ -59,23 +54,28 @@ def run(
     restart: bool = False,
     overwrite: bool = False,
     wrap_prompt: Callable[[Any], Any] = lambda prompt: prompt,
+    ranks: Ranks | None = None,
     cancel: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> int:
-    """Decodes lines in batches into the file `output`; returns how many results came from a broken run.
+    """Decodes lines into the file `output`; returns how many results came from a broken run.
 
     The file has one JSON line per line of the job, in order. Until all of them are there, results go to
-    `<output>.partial`, which is synced after every batch; one rename gives the output its name. A result depends only
-    on the line, the line's index, which keys the noise, and what the header of the partial file holds: settings,
-    weights, configuration, tokenizer, backend, device and versions. A run resumes what a broken run with the same
-    header left, line by line: a line that was changed or added since is decoded, and all others are taken as they are.
+    `<output>.partial` in the order in which they are finished, and are synced when 16 have gathered or a second has
+    gone by; one rename gives the output its name. A result depends only on the line, the line's index, which keys the
+    noise, and what the header of the partial file holds: settings, weights, configuration, tokenizer, backend, device
+    and versions. A run resumes what a broken run with the same header left, line by line: a line that was changed or
+    added since is decoded, and all others are taken as they are.
 
     All lines are checked before the first forward. One that cannot be decoded has finish "error" and its "error" in
     the output, beside those that can, unless the job is `strict`.
 
+    What is kept of all lines together is about 55 bytes of each, and what is wrong with those that have a problem; a
+    line is read again when a slot takes it.
+
     Args:
-        model: as for `generate`.
+        model: as for `generate`. Of a tensor parallel model every rank decodes all lines, and the first one writes.
         lines: what `read_lines` or `lines_of` returned.
         output: the file to write.
         settings: keyword arguments of `generate`, as plain data. What they leave to the model is settled first, so that
@@ -86,32 +86,34 @@ def run(
         restart: whether the results of a broken run are discarded.
         overwrite: whether an existing output is replaced.
         wrap_prompt: a function that is applied to every "prompt", as a chat template needs.
+        ranks: the place of this process among those that decode the job together, which have joined; each has the whole
+            model, and calls this with the same arguments. Rank r decodes the lines whose index is r modulo their
+            number, into a partial file of its own; the first rank writes the output from all of them. Whatever number
+            of ranks a broken run had, its results are resumed. Default: this process alone.
         cancel: as for `generate`.
-        progress: a function that is called with the number of finished lines and the number of all lines.
+        progress: a function that is called with the number of finished lines and the number of all lines, of this rank.
         warn: a function that is called with what is wrong with some of the lines, before anything is decoded.
     Raises:
         JobError: the output exists; or the partial file is of another run, of another process or no such file; or no
-            line can be decoded, or with `strict` one cannot; or, once the output is complete, some lines have finish
-            "error".
-        BatchTooLarge: the largest batch cannot fit the memory, before anything is decoded; or another one, if less is
-            free by then.
-        DecodeCancelled: `cancel` was set. The batches that are finished stay in the partial file.
+            line can be decoded, or with `strict` one cannot; or the input was changed meanwhile; or another rank has
+            ended; or, once the output is complete, some lines have finish "error".
+        BatchTooLarge: the longest lines cannot fit the memory together, before anything is decoded.
+        DecodeCancelled, DecodeOutOfMemory, DecodeInterrupted: as `generate`; `output` is a list of `Completion`, the
+            rows in work. Lines that are finished stay in the partial file.
         OSError: the disk refuses.
     """
     # 1. Check the job, and every line, before anything is written.
     check_places(output, overwrite=overwrite)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise JobError(f"--batch-size must be at least 1, got {batch_size}")
+    check_cancel(cancel)
     handle = handle_of(model)
     if handle.max_rows is not None and batch_size > handle.max_rows:
         raise JobError(f"--batch-size must be at most the model's max_rows={handle.max_rows}, got {batch_size}")
     settings = _settings(handle, settings)
-    lines, rows = _checked(model, lines, settings, wrap_prompt)
-    bad = [line for line in lines if line.problem is not None]
-    if bad and (strict or len(bad) == len(lines)):
-        raise JobError(f"{len(bad)} of {len(lines)} lines cannot be decoded: {named(bad)}")
-    if bad:
-        warn(f"{len(bad)} of {len(lines)} lines cannot be decoded and get finish 'error': {named(bad)}")
+    ranks = Ranks() if ranks is None or ranks_of(model) > 1 else ranks
+    rows = Rows(model, settings, wrap_prompt)
+    keys, problems, sizes = _checked(lines, rows, batch_size, strict, warn)
     header = {**_header(model, handle), "settings": settings, **(source or {})}
     if isinstance(settings.get("head"), str):
         # A head is opened once: it is what the header says, whatever happens to its file.
@@ -119,71 +121,200 @@ def run(
         header["head"] = fingerprint.of_tensors(
             {**head.state_dict(), **{name: getattr(head, name) for name in FIELDS}}.items()
         )
-        settings = {**settings, "head": head}
-    keys = [_key(index, line) for index, line in enumerate(lines)]
+        rows = Rows(model, {**settings, "head": head}, wrap_prompt)
+    header = json.loads(json.dumps(header))
+    runner = sizes.open(rows, [rows.read(lines[index], index).opened[0] for index in sizes.longest])
 
-    def positions(index: int) -> int:
-        line = lines[index]
-        return len(rows[index]) + (line.setting(settings, "max_new_tokens") if line.kind == "prompt" else 0)
+    with contextlib.closing(Found(keys)) as found, contextlib.ExitStack() as held:
+        # 2. Find what a broken run left. The first rank holds the job, and all look for results when all hold their
+        # files, and decode when all have looked. Under the lock the output is looked for again.
+        partial: Partial | None = None
+        if ranks_of(model) == 1 or dist.get_rank() == 0:
+            partial = _opened(held, output, found, header, ranks, restart=restart, overwrite=overwrite)
+        others = [rank for rank in range(ranks.count) if rank != ranks.rank]
+        others = sorted({*others, *ranks_left(output)} - {ranks.rank})
+        for rank in others if partial is not None else ():
+            found.read(partial_path(output, rank))
+        ranks.meet()
+        done = bytearray(keys[index] is None or index in found for index in range(len(lines)))
+        if ranks_of(model) > 1:  # all ranks decode the same lines
+            shared = [bytes(done)]
+            dist.broadcast_object_list(shared, src=0, device=rows.decoder.device)
+            done = bytearray(shared[0])
+        resumed, share = found.count, ranks.share(len(lines))
+        finished = sum(done[share.start :: share.step])
+        progress(finished, len(share))
 
-    with Partial(output) as partial:
-        # 2. Find what a broken run left. Under the lock the output is looked for again.
-        check_places(output, overwrite=overwrite)
-        partial.begin(json.loads(json.dumps(header)), restart=restart)
-        done = [line.problem is not None or key in partial.places for line, key in zip(lines, keys)]
-        resumed = sum(key in partial.places for line, key in zip(lines, keys) if line.problem is None)
-        progress(sum(done), len(lines))
+        # 3. Decode the other lines.
+        def line_of(index: int) -> Line:
+            line = lines[index]
+            if line.problem is not None or _key(index, line) != keys[index]:
+                raise JobError(f"{line.where} was changed while the job ran; what was finished is kept")
+            return line
 
-        # 3. Decode the other lines. A batch holds prompts only or canvases only.
-        batches = list(_batches(lines, done, batch_size))
-        if batches:  # the largest is refused now, or never
-            largest = max(batches, key=lambda batch: len(batch) * max(positions(index) for index in batch))
-            call = _read(model, _arguments_of(largest, lines, rows, settings))
-            open_batch(handle, call.batch.opened, call.preset, handle.diffusion, call.device)
-        for batch in batches:
-            results = _decode(model, batch, lines, rows, settings, cancel)
-            partial.append((keys[index], result) for index, result in zip(batch, results))
-            for index in batch:
-                done[index] = True
-            progress(sum(done), len(lines))
+        def taken() -> Iterator[Row]:
+            for index in share:
+                if not done[index]:
+                    yield Row(rows.read(line_of(index), index), index)
+
+        def write(results: list[Completion]) -> None:
+            nonlocal finished
+            if partial is not None:
+                partial.append((row.index, _result(row, line_of(row.index))) for row in results)
+            finished += len(results)
+            progress(finished, len(share))
+
+        _decode(runner, taken(), write, cancel)
+        ranks.meet()
+        if partial is None or not ranks.leads:
+            return resumed
 
         # 4. All results in order, under the output's name.
-        failed: list[Line] = []
+        for rank in others:
+            found.read(partial_path(output, rank))
+        absent = next((index for index in range(len(lines)) if keys[index] is not None and index not in found), None)
+        if absent is not None:
+            raise JobError(
+                f"{lines[absent].where} has no result after all ranks have ended; do all of them see the folder "
+                f"{output.absolute().parent}?"
+            )
+        failed = Named()
 
         def results_in_order() -> Iterator[dict[str, Any]]:
-            failed.clear()
-            for index, (line, key) in enumerate(zip(lines, keys)):
-                result = _refused(index, line) if line.problem is not None else partial.line(key)
+            for index in range(len(lines)):
+                problem = problems.get(index)
+                result = found.line(index) if problem is None else _refused(index, lines[index], problem)
                 if result["finish"] == "error":
-                    failed.append(dataclasses.replace(line, problem=result["error"]))
+                    failed.add(lines[index], result["error"])
                 yield result
 
-        partial.finish(results_in_order, overwrite=overwrite)
+        partial.finish(results_in_order(), [partial_path(output, rank) for rank in others], overwrite=overwrite)
 
     # 5. Say so if a line failed.
     if failed:
-        raise JobError(
-            f"{output} is complete, but {len(failed)} of {len(lines)} lines have finish 'error': {named(failed)}"
-        )
+        raise JobError(f"{output} is complete, but {failed.count} of {len(lines)} lines have finish 'error': {failed}")
     return resumed
+
+
+def _opened(
+    held: contextlib.ExitStack,
+    output: Path,
+    found: Found,
+    header: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    restart: bool,
+    overwrite: bool,
+) -> Partial:
+    """The partial file of this rank, held until `held` is closed; no rank writes before the first one has the job."""
+    if ranks.leads:
+        partial = held.enter_context(Partial(output, found))
+        check_places(output, overwrite=overwrite)
+        left_over = partial.is_left_over()
+        partial.begin(header, restart=restart, left_over=left_over)
+        for rank in ranks_left(output):
+            with contextlib.closing(Found(found.keys)) as of_rank, Partial(output, of_rank, rank) as other:
+                other.begin(header, restart=restart, left_over=left_over)
+                if restart or left_over:
+                    other.unlink()
+    ranks.meet()
+    if not ranks.leads:
+        partial = held.enter_context(Partial(output, found, ranks.rank))
+        partial.begin(header, restart=False)
+    ranks.meet()
+    return partial
+
+
+def _decode(runner: Runner, source: Iterable[Row], write: Callable[[list[Completion]], None], cancel: Any) -> None:
+    """Decodes rows, and writes each when it is done, some together. Whatever ends this, all that is done is written."""
+    gathered: list[Completion] = []
+    written = time.monotonic()
+
+    def flush() -> None:
+        nonlocal written
+        if gathered:
+            write(gathered)
+            gathered.clear()
+        written = time.monotonic()
+
+    runner.cancelled = None if cancel is None else cancel.is_set
+    try:
+        try:
+            for row, _ in runner.run(source):
+                gathered.append(row)
+                if len(gathered) >= GATHERED or time.monotonic() - written >= SECONDS:
+                    flush()
+        finally:
+            flush()
+    except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
+        stopped = [row for row, _ in runner.stopped()]
+        gathered += [row for row in stopped if row.finish != "unfinished"]
+        flush()
+        rest = [row for row in stopped if row.finish == "unfinished"]
+        indices = [row.index for row in rest]
+        cause = error.__cause__ or error
+        if isinstance(error, KeyboardInterrupt):
+            raise DecodeInterrupted(rest, indices) from cause
+        if isinstance(error, StepsCancelled):
+            raise DecodeCancelled(f"generate: cancelled, with {len(rest)} rows in work", rest, indices) from cause
+        raise DecodeOutOfMemory(too_large(error.bucket, runner.shapes), rest, indices) from cause
+
+
+def _checked(
+    lines: Sequence[Line], rows: Rows, batch_size: int, strict: bool, warn: Callable[[str], None]
+) -> tuple[Keys, dict[int, str], Sizes]:
+    """What tells the lines apart, all problems that `generate` would find, and how long the rows are; no forward is
+    made. Raises JobError."""
+    keys, problems, bad = Keys(), {}, Named()
+    sizes = Sizes(len(lines), batch_size)
+    mask_id = rows.decoder.handle.diffusion.mask_token_id
+    for index, line in enumerate(lines):
+        problem = line.problem
+        if problem is None:
+            try:
+                sizes.add(index, rows.read(line, index), mask_id, line.kind == "canvas")
+            except Exception as error:  # also what a tokenizer, a chat template or `wrap_prompt` raises
+                problem = rows.problem(line, error)
+        keys.append(_key(index, line) if problem is None else None)
+        if problem is not None:
+            problems[index] = problem
+            bad.add(line, problem)
+    if bad and (strict or bad.count == len(lines)):
+        raise JobError(f"{bad.count} of {len(lines)} lines cannot be decoded: {bad}")
+    if bad:
+        warn(f"{bad.count} of {len(lines)} lines cannot be decoded and get finish 'error': {bad}")
+    return keys, problems, sizes
 
 
 def result_line(output: GenerateOutput, b: int, index: int, line: Line) -> dict[str, Any]:
     """The result of row `b` as plain data, for the line of this index."""
+    text = output.text[b] if output.text is not None else None
+    numbers = output.nfe[b], output.query_tokens[b], output.tpf[b]
+    return _as_data(index, line, text, output.sequences[b].tolist(), output.finish[b], *numbers)
+
+
+def _result(row: Completion, line: Line) -> dict[str, Any]:
+    """The result of a row as plain data."""
+    return _as_data(row.index, line, row.text, row.ids.tolist(), row.finish, row.nfe, row.query_tokens, row.tpf)
+
+
+def _as_data(
+    index: int, line: Line, text: str | None, ids: list[int], finish: str, nfe: int, query_tokens: int, tpf: float
+) -> dict[str, Any]:
     result = {
         "index": index,
         **line.repeated(),
-        "text": output.text[b] if output.text is not None else None,
-        "ids": output.sequences[b].tolist(),
-        "finish": output.finish[b],
-        "nfe": output.nfe[b],
-        "query_tokens": output.query_tokens[b],
-        "tpf": round(output.tpf[b], 6),
+        "text": text,
+        "ids": ids,
+        "finish": finish,
+        "nfe": nfe,
+        "query_tokens": query_tokens,
+        "tpf": round(tpf, 6),
     }
-    return {**result, "error": FAILED} if output.finish[b] == "error" else result
+    return {**result, "error": FAILED} if finish == "error" else result
 
 
-def _refused(index: int, line: Line) -> dict[str, Any]:
+def _refused(index: int, line: Line, problem: str) -> dict[str, Any]:
     """The result of a line that cannot be decoded."""
     repeated = {}
     for name, value in line.repeated().items():
@@ -191,8 +322,7 @@ def _refused(index: int, line: Line) -> dict[str, Any]:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
             repeated[name] = value
     nothing = {"text": None, "ids": [], "finish": "error", "nfe": 0, "query_tokens": 0, "tpf": 0.0}
-    problem = str(line.problem).encode("utf-8", "backslashreplace").decode()
-    return {"index": index, **repeated, **nothing, "error": problem}
+    return {"index": index, **repeated, **nothing, "error": problem.encode("utf-8", "backslashreplace").decode()}
 
 
 def _settings(handle: PatchHandle, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,100 +361,3 @@ def _key(index: int, line: Line) -> str:
     """What tells the result of a line from all others: the line's place and its content."""
     content = json.dumps([index, line.record], sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def _batches(lines: Sequence[Line], done: Sequence[bool], batch_size: int) -> Iterator[list[int]]:
-    """The indices of the lines that are decoded together, in order."""
-    batch: list[int] = []
-    for index, line in enumerate(lines):
-        if done[index]:
-            continue
-        if batch and (len(batch) == batch_size or lines[batch[0]].kind != line.kind):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _arguments(lines: Sequence[Line], settings: Mapping[str, Any], rows: Sequence[Any]) -> dict[str, Any]:
-    """The arguments of `generate` for lines of one kind, whose prompts or canvases are `rows`."""
-    own = [name for name in LINE_SETTINGS if any(name in line.record for line in lines)]
-    arguments = {**settings, **{name: [line.setting(settings, name) for line in lines] for name in own}}
-    if lines[0].kind == "prompt":
-        return {**arguments, "prompts": rows}
-    # What becomes of a last block is a matter of the job's prompts; a canvas has its own end.
-    arguments.pop("last_block", None)
-    return {**arguments, "canvas": rows, "max_new_tokens": None}
-
-
-def _arguments_of(
-    batch: list[int], lines: Sequence[Line], rows: Sequence[Any], settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of `generate` for the lines of a batch."""
-    arguments = _arguments([lines[index] for index in batch], settings, [rows[index] for index in batch])
-    return {**arguments, "request_ids": batch}
-
-
-def _decode(
-    model: nn.Module,
-    batch: list[int],
-    lines: Sequence[Line],
-    rows: Sequence[Any],
-    settings: Mapping[str, Any],
-    cancel: Any,
-) -> list[dict[str, Any]]:
-    """The results of a batch, in its order."""
-    try:
-        output = generate(model, **_arguments_of(batch, lines, rows, settings), cancel=cancel)
-    except (DecodeOutOfMemory, DecodeCancelled):
-        raise
-    except DecodeError as error:
-        # The rows beside a failed row are good. A failed row's line says finish "error".
-        output = error.output
-    return [result_line(output, b, index, lines[index]) for b, index in enumerate(batch)]
-
-
-def _checked(
-    model: nn.Module, lines: Sequence[Line], settings: Mapping[str, Any], wrap_prompt: Callable[[Any], Any]
-) -> tuple[list[Line], list[Any]]:
-    """The lines with all problems that `generate` would find, and their token ids; no forward is made.
-
-    Many lines are read at a time, and one by one only where one of them has a problem.
-    """
-    checked, rows = list(lines), [None] * len(lines)
-
-    def read(indices: list[int]) -> None:
-        inputs = [lines[index].record[lines[index].kind] for index in indices]
-        if lines[indices[0]].kind == "prompt":
-            inputs = [wrap_prompt(prompt) for prompt in inputs]
-        arguments = _arguments([lines[index] for index in indices], settings, inputs)
-        batch = _read(model, arguments).batch
-        for index, canvas, length in zip(indices, batch.canvases, batch.prompt_lengths):
-            ids = canvas[:length] if lines[index].kind == "prompt" else canvas
-            rows[index] = ids.numpy().astype(np.int32)  # of many lines, so that they are kept small
-
-    _read(model, {**settings, "prompts": []})  # what is wrong with the settings is no line's problem
-
-    for batch in _batches(lines, [line.problem is not None for line in lines], _READ_TOGETHER):
-        try:
-            read(batch)
-        except Exception:  # also what a tokenizer, a chat template or `wrap_prompt` raises
-            for index in batch:
-                try:
-                    read([index])
-                except Exception as error:
-                    problem = _ROW.sub(lines[index].kind, str(error)).removeprefix("generate: ")
-                    if not isinstance(error, (ValueError, TypeError)):
-                        problem = f"{type(error).__name__}: {problem}"
-                    checked[index] = dataclasses.replace(lines[index], problem=problem)
-    return checked, rows
-
-
-def _read(model: nn.Module, arguments: Mapping[str, Any]) -> Call:
-    """A call of `generate` with these arguments, which is not made."""
-    bound = SIGNATURE.bind(model, **arguments)
-    bound.apply_defaults()
-    values = {name: value for name, value in bound.arguments.items() if name not in ("on_step", "cancel", "batch_size")}
-    options = values.pop("options")
-    return read_call(**values, **options)

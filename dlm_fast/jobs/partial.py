@@ -1,17 +1,22 @@
-"""The file that a job writes until it is complete: `<output>.partial`.
+"""The files that a job writes until it is complete: `<output>.partial`, and `<output>.rank<r>.partial` of other ranks.
 
 The first line is the header, which says what the results depend on: settings, weights, tokenizer, backend, versions.
 Every other line is a result with the key of the line that it answers, and a checksum. Results stand in the order in
-which they were decoded; a damaged one is as if it were not there. One process at a time holds the file, by a lock.
+which they were finished; a damaged one is as if it were not there. One process at a time holds a file, by a lock, and
+who holds `<output>.partial` holds the job.
 """
 
 from __future__ import annotations
 
+import array
+import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,15 +26,111 @@ from .. import disk
 # What every header begins with, which is also the number of this format. A file that begins otherwise is not ours.
 _MARK_NAME = "dlm-fast job"
 _MARK = f'{{"{_MARK_NAME}": 1'
+# How many bytes of a result are read at a time.
+_READ_TOGETHER = 2**14
 
 
 class JobError(ValueError):
     """A job cannot start or go on, or is complete with lines that failed; the message names the file and the rule."""
 
 
-def partial_path(output: Path) -> Path:
-    """Where the results of an output stand until all of them are there."""
-    return output.with_name(output.name + ".partial")
+def partial_path(output: Path, rank: int = 0) -> Path:
+    """Where the results of an output, or those of one of several ranks, stand until all of them are there."""
+    return output.with_name(output.name + (f".rank{rank}.partial" if rank else ".partial"))
+
+
+def ranks_left(output: Path) -> list[int]:
+    """The ranks other than 0 of which there are results, whichever run has left them."""
+    paths = map(Path, glob.glob(f"{glob.escape(str(output))}.rank*.partial"))
+    found = (re.fullmatch(r"\.rank([1-9]\d*)\.partial", path.name.removeprefix(output.name)) for path in paths)
+    return sorted(int(match[1]) for match in found if match)
+
+
+class Keys:
+    """What tells the results of a job's lines from all others, 16 bytes a line."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._bytes) // 16
+
+    def append(self, key: str | None) -> None:
+        """Adds the key of the next line; None = it has no result."""
+        self._bytes += bytes(16) if key is None else bytes.fromhex(key)
+
+    def __getitem__(self, index: int) -> str | None:
+        key = bytes(self._bytes[16 * index : 16 * index + 16])
+        return key.hex() if any(key) else None
+
+
+class Found:
+    """Where the results of a job stand, in one or several files.
+
+    Attributes:
+        keys: the keys of the job's lines.
+        count: how many results there are.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys, self.count = keys, 0
+        self._places = array.array("q", [-1]) * len(keys)
+        self._numbers = array.array("I", [0]) * len(keys)
+        self._files: list[int] = []
+
+    def __contains__(self, index: int) -> bool:
+        return self._places[index] >= 0
+
+    def open(self, descriptor: int) -> int:
+        """A number for a file that results are read from."""
+        self._files.append(os.dup(descriptor))
+        return len(self._files) - 1
+
+    def add(self, number: int, index: int, place: int) -> None:
+        """Notes a result in a file, unless there is one already."""
+        if self._places[index] < 0:
+            self._places[index], self._numbers[index] = place, number
+            self.count += 1
+
+    def take(self, number: int, key: Any, line: Mapping[str, Any], place: int) -> None:
+        """Notes what stands in a file, if it is the result of a line of this job."""
+        index = line.get("index")
+        if type(index) is int and 0 <= index < len(self.keys) and self.keys[index] == key:
+            self.add(number, index, place)
+
+    def line(self, index: int) -> dict[str, Any]:
+        """The result of a line, read from its file."""
+        # Not by the position of the file, which moves with what is written.
+        file, place, parts = self._files[self._numbers[index]], self._places[index], []
+        while not parts or b"\n" not in parts[-1]:
+            parts.append(os.pread(file, _READ_TOGETHER, place))
+            place += len(parts[-1])
+            if not parts[-1]:
+                raise JobError("a partial file was cut while the job ran")
+        return json.loads(b"".join(parts).split(b"\n", 1)[0])["line"]
+
+    def read(self, path: Path) -> None:
+        """Notes the results in a file that another process may hold, as far as they are whole; none if it is gone."""
+        try:
+            descriptor = disk.open_regular(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        try:
+            number = self.open(descriptor)
+            for place, entry, _ in _entries(descriptor):
+                if place and _is_result(entry):
+                    self.take(number, entry["key"], entry["line"], place)
+        finally:
+            os.close(descriptor)
+
+    def clear(self) -> None:
+        """Forgets all results."""
+        self.close()
+        self.__init__(self.keys)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
 
 
 def check_places(output: Path, *, source: Path | None = None, overwrite: bool = False) -> None:
@@ -55,18 +156,17 @@ def check_places(output: Path, *, source: Path | None = None, overwrite: bool = 
 
 
 class Partial:
-    """The partial file of one output, held by this process.
+    """The partial file of one output, or of one of its ranks, held by this process.
 
     Attributes:
         path: the file.
         output: the file that it becomes.
-        places: for each key of a result that is there, the place of its line in the file.
+        found: where the results of the job stand.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, found: Found, rank: int = 0) -> None:
         """Opens or makes the file and locks it. Raises JobError unless the file is ours and nobody else holds it."""
-        self.output, self.path = output, partial_path(output)
-        self.places: dict[str, int] = {}
+        self.output, self.path, self.found = output, partial_path(output, rank), found
         self._finishing: Any = None  # what a finished file of ours is known by: device and inode
         self._file: BinaryIO = self._locked()
         try:
@@ -102,64 +202,80 @@ class Partial:
         """The header; None if the file is new, and empty if it is damaged."""
         self._end = 0
         header: dict[str, Any] | None = None
-        self._file.seek(0)
-        with open(os.dup(self._file.fileno()), "rb") as lines:
-            for raw in lines:
-                place = self._end
-                if place == 0 and not _may_be_header(raw):
-                    raise JobError(
-                        f"{self.path} is not what a job of this version leaves (its first line is no header); move it "
-                        "away"
-                    )
-                if not raw.endswith(b"\n"):
-                    break
-                self._end += len(raw)
-                if place == 0:
-                    header = _parsed(raw) or {}
-                    continue
-                entry = _parsed(raw) or {}
-                self._finishing = entry.get("finishing", self._finishing)
-                key, line = entry.get("key"), entry.get("line")
-                if isinstance(key, str) and isinstance(line, dict) and entry.get("check") == _check(key, line):
-                    self.places.setdefault(key, place)
+        self._number = self.found.open(self._file.fileno())
+        for place, entry, raw in _entries(self._file.fileno()):
+            if place == 0 and not _may_be_header(raw):
+                raise JobError(
+                    f"{self.path} is not what a job of this version leaves (its first line is no header); move it away"
+                )
+            if not raw.endswith(b"\n"):
+                break
+            self._end += len(raw)
+            if place == 0:
+                header = entry
+                continue
+            self._finishing = entry.get("finishing", self._finishing)
+            if _is_result(entry):
+                self.found.take(self._number, entry["key"], entry["line"], place)
         return header
 
-    def begin(self, header: Mapping[str, Any], *, restart: bool) -> None:
+    def begin(self, header: Mapping[str, Any], *, restart: bool, left_over: bool = False) -> None:
         """Goes on with the results that are there, or begins anew.
 
-        Raises JobError if they are of a run with another header, and `restart` does not say to discard them.
+        Raises JobError if they are of a run with another header, and `restart` does not say to discard them, nor
+        `left_over` that the output has them already.
         """
-        if self._header is not None and not restart and not self._is_left_over():
+        if self._header is not None and not restart:
             saved = {name: value for name, value in self._header.items() if name != _MARK_NAME}
             names = sorted(name for name in {**saved, **header} if saved.get(name) != header.get(name))
-            if not names:
+            if not names and not left_over:
                 return
-            what = f"is from a run with other {', '.join(names)}" if saved else "has a damaged header"
-            raise JobError(f"{self.path} {what}; use the same, or --restart to discard it")
+            if not left_over:
+                what = f"is from a run with other {', '.join(names)}" if saved else "has a damaged header"
+                raise JobError(f"{self.path} {what}; use the same, or --restart to discard it")
         if self._finishing is not None:
             self._forget_finished()
+        self.found.clear()
+        self._number = self.found.open(self._file.fileno())
         self._file.seek(0)
         self._file.truncate()
-        self.places, self._end = {}, 0
+        self._end = 0
         self._write(json.dumps({_MARK_NAME: 1, **header}, ensure_ascii=False).encode() + b"\n")
 
-    def _is_left_over(self) -> bool:
+    def is_left_over(self) -> bool:
         """Whether the output has all of these results already: a run was killed between its last two steps."""
-        if not self.places or not self.output.is_file():
+        try:
+            with open(self.output, "rb") as output:
+                if not _is_file(output, self._finishing):
+                    return False
+                places = array.array("q")
+                for place, _ in _raws(output):
+                    places.append(place)
+                for place, entry, _ in _entries(self._file.fileno()):
+                    if not place or not _is_result(entry):
+                        continue
+                    index = entry["line"].get("index")
+                    if type(index) is not int or not 0 <= index < len(places):
+                        return False
+                    output.seek(places[index])
+                    if output.readline() != encoded(entry["line"]):
+                        return False
+        except OSError:
             return False
-        with open(self.output, "rb") as output:
-            lines = sorted((self.line(key) for key in self.places), key=lambda line: line["index"])
-            return all(output.readline() == encoded(line) for line in lines) and not output.read(1)
+        return True
 
-    def append(self, results: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-        """Writes results, each with its key, and waits until they are on the disk."""
-        place, entries = self._end, []
-        for key, line in results:
+    def append(self, results: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Writes results, each with the index of its line, and waits until they are on the disk."""
+        place, entries, places = self._end, [], []
+        for index, line in results:
+            key = self.found.keys[index]
             raw = encoded({"key": key, "check": _check(key, line), "line": line})
-            self.places[key] = place
+            places.append((index, place))
             entries.append(raw)
             place += len(raw)
         self._write(b"".join(entries))
+        for index, place in places:
+            self.found.add(self._number, index, place)
 
     def _write(self, data: bytes) -> None:
         self._file.seek(self._end)
@@ -170,14 +286,9 @@ class Partial:
         os.fsync(self._file.fileno())
         self._end += len(data)
 
-    def line(self, key: str) -> dict[str, Any]:
-        """The result with this key, read from the file."""
-        self._file.seek(self.places[key])
-        with open(os.dup(self._file.fileno()), "rb") as lines:
-            return json.loads(lines.readline())["line"]
-
-    def finish(self, lines: Callable[[], Iterable[Mapping[str, Any]]], *, overwrite: bool) -> None:
-        """Gives `lines`, all of them and in order, the output's name, and takes the partial file away.
+    def finish(self, lines: Iterable[Mapping[str, Any]], others: Iterable[Path], *, overwrite: bool) -> None:
+        """Gives `lines`, all of them and in order, the output's name, and takes the partial files away: the `others`,
+        of ranks that have ended, and this one last, which says that the results are there.
 
         Raises JobError if an output has appeared meanwhile and is not to be replaced; then the partial file is kept.
         """
@@ -191,7 +302,7 @@ class Partial:
             found = os.fstat(target)
             self._write(encoded({"finishing": [found.st_dev, found.st_ino]}))
             with os.fdopen(target, "wb") as file:
-                for line in lines():
+                for line in lines:
                     file.write(encoded(line))
                 file.flush()
                 os.fsync(file.fileno())
@@ -205,6 +316,12 @@ class Partial:
         except BaseException:
             finished.unlink(missing_ok=True)
             raise
+        for path in others:
+            path.unlink(missing_ok=True)
+        self.unlink()
+
+    def unlink(self) -> None:
+        """Takes the file away, unless its name is another's by now."""
         if disk.names(self.path, self._file.fileno()):
             self.path.unlink()
 
@@ -227,6 +344,8 @@ class Partial:
     ) -> None:
         if self._end == 0 and disk.names(self.path, self._file.fileno()):
             self.path.unlink()  # made here, and nothing was written
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # who reads results has descriptors that would keep the lock
         self._file.close()
 
 
@@ -238,6 +357,34 @@ def encoded(line: Mapping[str, Any]) -> bytes:
 def _check(key: str, line: Mapping[str, Any]) -> str:
     """What a result and its key must add up to, so that a damaged one is noticed."""
     return hashlib.sha256(key.encode() + encoded(line)).hexdigest()[:16]
+
+
+def _raws(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file from its beginning, each with its place."""
+    place = 0
+    file.seek(0)
+    for raw in file:
+        yield place, raw
+        place += len(raw)
+
+
+def _entries(descriptor: int) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    """The lines of a partial file, each with its place: its object, empty if it is damaged, and its bytes."""
+    with open(os.dup(descriptor), "rb") as file:
+        for place, raw in _raws(file):
+            yield place, (_parsed(raw) if raw.endswith(b"\n") else None) or {}, raw
+
+
+def _is_result(entry: Mapping[str, Any]) -> bool:
+    """Whether a line of a partial file is a result as it was written."""
+    key, line = entry.get("key"), entry.get("line")
+    return isinstance(key, str) and isinstance(line, dict) and entry.get("check") == _check(key, line)
+
+
+def _is_file(file: BinaryIO, known: Any) -> bool:
+    """Whether an open file has this device and inode."""
+    found = os.fstat(file.fileno())
+    return known == [found.st_dev, found.st_ino]
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from helpers import save_toy_checkpoint
 
 import dlm_fast
 from dlm_fast import cli, files, loading
-from dlm_fast.jobs import job
+from dlm_fast.jobs.rows import Sizes
 from dlm_fast.training import __main__ as training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -406,12 +406,13 @@ def test_prompts_are_decoded_as_many_at_a_time_as_the_flags_say(checkpoint, comm
     assert json.loads(run([*argv, "--batch-size", "2"], capsys)[1])["results"] == together
     assert "batch_size must be given for more rows than max_rows=2" in run([*argv, "--max-rows", "2"], capsys)[1]
     # A job has a batch size without a flag, and it is within the limit.
-    at, sizes, decode = command.index("--batch-size"), [], job.generate
+    at, sizes, opened = command.index("--batch-size"), [], Sizes.open
 
-    def generate(*args, request_ids, **kwargs):
-        sizes.append(len(request_ids))
-        return decode(*args, request_ids=request_ids, **kwargs)
+    def open_slots(self, rows, canvases):
+        runner = opened(self, rows, canvases)
+        sizes.append(runner.plan.first.shape[0])
+        return runner
 
-    monkeypatch.setattr(job, "generate", generate)
-    assert run([*command[:at], *command[at + 2 :], "--max-rows", "2"], capsys)[0] == 0 and max(sizes) == 2
-    assert run([*command[:at], *command[at + 2 :], "--overwrite"], capsys)[0] == 0 and max(sizes) == 3
+    monkeypatch.setattr(Sizes, "open", open_slots)
+    assert run([*command[:at], *command[at + 2 :], "--max-rows", "2"], capsys)[0] == 0
+    assert run([*command[:at], *command[at + 2 :], "--overwrite"], capsys)[0] == 0 and sizes == [2, 7]

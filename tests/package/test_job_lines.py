@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import pytest
 import torch
+from broken_jobs import kept, watched
 from commands import error_of, run
 from helpers import EOS, MASK, VOCAB
 
 import dlm_fast
 from dlm_fast import jobs, loading
 from dlm_fast.decoding import memory
-from dlm_fast.jobs import job
 
 GOOD = {"prompt": "abc"}
 
@@ -49,6 +50,13 @@ BAD_LINES = [
     ({"prompt": "a", "temperature": 1e-9}, "temperature must be 0 or in [1e-06, 1e+06], got temperature=1e-09"),
     ({"prompt": "a", "min_new_tokens": 7}, "min_new_tokens must be at most max_new_tokens, got 7 > 6"),
     ({"canvas": [MASK], "max_new_tokens": 3}, "max_new_tokens goes with a prompt"),
+    ({"canvas": [MASK], "system": "s"}, "system goes with a prompt; a canvas has no beginning"),
+    ({"prompt": "a", "system": 3}, "system must be a text, got system=3"),
+    ({"prompt": "a", "seed": -1}, "seed must be a whole number >= 0, got seed=-1"),
+    ({"prompt": "a", "seed": 2**63}, "seed must be a whole number <= 9223372036854775807"),
+    ({"prompt": "a", "stop": ""}, "stop must be a non-empty string or a list of them, got stop=''"),
+    ({"prompt": "a", "stop": ["b", 3]}, "stop must be a non-empty string or a list of them, got stop=['b', 3]"),
+    ({"prompt": "a", "stop": "b" * 5000}, "stop must be at most 1024 strings of at most 4096 characters, got 1 of up"),
     ({"prompt": "a", "meta": [float("nan")]}, "meta must be JSON that a file in UTF-8 can hold: Out of range float"),
     ({"prompt": "a", "id": "\ud800"}, "id must be JSON that a file in UTF-8 can hold: 'utf-8' codec can't encode"),
 ]
@@ -69,6 +77,9 @@ BAD_ROWS = [
     ({"canvas": []}, "canvas must have at least one token, got an empty one"),
     ({"canvas": [VOCAB, MASK]}, f"canvas must hold ids in [0, {VOCAB}), got {VOCAB}"),
     ({"canvas": None}, "canvas must be text, a chat or token ids, got None"),
+    ({"prompt": [5, 6], "system": "be short"}, "system goes with a prompt that becomes a chat"),
+    ({"prompt": [{"role": "system", "content": "x"}], "system": "y"}, "system goes with a chat that has no system"),
+    ({"prompt": "a", "stop": "[MASK]"}, "stop must be what can be written, got the mask token '[MASK]'"),
 ]
 BAD = [pytest.param(line, message, id=f"{i} {message[:40]}") for i, (line, message) in enumerate(BAD_LINES + BAD_ROWS)]
 
@@ -94,27 +105,26 @@ def test_a_bad_line_says_so_itself_and_the_others_are_decoded(command, prompts, 
 
 
 @pytest.mark.parametrize("line, message", BAD)
-def test_a_strict_job_decodes_nothing_beside_a_bad_line(command, prompts, tmp_path, capsys, monkeypatch, line, message):
-    monkeypatch.setattr(job, "generate", lambda *args, **kwargs: pytest.fail("a forward is made"))
+def test_a_strict_job_decodes_nothing_beside_a_bad_line(command, prompts, tmp_path, capsys, line, message):
     prompts.write_bytes(b"\n".join([written(GOOD), written(line), written(GOOD)]))
-    assert f"1 of 3 lines cannot be decoded: line 2: {message}" in error_of([*command, "--strict"], capsys)
+    with watched(on_row=lambda index: pytest.fail("a line is decoded")):
+        assert f"1 of 3 lines cannot be decoded: line 2: {message}" in error_of([*command, "--strict"], capsys)
     assert not list(tmp_path.glob("out*"))
 
 
-def test_all_lines_are_checked_before_the_first_forward(command, prompts, tmp_path, capsys, monkeypatch):
-    decode = job.generate
+def test_all_lines_are_checked_before_the_first_forward(command, prompts, tmp_path, capsys):
     bad = {700 + i: written(line) for i, (line, _) in enumerate(BAD_LINES + BAD_ROWS)}
     prompts.write_bytes(b"\n".join(bad.get(number, written(GOOD)) for number in range(1, 801)))
     said = []
 
-    def first(*args, **kwargs):
+    def first(index):
         said.append(capsys.readouterr().err)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "generate", first)
-    assert run(command, capsys)[0] == 130
+    with watched(on_row=first):
+        assert run(command, capsys)[0] == 130
     assert f"{len(bad)} of 800 lines cannot be decoded" in said[0] and "line 700: not JSON" in said[0]
-    assert f"and {len(bad) - 20} more" in said[0] and decode is not job.generate
+    assert f"and {len(bad) - 20} more" in said[0]
 
 
 def test_a_file_without_a_line_that_can_be_decoded_is_refused(command, prompts, tmp_path, capsys):
@@ -145,19 +155,82 @@ def test_what_is_wrong_with_the_settings_is_no_lines_problem(command, tmp_path, 
 
 
 def test_unknown_keys_are_refused_or_repeated(command, prompts, tmp_path, capsys):
-    records = [GOOD, {"prompt": "a", "system": "x", "answer": 3, "id": 1}, {"prompt": "a", "answer": [4, {"b": None}]}]
+    records = [GOOD, {"prompt": "a", "sistem": "x", "answer": 3, "id": 1}, {"prompt": "a", "answer": [4, {"b": None}]}]
     prompts.write_text("\n".join(map(json.dumps, records)))
     message = error_of(command, capsys)
-    assert "line 2: unknown keys ['answer', 'system'] (and 1 lines more); a line may have prompt or canvas" in message
+    assert "line 2: unknown keys ['answer', 'sistem'] (and 1 lines more); a line may have prompt or canvas" in message
     assert "--keep-keys" in message and not list(tmp_path.glob("out*"))
     assert run([*command, "--keep-keys"], capsys)[0] == 0
     first, second, third = results(tmp_path)
-    assert "answer" not in first and (second["answer"], second["system"], second["id"]) == (3, "x", 1)
+    assert "answer" not in first and (second["answer"], second["sistem"], second["id"]) == (3, "x", 1)
     assert third["answer"] == [4, {"b": None}]
     prompts.write_text('{"prompt": "a", "text": "b"}')
     assert "line 1: the key 'text' is one of the result's own" in error_of(
         [*command, "--keep-keys", "--overwrite"], capsys
     )
+
+
+def test_a_line_may_have_a_seed_stop_strings_and_a_system_message_of_its_own(
+    command, checkpoint, prompts, tmp_path, capsys
+):
+    chat = [{"role": "user", "content": "abc"}]
+    records = [{"prompt": "abc"}, {"prompt": "abc", "seed": 7}, {"prompt": "abc", "system": "be short"}]
+    records += [{"prompt": chat, "system": "be short"}, {"prompt": "abc", "stop": []}, {"canvas": [5, MASK], "seed": 7}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run([*command, "--stop-string", "~~"], capsys)[0] == 0
+    model = dlm_fast.load(checkpoint, device="cpu")
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "block_length": 3}
+    with_system = [{"role": "system", "content": "be short"}, *chat]
+    found = results(tmp_path)
+    for index, (given, seed) in enumerate([(chat, 0), (chat, 7), (with_system, 0), (with_system, 0), (chat, 0)]):
+        alone = dlm_fast.generate(model, [given], request_ids=[index], seed=seed, **settings)
+        assert found[index]["ids"] == alone.sequences[0].tolist(), index
+    assert not {"seed", "stop", "system"} & {key for line in found for key in line}
+    # A stop string of a line is that line's alone, whatever the job's are.
+    text = found[0]["text"]
+    records = [{"prompt": "abc", "stop": text[1]}, {"prompt": "abc"}, {"prompt": "abc", "stop": ["zzz", text[2:4]]}]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    job = [*command, "--overwrite", "--stop-string", text[3]]
+    assert run(job, capsys)[0] == 0
+    for index, (line, stops) in enumerate(zip(results(tmp_path), ([text[1]], [text[3]], ["zzz", text[2:4]]))):
+        alone = dlm_fast.generate(model, [chat], request_ids=[index], stop_strings=stops, **settings)
+        assert (line["text"], line["finish"]) == (alone.text[0], alone.finish[0])
+    assert results(tmp_path)[0]["finish"] == "stop"
+
+
+def test_a_system_message_needs_a_chat(command, prompts, tmp_path, capsys):
+    prompts.write_text('{"prompt": "abc"}\n{"prompt": "abc", "system": "be short"}\n')
+    assert run([*command, "--raw"], capsys)[0] == 1
+    assert results(tmp_path)[1]["error"].startswith("system goes with a prompt that becomes a chat: one of text")
+
+
+def test_a_line_that_changes_while_the_job_runs_is_named_and_the_finished_ones_are_kept(
+    command, prompts, tmp_path, capsys
+):
+    # So long that no line waits in a buffer.
+    lines = [json.dumps({"prompt": [5 + i], "meta": "x" * 20_000}) for i in range(8)]
+    prompts.write_text("\n".join(lines))
+
+    def change(count):
+        if count == 3:
+            with open(prompts, "r+") as file:
+                file.write("\n".join([*lines[:6], lines[6].replace("11", "12", 1), lines[7]]))
+
+    with watched(on_result=change):
+        assert "line 7 was changed while the job ran; what was finished is kept" in error_of(command, capsys)
+    assert len(kept(tmp_path / "out.jsonl.partial")) >= 4
+
+
+def test_lines_from_a_pipe_are_read_once(command, prompts, tmp_path, capsys):
+    assert run(command, capsys)[0] == 0
+    whole, content = (tmp_path / "out.jsonl").read_bytes(), prompts.read_bytes()
+    prompts.unlink()
+    os.mkfifo(prompts)
+    writer = threading.Thread(target=prompts.write_bytes, args=[content])
+    writer.start()
+    assert run([*command, "--overwrite"], capsys)[0] == 0
+    writer.join()
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_two_lines_of_one_id_are_refused(command, prompts, tmp_path, capsys):
@@ -235,19 +308,22 @@ def test_whatever_a_template_raises_is_the_problem_of_its_line(checkpoint, tmp_p
     assert [line["finish"] == "error" for line in results(tmp_path)] == [False, True, False]
 
 
-def test_the_largest_batch_is_planned_before_the_first_forward(checkpoint, tmp_path, monkeypatch):
+def test_the_longest_lines_are_planned_before_the_first_forward(checkpoint, tmp_path, monkeypatch):
     model, settings = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}
     lines = jobs.lines_of(
         [{"prompt": [5] * 20}, {"prompt": [5] * 20}, {"prompt": [5], "max_new_tokens": 200}], settings
     )
-    monkeypatch.setattr(job, "generate", lambda *args, **kwargs: pytest.fail("a forward is made"))
     monkeypatch.setattr(memory, "SMALL", 0)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 40_000)
-    with pytest.raises(dlm_fast.BatchTooLarge, match="got 1 rows of up to 201 positions"):
+    with (
+        watched(on_row=lambda index: pytest.fail("a line is decoded")),
+        pytest.raises(dlm_fast.BatchTooLarge, match="got 1 rows of up to 201 positions"),
+    ):
         jobs.run(model, lines, tmp_path / "out.jsonl", settings=settings, batch_size=1)
 
 
-def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path):
+def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.job, "SECONDS", 0.0)
     model, settings, cancel = dlm_fast.load(checkpoint, device="cpu"), {"max_new_tokens": 4}, threading.Event()
     lines = jobs.lines_of([{"prompt": [5 + i]} for i in range(6)], settings)
     arguments = {"settings": settings, "batch_size": 2}
@@ -258,7 +334,7 @@ def test_a_job_can_be_cancelled_and_goes_on(checkpoint, tmp_path):
             tmp_path / "out.jsonl",
             **arguments,
             cancel=cancel,
-            progress=lambda done, total: cancel.set() if done == 4 else None,
+            progress=lambda done, total: cancel.set() if done >= 4 else None,
         )
     assert jobs.run(model, lines, tmp_path / "out.jsonl", **arguments) == 4
     jobs.run(model, lines, tmp_path / "whole.jsonl", **arguments)

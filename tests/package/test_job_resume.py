@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 
+import broken_jobs
 import pytest
 import torch
 from commands import error_of, run
@@ -18,10 +19,6 @@ from dlm_fast import cli, disk
 from dlm_fast.jobs import job
 from dlm_fast.jobs import partial as partials
 from dlm_fast.policies.heads import save_head
-
-
-class Interrupted(Exception):
-    pass
 
 
 @pytest.fixture
@@ -42,30 +39,16 @@ def whole(command, tmp_path, capsys):
     return content
 
 
-def broken_after(batches: int, command, capsys) -> int:
-    """A run of the command that is broken before this batch (from 0)."""
-    with pytest.MonkeyPatch.context() as patch:
-        decode, numbers = job.generate, iter(range(100))
-
-        def generate(*args, **kwargs):
-            if next(numbers) == batches:
-                raise Interrupted("power cut")
-            return decode(*args, **kwargs)
-
-        patch.setattr(job, "generate", generate)
+def broken_after(results: int, command, capsys) -> int:
+    """A run of the command that is broken when it has so many results."""
+    with broken_jobs.broken_after(results):
         return run(command, capsys)[0]
 
 
 def decoded_indices(command, capsys) -> list[int]:
     """The indices that a run of the command decodes, which must end well."""
-    with pytest.MonkeyPatch.context() as patch:
-        decode, indices = job.generate, []
-
-        def generate(*args, request_ids, **kwargs):
-            indices.extend(request_ids)
-            return decode(*args, request_ids=request_ids, **kwargs)
-
-        patch.setattr(job, "generate", generate)
+    indices: list[int] = []
+    with broken_jobs.watched(on_row=indices.append):
         assert run(command, capsys)[0] == 0
     return indices
 
@@ -78,9 +61,9 @@ def test_a_corrected_line_costs_that_line_only(command, prompts, tmp_path, capsy
     output = tmp_path / "out.jsonl"
     output.unlink()
     # The same, broken before its end, and corrected.
-    broken_after(3, command, capsys)
+    broken_after(5, command, capsys)
     prompts.write_text("\n".join(lines))
-    assert decoded_indices(command, capsys) == [3, 5, 6]
+    assert decoded_indices(command, capsys) == [3, 6]
     corrected = output.read_bytes()
     output.unlink()
     assert decoded_indices(command, capsys) == [0, 1, 2, 3, 4, 5, 6]
@@ -89,7 +72,7 @@ def test_a_corrected_line_costs_that_line_only(command, prompts, tmp_path, capsy
 
 def test_lines_that_are_added_or_changed_are_decoded_and_no_others(command, prompts, tmp_path, capsys):
     lines = prompts.read_text().split("\n")[:7]
-    broken_after(3, command, capsys)  # indices 0 to 4 are there
+    broken_after(5, command, capsys)  # indices 0 to 4 are there
     added = json.dumps({"prompt": "new"})
     prompts.write_text("\n".join(["", *lines[:2], "", lines[2].replace(": 7", ": 8"), *lines[3:], added]))
     assert decoded_indices(command, capsys) == [2, 5, 6, 7]
@@ -141,7 +124,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_model_that_changed_under_its_name_is_another_one(command, own_checkpoint, whole, tmp_path, capsys, change):
-    broken_after(2, command, capsys)
+    broken_after(3, command, capsys)
     partial = tmp_path / "out.jsonl.partial"
     before = partial.read_bytes()
     kept = {file.name: file.read_bytes() for file in own_checkpoint.iterdir()}
@@ -154,15 +137,20 @@ def test_a_model_that_changed_under_its_name_is_another_one(command, own_checkpo
 
 
 def test_a_model_that_moved_is_the_same_one(command, own_checkpoint, whole, tmp_path, capsys):
-    broken_after(2, command, capsys)
+    broken_after(3, command, capsys)
     own_checkpoint.rename(tmp_path / "elsewhere")
     command[command.index("--model") + 1] = str(tmp_path / "elsewhere")
-    assert decoded_indices(command, capsys) == [3, 4, 5, 6]
+    assert decoded_indices(command, capsys) == [
+        2,
+        4,
+        5,
+        6,
+    ]  # a canvas of two masks was done before the prompt beside it
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
 def test_another_backend_or_version_or_manner_is_another_run(command, tmp_path, capsys, monkeypatch):
-    broken_after(2, command, capsys)
+    broken_after(3, command, capsys)
     assert "is from a run with other backend;" in error_of([*command, "--backend", "reference"], capsys)
     assert "is from a run with other raw;" in error_of([*command, "--raw"], capsys)
     assert "is from a run with other settings, weights;" in error_of(
@@ -176,7 +164,7 @@ def test_another_backend_or_version_or_manner_is_another_run(command, tmp_path, 
 
 def test_damage_of_the_partial_file_costs_the_damaged_lines_only(command, whole, tmp_path, capsys):
     partial = tmp_path / "out.jsonl.partial"
-    broken_after(3, command, capsys)
+    broken_after(5, command, capsys)
     header, *lines = partial.read_bytes().split(b"\n")[:-1]  # the lines 0 to 4
     cases = {
         "swapped": ([lines[1], lines[0], *lines[2:]], []),
@@ -197,7 +185,7 @@ def test_damage_of_the_partial_file_costs_the_damaged_lines_only(command, whole,
 
 def test_a_result_that_was_changed_in_the_partial_file_is_not_believed(command, whole, tmp_path, capsys):
     partial = tmp_path / "out.jsonl.partial"
-    broken_after(3, command, capsys)
+    broken_after(5, command, capsys)
     content = partial.read_bytes()
     place = content.index(b'"ids": [', content.index(b"\n")) + 8
     partial.write_bytes(content[:place] + b"4" + content[place + 1 :])
@@ -220,7 +208,7 @@ def test_a_partial_file_of_somebody_else_is_kept(command, tmp_path, capsys, cont
 
 def test_a_damaged_header_is_refused_until_it_is_discarded(command, whole, tmp_path, capsys):
     partial = tmp_path / "out.jsonl.partial"
-    broken_after(2, command, capsys)
+    broken_after(3, command, capsys)
     damaged = partial.read_bytes().replace(b'"weights": "', b'"weights": ', 1)
     partial.write_bytes(damaged)
     assert f"{partial} has a damaged header; use the same, or --restart" in error_of(command, capsys)
@@ -311,25 +299,19 @@ def test_a_head_is_what_is_in_its_file(command, tmp_path, capsys):
     head = tmp_path / "head.safetensors"
     save_head(random_head("filter", block_length=3, seed=1), head)
     command += ["--preset", "learn2pd", "--set", f"head={head}", "--temperature", "0"]
-    broken_after(2, command, capsys)
+    broken_after(3, command, capsys)
     kept = head.read_bytes()
     save_head(random_head("filter", block_length=3, seed=2), head)
     assert "is from a run with other head;" in error_of(command, capsys)
     head.write_bytes(kept)
-    assert decoded_indices(command, capsys) == [3, 4, 5, 6]
+    assert decoded_indices(command, capsys) == [2, 4, 5, 6]
 
 
-def test_an_output_that_appears_while_the_job_runs_is_kept(command, whole, tmp_path, capsys, monkeypatch):
-    output, decode = tmp_path / "out.jsonl", job.generate
-
-    def generate(*args, **kwargs):
-        output.write_text("precious")
-        return decode(*args, **kwargs)
-
-    monkeypatch.setattr(job, "generate", generate)
-    assert f"--output {output} has appeared while the job ran" in error_of(command, capsys)
+def test_an_output_that_appears_while_the_job_runs_is_kept(command, whole, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    with broken_jobs.watched(on_row=lambda index: output.write_text("precious")):
+        assert f"--output {output} has appeared while the job ran" in error_of(command, capsys)
     assert output.read_text() == "precious"
-    monkeypatch.undo()
     assert decoded_indices([*command, "--overwrite"], capsys) == [] and output.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
@@ -360,7 +342,7 @@ def test_what_is_left_by_a_kill_between_the_last_two_steps_is_in_nobodys_way(com
     assert run([*command, "--overwrite", "--seed", "5"], capsys)[0] == 0
     other = (tmp_path / "out.jsonl").read_bytes()
     assert other != whole and not (tmp_path / "out.jsonl.partial").exists()
-    broken_after(2, [*command, "--overwrite"], capsys)
+    broken_after(3, [*command, "--overwrite"], capsys)
     assert "is from a run with other settings" in error_of([*command, "--overwrite", "--seed", "6"], capsys)
     assert (tmp_path / "out.jsonl").read_bytes() == other
 

@@ -8,6 +8,7 @@ import os
 
 import published
 import pytest
+from broken_jobs import Interrupted, broken_after, kept, watched
 from commands import error_of, run
 from helpers import MASK, Synced, save_toy_checkpoint
 
@@ -15,22 +16,6 @@ import dlm_fast
 from dlm_fast import cli, loading
 from dlm_fast.jobs import job
 from dlm_fast.jobs import partial as partials
-
-
-class Interrupted(Exception):
-    pass
-
-
-def break_after(monkeypatch, batches: int, error: BaseException) -> None:
-    """The decode of batch number `batches` (from 0) raises."""
-    real, done = job.generate, iter(range(100))
-
-    def generate(*args, **kwargs):
-        if next(done) == batches:
-            raise error
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(job, "generate", generate)
 
 
 def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
@@ -44,18 +29,41 @@ def test_every_record_gets_its_line_in_order(command, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl"]
 
 
-def test_every_batch_is_on_the_disk_before_the_next_one_and_all_of_it_before_it_is_named(
-    command, tmp_path, capsys, monkeypatch
+def test_results_are_on_the_disk_when_some_have_gathered_and_all_of_them_before_they_are_named(
+    command, prompts, tmp_path, capsys, monkeypatch
 ):
-    synced, decode, seen = Synced(monkeypatch), job.generate, []
+    partial = tmp_path / "out.jsonl.partial"
+    prompts.write_text("".join(json.dumps({"prompt": [5 + i]}) + "\n" for i in range(40)))
+    synced, seen = Synced(monkeypatch), []
+    monkeypatch.setattr(job, "SECONDS", 1000.0)
 
-    def generate(*args, **kwargs):
-        seen.append(synced.holds(tmp_path / "out.jsonl.partial"))
-        return decode(*args, **kwargs)
+    def look(count):
+        seen.append((synced.holds(partial), len(kept(partial))))
 
-    monkeypatch.setattr(job, "generate", generate)
+    with watched(on_result=look):
+        assert run(command, capsys)[0] == 0
+    assert seen == [(True, count // 16 * 16) for count in range(40)]
+    assert synced.named == synced.kept == ["out.jsonl"]
+
+
+def test_results_do_not_wait_for_long(command, tmp_path, capsys, monkeypatch):
+    partial, seen = tmp_path / "out.jsonl.partial", []
+    monkeypatch.setattr(job, "SECONDS", 0.0)
+    with watched(on_result=lambda count: seen.append(len(kept(partial)))):
+        assert run(command, capsys)[0] == 0
+    assert seen == list(range(7))
+
+
+def test_results_come_in_any_order_and_the_output_is_in_that_of_the_lines(command, prompts, tmp_path, capsys):
+    lengths = [30, 2, 3, 2, 4, 2]
+    records = [{"prompt": [5], "max_new_tokens": new, "min_new_tokens": new} for new in lengths]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with broken_after(5):
+        run(command, capsys)
+    assert kept(tmp_path / "out.jsonl.partial") == [1, 2, 3, 4, 5]
     assert run(command, capsys)[0] == 0
-    assert seen == [True] * 4 and synced.named == synced.kept == ["out.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(6)) and [len(line["ids"]) for line in lines] == lengths
 
 
 def test_the_output_does_not_depend_on_the_batch_size(command, tmp_path, capsys):
@@ -66,30 +74,27 @@ def test_the_output_does_not_depend_on_the_batch_size(command, tmp_path, capsys)
     assert output.read_bytes() == by_two
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_resuming_a_broken_run_equals_an_unbroken_one_byte_for_byte(command, tmp_path, capsys, monkeypatch, batches):
+@pytest.mark.parametrize("results", [0, 2, 5, 6])
+def test_resuming_a_broken_run_equals_an_unbroken_one_byte_for_byte(command, tmp_path, capsys, results):
     output = tmp_path / "out.jsonl"
     run(command, capsys)
     whole = output.read_bytes()
     output.unlink()
-    with monkeypatch.context() as patch:
-        break_after(patch, batches, Interrupted("power cut"))
+    with broken_after(results):
         assert "power cut" in error_of(command, capsys)
     assert not output.exists() and (tmp_path / "out.jsonl.partial").exists()
     status, out, _ = run([*command, "--json"], capsys)
-    finished = {0: 0, 1: 2, 3: 5}[batches]  # a batch holds prompts or canvases, never both: 2, 1, 2, 2
-    assert status == 0 and json.loads(out)["resumed"] == finished
+    assert status == 0 and json.loads(out)["resumed"] == results
     assert output.read_bytes() == whole and not (tmp_path / "out.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize("tail", [b'{"index": 2, "te', b'{"index": 2}', b"\xff\xfe\n", b"\n"])
-def test_a_damaged_last_line_is_dropped_and_decoded_again(command, tmp_path, capsys, monkeypatch, tail):
+def test_a_damaged_last_line_is_dropped_and_decoded_again(command, tmp_path, capsys, tail):
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     run(command, capsys)
     whole = output.read_bytes()
     output.unlink()
-    with monkeypatch.context() as patch:
-        break_after(patch, 1, Interrupted())
+    with broken_after(2):
         run(command, capsys)
     partial.write_bytes(partial.read_bytes() + tail)
     assert run(command, capsys)[0] == 0
@@ -104,9 +109,8 @@ def test_a_partial_file_cut_inside_its_header_is_started_again(command, tmp_path
     assert len(output.read_bytes().splitlines()) == 7
 
 
-def test_a_partial_file_of_other_settings_is_refused_and_kept(command, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        break_after(patch, 1, Interrupted())
+def test_a_partial_file_of_other_settings_is_refused_and_kept(command, tmp_path, capsys):
+    with broken_after(2):
         run(command, capsys)
     partial = tmp_path / "out.jsonl.partial"
     before = partial.read_bytes()
@@ -116,11 +120,10 @@ def test_a_partial_file_of_other_settings_is_refused_and_kept(command, tmp_path,
     assert run([*command, "--seed", "9", "--restart"], capsys)[0] == 0
 
 
-def test_a_partial_file_of_another_model_is_refused(command, checkpoint, tmp_path, capsys, monkeypatch):
+def test_a_partial_file_of_another_model_is_refused(command, checkpoint, tmp_path, capsys):
     other_model = tmp_path / "other"
     save_toy_checkpoint(other_model, seed=5)
-    with monkeypatch.context() as patch:
-        break_after(patch, 1, Interrupted())
+    with broken_after(2):
         run(command, capsys)
     argv = [str(other_model) if part == str(checkpoint) else part for part in command]
     assert "is from a run with other weights" in error_of(argv, capsys)
@@ -135,9 +138,9 @@ def test_an_existing_output_is_kept_unless_overwritten(command, tmp_path, capsys
     assert len(output.read_text().splitlines()) == 7
 
 
-def test_an_interrupt_keeps_what_was_finished(command, tmp_path, capsys, monkeypatch):
-    break_after(monkeypatch, 2, KeyboardInterrupt())
-    status, out, err = run(command, capsys)
+def test_an_interrupt_keeps_what_was_finished(command, tmp_path, capsys):
+    with broken_after(3, KeyboardInterrupt()):
+        status, out, err = run(command, capsys)
     assert status == 130 and out == "" and err.splitlines()[-1] == "dlm-fast: interrupted; what was finished is kept"
     assert len((tmp_path / "out.jsonl.partial").read_bytes().splitlines()) == 1 + 3
 
@@ -190,7 +193,7 @@ def test_a_disk_that_fails_while_the_output_is_finished_keeps_the_old_output(
     real, calls = getattr(os, step), iter(range(100))
 
     def fail(*args):
-        if step == "fsync" and next(calls) < 5:  # the header and four batches
+        if step == "fsync" and next(calls) < 3:  # the header, the results, and what the finished file is known by
             return real(*args)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -250,31 +253,26 @@ def test_a_line_may_have_settings_of_its_own(command, own_settings, checkpoint, 
     assert [line.get("meta") for line in lines] == [None, {"answer": [1]}, None, None, None] and lines[4]["id"] == 3
 
 
-def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(
-    command, own_settings, tmp_path, capsys, monkeypatch
-):
+def test_settings_of_lines_depend_neither_on_the_batch_nor_on_a_break(command, own_settings, tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     run(command, capsys)
     whole = output.read_bytes()
     assert run([*command, "--overwrite", "--batch-size", "3"], capsys)[0] == 0 and output.read_bytes() == whole
     output.unlink()
-    with monkeypatch.context() as patch:
-        break_after(patch, 1, Interrupted())
+    with broken_after(2):
         run(command, capsys)
     assert run(command, capsys)[0] == 0 and output.read_bytes() == whole
 
 
-def test_a_line_without_a_temperature_has_that_of_the_published_decoder(tmp_path, capsys, monkeypatch):
+def test_a_line_without_a_temperature_has_that_of_the_published_decoder(tmp_path, capsys):
     checkpoint = published.write("dream", tmp_path / "dream")
     records = [{"prompt": [6, 40]}, {"prompt": [7, 41], "temperature": 0.0}, {"prompt": [8, 42], "temperature": 1.5}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     output = tmp_path / "out.jsonl"
     argv = ["generate", "--model", str(checkpoint.folder), "--input", str(tmp_path / "in.jsonl"), "--output"]
     argv += [str(output), "--max-new-tokens", "8", "--device", "cpu"]
-    break_after(monkeypatch, 0, Interrupted())
-    with pytest.raises(Interrupted):
+    with broken_after(0), pytest.raises(Interrupted):
         cli.main([*argv, "--debug"])
-    monkeypatch.undo()
     # The header says what is decoded with, also what nobody asked for.
     header = json.loads(output.with_name("out.jsonl.partial").read_text().splitlines()[0])["settings"]
     assert (header["preset"], header["temperature"], header["top_p"]) == ("dream", 0.2, 0.95)
@@ -285,10 +283,8 @@ def test_a_line_without_a_temperature_has_that_of_the_published_decoder(tmp_path
     found = [json.loads(line)["ids"] for line in output.read_text().splitlines()]
     assert found == [ids.tolist() for ids in expected.sequences] and found != []
     # Another temperature is another job.
-    break_after(monkeypatch, 0, Interrupted())
-    with pytest.raises(Interrupted):
+    with broken_after(0), pytest.raises(Interrupted):
         cli.main([*argv, "--overwrite", "--debug"])
-    monkeypatch.undo()
     message = error_of([*argv, "--overwrite", "--temperature", "0.3"], capsys)
     assert "is from a run with other settings" in message
 
