@@ -277,6 +277,9 @@ def _e2e_options(e2e: argparse.ArgumentParser) -> None:
     e2e.add_argument("--new-tokens", type=int, default=256, help="positions to fill (default: 256)")
     e2e.add_argument("--per-step", type=int, default=4, help="tokens a step (default: 4)")
     e2e.add_argument("--mixed", type=int, default=16, help="requests of mixed lengths; 0 = none (default: 16)")
+    e2e.add_argument(
+        "--slot-mixed", type=int, default=48, help="that go through slots and static batches; 0 = none (default: 48)"
+    )
     e2e.add_argument("--turns", type=int, default=3, help="how often each is timed (default: 3)")
     e2e.add_argument("--seconds", type=float, default=1800, help="what is left by then is SKIPPED (default: 1800)")
     e2e.add_argument(
@@ -633,10 +636,11 @@ def _e2e(given: argparse.Namespace) -> int:
     began = time.monotonic()
     if min(given.prompt, given.new_tokens, given.per_step) < 1:
         raise UsageError("--prompt, --new-tokens and --per-step must be at least 1")
-    if given.mixed < 0:
-        raise UsageError(f"--mixed must be at least 0, got {given.mixed}")
+    for option in ("mixed", "slot_mixed"):
+        if getattr(given, option) < 0:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 0, got {getattr(given, option)}")
     subjects, facts = _models(given, models.EVEN)
-    names = ("prompt", "new_tokens", "per_step", "turns", "mixed", "backend", "seed")
+    names = ("prompt", "new_tokens", "per_step", "turns", "mixed", "slot_mixed", "backend", "seed")
     visibilities = tuple(dict.fromkeys(given.visibility))
     setting = decoders.Setting(visibilities, tuple(given.rows), **{name: getattr(given, name) for name in names})
     for visibility in visibilities:
