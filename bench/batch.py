@@ -75,11 +75,12 @@ def mix(subject: Subject, count: int, seed: int) -> tuple[list[Request], int]:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A preset on a patched model, for requests in static batches."""
+    """A preset on a patched model, for requests in static batches. `cancel` is that of `generate`."""
 
     preset: str
     subject: Subject
     model: nn.Module
+    cancel: Any = None
 
     def __call__(self, requests: Sequence[Request], rows: int) -> list[GenerateOutput]:
         """Decodes the requests in their order, `rows` a call."""
@@ -95,6 +96,7 @@ class Decoder:
             request_ids=[request.number for request in requests],
             banned_token_ids=[self.subject.eos],
             on_step=on_step,
+            cancel=self.cancel,
         )
 
 

@@ -49,11 +49,17 @@ class SlotDecoder:
     """A preset on a patched model, for requests that go through slots. The session and its buffers serve all calls."""
 
     def __init__(
-        self, preset: str, subject: Subject, model: nn.Module, requests: Sequence[Request], slots: int
+        self,
+        preset: str,
+        subject: Subject,
+        model: nn.Module,
+        requests: Sequence[Request],
+        slots: int,
+        cancel: Any = None,
     ) -> None:
         """`requests` are as those that will come: the session is as large as they need, and their lengths are those
-        that its shapes are planned for."""
-        self.preset, self.slots = preset, slots
+        that its shapes are planned for. `cancel` is that of `generate`."""
+        self.preset, self.slots, self._cancel = preset, slots, cancel
         self._copies = 2 if PRESETS[preset].cfg_scale else 1
         # A last block may be decoded whole.
         most = max(request.length for request in requests) + subject.block_length
@@ -76,6 +82,7 @@ class SlotDecoder:
                 for request in requests
             ],
             on_step=on_step,
+            cancel=self._cancel,
         )
         if wrong := next((row.error for row in rows if row.error is not None), None):
             raise RuntimeError(wrong)
