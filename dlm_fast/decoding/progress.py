@@ -112,10 +112,12 @@ class StepsCancelled(RuntimeError):
     """Steps that the caller cancelled. Every row is as its last step left it."""
 
 
-def planned_grid(handle: PatchHandle, plan: Plan, state: RowState) -> Grid:
-    """The shapes of a decode of rows as these are when they have just been opened; reads the state on the host."""
+def planned_grid(handle: PatchHandle, plan: Plan, state: RowState, refilled: bool = False) -> Grid:
+    """The shapes of a decode of rows as these are when they have just been opened (`grid_of`); reads the state on the
+    host."""
     parameters = sum(p.numel() for p in handle.model.parameters())
-    return grid_of(plan, state, fixed_positions(plan.first.device.type, parameters))
+    fixed = fixed_positions(plan.first.device.type, parameters)
+    return grid_of(plan, state, fixed, refilled=True) if refilled else grid_of(plan, state, fixed)
 
 
 class Rounds:
