@@ -251,6 +251,13 @@ def _batch_options(batch: argparse.ArgumentParser) -> None:
     )
     batch.add_argument("--requests", type=int, default=64, help="that are counted; 0 = none (default: 64)")
     batch.add_argument("--timed-requests", type=int, default=16, help="that are timed; 0 = none (default: 16)")
+    batch.add_argument(
+        "--slots", nargs="*", type=int, metavar="N", default=[8, 32],
+        help="slots of a session; the first number is timed beside static batches (default: 8 32)",
+    )  # fmt: skip
+    batch.add_argument(
+        "--slot-requests", type=int, default=64, help="that are timed in slots and in static batches; 0 = none (64)"
+    )
     batch.add_argument("--turns", type=int, default=3, help="how often each is timed (default: 3)")
     batch.add_argument("--seconds", type=float, default=7200, help="what is left by then is SKIPPED (default: 7200)")
     batch.add_argument("--no-plots", action="store_true", help="JSON only")
@@ -270,6 +277,9 @@ def _e2e_options(e2e: argparse.ArgumentParser) -> None:
     e2e.add_argument("--new-tokens", type=int, default=256, help="positions to fill (default: 256)")
     e2e.add_argument("--per-step", type=int, default=4, help="tokens a step (default: 4)")
     e2e.add_argument("--mixed", type=int, default=16, help="requests of mixed lengths; 0 = none (default: 16)")
+    e2e.add_argument(
+        "--slot-mixed", type=int, default=48, help="that go through slots and static batches; 0 = none (default: 48)"
+    )
     e2e.add_argument("--turns", type=int, default=3, help="how often each is timed (default: 3)")
     e2e.add_argument("--seconds", type=float, default=1800, help="what is left by then is SKIPPED (default: 1800)")
     e2e.add_argument(
@@ -587,29 +597,34 @@ def _models(given: argparse.Namespace, gap: float) -> Any:
 def _batch(given: argparse.Namespace) -> int:
     from dlm_fast.presets import PRESETS
 
-    from . import batch, batch_report, models, sweep, timing, turns
+    from . import batch, batch_report, models, plots, sweep, timing, turns
     from .report import dumps
 
     presets = given.presets or batch.SHOWN
     known = [name for name in PRESETS if name not in batch.UNFIT]
     if wrong := [name for name in presets if name not in known]:
         raise UsageError(f"--presets must be among {', '.join(known)}, got {', '.join(wrong)}")
-    if min(given.requests, given.timed_requests) < 0:
-        raise UsageError("--requests and --timed-requests must be at least 0")
-    plots = given.out is not None and not given.no_plots
-    if plots and not sweep.has_matplotlib():
+    if min(given.requests, given.timed_requests, given.slot_requests) < 0:
+        raise UsageError("--requests, --timed-requests and --slot-requests must be at least 0")
+    if any(number < 1 for number in given.slots) or len(set(given.slots)) < len(given.slots):
+        raise UsageError(f"--slots must be at least 1 and differ, got {given.slots}")
+    draws = given.out is not None and not given.no_plots
+    if draws and not sweep.has_matplotlib():
         raise UsageError("plots need matplotlib (`pip install matplotlib`), which is not installed; or give --no-plots")
     subjects, facts = _models(given, models.SURE)
     _make(_in(given.out, "batch.json"))
-    names = ("rows", "requests", "timed_requests", "turns", "seed", "backend")
+    names = ("rows", "requests", "timed_requests", "slots", "slot_requests", "turns", "seed", "backend")
     work = batch.Work(subjects=subjects, presets=presets, **{name: getattr(given, name) for name in names})
     clock, budget = turns.Clock(subjects.device), timing.Budget(given.seconds, 0)
     document = batch.run(work, facts, clock, budget, lambda line: print(line, flush=True), given.out)
-    if plots:
+    if draws:
         batch_report.plots(document, given.out)
+        if document["timelines"]:
+            plots.draw_slots(document["timelines"], given.out / "batch_slots.png")
     if given.json:
         print(dumps(document))
-    return 1 if any(row["status"] == "FAILED" for row in (*document["counts"], *document["times"])) else 0
+    found = [*document["counts"], *document["times"], *document["slots"]]
+    return 1 if any(row["status"] == "FAILED" for row in found) else 0
 
 
 def _e2e(given: argparse.Namespace) -> int:
@@ -621,10 +636,11 @@ def _e2e(given: argparse.Namespace) -> int:
     began = time.monotonic()
     if min(given.prompt, given.new_tokens, given.per_step) < 1:
         raise UsageError("--prompt, --new-tokens and --per-step must be at least 1")
-    if given.mixed < 0:
-        raise UsageError(f"--mixed must be at least 0, got {given.mixed}")
+    for option in ("mixed", "slot_mixed"):
+        if getattr(given, option) < 0:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 0, got {getattr(given, option)}")
     subjects, facts = _models(given, models.EVEN)
-    names = ("prompt", "new_tokens", "per_step", "turns", "mixed", "backend", "seed")
+    names = ("prompt", "new_tokens", "per_step", "turns", "mixed", "slot_mixed", "backend", "seed")
     visibilities = tuple(dict.fromkeys(given.visibility))
     setting = decoders.Setting(visibilities, tuple(given.rows), **{name: getattr(given, name) for name in names})
     for visibility in visibilities:

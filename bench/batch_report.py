@@ -1,4 +1,4 @@
-"""What `python -m bench batch` found, for reading: its lines and its plots."""
+"""What `python -m bench batch` found, for reading: its lines and its plots. That of slots over time is in `plots`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .slots import SLOTS, STATIC
 
 Row = dict[str, Any]
 COUNT_COLUMNS = ("computed", "needed", "ratio", "forwards", "nfe", "shapes")
@@ -23,7 +25,8 @@ def count_header() -> str:
 
 def count_lines(row: Row) -> list[str]:
     """The line of a batch size, and one that says if its requests differ."""
-    name = f"    {'alone' if row['rows'] == 1 else str(row['rows']):{NAME}}"
+    size = f"{row['rows']} slots" if row["way"] == SLOTS else "alone" if row["rows"] == 1 else str(row["rows"])
+    name = f"    {size:{NAME}}"
     if row["status"] != "ok":
         return [f"{name}{row['status']}: {row['reason']}"]
     values = (f"{row[column]:.2f}" if column == "ratio" else f"{row[column]}" for column in COUNT_COLUMNS)
@@ -51,6 +54,17 @@ def time_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def slot_lines(row: Row) -> list[str]:
+    """Slots beside static batches of as many rows."""
+    name = f"    {row['slots']} slots, {row['requests']} requests: "
+    if "slots_over_static" not in row:
+        return [f"{name}{row['status']}: {row['reason']}"]
+    static, slots = (f"{row[f'{way}_tokens_per_s']:.1f}" for way in (STATIC, SLOTS))
+    note = f"   {row['reason']}" if row["reason"] else ""
+    ratio = f"{row['slots_over_static']:.2f} of its tokens a second"
+    return [f"{name}{slots} tokens/s, static batches {static}: {ratio}{note}"]
+
+
 def plots(document: Row, out: Path) -> list[Path]:
     """Writes batch_waste.png and batch_throughput.png, of what was counted and of what was timed."""
     import matplotlib
@@ -60,19 +74,24 @@ def plots(document: Row, out: Path) -> list[Path]:
 
     written = []
     counted = [row for row in document["counts"] if row["status"] == "ok"]
+    through = [row for row in counted if row["way"] == SLOTS]
+    counted = [row for row in counted if row["way"] == STATIC]
     timed = [row for row in document["times"] if "seconds" in row]
     mix = document["mix"]
     lengths = f"log-normal lengths of median {mix['median']}, seed {mix['seed']}"
     if counted:
         figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for preset, rows in _by_preset(counted).items():
-            axis.plot([row["rows"] for row in rows], [row["ratio"] for row in rows], "o-", label=preset)
+        for number, (preset, rows) in enumerate(_by_preset(counted).items()):
+            colour = f"C{number % 10}"
+            axis.plot([row["rows"] for row in rows], [row["ratio"] for row in rows], "o-", color=colour, label=preset)
+            rows = [row for row in through if row["preset"] == preset]
+            axis.plot([row["rows"] for row in rows], [row["ratio"] for row in rows], "s:", color=colour)
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log")
         axis.set_yticks(WASTE_TICKS, [f"{tick:g}" for tick in WASTE_TICKS])
         axis.set(
             ylabel="positions computed / positions that the rows need",
-            title=f"{document['requests']} requests, {lengths}",
+            title=f"{document['requests']} requests, {lengths}; dotted: slots",
         )
         _finish(axis, sorted({row["rows"] for row in counted}))
         written.append(_save(figure, out / "batch_waste.png"))

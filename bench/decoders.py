@@ -79,6 +79,7 @@ class Setting:
         turns: how often each decode is timed.
         mixed: requests of mixed lengths that are decoded in one call and one by one; 0 = none.
         backend: of ours.
+        slot_mixed: requests of mixed lengths that are decoded in slots and in static batches; 0 = none.
     """
 
     visibilities: tuple[str, ...]
@@ -90,6 +91,7 @@ class Setting:
     mixed: int
     backend: str
     seed: int = 0
+    slot_mixed: int = 0
 
     def check(self, subject: Subject) -> str | None:
         """Why the subject cannot be decoded so."""
@@ -147,20 +149,39 @@ class Instances:
 
 def decode_ours(model: nn.Module, task: Task, published: Published, steps_run: dict[str, int]) -> Tensor:
     """The canvases [B, L] by our preset. Notes in `steps_run` how many forwards a row took part in."""
-    preset = dlm_fast.PRESETS[published.preset]
-    options = {"block_length": task.block_length} if preset.visibility == "full" else {}
-    out = dlm_fast.generate(
-        model,
-        task.prompts.cpu(),
-        preset=preset,
-        max_new_tokens=task.new_tokens,
-        steps_per_block=task.steps,
-        banned_token_ids=[i for i in task.banned if i != task.mask_id],
-        **options,
-        **published.options,
-    )
+    out = dlm_fast.generate(model, task.prompts.cpu(), max_new_tokens=task.new_tokens, **_arguments(task, published))
     steps_run[published.ours] = max(out.nfe)
     return torch.stack(out.canvas)
+
+
+def session_of(model: nn.Module, task: Task, published: Published) -> dlm_fast.Session:
+    """A session of our preset with a slot for each row of a task."""
+    rows, prompt = task.prompts.shape
+    return dlm_fast.Session(
+        model,
+        slots=rows,
+        max_positions=prompt + task.new_tokens,
+        max_new_tokens=task.new_tokens,
+        lengths=[(prompt, task.new_tokens)] * rows,
+        **_arguments(task, published),
+    )
+
+
+def decode_slots(session: dlm_fast.Session, task: Task) -> tuple[Tensor, int]:
+    """The canvases [B, L] by a session, and how many forwards a row took part in."""
+    rows = session.generate([{"prompt": p, "max_new_tokens": task.new_tokens} for p in task.prompts.cpu()])
+    if wrong := next((row.error for row in rows if row.error is not None), None):
+        raise RuntimeError(wrong)
+    return torch.stack([row.canvas for row in rows]), max(row.nfe for row in rows)
+
+
+def _arguments(task: Task, published: Published) -> dict[str, Any]:
+    """Our preset with a quota of as many tokens a step as the task's, and its options."""
+    preset = dlm_fast.PRESETS[published.preset]
+    options = {"block_length": task.block_length} if preset.visibility == "full" else {}
+    banned = [i for i in task.banned if i != task.mask_id]
+    found = {"preset": preset, "steps_per_block": task.steps, "banned_token_ids": banned}
+    return found | options | published.options
 
 
 def decode_greedy(model: nn.Module, task: Task, cache: str) -> Tensor:

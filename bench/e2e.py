@@ -1,7 +1,8 @@
 """Whole decodes beside the loops that papers publish: the same weights, the same tokens a step, taken in turn.
 
 Every decoder fills `new_tokens` positions, `per_step` of them in a step, with EOS banned. Ours must write the tokens of
-the loop that it is compared with, in float32, before it has a time.
+the loop that it is compared with, in float32, before it has a time. A batch of `SLOTTED` rows is decoded by a session
+of as many slots too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm_fast import Session
 from dlm_fast.patching import handle_of
 
-from . import batch, e2e_report, report
+from . import batch, batch_report, e2e_report, report
 from .decoders import (
     GREEDY,
     LOOPS,
@@ -30,7 +32,9 @@ from .decoders import (
     check,
     decode_greedy,
     decode_ours,
+    decode_slots,
     differing,
+    session_of,
 )
 from .loops import Task
 from .models import Subject
@@ -41,7 +45,12 @@ CHECKED_LAYERS = 2  # of a random model in 16 bits, which is checked in float32
 # The loop that the ratio "vs_recompute" is of: exact, as ours is, and the tokens are the same.
 RECOMPUTE = ("block", "recompute")
 MIXED_PRESET = "fast-dllm-dual"
-NO_MIX: dict[str, float | None] = {"together_over_alone": None, "computed_over_needed": None}
+NO_MIX: dict[str, float | None] = {
+    "together_over_alone": None,
+    "computed_over_needed": None,
+    "slots_over_static": None,
+}
+SLOTTED = 8  # slots of a session, and rows of the batch that a session decodes too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Compared:
         cached: whether the other one keeps keys.
         same_tokens: whether the two write the same tokens.
         ratio: None = one of the two has no time.
+        slots: whether ours is a session.
     """
 
     model: str
@@ -113,6 +123,7 @@ class Compared:
     cached: bool
     same_tokens: bool
     ratio: float | None
+    slots: bool = False
 
     def row(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"ratio": report.rounded(self.ratio)}
@@ -123,6 +134,7 @@ class Bout:
 
     Attributes:
         ours: the names of ours, each once for all loops that decode the same as one preset.
+        slotted: of each name of ours, that of the session which decodes the same; none but for `SLOTTED` rows.
         red: why a decoder has no time.
         forwards: forwards that each row of a decoder took part in, as far as the decoder ran.
     """
@@ -133,7 +145,10 @@ class Bout:
         self.subject, self.task = instances.subject, setting.task(instances.subject, rows)
         self.published = LOOPS[self.subject.diffusion.visibility]
         self.ours = tuple(dict.fromkeys(p.ours for p in self.published))
+        self.slotted = {name: in_slots(name) for name in self.ours} if rows == SLOTTED else {}
         self.red = {p.ours: wrong[p.name] for p in self.published if wrong[p.name] is not None}
+        self.red |= {self.slotted[name]: reason for name, reason in self.red.items() if name in self.slotted}
+        self._sessions: dict[str, Session] = {}
         self.forwards: dict[str, int] = dict.fromkeys(GREEDY, setting.new_tokens)
         self._tokens: dict[str, Tensor] = {}
 
@@ -141,14 +156,23 @@ class Bout:
         """What decodes a task, by every decoder that is not red."""
         loops = {p.name: partial(self._loop, p, task) for p in self.published}
         ours = {p.ours: partial(decode_ours, self.instances.ours, task, p, self.forwards) for p in self.published}
+        slots = {self.slotted[p.ours]: partial(self._slots, p, task) for p in self.published if self.slotted}
         greedy = {name: partial(decode_greedy, self.instances.greedy, task, cache) for name, cache in GREEDY.items()}
-        return {name: call for name, call in (loops | ours | greedy).items() if name not in self.red}
+        return {name: call for name, call in (loops | ours | slots | greedy).items() if name not in self.red}
 
     def _loop(self, published: Published, task: Task) -> Tensor:
         loop = published.make(self.instances.loops, task)
         loop.run()
         self.forwards[published.name] = loop.forwards
         return loop.tokens
+
+    def _slots(self, published: Published, task: Task) -> Tensor:
+        """By a session whose buffers serve every call."""
+        if published.ours not in self._sessions:
+            self._sessions[published.ours] = session_of(self.instances.ours, self.task, published)
+        tokens, forwards = decode_slots(self._sessions[published.ours], task)
+        self.forwards[self.slotted[published.ours]] = forwards
+        return tokens
 
     def warm_up(self) -> None:
         """Short decodes, before anything is timed."""
@@ -161,11 +185,15 @@ class Bout:
     def wrong(self, name: str, tokens: Tensor) -> str | None:
         """Why what was timed is wrong. Ours must have the loop's tokens, unless 16 bits round them differently."""
         self._tokens[name] = tokens = tokens.cpu()
-        if name not in self.ours or self.subject.dtype != torch.float32:
+        if name not in (*self.ours, *self.slotted.values()) or self.subject.dtype != torch.float32:
             return None
         for published in self.published:
             of_loop = self._tokens.get(published.name)
-            if published.ours != name or of_loop is None or of_loop.equal(tokens):
+            if (
+                name not in (published.ours, self.slotted.get(published.ours))
+                or of_loop is None
+                or of_loop.equal(tokens)
+            ):
                 continue
             loop = published.make(self.instances.loops, self.task, watch=True)
             loop.run()
@@ -180,7 +208,8 @@ class Bout:
             if published.name in names and budget.left() > 0:
                 found[published.name] = bare_forward(self.instances.loops, self.task, published, clock)
                 if published.same_windows:
-                    found[published.ours] = found[published.name]
+                    same = (published.ours, self.slotted.get(published.ours, published.ours))
+                    found |= dict.fromkeys(same, found[published.name])
         if budget.left() > 0:
             found |= dict.fromkeys(GREEDY, bare_token(self.instances.loops, self.task, clock))
         return found
@@ -191,7 +220,8 @@ class Bout:
         found = in_turns(self.calls(self.task), clock, budget, self.setting.turns, check=self.wrong, hear=hear)
         found |= {name: Samples(status="FAILED", reason=reason) for name, reason in self.red.items()}
         bare = self.bare([name for name, samples in found.items() if samples.seconds], clock, budget)
-        kinds = {p.name: "loop" for p in self.published} | dict.fromkeys(self.ours, "ours")
+        kinds = {p.name: "loop" for p in self.published}
+        kinds |= dict.fromkeys((*self.ours, *self.slotted.values()), "ours")
         return [
             Measured(
                 model=self.subject.name,
@@ -209,23 +239,31 @@ class Bout:
         ]
 
 
+def in_slots(name: str) -> str:
+    """What a session that decodes as ours of this name is called."""
+    return f"{name}, {SLOTTED} slots"
+
+
 def compared(measured: Sequence[Measured]) -> list[Compared]:
     """Ours beside the loops whose tokens it writes, and beside autoregressive decoding, which writes others."""
     first = measured[0]
     speed = {m.candidate: m.tokens_per_s for m in measured}
     published = LOOPS[first.visibility]
-    pairs = [(p.ours, p.name, p.cached, True) for p in published]
-    pairs += [(name, other, True, False) for name in dict.fromkeys(p.ours for p in published) for other in GREEDY]
+    names = tuple(dict.fromkeys(p.ours for p in published))
+    pairs = [(p.ours, p.name, p.cached, True, False) for p in published]
+    pairs += [(name, other, True, False, False) for name in names for other in GREEDY]
+    if in_slots(names[0]) in speed:
+        pairs += [(in_slots(p.ours), p.name, p.cached, True, True) for p in published]
     found = []
-    for ours, other, cached, same in pairs:
+    for ours, other, cached, same, slots in pairs:
         ratio = speed[ours] / speed[other] if speed[ours] and speed[other] else None
-        found.append(Compared(first.model, first.visibility, first.rows, ours, other, cached, same, ratio))
+        found.append(Compared(first.model, first.visibility, first.rows, ours, other, cached, same, ratio, slots))
     return found
 
 
 def ratios(pairs: Sequence[Compared], mixed: dict[str, float | None]) -> dict[str, float | None]:
     """The numbers that the command ends with: the exact cache over recomputing everything, the worst ratio over the
-    published cached loops, and what a batch costs. None = not measured."""
+    published cached loops, of a batch and of slots, and what a batch costs. None = not measured."""
     of_loops = [pair for pair in pairs if pair.same_tokens]
     kinds = {
         "recompute": [pair for pair in of_loops if (pair.visibility, pair.other) == RECOMPUTE],
@@ -233,10 +271,12 @@ def ratios(pairs: Sequence[Compared], mixed: dict[str, float | None]) -> dict[st
     }
     found: dict[str, float | None] = {}
     for name, chosen in kinds.items():
-        for rows in (1, 8):
-            values = [pair.ratio for pair in chosen if pair.rows == rows]
+        for rows, slots in ((1, False), (SLOTTED, False), (SLOTTED, True)):
+            values = [pair.ratio for pair in chosen if (pair.rows, pair.slots) == (rows, slots)]
             whole = bool(values) and None not in values
-            found[f"tokens_per_s_vs_{name}_b{rows}"] = report.rounded(min(values)) if whole else None
+            found[f"tokens_per_s_vs_{name}_b{rows}{'_slots' if slots else ''}"] = (
+                report.rounded(min(values)) if whole else None
+            )
     return found | {name: report.rounded(value) for name, value in mixed.items()}
 
 
@@ -333,18 +373,31 @@ def _check(rig: Rig, setting: Setting, visibility: str) -> dict[int, dict[str, s
 
 
 def _mixed_lengths(rig: Rig, setting: Setting) -> dict[str, float | None]:
-    """What one call of requests of mixed lengths costs beside its rows (see `batch`)."""
-    if not setting.mixed:
+    """What one call of requests of mixed lengths costs beside its rows, and what slots are to static batches (see
+    `batch`). Raises RuntimeError where ours fails."""
+    if not setting.mixed and not setting.slot_mixed:
         return NO_MIX
     if rig.budget.left() <= 0:
         rig.say("mixed lengths: SKIPPED, time budget")
         return NO_MIX
-    subject = rig.mixed()
-    requests, cut = batch.mix(subject, setting.mixed, setting.seed)
+    subject, found = rig.mixed(), dict(NO_MIX)
     decode = batch.Decoder(MIXED_PRESET, subject, subject.ours(setting.backend))
-    found = batch.together(decode, requests, rig.clock, rig.budget, setting.turns)
-    shown = {name: "no time" if value is None else f"{value:.2f}" for name, value in found.items()}
-    rig.say(f"\n{MIXED_PRESET} on {subject.name}, {batch.described(requests, cut)}")
-    rig.say(f"    one call over its rows one by one: {shown['together_over_alone']}")
-    rig.say(f"    positions computed over needed: {shown['computed_over_needed']}")
+    if setting.mixed:
+        requests, cut = batch.mix(subject, setting.mixed, setting.seed)
+        found |= batch.together(decode, requests, rig.clock, rig.budget, setting.turns)
+        shown = {name: "no time" if value is None else f"{value:.2f}" for name, value in found.items()}
+        rig.say(f"\n{MIXED_PRESET} on {subject.name}, {batch.described(requests, cut)}")
+        rig.say(f"    one call over its rows one by one: {shown['together_over_alone']}")
+        rig.say(f"    positions computed over needed: {shown['computed_over_needed']}")
+    if setting.slot_mixed:
+        requests, cut = batch.mix(subject, setting.slot_mixed, setting.seed)
+        rig.say(f"\n{MIXED_PRESET} on {subject.name}, {batch.described(requests, cut)}")
+        slots = batch.Sessions(decode, requests)(SLOTTED)
+        row = batch.against_static(decode, slots, requests, rig.clock, rig.budget, setting.turns)
+        rig.tell("slots", **row)
+        for line in batch_report.slot_lines(row):
+            rig.say(line)
+        if row["status"] == "FAILED":
+            raise RuntimeError(row["reason"])
+        found["slots_over_static"] = row.get("slots_over_static")
     return found

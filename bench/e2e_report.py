@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .e2e import Compared, Measured
 
+NAME = 32  # width of the first column
 TITLES = ("tokens/s", "ms a step", "its forward", "forwards")
 
 
@@ -15,9 +16,9 @@ def table(measured: Sequence[Measured], pairs: Sequence[Compared]) -> list[str]:
     """One model at one batch size: every decoder, and what ours is to the others."""
     first = measured[0]
     heading = f"{first.model} ({first.visibility}), B={first.rows}, ours by the {first.ops} ops"
-    lines = [heading, " " * 30 + "".join(f"{title:>12}" for title in TITLES)]
+    lines = [heading, " " * (4 + NAME) + "".join(f"{title:>12}" for title in TITLES)]
     for m in measured:
-        name = f"    {m.candidate:26}"
+        name = f"    {m.candidate:{NAME}}"
         if m.tokens_per_s is None:
             lines.append(f"{name}{m.samples.status}: {m.samples.reason}")
             continue
@@ -41,6 +42,9 @@ def losses(pairs: Sequence[Compared], mixed: dict[str, float | None]) -> list[st
     over = mixed["together_over_alone"]
     if over is not None and over > 1:
         lines.append(f"rows of mixed lengths in one call take {over:.2f} of their time one by one")
+    slots = mixed.get("slots_over_static")
+    if slots is not None and slots < 1:
+        lines.append(f"slots have {slots:.2f} of the tokens/s of static batches")
     lines = lines or ["nowhere in what was measured"]
     unmeasured = sum(pair.ratio is None for pair in pairs)
     return [*lines, f"({unmeasured} comparisons without a time: FAILED or SKIPPED above)"] if unmeasured else lines

@@ -108,6 +108,13 @@ def matrices(model: Model, layers: int | None = None) -> int:
     return (model.layers if layers is None else layers) * layer + model.vocab * model.hidden
 
 
+def requests(model: Model, lengths: Sequence[int]) -> Cost:
+    """Whole decodes of rows of these lengths: every weight is read once, and every position multiplied once. What its
+    steps do beyond that, only the decoder knows."""
+    weights = matrices(model)
+    return cost(2.0 * weights, 2.0 * weights * sum(lengths))
+
+
 def step(model: Model, B: int, prefix: int, layers: int | None = None) -> Cost:
     """A denoise step of a dense model: every weight is read, every layer attends, and the logits are written and
     read."""

@@ -28,6 +28,7 @@ from .speed import attention as speed_attention
 from .speed import forms as speed_forms
 from .speed import layers as speed_layers
 from .speed import ops as speed_ops
+from .speed import slots as speed_slots
 from .speed import step as speed_step
 from .speed import unmask_forms as speed_unmask_forms
 from .speed.run import OURS, Bench, Ceilings, Shape, Timing, time_shapes
@@ -53,6 +54,7 @@ TIMINGS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "layers": (speed_layers.shapes, ("layers",)),
     "step": (speed_step.shapes, OPS),
     "attention-forms": (speed_forms.shapes, ("block_attention",)),
+    "slots": (speed_slots.shapes, OPS),
 }
 COMPILE_SECONDS = 100.0
 CASE_SECONDS = 120.0

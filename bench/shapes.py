@@ -97,6 +97,7 @@ class Shapes:
         unmask_forms: (B, lanes) at which the two forms of unmask run side by side.
         steps: (B, prefix) of the denoise step.
         positions: positions of a call of the small ops of a layer.
+        slots: requests of mixed lengths, slots that they go through, and the most new tokens of a request.
         variants: whether the variants of confidence (fp32, more outputs) are timed for every model.
     """
 
@@ -110,6 +111,7 @@ class Shapes:
     unmask_forms: tuple[tuple[int, int], ...]
     steps: tuple[tuple[int, int], ...]
     positions: tuple[int, ...]
+    slots: tuple[int, int, int] = (48, 8, 64)
     variants: bool = False
 
 
@@ -150,4 +152,5 @@ TOY_SHAPES = Shapes(
     unmask_forms=((2, 32), (2, 128)),
     steps=((2, 10),),
     positions=(3,),
+    slots=(5, 2, 12),
 )

@@ -76,6 +76,8 @@ def left_out(shapes: Shapes, ops: Sequence[str]) -> list[str]:
     if "step" in ops and experts:
         reason = "mixtures of experts are bound by which experts the tokens choose"
         lines.append(f"step has no rows for {', '.join(experts)}: {reason}")
+    if "slots" in ops and not any(model.family is not None and model.visibility == "full" for model in shapes.models):
+        lines.append("slots has no rows: it decodes the first dense model with full visibility")
     if "attention-prefill" in ops and short:
         reach = ", ".join(f"{model.name} beyond {model.reach + 1}" for model in short)
         lines.append(f"attention-prefill has no rows for {reach}: its layers see no more in one window")
@@ -102,7 +104,7 @@ def computed(
         print(line)
     table: dict[str, Any] | None = None
     if static:
-        if not kernels and "step" not in ops and len(ops) < len(gpu_check.TIMINGS) - 1:
+        if not kernels and all(op in STATIC_KERNELS for op in ops) and len(ops) < len(STATIC_KERNELS):
             kernels = tuple(dict.fromkeys(STATIC_KERNELS[op] for op in ops))
         print("\nstatic table: compiled code, by target", flush=True)
         table = static_table.static_table(targets, kernels, jobs)

@@ -58,6 +58,7 @@ class Candidate:
         graph: whether the calls are captured into one CUDA graph; False = the host launches them, as it would in use
             (the implementation reads the device).
         before: runs before every sample and is not timed (it restores what the calls change).
+        warm: what warms up instead of the calls, for calls that take seconds; they are then not run before a sample.
         compiles: whether the implementation goes through torch.compile, and so draws on the budget for compiling.
     """
 
@@ -65,6 +66,7 @@ class Candidate:
     calls: list[Callable[[], object]]
     graph: bool = True
     before: Callable[[], object] | None = None
+    warm: Callable[[], object] | None = None
     compiles: bool = False
 
 
@@ -155,11 +157,13 @@ class CudaTimer:
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            for _ in range(2):
+            for _ in range(2 if candidate.warm is None else 0):
                 if candidate.before is not None:
                     candidate.before()
                 for call in candidate.calls:
                     call()
+            if candidate.warm is not None:
+                candidate.warm()
         torch.cuda.current_stream(self.device).wait_stream(side)
         torch.cuda.synchronize(self.device)
         if candidate.before is not None:
@@ -188,5 +192,6 @@ class CudaTimer:
             end.synchronize()
             return start.elapsed_time(end) * 1000 / len(candidate.calls)
 
-        sample()
+        if candidate.warm is None:
+            sample()
         return sample

@@ -98,7 +98,7 @@ def planned(
         canvas[:prompt] = int(diffusion.mask_token_id == 0)
         canvases.append(canvas)
     state = placed_rows(canvases, width, length, preset, diffusion)
-    grid = planned_grid(decoder.handle, plan, state)
+    grid = planned_grid(decoder.handle, plan, state, refilled=True)
 
     # 3. The pages.
     paging = None

@@ -51,6 +51,7 @@ class Work:
         cold: whether the sets together exceed the L2 cache.
         note: what a reader must know about the shape.
         check: raises if ours is wrong here, for shapes that the op's checks do not cover.
+        replays: samples of each candidate; None = as many as everywhere.
     """
 
     candidates: list[Candidate]
@@ -59,6 +60,7 @@ class Work:
     cold: bool
     note: str = ""
     check: Callable[[], None] | None = None
+    replays: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _time(bench: Bench, shape: Shape) -> list[Timing]:
     floor_us = bench.ceilings.floor_us(work.cost)
     # Ours twice, first and last: the difference is what a difference between two candidates must exceed.
     again = dataclasses.replace(work.candidates[0], name=AGAIN)
-    outcomes = measure([*work.candidates, again], bench.prepare, bench.budget, bench.replays)
+    outcomes = measure([*work.candidates, again], bench.prepare, bench.budget, work.replays or bench.replays)
     ours, repeated = outcomes[work.candidates[0].name].stats, outcomes.pop(AGAIN).stats
     noise = abs(repeated.p50 / ours.p50 - 1) if ours and repeated else None
     rows = []

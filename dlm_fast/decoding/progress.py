@@ -116,12 +116,14 @@ class StepsCancelled(RuntimeError):
     """Steps that the caller cancelled. Every row is as its last step left it."""
 
 
-def planned_grid(handle: PatchHandle, plan: Plan, state: RowState) -> Grid:
-    """The shapes of a decode of rows as these are when they have just been opened; reads the state on the host."""
+def planned_grid(handle: PatchHandle, plan: Plan, state: RowState, refilled: bool = False) -> Grid:
+    """The shapes of a decode of rows as these are when they have just been opened (`grid_of`); reads the state on the
+    host."""
     parameters, config = sum(p.numel() for p in handle.model.parameters()), handle.model.config
     row = plan.copies * plan.preset.drafts * plan.lanes * config.vocab_size
     most_rows = max(1, LOGITS // (row * handle.adapter.compute_dtype(handle.model).itemsize))
-    return grid_of(plan, state, fixed_positions(plan.first.device.type, parameters), most_rows)
+    fixed = fixed_positions(plan.first.device.type, parameters)
+    return grid_of(plan, state, fixed, most_rows=most_rows, refilled=refilled)
 
 
 class Rounds:

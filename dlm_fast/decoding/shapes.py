@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -39,6 +41,9 @@ WORTH = 4
 # Shapes that are left go to more rows as long as the step costs less than so many fixed parts: beyond, hardly any time
 # is left to share, and what a step holds in memory grows.
 SHARED = 16
+# What is tried for `WORTH` where a grid is planned for many rows, and how many rounds of rows it is tried on.
+WORTHS = (0.5, 1, 1.5, 2, 3, 4, 8, 16)
+ROUNDS = 16
 MOST_WIDTHS = 16
 # So many different widths are told apart when a grid is planned.
 TOLD_APART = 24
@@ -78,14 +83,11 @@ class Grid:
         Args:
             needs: (positions, row, lanes, whether it has drafts to verify) of every row that needs a step of `kind`.
         """
-        steps, widths = [], tuple(self.counts[kind])
+        steps = []
         for drafts in (1, self.drafts) if self.drafts > 1 else (1,):
             asking = [need for need in needs if need[3] == (drafts > 1)]
             asking.sort(key=lambda need: (-need[0], need[1]))
-            # A late count is that of a narrower window, with a margin that may exceed what any row can need.
-            classes = [
-                next((n for n, width in enumerate(widths) if width >= need[0]), len(widths) - 1) for need in asking
-            ]
+            classes = [self.class_of(kind, need[0]) for need in asking]
             begin = 0
             for count, width in self._division(kind, drafts, tuple(classes)):
                 served = asking[begin : begin + count]
@@ -96,6 +98,16 @@ class Grid:
                 steps.append((Bucket(kind, count, width, lanes, drafts), [need[1] for need in served]))
                 begin += count
         return steps
+
+    def class_of(self, kind: Kind, width: int) -> int:
+        """The number of the width that a window of so many positions takes."""
+        # A late count is that of a narrower window, with a margin that may exceed what any row can need.
+        widths = tuple(self.counts[kind])
+        return next((n for n, known in enumerate(widths) if known >= width), len(widths) - 1)
+
+    def cost(self, kind: Kind, classes: tuple[int, ...]) -> int:
+        """What serving rows of these classes of width, the widest first, costs in positions."""
+        return sum(self.fixed + count * width for count, width in self._division(kind, 1, classes))
 
     def _division(self, kind: Kind, drafts: int, classes: tuple[int, ...]) -> list[tuple[int, int]]:
         """(rows, width) of steps of least cost for rows of these classes of width, the widest first.
@@ -131,11 +143,17 @@ def fixed_positions(device: str, parameters: int) -> int:
     return max(WEIGHTS_READ[known], min(int(LAUNCHED[known] / max(1, parameters)), 4096))
 
 
-def grid_of(plan: Plan, state: RowState, fixed: int, most_rows: int | None = None) -> Grid:
+def grid_of(plan: Plan, state: RowState, fixed: int, *, most_rows: int | None = None, refilled: bool = False) -> Grid:
     """Plans the shapes of a decode for rows as these are when they have just been opened, which may be more or fewer
     than it decodes together; reads the state on the host.
 
-    fixed: `fixed_positions`. most_rows: the most rows of a step.
+    Args:
+        plan: the plan of the decode.
+        state: the rows.
+        fixed: `fixed_positions`.
+        most_rows: the most rows of a step; None = all.
+        refilled: whether rows take the places of rows that are done, so that those in work are at any block; and the
+            grid is planned once for many rows, with more care.
     """
     B = plan.first.shape[0] if most_rows is None else min(plan.first.shape[0], most_rows)
     expected = {kind: widths for kind, widths in _expected(plan, state).items() if widths}
@@ -149,7 +167,8 @@ def grid_of(plan: Plan, state: RowState, fixed: int, most_rows: int | None = Non
         some = tuple(sorted({min(FEW_BLOCKS * plan.block_length, plan.lanes), plan.lanes}))
         lanes = {"refresh": some, "denoise": some}
     budget = MOST_SHAPES // (len(lanes["denoise"]) * (2 if plan.preset.drafts > 1 else 1))
-    return Grid(_counts(expected, B, budget, fixed), lanes, plan.preset.drafts, narrow, fixed)
+    counts = (_counts_of_rounds if refilled else _counts)(expected, B, budget, fixed)
+    return Grid(counts, lanes, plan.preset.drafts, narrow, fixed)
 
 
 def _counts(
@@ -215,10 +234,54 @@ def _counts(
     return {kind: {width: tuple(sorted(counts)) for width, counts in widths.items()} for kind, widths in grid.items()}
 
 
-def _row_counts(B: int, width: int, fixed: int) -> list[int]:
+def _counts_of_rounds(
+    expected: dict[Kind, Counter[int]], B: int, budget: int, fixed: int
+) -> dict[Kind, dict[int, tuple[int, ...]]]:
+    """As `_counts`: of many ways to choose widths and row counts, the one with which rounds of rows at any block cost
+    least."""
+    known: dict[Kind, dict[int, tuple[float, dict[int, tuple[int, ...]]]]] = {}
+    for kind, widths in expected.items():
+        rounds = _rounds(kind, widths, B)
+        rows = sum(map(len, rounds))
+        best: dict[int, tuple[float, dict[int, tuple[int, ...]]]] = {}
+        for chosen, _ in _classes(Counter(widths), MOST_WIDTHS):
+            for worth in WORTHS:
+                for ratio in (2, 3, 4):
+                    counts = {width: tuple(_row_counts(B, width, fixed, worth, ratio)) for width in chosen}
+                    size = sum(map(len, counts.values()))
+                    if size > budget or any(other <= size and best[other][1] == counts for other in best):
+                        continue
+                    grid = Grid({kind: counts}, {}, 1, False, fixed)
+                    classes = [tuple(grid.class_of(kind, width) for width in served) for served in rounds]
+                    cost = sum(grid.cost(kind, served) for served in classes) * widths.total() / rows
+                    if size not in best or cost < best[size][0]:
+                        best[size] = cost, counts
+        known[kind] = best
+    kinds = tuple(known)
+    ways = [way for way in itertools.product(*known.values()) if sum(way) <= budget]
+    if not ways:
+        return _counts(expected, B, budget, fixed)
+    way = min(ways, key=lambda sizes: sum(known[kind][size][0] for kind, size in zip(kinds, sizes)))
+    return {kind: known[kind][size][1] for kind, size in zip(kinds, way)}
+
+
+def _rounds(kind: Kind, widths: Counter[int], B: int) -> list[list[int]]:
+    """The windows of the rows of some rounds, widest first: of a round of denoise steps nearly all rows, and those that
+    have come to a next block of a round of refreshes."""
+    draws, sizes = random.Random(0), sorted(widths)
+    weights = [widths[size] for size in sizes]
+    found = []
+    for _ in range(ROUNDS):
+        opening = sum(draws.random() < 1 / (STEPS + 1) for _ in range(B))
+        rows = max(1, opening if kind == "refresh" else B - opening)
+        found.append(sorted(draws.choices(sizes, weights, k=rows), reverse=True))
+    return found
+
+
+def _row_counts(B: int, width: int, fixed: int, worth: float = WORTH, ratio: int = 2) -> list[int]:
     counts = [1]
-    while counts[-1] < B and counts[-1] * width < WORTH * fixed:
-        counts.append(min(2 * counts[-1], B))
+    while counts[-1] < B and counts[-1] * width < worth * fixed:
+        counts.append(min(ratio * counts[-1], B))
     return counts
 
 

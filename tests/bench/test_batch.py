@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import batch, batch_report, models, timing, turns
+from bench import batch, batch_report, models, plots, slots, timing, turns
 
 CPU = torch.device("cpu")
 SMALL = ["--layers", "1", "--hidden", "64", "--vocab", "64", "--turns", "1"]
@@ -60,6 +60,57 @@ def test_a_batch_gives_every_request_what_it_gets_alone_and_counts_what_it_costs
         assert (row["needed"], row["nfe"]) == (alone["needed"], alone["nfe"])
         assert row["computed"] >= row["needed"] and row["ratio"] == pytest.approx(row["computed"] / row["needed"], 1e-4)
     assert alone["forwards"] == alone["nfe"] > together["forwards"]
+
+
+@pytest.mark.parametrize("preset", ["fast-dllm-dual", "d2f", "llada2"])
+def test_slots_give_every_request_what_it_gets_alone(made, preset):
+    requests, _ = batch.mix(made("full"), 9, seed=0)
+    decode = decoder(made, preset)
+    sessions, budget = batch.Sessions(decode, requests), timing.Budget(1000, 0)
+    alone, *through = batch.counted(decode, requests, [1], budget, sessions, [2, 4])
+    assert [(row["way"], row["rows"]) for row in through] == [("slots", 2), ("slots", 4)]
+    for row in through:
+        assert (row["status"], row["differing"]) == ("ok", 0)
+        assert (row["needed"], row["nfe"]) == (alone["needed"], alone["nfe"]) and row["forwards"] < alone["forwards"]
+    (again,) = batch.counted(decode, requests, [], budget, sessions, [2])  # the session of before, and its own shapes
+    assert again["forwards"] == through[0]["forwards"] and again["computed"] == through[0]["computed"]
+
+
+def test_slots_that_write_other_tokens_have_no_time(made, monkeypatch):
+    requests, _ = batch.mix(made("full"), 5, seed=0)
+    decode = decoder(made, "fast-dllm-dual")
+    right = batch.SlotDecoder.__call__
+
+    def wrong(self, *arguments):
+        (found,) = right(self, *arguments)
+        found.canvas[-1][-1] += 1
+        return [found]
+
+    arguments = (requests, turns.Clock(CPU), timing.Budget(1000, 0), 1)
+    through = batch.Sessions(decode, requests)(2)
+    row = batch.against_static(decode, through, *arguments)
+    assert row["status"] == "ok" and row["slots_over_static"] > 0
+    assert " of its tokens a second" in batch_report.slot_lines(row)[0]
+    monkeypatch.setattr(batch.SlotDecoder, "__call__", wrong)
+    row = batch.against_static(decode, through, *arguments)
+    assert (row["status"], row["reason"]) == ("FAILED", "1 requests got other tokens, NFE or query tokens")
+    assert "slots_over_static" not in row and "FAILED: 1 requests" in batch_report.slot_lines(row)[0]
+
+
+def test_a_recorder_counts_the_tokens_of_slots_that_are_refilled(made):
+    requests, _ = batch.mix(made("full"), 9, seed=0)
+    found = batch.timeline(
+        decoder(made, "fast-dllm"), batch.Sessions(decoder(made, "fast-dllm"), requests)(3), requests
+    )
+    wanted = sum(request.new_tokens for request in requests)
+    for name in ("static", "slots"):
+        points = found["points"][name]
+        assert points == sorted(points, key=lambda point: (point[0], point[2])) and points[-1][1] == 0
+        assert max(rows for _, rows, _ in points) <= 3 and points[-1][2] == wanted
+    assert slots.occupancy(found["points"]["slots"], 3) > slots.occupancy(found["points"]["static"], 3) > 0
+    assert slots.occupancy([[1.0, 2, 5], [2.0, 0, 9], [4.0, 4, 9]], 4) == pytest.approx(2 / (3 * 4))
+    middles, speeds = plots.speeds([[1.0, 1, 10], [4.0, 0, 14]])
+    assert len(middles) == plots.SPANS and sum(speeds) * 4.0 / plots.SPANS == pytest.approx(14)
 
 
 def output(canvas: list[int], nfe: int, needed: int, shapes: dict, computed: int):
@@ -123,17 +174,22 @@ def test_one_call_over_its_rows_is_counted_and_timed(made):
 def test_a_run_prints_and_writes_counts_times_and_plots(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     options = ["--presets", "fast-dllm", "d2f", "--rows", "1", "3", "--requests", "3", "--timed-requests", "4"]
+    options += ["--slots", "2", "--slot-requests", "4"]
     assert command.main(["batch", *SMALL, *options, "--json", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
     assert document == json.loads((tmp_path / "batch.json").read_text())
-    assert [(row["preset"], row["rows"]) for row in document["counts"]] == [
-        ("fast-dllm", 1), ("fast-dllm", 3), ("d2f", 1), ("d2f", 3),
+    assert [(row["preset"], row["way"], row["rows"]) for row in document["counts"]] == [
+        (preset, *way) for preset in ("fast-dllm", "d2f") for way in (("static", 1), ("static", 3), ("slots", 2))
+    ]
+    assert [(row["preset"], row["slots"], row["requests"]) for row in document["slots"]] == [
+        ("fast-dllm", 2, 4), ("d2f", 2, 4),
     ]  # fmt: skip
+    assert all(row["slots_over_static"] > 0 for row in document["slots"]) and len(document["timelines"]) == 2
     assert len(document["times"]) == 8 and all(row["tokens_per_s"] > 0 for row in document["times"])
     assert lines[0].startswith("fast-dllm on random 1x64, 4 requests: prompts of ")
     assert lines[2].startswith("    alone ") and lines[3].startswith("    3 ")
-    for name in ("batch_waste.png", "batch_throughput.png"):
+    for name in ("batch_waste.png", "batch_throughput.png", "batch_slots.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
@@ -143,6 +199,7 @@ def test_what_fails_and_what_there_is_no_time_for_is_said(capsys, monkeypatch):
 
     monkeypatch.setattr(batch, "generate", broken)
     options = ["--presets", "llada", "--rows", "1", "--requests", "2", "--timed-requests", "2", "--json"]
+    options += ["--slots"]
     assert command.main(["batch", *SMALL, *options]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert sum("FAILED: MemoryError: too large" in line for line in lines) == 3
@@ -151,7 +208,17 @@ def test_what_fails_and_what_there_is_no_time_for_is_said(capsys, monkeypatch):
 
 
 def test_requests_that_differ_are_named_below_their_line():
-    row = {"rows": 8, "status": "ok", "computed": 9, "needed": 6, "ratio": 1.5, "forwards": 3, "nfe": 4, "shapes": 2}
+    row = {
+        "way": "static",
+        "rows": 8,
+        "status": "ok",
+        "computed": 9,
+        "needed": 6,
+        "ratio": 1.5,
+        "forwards": 3,
+        "nfe": 4,
+        "shapes": 2,
+    }
     line, note = batch_report.count_lines(row | {"differing": 2})
     assert line.split() == ["8", "9", "6", "1.50", "3", "4", "2"] and "2 requests got other tokens" in note
 
@@ -162,4 +229,6 @@ def test_every_preset_shown_can_be_run_and_those_of_other_models_are_refused(cap
         assert command.main(["batch", *SMALL, "--presets", wrong]) == 2
         assert "--presets must be among llada, dream" in capsys.readouterr().err
     assert command.main(["batch", *SMALL, "--requests", "-1"]) == 2
-    assert "--requests and --timed-requests must be at least 0" in capsys.readouterr().err
+    assert "--requests, --timed-requests and --slot-requests must be at least 0" in capsys.readouterr().err
+    assert command.main(["batch", *SMALL, "--slots", "2", "2"]) == 2
+    assert "--slots must be at least 1 and differ, got [2, 2]" in capsys.readouterr().err

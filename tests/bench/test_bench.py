@@ -24,6 +24,7 @@ from bench.checks import run as checks
 from bench.checks import unmask as check_unmask
 from bench.floors import cost
 from bench.shapes import TOY_SHAPES
+from bench.speed import slots as speed_slots
 from bench.speed.run import Bench, Ceilings, Shape, Timing, Work, losses, time_shapes
 from dlm_fast import REFERENCE
 from dlm_kernels import testing
@@ -412,3 +413,25 @@ def test_under_the_interpreter_a_gpu_is_not_enough(monkeypatch, capsys, tmp_path
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert command.main(["gpu-check", "--out", str(tmp_path)]) == 2
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_slots_are_timed_beside_static_batches_and_one_by_one_and_give_up_at_the_deadline(monkeypatch) -> None:
+    rows: list = []
+    bench = Bench(CPU, host_timer, timing.Budget(100, 0), CEILINGS, l2_bytes=1000, replays=5)
+    time_shapes(bench, speed_slots.shapes(bench, REFERENCE, TOY_SHAPES), rows.extend)
+    assert [(row.candidate, row.status, row.replays) for row in rows] == [
+        ("ours", "ok", 1), ("static batches of 2", "ok", 1), ("one by one", "ok", 1),
+    ]  # fmt: skip
+    assert rows[0].shape == "5 requests, 2 slots, at most 12 new tokens" and rows[0].p50_us > rows[0].floor_us > 0
+
+    late = speed_slots.Deadline(80.0, iter([0.0, 79.0, 81.0]).__next__)
+
+    class Over(speed_slots.Deadline):
+        def is_set(self) -> bool:
+            return True
+
+    monkeypatch.setattr(speed_slots, "Deadline", Over)
+    rows.clear()
+    time_shapes(bench, speed_slots.shapes(bench, REFERENCE, TOY_SHAPES), rows.extend)
+    assert [row.status for row in rows] == ["FAILED"] and "cancelled" in rows[0].reason
+    assert [late.is_set(), late.is_set()] == [False, True]

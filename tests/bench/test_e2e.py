@@ -17,10 +17,13 @@ SMALL = ["--layers", "1", "--hidden", "64", "--vocab", "96", "--prompt", "7", "-
 RATIOS = [
     "tokens_per_s_vs_recompute_b1",
     "tokens_per_s_vs_recompute_b8",
+    "tokens_per_s_vs_recompute_b8_slots",
     "tokens_per_s_vs_cached_b1",
     "tokens_per_s_vs_cached_b8",
+    "tokens_per_s_vs_cached_b8_slots",
     "together_over_alone",
     "computed_over_needed",
+    "slots_over_static",
 ]
 
 
@@ -32,7 +35,7 @@ def short_runs(monkeypatch):
 
 
 def run(capsys, *options: str) -> tuple[int, list[str]]:
-    status = command.main(["e2e", *SMALL, "--turns", "1", "--mixed", "3", *options])
+    status = command.main(["e2e", *SMALL, "--turns", "1", "--mixed", "3", "--slot-mixed", "9", *options])
     return status, capsys.readouterr().out.splitlines()
 
 
@@ -51,6 +54,11 @@ def test_every_decoder_has_a_time_and_the_last_line_is_the_ratios(tmp_path, caps
         assert row["ms_per_step"] == pytest.approx(1000 * row["seconds"][0] / row["forwards"], rel=1e-3)
         assert row["forward_ms"] >= 0 and ("ops" in row) == (row["kind"] == "ours")
     assert {row["candidate"] for row in rows if row["kind"] == "greedy"} == set(decoders.GREEDY)
+    slotted = {(row["candidate"], row["rows"]) for row in rows if "slots" in row["candidate"]}
+    presets = ("llada", "fast-dllm-prefix", "fast-dllm-dual", "sdar")
+    assert slotted == {(f"ours, {preset}, 8 slots", 8) for preset in presets}
+    (mixed,) = [row for row in written if row["line"] == "slots"]
+    assert (mixed["slots"], mixed["requests"], mixed["status"]) == (8, 9, "ok")
     checks = [row for row in written if row["line"] == "check"]
     assert len(checks) == 4 and all(reason is None for row in checks for reason in row["wrong"].values())
     assert sum(row["line"] == "sample" for row in written) == len(rows)
@@ -74,6 +82,22 @@ def test_ours_has_no_time_if_it_writes_other_tokens(tmp_path, capsys, monkeypatc
     assert not any("ours, fast-dllm-dual /" in line for line in lines)
     assert json.loads(lines[-1])["ratios"]["tokens_per_s_vs_cached_b1"] is None
     assert "    (3 comparisons without a time: FAILED or SKIPPED above)" in lines
+
+
+def test_slots_have_no_time_if_they_write_other_tokens(capsys, monkeypatch):
+    right = decoders.decode_slots
+
+    def wrong(session, task: Task) -> tuple[torch.Tensor, int]:
+        tokens, forwards = right(session, task)
+        tokens[0, -1] += 1
+        return tokens, forwards
+
+    monkeypatch.setattr(e2e, "decode_slots", wrong)
+    status, lines = run(capsys, "--rows", "8", "--visibility", "block", "--json", "--slot-mixed", "0")
+    ratios = json.loads(lines[-1])["ratios"]
+    assert status == 1 and any("sdar, 8 slots" in line and "FAILED: beside" in line for line in lines)
+    assert ratios["tokens_per_s_vs_recompute_b8_slots"] is None and ratios["tokens_per_s_vs_recompute_b8"] > 0
+    assert ratios["slots_over_static"] is None
 
 
 def test_what_was_timed_is_held_to_the_loop_as_well(capsys, monkeypatch):
@@ -115,6 +139,8 @@ def test_the_embedded_models_are_decoded_too(capsys):
         "1",
         "--turns",
         "1",
+        "--slot-mixed",
+        "0",
         "--seconds",
         "60",
     ]
@@ -141,26 +167,33 @@ def test_a_row_may_differ_behind_a_near_tie_and_half_of_the_rows_must_be_equal()
     assert "3 of 4 rows differ" in decoders.differing(ours, Decided(tokens, [1e-6] * 4))
 
 
-def pair(rows: int, other: str, ratio: float | None, visibility: str = "block") -> Compared:
-    return Compared("m", visibility, rows, "ours, sdar", other, other != "recompute", True, ratio)
+def pair(rows: int, other: str, ratio: float | None, visibility: str = "block", slots: bool = False) -> Compared:
+    return Compared("m", visibility, rows, "ours, sdar", other, other != "recompute", True, ratio, slots)
 
 
 def test_a_ratio_is_that_of_the_worst_cached_loop_and_none_where_one_is_missing():
     nothing = e2e.NO_MIX
     pairs = [pair(1, "recompute", 3.0), pair(1, "block cache", 0.8), pair(1, "dual cache", 0.6, visibility="full")]
     pairs += [pair(1, "recompute", 0.1, visibility="full"), pair(8, "recompute", 6.0)]
+    pairs += [pair(8, "recompute", 5.0, slots=True), pair(8, "block cache", 0.7, slots=True)]
     found = e2e.ratios(pairs, nothing)
     assert list(found) == RATIOS
     assert (found["tokens_per_s_vs_recompute_b1"], found["tokens_per_s_vs_cached_b1"]) == (3.0, 0.6)
     assert (found["tokens_per_s_vs_recompute_b8"], found["tokens_per_s_vs_cached_b8"]) == (6.0, None)
+    names = [f"tokens_per_s_vs_{name}_b8_slots" for name in ("recompute", "cached")]
+    assert [found[name] for name in names] == [5.0, 0.7]
     assert e2e.ratios([*pairs, pair(1, "prefix cache", None)], nothing)["tokens_per_s_vs_cached_b1"] is None
 
 
 def test_losses_are_listed_with_the_worst_first():
     pairs = [pair(1, "a", 0.9), pair(1, "b", 0.5), pair(1, "c", 1.5), pair(8, "d", None)]
-    lines = e2e_report.losses(pairs, {"together_over_alone": 2.0, "computed_over_needed": 3.0})
+    lines = e2e_report.losses(pairs, {"together_over_alone": 2.0, "slots_over_static": 0.8})
     assert [line.split()[-1] for line in lines[:2]] == ["b", "a"]
-    assert "2.00 of their time one by one" in lines[2] and lines[3].startswith("(1 comparisons without a time")
+    assert (
+        "2.00 of their time one by one" in lines[2]
+        and "slots have 0.80" in lines[3]
+        and lines[4].startswith("(1 comparisons without a time")
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,6 +209,7 @@ def test_losses_are_listed_with_the_worst_first():
         (["--backend", "fast"], "--backend must be among auto"),
         (["--rows", "1", "1"], "--rows must be at least 1 and differ"),
         (["--mixed", "-1"], "--mixed must be at least 0, got -1"),
+        (["--slot-mixed", "-1"], "--slot-mixed must be at least 0, got -1"),
         (["--turns", "0"], "--turns must be at least 1"),
         (["--hidden", "70"], "--hidden must be a multiple of 64"),
     ],

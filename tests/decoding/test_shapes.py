@@ -93,7 +93,7 @@ def test_a_decode_has_few_shapes_and_one_shape_less_waste_than_one_for_all(prese
     assert 1 <= len(out.shapes) <= MOST_SHAPES
     assert out.computed_tokens == sum(s.rows * s.width * s.drafts * n for s, n in out.shapes.items())
     assert out.computed_tokens >= sum(out.query_tokens)
-    one_for_all = lambda plan, state, fixed, most_rows: Grid(  # noqa: E731
+    one_for_all = lambda plan, state, fixed, **options: Grid(  # noqa: E731
         {"refresh": {plan.refresh_width: (rows,)}, "denoise": {plan.denoise_width: (rows,)}},
         dict.fromkeys(("refresh", "denoise"), (plan.lanes,)), plan.preset.drafts, False, fixed,
     )  # fmt: skip
@@ -387,3 +387,23 @@ def test_the_result_says_which_shapes_ran():
     out = dlm_fast.generate(toy("full", eos=()), random_prompts([3]), max_new_tokens=4, preset="llada", block_length=4)
     ((shape, steps),) = out.shapes.items()
     assert isinstance(shape, tuple) and shape == ("denoise", 1, 7, 4, 1) and steps == 4
+
+
+def test_the_shapes_of_rows_that_come_and_go_are_few_and_cost_less_than_those_of_a_batch():
+    rng = random.Random(0)
+    widths = Counter({32 * n: rng.randrange(1, 9) for n in range(1, 30)})
+    expected = {"refresh": Counter(widths), "denoise": Counter({width: 4 * n for width, n in widths.items()})}
+    for B in (1, 8, 32):
+        costs = []
+        for plan in (shapes._counts, shapes._counts_of_rounds):
+            counts = plan({kind: Counter(widths) for kind, widths in expected.items()}, B, MOST_SHAPES, 228)
+            assert sum(len(rows) for widths in counts.values() for rows in widths.values()) <= MOST_SHAPES
+            assert all(list(widths) == sorted(widths) and max(widths) == 32 * 29 for widths in counts.values())
+            grid = Grid(counts, {"refresh": (32,), "denoise": (32,)}, 1, False, 228)
+            cost = 0.0
+            for kind, known in expected.items():
+                rounds = shapes._rounds(kind, known, B)
+                served = sum(grid.cost(kind, tuple(grid.class_of(kind, width) for width in rows)) for rows in rounds)
+                cost += served * known.total() / sum(map(len, rounds))
+            costs.append(cost)
+        assert costs[1] <= costs[0]
