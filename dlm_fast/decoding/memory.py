@@ -71,7 +71,7 @@ def open_batch(
 
 def check_steps(batch: Batch, plan: Plan, grid: Grid, paging: Paging | None) -> None:
     """Raises BatchTooLarge if rows cannot fit that begin together in the slots of a plan, one for each slot."""
-    if _most_bytes(batch) > SMALL:
+    if most_bytes(batch.handle, batch.preset, batch.diffusion, batch.rows, batch.longest) > SMALL:
         state = placed_rows(batch.canvases, plan.width, plan.block_length, plan.preset, plan.diffusion)
         _compare(batch, step_parts(batch.handle, plan, state, grid, paging))
 
