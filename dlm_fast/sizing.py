@@ -22,8 +22,6 @@ from .requests import Requests
 
 # Shapes are planned for so many lengths, where nobody says which to expect.
 PLANNED_LENGTHS = 12
-# What a layer and the ops make besides, at the most, in parts of what is counted without running a step.
-LAYERS = 16
 # The most lengths that shapes are planned for.
 MOST_LENGTHS = 256
 
@@ -137,7 +135,7 @@ def check_memory(
     """Raises BatchTooLarge for a session that needs more memory than `memory`, or than is free where this is None."""
     handle, diffusion = decoder.handle, decoder.handle.diffusion
     most = most_bytes(handle, decoder.preset, diffusion, capacity.slots, capacity.max_positions)
-    if memory is None and LAYERS * most < SMALL:
+    if memory is None and most < SMALL:
         return
 
     def short(sizes: tuple[Plan, Grid, Paging | None]) -> tuple[MemoryPlan, torch.device, int] | None:
