@@ -170,7 +170,8 @@ class Session:
             max_positions = limit if handle.max_positions is not None else min(limit, MAX_POSITIONS)
         if max_new_tokens >= max_positions:
             raise ValueError(
-                f"Session: max_new_tokens must be below max_positions={max_positions}, got max_new_tokens={max_new_tokens}"
+                f"Session: max_new_tokens must be below max_positions={max_positions}, got "
+                f"max_new_tokens={max_new_tokens}"
             )
         if handle.max_rows is not None and slots > handle.max_rows:
             raise ValueError(f"Session: slots must be <= max_rows={handle.max_rows} of the model, got slots={slots}")
