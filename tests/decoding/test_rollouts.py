@@ -115,3 +115,150 @@ def test_arguments_that_make_no_canvas_are_refused_by_name():
             found.before(step, MASK)
     with pytest.raises(TypeError, match="before: step must be of integers"):
         found.before(torch.zeros(3), MASK)
+
+
+# Weights that change between two calls
+
+
+def session_of(model, share: bool) -> dlm_fast.Session:
+    return dlm_fast.Session(
+        model, slots=2, max_positions=128, max_new_tokens=6, share_prefixes=share, page_size=32, temperature=1.0
+    )
+
+
+def canvases(session, **options) -> list[list[int]]:
+    return [row.canvas.tolist() for row in session.generate(random_prompts([45]), n=2, **options)]
+
+
+def step_of(optimizer: type, **options):
+    def change(model) -> None:
+        model(torch.tensor([[5, 6, 7, 8]])).logits.logsumexp(-1).sum().backward()
+        optimizer(model.parameters(), lr=0.1, **options).step()
+
+    return change
+
+
+def replace_the_head(model) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())
+
+
+def replace_twice(model) -> None:
+    """The second parameter may get the address of the one before the first."""
+    for factor in (1.5, 1.5):
+        layer = model.model.layers[0].self_attn.k_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * factor)
+
+
+def give_other_data(model) -> None:
+    for parameter in model.model.layers[0].self_attn.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def load_a_state(model) -> None:
+    model.load_state_dict({name: value * 1.25 for name, value in model.state_dict().items()})
+
+
+def tie(model) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def change_the_tied_weight(model) -> None:
+    tie(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+
+
+def change_in_inference_mode(model) -> None:
+    with torch.inference_mode():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+
+
+def add_an_adapter(model) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(config, model)
+    model.eval()
+
+
+CHANGES = {
+    "sgd": step_of(torch.optim.SGD),
+    "adamw": step_of(torch.optim.AdamW),
+    "fused adamw": step_of(torch.optim.AdamW, fused=True),
+    "replaced head": replace_the_head,
+    "replaced twice": replace_twice,
+    "other data": give_other_data,
+    "loaded state": load_a_state,
+    "tied": tie,
+    "tied and changed": change_the_tied_weight,
+    "inference mode": change_in_inference_mode,
+    "adapter": add_an_adapter,
+}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_call_after_a_change_of_weights_gives_what_a_fresh_session_gives(name, share):
+    model = toy("block", block_alignment="abs", backend="cpu")
+    session = session_of(model, share)
+    before = canvases(session)
+    assert canvases(session) == before
+    CHANGES[name](model)
+    after = canvases(session)
+    assert after == canvases(session_of(model, False)) != before
+
+
+def test_prompts_are_kept_where_nothing_was_changed_and_forgotten_after_a_change():
+    model = toy("block", block_alignment="abs", backend="cpu")
+    session = session_of(model, True)
+    work = [[row.query_tokens for row in session.generate([PROMPTS[0] + [9] * 90])] for _ in range(2)]
+    assert work[1][0] < work[0][0]
+    step_of(torch.optim.AdamW, fused=True)(model)
+    again = [row.query_tokens for row in session.generate([PROMPTS[0] + [9] * 90])]
+    session.forget_prefixes()
+    forgotten = [row.query_tokens for row in session.generate([PROMPTS[0] + [9] * 90])]
+    kept = [row.query_tokens for row in session.generate([PROMPTS[0] + [9] * 90])]
+    assert min(again[0], forgotten[0]) > kept[0]
+
+
+def test_prompts_are_forgotten_where_a_change_through_data_is_announced():
+    model = toy("block", block_alignment="abs", backend="cpu")
+    session = session_of(model, True)
+    canvases(session)
+    model.model.layers[0].self_attn.k_proj.weight.data.mul_(1.5)
+    session.forget_prefixes()
+    assert canvases(session) == canvases(session_of(model, False))
+
+
+@pytest.mark.parametrize("change", ["merge", "unmerge", "disable", "scale"])
+def test_prompts_are_forgotten_where_an_adapter_is_merged_or_switched(change):
+    pytest.importorskip("peft")
+    model = toy("block", block_alignment="abs", backend="cpu")
+    add_an_adapter(model)
+    layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    if change == "unmerge":
+        [layer.merge() for layer in layers]
+    session = session_of(model, True)
+    before = canvases(session)
+    for layer in layers:
+        {
+            "merge": layer.merge,
+            "unmerge": layer.unmerge,
+            "disable": lambda layer=layer: layer.enable_adapters(False),
+            "scale": lambda layer=layer: layer.scale_layer(3.0),
+        }[change]()
+    work = [row.query_tokens for row in session.generate(random_prompts([70]))]
+    fresh = session_of(model, True)
+    assert work == [row.query_tokens for row in fresh.generate(random_prompts([70]))]
+    assert canvases(session) == canvases(session_of(model, False))
+    assert (canvases(session) == before) == ("merge" in change)
+
+
+def test_prompts_are_not_kept_between_calls_where_weights_do_not_count_their_changes():
+    with torch.inference_mode():
+        model = toy("block", block_alignment="abs", backend="cpu")
+    session = session_of(model, True)
+    canvases(session)
+    with torch.inference_mode():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    assert canvases(session) == canvases(session_of(model, False))
