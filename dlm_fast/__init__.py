@@ -38,6 +38,7 @@ from .output import Completion  # noqa: E402
 from .patching import PatchHandle, explain, handle_of, patch  # noqa: E402
 from .policies.heads import load_head  # noqa: E402
 from .presets import PRESETS, Preset  # noqa: E402
+from .rollouts import Trajectories, trajectories  # noqa: E402
 from .running import Block  # noqa: E402
 from .session import Request, Session  # noqa: E402
 from .version import __version__  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "Preset",
     "Request",
     "Session",
+    "Trajectories",
     "__version__",
     "explain",
     "generate",
@@ -70,5 +72,6 @@ __all__ = [
     "load_head",
     "patch",
     "policies",
+    "trajectories",
     "triton_ops",
 ]

@@ -15,6 +15,7 @@ from .call import check_cancel, check_function, check_mode, read_decoder, read_r
 from .decoding.budget import MemoryPlan
 from .decoding.progress import StepsCancelled, StepTooLarge
 from .limits import flag, shown, whole
+from .models.changes import Look, watch_optimizers
 from .output import Completion, DecodeCancelled, DecodeInterrupted, DecodeOutOfMemory, too_large
 from .patching import handle_of
 from .presets import Preset
@@ -74,7 +75,13 @@ class Session:
 
     With `share_prefixes` the keys of a prompt are kept after its row is done, and a prompt that begins alike does not
     compute them again. Shared is up to the last block that ends inside the common beginning. The kept pages are
-    forgotten when rows need them, and when a weight was changed.
+    forgotten when rows need them, and when a weight was changed between two calls.
+
+    Every call decodes the weights that the model has when it begins: changed in place by an optimizer or another op of
+    torch, replaced by other parameters, or with other adapters of peft. A model that is decoded through a native twin
+    (`patch`) takes changes in place, and a replaced parameter is an error of the call. A change that torch does not
+    count, through `.data` or by a kernel of one's own, is taken too, but kept prompts do not notice it: call
+    `forget_prefixes` after it. Do not change weights while a call is at work.
 
         session = dlm_fast.Session(model, preset="d2f", slots=8, max_positions=1024)
         for index, row in session.generate(prompts, stream=True):
@@ -181,7 +188,9 @@ class Session:
         self._runner = Runner(decoder, asked, plan, grid, paging, share_prefixes)
         self._memory_plan: MemoryPlan | None = None
         check_memory(decoder, asked, capacity, (plan, grid, paging), lengths, memory)
-        self._weights: tuple | None = None
+        self._look: Look | None = None
+        if share_prefixes:
+            watch_optimizers()
         self._open = False
         #: Rows that were finished and not handed out when the last call was closed or interrupted.
         self.undelivered: list[Completion] = []
@@ -245,6 +254,12 @@ class Session:
             error.output = sorted([*found, *error.output], key=_order)
             raise
         return sorted(found, key=_order)
+
+    def forget_prefixes(self) -> None:
+        """Forgets the prompts that are kept, after a change of weights that nobody counts."""
+        if self._open:
+            raise RuntimeError("Session: forget_prefixes must follow the end of generate, which is at work")
+        self._look = None
 
     def close(self) -> None:
         """Frees the buffers. A later call makes new ones."""
@@ -368,10 +383,10 @@ class Session:
         if runner.slots is not None and runner.dtype != dtype:
             raise RuntimeError(f"Session: the model was cast from {runner.dtype} to {dtype}; make a new session")
         if runner.shares:
-            weights = tuple((id(p), p.data_ptr(), p._version) for p in model.parameters())
-            if weights != self._weights:
-                self._weights = weights
+            look, before = Look(model), self._look
+            if before is None or not look.equals(before):
                 runner.pages.forget()
+            self._look = look
 
 
 def problem_of(error: Exception) -> str:

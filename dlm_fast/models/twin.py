@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..diffusion import DiffusionConfig, given_fields
 from ..files import CheckpointError, Stored, name_of
+from .changes import version_of, watch_optimizers
 from .families import FAMILIES, REFUSED, family_of
 from .family import Family
 from .settings import Places, Settings, settle
@@ -52,7 +53,7 @@ class Mark:
 
     @classmethod
     def of(cls, tensor: Tensor, copied: bool) -> Mark:
-        return cls(weakref.ref(tensor), place_of(tensor), tensor._version if copied else None)
+        return cls(weakref.ref(tensor), place_of(tensor), version_of(tensor) if copied else None)
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ class Link:
                 self._fail(f"{name} was {'added' if mark is None else 'removed'}")
             if mark.tensor() is not tensor or mark.place != place_of(tensor):
                 self._fail(f"{name} was replaced")
-            if mark.version is not None and mark.version != tensor._version:
+            if mark.version is not None and mark.version != version_of(tensor):
                 self._fail(f"{name}, of which the twin has a copy, was changed in place")
         if twin.training != owner.training:
             twin.train(owner.training)
@@ -216,6 +217,8 @@ def build(owner: nn.Module, family: Family, config: Any) -> tuple[nn.Module, Lin
     # 3. Put the tensors there, and compute what no checkpoint holds.
     copied = _stacks(twin, account)
     _check_versions(kind, [account.parts[name].name for names in copied.values() for name in names], tensors)
+    if copied:
+        watch_optimizers()
     copied_bytes = sum(size_of(tensors[account.parts[name].name]) for names in copied.values() for name in names)
     if copied_bytes:
         warnings.warn(

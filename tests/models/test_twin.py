@@ -314,6 +314,41 @@ def test_a_changed_expert_is_refused_by_name(owner):
         dlm_fast.generate(owner, [[5, 6]], max_new_tokens=3)
 
 
+@pytest.mark.parametrize("owner", ["llada2"], indirect=True)
+def test_an_expert_that_a_fused_optimizer_changed_is_refused_by_name(owner):
+    patch(owner)
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    expert = owner.get_parameter(name).requires_grad_(True)
+    expert.grad = torch.ones_like(expert)
+    torch.optim.AdamW([expert], lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match=f"and {re.escape(name)}, of which the twin has a copy, was changed"):
+        dlm_fast.generate(owner, [[5, 6]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("owner", ["sdar"], indirect=True)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_session_of_the_owner_decodes_the_weights_of_every_step_of_an_optimizer(owner, fused):
+    patch(owner)
+    prompt, common = [5 + i % 40 for i in range(45)], {"slots": 2, "max_positions": 96, "max_new_tokens": 6}
+    session = dlm_fast.Session(owner, share_prefixes=True, page_size=32, **common)
+
+    def canvas(session: dlm_fast.Session) -> list[int]:
+        return session.generate([prompt])[0].canvas.tolist()
+
+    before = canvas(session)
+    for parameter in owner.requires_grad_(True).parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    torch.optim.AdamW(owner.parameters(), lr=0.3, fused=fused).step()
+    assert canvas(session) == canvas(dlm_fast.Session(owner, **common)) != before
+    replace_a_head(owner)
+    with pytest.raises(RuntimeError, match="lm_head.weight was replaced; unpatch it and patch it again"):
+        session.generate([prompt])
+
+
+def replace_a_head(owner: nn.Module) -> None:
+    owner.lm_head.weight = nn.Parameter(owner.lm_head.weight.detach().clone())
+
+
 # The owner stays as it is
 
 
