@@ -175,6 +175,7 @@ class Runner:
         self._ready: deque[tuple[Completion, Failure | None]] = deque()
         self._feeds: dict[int, Feed] = {}
         self._filling: set[int] = set()
+        self._coming: dict[int, tuple[Row, Place]] = {}
         self._stopper = Stopper(plan.mask_id, bool(plan.preset.families & {"edit", "revise"}))
 
     @property
@@ -190,10 +191,12 @@ class Runner:
         rows = plan.first.shape[0]
         idle = self.asked.idle([idle_canvas(plan)] * rows)
         try:
-            cache = None
-            if plan.cache.stores:
-                cache = handle.adapter.new_cache(handle.model, plan.copies * rows, plan.capacity, self.paging)
-            self.slots = Slots(handle, plan, self.grid, sampling_of(idle, plan, device), cache)
+            # Buffers of the inference mode could not be written in a later call outside it.
+            with torch.inference_mode(False):
+                cache = None
+                if plan.cache.stores:
+                    cache = handle.adapter.new_cache(handle.model, plan.copies * rows, plan.capacity, self.paging)
+                self.slots = Slots(handle, plan, self.grid, sampling_of(idle, plan, device), cache)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -228,10 +231,8 @@ class Runner:
                 if place is None:
                     break
                 admitted.append((free[len(admitted)], head, place))
+                self._coming[free[len(admitted) - 1]] = (head, place)
                 head = None
-                if self.shares and place.shared:
-                    self.in_work[admitted[-1][0]] = (admitted[-1][1], place)
-                    self._filling.add(admitted[-1][0])
             if admitted:
                 self._admit(slots, admitted)
             if self.slots is None or not self.in_work:
@@ -262,10 +263,9 @@ class Runner:
         prefix = Prefix()
         if shared:
             prefix = self.pages.find(kind, shared, block, offset)
-            for slot in self._filling:
-                other = self.in_work[slot][1]
-                if other.kind == kind:
-                    alike = ends_with_a_block(common(other.shared, shared), block, offset)
+            for other in (*self._coming.values(), *(self.in_work[slot] for slot in self._filling)):
+                if other[1].kind == kind:
+                    alike = ends_with_a_block(common(other[1].shared, shared), block, offset)
                     if alike > prefix.length:
                         return None
 
@@ -310,8 +310,7 @@ class Runner:
         batch = Requests.joined([row.batch for _, row, _ in admitted])
         numbers = [slot for slot, _, _ in admitted]
         rows = self.plan.first.shape[0]
-        for slot, row, place in admitted:
-            self.in_work[slot] = (row, place)
+        for slot, _, place in admitted:
             for copy, pages in enumerate(place.pages):
                 set_pages(slots.cache, copy * rows + slot, pages)
         slots.admit(
@@ -322,6 +321,9 @@ class Runner:
             [place.prefix.length for _, _, place in admitted] if self.shares else None,
         )
         self._stopper.admit(numbers, batch)
+        self.in_work |= self._coming
+        self._filling |= {slot for slot, _, place in admitted if place.shared}
+        self._coming.clear()
 
     @property
     def _after_step(self) -> Callable[[RowState], None] | None:
@@ -378,7 +380,15 @@ class Runner:
         """What was finished and not given, and the rows in work as far as they got; all slots are free."""
         given = list(self._ready)
         self._ready.clear()
-        return given + (self.take(sorted(self.in_work)) if self.in_work else [])
+        given += self.take(sorted(self.in_work)) if self.in_work else []
+        # Rows that were stopped on their way into a slot, which may hold a part of them.
+        coming = [row for row, _ in self._coming.values()]
+        for place in [place for _, place in self._coming.values()]:
+            self._give_back(place)
+        if self._coming:
+            self.slots.clear(sorted(self._coming))
+        self._coming.clear()
+        return given + self.untouched(coming)
 
     def untouched(self, rows: list[Row]) -> list[tuple[Completion, Failure | None]]:
         """Rows that no step was taken of."""
@@ -402,6 +412,9 @@ class Runner:
             self._filling.discard(slot)
             self._feeds.pop(slot, None)
             self._stopper.rows.pop(slot, None)
-            for pages in place.pages:
-                self.pages.give(pages)
+            self._give_back(place)
         self.slots.release(slots)
+
+    def _give_back(self, place: Place) -> None:
+        for pages in place.pages:
+            self.pages.give(pages)

@@ -265,6 +265,10 @@ class Session:
         """Frees the buffers. A later call makes new ones."""
         if self._open:
             raise RuntimeError("Session: close must follow the end of generate, which is at work")
+        self._renew()
+
+    def _renew(self) -> None:
+        """Frees the buffers."""
         runner = self._runner
         self._runner = Runner(runner.decoder, runner.asked, runner.plan, runner.grid, runner.paging, runner.shares)
         self._runner.shapes.update(runner.shapes)
@@ -301,8 +305,16 @@ class Session:
         finally:
             self._open = False
             if not finished:
-                self.undelivered = [row for row, _ in runner.stopped() if row.finish != "unfinished"]
+                self.undelivered = self._given_up()
             runner.on_step = runner.cancelled = runner.on_block = None
+
+    def _given_up(self) -> list[Completion]:
+        """What was finished and not handed out; all slots are free."""
+        try:
+            return [row for row, _ in self._runner.stopped() if row.finish != "unfinished"]
+        except Exception:  # what went wrong before is what the caller must see; the buffers may be of no use any more
+            self._renew()
+            return []
 
     def _source(self, requests: Iterable[Any], n: int) -> Iterator[Row | Completion]:
         """The rows of requests, and the result of a request that cannot be decoded."""

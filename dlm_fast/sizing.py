@@ -61,7 +61,7 @@ def planned(
     preset, diffusion, slots = decoder.preset, decoder.handle.diffusion, capacity.slots
     cache, new = preset.operation, capacity.max_new_tokens
     check_sharing(decoder, capacity)
-    check_rotary(decoder)
+    check_rotary(decoder, capacity)
 
     # 1. The most of everything. A first block of "abs" may begin before the first mask, and a last one may be whole.
     length = block_length_of(preset, diffusion, new)
@@ -218,12 +218,15 @@ def check_sharing(decoder: Decoder, capacity: Capacity) -> None:
         )
 
 
-def check_rotary(decoder: Decoder) -> None:
-    """Raises NotImplementedError for a model whose rotary frequencies follow the longest row of a forward."""
-    rotary = getattr(decoder.handle.model.config, "rope_parameters", None) or {}
+def check_rotary(decoder: Decoder, capacity: Capacity) -> None:
+    """Raises ValueError where rotary frequencies would follow the longest row of a forward: those of "longrope" and
+    "dynamic" do beyond the positions that the model was first trained for."""
+    config = decoder.handle.model.config
+    rotary = getattr(config, "rope_parameters", None) or {}
     kind = rotary.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise NotImplementedError(
-            f"Session: rows cannot share forwards of a model whose positions turn by the longest of them, got "
-            f"rope_type={kind!r}"
+    trained = rotary.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind in ("dynamic", "longrope") and capacity.max_positions > trained:
+        raise ValueError(
+            f"Session: max_positions must be at most {trained} for rope_type={kind!r}, beyond which all rows of a "
+            f"forward would turn by the longest of them, got max_positions={capacity.max_positions}"
         )

@@ -166,17 +166,22 @@ class Slots:
 
     def release(self, slots: list[int]) -> None:
         """Frees slots; rows in work are given up."""
-        slots = [slot for slot in slots if slot in self._needs]
-        given_up = [slot for slot in slots if self.rounds.progress.needs[0][slot] != DONE]
-        if given_up:
-            rows = torch.zeros(self.plan.first.shape[0], dtype=torch.bool)
-            rows[given_up] = True
-            amend(self.state, rows.to(self.plan.first.device), phase=DONE)
+        in_work = [slot for slot in slots if self.rounds.progress.needs[0][slot] != DONE]
         for slot in slots:
             del self._needs[slot]
-        self.free = sorted([*self.free, *slots])
-        if given_up:
-            self._restart()
+        self.free = sorted({*self.free, *slots})
+        if in_work:
+            self.clear(in_work)
+
+    def clear(self, slots: list[int]) -> None:
+        """Frees slots, whatever they hold."""
+        rows = torch.zeros(self.plan.first.shape[0], dtype=torch.bool)
+        rows[slots] = True
+        amend(self.state, rows.to(self.plan.first.device), phase=DONE)
+        for slot in slots:
+            self._needs.pop(slot, None)
+        self.free = sorted({*self.free, *slots})
+        self._restart()
 
 
 def idle_canvas(plan: Plan) -> Tensor:

@@ -17,6 +17,7 @@ import dlm_fast
 from dlm_fast import Completion, DecodeCancelled, DecodeInterrupted, Request, Session
 from dlm_fast.decoding import pages as pools
 from dlm_fast.decoding import progress
+from dlm_fast.decoding.step import Decode
 from dlm_fast.presets import resolve
 
 CASES = 500
@@ -451,3 +452,110 @@ def test_a_prefix_that_twenty_questions_share_is_computed_once():
 def test_presets_that_see_behind_the_prompt_share_nothing(preset):
     with pytest.raises(ValueError, match=f"share_prefixes needs a block-causal model.*got preset {preset}"):
         Session(toy("full"), preset, share_prefixes=True, max_positions=64, max_new_tokens=8)
+
+
+# What may happen in between
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_on_the_way_into_a_slot_leaves_nothing_there(when, monkeypatch):
+    session, requests = session_of(slots=2), random_prompts([4, 9, 2, 5])
+    whole = session.generate(requests)
+    take, calls = Decode.take_rows, []
+
+    def interrupted(self, rows, part):
+        calls.append(rows)
+        if when == "after":
+            take(self, rows, part)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        if when == "before":
+            take(self, rows, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Decode, "take_rows", interrupted)
+        with pytest.raises(DecodeInterrupted) as caught:
+            session.generate(requests)
+    rows = caught.value.output
+    assert [row.index for row in rows] == list(range(len(rows))) and rows[-1].finish == "unfinished"
+    assert rows[-1].nfe == 0 and rows[-1].canvas.tolist()[: len(requests[len(rows) - 1])] == requests[len(rows) - 1]
+    pages = session._runner.pages
+    assert pages.free == pages.count and session._runner.slots.free == [0, 1]
+    assert [of_row(row) for row in session.generate(requests)] == [of_row(row) for row in whole]
+
+
+def test_what_a_function_of_the_user_raises_is_seen_and_the_session_goes_on():
+    session, requests = session_of(slots=2), random_prompts([4, 9, 2])
+    whole = session.generate(requests)
+    for name in ("on_step", "on_block"):
+        with pytest.raises(ZeroDivisionError):
+            session.generate(requests, **{name: lambda state: 1 / 0})
+        assert [of_row(row) for row in session.generate(requests)] == [of_row(row) for row in whole]
+
+
+def test_a_session_serves_calls_inside_the_inference_mode_and_outside():
+    session, requests = session_of("d2f", slots=2), random_prompts([4, 9, 2])
+    with torch.inference_mode():
+        first = session.generate(requests)
+    second = session.generate(requests)
+    with torch.inference_mode():
+        third = session.generate(requests, stream=True)
+        third = [row for _, row in sorted(third, key=lambda pair: pair[0])]
+    assert [of_row(row) for row in first] == [of_row(row) for row in second] == [of_row(row) for row in third]
+
+
+def test_a_model_that_was_unpatched_or_cast_is_refused():
+    session = session_of()
+    session.generate([[5, 6]])
+    session._model.double()
+    with pytest.raises(RuntimeError, match=r"the model was cast from torch.float32 to torch.float64"):
+        session.generate([[5, 6]])
+    session._model.float()
+    session.generate([[5, 6]])
+    dlm_fast.handle_of(session._model).unpatch()
+    with pytest.raises(ValueError, match="is not patched"):
+        session.generate([[5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"slots": 0}, "Session: slots must be a whole number >= 1, got slots=0"),
+        ({"page_size": 48}, "Session: page_size must be a power of two >= 32, got page_size=48"),
+        ({"max_positions": 257}, "Session: max_positions must be a whole number <= 256 or None, got max_positions=257"),
+        ({"max_new_tokens": 64}, "Session: max_new_tokens must be below max_positions=64, got max_new_tokens=64"),
+        ({"lengths": [(60, 12)]}, r"Session: lengths must be pairs .* got \(60, 12\)"),
+        ({"threshold": 0.5}, "threshold"),
+        ({"unheard_of": 1}, "unheard_of"),
+        ({"infill": 1}, "Session: infill must be true or false, got infill=1"),
+        ({"memory": 0}, "Session: memory must be a whole number >= 1 or None, got memory=0"),
+    ],
+)
+def test_what_a_session_cannot_be_is_refused_by_name(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        session_of(**arguments)
+
+
+def test_a_cache_of_fewer_positions_goes_with_a_preset_that_keeps_keys():
+    with pytest.raises(ValueError, match="cache_positions goes with a preset that keeps keys, got cache='none'"):
+        session_of("llada", cache_positions=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"n": 0}, ValueError, "generate: n must be a whole number >= 1, got n=0"),
+        ({"stream": 1}, ValueError, "generate: stream must be true or false"),
+        ({"on_block": 3}, TypeError, "generate: on_block must be a function of a block, got on_block=3"),
+        ({"cancel": object()}, TypeError, r"generate: cancel must have is_set\(\)"),
+    ],
+)
+def test_what_a_call_cannot_be_is_refused_by_name(arguments, error, said):
+    with pytest.raises(error, match=said):
+        session_of().generate([[5, 6]], **arguments)
+
+
+@pytest.mark.parametrize("requests", ["abc", {"prompt": [5]}, Request([5]), 5, None])
+def test_requests_are_an_iterable_of_them(requests):
+    with pytest.raises(TypeError, match="generate: requests must be an iterable of requests, got requests="):
+        session_of().generate(requests)
