@@ -69,9 +69,9 @@ class Session:
     row gets the tokens that `generate` gives it alone, with the same number of forwards and of positions, whatever
     comes before it, beside it or after it (for 16 bits see `generate`).
 
-    The cache is cut into pages. A row takes pages for its own length when it is admitted, and gives them back when it
-    is done. Where too few pages are free, the next row waits until others are done. So `cache_positions` may be far
-    less than `slots * max_positions`.
+    By default the cache has room for `max_positions` in every slot. With `cache_positions` it is cut into pages: a row
+    takes pages for its own length when it is admitted, and gives them back when it is done. Where too few pages are
+    free, the next row waits until others are done. So `cache_positions` may be far less than `slots * max_positions`.
 
     With `share_prefixes` the keys of a prompt are kept after its row is done, and a prompt that begins alike does not
     compute them again. Shared is up to the last block that ends inside the common beginning. The kept pages are
@@ -128,7 +128,7 @@ class Session:
                 change a key.
             page_size: positions of a page of the cache, a power of two from 32 on.
             cache_positions: positions that the cache holds of all rows together, rounded up to pages. Default:
-                `slots * max_positions`.
+                `slots * max_positions`, not in pages unless beginnings are shared.
             memory: the most bytes that weights and buffers may take on a device. Default: what is free.
             lengths: (prompt, new tokens) of requests as they are expected, for which the shapes of steps are planned.
                 Default: all lengths up to `max_positions`, short ones more densely. Whatever the lengths, all rows fit.

@@ -99,9 +99,9 @@ def planned(
     grid = planned_grid(decoder.handle, plan, state, refilled=True)
 
     # 3. The pages.
-    paging = None
-    if cache.stores:
-        size = capacity.page_size
+    paging, size = None, capacity.page_size
+    if cache.stores and (capacity.cache_positions is not None or capacity.share_prefixes):
+        # Without either, every slot has a row's cache of its own, in one piece, which is read faster.
         whole = slots * -(-width // size)
         pages = whole if capacity.cache_positions is None else -(-capacity.cache_positions // size)
         paging = Paging(size, plan.copies * min(pages, whole) if not capacity.share_prefixes else pages)
@@ -157,7 +157,7 @@ def check_memory(
     # What would fit: fewer positions in the cache, as long as a row of full length has its own; else fewer slots.
     other, advice = capacity, "not even slots=1 would fit"
     positions = (capacity.cache_positions or capacity.slots * capacity.max_positions) // 2
-    while sizes[2] is not None and positions >= capacity.max_positions:
+    while sizes[0].cache.stores and positions >= capacity.max_positions:
         other = dataclasses.replace(capacity, cache_positions=positions)
         if short(planned(decoder, asked, other, lengths)) is None:
             advice = f"cache_positions={positions} would fit"

@@ -52,7 +52,7 @@ def poisoned(session: Session) -> None:
     """Fills all of the cache that no row holds with NaN, after every step."""
     runner = session._runner
     cache = runner.slots.cache
-    if cache is None:
+    if cache is None or runner.pages is None:
         return
     free = [page for page in range(runner.pages.count) if not runner.pages._holders[page]]
     for layer in cache.layers:
@@ -126,6 +126,7 @@ def test_rows_are_decoded_as_alone_in_hundreds_of_sessions(monkeypatch):
 
 def session_of(preset: str = "sdar", **arguments) -> Session:
     options = {**options_of(preset), "slots": 3, "max_positions": 64, "max_new_tokens": 12, "page_size": 32}
+    options |= {"cache_positions": 256} if dlm_fast.PRESETS[preset].operation.stores else {}
     return Session(model_for(preset, backend="cpu"), preset, **{**options, **arguments})
 
 
