@@ -16,7 +16,8 @@ FLOORS = (
     ("policies",),
     ("presets",),
     ("decoding",),
-    ("prompts", "stops", "stopper", "requests", "draws", "output", "adapters", "loading", "generate"),
+    ("prompts", "stops", "stopper", "requests", "draws", "output", "adapters", "loading", "call"),
+    ("running", "sizing", "session", "rollouts", "generate"),
     ("tiny", "jobs", "inspection", "support", "cli", "training", "__main__", "__init__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
