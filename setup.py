@@ -51,6 +51,8 @@ setup(
         "train": ["peft", "matplotlib"],
         "bench": ["matplotlib", "pytest-benchmark"],
         "lint": ["ruff"],
+        # Some 600 MB that decoding never needs: no other extra has it, and no constraint pins it.
+        "ray": ["ray[data]"],
     },
     classifiers=[
         "Operating System :: POSIX :: Linux",

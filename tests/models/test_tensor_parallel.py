@@ -112,6 +112,12 @@ def test_a_plain_forward_with_gradients_equals_that_of_one_process(folder, both)
         torch.testing.assert_close(rank["with gradients"], expected, atol=1e-4, rtol=1e-3)
 
 
+def test_a_session_of_ranks_shares_prompts_until_an_optimizer_changes_the_weights(folder, both):
+    alone = ranks.shared_work(ranks.opened(folder, ranks.CASES["sdar"], spread=False))
+    assert alone[0] == alone[2] > alone[1]
+    assert [rank["shared"] for rank in both] == [alone, alone]
+
+
 def test_the_memory_of_a_rank_is_counted_by_its_own_heads(folder, both):
     (alone,) = ranks.cached_bytes(ranks.opened(folder, ranks.CASES["dual"], spread=False))
     assert [rank["keys and values"] for rank in both] == [[alone // 2], [alone // 2]]

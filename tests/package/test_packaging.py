@@ -57,6 +57,12 @@ def test_every_declared_requirement_is_pinned_within_its_range(declared, python_
 
 
 @pytest.mark.parametrize("python_version", PYTHONS)
+def test_ray_is_neither_declared_for_ci_nor_pinned(declared, python_version):
+    assert '"ray": ["ray[data]' in (ROOT / "setup.py").read_text()
+    assert "ray" not in {requirement.name for requirement in declared} | set(pins(python_version))
+
+
+@pytest.mark.parametrize("python_version", PYTHONS)
 def test_no_pin_names_a_build_of_torch_or_its_cuda_libraries(python_version):
     assert {
         name: pin for name, pin in pins(python_version).items() if "+" in pin or name.startswith(("nvidia-", "cuda-"))

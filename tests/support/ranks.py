@@ -135,6 +135,20 @@ def cached_bytes(model: nn.Module) -> list[int]:
     return counted
 
 
+def shared_work(model: nn.Module) -> list[int]:
+    """Positions that a session computes for a prompt, for the same one again, and after a step of an optimizer."""
+    session = dlm_fast.Session(
+        model, slots=2, max_positions=64, max_new_tokens=4, share_prefixes=True, page_size=32, preset="sdar"
+    )
+    prompt, found = [5 + i % 40 for i in range(45)], []
+    for _ in range(2):
+        found.append(session.generate([prompt])[0].query_tokens)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.0).step()
+    return [*found, session.generate([prompt])[0].query_tokens]
+
+
 def decode_all(root: Path, rank: int) -> dict[str, Any]:
     """Every case, and what is not taken."""
     found: dict[str, Any] = {"cases": {}}
@@ -142,6 +156,7 @@ def decode_all(root: Path, rank: int) -> dict[str, Any]:
         found["cases"][name] = decode(opened(root, case, spread=True), case)
     case = CASES["dual"]
     found["unfused"] = decode(opened(root, case, spread=True, fuse_layers=False), case)
+    found["shared"] = shared_work(opened(root, CASES["sdar"], spread=True))
     model = opened(root, case, spread=True)
     found["keys and values"] = cached_bytes(model)
     found["too large"] = batch_too_large(model, rank)
