@@ -22,13 +22,11 @@ from .presets import Preset
 from .requests import Requests
 from .running import Block, Row, Runner
 from .sizing import Capacity, check_memory, planned, planned_memory
-from .stops import StopStrings, read_stop_strings
+from .stops import StopReader
 
 # The most positions of a row where nobody says how many, whatever the model could have: a cache of all positions that
 # a model has room for is larger than the model.
 MAX_POSITIONS = 4096
-# How many sets of stop strings a session remembers.
-MOST_STOPS = 64
 # What an error of a batch calls its only row.
 _ROW = re.compile(r"\b(prompt|canvas)s?\[0\]")
 SETTINGS = ("max_new_tokens", "min_new_tokens", "temperature", "seed", "stop_strings")
@@ -164,7 +162,7 @@ class Session:
             "eos_token_ids": eos_token_ids,
         }
         self._defaults = dict(zip(SETTINGS, (max_new_tokens, min_new_tokens, decoder.temperature, seed, stop_strings)))
-        self._known_stops: dict[tuple[str, ...], StopStrings | tuple[()]] = {}
+        self._stops = StopReader(decoder.tokenizer, decoder.handle.diffusion.mask_token_id)
         self._defaults["stop_strings"] = self._stops(stop_strings)
         asked = self._read([], None, {}, [])
 
@@ -360,16 +358,6 @@ class Session:
         if keys[-1] >= 2**31:
             raise ValueError(f"request_id must be below 2^31 for every sample, got {keys[-1]}")
         return dataclasses.replace(batch.of_rows([0] * len(keys)), request_ids=keys)
-
-    def _stops(self, strings: Any) -> StopStrings | tuple[()]:
-        """Stop strings of a request, each set of which is read once."""
-        known = isinstance(strings, (list, tuple)) and all(isinstance(string, str) for string in strings)
-        if not known or tuple(strings) not in self._known_stops:
-            read = read_stop_strings(strings, self._decoder.tokenizer, self._decoder.handle.diffusion.mask_token_id)
-            if len(self._known_stops) >= MOST_STOPS:
-                self._known_stops.clear()
-            self._known_stops[tuple(strings)] = () if read is None else read
-        return self._known_stops[tuple(strings)]
 
     def _read(self, prompts: list | None, canvas: list | None, own: Mapping[str, Any], keys: list[int]) -> Requests:
         arguments = {**self._defaults, **own}

@@ -14,6 +14,8 @@ REPLACEMENT = "\ufffd"
 # How many characters at a text's end `clean_up_tokenization_spaces` may still change when the text goes on: those of
 # " n't" without the last one.
 CLEANED_TAIL = 3
+# How many sets of stop strings a reader remembers.
+MOST_KNOWN = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,31 @@ class StopStrings:
             if 0 < length <= len(ends) and self.decode(ids[: ends[length - 1]]) == text:
                 return ends[length - 1]
         return count
+
+
+class StopReader:
+    """Reads the stop strings of many requests, each set of them once.
+
+    Attributes:
+        tokenizer: what decodes.
+        mask_id: id of the mask.
+    """
+
+    def __init__(self, tokenizer: Any, mask_id: int) -> None:
+        self.tokenizer, self.mask_id = tokenizer, mask_id
+        self._known: dict[tuple[str, ...], StopStrings | tuple[()]] = {}
+
+    def __call__(self, strings: Any) -> StopStrings | tuple[()]:
+        """The stop strings, as `requests.read` takes them; () without any. Raises ValueError or TypeError."""
+        is_listed = isinstance(strings, (list, tuple)) and all(isinstance(string, str) for string in strings)
+        if is_listed and tuple(strings) in self._known:
+            return self._known[tuple(strings)]
+        read = read_stop_strings(strings, self.tokenizer, self.mask_id) or ()
+        if is_listed:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[tuple(strings)] = read
+        return read
 
 
 def _is_iterable(value: Any) -> bool:

@@ -20,7 +20,7 @@ from ..limits import shown
 from ..requests import Requests
 from ..running import Runner
 from ..sizing import MOST_LENGTHS, Capacity, planned
-from ..stops import StopStrings, read_stop_strings
+from ..stops import StopReader
 from .lines import LINE_SETTINGS, Line
 
 SIGNATURE = inspect.signature(generate)
@@ -38,8 +38,6 @@ OWN_ARGUMENTS = (
 )
 # What an error calls the only row.
 _ROW = re.compile(r"\b(prompts|canvas)\[0\]")
-# How many sets of stop strings are remembered.
-_MOST_STOPS = 64
 # Positions of a page of the cache.
 PAGE_SIZE = 64
 
@@ -64,7 +62,7 @@ class Rows:
         self._of_canvases = dataclasses.replace(call.decoder, last_block=None)
         shared = ("attention_mask", "top_k", "banned_token_ids", "eos_token_ids")
         self._common = {name: bound.arguments[name] for name in shared}
-        self._known_stops: dict[tuple[str, ...], StopStrings | tuple[()]] = {}
+        self._read_stops = StopReader(call.decoder.tokenizer, call.decoder.handle.diffusion.mask_token_id)
         self._stops = self._read_stops(tuple(bound.arguments["stop_strings"]))
 
     def read(self, line: Line, index: int) -> Requests:
@@ -99,16 +97,6 @@ class Rows:
         if any(message.get("role") == "system" for message in prompt):
             raise ValueError("system goes with a chat that has no system message of its own, got one with both")
         return [{"role": "system", "content": system}, *prompt]
-
-    def _read_stops(self, strings: tuple[str, ...]) -> StopStrings | tuple[()]:
-        """Stop strings, each set of which is read once."""
-        if strings not in self._known_stops:
-            mask_id = self.decoder.handle.diffusion.mask_token_id
-            read = read_stop_strings(strings, self.decoder.tokenizer, mask_id)
-            if len(self._known_stops) >= _MOST_STOPS:
-                self._known_stops.clear()
-            self._known_stops[strings] = () if read is None else read
-        return self._known_stops[strings]
 
 
 class Sizes:
