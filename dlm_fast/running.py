@@ -176,6 +176,7 @@ class Runner:
         self._feeds: dict[int, Feed] = {}
         self._filling: set[int] = set()
         self._coming: dict[int, tuple[Row, Place]] = {}
+        self._head: tuple[Row, tuple[Hashable, tuple[int, ...], int]] | None = None
         self._stopper = Stopper(plan.mask_id, bool(plan.preset.families & {"edit", "revise"}))
 
     @property
@@ -258,7 +259,9 @@ class Runner:
         if self.pages is None:
             return Place()
         # 1. The beginning of its prompt that is there, or that a row in work is about to compute.
-        kind, shared, offset = self._shared(row)
+        if self._head is None or self._head[0] is not row:
+            self._head = (row, self._shared(row))  # a row that waits is asked again after every round
+        kind, shared, offset = self._head[1]
         block = 1 if self.plan.diffusion.causal_prefix else self.plan.block_length
         prefix = Prefix()
         if shared:
@@ -273,7 +276,7 @@ class Runner:
         count, choices = self.pages.needed(len(row.opened)), [prefix]
         if prefix.rest is not None:
             choices.append(prefix.of_whole_pages(self.pages.page_size, block, offset))
-        if prefix.length and not self.in_work:
+        if prefix.length and not self.in_work and not self._coming:
             choices.append(Prefix())
         for prefix in choices:
             own = self.pages.take(self.plan.copies * count - len(prefix.pages), beside=prefix)
