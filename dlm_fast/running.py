@@ -250,7 +250,11 @@ class Runner:
             self._tell_blocks()
             done = self.slots.done()
             if done and (at_once or len(done) == len(self.in_work)):
-                self._ready.extend(self.take(done))
+                feeds = [self._feeds.get(slot) or Feed(self.in_work[slot][0], self.decoder.tokenizer) for slot in done]
+                found = self.take(done)
+                self._ready.extend(found)
+                for feed, (row, _) in zip(feeds, found) if self.on_block is not None else ():
+                    self.on_block(feed.last(row))
                 while self._ready:
                     yield self._ready.popleft()
 
@@ -354,12 +358,7 @@ class Runner:
         """The rows of some slots as far as they are, and what failed of each; the slots are free."""
         rows = [self.in_work[slot][0] for slot in slots]
         found = self._completions(rows, self.slots.rows(slots))
-        feeds = [self._feeds.pop(slot, None) or Feed(row, self.decoder.tokenizer) for slot, row in zip(slots, rows)]
         self.release(slots)
-        if self.on_block is not None:
-            for feed, (row, _) in zip(feeds, found):
-                if row.finish != "unfinished":
-                    self.on_block(feed.last(row))
         return found
 
     def _tell_blocks(self) -> None:
@@ -383,6 +382,7 @@ class Runner:
         """What was finished and not given, and the rows in work as far as they got; all slots are free."""
         given = list(self._ready)
         self._ready.clear()
+        self._coming = {slot: row for slot, row in self._coming.items() if slot not in self.in_work}
         given += self.take(sorted(self.in_work)) if self.in_work else []
         # Rows that were stopped on their way into a slot, which may hold a part of them.
         coming = [row for row, _ in self._coming.values()]
