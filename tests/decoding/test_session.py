@@ -455,6 +455,23 @@ def test_presets_that_see_behind_the_prompt_share_nothing(preset):
         Session(toy("full"), preset, share_prefixes=True, max_positions=64, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("preset", ["d2f", "sdar", "llada2", "llada", "dream", "fast-dllm-v2"])
+def test_a_host_that_is_a_round_behind_serves_the_same_rows(preset, monkeypatch):
+    """On a GPU the host learns one round late that a row is done, and the next one comes while others are under way."""
+    shares = {"share_prefixes": True} if preset in SHARING else {}
+    prompts = random_prompts([4, 30, 9, 2, 17, 5, 30, 1])
+    requests = [Request(p, max_new_tokens=new) for p, new in zip(prompts, (3, 12, 5, 8, 1, 12, 12, 2))]
+    requests += requests[1:3]
+    whole = session_of(preset, cache_positions=None).generate(requests)
+    monkeypatch.setattr(
+        progress.Rounds, "may_be_late", property(lambda self: True, lambda self, late: None), raising=False
+    )
+    for slots in (1, 3):
+        rows = session_of(preset, slots=slots, cache_positions=None, **shares).generate(requests)
+        assert [row.canvas.tolist() for row in rows] == [row.canvas.tolist() for row in whole]
+        assert shares or [of_row(row) for row in rows] == [of_row(row) for row in whole]
+
+
 # What may happen in between
 
 
