@@ -54,7 +54,9 @@ class Policy:
         """The policy's buffers, which live as long as the decode and which the policy writes in place.
 
         A tensor has one entry per row of the batch in its first dimension, unless it has no dimension. A step of some
-        rows gets those rows of it; anything but a tensor is the same for all rows (`View.rows` tells them apart).
+        rows gets those rows of it; anything but a tensor is the same for all rows (`View.rows` tells them apart). A new
+        row may take the place of one that is done: its entries are then those that this method makes for it, and of
+        what is no tensor the policy itself must forget the row before, at the step at which `View.step` is 0.
         """
         return {}
 
