@@ -28,7 +28,7 @@ from .output import (
     GenerateOutput,
     failure,
     output_of,
-    too_large,
+    stopped,
 )
 from .presets import Preset
 from .running import Row, Runner
@@ -197,7 +197,7 @@ def generate(
     waiting = [Row(batch.of_rows([row]), row) for row in range(count)]
     found: dict[int, Completion] = {}
     failures: list[Failure] = []
-    stopped: BaseException | None = None
+    error: BaseException | None = None
 
     def keep(rows: Iterable[tuple[Completion, Failure | None]]) -> None:
         for row, failed in rows:
@@ -206,16 +206,16 @@ def generate(
 
     try:
         keep(runner.run(waiting, at_once=together < count))
-    except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
-        stopped = error
+    except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as caught:
+        error = caught
         keep(runner.stopped())
         keep(runner.untouched([row for row in waiting if row.number not in found]))
 
     # 3. Return the output, or raise with it.
     rows = [found[row] for row in range(count)]
     output = output_of(rows, runner.shapes, decoder.tokenizer, decoder.preset, time.perf_counter() - started)
-    if stopped is not None:
-        raise _stopped(stopped, output) from stopped.__cause__ or stopped
+    if error is not None:
+        raise stopped(error, output, runner.shapes) from error.__cause__ or error
     if failures:
         failures.sort(key=lambda failure: failure.row)
         raise DecodeError(failure(failures), output, [failure.row for failure in failures])
@@ -235,15 +235,3 @@ def _rows_together(rows: int, batch_size: int | None, most: int | None) -> int:
             f"got {rows} rows; say batch_size={most}"
         )
     return batch_size or max(1, rows)
-
-
-def _stopped(error: BaseException, output: GenerateOutput) -> BaseException:
-    """What `generate` raises where a decode was stopped."""
-    rows = [row for row, finish in enumerate(output.finish) if finish == "unfinished"]
-    if isinstance(error, KeyboardInterrupt):
-        return DecodeInterrupted(output, rows)
-    if isinstance(error, StepsCancelled):
-        done = f"with {len(rows)} of {len(output.finish)} rows not done"
-        return DecodeCancelled(f"generate: cancelled, {done}", output, rows)
-    message = too_large(error.bucket, output.shapes) if isinstance(error, StepTooLarge) else str(error)
-    return DecodeOutOfMemory(message, output, rows)

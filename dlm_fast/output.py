@@ -14,6 +14,7 @@ from dlm_kernels.state import DONE, ERROR_LOGITS
 
 from . import requests
 from .decoding.plan import Bucket
+from .decoding.progress import StepsCancelled, StepTooLarge
 from .diffusion import DiffusionConfig
 from .presets import Preset
 from .requests import Requests
@@ -59,9 +60,8 @@ class DecodeInterrupted(KeyboardInterrupt):
         rows: indices of the rows that were not done.
     """
 
-    def __init__(self, output: Any, rows: list[int]) -> None:
-        count = len(output.sequences) if isinstance(output, GenerateOutput) else len(output)
-        super().__init__(f"generate: interrupted, with {len(rows)} of {count} rows not done")
+    def __init__(self, message: str, output: Any, rows: list[int]) -> None:
+        super().__init__(message)
         self.output = output
         self.rows = rows
 
@@ -207,6 +207,29 @@ def output_of(
 
 
 _PER_ROW = ("canvas", "finish", "nfe", "query_tokens", "tpf", "unmask_step", "confidence")
+
+
+def stopped(
+    error: BaseException, output: Any, shapes: Mapping[Bucket, int], argument: str = "batch_size"
+) -> BaseException:
+    """What a call raises that a step or the caller stopped.
+
+    Args:
+        error: what the loop raised: StepTooLarge, StepsCancelled, BatchTooLarge or a KeyboardInterrupt.
+        output: a `GenerateOutput`, or a list of `Completion`.
+        shapes: how many steps of every shape there were.
+        argument: what says how many rows are decoded together.
+    """
+    if isinstance(output, GenerateOutput):
+        count, rows = len(output.finish), [row for row, how in enumerate(output.finish) if how == "unfinished"]
+    else:
+        count, rows = len(output), [row.index for row in output if row.finish == "unfinished"]
+    if isinstance(error, KeyboardInterrupt):
+        return DecodeInterrupted(f"generate: interrupted, with {len(rows)} of {count} rows not done", output, rows)
+    if isinstance(error, StepsCancelled):
+        return DecodeCancelled(f"generate: cancelled, with {len(rows)} of {count} rows not done", output, rows)
+    message = too_large(error.bucket, shapes, argument) if isinstance(error, StepTooLarge) else str(error)
+    return DecodeOutOfMemory(message, output, rows)
 
 
 def too_large(bucket: Bucket | None, shapes: Mapping[Bucket, int], argument: str = "batch_size") -> str:

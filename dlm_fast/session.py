@@ -16,7 +16,7 @@ from .decoding.budget import MemoryPlan
 from .decoding.progress import StepsCancelled, StepTooLarge
 from .limits import flag, shown, whole
 from .models.changes import Look, watch_optimizers
-from .output import Completion, DecodeCancelled, DecodeInterrupted, DecodeOutOfMemory, too_large
+from .output import Completion, DecodeCancelled, DecodeInterrupted, DecodeOutOfMemory, stopped
 from .patching import handle_of
 from .presets import Preset
 from .requests import Requests
@@ -299,7 +299,7 @@ class Session:
             finished = True
         except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
             output, finished = [row for row, _ in runner.stopped()], True
-            raise _stopped(error, sorted(output, key=_order), runner.shapes) from error.__cause__ or error
+            raise stopped(error, sorted(output, key=_order), runner.shapes, "slots") from error.__cause__ or error
         finally:
             self._open = False
             if not finished:
@@ -410,13 +410,3 @@ def _request(item: Any) -> Request:
             raise ValueError(f"a request may have {', '.join(sorted(known))}, got {', '.join(unknown)}")
         return Request(**item)
     return Request(item)
-
-
-def _stopped(error: BaseException, output: list[Completion], shapes: Mapping) -> BaseException:
-    """What `Session.generate` raises where a step or the caller stopped it."""
-    rows = [row.index for row in output if row.finish == "unfinished"]
-    if isinstance(error, KeyboardInterrupt):
-        return DecodeInterrupted(output, rows)
-    if isinstance(error, StepsCancelled):
-        return DecodeCancelled(f"generate: cancelled, with {len(rows)} rows in work", output, rows)
-    return DecodeOutOfMemory(too_large(error.bucket, shapes, "slots"), output, rows)

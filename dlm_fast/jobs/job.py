@@ -20,14 +20,7 @@ from ..call import check_cancel, settled
 from ..decoding.progress import StepsCancelled, StepTooLarge
 from ..limits import shown
 from ..models.parallel import ranks_of
-from ..output import (
-    Completion,
-    DecodeCancelled,
-    DecodeInterrupted,
-    DecodeOutOfMemory,
-    GenerateOutput,
-    too_large,
-)
+from ..output import Completion, GenerateOutput, stopped
 from ..patching import PatchHandle, handle_of
 from ..policies.heads import FIELDS, load_head
 from ..running import Row, Runner
@@ -247,17 +240,11 @@ def _decode(runner: Runner, source: Iterable[Row], write: Callable[[list[Complet
         finally:
             flush()
     except (StepTooLarge, StepsCancelled, KeyboardInterrupt) as error:
-        stopped = [row for row, _ in runner.stopped()]
-        gathered += [row for row in stopped if row.finish != "unfinished"]
+        found = [row for row, _ in runner.stopped()]
+        gathered += [row for row in found if row.finish != "unfinished"]
         flush()
-        rest = [row for row in stopped if row.finish == "unfinished"]
-        indices = [row.index for row in rest]
-        cause = error.__cause__ or error
-        if isinstance(error, KeyboardInterrupt):
-            raise DecodeInterrupted(rest, indices) from cause
-        if isinstance(error, StepsCancelled):
-            raise DecodeCancelled(f"generate: cancelled, with {len(rest)} rows in work", rest, indices) from cause
-        raise DecodeOutOfMemory(too_large(error.bucket, runner.shapes), rest, indices) from cause
+        rest = [row for row in found if row.finish == "unfinished"]
+        raise stopped(error, rest, runner.shapes) from error.__cause__ or error
 
 
 def _checked(
