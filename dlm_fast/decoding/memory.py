@@ -63,9 +63,9 @@ def open_batch(
     is_compared = most_bytes(handle, preset, diffusion, rows, batch.longest) > SMALL
     if is_compared:
         _compare(batch, _canvas_parts(batch))
-    plan, grid, parts = batch.opened()
+    plan, grid, state = batch.opened()
     if is_compared:
-        _compare(batch, parts)
+        _compare(batch, batch.parts(plan, grid, state))
     return plan, grid
 
 
@@ -91,12 +91,15 @@ class Batch:
     def longest(self) -> int:
         return max(map(len, self.canvases), default=0)
 
-    def opened(self) -> tuple[Plan, Grid, Parts]:
-        """The plan, the shapes, and what the decode takes: at the worst its longest rows begin together."""
+    def opened(self) -> tuple[Plan, Grid, RowState]:
+        """The plan, the shapes, and the initial state of all canvases."""
         plan, state = plan_of_rows(self.canvases, self.preset, self.diffusion, self.rows, self.device)
-        grid = planned_grid(self.handle, plan, state)
+        return plan, planned_grid(self.handle, plan, state), state
+
+    def parts(self, plan: Plan, grid: Grid, state: RowState) -> Parts:
+        """What the decode takes: at the worst its longest rows begin together."""
         worst = sorted(range(len(self.canvases)), key=lambda row: len(self.canvases[row]))[-self.rows :]
-        return plan, grid, step_parts(self.handle, plan, state.of_rows(torch.tensor(worst)), grid)
+        return step_parts(self.handle, plan, state.of_rows(torch.tensor(worst)), grid)
 
 
 def most_bytes(handle: PatchHandle, preset: Preset, diffusion: DiffusionConfig, rows: int, L: int) -> int:
@@ -163,7 +166,7 @@ def _compare(batch: Batch, parts: Parts) -> None:
         def is_free(parts: Parts) -> bool:
             return all(free.get(place) is None or taken.total() <= free[place] for place, taken in parts.items())
 
-        return is_free(_canvas_parts(other)) and is_free(other.opened()[2])
+        return is_free(_canvas_parts(other)) and is_free(other.parts(*other.opened()))
 
     # The advice holds whichever rows are decoded together: so many of the longest fit.
     place = short[0]

@@ -86,6 +86,8 @@ class Grid:
         steps = []
         for drafts in (1, self.drafts) if self.drafts > 1 else (1,):
             asking = [need for need in needs if need[3] == (drafts > 1)]
+            if not asking:  # where no row has a mask, there may be no shape either
+                continue
             asking.sort(key=lambda need: (-need[0], need[1]))
             classes = [self.class_of(kind, need[0]) for need in asking]
             begin = 0

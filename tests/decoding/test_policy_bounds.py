@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from helpers import EOS, MASK, native_model, random_prompts, toy
 from variants import variants
 
 import dlm_fast
+from dlm_fast.decoding.progress import Rounds
 from dlm_fast.patching import attach
 from dlm_fast.presets import PRESETS
 
@@ -186,10 +186,10 @@ def test_the_safety_net_lies_above_the_bound(name, alignment, monkeypatch):
     """What ends a decoder that makes no progress must not end one that takes as long as it may, however many blocks
     there are."""
 
-    def stop(decode, after_step, ran, **arguments):
-        raise Opened(decode)
+    def stop(self):
+        raise Opened(self.decode)
 
-    monkeypatch.setattr(importlib.import_module("dlm_fast.generate"), "run_steps", stop)
+    monkeypatch.setattr(Rounds, "run", stop)
     preset, length = PRESETS[name], 100
     model = model_of(preset.visibility, alignment, "previous" if preset.first_token else "self")
     for options in variants(name) if preset.drafts == 1 else [{}]:
