@@ -194,6 +194,12 @@ class Runner:
         try:
             # Buffers of the inference mode could not be written in a later call outside it.
             with torch.inference_mode(False):
+                written = {
+                    name: torch.zeros_like(x)
+                    for name in ("first", "prefilled")
+                    if (x := getattr(plan, name)) is not None
+                }
+                self.plan = plan = dataclasses.replace(plan, **written)
                 cache = None
                 if plan.cache.stores:
                     cache = handle.adapter.new_cache(handle.model, plan.copies * rows, plan.capacity, self.paging)
