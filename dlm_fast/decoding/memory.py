@@ -98,8 +98,10 @@ class Batch:
 
     def parts(self, plan: Plan, grid: Grid, state: RowState) -> Parts:
         """What the decode takes: at the worst its longest rows begin together."""
-        worst = sorted(range(len(self.canvases)), key=lambda row: len(self.canvases[row]))[-self.rows :]
-        return step_parts(self.handle, plan, state.of_rows(torch.tensor(worst)), grid)
+        if self.rows < len(self.canvases):
+            worst = sorted(range(len(self.canvases)), key=lambda row: len(self.canvases[row]))[-self.rows :]
+            state = state.of_rows(torch.tensor(worst))
+        return step_parts(self.handle, plan, state, grid)
 
 
 def most_bytes(handle: PatchHandle, preset: Preset, diffusion: DiffusionConfig, rows: int, L: int) -> int:
