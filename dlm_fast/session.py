@@ -14,7 +14,7 @@ from dlm_kernels import RowState
 from .call import check_cancel, check_function, check_mode, read_decoder, read_rows
 from .decoding.budget import MemoryPlan
 from .decoding.progress import StepsCancelled, StepTooLarge
-from .limits import flag, shown, whole
+from .limits import flag, heat, shown, whole
 from .models.changes import Look, watch_optimizers
 from .output import Completion, DecodeCancelled, DecodeInterrupted, DecodeOutOfMemory, stopped
 from .patching import handle_of
@@ -154,6 +154,9 @@ class Session:
             tokenizer=tokenizer,
             options=options,
         )
+        heat("Session", "temperature", decoder.temperature)
+        if lengths is not None and not isinstance(lengths, Sequence):
+            raise TypeError(f"Session: lengths must be a list of pairs or None, got lengths={shown(lengths)}")
         self._model = model
         self._common = {
             "attention_mask": None,

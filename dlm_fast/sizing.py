@@ -188,7 +188,9 @@ def expected_lengths(capacity: Capacity, lengths: Sequence[tuple[int, int]] | No
     else:
         found = []
         for pair in lengths:
-            if len(pair) != 2 or min(pair) < 1 or sum(pair) > most or pair[1] > new:
+            numbers = list(pair) if isinstance(pair, (list, tuple)) else []
+            is_pair = len(numbers) == 2 and all(type(number) is int and number >= 1 for number in numbers)
+            if not is_pair or sum(pair) > most or pair[1] > new:
                 raise ValueError(
                     f"Session: lengths must be pairs (prompt, new tokens) of whole numbers >= 1, within max_positions="
                     f"{most} and max_new_tokens={new}, got {shown(pair)}"

@@ -81,7 +81,12 @@ NO_ENTRIES = {
     "REFERENCE": "a value",
     "__version__": "a value",
     "policies": "a module, whose entries are here",
+    "Block": "made by a session",
+    "Completion": "made by a session",
     "GenerateOutput": "made by generate",
+    "Request": "read by a session, whose result says what is wrong with one (tests/decoding/test_session.py)",
+    "Trajectories": "made by trajectories",
+    "trajectories": "refuses what is no list of completions (tests/decoding/test_rollouts.py)",
     "PatchHandle": "made by patch",
 }
 NO_POLICIES = {
@@ -228,6 +233,23 @@ GENERATING: dict[str, Legal] = {
 }
 
 
+SESSION: dict[str, Legal] = {
+    **{name: GENERATING[name] for name in (
+        "model", "preset", "policy", "min_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_strings",
+        "banned_token_ids", "eos_token_ids", "tokenizer",
+    )},
+    "slots": lambda value: type(value) is int and 1 <= value < 2**24,
+    "max_positions": lambda value: value is None or (type(value) is int and 4 < value <= 256),
+    "max_new_tokens": lambda value: type(value) is int and 1 <= value < 32,
+    "infill": one_of(bool),
+    "share_prefixes": equal_to(False),
+    "page_size": lambda value: type(value) is int and value >= 32 and not value & (value - 1),
+    "cache_positions": is_none,
+    "memory": lambda value: value is None or (type(value) is int and value > 2**28),
+    "lengths": empty_or_none,
+}  # fmt: skip
+
+
 class Scene:
     """Valid calls, and the model and files that they use.
 
@@ -288,6 +310,11 @@ class Scene:
                 patched,
                 {"model": self.native, "diffusion": diffusion, "backend": "reference"},
                 {**{name: LOADING[name] for name in PATCHING}, "model": never, "tokenizer": is_none},
+            ),
+            "Session": Entry(
+                dlm_fast.Session,
+                {"model": self.model, "max_positions": 32, "max_new_tokens": 4},
+                SESSION,
             ),
             "handle_of": Entry(dlm_fast.handle_of, {"model": self.model}, {"model": never}),
             "explain": Entry(dlm_fast.explain, {"model": self.model}, {"model": never}),
